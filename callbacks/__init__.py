@@ -1,0 +1,1 @@
+"""Lightning callbacks that drive explanation and evaluation."""

@@ -1,0 +1,1 @@
+"""Explainers: small objects called as `maps = explainer(model, images, targets)`."""

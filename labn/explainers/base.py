@@ -1,0 +1,57 @@
+"""The contract that every explainer keeps, enforced in one place."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from labn.inference import explaining, matching
+
+
+def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bring maps (B, h, w) to (B, H, W), bilinearly (`align_corners=False`): the one place where maps are resized."""
+    if maps.shape[-2:] == torch.Size(size):
+        return maps
+    return F.interpolate(maps.unsqueeze(1), size=size, mode="bilinear", align_corners=False).squeeze(1)
+
+
+def check_inputs(images: Tensor, targets: Tensor) -> None:
+    """Raise ValueError unless images are floating (B, C, H, W) and targets are integer (B,)."""
+    if images.ndim != 4 or not images.is_floating_point():
+        raise ValueError(f"images must be a floating tensor (B, C, H, W), got {tuple(images.shape)} {images.dtype}.")
+    if targets.shape != images.shape[:1] or targets.is_floating_point():
+        raise ValueError(f"targets must be integer class indices ({len(images)},), got {tuple(targets.shape)} {targets.dtype}.")
+
+
+class Explainer(ABC):
+    """A small object built from plain arguments, called as `maps = explainer(model, images, targets)`.
+
+    Subclasses implement `attribute`. The base class runs it in eval mode with gradients allowed, on a model of the
+    images' device and dtype, without changing the model, and resizes a low-resolution map bilinearly.
+    """
+
+    def __call__(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None = None) -> Tensor:
+        """Explain a batch.
+
+        Args:
+            model: any `nn.Module` that fits the method, returning logits or an object with `.logits`.
+            images: (B, C, H, W), normalised as the model expects.
+            targets: (B,) int64, the class to explain per image.
+            indices: (B,) int64, positions in the data set: the source of per-sample randomness. Without them the
+                random methods use one fixed bank for every image.
+
+        Returns:
+            (B, H, W) float32 maps on the images' device, not normalised.
+        """
+        check_inputs(images, targets)
+        model = matching(model, images)
+        with explaining(model, images.device.type):
+            maps = self.attribute(model, images.detach().clone(), targets.to(images.device), indices)
+        return resize_maps(maps.detach(), (images.shape[-2], images.shape[-1])).float()
+
+    @abstractmethod
+    def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
+        """Maps (B, h, w) at the method's own resolution; called inside `labn.inference.explaining`."""

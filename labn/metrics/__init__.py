@@ -1,0 +1,1 @@
+"""Metrics: `torchmetrics.Metric` classes over functional twins."""

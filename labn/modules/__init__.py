@@ -1,0 +1,1 @@
+"""LightningModules: loss, optimiser groups and accuracy, nothing else."""
