@@ -1,1 +1,32 @@
 """Networks as plain `nn.Module`s; nothing here imports Lightning."""
+
+from labn.models.attention_branch import AttentionBranchNetwork, BranchOutput, gate_attention, gate_health
+from labn.models.backbones import Backbone, backbone_of, build_network
+from labn.models.checkpoints import LoadReport, load_backbone
+from labn.models.lambda_layer import LambdaLayer
+from labn.models.lambda_resnet import LambdaBottleneck, LambdaResNet, lambda_resnet26, lambda_resnet38, lambda_resnet50
+from labn.models.magnetogram_net import magnetogram_net
+from labn.models.profile import Profile, count_flops, latency, profile
+
+__all__ = [
+    "AttentionBranchNetwork",
+    "Backbone",
+    "BranchOutput",
+    "LambdaBottleneck",
+    "LambdaLayer",
+    "LambdaResNet",
+    "LoadReport",
+    "Profile",
+    "backbone_of",
+    "build_network",
+    "count_flops",
+    "gate_attention",
+    "gate_health",
+    "lambda_resnet26",
+    "lambda_resnet38",
+    "lambda_resnet50",
+    "latency",
+    "load_backbone",
+    "magnetogram_net",
+    "profile",
+]

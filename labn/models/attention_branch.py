@@ -1,0 +1,143 @@
+"""Attention branch networks: LABN (JSAI 2022, ACCV 2022) and ABN (CVPR 2019) as two settings of one model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from labn.models.backbones import backbone_of, build_network, final_linear, input_channels
+from labn.models.branch import BLOCKS, BRANCHES
+from labn.models.checkpoints import load_backbone
+
+
+@dataclass(frozen=True)
+class BranchOutput:
+    """What an attention branch network returns.
+
+    Attributes:
+        logits: (B, num_classes) of the perception branch, the network's prediction.
+        branch_logits: (B, num_classes) of the attention branch.
+        attention: (B, 1, h, w) in (0, 1), the sigmoid map before the threshold; the same for all classes.
+    """
+
+    logits: Tensor
+    branch_logits: Tensor
+    attention: Tensor
+
+
+def gate_attention(attention: Tensor, theta: float) -> Tensor:
+    """alpha' = alpha where alpha > theta, strictly, else 0 (JSAI 2022, eq. 2).
+
+    Only surviving positions carry gradient. Same shape and dtype as `attention`; NaN stays NaN.
+    """
+    return attention * (attention > theta)
+
+
+def gate_health(attention: Tensor, theta: float) -> tuple[Tensor, Tensor]:
+    """How open the gate is, as two scalars in [0, 1]: the fraction of open positions, the share of images with none.
+
+    Args:
+        attention: (B, 1, h, w), before the threshold.
+        theta: the gate's threshold.
+    """
+    survives = (attention.detach() > theta).flatten(1)
+    return survives.float().mean(), (~survives.any(dim=1)).float().mean()
+
+
+def multiplied(features: Tensor, attention: Tensor) -> Tensor:
+    """LABN's gate: alpha' * h (JSAI 2022, eq. 2)."""
+    return attention * features
+
+
+def residual(features: Tensor, attention: Tensor) -> Tensor:
+    """ABN's gate: (1 + alpha') * h (CVPR 2019, eq. 2)."""
+    return (1 + attention) * features
+
+
+GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mul": multiplied, "residual": residual}
+
+
+class AttentionBranchNetwork(nn.Module):
+    """A ResNet cut in two, with an attention branch that gates what passes from one part to the other.
+
+        h = LFE(x),   (branch_logits, alpha) = branch(h),   logits = LPB(gate(h, alpha'))
+
+    LABN is the default; ABN is `gate="residual", branch="abn", theta=0`, a threshold that every sigmoid passes.
+    Submodules: `feature_extractor` (LFE), `attention_branch` (LAB), `perception_branch` (LPB); the first and the last
+    keep the backbone's own names.
+
+    Args:
+        backbone: name or ready ResNet, see `labn.models.backbones.build_network`; the blocks of a ready one are used,
+            not copied.
+        num_classes: number of classes.
+        in_channels: channels of the images.
+        split: B, cut after this many residual blocks; 0 is after the stem.
+        theta: threshold of the gate, on the sigmoid map.
+        gate: `mul` or `residual`.
+        branch: `labn` or `abn`, the layout of the branch.
+        lab_block: blocks of the branch, `plain` (as released) or `lambda`.
+        lab_hidden: channels of the branch's hidden layer; None is 10 for LABN and num_classes for ABN.
+        weights: local file for the backbone, see `labn.models.checkpoints.load_backbone`.
+        backbone_options: further arguments of the backbone.
+        branch_options: further arguments of the branch's lambda layers.
+
+    Shapes:
+        images (B, in_channels, H, W) -> `BranchOutput`.
+
+    Raises:
+        ValueError: an unknown name, or a split that the backbone does not have.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module = "lambda_resnet50",
+        num_classes: int = 2,
+        in_channels: int = 3,
+        split: int = 7,
+        theta: float = 0.75,
+        gate: str = "mul",
+        branch: str = "labn",
+        lab_block: str = "plain",
+        lab_hidden: int | None = None,
+        weights: str | None = None,
+        backbone_options: dict[str, Any] | None = None,
+        branch_options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, known in (
+            ("gate", gate, GATES),
+            ("branch", branch, BRANCHES),
+            ("lab_block", lab_block, BLOCKS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}.")
+        network = build_network(backbone, num_classes, in_channels, **(backbone_options or {}))
+        parts = backbone_of(network)
+        self.theta, self.gate = theta, gate
+        self.feature_extractor, self.perception_branch = parts.split(split)
+        self.attention_branch = BRANCHES[branch](
+            channels=input_channels(self.perception_branch),
+            num_classes=num_classes,
+            hidden=lab_hidden or {"labn": 10, "abn": num_classes}[branch],
+            block=lab_block,
+            like=parts.blocks[-1][2],
+            depth=parts.last_stage_depth,
+            **(branch_options or {}),
+        )
+        if weights is not None:
+            load_backbone(self, weights)
+
+    @property
+    def head(self) -> nn.Linear:
+        """The final linear layer of the perception branch, which learns at the branch's rate (JSAI 2022, table 1)."""
+        return final_linear(self.perception_branch)
+
+    def forward(self, images: Tensor) -> BranchOutput:
+        """Predict, and return the map that explains the prediction."""
+        features = self.feature_extractor(images)
+        branch_logits, attention = self.attention_branch(features)
+        gated = GATES[self.gate](features, gate_attention(attention, self.theta))
+        return BranchOutput(self.perception_branch(gated), branch_logits, attention)

@@ -1,0 +1,163 @@
+"""Start a network from a file: take the tensors that fit, say what was taken, refuse what does not fit at all."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from labn.models.lambda_layer import LambdaLayer
+
+PREFIXES = re.compile(r"^(?:(?:module|model|network|_orig_mod|feature_extractor|perception_branch)\.)+")
+RENAMES = {
+    "conv_qkv.weight": "to_qkv.weight",
+    "lambda_conv.weight": "position_weight",
+    "lambda_conv.bias": "position_bias",
+}
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load_backbone` did; printing it gives counts and names.
+
+    Attributes:
+        path: the file.
+        taken: names (of the model) of tensors that came from the file.
+        fresh: names of tensors that the model kept as they were.
+        unused: names (of the file) that went nowhere, with the reason where a shape differs.
+    """
+
+    path: str
+    taken: tuple[str, ...]
+    fresh: tuple[str, ...]
+    unused: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.path}: {len(self.taken)} tensors taken, {len(self.fresh)} fresh, {len(self.unused)} unused"]
+        for title, names in (("taken", self.taken), ("fresh", self.fresh), ("unused", self.unused)):
+            lines += [f"  {title}: {', '.join(names)}"] if names else []
+        return "\n".join(lines)
+
+
+def load_backbone(model: nn.Module, path: str | Path) -> LoadReport:
+    """Copy into `model` every tensor of a file that fits by name and shape, in place.
+
+    Names are compared after `canonical`, so a plain classifier, an attention branch network (whatever its split) and
+    this project's Lightning checkpoints can start each other. Values are cast to the model's dtype, so float16 files
+    work. A classifier of another size stays fresh. Where a lambda layer stays fresh, so do the running statistics of
+    the BatchNorm behind it: they described the output of another layer.
+
+    Args:
+        model: a classifier or an `AttentionBranchNetwork`.
+        path: `.safetensors`, or a pickle of tensors (`.pt`, `.pth`, `.ckpt`), read with `weights_only`.
+
+    Returns:
+        What was taken, what stayed fresh, what was not used.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is unreadable or of another architecture: less than half of the model's, and less than
+            half of the file's, convolution kernels fit.
+    """
+    own = model.state_dict()
+    offered = {canonical(name): (name, tensor) for name, tensor in read_tensors(path).items()}
+    fits = {
+        name: offered[canonical(name)][1]
+        for name, tensor in own.items()
+        if canonical(name) in offered and offered[canonical(name)][1].shape == tensor.shape
+    }
+    _refuse_other_architecture(path, own, offered, fits)
+    for name in _stale_statistics(model, fits):
+        fits.pop(name, None)
+    model.load_state_dict(fits, strict=False)
+    used = {canonical(name) for name in fits}
+    shapes = {canonical(name): tuple(tensor.shape) for name, tensor in own.items()}
+    unused = tuple(_reason(offered[key], shapes.get(key)) for key in offered if key not in used)
+    return LoadReport(str(path), tuple(fits), tuple(name for name in own if name not in fits), unused)
+
+
+def canonical(name: str) -> str:
+    """A tensor's name as a plain ResNet would call it: without wrappers, with this project's names for lambda layers.
+
+    Wrappers are those of DDP, `torch.compile`, LightningModules and the two halves of a split backbone; the released
+    LABN code calls the lambda layer's tensors `conv_qkv` and `lambda_conv`.
+    """
+    name = PREFIXES.sub("", name)
+    for old, new in RENAMES.items():
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Named tensors of a safetensors file or of a pickle, which may hold them under `state_dict` or `model`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file cannot be read safely or holds no named tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give a local .safetensors, .pt, .pth or .ckpt file.")
+    content = _read(path)
+    for key in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+    if not tensors:
+        raise ValueError(f"{path} holds no named tensors; a state dict or a Lightning checkpoint is needed.")
+    return tensors
+
+
+def _read(path: Path) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals(_own_classes(path)):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as tensors only: {str(error).splitlines()[0]}") from error
+
+
+def _own_classes(path: Path) -> list[Any]:
+    """Classes of this package that a Lightning checkpoint names among its hyper-parameters."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except ValueError:  # an old, non-zip file: nothing to allow
+        return []
+    own = [name.rpartition(".") for name in names if name.startswith("labn.")]
+    return [getattr(importlib.import_module(module), name) for module, _, name in own]
+
+
+def _refuse_other_architecture(
+    path: str | Path, own: dict[str, Tensor], offered: dict[str, tuple[str, Tensor]], fits: dict[str, Tensor]
+) -> None:
+    taken = sum(tensor.ndim >= 4 for tensor in fits.values())
+    wanted = min(sum(t.ndim >= 4 for t in own.values()), sum(t.ndim >= 4 for _, t in offered.values()))
+    if not fits or taken < wanted / 2:
+        raise ValueError(
+            f"{path} is of another architecture: {taken} of its convolution kernels fit this network, "
+            f"at least {max(1, -(-wanted // 2))} are needed."
+        )
+
+
+def _stale_statistics(model: nn.Module, fits: dict[str, Tensor]) -> list[str]:
+    stale = []
+    for name, module in model.named_modules():
+        if isinstance(module, LambdaLayer) and f"{name}.position_weight" not in fits:
+            behind = f"{name.rpartition('.')[0]}.bn2"
+            stale += [f"{behind}.{s}" for s in ("running_mean", "running_var", "num_batches_tracked")]
+    return stale
+
+
+def _reason(source: tuple[str, Tensor], shape: tuple[int, ...] | None) -> str:
+    name, tensor = source
+    return name if shape is None else f"{name} {tuple(tensor.shape)} (fresh: {shape})"
