@@ -98,7 +98,6 @@ FILLS: dict[str, Callable[[Tensor, FillOptions], Tensor]] = {
 }
 
 
-@torch.no_grad()
 def make_fill(
     name: str,
     images: Tensor,
@@ -132,6 +131,12 @@ def make_fill(
     Raises:
         ValueError: unknown name, missing bias image, or mean, std or bias of another shape than the images'.
     """
+    return fill_with(name, images, FillOptions(mean, std, bias, indices, seed, kernel_size, sigma))
+
+
+@torch.no_grad()
+def fill_with(name: str, images: Tensor, options: FillOptions) -> Tensor:
+    """`make_fill` with its keywords in one object."""
     if name not in FILLS:
         raise ValueError(f"fill must be one of {sorted(FILLS)}, got {name!r}.")
-    return FILLS[name](images, FillOptions(mean, std, bias, indices, seed, kernel_size, sigma))
+    return FILLS[name](images, options)

@@ -1,0 +1,149 @@
+"""What all per-sample metrics share: rows of (index, values), merged to the same digits on any number of ranks."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from labn.perturb import PerturbationEngine
+
+Boxes = Sequence[Tensor] | Tensor
+
+
+@dataclass(frozen=True)
+class ScoredBatch:
+    """What a metric may look at; the fields are the arguments of `SampleMetric.score`."""
+
+    model: nn.Module
+    images: Tensor
+    maps: Tensor
+    targets: Tensor
+    indices: Tensor
+    labels: Tensor | None = None
+    masks: Tensor | None = None
+    boxes: Boxes | None = None
+    explainer: Any = None
+    cache: PerturbationEngine | None = None
+
+    def __post_init__(self) -> None:
+        expected = (len(self.images), *self.images.shape[-2:])
+        if self.maps.shape != expected:
+            raise ValueError(f"maps must be {expected} to fit the images, got {tuple(self.maps.shape)}; resize them.")
+        for name in ("targets", "indices", "labels"):
+            given = getattr(self, name)
+            if given is not None and given.shape != expected[:1]:
+                raise ValueError(f"{name} must have one entry per image {expected[:1]}, got {tuple(given.shape)}.")
+        bad = self.indices.to(self.maps.device)[~self.maps.isfinite().flatten(1).all(1)].tolist()
+        if bad:
+            raise ValueError(f"maps must be finite; the map of sample {bad[0]} holds NaN or infinity.")
+
+    @property
+    def true_labels(self) -> Tensor:
+        """(B,) the labels on the images' device; the targets where no labels are given."""
+        return (self.targets if self.labels is None else self.labels).to(self.images.device)
+
+    def engine(self, **options: Any) -> PerturbationEngine:
+        """`cache`, which must hold these images, or a new engine with `options`."""
+        if self.cache is None:
+            return PerturbationEngine(self.model, self.images, indices=self.indices, **options)
+        if self.cache.images.shape != self.images.shape or not torch.equal(self.cache.images, self.images):
+            raise ValueError("cache must be the perturbation engine of these images; it holds others.")
+        return self.cache
+
+
+class SampleMetric(Metric):
+    """A metric with one value per sample and name; `compute` gives their means.
+
+    Subclasses set `names` and implement `score`. State is one row (index, values) per sample; `compute` sorts by index,
+    drops repeated samples and reduces in float64, so 1, 2 or 8 ranks give the same digits. A value of NaN says that the
+    metric leaves the sample out.
+    """
+
+    full_state_update = False
+    higher_is_better = True
+    is_differentiable = False
+    rows: list[Tensor]
+
+    def __init__(self, names: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.names = tuple(names)
+        # Flat float64 rows in one state: a rank without samples then contributes an empty tensor of the same kind.
+        self.set_dtype(torch.float64)
+        self.add_state("rows", [], dist_reduce_fx="cat")
+
+    @abstractmethod
+    def score_batch(self, batch: ScoredBatch) -> dict[str, Tensor]:
+        """One (B,) tensor per entry of `names`, NaN where a sample is left out."""
+
+    def score(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        maps: Tensor,
+        targets: Tensor,
+        indices: Tensor,
+        *,
+        labels: Tensor | None = None,
+        masks: Tensor | None = None,
+        boxes: Boxes | None = None,
+        explainer: Any = None,
+        cache: PerturbationEngine | None = None,
+    ) -> dict[str, Tensor]:
+        """Values of a batch, without touching the state.
+
+        Args:
+            model: returns logits or an object with `.logits`.
+            images: (B, C, H, W), normalised.
+            maps: (B, H, W), at the images' size.
+            targets: (B,) int64, the class that was explained.
+            indices: (B,) int64, positions in the data set.
+            labels: (B,) int64, the true class; None: the targets are the labels.
+            masks: (B, H, W) bool ground-truth regions, where the data has them.
+            boxes: per sample (n, 4) ground-truth boxes x1, y1, x2, y2 in pixels, where the data has them.
+            explainer: what made the maps, for metrics that explain again.
+            cache: the batch's perturbation engine, through which metrics share their forwards.
+
+        Returns:
+            One (B,) float64 tensor per entry of `names`; NaN: the sample is left out.
+
+        Raises:
+            ValueError: a map is not finite (named by its index) or does not have the images' size.
+        """
+        return self.score_batch(
+            ScoredBatch(model, images, maps, targets, indices, labels, masks, boxes, explainer, cache)
+        )
+
+    def update(
+        self, model: nn.Module, images: Tensor, maps: Tensor, targets: Tensor, indices: Tensor, **more: Any
+    ) -> None:
+        """Score a batch and keep its rows; arguments as in `score`."""
+        self.append(indices, self.score(model, images, maps, targets, indices, **more))
+
+    def append(self, indices: Tensor, scores: dict[str, Tensor]) -> None:
+        """Keep rows that `score` gave."""
+        columns = [indices, *(scores[name] for name in self.names)]
+        table = torch.stack([column.to(self.device, torch.float64) for column in columns], dim=1)
+        self.rows.append(table.flatten())
+        # What `update` does around this, for callers that score and append themselves.
+        self._computed, self._update_count = None, self._update_count + 1
+
+    def per_sample(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sorted sample indices (n,) int64 and, per name, their values (n,) float64; each sample once."""
+        table = dim_zero_cat(self.rows) if len(self.rows) else torch.empty(0, dtype=torch.float64, device=self.device)
+        table = table.view(-1, 1 + len(self.names))
+        table = table[table[:, 0].argsort(stable=True)]
+        first = torch.ones(len(table), dtype=torch.bool, device=table.device)
+        first[1:] = table[1:, 0] != table[:-1, 0]
+        indices, *values = table[first].unbind(1)
+        return indices.long(), dict(zip(self.names, values))
+
+    def compute(self) -> dict[str, Tensor]:
+        """Mean per name over the samples that are not left out, float64; NaN where there is none."""
+        return {name: values[~values.isnan()].mean() for name, values in self.per_sample()[1].items()}

@@ -1,0 +1,108 @@
+"""The mathematics of insertion and deletion curves: counts, x axes, areas. No model, no state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def paper_counts(n_patches: int, step: int) -> Tensor:
+    """Patches moved at each point, n = 0, s, 2s, ..., N; the last step may be short (JSAI 2022, eq. 8-9).
+
+    Args:
+        n_patches: N, number of patches.
+        step: s, patches per step.
+
+    Returns:
+        (ceil(N / s) + 1,) int64.
+    """
+    return torch.cat([torch.arange(0, n_patches, step), torch.tensor([n_patches])])
+
+
+def official_counts(n_patches: int, step: int) -> Tensor:
+    """Counts of the released code: n_i = min(s (i + 1), N - 1) + 1 for i < ceil(N / s).
+
+    It thresholds at the n-th value inclusively: one patch too many at every point, no point at n = 0, and the last
+    point repeated where the second last already holds all patches.
+
+    Returns:
+        (ceil(N / s),) int64.
+    """
+    points = -(-n_patches // step)
+    return (step * torch.arange(1, points + 1)).clamp(max=n_patches - 1) + 1
+
+
+def kept_fractions(ranks: Tensor, counts: Tensor) -> Tensor:
+    """Fraction of patches with a rank below each count, x = #{rank < n} / N: more than n / N where ties enter together.
+
+    Args:
+        ranks: (B, N) integer, as from `labn.patches.patch_ranks`.
+        counts: (K,) integer.
+
+    Returns:
+        (B, K) float64 in [0, 1].
+    """
+    ordered = ranks.sort(dim=1).values
+    wanted = counts.to(ranks).expand(len(ranks), -1).contiguous()
+    return torch.searchsorted(ordered, wanted).double() / ranks.shape[1]
+
+
+def nominal_fractions(ranks: Tensor, counts: Tensor) -> Tensor:
+    """The released code's x axis: points equally spaced on [0, 1], whatever was really moved; (B, K) float64."""
+    points = torch.linspace(0, 1, len(counts), dtype=torch.float64, device=ranks.device)
+    return points.expand(len(ranks), -1)
+
+
+def trapezoid_area(curves: Tensor, x: Tensor) -> Tensor:
+    """Area under curves, sum_k (y_k + y_(k+1)) / 2 * (x_(k+1) - x_k).
+
+    Args:
+        curves: (B, K), y.
+        x: (B, K), non-decreasing from 0 to 1.
+
+    Returns:
+        (B,) float64; a curve of one point has its own value as area.
+    """
+    curves = curves.double()
+    if curves.shape[1] == 1:
+        return curves[:, 0]
+    return torch.trapezoid(curves, x.to(curves), dim=1)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Where a curve is sampled, and at which x a sample is drawn."""
+
+    counts: Callable[[int, int], Tensor]
+    x: Callable[[Tensor, Tensor], Tensor]
+
+
+PROTOCOLS = {"paper": Protocol(paper_counts, kept_fractions), "official": Protocol(official_counts, nominal_fractions)}
+
+
+@dataclass(frozen=True)
+class InsertionDeletionCurves:
+    """Curves of S samples at K points.
+
+    Attributes:
+        counts: (K,) int64, nominal number of patches moved.
+        x: (S, K) float64, the x axis in [0, 1].
+        insertion: (S, K) probabilities as patches of the image appear on the fill, most important first.
+        deletion: (S, K) probabilities as they disappear from the image.
+        fill_probability: (S,) probability of the bare fill.
+    """
+
+    counts: Tensor
+    x: Tensor
+    insertion: Tensor
+    deletion: Tensor
+    fill_probability: Tensor
+
+    def areas(self) -> dict[str, Tensor]:
+        """`insertion`, `deletion`, `pid` = their difference (JSAI 2022, eq. 7), `fill_probability`: (S,) float64."""
+        insertion, deletion = trapezoid_area(self.insertion, self.x), trapezoid_area(self.deletion, self.x)
+        fill = self.fill_probability.double()
+        return {"insertion": insertion, "deletion": deletion, "pid": insertion - deletion, "fill_probability": fill}
