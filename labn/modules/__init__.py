@@ -1,1 +1,7 @@
 """LightningModules: loss, optimiser groups and accuracy, nothing else."""
+
+from labn.modules.classifier import Classifier
+from labn.modules.guidance import SaliencyGuidance
+from labn.modules.labn import LABN
+
+__all__ = ["LABN", "Classifier", "SaliencyGuidance"]

@@ -1,0 +1,178 @@
+"""The base of every callback that explains: when it works, on which samples, and with whom it shares the maps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from callbacks.session import Batch, Session, evenly_spaced
+from labn.explainers import Explainer, explainer_by_name
+
+SHARDED = ("fsdp", "model_parallel", "deepspeed")
+
+
+class ExplainingCallback(pl.Callback):
+    """Explain a fixed subset at validation end and the whole split (or a subset) at test end.
+
+    Of several such callbacks in one trainer the first with `explainers` owns the session: it decides what is
+    explained, and the others work on the same maps, so that an explanation is computed once.
+
+    Args:
+        explainers: name -> explainer; an empty value takes the method of that name with its defaults.
+        val_images: images explained at validation end while fitting, evenly spaced over the split.
+        test_images: images explained at test end and by `validate`; None explains all.
+        every_n_epochs: explain every n-th validation epoch while fitting; 0 never does.
+        target: class explained per image, `label` or `prediction`.
+    """
+
+    def __init__(
+        self,
+        explainers: dict[str, Explainer | None] | None = None,
+        val_images: int = 8,
+        test_images: int | None = None,
+        every_n_epochs: int = 1,
+        target: str = "label",
+    ) -> None:
+        if target not in ("label", "prediction"):
+            raise ValueError(f"target is {target!r}; it must be label or prediction.")
+        self.explainers = {n: explainer_by_name(n) if e is None else e for n, e in (explainers or {}).items()}
+        self.val_images, self.test_images = val_images, test_images
+        self.every_n_epochs, self.target = every_n_epochs, target
+        self._session: Session | None = None
+
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        """Arguments of the perturbation engine that this callback asks for."""
+        return {}
+
+    # What subclasses do
+
+    def begin(self, trainer: pl.Trainer, session: Session) -> None:
+        """Called once per stage, on every rank, after the results folder is open."""
+
+    def work(self, trainer: pl.Trainer, session: Session, batch: Batch) -> None:
+        """Called per batch that holds explained samples; no collective here."""
+
+    def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, session: Session) -> None:
+        """Called once per stage, on every rank, after the last batch."""
+
+    # Lightning's hooks
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse settings under which explanations would fail or be wrong."""
+        loops = [trainer.validate_loop, trainer.test_loop]
+        if any(loop.inference_mode for loop in loops):
+            raise MisconfigurationException(
+                f"{type(self).__name__} needs gradients at validation and test end: set trainer.inference_mode to false."
+            )
+        name = type(trainer.strategy).__name__.lower()
+        if any(word.replace("_", "") in name for word in SHARDED):
+            raise MisconfigurationException(
+                f"{type(self).__name__} needs whole parameters on every rank; {type(trainer.strategy).__name__} "
+                "shards them. Set trainer.strategy to ddp."
+            )
+        owners = [c for c in callbacks_of(trainer) if isinstance(c, ExplainingCallback) and c.explainers]
+        if not owners:
+            raise MisconfigurationException(
+                f"{type(self).__name__} has nothing to explain: give it explainers, or add an ExplanationCallback."
+            )
+        if self.explainers and self is not owners[0]:
+            raise MisconfigurationException(
+                f"{type(self).__name__} and {type(owners[0]).__name__} both have explainers; give them to one of the two."
+            )
+
+    def _owner(self, trainer: pl.Trainer) -> ExplainingCallback:
+        return next(c for c in callbacks_of(trainer) if isinstance(c, ExplainingCallback) and c.explainers)
+
+    def _active(self, trainer: pl.Trainer) -> bool:
+        owner = self._owner(trainer)
+        if trainer.sanity_checking:
+            return False
+        if not trainer.training and not trainer.validating:
+            return True
+        fitting = trainer.state.fn == "fit"
+        return not fitting or (
+            owner.every_n_epochs > 0
+            and (trainer.current_epoch + 1) % owner.every_n_epochs == 0
+            and owner.val_images > 0
+        )
+
+    def _open(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> Session:
+        owner = self._owner(trainer)
+        if owner is self:
+            callbacks = [c for c in callbacks_of(trainer) if isinstance(c, ExplainingCallback)]
+            options: dict[str, Any] = {}
+            for callback in callbacks:
+                options |= callback.engine_options
+            self._session = Session(self.explainers, self.target, options)
+            size = len(trainer.datamodule.labels(split))  # type: ignore[attr-defined]
+            count = self.val_images if trainer.state.fn == "fit" else self.test_images
+            self._session.open(trainer, pl_module, split, evenly_spaced(size, count))
+        assert owner._session is not None
+        return owner._session
+
+    def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
+        if self._active(trainer):
+            self.begin(trainer, self._open(trainer, pl_module, split))
+
+    def _batch(self, trainer: pl.Trainer, raw: dict[str, Tensor], position: tuple[Any, ...]) -> None:
+        if self._active(trainer):
+            session = self._owner(trainer)._session
+            assert session is not None
+            batch = session.batch(position, raw)
+            if batch is not None:
+                self.work(trainer, session, batch)
+
+    def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._active(trainer):
+            session = self._owner(trainer)._session
+            assert session is not None
+            self.finish(trainer, pl_module, session)
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open the results folder of this validation epoch."""
+        self._start(trainer, pl_module, "val")
+
+    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open the results folder of the test."""
+        self._start(trainer, pl_module, "test")
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Work on a validation batch."""
+        self._batch(trainer, batch, ("val", trainer.current_epoch, dataloader_idx, batch_idx))
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Work on a test batch."""
+        self._batch(trainer, batch, ("test", 0, dataloader_idx, batch_idx))
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Finish this validation epoch."""
+        self._end(trainer, pl_module)
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Finish the test."""
+        self._end(trainer, pl_module)
+
+
+def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
+    """All callbacks of a trainer, in the order in which their hooks run."""
+    return trainer.callbacks  # type: ignore[attr-defined]

@@ -1,0 +1,167 @@
+"""Score the maps of every explainer with every metric, and write the tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from callbacks.base import ExplainingCallback
+from callbacks.session import Batch, Session, describe
+from labn.metrics.base import SampleMetric
+from labn.metrics.insertion_deletion import PatchInsertionDeletion
+from labn.metrics.names import metric_by_name
+from labn.results import Plan, summary_table, write_results
+from labn.store import ScorePart, digest
+
+
+class EvaluationCallback(ExplainingCallback):
+    """PID and every other metric on the maps of the trainer's explainers.
+
+    Scores go to `<run_dir>/<stage>/` batch by batch; rank zero merges them into `scores.csv`, `summary.csv`,
+    `paired.csv` and `curves.npz` at the end, prints the means with their intervals and logs them as
+    `<stage>/<explainer>/<metric>`.
+
+    Args:
+        metrics: names of metrics, such as `id`, `pid16`, `mass`.
+        also: for every insertion-deletion metric its variants too: `stable`, `official`.
+        metric_options: settings for all metrics that know them, such as `step` or `score_class`.
+        fill: what removed pixels show: black, mean, bias, blur, uniform or image_mean.
+        positives_only: leave out samples with label 0 in insertion-deletion (the papers' choice for IDRiD).
+        chunk_size: perturbed inputs per forward; None finds it.
+        fold: use the copy of the network with BatchNorm folded where it is exact.
+        precision: of the perturbed forwards, `fp32` or `bf16`.
+        kwargs: arguments of `ExplainingCallback`.
+    """
+
+    def __init__(
+        self,
+        metrics: list[str],
+        also: list[str] | None = None,
+        metric_options: dict[str, Any] | None = None,
+        fill: str = "black",
+        positives_only: bool = False,
+        chunk_size: int | None = None,
+        fold: bool = True,
+        precision: str = "fp32",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.names = with_variants(metrics, also or [])
+        self.settings = {"fill": fill, "positives_only": positives_only, **(metric_options or {})}
+        self.chunk_size, self.fold, self.precision = chunk_size, fold, precision
+        self.metrics: dict[str, SampleMetric] = {}
+        for name in self.names:
+            metric_by_name(name, mean=None, std=None, bias=None, **self.settings)
+
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        """How perturbed inputs are run."""
+        return {"chunk_size": self.chunk_size, "fold": self.fold, "precision": self.precision}
+
+    def begin(self, trainer: pl.Trainer, session: Session) -> None:
+        """Build the metrics for this data and see what earlier runs have left."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        bias = data.bias_image() if self.settings["fill"] == "bias" else None
+        shared = {"mean": data.mean, "std": data.std, "bias": bias, **self.settings}
+        self.metrics = {name: metric_by_name(name, **shared) for name in self.names}
+        common = {**shared, "bias": describe(bias), **self.engine_options, "chunk_size": None}
+        self.keys = {name: digest(name, describe(common)) for name in self.names}
+        self.done = {
+            (explainer, name): session.store.scored(explainer, key, {name: self.keys[name]})
+            for explainer, key in session.keys.items()
+            for name in self.names
+        }
+        self.from_disk = 0
+        share = -(-len(session.subset or ()) // trainer.world_size)
+        session.expect(share * len(session.explainers))
+
+    def work(self, trainer: pl.Trainer, session: Session, batch: Batch) -> None:
+        """Score the batch, explainer by explainer, with the metrics whose values are not on disk yet."""
+        numbers = set(batch.indices.tolist())
+        for explainer in session.explainers:
+            missing = [name for name in self.names if not numbers <= self.done[explainer, name]]
+            if missing:
+                session.store.add_scores(self._score(session, batch, explainer, missing))
+            else:
+                self.from_disk += len(numbers)
+            session.progress.advance(len(numbers), computed=bool(missing))
+
+    def _score(self, session: Session, batch: Batch, explainer: str, names: list[str]) -> ScorePart:
+        arguments = (session.network, batch.images, session.maps(batch, explainer), batch.targets, batch.indices)
+        more: dict[str, Any] = {
+            "labels": batch.labels,
+            "masks": batch.masks,
+            "boxes": batch.boxes,
+            "explainer": session.explainers[explainer],
+            "cache": batch.engine,
+        }
+        own = batch.labels[:, None]
+        part = ScorePart(
+            explainer=explainer,
+            key=session.keys[explainer],
+            index=batch.indices.cpu().numpy(),
+            label=batch.labels.cpu().numpy(),
+            target=batch.targets.cpu().numpy(),
+            prediction=batch.predictions.cpu().numpy(),
+            probability=batch.probabilities.gather(1, own).squeeze(1).double().cpu().numpy(),
+        )
+        for name in names:
+            metric = self.metrics[name]
+            scores = metric.score(*arguments, **more)
+            part.values |= {value: column.double().cpu().numpy() for value, column in scores.items()}
+            part.keys[name] = self.keys[name]
+            if isinstance(metric, PatchInsertionDeletion):
+                curves = metric.curves(*arguments, **more)
+                kept = metric.included(batch.labels).cpu()
+                part.curves[f"{name}/index"] = batch.indices.cpu()[kept].numpy()
+                for line in ("x", "insertion", "deletion"):
+                    part.curves[f"{name}/{line}"] = getattr(curves, line).cpu().numpy()
+        return part
+
+    def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, session: Session) -> None:
+        """Merge (rank zero), print and log; a collective."""
+        count = torch.tensor(float(self.from_disk), device=pl_module.device)
+        total = int(trainer.strategy.reduce(count, reduce_op="sum"))
+        if total:
+            rank_zero_info(
+                f"Took the scores of {total} samples (counted per explainer) from disk ({session.store.folder})."
+            )
+        trainer.strategy.barrier("labn-scores")
+        plan = Plan(session.keys, {name: (self.keys[name], self.metrics[name].names) for name in self.names})
+        means: dict[str, float] = {}
+        if trainer.is_global_zero:
+            means = self._merge(trainer, session, plan)
+        means = trainer.strategy.broadcast(means)
+        for name, value in means.items():
+            pl_module.log(f"{session.split}/{name}", value, rank_zero_only=False, sync_dist=False)
+
+    def _merge(self, trainer: pl.Trainer, session: Session, plan: Plan) -> dict[str, float]:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        manifest = {
+            **session.identity,
+            "explainers": {name: describe(e) for name, e in session.explainers.items()},
+            "target": session.target,
+            "metrics": self.names,
+            "settings": {**self.settings, **self.engine_options},
+        }
+        summary = write_results(
+            session.store, plan, session.split, lambda i: data.sample_name(session.split, i), manifest
+        )
+        if trainer.state.fn != "fit":
+            print(f"\n{session.store.folder}: mean [95 % interval]\n{summary_table(summary, self._headline())}")
+        return {f"{explainer}/{metric}": interval.mean for (explainer, metric), interval in summary.items()}
+
+    def _headline(self) -> list[str]:
+        return [*self.names, "fill_probability"] if any("id" in name for name in self.names) else self.names
+
+
+def with_variants(metrics: list[str], also: list[str]) -> list[str]:
+    """Every name, insertion-deletion metrics followed by their variants: `pid16`, `pid16@stable`, ..."""
+    names = []
+    for name in metrics:
+        family = name == "id" or name.startswith(("pid", "insertion", "deletion"))
+        names += [name, *(f"{name}@{variant}" for variant in also if family and "@" not in name)]
+    return list(dict.fromkeys(names))

@@ -1,0 +1,72 @@
+"""What a run cost, and whether its attention gate is alive."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import asdict
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+
+from callbacks.session import network_of
+from labn.models.profile import profile
+
+
+class GateWatch(pl.Callback):
+    """Warn when the attention gate is open everywhere, closed everywhere, or empty for some images.
+
+    The BatchNorm before the sigmoid has fresh running statistics at first, so in eval mode the gate is often closed
+    until they settle; a gate that stays closed makes the prediction independent of the image.
+    """
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Look at the shares that the module logged this epoch."""
+        for stage, mode in (("train", "train"), ("val", "eval")):
+            opened = trainer.callback_metrics.get(f"gate/{stage}_open")
+            if opened is not None and (float(opened) == 0.0 or float(opened) == 1.0) and trainer.is_global_zero:
+                state = "open" if float(opened) else "closed"
+                warnings.warn(
+                    f"Epoch {trainer.current_epoch}: the attention gate is {state} everywhere in {mode} mode; the map "
+                    "does not select anything. Lower theta or the branch's learning rate if this lasts.",
+                    stacklevel=2,
+                )
+
+
+class RunProfile(pl.Callback):
+    """Log parameters, FLOPs, latency per image and training time, the figures that the papers report per run.
+
+    Args:
+        latency_rounds: forwards of one image that the median latency is taken over.
+    """
+
+    def __init__(self, latency_rounds: int = 5) -> None:
+        self.latency_rounds = latency_rounds
+        self._start = 0.0
+        self._seconds = 0.0
+
+    def state_dict(self) -> dict[str, float]:
+        """Training time so far, so that a resumed run goes on counting."""
+        return {"seconds": self._elapsed()}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Take up the count of the run that is resumed."""
+        self._seconds = state_dict["seconds"]
+
+    def _elapsed(self) -> float:
+        return self._seconds + (time.monotonic() - self._start if self._start else 0.0)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Profile the network on one image of the data's size, and start the clock."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        image = torch.zeros(data.channels, data.image_size, data.image_size, device=pl_module.device)
+        figures = asdict(profile(network_of(pl_module), image, self.latency_rounds))
+        rank_zero_info("Network: " + ", ".join(f"{name} {value:,.4g}" for name, value in figures.items()))
+        for logger in trainer.loggers:
+            logger.log_metrics({f"profile/{name}": value for name, value in figures.items()}, step=trainer.global_step)
+        self._start = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log the training time."""
+        pl_module.log("profile/train_seconds", self._elapsed(), rank_zero_only=True)

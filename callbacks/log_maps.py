@@ -1,0 +1,76 @@
+"""Pictures of maps: to the results folder always, to Weights & Biases where it is in use."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import WandbLogger
+
+from callbacks.base import ExplainingCallback
+from callbacks.session import Batch, Session, evenly_spaced
+from labn.plots import displayable, overlay_figure
+from labn.store import file_name, write_atomically
+
+
+class MapLogger(ExplainingCallback):
+    """Draw some samples with the maps of every explainer, one PNG each in `<run_dir>/<stage>/overlays/`.
+
+    Args:
+        max_images: samples drawn per stage, spread evenly over those that are explained.
+        kwargs: arguments of `ExplainingCallback`.
+    """
+
+    def __init__(self, max_images: int = 8, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.max_images = max_images
+
+    def begin(self, trainer: pl.Trainer, session: Session) -> None:
+        """Choose the samples."""
+        explained = sorted(session.subset or ())
+        self._chosen = {explained[k] for k in evenly_spaced(len(explained), self.max_images)}
+
+    def work(self, trainer: pl.Trainer, session: Session, batch: Batch) -> None:
+        """Draw the chosen samples of the batch."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        rows = [row for row, index in enumerate(batch.indices.tolist()) if index in self._chosen]
+        maps = {name: session.maps(batch, name).cpu().numpy() for name in session.explainers} if rows else {}
+        for row in rows:
+            index = int(batch.indices[row])
+            name = data.sample_name(session.split, index)
+            names = data.class_names
+            label, prediction = int(batch.labels[row]), int(batch.predictions[row])
+            title = (
+                f"{name}: {names[label]}, predicted {names[prediction]} "
+                f"({float(batch.probabilities[row, prediction]):.2f}), explained {names[int(batch.targets[row])]}"
+            )
+            figure = overlay_figure(
+                displayable(batch.images[row], data.mean, data.std),
+                {method: heat[row] for method, heat in maps.items()},
+                None if batch.masks is None else batch.masks[row].cpu().numpy(),
+                title,
+            )
+            buffer = io.BytesIO()
+            figure.savefig(buffer, dpi=100, format="png")
+            path = session.store.folder / "overlays" / f"{index:06d}-{file_name(name)}.png"
+            write_atomically(path, buffer.getvalue())
+
+    def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, session: Session) -> None:
+        """Send the pictures of all ranks to Weights & Biases, under one key per stage; a collective."""
+        trainer.strategy.barrier("labn-overlays")
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+        if not trainer.is_global_zero or not loggers:
+            return
+        paths = sorted((session.store.folder / "overlays").glob("*.png"))
+        paths = [path for path in paths if int(path.name.split("-")[0]) in self._chosen]
+        for logger in loggers:
+            logger.log_image(f"maps/{session.split}", [str(path) for path in paths], caption=[p.stem for p in paths])
+            if trainer.state.fn != "fit":
+                logger.log_table(f"scores/{session.split}", *self._score_table(session))
+
+    @staticmethod
+    def _score_table(session: Session) -> tuple[list[str], list[list[str]]]:
+        path = session.store.folder / "summary.csv"
+        rows = [line.split(",") for line in path.read_text().splitlines()] if path.exists() else [["explainer"]]
+        return rows[0], rows[1:]

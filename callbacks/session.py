@@ -1,0 +1,203 @@
+"""What the explaining callbacks of one trainer share: explainers, the results folder, the current batch's maps."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+
+from labn.explainers import Explainer
+from labn.perturb import PerturbationEngine
+from labn.store import ResultStore, digest, weights_digest
+
+
+def describe(thing: Any) -> Any:
+    """A JSON-able description of an explainer or metric: its class and plain arguments."""
+    if isinstance(thing, Tensor):
+        return digest(thing.shape, thing.double().sum().item(), thing.double().square().sum().item())
+    if isinstance(thing, (str, int, float, bool, type(None))):
+        return thing
+    if isinstance(thing, (list, tuple)):
+        return [describe(item) for item in thing]
+    if isinstance(thing, dict):
+        return {str(name): describe(value) for name, value in thing.items()}
+    arguments = {name: value for name, value in vars(thing).items() if not name.startswith("_")}
+    return {"class": f"{type(thing).__module__}.{type(thing).__qualname__}", **describe(arguments)}
+
+
+class Progress:
+    """Lines on standard error that say how far explanation and scoring are and how long they will still take.
+
+    Args:
+        total: units of work (an explainer's maps or scores for one image are one unit).
+        seconds: between two lines.
+    """
+
+    def __init__(self, total: int, seconds: float = 20.0) -> None:
+        self.total, self.seconds = total, seconds
+        self.done = self.skipped = 0
+        self.start = self.last = time.monotonic()
+
+    def advance(self, units: int, computed: bool = True) -> None:
+        """Count `units` as done; those read from disk do not enter the rate."""
+        self.done += units
+        self.skipped += 0 if computed else units
+        now = time.monotonic()
+        if computed and now - self.last >= self.seconds:
+            self.last = now
+            rate = (self.done - self.skipped) / (now - self.start)
+            left = max(self.total - self.done, 0) / max(rate, 1e-9)
+            minutes, seconds = divmod(round(left), 60)
+            print(
+                f"explaining and scoring: {self.done} of {self.total}, {minutes} min {seconds:02d} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+@dataclass
+class Batch:
+    """The part of a batch that is explained, and what has been computed for it.
+
+    Attributes:
+        images: (n, C, H, W) normalised.
+        labels: (n,) int64.
+        targets: (n,) int64, the classes explained.
+        indices: (n,) int64 positions in the split.
+        masks: (n, H, W) bool ground truth, where the data has it.
+        boxes: ground-truth boxes, where the data has them.
+        predictions: (n,) int64.
+        probabilities: (n, K) softmax of the unperturbed images.
+        engine: the batch's perturbation engine, shared by all metrics.
+        maps: explainer name -> (n, H, W).
+    """
+
+    images: Tensor
+    labels: Tensor
+    targets: Tensor
+    indices: Tensor
+    masks: Tensor | None
+    boxes: Any | None
+    predictions: Tensor
+    probabilities: Tensor
+    engine: PerturbationEngine
+    maps: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Session:
+    """One stage's explanations: computed once, kept on disk, shared by every callback of the trainer.
+
+    Args:
+        explainers: name -> explainer, of all callbacks together.
+        target: class explained per image: `label` or `prediction`.
+        engine_options: arguments of `PerturbationEngine`.
+    """
+
+    def __init__(self, explainers: dict[str, Explainer], target: str, engine_options: dict[str, Any]) -> None:
+        self.explainers = explainers
+        self.target = target
+        self.engine_options = engine_options
+        self.keys = {name: digest(describe(e), target) for name, e in explainers.items()}
+        self.from_disk = dict.fromkeys(explainers, 0)
+        self.subset: set[int] | None = None
+        self.progress = Progress(0)
+        self._batch: tuple[tuple[Any, ...], Batch | None] = ((), None)
+
+    def open(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str, subset: list[int]) -> None:
+        """Start a stage: find its folder, move results of other weights or data aside, read what is there.
+
+        A collective: every rank calls it.
+        """
+        self.split = split
+        self.subset = set(subset)
+        self.network = network_of(pl_module)
+        stage = f"val/epoch={epoch_of(trainer, pl_module):03d}" if split == "val" else split
+        fast = getattr(trainer, "fast_dev_run", False)
+        root = Path(tempfile.mkdtemp(prefix="labn-")) if fast else Path(trainer.default_root_dir)
+        root = Path(trainer.strategy.broadcast(str(root)))
+        self.store = ResultStore(root / stage, trainer.global_rank)
+        self.identity = {
+            "checkpoint": weights_digest(self.network),
+            "data": trainer.datamodule.fingerprint(split),  # type: ignore[attr-defined]
+            "split": split,
+        }
+        if trainer.is_global_zero:
+            self.store.prepare(self.identity)
+        trainer.strategy.barrier("labn-store")
+        self.from_disk = dict.fromkeys(self.explainers, 0)
+        self.progress = Progress(0)
+        self._batch = ((), None)
+
+    def expect(self, units: int) -> None:
+        """Add work to the progress lines."""
+        self.progress.total += units
+
+    def batch(self, position: tuple[Any, ...], raw: dict[str, Tensor]) -> Batch | None:
+        """The explained part of the batch at `position`; None where no sample of it is in the subset."""
+        if self._batch[0] != position:
+            self._batch = (position, self._start(raw))
+        return self._batch[1]
+
+    def _start(self, raw: dict[str, Tensor]) -> Batch | None:
+        assert self.subset is not None
+        rows = [n for n, index in enumerate(raw["index"].tolist()) if index in self.subset]
+        if not rows:
+            return None
+        images, labels, indices = (raw[name][rows] for name in ("image", "label", "index"))
+        engine = PerturbationEngine(self.network, images.float(), indices=indices, **self.engine_options)
+        probabilities = engine.original().softmax(dim=1)
+        predictions = probabilities.argmax(dim=1)
+        return Batch(
+            images=images.float(),
+            labels=labels,
+            targets=labels if self.target == "label" else predictions,
+            indices=indices,
+            masks=raw["mask"][rows] if "mask" in raw else None,
+            boxes=[raw["boxes"][n] for n in rows] if "boxes" in raw else None,
+            predictions=predictions,
+            probabilities=probabilities,
+            engine=engine,
+        )
+
+    def maps(self, batch: Batch, name: str) -> Tensor:
+        """Maps (n, H, W) of the explainer `name` for the batch: from memory, from disk, or computed and saved."""
+        if name not in batch.maps:
+            numbers = batch.indices.tolist()
+            found = self.store.maps(name, self.keys[name], numbers)
+            self.from_disk[name] += len(found)
+            missing = [n for n, index in enumerate(numbers) if index not in found]
+            if missing:
+                maps = self.explainers[name](
+                    self.network, batch.images[missing], batch.targets[missing], batch.indices[missing]
+                )
+                self.store.add_maps(name, self.keys[name], batch.indices[missing], maps)
+                found |= {numbers[n]: maps[k] for k, n in enumerate(missing)}
+            batch.maps[name] = torch.stack([found[index].to(batch.images.device) for index in numbers])
+            self.progress.advance(len(missing))
+            self.progress.advance(len(numbers) - len(missing), computed=False)
+        return batch.maps[name]
+
+
+def network_of(pl_module: pl.LightningModule) -> nn.Module:
+    """The network inside a LightningModule of this project, or the module itself."""
+    return getattr(pl_module, "network", pl_module)
+
+
+def epoch_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
+    """The epoch whose weights are explained: of the running fit, else of the loaded checkpoint."""
+    loaded = getattr(pl_module, "loaded_epoch", None)
+    return trainer.current_epoch if trainer.training or loaded is None else loaded
+
+
+def evenly_spaced(size: int, count: int | None) -> list[int]:
+    """At most `count` indices spread evenly over `range(size)`: the same pictures every epoch (None: all)."""
+    if count is None or count >= size:
+        return list(range(size))
+    return sorted({round(k * (size - 1) / max(count - 1, 1)) for k in range(count)})

@@ -1,0 +1,142 @@
+"""The command line: `python cli.py {fit,validate,test,predict} --config configs/<experiment>.yaml`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+
+import lightning.pytorch as pl
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+
+import callbacks
+import datamodules
+import labn.explainers
+import labn.modules
+
+__all__ = ["LabnCLI", "callbacks", "datamodules", "labn", "main"]
+
+CHECKPOINTS = ("best", "last")
+
+
+def expand_parts(argv: Sequence[str]) -> list[str]:
+    """Put the files that a configuration names under `parts:` in front of it, as configurations of their own.
+
+    Paths are relative to the naming file; parts may name parts. Later files win, so an experiment overrides its parts.
+
+    Raises:
+        FileNotFoundError: a part does not exist.
+    """
+    expanded: list[str] = []
+    waiting = [word for arg in argv for word in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    for position, word in enumerate(waiting):
+        if position and waiting[position - 1] == "--config":
+            expanded.pop()
+            expanded += [item for path in with_parts(Path(word)) for item in ("--config", str(path))]
+        else:
+            expanded.append(word)
+    return expanded
+
+
+def with_parts(path: Path) -> list[Path]:
+    """`path` behind all the files that it names under `parts:`, depth first."""
+    if not path.is_file():
+        raise FileNotFoundError(f"--config {path} is not a file.")
+    content = yaml.safe_load(path.read_text())
+    parts = (content.get("parts") if isinstance(content, dict) else None) or []
+    return [p for part in parts for p in with_parts(path.parent / part)] + [path]
+
+
+class LabnCLI(LightningCLI):
+    """LightningCLI with one run folder per configuration, and checkpoints found by `best` and `last`."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add this project's own arguments and tie the number of classes to the data."""
+        parser.add_argument("--parts", type=list[str], default=[], help="Configuration files read before this one.")
+        parser.add_argument(
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="Folder of checkpoints, logs and results; default runs/<name of the last configuration file>.",
+        )
+        parser.add_argument(
+            "--wandb", type=str, default="offline", help="Weights & Biases: offline, online or disabled."
+        )
+        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
+
+    def before_instantiate_classes(self) -> None:
+        """Settle the run folder, the loggers and the checkpoint before anything is built."""
+        config = self.config[self.subcommand]
+        run_dir = Path(config.run_dir or Path("runs") / self._experiment())
+        config.run_dir = str(run_dir)
+        config.trainer.default_root_dir = str(run_dir)
+        if config.get("ckpt_path") in CHECKPOINTS:
+            config.ckpt_path = find_checkpoint(run_dir, config.ckpt_path)
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Build the trainer, with loggers that write to the run folder unless the configuration names its own."""
+        config = self.config[self.subcommand]
+        if config.trainer.get("logger") in (None, True) and not config.trainer.get("fast_dev_run"):
+            kwargs["logger"] = default_loggers(Path(config.run_dir), config.wandb)
+        return super().instantiate_trainer(**kwargs)
+
+    def _experiment(self) -> str:
+        files = self.config[self.subcommand].get("config") or []
+        return Path(str(files[-1])).stem if files else "default"
+
+
+def find_checkpoint(run_dir: Path, which: str) -> str:
+    """Path of the `best` or `last` checkpoint of a run.
+
+    Raises:
+        FileNotFoundError: the run has none.
+    """
+    path = run_dir / "checkpoints" / f"{which}.ckpt"
+    if not path.is_file():
+        raise FileNotFoundError(f"--ckpt_path {which}: {path} does not exist; run fit with this configuration first.")
+    return str(path)
+
+
+def default_loggers(run_dir: Path, wandb_mode: str) -> list[Logger]:
+    """A CSV logger and, unless disabled or not installed, a Weights & Biases logger.
+
+    Raises:
+        ValueError: `wandb_mode` is none of offline, online and disabled.
+    """
+    if wandb_mode not in ("offline", "online", "disabled"):
+        raise ValueError(f"--wandb is {wandb_mode!r}; it must be offline, online or disabled.")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    loggers: list[Logger] = [CSVLogger(save_dir=run_dir, name="logs", version="")]
+    if wandb_mode != "disabled":
+        try:
+            logger = WandbLogger(project="labn", name=run_dir.name, save_dir=run_dir, offline=wandb_mode == "offline")
+            _ = logger.experiment
+            loggers.append(logger)
+        except Exception as error:
+            warnings.warn(f"Weights & Biases is not available ({error}); everything is in {run_dir}.", stacklevel=2)
+    return loggers
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    LabnCLI(
+        pl.LightningModule,
+        pl.LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        seed_everything_default=42,
+        trainer_defaults={"inference_mode": False, "use_distributed_sampler": False},
+        save_config_kwargs={"overwrite": True},
+        args=expand_parts(sys.argv[1:] if argv is None else argv),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""What every classification LightningModule shares: steps, exact epoch means, checkpoint checks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import Tensor, nn
+from torchmetrics import Accuracy, MeanMetric, Metric
+
+from labn.inference import logits_of
+
+
+class ClassificationModule(pl.LightningModule):
+    """Base of the classifiers: subclasses set `network` and implement `losses` and `configure_optimizers`.
+
+    Epoch values (`<stage>/loss`, `<stage>/accuracy`) are means over samples, not over batches, synchronised across
+    ranks by torchmetrics, so that they do not depend on batch size or world size.
+    """
+
+    network: nn.Module
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.loaded_epoch: int | None = None
+        self.epoch_loss = nn.ModuleDict({stage: MeanMetric() for stage in ("train_", "val_", "test_")})
+        self.epoch_accuracy = nn.ModuleDict(
+            {s: Accuracy(task="multiclass", num_classes=num_classes) for s in ("train_", "val_", "test_")}
+        )
+
+    def forward(self, images: Tensor) -> Any:
+        """Run the network on (B, C, H, W) normalised images."""
+        return self.network(images)
+
+    def losses(self, batch: dict[str, Tensor], stage: str) -> tuple[dict[str, Tensor], Tensor]:
+        """Loss terms of a batch (with key `loss`, the one that is minimised) and the logits (B, K)."""
+        raise NotImplementedError
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """One optimisation step on a batch."""
+        return self._step(batch, "train")
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Accumulate the validation loss and accuracy."""
+        self._step(batch, "val")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Accumulate the test loss and accuracy."""
+        self._step(batch, "test")
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Class probabilities (B, K)."""
+        return logits_of(self(batch["image"])).softmax(dim=1)
+
+    def _step(self, batch: dict[str, Tensor], stage: str) -> Tensor:
+        terms, logits = self.losses(batch, stage)
+        size = len(logits)
+        loss_mean, accuracy = self.epoch_loss[f"{stage}_"], self.epoch_accuracy[f"{stage}_"]
+        assert isinstance(loss_mean, Metric)
+        assert isinstance(accuracy, Metric)
+        loss_mean.update(terms["loss"].detach(), weight=size)
+        accuracy.update(logits.detach(), batch["label"])
+        self.log(f"{stage}/loss", loss_mean, on_step=False, on_epoch=True, prog_bar=True, batch_size=size)
+        self.log(f"{stage}/accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=True, batch_size=size)
+        for name, value in terms.items():
+            if name != "loss" and stage == "train":
+                self.log(f"{stage}/{name}", value.detach(), on_step=False, on_epoch=True, batch_size=size)
+        return terms["loss"]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another architecture with one sentence instead of a list of every tensor."""
+        self.loaded_epoch = checkpoint.get("epoch")
+        mine, theirs = self.state_dict(), checkpoint["state_dict"]
+        missing = [key for key in mine if key not in theirs]
+        foreign = [key for key in theirs if key not in mine]
+        shapes = [key for key in mine if key in theirs and mine[key].shape != theirs[key].shape]
+        if missing or foreign or shapes:
+            source = getattr(self._trainer, "ckpt_path", None) if self._trainer else None
+            first = (missing or foreign or shapes)[0]
+            raise ValueError(
+                f"The checkpoint {source or ''} is of another architecture than the configured {type(self).__name__}: "
+                f"{len(missing)} tensors missing, {len(foreign)} unknown, {len(shapes)} of another shape "
+                f"(first: {first}); use the configuration that it was trained with."
+            )

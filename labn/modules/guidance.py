@@ -1,0 +1,163 @@
+"""Saliency-guided training: the most salient pixels alone must carry the prediction.
+
+    x~ = M * x + (1 - M) * b,      L_KL = D_KL( p(.|x) || p(.|x~) )          (ACCV 2022, slide 6)
+
+M keeps the patches that the model's own map ranks highest, b is a fill. With the map detached the loss ties the sign
+of the attention only indirectly, and training often ends with LOW attention on the evidence; a mask through which the
+gradient reaches the map ties it directly (`mask_grad`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from labn.explainers.base import resize_maps
+from labn.modules.losses import kl_divergence
+from labn.patches import patch_pool, patch_ranks, ranks_to_pixels
+
+
+def hard_mask(maps: Tensor, patch_size: int, keep_ratio: float) -> Tensor:
+    """Boolean (B, H, W): True on the `round(keep_ratio * N)` patches (at least one) of the highest pooled value.
+
+    The same ranks as the insertion metric's, so that training and scoring mean the same patches.
+    """
+    values = patch_pool(maps, patch_size)
+    count = max(1, round(keep_ratio * values[0].numel()))
+    ranks = patch_ranks(values, ties="stable")
+    return ranks_to_pixels(ranks, patch_size, (maps.shape[-2], maps.shape[-1])) < count
+
+
+def detached(maps: Tensor, mask: Tensor) -> Tensor:
+    """The hard mask alone: no gradient reaches the map (as in the unreleased ACCV code)."""
+    return mask.to(maps.dtype)
+
+
+def straight_through(maps: Tensor, mask: Tensor) -> Tensor:
+    """The hard mask in the forward pass, the identity on the map in the backward pass."""
+    return mask.to(maps.dtype) + (maps - maps.detach())
+
+
+def soft(maps: Tensor, mask: Tensor) -> Tensor:
+    """The map itself as a blending weight: x~ = a x + (1 - a) b; the keep ratio plays no part."""
+    return maps
+
+
+MASK_GRADIENTS = {"detached": detached, "straight_through": straight_through, "soft": soft}
+
+
+@contextmanager
+def frozen_batchnorm(model: nn.Module, frozen: bool) -> Iterator[None]:
+    """Normalise by the running statistics, and leave them alone, while `frozen`; the flags come back afterwards."""
+    layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training] if frozen else []
+    for layer in layers:
+        layer.eval()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.train()
+
+
+@dataclass
+class SaliencyGuidance:
+    """Options of saliency-guided training; the defaults are the project's `accv22` preset.
+
+    Attributes:
+        kl_weight: weight of the KL term (0.5 in the branch code of the ACCV paper).
+        keep_ratio: share of the patches kept; several values are drawn from, per batch, with `keep_probabilities`.
+        keep_probabilities: one probability per keep ratio; None draws uniformly.
+        patch_size: side of a patch in pixels; several are drawn from, per batch, with `patch_probabilities`.
+        patch_probabilities: one probability per patch size; None draws uniformly.
+        fill: what replaces the other pixels: bias, black, mean, blur or uniform.
+        source: `attention` (the model's map) or `gradient` (absolute input gradient, Ismail et al. 2021).
+        mask_grad: `straight_through`, `detached` or `soft`.
+        map_weight: weight of mean(attention), which keeps a soft mask from opening everywhere.
+        direction: `original_masked` is D_KL(p(x) || p(x~)), `masked_original` the reverse.
+        detach_target: no gradient through p(x) in the KL term.
+        branch_loss_on: `original` image, or `masked` as the branch code (by a side effect) does.
+        masked_bn: `train` normalises masked images by their batch, `frozen` by the running statistics.
+        seed: of the drawn keep ratios, patch sizes and of the uniform fill.
+    """
+
+    kl_weight: float = 0.5
+    keep_ratio: float | list[float] = 0.1
+    keep_probabilities: list[float] | None = None
+    patch_size: int | list[int] = 1
+    patch_probabilities: list[float] | None = None
+    fill: str = "bias"
+    source: str = "attention"
+    mask_grad: str = "straight_through"
+    map_weight: float = 0.0
+    direction: str = "original_masked"
+    detach_target: bool = False
+    branch_loss_on: str = "original"
+    masked_bn: str = "train"
+    seed: int = 0
+    _ratios: list[float] = field(init=False, repr=False)
+    _sizes: list[int] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        allowed = {
+            "source": ("attention", "gradient"),
+            "mask_grad": tuple(MASK_GRADIENTS),
+            "direction": ("original_masked", "masked_original"),
+            "branch_loss_on": ("original", "masked"),
+            "masked_bn": ("train", "frozen"),
+        }
+        for name, values in allowed.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"guidance.{name} is {getattr(self, name)!r}; it must be one of {', '.join(values)}.")
+        if self.source == "gradient" and self.mask_grad != "detached":
+            raise ValueError("guidance.source 'gradient' gives a constant map; set guidance.mask_grad to 'detached'.")
+        self._ratios = self.keep_ratio if isinstance(self.keep_ratio, list) else [self.keep_ratio]
+        self._sizes = self.patch_size if isinstance(self.patch_size, list) else [self.patch_size]
+        if not all(0 < ratio <= 1 for ratio in self._ratios):
+            raise ValueError(f"guidance.keep_ratio is {self.keep_ratio}; shares lie in (0, 1].")
+
+    def mask(self, maps: Tensor, step: int) -> Tensor:
+        """Weights (B, H, W) of the original pixels for maps (B, H, W); `step` seeds what is drawn."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+        ratio = draw(self._ratios, self.keep_probabilities, generator)
+        size = int(draw(self._sizes, self.patch_probabilities, generator))
+        mask = hard_mask(maps.detach(), size, ratio)
+        return MASK_GRADIENTS[self.mask_grad](maps, mask)
+
+    def divergence(self, logits: Tensor, masked_logits: Tensor) -> Tensor:
+        """The KL term between the predictions (B, K) on the original and on the masked images."""
+        original = logits.detach() if self.detach_target else logits
+        p, q = original.log_softmax(dim=1), masked_logits.log_softmax(dim=1)
+        return kl_divergence(p, q) if self.direction == "original_masked" else kl_divergence(q, p)
+
+
+def draw(values: Sequence[float], probabilities: Sequence[float] | None, generator: torch.Generator) -> float:
+    """One of `values`, drawn with `probabilities` (uniformly without)."""
+    if len(values) == 1:
+        return values[0]
+    weights = torch.tensor(probabilities if probabilities is not None else [1.0] * len(values))
+    if len(weights) != len(values):
+        raise ValueError(f"{len(weights)} probabilities for {len(values)} values; give one each.")
+    return values[int(torch.multinomial(weights, 1, generator=generator))]
+
+
+def masked_images(images: Tensor, mask: Tensor, fill: Tensor) -> Tensor:
+    """x~ = M x + (1 - M) b for images (B, C, H, W), mask (B, H, W) and a fill that broadcasts to the images."""
+    weight = mask.unsqueeze(1)
+    return weight * images + (1 - weight) * fill
+
+
+def attention_maps(attention: Tensor, size: tuple[int, int]) -> Tensor:
+    """Attention (B, 1, h, w) enlarged bilinearly to (B, H, W), gradient kept."""
+    return resize_maps(attention.squeeze(1), size)
+
+
+def input_gradient(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """Absolute gradient of the label's logit, averaged over channels, (B, H, W); `images` must require grad."""
+    score = logits.gather(1, labels[:, None]).sum()
+    (gradient,) = torch.autograd.grad(score, images, retain_graph=True)
+    return gradient.abs().mean(dim=1)

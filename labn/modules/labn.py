@@ -1,0 +1,178 @@
+"""LightningModule for attention branch networks: LABN (JSAI 2022, ACCV 2022) and ABN (CVPR 2019)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from labn.fills import make_fill
+from labn.models.attention_branch import AttentionBranchNetwork, BranchOutput, gate_health
+from labn.models.checkpoints import load_backbone
+from labn.modules.base import ClassificationModule
+from labn.modules.guidance import SaliencyGuidance, attention_maps, frozen_batchnorm, input_gradient, masked_images
+from labn.modules.losses import make_loss
+from labn.modules.optim import on_plateau, parameter_groups
+
+
+class LABN(ClassificationModule):
+    """Train an attention branch network.
+
+        L = CE(y_LPB, y) + branch_weight * CE(y_LAB, y) [+ kl_weight * D_KL(p(.|x) || p(.|x~))]
+
+    (JSAI 2022, eq. 6; the KL term is ACCV 2022's saliency-guided training, see `labn.modules.guidance`).
+
+    Args:
+        backbone: name of the network that the branch sits on: own, torchvision or timm.
+        num_classes: number of classes; taken from the data module on the command line.
+        in_channels: channels of the images.
+        split: cut after this many residual blocks (B of the paper).
+        theta: the gate keeps attention strictly above it.
+        gate: `mul` (LABN) or `residual` (ABN).
+        branch: `labn` or `abn`, the layout of the attention branch.
+        lab_block: blocks of the branch, `plain` (as released) or `lambda`.
+        network_options: further arguments of `AttentionBranchNetwork`.
+        loss: `ce` or `bce_onehot`.
+        class_weights: one weight per class, negative class first.
+        branch_weight: weight of the branch's loss.
+        guidance: options of saliency-guided training; None trains without.
+        backbone_ckpt: file of weights to start from; what fits is taken and printed.
+        train_lfe: train the feature extractor too (the paper); False freezes it (the release).
+        lr: learning rate of the feature extractor and the perception branch.
+        head_lr: learning rate of the attention branch and of the final linear layer.
+        weight_decay: of AdamW.
+        lr_factor: the plateau schedule multiplies the learning rate by it.
+        lr_patience: epochs without improvement before it does.
+        min_lr: and its floor.
+    """
+
+    network: AttentionBranchNetwork
+
+    def __init__(
+        self,
+        backbone: str = "lambda_resnet50",
+        num_classes: int = 2,
+        in_channels: int = 3,
+        split: int = 7,
+        theta: float = 0.75,
+        gate: str = "mul",
+        branch: str = "labn",
+        lab_block: str = "plain",
+        network_options: dict[str, Any] | None = None,
+        loss: str = "ce",
+        class_weights: list[float] | None = None,
+        branch_weight: float = 3.0,
+        guidance: SaliencyGuidance | None = None,
+        backbone_ckpt: str | None = None,
+        train_lfe: bool = True,
+        lr: float = 1e-4,
+        head_lr: float = 1e-3,
+        weight_decay: float = 0.09,
+        lr_factor: float = 0.333,
+        lr_patience: int = 2,
+        min_lr: float = 1e-6,
+    ) -> None:
+        super().__init__(num_classes)
+        self.save_hyperparameters()
+        self.network = AttentionBranchNetwork(
+            backbone,
+            num_classes=num_classes,
+            in_channels=in_channels,
+            split=split,
+            theta=theta,
+            gate=gate,
+            branch=branch,
+            lab_block=lab_block,
+            **(network_options or {}),
+        )
+        if backbone_ckpt is not None:
+            print(load_backbone(self.network, backbone_ckpt))
+        self.network.feature_extractor.requires_grad_(train_lfe)
+        self.criterion = make_loss(loss, class_weights, num_classes)
+        self.branch_weight = branch_weight
+        self.guidance = guidance
+        self.bias_image: Tensor | None = None
+        self.gate = nn.ModuleDict({f"{s}_{v}": MeanMetric() for s in ("train", "val") for v in ("open", "empty")})
+
+    def train(self, mode: bool = True) -> LABN:
+        """Switch modes; a frozen feature extractor keeps its running statistics."""
+        super().train(mode)
+        if not self.hparams["train_lfe"]:
+            self.network.feature_extractor.eval()
+        return self
+
+    def setup(self, stage: str) -> None:
+        """Fetch the bias image once, where guidance fills with it."""
+        if stage == "fit" and self.guidance is not None and self.guidance.fill == "bias" and self.bias_image is None:
+            self.bias_image = self.trainer.datamodule.bias_image()  # type: ignore[attr-defined]
+
+    def losses(self, batch: dict[str, Tensor], stage: str) -> tuple[dict[str, Tensor], Tensor]:
+        """Both cross entropies, and the KL term while training with guidance."""
+        images, labels = batch["image"], batch["label"]
+        guided = self.guidance is not None and stage == "train"
+        if guided and self.guidance.source == "gradient":  # type: ignore[union-attr]
+            images = images.detach().requires_grad_()
+        output: BranchOutput = self(images)
+        terms = {"main_loss": self.criterion(output.logits, labels)}
+        branch_logits = output.branch_logits
+        if guided:
+            extra, masked = self._guide(images, labels, output, batch["index"])
+            terms |= extra
+            if self.guidance.branch_loss_on == "masked":  # type: ignore[union-attr]
+                branch_logits = masked.branch_logits
+        terms["branch_loss"] = self.criterion(branch_logits, labels)
+        terms["loss"] = terms["main_loss"] + self.branch_weight * terms["branch_loss"]
+        if guided:
+            terms["loss"] = terms["loss"] + self.guidance.kl_weight * terms["kl"]  # type: ignore[union-attr]
+            terms["loss"] = terms["loss"] + self.guidance.map_weight * terms["map_mean"]  # type: ignore[union-attr]
+        self._watch_gate(output.attention, stage)
+        return terms, output.logits
+
+    def _guide(
+        self, images: Tensor, labels: Tensor, output: BranchOutput, indices: Tensor
+    ) -> tuple[dict[str, Tensor], BranchOutput]:
+        guidance = self.guidance
+        assert guidance is not None
+        size = (images.shape[-2], images.shape[-1])
+        maps = (
+            attention_maps(output.attention, size)
+            if guidance.source == "attention"
+            else input_gradient(images, output.logits, labels)
+        )
+        data = getattr(self._trainer, "datamodule", None)
+        step = self.global_step if self._trainer else 0
+        fill = make_fill(
+            guidance.fill,
+            images.detach(),
+            mean=getattr(data, "mean", None),
+            std=getattr(data, "std", None),
+            bias=self.bias_image,
+            indices=indices,
+            seed=guidance.seed + step,
+        )
+        mask = guidance.mask(maps, step)
+        with frozen_batchnorm(self.network, guidance.masked_bn == "frozen"):
+            masked: BranchOutput = self(masked_images(images.detach(), mask, fill))
+        terms = {"kl": guidance.divergence(output.logits, masked.logits), "map_mean": output.attention.mean()}
+        return terms, masked
+
+    def _watch_gate(self, attention: Tensor, stage: str) -> None:
+        if stage == "test":
+            return
+        health = gate_health(attention.detach(), self.network.theta)
+        for name, value in zip(("open", "empty"), health):
+            metric = self.gate[f"{stage}_{name}"]
+            assert isinstance(metric, MeanMetric)
+            metric.update(value, weight=len(attention))
+            self.log(f"gate/{stage}_{name}", metric, on_step=False, on_epoch=True, batch_size=len(attention))
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """AdamW in the groups of JSAI 2022, table 1, with the plateau schedule on the validation loss."""
+        hp = self.hparams
+        fast = [self.network.attention_branch, self.network.head]
+        groups = parameter_groups(self.network, fast, hp["lr"], hp["head_lr"])
+        optimizer = torch.optim.AdamW(groups, weight_decay=hp["weight_decay"])
+        return on_plateau(optimizer, hp["lr_factor"], hp["lr_patience"], hp["min_lr"])

@@ -1,0 +1,86 @@
+"""Figures of maps and curves; every function returns a `Figure` and draws nothing by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+
+def displayable(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """A normalised image (C, H, W) as (H, W, 3) or grey (H, W) floats in [0, 1]."""
+    m, s = (torch.tensor(v, dtype=torch.float32, device=image.device)[:, None, None] for v in (mean, std))
+    pixels = (image.float() * s + m).clamp(0, 1).cpu().numpy()
+    return pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)
+
+
+def color_scale(heat: np.ndarray) -> tuple[float, float, str]:
+    """Limits and colour map: symmetric red-blue for signed maps, from the minimum upwards for the others."""
+    low, high = float(heat.min()), float(heat.max())
+    if low < 0:
+        bound = max(-low, high)
+        return -bound, bound, "RdBu_r"
+    return low, max(high, low + 1e-12), "inferno"
+
+
+def overlay_figure(
+    image: np.ndarray, maps: dict[str, np.ndarray], mask: np.ndarray | None = None, title: str = ""
+) -> Figure:
+    """One row: the picture (ground-truth outline in green), then every map over the greyed picture, with colour bars.
+
+    Args:
+        image: (H, W, 3) or (H, W) in [0, 1].
+        maps: method -> (H, W), in their own units.
+        mask: (H, W) bool, where it is known.
+        title: of the whole figure.
+    """
+    figure = Figure(figsize=(2.4 * (len(maps) + 1), 2.9), layout="constrained")
+    axes = figure.subplots(1, len(maps) + 1, squeeze=False)[0]
+    grey = image if image.ndim == 2 else image @ np.array([0.299, 0.587, 0.114])
+    axes[0].imshow(image, cmap="gray", vmin=0, vmax=1)
+    axes[0].set_title("image", fontsize=9)
+    for axis, (name, heat) in zip(axes[1:], maps.items()):
+        low, high, colors = color_scale(heat)
+        axis.imshow(grey, cmap="gray", vmin=0, vmax=1)
+        shown = axis.imshow(heat, cmap=colors, vmin=low, vmax=high, alpha=0.6)
+        bar = figure.colorbar(shown, ax=axis, fraction=0.046, pad=0.02)
+        bar.ax.tick_params(labelsize=6)
+        axis.set_title(name, fontsize=9)
+    for axis in axes:
+        axis.set_axis_off()
+        if mask is not None and mask.any() and not mask.all():
+            axis.contour(mask.astype(float), levels=[0.5], colors="lime", linewidths=0.8)
+    figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def curve_figure(curves: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], title: str = "") -> Figure:
+    """Mean insertion (left) and deletion (right) curves per method, with a band of one standard error.
+
+    Args:
+        curves: method -> kept or removed fraction (n, K), insertion (n, K), deletion (n, K).
+        title: of the whole figure.
+    """
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    grid = np.linspace(0, 1, 101)
+    for name, (x, insertion, deletion) in curves.items():
+        for axis, values in zip(axes, (insertion, deletion)):
+            # Every sample has its own fractions (ties), so the mean needs a common grid.
+            lines = np.stack([np.interp(grid, row_x, row) for row_x, row in zip(x, values)])
+            mean, error = lines.mean(0), lines.std(0) / np.sqrt(len(lines))
+            axis.plot(grid, mean, label=name, linewidth=1.2)
+            axis.fill_between(grid, mean - error, mean + error, alpha=0.15)
+    axes[0].set(xlabel="fraction inserted", ylabel="probability of the class", title="insertion", ylim=(0, 1))
+    axes[1].set(xlabel="fraction deleted", title="deletion")
+    axes[0].legend(fontsize=7)
+    figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def save(figure: Figure, path: str, dpi: int = 100) -> None:
+    """Write a figure as PNG."""
+    figure.savefig(path, dpi=dpi, format="png")

@@ -1,0 +1,91 @@
+import pytest
+import torch
+from torch import nn
+
+from labn.modules.guidance import SaliencyGuidance, frozen_batchnorm, hard_mask, masked_images
+
+
+def maps(seed=0, size=(8, 8), count=3):
+    return torch.rand(count, *size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_hard_mask_keeps_the_highest_pixels():
+    values = torch.arange(16.0).reshape(1, 4, 4)
+    kept = hard_mask(values, patch_size=1, keep_ratio=0.25)
+    assert kept.sum() == 4
+    assert values[kept].min() > values[~kept].max()
+
+
+def test_hard_mask_keeps_whole_patches():
+    kept = hard_mask(maps(), patch_size=4, keep_ratio=0.25)
+    blocks = kept.unfold(1, 4, 4).unfold(2, 4, 4).flatten(3).double().mean(-1)
+    assert ((blocks == 0) | (blocks == 1)).all()
+    assert (blocks.sum((1, 2)) == 1).all()
+
+
+def test_keep_ratio_one_leaves_the_image_and_kl_zero():
+    guidance = SaliencyGuidance(keep_ratio=1.0)
+    images = torch.randn(3, 2, 8, 8, dtype=torch.float64)
+    mask = guidance.mask(maps(), step=0)
+    same = masked_images(images, mask, torch.zeros(1, 2, 1, 1, dtype=torch.float64))
+    assert torch.equal(same, images)
+    logits = torch.randn(3, 2, dtype=torch.float64)
+    assert guidance.divergence(logits, logits).item() == 0
+
+
+def test_only_differentiable_masks_pass_a_gradient_to_the_map():
+    images, fill = torch.randn(3, 1, 8, 8, dtype=torch.float64), torch.zeros(1, 1, 1, 1, dtype=torch.float64)
+    for name in ("straight_through", "soft", "detached"):
+        values = maps().requires_grad_()
+        masked = masked_images(images, SaliencyGuidance(mask_grad=name).mask(values, step=0), fill)
+        if name == "detached":
+            assert not masked.requires_grad
+        else:
+            (gradient,) = torch.autograd.grad(masked.sum(), values)
+            assert torch.allclose(gradient, images[:, 0])
+
+
+def test_straight_through_is_hard_forward():
+    hard = SaliencyGuidance(mask_grad="detached").mask(maps(), step=0)
+    through = SaliencyGuidance(mask_grad="straight_through").mask(maps(), step=0)
+    assert torch.allclose(hard, through, atol=1e-15)
+    assert set(hard.unique().tolist()) == {0.0, 1.0}
+
+
+def test_drawn_ratios_follow_the_step_and_nothing_else():
+    guidance = SaliencyGuidance(keep_ratio=[0.1, 0.5], keep_probabilities=[0.5, 0.5], patch_size=[1, 4])
+    shares = [guidance.mask(maps(), step).mean().item() for step in range(30)]
+    assert shares == [guidance.mask(maps(), step).mean().item() for step in range(30)]
+    assert len({round(s, 3) for s in shares}) >= 2
+
+
+def test_direction_and_target_detachment():
+    a = torch.tensor([[0.9, 0.1]]).double().log().requires_grad_()
+    b = torch.tensor([[0.5, 0.5]]).double().log().requires_grad_()
+    assert SaliencyGuidance().divergence(a, b).item() == pytest.approx(0.3681, abs=5e-5)
+    assert SaliencyGuidance(direction="masked_original").divergence(a, b).item() == pytest.approx(0.5108, abs=5e-5)
+    value = SaliencyGuidance(detach_target=True).divergence(a, b)
+    assert torch.autograd.grad(value, a, allow_unused=True)[0] is None
+
+
+def test_frozen_batchnorm_restores_flags_and_statistics():
+    net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    before = net[1].running_mean.clone()
+    with frozen_batchnorm(net, frozen=True):
+        net(torch.randn(4, 1, 8, 8))
+    assert net[1].training
+    assert torch.equal(net[1].running_mean, before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"mask_grad": "none"}, "mask_grad"),
+        ({"keep_ratio": 0.0}, "keep_ratio"),
+        ({"source": "gradient"}, "detached"),
+        ({"direction": "up"}, "direction"),
+    ],
+)
+def test_wrong_options_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SaliencyGuidance(**arguments)

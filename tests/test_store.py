@@ -1,0 +1,100 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from labn.store import ResultStore, ScorePart, digest, weights_digest, write_atomically
+
+
+def part(indices, explainer="labn", key="k", value=1.0):
+    n = len(indices)
+    return ScorePart(
+        explainer=explainer,
+        key=key,
+        index=np.array(indices),
+        label=np.ones(n, dtype=np.int64),
+        target=np.ones(n, dtype=np.int64),
+        prediction=np.ones(n, dtype=np.int64),
+        probability=np.full(n, 0.5),
+        values={"pid16": np.full(n, value)},
+        keys={"pid16": "m"},
+        curves={"pid16/x": np.zeros((n, 3))},
+    )
+
+
+def test_maps_come_back_by_index(tmp_path):
+    store = ResultStore(tmp_path)
+    maps = torch.randn(3, 4, 5)
+    store.add_maps("labn", "k", torch.tensor([7, 2, 9]), maps)
+    for reader in (store, ResultStore(tmp_path)):
+        found = reader.maps("labn", "k", [2, 3, 9])
+        assert sorted(found) == [2, 9]
+        assert torch.equal(found[2], maps[1])
+    assert ResultStore(tmp_path).maps("labn", "other", [2]) == {}
+    assert ResultStore(tmp_path).maps("-labn", "k", [2]) == {}
+
+
+@pytest.mark.parametrize("name", ["gradcam++", "-labn", "rise.v2", "a/b", "with space"])
+def test_any_explainer_name_is_a_file_name(tmp_path, name):
+    store = ResultStore(tmp_path)
+    store.add_maps(name, "k", torch.tensor([0]), torch.ones(1, 2, 2))
+    store.add_scores(part([0], explainer=name))
+    again = ResultStore(tmp_path)
+    assert list(again.maps(name, "k", [0])) == [0]
+    assert again.scored(name, "k", {"pid16": "m"}) == {0}
+
+
+def test_scores_resume_by_key_and_survive_ranks(tmp_path):
+    ResultStore(tmp_path, rank=0).add_scores(part([0, 2]))
+    ResultStore(tmp_path, rank=1).add_scores(part([1, 3]))
+    store = ResultStore(tmp_path)
+    assert store.scored("labn", "k", {"pid16": "m"}) == {0, 1, 2, 3}
+    assert store.scored("labn", "k", {"pid16": "m", "id": "n"}) == set()
+    assert store.scored("labn", "k2", {"pid16": "m"}) == set()
+    assert store.parts()[0].curves["pid16/x"].shape == (2, 3)
+
+
+@pytest.mark.parametrize("kind", ["maps", "parts"])
+def test_a_truncated_file_is_reported_and_ignored(tmp_path, kind):
+    store = ResultStore(tmp_path)
+    store.add_maps("labn", "k", torch.tensor([0]), torch.ones(1, 8, 8))
+    store.add_scores(part([0]))
+    (path,) = (tmp_path / kind).iterdir()
+    path.write_bytes(path.read_bytes()[:40])
+    again = ResultStore(tmp_path)
+    with pytest.warns(UserWarning, match="damaged"):
+        found = again.maps("labn", "k", [0]) if kind == "maps" else again.scored("labn", "k", {"pid16": "m"})
+    assert not found
+
+
+def test_results_of_other_weights_are_moved_aside_not_lost(tmp_path):
+    folder = tmp_path / "test"
+    store = ResultStore(folder)
+    store.prepare({"checkpoint": "a", "data": "d"})
+    store.add_scores(part([0]))
+    ResultStore(folder).prepare({"checkpoint": "a", "data": "d"})
+    assert ResultStore(folder).parts()
+    with pytest.warns(UserWarning, match="another checkpoint"):
+        ResultStore(folder).prepare({"checkpoint": "b", "data": "d"})
+    assert not ResultStore(folder).parts()
+    assert ResultStore(tmp_path / "test.old-1").parts()
+    assert json.loads((folder / "identity.json").read_text())["checkpoint"] == "b"
+
+
+def test_writing_leaves_no_half_file(tmp_path):
+    path = tmp_path / "a" / "b.json"
+    write_atomically(path, b"1")
+    write_atomically(path, b"22")
+    assert path.read_bytes() == b"22"
+    assert [p.name for p in path.parent.iterdir()] == ["b.json"]
+
+
+def test_digests_follow_content():
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1, "b": 3})
+    net = torch.nn.Linear(2, 2)
+    before = weights_digest(net)
+    assert before == weights_digest(net)
+    with torch.no_grad():
+        net.bias[0] += 1e-3
+    assert weights_digest(net) != before
