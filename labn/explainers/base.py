@@ -23,7 +23,9 @@ def check_inputs(images: Tensor, targets: Tensor) -> None:
     if images.ndim != 4 or not images.is_floating_point():
         raise ValueError(f"images must be a floating tensor (B, C, H, W), got {tuple(images.shape)} {images.dtype}.")
     if targets.shape != images.shape[:1] or targets.is_floating_point():
-        raise ValueError(f"targets must be integer class indices ({len(images)},), got {tuple(targets.shape)} {targets.dtype}.")
+        raise ValueError(
+            f"targets must be integer class indices ({len(images)},), got {tuple(targets.shape)} {targets.dtype}."
+        )
 
 
 class Explainer(ABC):

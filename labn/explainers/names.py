@@ -1,0 +1,35 @@
+"""The methods by their names in files, on the command line and in `labn.explain`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from typing import Any
+
+from labn.explainers.attention import BranchAttention, LambdaAttention
+from labn.explainers.base import Explainer
+from labn.explainers.baseline import ConstantMap, Negated, RandomMap
+from labn.explainers.cam import GradCAM
+
+EXPLAINERS: dict[str, Callable[..., Explainer]] = {
+    "labn": BranchAttention,
+    "abn": BranchAttention,
+    "lambda": LambdaAttention,
+    "gradcam": GradCAM,
+    "random": RandomMap,
+    "constant": ConstantMap,
+}
+
+
+def explainer_by_name(name: str, **arguments: Any) -> Explainer:
+    """Build the explainer called `name`; a leading `-` negates its map; arguments pass through.
+
+    Raises:
+        ValueError: there is none of this name; the message lists the nearest ones.
+    """
+    if name.startswith("-"):
+        return Negated(explainer_by_name(name[1:], **arguments))
+    if name not in EXPLAINERS:
+        near = difflib.get_close_matches(name, EXPLAINERS, n=3, cutoff=0.4) or sorted(EXPLAINERS)
+        raise ValueError(f"There is no method {name!r}; did you mean {', '.join(near)}?")
+    return EXPLAINERS[name](**arguments)
