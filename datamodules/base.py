@@ -1,0 +1,226 @@
+"""What all data modules share: batches as dicts, exact sharding, seeded augmentation, data hashes, the bias image."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import cv2
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from datamodules.bias import cached, default_cache_dir, pixel_mean
+from datamodules.samplers import BalancedSampler, ShuffledSampler, UnrepeatedDistributedSampler
+from datamodules.sources import ArraySource, ImageDataset, Source
+from datamodules.transforms import Augmentation, Transform
+
+Split = Literal["train", "val", "test"]
+OnBadImage = Literal["stop", "skip"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+_STAGES: dict[str | None, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), None: SPLITS}
+
+
+def _one_thread(worker: int) -> None:
+    # Decoding and augmentation are already spread over the workers; nested thread pools only fight for the cores.
+    cv2.setNumThreads(0)
+
+
+class ImageDataModule(LightningDataModule):
+    """Base of the data modules. A batch is a dict
+
+    - `image` (B,C,S,S) float32, normalised with `mean` and `std`;
+    - `label` (B,) int64;
+    - `index` (B,) int64, the position in the split's dataset, the same for any number of ranks and workers;
+    - `mask` (B,S,S) bool, in every batch of a data set that has ground-truth regions at all; a row that is all False
+      means that this sample has none.
+
+    Training data is shuffled (or class-balanced) and augmented with randomness from (seed, epoch, index) alone;
+    validation and test data is resized and normalised, never augmented, in order, each sample on exactly one rank.
+    Everything but the pixels is available without `setup`.
+
+    Args:
+        image_size: side S of the images in pixels.
+        mean: per channel, of values in [0,1].
+        std: per channel, likewise.
+        batch_size: samples per batch and process.
+        num_workers: worker processes per loader.
+        seed: of the order of training samples and of the augmentation.
+        balanced_sampler: batches of batch_size / num_classes samples of each class (labels only, nothing decoded).
+        drop_last: leave out an incomplete last training batch.
+        augmentation: of the training split; None for none.
+        on_bad_image: "stop" raises before training, naming the file; "skip" leaves the sample out and reports it.
+        cache_images: decode each split once, into uint8 memory, before its first epoch.
+        cache_dir: folder of the bias image; None for `$XDG_CACHE_HOME/labn` or `~/.cache/labn`.
+
+    Attributes:
+        class_names: one per class.
+        positive_classes: classes that metrics with `positives_only` score.
+    """
+
+    class_names: list[str]
+    positive_classes: tuple[int, ...] = (1,)
+
+    def __init__(
+        self,
+        image_size: int,
+        mean: list[float] | None,
+        std: list[float] | None,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 42,
+        balanced_sampler: bool = False,
+        drop_last: bool = False,
+        augmentation: Augmentation | None = None,
+        on_bad_image: OnBadImage = "stop",
+        cache_images: bool = False,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        super().__init__()
+        if on_bad_image not in ("stop", "skip"):
+            raise ValueError(f"on_bad_image is {on_bad_image!r}; it must be 'stop' or 'skip'.")
+        self.image_size, self.batch_size, self.num_workers, self.seed = image_size, batch_size, num_workers, seed
+        self.balanced_sampler, self.drop_last, self.augmentation = balanced_sampler, drop_last, augmentation
+        self.on_bad_image, self.cache_images = on_bad_image, cache_images
+        self.cache_dir = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+        self._mean, self._std = mean, std
+        self._notes: list[str] = []
+        self._reported = False
+        self._preloaded: dict[str, Source] = {}
+        # A rank may own no sample of a small split: exact sharding does not repeat any.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+
+    @abstractmethod
+    def _build(self) -> dict[Split, Source]:
+        """Make the sources of all splits, noting in `self._notes` what was left out."""
+
+    @cached_property
+    def _sources(self) -> dict[Split, Source]:
+        return self._build()
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, known right after construction."""
+        return len(self.class_names)
+
+    @property
+    def mean(self) -> list[float]:
+        """Mean per channel, of values in [0,1]."""
+        assert self._mean is not None
+        return self._mean
+
+    @property
+    def std(self) -> list[float]:
+        """Standard deviation per channel, of values in [0,1]."""
+        assert self._std is not None
+        return self._std
+
+    @property
+    def channels(self) -> int:
+        """Number of channels C."""
+        return len(self.mean)
+
+    def source(self, split: Split) -> Source:
+        """Names, labels and pixels of a split.
+
+        Raises:
+            ValueError: `split` is not train, val or test.
+        """
+        if split not in SPLITS:
+            raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}.")
+        return self._preloaded.get(split, self._sources[split])
+
+    def dataset(self, split: Split, augment: bool = False) -> ImageDataset:
+        """The split as a dataset of single samples, augmented only on request."""
+        transform = Transform(self.image_size, self.mean, self.std, self.augmentation if augment else None)
+        return ImageDataset(self.source(split), transform, self.seed)
+
+    def sample_name(self, split: Split, index: int) -> str:
+        """Name of sample `index` (its `index` in a batch), unique within the split."""
+        return self.source(split).names[index]
+
+    def labels(self, split: Split) -> Tensor:
+        """Labels (N,) int64 of a split; decodes no image."""
+        return torch.from_numpy(self.source(split).labels.copy())
+
+    def has_masks(self, split: Split) -> bool:
+        """Whether the batches of a split carry `mask`."""
+        return self.source(split).has_masks
+
+    def fingerprint(self, split: Split) -> str:
+        """Hash (16 hex digits) of names, labels, file sizes and pixel settings: the data hash of results."""
+        return self.source(split).fingerprint()
+
+    def bias_image(self) -> Tensor:
+        """Pixel-wise mean of the training split, (C,S,S) float32 in [0,1], not normalised, without augmentation.
+
+        Computed once in float64 and kept in `cache_dir` under the fingerprint of the training split.
+        """
+        path = self.cache_dir / f"bias_{self.fingerprint('train')}.safetensors"
+        return cached(path, lambda: pixel_mean(self.source("train"))).float()
+
+    def report(self) -> str:
+        """Counts per split and class, and what was left out and why, one line each."""
+        lines = [self._counts(split) for split in SPLITS]
+        return "\n".join([f"{type(self).__name__}:", *lines, *self._notes])
+
+    def _counts(self, split: Split) -> str:
+        labels = self.labels(split)
+        counts = torch.bincount(labels, minlength=self.num_classes).tolist()
+        per_class = ", ".join(f"{name} {count}" for name, count in zip(self.class_names, counts))
+        return f"  {split}: {len(labels)} images ({per_class}), data hash {self.fingerprint(split)}"
+
+    def setup(self, stage: str | None = None) -> None:
+        """Check all files and, with `cache_images`, decode the splits that `stage` needs."""
+        if not self._reported:
+            rank_zero_info(self.report())
+            self._reported = True
+        for split in _STAGES.get(stage, ("test",)):
+            if self.cache_images and split not in self._preloaded:
+                self._preloaded[split] = ArraySource.preloaded(self.source(split))
+
+    def _ranks(self) -> tuple[int, int]:
+        return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+
+    def _loader(self, dataset: ImageDataset, sampler: Sampler, drop_last: bool = False) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            drop_last=drop_last,
+            num_workers=self.num_workers,
+            worker_init_fn=_one_thread,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled or class-balanced, augmented, this rank's share; the same number of batches on every rank."""
+        dataset, (world, rank) = self.dataset("train", augment=True), self._ranks()
+        if self.balanced_sampler:
+            labels = dataset.source.labels.tolist()
+            balanced = BalancedSampler(labels, self.batch_size, self.num_classes, world, rank, self.seed)
+            return self._loader(dataset, balanced, drop_last=True)
+        return self._loader(dataset, ShuffledSampler(dataset, world, rank, self.seed), self.drop_last)
+
+    def eval_dataloader(self, split: Split) -> DataLoader:
+        """This rank's share of a split, in order, not augmented; over all ranks every sample comes exactly once."""
+        dataset = self.dataset(split)
+        return self._loader(dataset, UnrepeatedDistributedSampler(dataset, *self._ranks()))
+
+    def val_dataloader(self) -> DataLoader:
+        """Loader of the validation split, see `eval_dataloader`."""
+        return self.eval_dataloader("val")
+
+    def test_dataloader(self) -> DataLoader:
+        """Loader of the test split, see `eval_dataloader`."""
+        return self.eval_dataloader("test")
+
+    def predict_dataloader(self) -> DataLoader:
+        """Loader of the test split, see `eval_dataloader`."""
+        return self.eval_dataloader("test")

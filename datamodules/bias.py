@@ -1,0 +1,68 @@
+"""Statistics of a split, streamed in float64 and cached on disk under the data's fingerprint."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from datamodules.sources import Source
+
+
+def default_cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/labn`, else `~/.cache/labn`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "labn"
+
+
+def pixel_mean(source: Source) -> Tensor:
+    """Pixel-wise mean of all images of a split: the bias image b = (1/N) sum_i x_i of ACCV 2022.
+
+    Returns:
+        (C,H,W) float64 in [0,1], exact: the uint8 values are summed as integers below 2^53.
+    """
+    total = np.zeros(source.load(0)[0].shape, dtype=np.float64)
+    for index in range(len(source)):
+        total += source.load(index)[0]
+    return torch.from_numpy(total / (255.0 * len(source))).permute(2, 0, 1).contiguous()
+
+
+def channel_statistics(source: Source) -> Tensor:
+    """Mean and (population) standard deviation of each channel over all pixels of a split.
+
+    Returns:
+        (2,C) float64 of values in [0,1]: means, then standard deviations.
+    """
+    sums = np.zeros((2, source.load(0)[0].shape[-1]), dtype=np.float64)
+    pixels = 0
+    for index in range(len(source)):
+        image = source.load(index)[0].astype(np.float64) / 255.0
+        sums += [image.sum((0, 1)), (image**2).sum((0, 1))]
+        pixels += image.shape[0] * image.shape[1]
+    mean, square = sums / pixels
+    return torch.from_numpy(np.stack([mean, np.sqrt(np.maximum(square - mean**2, 0.0))]))
+
+
+def cached(path: Path, compute: Callable[[], Tensor]) -> Tensor:
+    """The tensor stored at `path`; computed and stored there (under a temporary name, then renamed) when absent.
+
+    A cache folder that cannot be written costs a warning and the saving, not the run.
+    """
+    if path.is_file():
+        return load_file(path)["value"]
+    value = compute()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        os.close(handle)
+        save_file({"value": value}, temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        warnings.warn(f"{path} cannot be written ({error}); pass a writable `cache_dir` to keep it.", stacklevel=2)
+    return value

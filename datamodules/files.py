@@ -1,0 +1,136 @@
+"""Image files: where the data lies, cheap checks before training, reading, byte-identical pairs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+Array = np.ndarray[Any, Any]
+Box = tuple[float, float, float, float]
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
+_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+
+
+class BadImageError(ValueError):
+    """An image file that is empty, truncated or no image; the message names it."""
+
+
+def data_root(name: str, root: str | os.PathLike[str] | None = None) -> Path:
+    """Folder of data set `name`: `root` itself, else `$LABN_DATA/<name>`, LABN_DATA defaulting to `../shared/data`.
+
+    The default is seen from the working directory, then from the project's root.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+    """
+    if root is None:
+        project = Path(__file__).resolve().parent.parent
+        bases = (
+            [os.environ["LABN_DATA"]] if "LABN_DATA" in os.environ else ["../shared/data", project / "../shared/data"]
+        )
+        candidates = [Path(base) / name for base in bases]
+    else:
+        candidates = [Path(root)]
+    for candidate in candidates:
+        if candidate.is_dir():
+            return candidate
+    raise FileNotFoundError(
+        f"Data folder {candidates[0]} does not exist: pass `root`, or set LABN_DATA to the folder that contains '{name}'."
+    )
+
+
+def check_image(path: Path) -> str | None:
+    """Why `path` cannot be a whole image, or None: looks at the first and last bytes only, decodes nothing.
+
+    A JPEG must end with its end-of-image marker and a PNG with its IEND chunk, either within the last KiB, which
+    catches what interrupted copies leave behind.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(16)
+            file.seek(max(0, size - 1024))
+            tail = file.read()
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    if head.startswith(_JPEG):
+        return None if b"\xff\xd9" in tail else "is truncated (no end-of-image marker)"
+    if head.startswith(_PNG):
+        return None if b"IEND" in tail else "is truncated (no IEND chunk)"
+    return None if cv2.haveImageReader(os.fspath(path)) else "is not an image"
+
+
+def read_image(path: Path, channels: int = 3) -> Array:
+    """Decode to (H,W,channels) uint8, RGB or grey; alpha is dropped, 16-bit values are divided by 256.
+
+    Raises:
+        BadImageError: the file cannot be decoded.
+    """
+    flag = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR
+    data = np.fromfile(path, dtype=np.uint8)
+    image = cv2.imdecode(data, flag) if data.size else None
+    if image is None:
+        raise BadImageError(f"Image {path} cannot be decoded; replace it, or set on_bad_image: skip.")
+    return image[..., None] if channels == 1 else np.ascontiguousarray(image[..., ::-1])
+
+
+def read_mask(path: Path) -> Array:
+    """Decode to (H,W) bool: every pixel that is not 0 belongs to the region.
+
+    Raises:
+        BadImageError: the file cannot be decoded.
+    """
+    return read_image(path, channels=1)[..., 0] > 0
+
+
+def crop(image: Array, box: Box | None) -> Array:
+    """The part of (H,W,...) inside `box` = (left, top, right, bottom) in fractions of the size, clipped to the image."""
+    if box is None:
+        return image
+    height, width = image.shape[:2]
+    left, right = (round(min(max(x, 0.0), 1.0) * width) for x in (box[0], box[2]))
+    top, bottom = (round(min(max(y, 0.0), 1.0) * height) for y in (box[1], box[3]))
+    return image[top:bottom, left:right]
+
+
+def squash(image: Array, size: int) -> Array:
+    """Resize (H,W,C) uint8 to (size,size,C) without keeping the aspect: area average to shrink, else bilinear."""
+    shrinks = min(image.shape[:2]) >= size
+    out = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+    return out if out.ndim == 3 else out[..., None]
+
+
+def squash_mask(mask: Array, size: int) -> Array:
+    """Resize (H,W) bool to (size,size) bool, nearest neighbour with pixel centres aligned."""
+    return cv2.resize(mask.astype(np.uint8), (size, size), interpolation=cv2.INTER_NEAREST_EXACT) > 0
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Image files of `folder`, sorted by name, subfolders and hidden files left out."""
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+
+
+def identical_groups(paths: Sequence[Path]) -> list[int]:
+    """A group number for every path; byte-identical files share one. Only files of equal size are hashed."""
+    by_size: dict[int, list[int]] = defaultdict(list)
+    for i, path in enumerate(paths):
+        by_size[path.stat().st_size].append(i)
+    groups = list(range(len(paths)))
+    for same in (s for s in by_size.values() if len(s) > 1):
+        first: dict[bytes, int] = {}
+        for i in same:
+            groups[i] = first.setdefault(hashlib.sha256(paths[i].read_bytes()).digest(), i)
+    return groups
+
+
+def digest(lines: Iterable[object]) -> str:
+    """First 16 hex digits of the SHA-256 of the lines' texts."""
+    return hashlib.sha256("\n".join(map(str, lines)).encode()).hexdigest()[:16]

@@ -1,0 +1,146 @@
+"""Where a split's samples come from: names and labels at once, pixels on demand."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from datamodules.files import Box, check_image, crop, digest, read_image, read_mask, squash, squash_mask
+from datamodules.transforms import Transform
+
+Array = np.ndarray[Any, Any]
+
+
+class Source(ABC):
+    """One split: `names`, `labels` (no image is decoded for them) and `load`.
+
+    Attributes:
+        names: one per sample, unique within the split.
+        labels: (N,) int64.
+        has_masks: whether `load` returns masks.
+        identity: what the data hash is made from.
+    """
+
+    names: Sequence[str]
+    labels: Array
+    has_masks: bool
+    identity: Sequence[object]
+
+    @abstractmethod
+    def load(self, index: int) -> tuple[Array, Array | None]:
+        """Image (S,S,C) uint8 and, where the data has masks, mask (S,S) bool (all False: none for this sample)."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def fingerprint(self) -> str:
+        """Hash of names, labels, file sizes and of the settings that change the pixels."""
+        return digest([*self.identity, *self.names, *self.labels.tolist()])
+
+
+@dataclass(frozen=True)
+class Record:
+    """One image file: its name in results, class, and the mask files whose union is its ground-truth region."""
+
+    name: str
+    label: int
+    path: Path
+    masks: tuple[Path, ...] = ()
+
+
+def bad_file(record: Record) -> str | None:
+    """A sentence naming the first file of `record` that cannot be read, or None."""
+    for path in (record.path, *record.masks):
+        if reason := check_image(path):
+            return f"Image {path} {reason}."
+    return None
+
+
+class FileSource(Source):
+    """Images in files, cropped, then squashed to (size,size).
+
+    Args:
+        records: the samples.
+        size: side in pixels.
+        crop: (left, top, right, bottom) as fractions of each image's size, or None.
+        channels: 3 (RGB) or 1 (grey).
+        has_masks: whether samples carry a `mask`, all False for records without mask files.
+    """
+
+    def __init__(
+        self, records: Sequence[Record], size: int, crop: Box | None = None, channels: int = 3, has_masks: bool = False
+    ) -> None:
+        self.records, self.size, self.crop, self.channels = records, size, crop, channels
+        self.names = [r.name for r in records]
+        self.labels = np.array([r.label for r in records], dtype=np.int64)
+        self.has_masks = has_masks
+
+    @property
+    def identity(self) -> list[object]:  # type: ignore[override]
+        """Sizes of all files, read when asked, and the settings."""
+        sizes = [[p.stat().st_size for p in (r.path, *r.masks)] for r in self.records]
+        return ["files", self.size, self.crop, self.channels, self.has_masks, *sizes]
+
+    def load(self, index: int) -> tuple[Array, Array | None]:
+        """See `Source.load`. Raises `BadImageError` naming a file that cannot be decoded."""
+        record = self.records[index]
+        image = squash(crop(read_image(record.path, self.channels), self.crop), self.size)
+        if not self.has_masks:
+            return image, None
+        mask = np.zeros((self.size, self.size), dtype=bool)
+        for path in record.masks:
+            mask |= squash_mask(crop(read_mask(path), self.crop), self.size)
+        return image, mask
+
+
+class ArraySource(Source):
+    """A split held in memory: images (N,S,S,C) uint8 and masks (N,S,S) bool or None."""
+
+    def __init__(
+        self, names: Sequence[str], labels: Array, images: Array, masks: Array | None, identity: Sequence[object]
+    ) -> None:
+        self.names, self.labels, self.images, self.masks = names, labels, images, masks
+        self.identity = identity
+        self.has_masks = masks is not None
+
+    @classmethod
+    def preloaded(cls, source: Source) -> ArraySource:
+        """Decode `source` once, with a few threads (the decoder releases the interpreter lock)."""
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            loaded = list(pool.map(source.load, range(len(source))))
+        images = np.stack([image for image, _ in loaded])
+        masks = np.stack([mask for _, mask in loaded]) if source.has_masks else None  # type: ignore[arg-type]
+        return cls(source.names, source.labels, images, masks, source.identity)
+
+    def load(self, index: int) -> tuple[Array, Array | None]:
+        """See `Source.load`."""
+        return self.images[index], None if self.masks is None else self.masks[index]
+
+
+class ImageDataset(Dataset[dict[str, Any]]):
+    """Samples as the dict of the batch contract, one at a time.
+
+    Indexed by an int (epoch 0) or by `(index, epoch)`; the augmentation's randomness is a function of
+    (seed, epoch, index) alone, so workers, ranks and batch size do not change it.
+    """
+
+    def __init__(self, source: Source, transform: Transform, seed: int = 0) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict[str, Any]:
+        index, epoch = key if isinstance(key, tuple) else (int(key), 0)
+        image, mask = self.source.load(index)
+        tensor, moved = self.transform(image, mask, seed=(self.seed, epoch, index))
+        sample = {"image": tensor, "label": int(self.source.labels[index]), "index": index}
+        return sample if moved is None else {**sample, "mask": moved}
