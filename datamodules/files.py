@@ -33,17 +33,16 @@ def data_root(name: str, root: str | os.PathLike[str] | None = None) -> Path:
     """
     if root is None:
         project = Path(__file__).resolve().parent.parent
-        bases = (
-            [os.environ["LABN_DATA"]] if "LABN_DATA" in os.environ else ["../shared/data", project / "../shared/data"]
-        )
-        candidates = [Path(base) / name for base in bases]
+        given = os.environ.get("LABN_DATA")
+        bases = [Path(given)] if given else [Path("../shared/data"), project / "../shared/data"]
+        candidates = [base / name for base in bases]
     else:
         candidates = [Path(root)]
     for candidate in candidates:
         if candidate.is_dir():
             return candidate
     raise FileNotFoundError(
-        f"Data folder {candidates[0]} does not exist: pass `root`, or set LABN_DATA to the folder that contains '{name}'."
+        f"Data folder {candidates[0]} does not exist: pass `root`, or set LABN_DATA to the folder that holds '{name}'."
     )
 
 
@@ -92,7 +91,7 @@ def read_mask(path: Path) -> Array:
 
 
 def crop(image: Array, box: Box | None) -> Array:
-    """The part of (H,W,...) inside `box` = (left, top, right, bottom) in fractions of the size, clipped to the image."""
+    """The part of (H,W,...) inside `box`: left, top, right, bottom in fractions of the size, clipped to the image."""
     if box is None:
         return image
     height, width = image.shape[:2]

@@ -12,7 +12,7 @@ from datamodules.base import ImageDataModule, OnBadImage, Split
 from datamodules.files import data_root, image_files
 from datamodules.sources import FileSource, Record, Source
 from datamodules.splits import readable, split_off, without_copies
-from datamodules.transforms import Augmentation
+from datamodules.transforms import PUBLISHED, Augmentation
 
 _GRADING, _SEGMENTATION = "B. Disease Grading", "A. Segmentation"
 _IMAGES = "1. Original Images"
@@ -145,7 +145,7 @@ class IDRiD(ImageDataModule):
         seed: int = 42,
         balanced_sampler: bool = False,
         drop_last: bool = False,
-        augmentation: Augmentation | None = Augmentation(),
+        augmentation: Augmentation | None = PUBLISHED,
         on_bad_image: OnBadImage = "stop",
         cache_images: bool = True,
         cache_dir: str | os.PathLike[str] | None = None,

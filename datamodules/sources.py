@@ -117,7 +117,7 @@ class ArraySource(Source):
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             loaded = list(pool.map(source.load, range(len(source))))
         images = np.stack([image for image, _ in loaded])
-        masks = np.stack([mask for _, mask in loaded]) if source.has_masks else None  # type: ignore[arg-type]
+        masks = np.stack([mask for _, mask in loaded if mask is not None]) if source.has_masks else None
         return cls(source.names, source.labels, images, masks, source.identity)
 
     def load(self, index: int) -> tuple[Array, Array | None]:

@@ -60,6 +60,7 @@ class Augmentation:
     erasing_ratio: tuple[float, float] = (0.3, 3.3)
 
 
+PUBLISHED = Augmentation()
 FLIPS = Augmentation(rotation=0.0, crop_scale=None, brightness=0.0, contrast=0.0, saturation=0.0, hue=0.0, erasing=0.0)
 
 
@@ -142,7 +143,5 @@ class Transform:
     def _seed(self, seed: Sequence[int]) -> None:
         # `Compose.set_random_seed` would give every step its OWN generator with the SAME seed, so that for instance
         # both flips always happen together; one generator shared by all steps keeps them independent.
-        words = np.random.SeedSequence(list(seed)).generate_state(4)
-        self._compose.set_random_state(
-            np.random.default_rng(words[:2]), random.Random(int(words[2]) << 32 | int(words[3]))
-        )
+        numpy_seed, python_seed = np.random.SeedSequence(list(seed)).generate_state(2, np.uint64)
+        self._compose.set_random_state(np.random.default_rng(numpy_seed), random.Random(int(python_seed)))
