@@ -68,7 +68,7 @@ def load_backbone(model: nn.Module, path: str | Path) -> LoadReport:
             half of the file's, convolution kernels fit.
     """
     own = model.state_dict()
-    offered = {canonical(name): (name, tensor) for name, tensor in read_tensors(path).items()}
+    offered = {canonical(name): (name, _flat(tensor)) for name, tensor in read_tensors(path).items()}
     fits = {
         name: offered[canonical(name)][1]
         for name, tensor in own.items()
@@ -95,6 +95,11 @@ def canonical(name: str) -> str:
         if name.endswith(old):
             return name.removesuffix(old) + new
     return name
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """A released position window (dim_k, dim_u, 1, r, r), a Conv3d kernel, as this project's (dim_k, dim_u, r, r)."""
+    return tensor.squeeze(2) if tensor.ndim == 5 and tensor.shape[2] == 1 else tensor
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:

@@ -55,7 +55,7 @@ class LambdaLayer(nn.Module):
         self.to_qkv = nn.Conv2d(channels, sum(self._widths()), kernel_size=1, bias=False)
         self.norm_q = nn.BatchNorm2d(heads * dim_k)
         self.norm_v = nn.BatchNorm2d(self.dim_v * dim_u)
-        self.position_weight = nn.Parameter(torch.empty(dim_k, dim_u, 1, r, r))
+        self.position_weight = nn.Parameter(torch.empty(dim_k, dim_u, r, r))
         self.position_bias = nn.Parameter(torch.empty(dim_k)) if pos_bias else None
         self.pool = nn.AvgPool2d(3, stride=2, padding=1) if stride == 2 else nn.Identity()
         self.reset_position()
@@ -74,7 +74,7 @@ class LambdaLayer(nn.Module):
         if self.position_bias is not None:
             lambdas = lambdas + self.position_bias[:, None].to(lambdas.dtype)
         content = _apply(lambdas, query)
-        window = self.position_weight.squeeze(2).to(value.dtype)
+        window = self.position_weight.to(value.dtype)
         position = position_path(query.to(value.dtype), window, value, self.formulation)
         return self.pool((content + position).flatten(1, 2))
 
