@@ -228,7 +228,7 @@ class PerturbationEngine:
         """The fill as (1 or B, C, H, W) (H and W may be 1) and its number; equal fills have the same one."""
         fill = torch.as_tensor(fill).to(self.images)
         fill = fill.reshape(*[1] * (4 - fill.ndim), *fill.shape)
-        if torch.broadcast_shapes(fill.shape, self.images.shape) != self.images.shape:
+        if fill.ndim > 4 or any(side not in (1, full) for side, full in zip(fill.shape, self.images.shape)):
             raise ValueError(f"fill must be broadcastable to {tuple(self.images.shape)}, got {tuple(fill.shape)}.")
         for name, known in enumerate(self._fills):
             if known.shape == fill.shape and torch.equal(known, fill):

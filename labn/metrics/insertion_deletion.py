@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from labn.fills import FILLS, Channels, FillOptions, fill_with
-from labn.metrics.base import SampleMetric, ScoredBatch
+from labn.fills import FILLS, Channels
+from labn.metrics.base import ScoredBatch
+from labn.metrics.filled import FilledMetric, key_of
 from labn.metrics.functional.insertion_deletion import PROTOCOLS, InsertionDeletionCurves
 from labn.patches import POOLINGS, TIES, default_step, patch_grid, patch_pool, patch_ranks, ranks_to_pixels
-from labn.perturb import PerturbationEngine
 
-PROBABILITIES: dict[str, Callable[[Tensor], Tensor]] = {
-    "softmax": lambda logits: logits.softmax(-1),
-    "sigmoid": torch.sigmoid,
-    "logit": lambda logits: logits,
-}
 AREAS = ("insertion", "deletion", "pid", "fill_probability")
 
 
-SCORE_CLASSES: dict[str, Callable[[ScoredBatch, PerturbationEngine], Tensor]] = {
-    "label": lambda batch, engine: batch.true_labels,
-    "target": lambda batch, engine: batch.targets.to(batch.images.device),
-    "predicted": lambda batch, engine: engine.original().argmax(-1),
-}
-
-
-def _key_of(argument: str, value: str, options: Mapping[str, object]) -> str:
-    """`value`; ValueError names the argument and what it may be where there is no such option."""
-    if value not in options:
-        raise ValueError(f"{argument} must be one of {sorted(options)}, got {value!r}.")
-    return value
-
-
-class PatchInsertionDeletion(SampleMetric):
+class PatchInsertionDeletion(FilledMetric):
     """Patch insertion-deletion (JSAI 2022, eq. 7-9; ACCV 2022): PID = AUC(insertion) - AUC(deletion); m = 1 is ID.
 
     Patches are ordered by the map's maximum inside. Insertion shows the image's first n patches on the fill b, deletion
@@ -100,21 +79,19 @@ class PatchInsertionDeletion(SampleMetric):
     ) -> None:
         suffix = f"@{protocol}" if protocol != "paper" else f"@{ties}" if ties != "fraction" else ""
         stems = (f"insertion{patch_size}", f"deletion{patch_size}", "id" if patch_size == 1 else f"pid{patch_size}")
-        super().__init__([*(stem + suffix for stem in stems), "fill_probability"], **kwargs)
-        if (step is not None and n_steps is not None) or min(step or 1, n_steps or 1, patch_size) < 1:
+        names = [*(stem + suffix for stem in stems), "fill_probability"]
+        options = (fill, mean, std, bias, positives_only, score_class, probability, seed, chunk_size, fold, precision)
+        super().__init__(names, *options, **kwargs)
+        given = [number for number in (step, n_steps, patch_size) if number is not None]
+        if len(given) == 3 or min(given) < 1:
             raise ValueError(f"give step or n_steps, not both, and above 0: {step=}, {n_steps=}, {patch_size=}.")
         if protocol == "official" and ties != "fraction":
             raise ValueError(f"protocol='official' lets ties enter together: leave ties at 'fraction', got {ties!r}.")
         self.patch_size, self.step, self.n_steps = patch_size, step, n_steps
-        self.protocol = _key_of("protocol", protocol, PROTOCOLS)
-        self.ties = _key_of("ties", ties, TIES)
-        self.pooling = _key_of("pooling", pooling, POOLINGS)
-        self.fills = [_key_of("fill", name, FILLS) for name in (fill, deletion_fill or fill)]
-        self.fill_options = FillOptions(mean, std, bias, seed=seed)
-        self.score_class = _key_of("score_class", score_class, SCORE_CLASSES)
-        self.probability = _key_of("probability", probability, PROBABILITIES)
-        self.positives_only, self.seed = positives_only, seed
-        self.engine_options = {"chunk_size": chunk_size, "fold": fold, "precision": precision}
+        self.protocol = key_of("protocol", protocol, PROTOCOLS)
+        self.ties = key_of("ties", ties, TIES)
+        self.pooling = key_of("pooling", pooling, POOLINGS)
+        self.deletion_fill = key_of("deletion_fill", deletion_fill or fill, FILLS)
 
     def counts(self, size: tuple[int, int]) -> Tensor:
         """(K,) int64 numbers of patches moved, for images of this (height, width)."""
@@ -124,11 +101,6 @@ class PatchInsertionDeletion(SampleMetric):
         step = self.step or default_step(size, self.patch_size)
         step = -(-rows * columns // self.n_steps) if self.n_steps else step
         return PROTOCOLS[self.protocol].counts(rows * columns, step)
-
-    def included(self, labels: Tensor) -> Tensor:
-        """(S,) int64 positions of the batch's samples that are scored."""
-        keep = labels > 0 if self.positives_only else torch.ones_like(labels, dtype=torch.bool)
-        return keep.nonzero().squeeze(1)
 
     def curves(self, *args: Any, **kwargs: Any) -> InsertionDeletionCurves:
         """Curves of the S = len(included(labels)) scored samples; arguments as in `score`.
@@ -144,15 +116,14 @@ class PatchInsertionDeletion(SampleMetric):
             nothing = images.new_zeros(0, len(counts), dtype=torch.float64)
             return InsertionDeletionCurves(counts, nothing, nothing, nothing, nothing[:, 0])
         engine = batch.engine(**self.engine_options)
-        classes = SCORE_CLASSES[self.score_class](batch, engine)[kept]
+        classes = self.classes(batch, engine)[kept]
         ranks = self._ranks(batch.maps.to(images.device)[kept], batch.indices.to(images.device)[kept])
         pixel_ranks = ranks_to_pixels(ranks, self.patch_size, size)
-        options = replace(self.fill_options, indices=batch.indices)
-        fill, deletion_fill = (fill_with(name, images, options) for name in self.fills)
+        fill, deletion_fill = self.filling(batch), self.filling(batch, self.deletion_fill)
+        insertion = self.of_class(engine.masked(pixel_ranks, counts, fill, "first", kept), classes)
+        deletion = self.of_class(engine.masked(pixel_ranks, counts, deletion_fill, "rest", kept), classes)
+        bare = self.of_class(engine.filled(fill)[kept, None], classes)[:, 0]
         x = PROTOCOLS[self.protocol].x(ranks, counts)
-        insertion = self._of_class(engine.masked(pixel_ranks, counts, fill, "first", kept), classes)
-        deletion = self._of_class(engine.masked(pixel_ranks, counts, deletion_fill, "rest", kept), classes)
-        bare = self._of_class(engine.filled(fill)[kept, None], classes)[:, 0]
         return InsertionDeletionCurves(counts, x, insertion, deletion, bare)
 
     def score_batch(self, batch: ScoredBatch) -> dict[str, Tensor]:
@@ -161,10 +132,8 @@ class PatchInsertionDeletion(SampleMetric):
 
     def values(self, curves: InsertionDeletionCurves, labels: Tensor) -> dict[str, Tensor]:
         """The dict of `score` from curves that are already there; `labels` (B,) as given to `curves`."""
-        table = curves.x.new_full((len(labels), len(AREAS)), torch.nan)
         areas = curves.areas()
-        table[self.included(labels.to(table.device))] = torch.stack([areas[name] for name in AREAS], 1)
-        return dict(zip(self.names, table.unbind(1)))
+        return {name: self.spread(areas[area], labels) for name, area in zip(self.names, AREAS)}
 
     def compute(self) -> dict[str, Tensor]:
         """Means `insertion`, `deletion`, `pid` and `fill_probability` over the samples that are scored, float64."""
@@ -173,8 +142,3 @@ class PatchInsertionDeletion(SampleMetric):
     def _ranks(self, maps: Tensor, indices: Tensor) -> Tensor:
         values = patch_pool(maps, self.patch_size, self.pooling)
         return patch_ranks(values, self.ties, seed=self.seed, indices=indices)
-
-    def _of_class(self, logits: Tensor, classes: Tensor) -> Tensor:
-        """Probability (S, K) of each sample's class from logits (S, K, num_classes)."""
-        chosen = classes.view(-1, 1, 1).expand(-1, logits.shape[1], 1)
-        return PROBABILITIES[self.probability](logits).gather(2, chosen).squeeze(2)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from labn.metrics.base import SampleMetric
+from labn.metrics.filled import FillProbability
 from labn.metrics.insertion_deletion import PatchInsertionDeletion
 from labn.metrics.localisation import MapAUROC, PointingGame, RelevanceMass, RelevanceRank
 
@@ -61,7 +62,7 @@ _FAMILY_EXAMPLES = tuple(
 REGISTRY: list[MetricEntry] = [
     MetricEntry(r"id" + _SUFFIX, PatchInsertionDeletion, _pixel_wise, tuple(f"id{suffix}" for suffix in _SUFFIXES)),
     MetricEntry(_FAMILY + _SUFFIX, PatchInsertionDeletion, _insertion_deletion, _FAMILY_EXAMPLES),
-    MetricEntry(r"fill_probability", PatchInsertionDeletion, _nothing, ("fill_probability",)),
+    MetricEntry(r"fill_probability", FillProbability, _nothing, ("fill_probability",)),
     *(MetricEntry(m.name, m, _nothing, (m.name,)) for m in (RelevanceMass, PointingGame, RelevanceRank, MapAUROC)),
 ]
 

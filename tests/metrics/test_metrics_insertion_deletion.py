@@ -1,0 +1,410 @@
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scoring_models import Additive, Constant, Wavy
+
+from labn.metrics import PatchInsertionDeletion, metric_by_name
+from labn.metrics.functional import nominal_fractions, trapezoid_area
+from labn.perturb import PerturbationEngine
+
+ONE = torch.ones(1, dtype=torch.long)
+
+
+def score(metric, model, images, maps, labels=None, indices=None, **more):
+    labels = torch.ones(len(images), dtype=torch.long) if labels is None else labels
+    indices = torch.arange(len(images)) if indices is None else indices
+    values = metric.score(model, images, maps, labels, indices, **more)
+    return dict(zip(("insertion", "deletion", "pid", "fill_probability"), values.values()))
+
+
+def white(*size):
+    return torch.ones(1, 1, *size, dtype=torch.float64)
+
+
+def even(*size):
+    """Equal weights that sum to one."""
+    return torch.ones(size, dtype=torch.float64).div(size[0] * size[1])
+
+
+def distinct(seed: int, *size: int) -> torch.Tensor:
+    """A map of distinct values."""
+    pixels = size[0] * size[1]
+    return torch.randperm(pixels, generator=torch.Generator().manual_seed(seed)).double().view(1, *size)
+
+
+class TestWorkedExample:
+    model = Additive(torch.tensor([[0.4, 0.3], [0.2, 0.1]], dtype=torch.float64))
+    maps = torch.tensor([[[4.0, 3.0], [2.0, 1.0]]])
+
+    def test_paper(self):
+        values = score(PatchInsertionDeletion(1, step=1), self.model, white(2, 2), self.maps)
+        assert [values[k].item() for k in ("insertion", "deletion", "pid")] == pytest.approx([0.625, 0.375, 0.25])
+
+    def test_official(self):
+        metric = PatchInsertionDeletion(1, step=1, protocol="official")
+        values = score(metric, self.model, white(2, 2), self.maps)
+        expected = [11 / 12, 1 / 12, 10 / 12]
+        assert [values[k].item() for k in ("insertion", "deletion", "pid")] == pytest.approx(expected, abs=1e-10)
+        curves = metric.curves(self.model, white(2, 2), self.maps, ONE, ONE)
+        assert curves.counts.tolist() == [2, 3, 4, 4]
+        assert curves.insertion[0].tolist() == pytest.approx([0.7, 0.9, 1, 1], abs=1e-10)
+        assert curves.deletion[0].tolist() == pytest.approx([0.3, 0.1, 0, 0], abs=1e-10)
+
+
+class TestClosedForms:
+    def test_constant_model(self):
+        model = Constant([0.3, 1.2, -0.5])
+        p = model.logits.softmax(0)[1].item()
+        for protocol in ("paper", "official"):
+            metric = PatchInsertionDeletion(2, protocol=protocol)
+            values = score(metric, model, white(8, 8), distinct(0, 8, 8))
+            assert values["insertion"].item() == pytest.approx(p, abs=1e-10)
+            assert values["deletion"].item() == pytest.approx(p, abs=1e-10)
+            assert values["pid"].item() == pytest.approx(0, abs=1e-10)
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.integers(0, 99), st.sampled_from([(4, 4, 1), (4, 6, 2), (5, 7, 3)]), st.sampled_from([0.0, 0.2]))
+    def test_additive_model_at_step_one(self, seed, shape, base):
+        height, width, m = shape
+        weights = torch.rand(height, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        weights *= (1 - base) / weights.sum()
+        maps = distinct(seed, height, width)
+        values = score(PatchInsertionDeletion(m, step=1), Additive(weights, base), white(height, width), maps)
+        patches = [(i, j) for i in range(0, height, m) for j in range(0, width, m)]
+        best = {(i, j): maps[0, i : i + m, j : j + m].max().item() for i, j in patches}
+        ordered = sorted(patches, key=lambda p: -best[p])
+        w = torch.stack([weights[i : i + m, j : j + m].sum() for i, j in ordered])
+        n, place = len(ordered), torch.arange(1, len(ordered) + 1)
+        insertion = base + (w * (n - place + 0.5) / n).sum().item()
+        deletion = base + (w * (place - 0.5) / n).sum().item()
+        assert values["insertion"].item() == pytest.approx(insertion, abs=1e-10)
+        assert values["deletion"].item() == pytest.approx(deletion, abs=1e-10)
+        assert values["pid"].item() == pytest.approx((w * (n - 2 * place + 1) / n).sum().item(), abs=1e-10)
+        assert values["fill_probability"].item() == pytest.approx(base, abs=1e-10)
+
+    def test_one_pixel_patches_equal_a_pixel_loop(self):
+        model, images, maps = Wavy(30), torch.randn(1, 1, 5, 6, dtype=torch.float64), distinct(3, 5, 6)
+        order = maps.flatten().argsort(descending=True)
+        curves = {"insertion": [], "deletion": []}
+        for n in [0, 7, 14, 21, 28, 30]:
+            kept = torch.zeros(30, dtype=torch.float64)
+            kept[order[:n]] = 1
+            for name, mask in (("insertion", kept), ("deletion", 1 - kept)):
+                curves[name].append(model(images * mask.view(1, 1, 5, 6)).softmax(-1)[0, 1].item())
+        x = [0, 7 / 30, 14 / 30, 21 / 30, 28 / 30, 1]
+        values = score(PatchInsertionDeletion(1, step=7), model, images, maps)
+        for name, y in curves.items():
+            area = sum((x[i + 1] - x[i]) * (y[i] + y[i + 1]) / 2 for i in range(5))
+            assert values[name].item() == pytest.approx(area, abs=1e-10)
+
+    def test_end_points_are_fill_and_image(self):
+        model, images = Wavy(36), torch.randn(2, 1, 6, 6, dtype=torch.float64)
+        metric = PatchInsertionDeletion(2, step=4, fill="blur")
+        maps = distinct(0, 6, 6).expand(2, -1, -1)
+        curves = metric.curves(model, images, maps, torch.tensor([1, 2]), torch.arange(2))
+        full = model(images).softmax(-1)[[0, 1], [1, 2]]
+        assert torch.allclose(curves.insertion[:, -1], full)
+        assert torch.allclose(curves.deletion[:, 0], full)
+        assert torch.equal(curves.insertion[:, 0], curves.fill_probability)
+        assert torch.equal(curves.deletion[:, -1], curves.fill_probability)
+        assert curves.counts.tolist() == [0, 4, 8, 9]
+        assert curves.x[0].tolist() == pytest.approx([0, 4 / 9, 8 / 9, 1])
+
+    @pytest.mark.parametrize("ties", ["fraction", "stable", "random"])
+    def test_a_random_order_expects_zero(self, ties):
+        model, images = Wavy(16), torch.randn(1, 1, 4, 4, dtype=torch.float64).expand(400, -1, -1, -1)
+        maps = torch.rand(400, 4, 4, generator=torch.Generator().manual_seed(5))
+        pid = score(PatchInsertionDeletion(1, step=4, ties=ties), model, images, maps)["pid"]
+        assert abs(pid.mean().item()) < 3.5 * pid.std().item() / 20
+
+
+class TestTies:
+    model = Additive(even(8, 8) * 0.8, base=0.1)
+
+    def test_a_constant_map_is_neutral_with_fraction(self):
+        values = score(PatchInsertionDeletion(2, step=3), self.model, white(8, 8), torch.zeros(1, 8, 8))
+        assert values["insertion"].item() == pytest.approx(0.5, abs=1e-10)
+        assert values["deletion"].item() == pytest.approx(0.5, abs=1e-10)
+
+    def test_a_constant_map_gets_everything_from_official(self):
+        metric = PatchInsertionDeletion(2, step=3, protocol="official")
+        values = score(metric, self.model, white(8, 8), torch.zeros(1, 8, 8))
+        assert values["pid"].item() == pytest.approx(0.9 - 0.1, abs=1e-10)
+
+    def test_stable_inserts_ties_in_raster_order(self):
+        weights = torch.zeros(4, 4)
+        weights[0] = 0.25
+        metric = PatchInsertionDeletion(1, step=4, ties="stable")
+        curves = metric.curves(Additive(weights), white(4, 4), torch.zeros(1, 4, 4), ONE, ONE)
+        assert curves.insertion[0].tolist() == pytest.approx([0, 1, 1, 1, 1], abs=1e-10)
+
+    def test_ties_enter_together_and_x_says_how_many(self):
+        maps = torch.zeros(1, 4, 4)
+        maps[0, 0] = torch.tensor([3.0, 2.0, 2.0, 2.0])
+        metric = PatchInsertionDeletion(1, step=2)
+        curves = metric.curves(self.model_of(4), white(4, 4), maps, ONE, ONE)
+        assert curves.x[0].tolist() == [0, 4 / 16, 4 / 16, 1, 1, 1, 1, 1, 1]
+        assert curves.insertion[0].tolist() == pytest.approx(curves.x[0].tolist(), abs=1e-10)
+
+    @staticmethod
+    def model_of(side):
+        return Additive(even(side, side))
+
+    @pytest.mark.parametrize(("share", "official"), [(0.02, True), (0.02, False), (1.0, True), (1.0, False)])
+    def test_the_official_artefact_on_sparse_noise(self, share, official):
+        """Sparse noise scores high only because its zeros enter at once; dense noise does not (linear model)."""
+        generator = torch.Generator().manual_seed(0)
+        maps = torch.rand(1, 100, 100, generator=generator) * (torch.rand(1, 100, 100, generator=generator) < share)
+        metric = PatchInsertionDeletion(1, step=100, protocol="official" if official else "paper")
+        pid = score(metric, self.model_of(100), white(100, 100), maps)["pid"].item()
+        assert pid > 0.9 if (official and share < 1) else abs(pid) < 0.03
+
+
+# Side, patch, published points, published first count and offset of an uninformative map under a linear model.
+OFFICIAL = [
+    (224, 16, 40, 6, 0.056),
+    (224, 32, 49, 2, 0.061),
+    (224, 8, 79, 11, 0.023),
+    (512, 32, 26, 11, 0.062),
+    (512, 64, 13, 6, 0.122),
+    (512, 128, 16, 2, 0.183),
+]
+
+
+@pytest.mark.parametrize(("side", "m", "points", "first", "offset"), OFFICIAL)
+def test_offsets_of_the_official_protocol(side, m, points, first, offset):
+    model = Additive(even(side, side))
+    values = torch.randperm((side // m) ** 2, generator=torch.Generator().manual_seed(0)).double()
+    maps = values.view(1, side // m, -1).repeat_interleave(m, 1).repeat_interleave(m, 2)
+    metric = PatchInsertionDeletion(m, protocol="official")
+    curves = metric.curves(model, white(side, side), maps, ONE, ONE)
+    assert len(curves.counts) == points
+    assert curves.counts[0] == first
+    assert curves.areas()["pid"].item() == pytest.approx(offset, abs=6e-4)
+    assert curves.deletion[0, 0].item() == pytest.approx(1 - first / (side // m) ** 2, abs=1e-10)
+    paper = score(PatchInsertionDeletion(m), model, white(side, side), maps)
+    assert paper["pid"].item() == pytest.approx(0, abs=1e-10)
+
+
+# The sizes with many points, checked on the counts alone.
+OFFICIAL_COUNTS = [
+    (224, 1, 101, 501, 0.016),
+    (224, 2, 126, 101, 0.013),
+    (224, 4, 157, 21, 0.008),
+    (512, 1, 27, 10001, 0.067),
+    (512, 2, 27, 2501, 0.067),
+    (512, 4, 33, 501, 0.038),
+    (512, 8, 41, 101, 0.026),
+    (512, 16, 52, 21, 0.037),
+]
+
+
+@pytest.mark.parametrize(("side", "m", "points", "first", "offset"), OFFICIAL_COUNTS)
+def test_offsets_of_the_official_counts(side, m, points, first, offset):
+    counts = PatchInsertionDeletion(m, protocol="official").counts((side, side))
+    n = (side // m) ** 2
+    y, x = counts[None].double() / n, nominal_fractions(torch.zeros(1, n), counts)
+    assert (len(counts), counts[0].item()) == (points, first)
+    assert 2 * trapezoid_area(y, x).item() - 1 == pytest.approx(offset, abs=6e-4)
+
+
+class TestInvariants:
+    @settings(max_examples=20, deadline=None)
+    @given(st.integers(0, 99), st.sampled_from([(4, 4, 1, 4), (6, 4, 2, 2), (5, 5, 2, 3), (4, 4, 2, 1)]))
+    def test_rank_reversal_is_antisymmetric_for_any_model(self, seed, shape):
+        height, width, m, step = shape
+        images = torch.randn(1, 1, height, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        rows, columns = -(-height // m), -(-width // m)
+        values = distinct(seed, rows, columns)
+        maps = values.repeat_interleave(m, 1).repeat_interleave(m, 2)[:, :height, :width]
+        model, metric = Wavy(height * width, seed), PatchInsertionDeletion(m, step=step)
+        forth, back = score(metric, model, images, maps), score(metric, model, images, -maps)
+        assert back["deletion"].item() == pytest.approx(forth["insertion"].item(), abs=1e-10)
+        assert back["pid"].item() == pytest.approx(-forth["pid"].item(), abs=1e-10)
+
+    @settings(max_examples=20, deadline=None)
+    @given(st.integers(0, 99), st.integers(1, 4), st.sampled_from(["paper", "official"]), st.booleans())
+    def test_increasing_transforms_change_nothing(self, seed, m, protocol, tied):
+        side = 4 * m
+        images = torch.randn(1, 1, side, side, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        maps = distinct(seed, side, side) % (5 if tied else side**2 + 1)
+        model, metric = Wavy(side**2), PatchInsertionDeletion(m, step=3, protocol=protocol)
+        one, two = score(metric, model, images, maps), score(metric, model, images, (maps / 7).exp() - 9)
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+    @settings(max_examples=15, deadline=None)
+    @given(
+        st.integers(0, 99), st.sampled_from([(5, 7, 2), (6, 6, 3), (7, 4, 3)]), st.sampled_from(["black", "uniform"])
+    )
+    def test_a_sample_does_not_depend_on_its_batch(self, seed, shape, fill):
+        height, width, m = shape
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.randn(4, 2, height, width, generator=generator, dtype=torch.float64)
+        maps = torch.randint(5, (4, height, width), generator=generator).double()
+        labels, indices = torch.tensor([0, 1, 2, 1]), torch.tensor([9, 4, 7, 1])
+        for ties in ("fraction", "stable", "random"):
+            metric = PatchInsertionDeletion(m, step=2, ties=ties, fill=fill, seed=seed)
+            together = score(metric, Wavy(2 * height * width), images, maps, labels, indices)
+            for b in range(4):
+                only = slice(b, b + 1)
+                alone = score(metric, Wavy(2 * height * width), images[only], maps[only], labels[only], indices[only])
+                for name, value in alone.items():
+                    assert value.item() == pytest.approx(together[name][b].item(), abs=1e-12)
+
+    @pytest.mark.parametrize("chunk_size", [1, 5, 1000])
+    def test_the_chunk_size_changes_nothing(self, chunk_size):
+        images, maps = torch.randn(2, 1, 6, 6, dtype=torch.float64), torch.rand(2, 6, 6)
+        model = Wavy(36)
+        one = score(PatchInsertionDeletion(1, step=1, chunk_size=chunk_size), model, images, maps)
+        two = score(PatchInsertionDeletion(1, step=1), model, images, maps)
+        assert all(torch.allclose(one[name], two[name], atol=1e-12) for name in one)
+
+
+class TestSharing:
+    images = torch.randn(2, 1, 6, 6, dtype=torch.float64)
+    maps = torch.rand(2, 6, 6, dtype=torch.float64)
+    labels = torch.ones(2, dtype=torch.long)
+
+    def run(self, names, *maps):
+        engine = PerturbationEngine(Wavy(36), self.images)
+        forwards = []
+        for name in names:
+            for one in maps or (self.maps,):
+                metric_by_name(name, step=3).score(
+                    Wavy(36), self.images, one, self.labels, torch.arange(2), cache=engine
+                )
+                forwards.append(engine.forwards)
+        return forwards
+
+    def test_insertion_and_deletion_cost_two_curves_less_their_end_points(self):
+        assert self.run(["id"]) == [1 + 2 + 2 * 2 * 11]
+
+    def test_names_of_the_same_curves_cost_nothing_more(self):
+        assert len(set(self.run(["id", "id@stable", "insertion1", "deletion1", "fill_probability"]))) == 1
+
+    def test_the_fill_alone_is_one_forward(self):
+        assert self.run(["fill_probability", "id"]) == [1, 1 + 2 + 2 * 2 * 11]
+
+    def test_the_negated_map_costs_nothing_more(self):
+        assert len(set(self.run(["id", "id@stable"], self.maps, -self.maps))) == 1
+
+    def test_curves_after_a_score_cost_nothing_more(self):
+        engine, metric = PerturbationEngine(Wavy(36), self.images), PatchInsertionDeletion(2, step=2)
+        arguments = (Wavy(36), self.images, self.maps, self.labels, torch.arange(2))
+        values = metric.score(*arguments, cache=engine)
+        before = engine.forwards
+        assert torch.equal(metric.curves(*arguments, cache=engine).areas()["pid"], values["pid2"])
+        assert engine.forwards == before
+
+    def test_an_engine_of_other_images_is_refused(self):
+        engine = PerturbationEngine(Wavy(36), self.images + 1)
+        with pytest.raises(ValueError, match="holds others"):
+            PatchInsertionDeletion(2).score(
+                Wavy(36), self.images, self.maps, self.labels, torch.arange(2), cache=engine
+            )
+
+
+class TestOptions:
+    images = torch.randn(3, 1, 4, 4, dtype=torch.float64)
+    maps = torch.rand(3, 4, 4)
+
+    def test_score_class_label_target_or_predicted(self):
+        model = Wavy(16)
+        targets, labels = torch.tensor([0, 1, 2]), torch.tensor([2, 2, 1])
+        predicted = model(self.images).argmax(-1)
+        for score_class, classes in (("label", labels), ("target", targets), ("predicted", predicted)):
+            metric = PatchInsertionDeletion(2, score_class=score_class)
+            curves = metric.curves(model, self.images, self.maps, targets, torch.arange(3), labels=labels)
+            expected = model(self.images).softmax(-1)[torch.arange(3), classes]
+            assert torch.allclose(curves.insertion[:, -1], expected)
+
+    @pytest.mark.parametrize("probability", ["softmax", "sigmoid", "logit"])
+    def test_probability(self, probability):
+        function = {"softmax": lambda z: z.softmax(-1), "sigmoid": torch.sigmoid, "logit": lambda z: z}[probability]
+        model, ones = Wavy(16), torch.ones(3, dtype=torch.long)
+        metric = PatchInsertionDeletion(2, probability=probability)
+        curves = metric.curves(model, self.images, self.maps, ones, torch.arange(3))
+        assert torch.allclose(curves.deletion[:, 0], function(model(self.images))[:, 1])
+
+    def test_positives_only_leaves_out_label_zero_and_costs_no_forward_for_it(self):
+        model, labels = Additive(even(4, 4)), torch.tensor([0, 2, 0])
+        labels[1] = 1
+        metric = PatchInsertionDeletion(2, positives_only=True, fold=False)
+        engine = PerturbationEngine(model, white(4, 4).expand(3, -1, -1, -1), fold=False)
+        values = score(metric, model, engine.images, self.maps, labels, cache=engine)
+        assert values["pid"].isnan().tolist() == [True, False, True]
+        assert engine.forwards == 1 + 1 + 2 * 3
+        nobody = score(metric, model, engine.images, self.maps, labels * 0)
+        assert all(value.isnan().all() for value in nobody.values())
+
+    def test_another_fill_for_deletion(self):
+        model, images = Wavy(16), self.images[:1]
+        metric = PatchInsertionDeletion(2, fill="blur", deletion_fill="mean")
+        curves = metric.curves(model, images, self.maps[:1], ONE, ONE)
+        assert curves.deletion[0, -1].item() == pytest.approx(model(images * 0).softmax(-1)[0, 1].item())
+        assert not torch.allclose(curves.insertion[0, 0], curves.deletion[0, -1])
+
+    def test_black_and_bias_follow_the_normalisation(self):
+        model, bias = Wavy(16), torch.rand(1, 4, 4)
+        for fill, pixels in (("black", torch.zeros(1, 4, 4)), ("bias", bias)):
+            metric = PatchInsertionDeletion(2, fill=fill, bias=bias, mean=[0.3], std=[0.5])
+            curves = metric.curves(model, self.images[:1], self.maps[:1], ONE, ONE)
+            expected = model((pixels.double() - 0.3)[None] / 0.5).softmax(-1)[0, 1]
+            assert curves.fill_probability.item() == pytest.approx(expected.item(), abs=1e-7)
+
+    def test_number_of_steps(self):
+        assert PatchInsertionDeletion(1, n_steps=224).counts((224, 224)).tolist() == list(range(0, 224**2 + 1, 224))
+        assert PatchInsertionDeletion(2, n_steps=5).counts((6, 6)).tolist() == [0, 2, 4, 6, 8, 9]
+
+    def test_it_can_be_pickled(self):
+        metric = pickle.loads(pickle.dumps(PatchInsertionDeletion(2, score_class="predicted")))
+        assert score(metric, Wavy(16), self.images, self.maps)["pid"].isfinite().all()
+
+
+class TestErrors:
+    def test_a_bad_value_in_a_map_is_named_by_its_sample(self):
+        images, maps = torch.rand(3, 1, 4, 4).double(), torch.rand(3, 4, 4)
+        for bad in (torch.nan, torch.inf):
+            maps[1, 2, 2] = bad
+            with pytest.raises(ValueError, match="the map of sample 42 holds NaN"):
+                score(PatchInsertionDeletion(2), Wavy(16), images, maps, indices=torch.arange(41, 44))
+
+    def test_a_patch_larger_than_the_image(self):
+        with pytest.raises(ValueError, match="patch_size must be from 1 to 4 for 4x4 maps, got 16"):
+            score(PatchInsertionDeletion(16), Wavy(16), white(4, 4), torch.rand(1, 4, 4))
+
+    def test_a_map_of_another_size(self):
+        with pytest.raises(ValueError, match=r"maps must be \(1, 4, 4\) to fit the images, got \(1, 2, 2\)"):
+            score(PatchInsertionDeletion(2), Wavy(16), white(4, 4), torch.rand(1, 2, 2))
+
+    def test_labels_of_another_length(self):
+        with pytest.raises(ValueError, match="targets must have one entry per image"):
+            score(
+                PatchInsertionDeletion(2), Wavy(16), white(4, 4), torch.rand(1, 4, 4), torch.ones(2, dtype=torch.long)
+            )
+
+    @pytest.mark.parametrize("size", [(6, 6), (4, 8)])
+    def test_official_where_the_released_code_fails(self, size):
+        with pytest.raises(ValueError, match="needs square images divisible by 4"):
+            PatchInsertionDeletion(4, protocol="official").counts(size)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"step": 2, "n_steps": 3}, "step or n_steps, not both"),
+            ({"step": 0}, "above 0"),
+            ({"protocol": "rise"}, "protocol must be one of"),
+            ({"protocol": "official", "ties": "stable"}, "leave ties at"),
+            ({"ties": "threshold"}, "ties must be one of"),
+            ({"fill": "grey"}, "fill must be one of"),
+            ({"score_class": "top"}, "score_class must be one of"),
+            ({"pooling": "median"}, "pooling must be one of"),
+            ({"probability": "odds"}, "probability must be one of"),
+        ],
+    )
+    def test_bad_options(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            PatchInsertionDeletion(**arguments)

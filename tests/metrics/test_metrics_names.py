@@ -1,0 +1,49 @@
+import pytest
+import torch
+from scoring_models import Wavy
+
+from labn.metrics import MetricEntry, PatchInsertionDeletion, RelevanceMass, metric_by_name, register_metric
+from labn.metrics.names import REGISTRY
+
+NAMES = ["id", "pid4", "insertion2", "deletion2", "fill_probability", "mass", "pointing", "rank", "auroc"]
+NAMES += ["id@official", "pid4@official", "insertion2@stable", "id@stable", "deletion4@official"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_is_a_key_of_its_metrics_scores(name):
+    images, maps = torch.randn(1, 3, 8, 8), torch.rand(1, 8, 8)
+    metric = metric_by_name(name, mean=[0.5] * 3, std=[0.2] * 3)
+    one = torch.ones(1, dtype=torch.long)
+    model = Wavy(192).float()
+    scores = metric.score(model, images, maps, one, one, masks=maps > 0.5)
+    assert scores[name].shape == (1,)
+
+
+def test_names_say_patch_size_protocol_and_ties():
+    metric = metric_by_name("pid8@official", step=3)
+    assert isinstance(metric, PatchInsertionDeletion)
+    assert (metric.patch_size, metric.protocol, metric.step) == (8, "official", 3)
+    assert metric_by_name("insertion32@stable").ties == "stable"
+    assert metric_by_name("pid1").names == metric_by_name("id").names
+
+
+def test_shared_settings_go_where_they_are_known():
+    assert metric_by_name("pid8", fill="mean", positives_only=True).fill == "mean"
+    assert isinstance(metric_by_name("mass", fill="mean"), RelevanceMass)
+    with pytest.raises(TypeError, match="no metric has a setting 'fil'"):
+        metric_by_name("mass", fil="mean")
+
+
+@pytest.mark.parametrize(("name", "near"), [("pid16@offical", "pid16@official"), ("masss", "mass"), ("pid0", "pid1")])
+def test_unknown_names_list_the_near_ones(name, near):
+    with pytest.raises(ValueError, match=f"unknown metric '{name}'; near names: .*{near}"):
+        metric_by_name(name)
+
+
+def test_the_registry_is_open(monkeypatch):
+    class Other(RelevanceMass):
+        name = "other"
+
+    monkeypatch.setattr("labn.metrics.names.REGISTRY", list(REGISTRY))
+    register_metric(MetricEntry("other", Other, lambda match: {}, ("other",)))
+    assert isinstance(metric_by_name("other"), Other)

@@ -1,0 +1,78 @@
+import math
+
+import pytest
+import torch
+
+from labn.metrics import bootstrap_mean, paired_difference
+
+
+def normal(n, seed=0):
+    return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_the_interval_is_the_normal_one_for_many_samples():
+    values = normal(2000) * 3 + 1
+    result = bootstrap_mean(values)
+    error = values.std().item() / math.sqrt(2000)
+    assert result.mean == pytest.approx(values.mean().item())
+    assert result.low == pytest.approx(result.mean - 1.96 * error, abs=0.1 * error)
+    assert result.high == pytest.approx(result.mean + 1.96 * error, abs=0.1 * error)
+    assert result.n == 2000
+
+
+def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+    covered = 0
+    for seed in range(300):
+        result = bootstrap_mean(normal(40, seed), n_resamples=500, seed=seed, level=0.9)
+        covered += result.low <= 0 <= result.high
+    assert 0.83 < covered / 300 < 0.95
+
+
+def test_equal_input_gives_equal_digits_and_another_seed_others():
+    assert bootstrap_mean(normal(50), seed=1) == bootstrap_mean(normal(50).tolist(), seed=1)
+    assert bootstrap_mean(normal(50), seed=1).low != bootstrap_mean(normal(50), seed=2).low
+
+
+def test_exact_cases():
+    single = bootstrap_mean([0.25])
+    assert (single.mean, single.low, single.high, single.n) == (0.25, 0.25, 0.25, 1)
+    two = bootstrap_mean([0.0, 1.0])
+    assert (two.low, two.high) == (0, 1)
+    assert bootstrap_mean([math.nan, 2.0, math.nan]).n == 1
+    nothing = bootstrap_mean([math.nan])
+    assert math.isnan(nothing.mean)
+    assert nothing.n == 0
+
+
+def test_clusters_of_equal_values_are_as_wide_as_their_number():
+    values, groups = normal(30).repeat_interleave(20), torch.arange(30).repeat_interleave(20)
+    plain, clustered = bootstrap_mean(values), bootstrap_mean(values, groups=groups)
+    assert clustered.mean == pytest.approx(plain.mean)
+    ratio = (clustered.high - clustered.low) / (plain.high - plain.low)
+    assert ratio == pytest.approx(math.sqrt(20), rel=0.1)
+    own = bootstrap_mean(values, groups=torch.arange(600))
+    assert (own.low, own.high) == pytest.approx((plain.low, plain.high))
+
+
+def test_pairs_are_matched_by_index_and_cancel_what_samples_share():
+    shared = normal(100) * 10
+    first, second = shared + 0.5 + 0.01 * normal(100, 1), shared
+    shuffle = torch.randperm(100, generator=torch.Generator().manual_seed(3))
+    result = paired_difference(torch.arange(100), first, torch.arange(100)[shuffle], second[shuffle])
+    assert 0.49 < result.low < 0.5 < result.high + 0.005
+    assert result.high - result.low < 0.01
+    assert result.n == 100
+
+
+def test_only_common_samples_that_both_have_count():
+    result = paired_difference([1, 2, 3, 4], [1.0, 2.0, 3.0, math.nan], [4, 3, 2, 9], [0.0, 1.0, 1.5, 7.0])
+    assert result.n == 2
+    assert result.mean == pytest.approx((0.5 + 2.0) / 2)
+
+
+def test_paired_clusters():
+    groups = {i: i // 10 for i in range(100)}
+    steps = torch.tensor([groups[i] for i in range(100)]).double()
+    wide = paired_difference(range(100), steps, range(100), torch.zeros(100), groups=groups)
+    narrow = paired_difference(range(100), steps, range(100), torch.zeros(100))
+    assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
