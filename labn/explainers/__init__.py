@@ -1,19 +1,36 @@
 """Explainers: small objects called as `maps = explainer(model, images, targets)`."""
 
+from labn.explainers.ablation_cam import AblationCAM
 from labn.explainers.attention import BranchAttention, LambdaAttention
+from labn.explainers.attention_guided import AttentionMapGuided
 from labn.explainers.base import Explainer
 from labn.explainers.baseline import ConstantMap, Negated, RandomMap
-from labn.explainers.cam import GradCAM
+from labn.explainers.cam import GradCAM, GradCAMPlusPlus, XGradCAM
+from labn.explainers.gradient import Gradient, GradientTimesInput, IntegratedGradients, SmoothGrad
+from labn.explainers.linear_cam import CAM
 from labn.explainers.names import EXPLAINERS, explainer_by_name
+from labn.explainers.score_cam import ScoreCAM
+from labn.explainers.smooth_cam import SmoothGradCAMPlusPlus
 
 __all__ = [
+    "CAM",
     "EXPLAINERS",
+    "AblationCAM",
+    "AttentionMapGuided",
     "BranchAttention",
     "ConstantMap",
     "Explainer",
     "GradCAM",
+    "GradCAMPlusPlus",
+    "Gradient",
+    "GradientTimesInput",
+    "IntegratedGradients",
     "LambdaAttention",
     "Negated",
     "RandomMap",
+    "ScoreCAM",
+    "SmoothGrad",
+    "SmoothGradCAMPlusPlus",
+    "XGradCAM",
     "explainer_by_name",
 ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,20 @@ def check_inputs(images: Tensor, targets: Tensor) -> None:
         )
 
 
+@contextmanager
+def explained_channels(model: nn.Module, images: Tensor) -> Iterator[None]:
+    """Say it in one sentence where a failure is that the images have another number of channels than the model."""
+    try:
+        yield
+    except RuntimeError as error:
+        first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+        if first is None or first.in_channels == images.shape[1]:
+            raise
+        raise ValueError(
+            f"images have {images.shape[1]} channels; {type(model).__name__} expects {first.in_channels}."
+        ) from error
+
+
 class Explainer(ABC):
     """A small object built from plain arguments, called as `maps = explainer(model, images, targets)`.
 
@@ -50,8 +66,8 @@ class Explainer(ABC):
         """
         check_inputs(images, targets)
         model = matching(model, images)
-        with explaining(model, images.device.type):
-            maps = self.attribute(model, images.detach().clone(), targets.to(images.device), indices)
+        with explaining(model, images.device.type), explained_channels(model, images):
+            maps = self.attribute(model, images.detach().clone(), targets.long().to(images.device), indices)
         return resize_maps(maps.detach(), (images.shape[-2], images.shape[-1])).float()
 
     @abstractmethod

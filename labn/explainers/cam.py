@@ -1,4 +1,4 @@
-"""Class activation maps: weighted sums of one layer's feature maps."""
+"""Class activation maps from gradients: weighted sums of one layer's feature maps."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from labn.explainers.base import Explainer
-from labn.explainers.layers import find_target_layer, named_layer
-from labn.inference import logits_of
+from labn.explainers.features import Features, gradient_features, target_layer_of
 
 
 class ActivationMap(Explainer):
-    """L = ReLU(sum_k w_k A^k) at a target layer; subclasses give the weights w (B, K).
+    """L = ReLU(sum_k w_k A^k) at a target layer; subclasses give the weights w.
 
     Args:
         target_layer: name of the layer; None finds the last one with spatial feature maps.
@@ -30,42 +29,63 @@ class ActivationMap(Explainer):
 
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
         """(B, h, w) weighted sum at the layer's resolution."""
-        activations, gradients = self.features(model, images, targets)
-        maps = (self.weights(activations, gradients) * activations).sum(dim=1)
+        seen = self.features(model, images, targets)
+        return self.weigh(self.weights(seen.activations, seen.slopes), seen.activations)
+
+    def weigh(self, weights: Tensor, activations: Tensor) -> Tensor:
+        """(B, h, w): sum_k w_k A^k, after the ReLU unless that is switched off."""
+        maps = (weights * activations).sum(dim=1)
         return maps.relu() if self.relu else maps
 
-    def features(self, model: nn.Module, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """A and dy_c/dA of the target layer, (B, K, h, w) each; y_c is the logit.
+    def layer(self, model: nn.Module, images: Tensor) -> nn.Module:
+        """The target layer of `model`."""
+        return target_layer_of(model, images, self.target_layer)
 
-        The graph starts at the target layer, so the backward pass runs through the tail of the network alone.
-        """
-        name = self.target_layer if self.target_layer is not None else find_target_layer(model, images)
-        layer = named_layer(model, name)
-        kept: list[Tensor] = []
-
-        def start_graph(_module: nn.Module, _args: object, output: Tensor) -> Tensor:
-            kept.append(output.detach().requires_grad_())
-            # A copy goes on: an in-place ReLU behind the layer must not overwrite the leaf.
-            return kept[-1].clone()
-
-        flags = [(p, p.requires_grad) for p in model.parameters()]
-        hook = layer.register_forward_hook(start_graph)
-        try:
-            for parameter, _ in flags:
-                parameter.requires_grad_(False)
-            logits = logits_of(model(images))
-        finally:
-            hook.remove()
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-        score = logits.gather(1, targets[:, None]).sum()
-        (gradients,) = torch.autograd.grad(score, kept[-1])
-        return kept[-1].detach(), gradients
+    def features(self, model: nn.Module, images: Tensor, targets: Tensor) -> Features:
+        """A and dy_c/dA of the target layer; y_c is the logit."""
+        return gradient_features(model, self.layer(model, images), images, targets)
 
 
 class GradCAM(ActivationMap):
-    """Grad-CAM (Selvaraju et al. 2017): w_k = (1/Z) sum_ij dy_c/dA^k_ij."""
+    """Grad-CAM (Selvaraju et al., ICCV 2017, eq. 1): w_k = (1/Z) sum_ij g^k_ij with g = dy_c/dA and Z = h w."""
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
         """Spatial mean of the gradients."""
         return gradients.mean(dim=(2, 3), keepdim=True)
+
+
+def plus_plus_factor(ratio: Tensor, total: Tensor) -> Tensor:
+    """a = D2 / (2 D2 + total * D3) = 1 / (2 + total * D3 / D2), 0 where D3 is 0 or the denominator vanishes.
+
+    Working with the ratio keeps float32 exact: gradients are far below 1, so that their third powers underflow and any
+    fixed epsilon would outweigh their squares.
+
+    Args:
+        ratio: D3 / D2 (B, K, h, w); for the score exp(y_c) of Grad-CAM++ it is the gradient itself.
+        total: (B, K, 1, 1), sum_ab A^k_ab.
+    """
+    denominator = 2 + total * ratio
+    usable = (ratio != 0) & (denominator.abs() > torch.finfo(denominator.dtype).eps)
+    return torch.where(usable, 1 / denominator, 0)
+
+
+class GradCAMPlusPlus(ActivationMap):
+    """Grad-CAM++ (Chattopadhay et al., WACV 2018, eq. 19): w_k = sum_ij a^k_ij ReLU(g^k_ij).
+
+    a = g^2 / (2 g^2 + (sum_ab A^k_ab) g^3), 0 where g is 0: the score is exp(y_c), whose derivatives are powers of g.
+    """
+
+    def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        """Sum over positions of a ReLU(g)."""
+        factor = plus_plus_factor(gradients, activations.sum(dim=(2, 3), keepdim=True))
+        return (factor * gradients.relu()).sum(dim=(2, 3), keepdim=True)
+
+
+class XGradCAM(ActivationMap):
+    """XGrad-CAM (Fu et al., BMVC 2020, eq. 5): w_k = sum_ij A^k_ij g^k_ij / sum_ab A^k_ab, 0 where that sum is 0."""
+
+    def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        """Mean of the gradients, weighted by the activations."""
+        total = activations.sum(dim=(2, 3), keepdim=True)
+        weighted = (activations * gradients).sum(dim=(2, 3), keepdim=True)
+        return torch.where(total != 0, weighted / total, 0)

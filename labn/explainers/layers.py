@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from labn.inference import logits_of
-
-_found: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
+from labn.inference import explaining, logits_of
 
 POOLING = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+COMPILED = "_orig_mod."  # the prefix that `torch.compile` puts before the names of a module's own layers
+
+_found: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], str]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -30,49 +33,119 @@ def watching(modules: dict[str, nn.Module], see: Callable[[str, Any], None]) -> 
 
 
 def named_layer(model: nn.Module, name: str) -> nn.Module:
-    """The submodule called `name`.
+    """The submodule called `name`; a compiled model's layers go by the names they had before.
 
     Raises:
         ValueError: there is none; the message lists the nearest names.
     """
     layers = dict(model.named_modules())
-    if name not in layers:
-        near = difflib.get_close_matches(name, layers, n=5, cutoff=0.3)
-        raise ValueError(f"target_layer {name!r} is not a layer of {type(model).__name__}; near it: {', '.join(near)}.")
-    return layers[name]
+    for known in (name, COMPILED + name):
+        if name and known in layers:
+            return layers[known]
+    near = difflib.get_close_matches(name, [n.removeprefix(COMPILED) for n in layers if n], n=5, cutoff=0.0)
+    raise ValueError(f"target_layer {name!r} is not a layer of {type(model).__name__}; near it: {', '.join(near)}.")
 
 
-def find_target_layer(model: nn.Module, images: Tensor) -> str:
-    """`search_target_layer`, searched once per model."""
-    if model not in _found:
-        _found[model] = search_target_layer(model, images)
-    return _found[model]
+def is_channels_last(shape: torch.Size, size: torch.Size) -> bool:
+    """Whether feature maps (B, a, b, c) are (B, h, w, K) and not (B, K, h, w), judged by the images' proportions.
+
+    Swin and its relatives keep the channels in the last dimension.
+    """
+    proportion = math.log(size[0] / size[1])
+    first, last = abs(math.log(shape[2] / shape[3]) - proportion), abs(math.log(shape[1] / shape[2]) - proportion)
+    return last < first
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One output of the search's forward pass; the version tells a tensor from what an in-place layer makes of it."""
+
+    name: str
+    output: Tensor
+    version: int
+    is_map: bool
+
+    def same(self, other: _Seen) -> bool:
+        """Whether both are the same values in the same memory."""
+        return self.output is other.output and self.version == other.version
+
+
+def _is_map(output: Tensor, size: torch.Size) -> bool:
+    """Feature maps (B, K, h, w) or (B, h, w, K) with more than one position."""
+    if output.ndim != 4 or 0 in output.shape:
+        return False
+    spatial = output.shape[1:3] if is_channels_last(output.shape, size) else output.shape[2:]
+    return spatial.numel() > 1
+
+
+def _trace(model: nn.Module, images: Tensor) -> tuple[list[_Seen], Tensor]:
+    """Every differentiable output of one forward, in order of completion, and the logits."""
+    seen: list[_Seen] = []
+
+    def see(name: str, output: Any) -> None:
+        if name and isinstance(output, Tensor) and output.requires_grad:
+            seen.append(_Seen(name, output, output._version, _is_map(output, images.shape[-2:])))
+
+    with watching(dict(model.named_modules()), see):
+        logits = logits_of(model(images[:1].detach().clone().requires_grad_()))
+    return seen, logits
+
+
+def _on_path(logits: Tensor, output: Tensor) -> bool:
+    """Whether the logits depend on `output`."""
+    (gradient,) = torch.autograd.grad(logits.sum(), output, retain_graph=True, allow_unused=True)
+    return gradient is not None
+
+
+def _mostly_tokens(model: nn.Module, seen: list[_Seen], place: int) -> bool:
+    """Whether more layers with weights work on tokens (B, N, K) after `seen[place]` than there are layers before."""
+    leaves = {name for name, m in model.named_modules() if not m._modules and m._parameters}
+    before = sum(s.name in leaves for s in seen[: place + 1])
+    after = sum(s.name in leaves and s.output.ndim == 3 and s.output.shape[1] > 1 for s in seen[place + 1 :])
+    return after > before
+
+
+def _outermost(seen: list[_Seen], place: int) -> str:
+    """Of the nested modules that return the tensor of `seen[place]`, the outermost one around the first."""
+    same = [s.name for s in seen if s.same(seen[place])]
+    return min((name for name in same if f"{same[0]}.".startswith(f"{name}.")), key=len)
 
 
 def search_target_layer(model: nn.Module, images: Tensor) -> str:
-    """Name of the last layer with spatial feature maps (B, K, h, w), h*w > 1, on the way to the logits.
+    """Name of the last layer with feature maps of more than one position, on the way to the logits.
 
-    Pooling layers are passed over, so that a VGG gives its last convolutional features; of several nested modules
-    that return the same tensor the outermost is taken.
+    Pooling layers are passed over, so that a VGG gives its last convolutional features after the ReLU; of several
+    nested modules that return the same tensor the outermost is taken.
+
+    Args:
+        model: run once on the first image, in eval mode.
+        images: (B, C, H, W).
 
     Raises:
-        ValueError: no layer has spatial feature maps.
+        ValueError: no layer has such feature maps, or the network goes on with tokens after its last one.
     """
-    seen: list[tuple[str, Tensor]] = []
-    pooled: list[tuple[str, Tensor]] = []
-    layers = dict(model.named_modules())
-
-    def see(name: str, output: Any) -> None:
-        if isinstance(output, Tensor) and output.ndim == 4 and output[0, 0].numel() > 1 and output.requires_grad:
-            (pooled if isinstance(layers[name], POOLING) else seen).append((name, output))
-
-    with torch.enable_grad(), watching(layers, see):
-        logits = logits_of(model(images[:1].detach().requires_grad_()))
-    skip = {id(output) for _, output in pooled}
-    for name, output in reversed(seen):
-        if id(output) in skip or not name:
-            continue
-        (gradient,) = torch.autograd.grad(logits.sum(), output, retain_graph=True, allow_unused=True)
-        if gradient is not None:
+    with explaining(model, images.device.type):
+        seen, logits = _trace(model, images)
+        layers = dict(model.named_modules())
+        pooled = [s for s in seen if isinstance(layers[s.name], POOLING)]
+        for place in reversed(range(len(seen))):
+            entry = seen[place]
+            if not entry.is_map or any(entry.same(pool) for pool in pooled) or not _on_path(logits, entry.output):
+                continue
+            name = _outermost(seen, place).removeprefix(COMPILED)
+            if _mostly_tokens(model, seen, place):
+                raise ValueError(
+                    f"{type(model).__name__} works on tokens after {name!r}, its last layer with feature maps; "
+                    "take the method rollout, or name a layer with target_layer."
+                )
             return name
     raise ValueError(f"{type(model).__name__} has no layer with spatial feature maps; name one with target_layer.")
+
+
+def find_target_layer(model: nn.Module, images: Tensor) -> str:
+    """`search_target_layer`, searched once per model and image size."""
+    found = _found.setdefault(model, {})
+    size = tuple(images.shape[1:])
+    if size not in found:
+        found[size] = search_target_layer(model, images)
+    return found[size]

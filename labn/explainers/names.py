@@ -6,16 +6,33 @@ import difflib
 from collections.abc import Callable
 from typing import Any
 
+from labn.explainers.ablation_cam import AblationCAM
 from labn.explainers.attention import BranchAttention, LambdaAttention
+from labn.explainers.attention_guided import AttentionMapGuided
 from labn.explainers.base import Explainer
 from labn.explainers.baseline import ConstantMap, Negated, RandomMap
-from labn.explainers.cam import GradCAM
+from labn.explainers.cam import GradCAM, GradCAMPlusPlus, XGradCAM
+from labn.explainers.gradient import Gradient, GradientTimesInput, IntegratedGradients, SmoothGrad
+from labn.explainers.linear_cam import CAM
+from labn.explainers.score_cam import ScoreCAM
+from labn.explainers.smooth_cam import SmoothGradCAMPlusPlus
 
 EXPLAINERS: dict[str, Callable[..., Explainer]] = {
     "labn": BranchAttention,
     "abn": BranchAttention,
     "lambda": LambdaAttention,
+    "cam": CAM,
     "gradcam": GradCAM,
+    "gradcam++": GradCAMPlusPlus,
+    "smoothgradcam++": SmoothGradCAMPlusPlus,
+    "xgradcam": XGradCAM,
+    "scorecam": ScoreCAM,
+    "ablationcam": AblationCAM,
+    "amg": AttentionMapGuided,
+    "gradient": Gradient,
+    "gradxinput": GradientTimesInput,
+    "integrated_gradients": IntegratedGradients,
+    "smoothgrad": SmoothGrad,
     "random": RandomMap,
     "constant": ConstantMap,
 }

@@ -1,0 +1,71 @@
+"""Ablation-CAM: weights from what the score loses without each feature map."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from labn.explainers.cam import ActivationMap
+from labn.explainers.features import layer_features
+from labn.explainers.linear_cam import linear_tail
+from labn.explainers.tail import Tail
+from labn.explainers.targets import check_targets
+from labn.perturb import PerturbationEngine
+
+CHUNK_NUMBERS = 1 << 22  # feature-map values per chunk of tails: 16 MiB in float32
+
+
+class AblationCAM(ActivationMap):
+    """Ablation-CAM (Desai and Ramaswamy, WACV 2020, eq. 3): w_k = (y_c - y_c with A^k = 0) / y_c.
+
+    The network runs once up to the target layer and its tail K times, in batches; behind global average pooling and
+    one linear layer the difference is W[c,k] mean_ij(A^k) and needs no pass at all.
+
+    Args:
+        target_layer: name of the layer; None finds the last one with spatial feature maps.
+        relu: keep the ReLU of the map.
+        chunk_size: tails per batch; None takes as many as 16 MiB of feature maps. The map does not depend on it.
+        closed_form: use the closed form where the network has that ending.
+    """
+
+    def __init__(
+        self,
+        target_layer: str | None = None,
+        relu: bool = True,
+        chunk_size: int | None = None,
+        closed_form: bool = True,
+    ) -> None:
+        super().__init__(target_layer, relu)
+        self.chunk_size, self.closed_form = chunk_size, closed_form
+
+    def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        """w (B, K, 1, 1) from what y_c loses, followed by y_c itself, (B, K + 1); 0 where y_c is 0."""
+        lost, score = gradients[:, :-1], gradients[:, -1:]
+        return torch.where(score != 0, lost / score, 0)[:, :, None, None]
+
+    def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
+        """(B, h, w) weighted sum at the layer's resolution."""
+        layer = self.layer(model, images)
+        features = layer_features(model, layer, images)
+        check_targets(targets, features.logits.shape[1])
+        scores = features.logits.gather(1, targets[:, None])
+        tail = linear_tail(model, features) if self.closed_form else None
+        if tail is not None:
+            lost = tail.weight[targets] * tail.activations.mean(dim=(2, 3))
+        else:
+            lost = torch.stack([self._lost(model, layer, x[None], target) for x, target in zip(images, targets)])
+        return self.weigh(self.weights(features.activations, torch.cat([lost, scores], dim=1)), features.activations)
+
+    def _lost(self, model: nn.Module, layer: nn.Module, image: Tensor, target: Tensor) -> Tensor:
+        """(K,): y_c minus y_c without each feature map."""
+        tail = Tail(model, layer, image)
+        chunk = self.chunk_size or max(1, CHUNK_NUMBERS // tail.activations.numel())
+
+        def ablated(channels: Tensor) -> Tensor:
+            maps = tail.activations.repeat(len(channels), 1, 1, 1)
+            maps[torch.arange(len(channels), device=maps.device), channels] = 0
+            return maps
+
+        engine = PerturbationEngine(model, image, chunk_size=chunk, forward=tail)
+        without = engine.run(ablated, tail.activations.shape[1])
+        return tail.logits[0, target] - without[:, target]

@@ -1,0 +1,149 @@
+"""Attribution by the gradient of the target's logit with respect to the image."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from labn.explainers.base import Explainer
+from labn.explainers.noise import check_noise, gaussian_noise, noise_scale
+from labn.explainers.targets import class_scores
+from labn.inference import logits_of
+
+# How an attribution (B, C, H, W) becomes one map (B, H, W).
+CHANNELS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": lambda values: values.sum(dim=1),
+    "mean_abs": lambda values: values.abs().mean(dim=1),
+    "max_abs": lambda values: values.abs().amax(dim=1),
+    "l2": lambda values: values.square().sum(dim=1).sqrt(),
+}
+
+
+def input_gradient(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+    """dy_c/dx (B, C, H, W) of the logit y_c of each image's target.
+
+    Raises:
+        ValueError: a target is not a class index, or the logits do not depend on the images.
+    """
+    leaf = images.detach().clone().requires_grad_()
+    scores = class_scores(logits_of(model(leaf)), targets)
+    gradient = torch.autograd.grad(scores.sum(), leaf, allow_unused=True)[0] if scores.requires_grad else None
+    if gradient is None:
+        raise ValueError(f"The logits of {type(model).__name__} do not depend on the images; there is no gradient.")
+    return gradient
+
+
+class _Attribution(Explainer):
+    """A method that gives one value per channel and pixel."""
+
+    def __init__(self, channels: str = "sum") -> None:
+        if channels not in CHANNELS:
+            raise ValueError(f"channels must be one of {', '.join(CHANNELS)}, got {channels!r}.")
+        self.channels = channels
+
+    def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
+        """(B, H, W)."""
+        return CHANNELS[self.channels](self.per_channel(model, images, targets, indices))
+
+    @abstractmethod
+    def per_channel(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
+        """(B, C, H, W), before the channels are brought together."""
+
+
+class Gradient(_Attribution):
+    """dy_c/dx (Simonyan et al. 2014, section 3), summed over the channels, signed.
+
+    Args:
+        channels: "sum", or the unsigned "mean_abs", "max_abs" (Simonyan's saliency) or "l2".
+    """
+
+    def per_channel(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
+        """The gradient."""
+        return input_gradient(model, images, targets)
+
+
+class GradientTimesInput(_Attribution):
+    """x * dy_c/dx (Shrikumar et al. 2016), summed over the channels; sums to y_c for a ReLU network without biases.
+
+    Args:
+        channels: "sum", or the unsigned "mean_abs", "max_abs" or "l2".
+    """
+
+    def per_channel(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
+        """Image times gradient."""
+        return images * input_gradient(model, images, targets)
+
+
+class IntegratedGradients(_Attribution):
+    """Integrated gradients (Sundararajan et al., ICML 2017, eq. 1), by Gauss-Legendre quadrature.
+
+        (x - x') * int_0^1 dy_c/dx (x' + t (x - x')) dt,   which sums to y_c(x) - y_c(x')
+
+    Args:
+        n_steps: nodes of the quadrature, one gradient each.
+        baseline: x', one number or one per channel, in the images' normalised units; 0 is the mean colour.
+        channels: "sum", or the unsigned "mean_abs", "max_abs" or "l2".
+    """
+
+    def __init__(self, n_steps: int = 50, baseline: float | Sequence[float] = 0.0, channels: str = "sum") -> None:
+        super().__init__(channels)
+        if n_steps < 1:
+            raise ValueError(f"n_steps must be at least 1, got {n_steps}.")
+        self.n_steps, self.baseline = n_steps, baseline
+
+    def per_channel(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
+        """The integral, node by node for the whole batch."""
+        start = channel_values(self.baseline, images, "baseline")
+        nodes, shares = np.polynomial.legendre.leggauss(self.n_steps)
+        total = torch.zeros_like(images)
+        for node, share in zip((nodes + 1) / 2, shares / 2):
+            total += float(share) * input_gradient(model, start + float(node) * (images - start), targets)
+        return (images - start) * total
+
+
+class SmoothGrad(_Attribution):
+    """SmoothGrad (Smilkov et al. 2017): the mean of dy_c/dx over x + N(0, std^2).
+
+    Args:
+        n_samples: noisy copies, one gradient each.
+        std: of the noise, as a fraction of each image's value range, or absolute.
+        relative: whether `std` is that fraction.
+        channels: "sum" (signed), or the unsigned "mean_abs", "max_abs" or "l2" of the mean gradient.
+        seed: of the noise, which depends on (seed, sample index).
+    """
+
+    def __init__(
+        self,
+        n_samples: int = 25,
+        std: float = 0.15,
+        relative: bool = True,
+        channels: str = "sum",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(channels)
+        check_noise(n_samples, std)
+        self.n_samples, self.std, self.relative, self.seed = n_samples, std, relative, seed
+
+    def per_channel(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
+        """Mean gradient."""
+        scale = noise_scale(images, self.std, self.relative)
+        total = torch.zeros_like(images)
+        for draw in range(self.n_samples):
+            total += input_gradient(model, images + scale * gaussian_noise(images, indices, self.seed, draw), targets)
+        return total / self.n_samples
+
+
+def channel_values(values: float | Sequence[float], images: Tensor, name: str) -> Tensor:
+    """One number, or one per channel, as (1, C, 1, 1) like the images.
+
+    Raises:
+        ValueError: neither one value nor one per channel.
+    """
+    given = torch.as_tensor([values] if isinstance(values, (int, float)) else list(values)).to(images)
+    if len(given) not in (1, images.shape[1]):
+        raise ValueError(f"{name} must be one number or {images.shape[1]}, one per channel; got {len(given)}.")
+    return given.expand(images.shape[1]).view(1, -1, 1, 1)
