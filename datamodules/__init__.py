@@ -1,7 +1,9 @@
 """LightningDataModules, one per data set."""
 
 from datamodules.base import ImageDataModule
+from datamodules.folder import ImageFolder
 from datamodules.idrid import IDRiD
+from datamodules.synthetic import SyntheticFundus
 from datamodules.transforms import Augmentation
 
-__all__ = ["Augmentation", "IDRiD", "ImageDataModule"]
+__all__ = ["Augmentation", "IDRiD", "ImageDataModule", "ImageFolder", "SyntheticFundus"]

@@ -1,0 +1,212 @@
+"""ImageFolder: a user's own pictures, one folder per class."""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from datamodules.base import ImageDataModule, OnBadImage, Split
+from datamodules.bias import cached, channel_statistics
+from datamodules.files import data_root, image_files
+from datamodules.sources import FileSource, Record, Source
+from datamodules.splits import readable, split_off, without_copies
+from datamodules.transforms import PUBLISHED, Augmentation
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+class ImageFolder(ImageDataModule):
+    """Images in `root/<class>/*`, or in `root/{train,val,test}/<class>/*`; classes are numbered in sorted order.
+
+    Without `train` all images are split at random (seeded) into training, validation and test; with `train` but
+    without `val`, validation is split off training. Byte-identical images never end up on two sides: held-out ones
+    stay, their copies leave training, and `report()` says so. Colour images lose an alpha channel, 16-bit values are
+    divided by 256, grey images are repeated over three channels (or colour ones averaged with `channels: 1`).
+
+    Args:
+        root: the folder.
+        image_size: side in pixels; images are squashed to a square.
+        channels: 3 (RGB) or 1 (grey).
+        mask_root: folder with ground-truth regions, laid out as `root`, with a file of the image's name (any image
+            suffix) where there is a region; every pixel that is not 0 belongs to it. None: no `mask` in batches.
+        crop: (left, top, right, bottom) in fractions of width and height; None for no crop.
+        val_fraction: share of the images (of those left after the test split) for validation, where none is given.
+        test_fraction: share of the images for the test, where no split is given.
+        split_seed: of the random splits.
+        positive_classes: names of the classes that `positives_only` metrics score; None: all but the first.
+        mean: per channel, of values in [0,1]; None: computed from the training split and cached.
+        std: likewise.
+        batch_size: see `ImageDataModule`, as for all further arguments.
+        num_workers: worker processes per loader.
+        seed: of the training order and the augmentation.
+        balanced_sampler: class-balanced batches.
+        drop_last: leave out an incomplete last training batch.
+        augmentation: of the training split; None for none.
+        on_bad_image: "stop" or "skip".
+        cache_images: keep decoded images in memory.
+        cache_dir: folder of the bias image and of computed statistics.
+
+    Raises:
+        FileNotFoundError: `root`, `mask_root` or a split's folder is missing (when the data is first needed).
+        ValueError: fewer than two classes, unequal classes between splits, a class without image, a bad image file.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        image_size: int = 224,
+        channels: int = 3,
+        mask_root: str | os.PathLike[str] | None = None,
+        crop: tuple[float, float, float, float] | None = None,
+        val_fraction: float = 0.2,
+        test_fraction: float = 0.2,
+        split_seed: int = 42,
+        positive_classes: list[str] | None = None,
+        mean: list[float] | None = None,
+        std: list[float] | None = None,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 42,
+        balanced_sampler: bool = False,
+        drop_last: bool = False,
+        augmentation: Augmentation | None = PUBLISHED,
+        on_bad_image: OnBadImage = "stop",
+        cache_images: bool = False,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        super().__init__(
+            image_size,
+            mean,
+            std,
+            batch_size,
+            num_workers,
+            seed,
+            balanced_sampler,
+            drop_last,
+            augmentation,
+            on_bad_image,
+            cache_images,
+            cache_dir,
+        )
+        if channels not in (1, 3):
+            raise ValueError(f"channels is {channels}; it must be 1 (grey) or 3 (RGB).")
+        self._channels, self.crop = channels, crop
+        self.root, self.mask_root = Path(root), None if mask_root is None else Path(mask_root)
+        self.val_fraction, self.test_fraction, self.split_seed = val_fraction, test_fraction, split_seed
+        self._positive = positive_classes
+
+    @cached_property
+    def class_names(self) -> list[str]:  # type: ignore[override]
+        """Names of the class folders, sorted.
+
+        Raises:
+            FileNotFoundError: `root` does not exist.
+            ValueError: it holds fewer than two class folders.
+        """
+        folder = self._folder("train") if self._has("train") else data_root(self.root.name, self.root)
+        names = _subfolders(folder)
+        if len(names) < 2:
+            raise ValueError(f"{folder} holds {len(names)} class folders; one folder per class is needed, at least 2.")
+        return names
+
+    @property
+    def positive_classes(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Numbers of the positive classes.
+
+        Raises:
+            ValueError: a name given is no class.
+        """
+        if self._positive is None:
+            return tuple(range(1, self.num_classes))
+        if unknown := set(self._positive) - set(self.class_names):
+            raise ValueError(f"positive_classes has {unknown.pop()!r}; the classes are {', '.join(self.class_names)}.")
+        return tuple(self.class_names.index(name) for name in self._positive)
+
+    @property
+    def channels(self) -> int:
+        """Number of channels C."""
+        return self._channels
+
+    @property
+    def mean(self) -> list[float]:
+        """Mean per channel, of values in [0,1]: as given, else of the training split."""
+        return self._statistics[0].tolist() if self._mean is None else self._mean
+
+    @property
+    def std(self) -> list[float]:
+        """Standard deviation per channel, of values in [0,1]: as given, else of the training split."""
+        return self._statistics[1].tolist() if self._std is None else self._std
+
+    @cached_property
+    def _statistics(self) -> Tensor:
+        path = self.cache_dir / f"statistics_{self.fingerprint('train')}.safetensors"
+        return cached(path, lambda: channel_statistics(self.source("train")))
+
+    def _has(self, split: Split) -> bool:
+        return self._folder(split).is_dir()
+
+    def _folder(self, split: Split) -> Path:
+        return self.root / split
+
+    def _build(self) -> dict[Split, Source]:
+        if self.mask_root is not None and not self.mask_root.is_dir():
+            raise FileNotFoundError(f"mask_root {self.mask_root} does not exist.")
+        self._notes = []
+        parts = self._given() if self._has("train") else self._drawn(self._read(self.root, ""))
+        return {
+            split: FileSource(records, self.image_size, self.crop, self.channels, self.mask_root is not None)
+            for split, records in parts.items()
+        }
+
+    def _drawn(self, records: list[Record]) -> dict[Split, list[Record]]:
+        """Test, then validation, split off all images."""
+        rest, test, notes = split_off(records, self.test_fraction, self.split_seed)
+        train, val, _ = split_off(rest, self.val_fraction, self.split_seed)
+        self._notes += notes
+        return {"train": train, "val": val, "test": test}
+
+    def _given(self) -> dict[Split, list[Record]]:
+        """The splits of the folder names; validation drawn from training where it has no folder."""
+        if not self._has("test"):
+            raise FileNotFoundError(f"{self.root} has a folder 'train' but no folder 'test'.")
+        test = self._read(self._folder("test"), "test")
+        val = self._read(self._folder("val"), "val") if self._has("val") else []
+        if val:
+            val = self._apart(val, test)
+        train = self._apart(self._read(self._folder("train"), "train"), [*val, *test])
+        if not val:
+            train, val, notes = split_off(train, self.val_fraction, self.split_seed)
+            self._notes += notes
+        return {"train": train, "val": val, "test": test}
+
+    def _apart(self, records: list[Record], held_out: list[Record]) -> list[Record]:
+        kept, notes = without_copies(records, held_out)
+        self._notes += notes
+        return kept
+
+    def _read(self, folder: Path, part: str) -> list[Record]:
+        if _subfolders(folder) != self.class_names:
+            raise ValueError(
+                f"{folder} has other class folders than training: {', '.join(self.class_names)} are needed."
+            )
+        records = [r for label, name in enumerate(self.class_names) for r in self._class(folder / name, part, label)]
+        good, notes = readable(records, self.on_bad_image)
+        self._notes += notes
+        return good
+
+    def _class(self, folder: Path, part: str, label: int) -> list[Record]:
+        files = image_files(folder)
+        if not files:
+            raise ValueError(f"Class folder {folder} has no image; remove it or put images there.")
+        return [Record(f"{folder.name}/{f.name}", label, f, self._masks(part, folder.name, f.stem)) for f in files]
+
+    def _masks(self, part: str, name: str, stem: str) -> tuple[Path, ...]:
+        if self.mask_root is None:
+            return ()
+        folder = self.mask_root / part / name
+        return tuple(p for p in image_files(folder) if p.stem == stem) if folder.is_dir() else ()
