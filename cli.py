@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+os.environ.setdefault("LABN_DATA", "../shared/data")
 
 import lightning.pytorch as pl
 import yaml
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 import callbacks
 import datamodules
 import labn.explainers
 import labn.modules
+from labn.store import write_atomically
 
 __all__ = ["LabnCLI", "callbacks", "datamodules", "labn", "main"]
 
@@ -52,6 +54,16 @@ def with_parts(path: Path) -> list[Path]:
     content = yaml.safe_load(path.read_text())
     parts = (content.get("parts") if isinstance(content, dict) else None) or []
     return [p for part in parts for p in with_parts(path.parent / part)] + [path]
+
+
+class RunConfigCallback(SaveConfigCallback):
+    """Write the resolved configuration to `<run_dir>/<subcommand>.yaml`, whatever the loggers do."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Save once per command, on rank zero."""
+        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
+            text = self.parser.dump(self.config, skip_none=False)
+            write_atomically(Path(trainer.default_root_dir) / f"{trainer.state.fn}.yaml", text.encode())
 
 
 class LabnCLI(LightningCLI):
@@ -133,7 +145,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         subclass_mode_data=True,
         seed_everything_default=42,
         trainer_defaults={"inference_mode": False, "use_distributed_sampler": False},
-        save_config_kwargs={"overwrite": True},
+        save_config_callback=RunConfigCallback,
+        auto_configure_optimizers=False,
         args=expand_parts(sys.argv[1:] if argv is None else argv),
     )
 

@@ -26,6 +26,7 @@ class EvaluationCallback(ExplainingCallback):
 
     Args:
         metrics: names of metrics, such as `id`, `pid16`, `mass`.
+        val_metrics: metrics scored at validation end while fitting; None takes all.
         also: for every insertion-deletion metric its variants too: `stable`, `official`.
         metric_options: settings for all metrics that know them, such as `step` or `score_class`.
         fill: what removed pixels show: black, mean, bias, blur, uniform or image_mean.
@@ -39,6 +40,7 @@ class EvaluationCallback(ExplainingCallback):
     def __init__(
         self,
         metrics: list[str],
+        val_metrics: list[str] | None = None,
         also: list[str] | None = None,
         metric_options: dict[str, Any] | None = None,
         fill: str = "black",
@@ -49,11 +51,12 @@ class EvaluationCallback(ExplainingCallback):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        self.names = with_variants(metrics, also or [])
+        self.test_names = self.names = with_variants(metrics, also or [])
+        self.val_names = self.test_names if val_metrics is None else val_metrics
         self.settings = {"fill": fill, "positives_only": positives_only, **(metric_options or {})}
         self.chunk_size, self.fold, self.precision = chunk_size, fold, precision
         self.metrics: dict[str, SampleMetric] = {}
-        for name in self.names:
+        for name in {*self.test_names, *self.val_names}:
             metric_by_name(name, mean=None, std=None, bias=None, **self.settings)
 
     @property
@@ -64,6 +67,7 @@ class EvaluationCallback(ExplainingCallback):
     def begin(self, trainer: pl.Trainer, session: Session) -> None:
         """Build the metrics for this data and see what earlier runs have left."""
         data = trainer.datamodule  # type: ignore[attr-defined]
+        self.names = self.val_names if trainer.state.fn == "fit" else self.test_names
         bias = data.bias_image() if self.settings["fill"] == "bias" else None
         shared = {"mean": data.mean, "std": data.std, "bias": bias, **self.settings}
         self.metrics = {name: metric_by_name(name, **shared) for name in self.names}

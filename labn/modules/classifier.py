@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
@@ -21,7 +23,7 @@ class Classifier(ClassificationModule):
         backbone: name of the network.
         num_classes: number of classes; taken from the data module on the command line.
         in_channels: channels of the images.
-        backbone_ckpt: file of weights to start from; what fits is taken and printed.
+        backbone_ckpt: file of weights to start from (`$VARIABLES` are expanded); what fits is taken and printed.
         loss: `ce` or `bce_onehot`.
         class_weights: one weight per class, negative class first.
         lr: learning rate of the backbone.
@@ -51,7 +53,7 @@ class Classifier(ClassificationModule):
         self.save_hyperparameters()
         self.network = build_network(backbone, num_classes=num_classes, in_channels=in_channels)
         if backbone_ckpt is not None:
-            print(load_backbone(self.network, backbone_ckpt))
+            print(load_backbone(self.network, os.path.expandvars(backbone_ckpt)))
         self.criterion = make_loss(loss, class_weights, num_classes)
 
     def losses(self, batch: dict[str, Tensor], stage: str) -> tuple[dict[str, Tensor], Tensor]:

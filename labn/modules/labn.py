@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class LABN(ClassificationModule):
         class_weights: one weight per class, negative class first.
         branch_weight: weight of the branch's loss.
         guidance: options of saliency-guided training; None trains without.
-        backbone_ckpt: file of weights to start from; what fits is taken and printed.
+        backbone_ckpt: file of weights to start from (`$VARIABLES` are expanded); what fits is taken and printed.
         train_lfe: train the feature extractor too (the paper); False freezes it (the release).
         lr: learning rate of the feature extractor and the perception branch.
         head_lr: learning rate of the attention branch and of the final linear layer.
@@ -89,7 +90,7 @@ class LABN(ClassificationModule):
             **(network_options or {}),
         )
         if backbone_ckpt is not None:
-            print(load_backbone(self.network, backbone_ckpt))
+            print(load_backbone(self.network, os.path.expandvars(backbone_ckpt)))
         self.network.feature_extractor.requires_grad_(train_lfe)
         self.criterion = make_loss(loss, class_weights, num_classes)
         self.branch_weight = branch_weight

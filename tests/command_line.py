@@ -1,0 +1,71 @@
+"""Start the real command line as a process, and kill it where a test wants."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+TINY = [
+    "--data.init_args.n_train=24",
+    "--data.init_args.n_val=8",
+    "--data.init_args.n_test=13",
+    "--data.init_args.batch_size=4",
+    "--trainer.max_epochs=2",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.accelerator=cpu",
+    "--wandb=disabled",
+]
+
+
+def command(*arguments, config="configs/quickstart.yaml", run_dir=None, tiny=True):
+    words = [sys.executable, "cli.py", arguments[0], "--config", config]
+    words += [f"--run_dir={run_dir}"] if run_dir else []
+    return words + (TINY if tiny else []) + list(arguments[1:])
+
+
+def environment(threads=1):
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), "NO_ALBUMENTATIONS_UPDATE": "1", "WANDB_SILENT": "true"}
+
+
+def run(*arguments, check=True, timeout=300, **options):
+    """The finished process, with its output as text."""
+    done = subprocess.run(
+        command(*arguments, **options),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    if check and done.returncode:
+        raise AssertionError(f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
+    return done
+
+
+def run_and_kill(*arguments, when, timeout=300, **options):
+    """Start, wait until `when()` is true, then `kill -9` the whole process group."""
+    process = subprocess.Popen(
+        command(*arguments, **options),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    end = time.monotonic() + timeout
+    try:
+        while not when():
+            if process.poll() is not None:
+                raise AssertionError(f"the process ended by itself with {process.returncode} before it could be killed")
+            if time.monotonic() > end:
+                raise AssertionError("the moment to kill the process never came")
+            time.sleep(0.005)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

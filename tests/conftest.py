@@ -1,0 +1,21 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(os.environ.get("LABN_DATA", ROOT.parent / "shared" / "data"))
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+os.environ["LABN_DATA"] = str(DATA)
+# Tests run in parallel, one core each.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def data_root():
+    """Folder of the real data, or a skip that says what is missing."""
+    if not DATA.is_dir():
+        pytest.skip(f"the real data is not at {DATA}; set LABN_DATA")
+    return DATA
