@@ -203,10 +203,10 @@ class ImageFolder(ImageDataModule):
         files = image_files(folder)
         if not files:
             raise ValueError(f"Class folder {folder} has no image; remove it or put images there.")
-        return [Record(f"{folder.name}/{f.name}", label, f, self._masks(part, folder.name, f.stem)) for f in files]
+        masks = self._masks(part, folder.name)
+        return [Record(f"{folder.name}/{f.name}", label, f, masks.get(f.stem, ())) for f in files]
 
-    def _masks(self, part: str, name: str, stem: str) -> tuple[Path, ...]:
-        if self.mask_root is None:
-            return ()
-        folder = self.mask_root / part / name
-        return tuple(p for p in image_files(folder) if p.stem == stem) if folder.is_dir() else ()
+    def _masks(self, part: str, name: str) -> dict[str, tuple[Path, ...]]:
+        """Image stem to mask file, for one class folder."""
+        folder = self.mask_root and self.mask_root / part / name
+        return {p.stem: (p,) for p in image_files(folder)} if folder and folder.is_dir() else {}

@@ -8,7 +8,7 @@ import numpy as np
 
 from datamodules.base import SPLITS, ImageDataModule, Split
 from datamodules.fundus import FundusPainter
-from datamodules.sources import ArraySource, Source
+from datamodules.sources import Source
 from datamodules.transforms import FLIPS, Augmentation
 
 # To be raised whenever the same arguments paint other pixels: it is part of the data hash.
@@ -27,7 +27,7 @@ class SyntheticFundus(ImageDataModule):
     Image `index` of a split depends on (data_seed, split, index) alone. Lesions are broken bright rings around a dark
     spot and cover at most 3 % of the pixels; every image also carries bright and dark blobs of the same colours, and
     the same number of bright and dark pixels, so that colour statistics do not tell the classes apart. A split is
-    painted once, when its pixels are first needed, and kept in memory (uint8).
+    painted once, in `setup`, and kept in memory (uint8).
 
     Args:
         n_train: training images, half of them with lesions, as in the other splits.
@@ -77,6 +77,7 @@ class SyntheticFundus(ImageDataModule):
             balanced_sampler,
             drop_last,
             augmentation,
+            cache_images=True,
             cache_dir=cache_dir,
         )
         self.counts: dict[Split, int] = {"train": n_train, "val": n_val, "test": n_test}
@@ -92,7 +93,7 @@ class SyntheticFundus(ImageDataModule):
 
 
 class PaintedSource(Source):
-    """A split of `SyntheticFundus`, painted as a whole when its first image is asked for."""
+    """A split of `SyntheticFundus`: every image is painted when it is asked for."""
 
     has_masks = True
 
@@ -101,20 +102,8 @@ class PaintedSource(Source):
         self.names = [f"{split}_{i:05d}" for i in range(count)]
         self.labels = synthetic_labels(seed, self.stream, count)
         self.identity = ["synthetic fundus", _VERSION, seed, painter.size]
-        self._painted: ArraySource | None = None
 
-    def paint(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Image and mask `index`, painted anew."""
+    def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `Source.load`."""
         rng = np.random.default_rng([self.seed, self.stream, index])
         return self.painter.paint(rng, bool(self.labels[index]))
-
-    def load(self, index: int) -> tuple[np.ndarray, np.ndarray | None]:
-        """See `Source.load`."""
-        return self.painted().load(index)
-
-    def painted(self) -> ArraySource:
-        """All images in memory."""
-        if self._painted is None:
-            images, masks = zip(*map(self.paint, range(len(self))))
-            self._painted = ArraySource(self.names, self.labels, np.stack(images), np.stack(masks), self.identity)
-        return self._painted
