@@ -66,7 +66,8 @@ class ExplainingCallback(pl.Callback):
         loops = [trainer.validate_loop, trainer.test_loop]
         if any(loop.inference_mode for loop in loops):
             raise MisconfigurationException(
-                f"{type(self).__name__} needs gradients at validation and test end: set trainer.inference_mode to false."
+                f"{type(self).__name__} needs gradients at validation and test end: "
+                "set trainer.inference_mode to false."
             )
         name = type(trainer.strategy).__name__.lower()
         if any(word.replace("_", "") in name for word in SHARDED):
@@ -81,7 +82,8 @@ class ExplainingCallback(pl.Callback):
             )
         if self.explainers and self is not owners[0]:
             raise MisconfigurationException(
-                f"{type(self).__name__} and {type(owners[0]).__name__} both have explainers; give them to one of the two."
+                f"{type(self).__name__} and {type(owners[0]).__name__} both have explainers; "
+                "give them to one of the two."
             )
 
     def _owner(self, trainer: pl.Trainer) -> ExplainingCallback:
