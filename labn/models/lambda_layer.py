@@ -61,7 +61,7 @@ class LambdaLayer(nn.Module):
         self.reset_position()
 
     def reset_position(self) -> None:
-        """Draw the position window (and bias) uniformly from +-1 / sqrt(dim_u r^2), as for a convolution of that size."""
+        """Draw window and bias of the position path uniformly from +-1 / sqrt(dim_u r^2), as for such a convolution."""
         bound = (self.dim_u * self.r**2) ** -0.5
         nn.init.uniform_(self.position_weight, -bound, bound)
         if self.position_bias is not None:

@@ -1,0 +1,119 @@
+"""Position path as a convolution, image by image, with a gradient by FFT."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**29}
+
+
+def convolution(query: Tensor, window: Tensor, value: Tensor) -> Tensor:
+    """lambda[k,v,n] = sum_{u,m} E[k,u,m-n] V[u,v,m], then y[h,v,n] = sum_k Q[h,k,n] lambda[k,v,n].
+
+    The lambdas of a few images at a time are made, used while they are in cache and dropped; the gradient makes them
+    again, so memory does not grow with them. The gradient of E and V goes through one FFT of the incoming gradient:
+    a convolution library needs several forwards' time for each of the two. Second derivatives go through plain
+    operations. Shapes as in `labn.models.lambda_position`; half precision accumulates in float32.
+    """
+    return _Convolution.apply(query, window, value)
+
+
+class _Convolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, window: Tensor, value: Tensor) -> Tensor:
+        ctx.save_for_backward(query, window, value)
+        result = torch.zeros_like(value[:, :1].expand(-1, query.shape[1], -1, -1, -1), dtype=_wide(value.dtype))
+        with torch.autocast(value.device.type, enabled=False):
+            for part in _chunks(query, value):
+                _apply(result[part], query[part].to(result.dtype), lambdas(window, value[part]).to(result.dtype))
+        return result.to(value.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        if torch.is_grad_enabled():
+            return _differentiable_gradients(ctx.saved_tensors, ctx.needs_input_grad, grad)
+        query, window, value = ctx.saved_tensors
+        with torch.autocast(value.device.type, enabled=False):
+            return _gradients(query, window, value, grad)
+
+
+def lambdas(window: Tensor, value: Tensor) -> Tensor:
+    """Position lambdas (B, dv, dk, H, W) of values (B, du, dv, H, W)."""
+    folded = F.conv2d(value.transpose(1, 2).flatten(0, 1), window, padding=window.shape[-1] // 2)
+    return folded.unflatten(0, (len(value), value.shape[2]))
+
+
+def fast_length(minimum: int) -> int:
+    """The smallest length from `minimum` on whose prime factors are 2, 3, 5 and 7."""
+    rest = minimum
+    for prime in (2, 3, 5, 7):
+        while rest % prime == 0:
+            rest //= prime
+    return minimum if rest == 1 else fast_length(minimum + 1)
+
+
+def _gradients(query: Tensor, window: Tensor, value: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, window and value; correlations with the window are products of transforms.
+
+    Circular wrapping is harmless from length H + r // 2 + 1 on: it only reaches rows that are cut off again.
+    """
+    height, width = value.shape[-2:]
+    r, reach, wide = window.shape[-1], window.shape[-1] // 2, _wide(value.dtype)
+    size = tuple(fast_length(max(n + reach + 1, r)) for n in (height, width))
+    window_f = torch.fft.rfft2(window.to(wide), size)
+    d_query, d_value = torch.empty_like(query), torch.empty_like(value)
+    d_window_f = torch.zeros_like(window_f)
+    for part in _chunks(query, value):
+        q, g = query[part].to(wide), grad[part].to(wide)
+        made = lambdas(window, value[part]).to(wide)
+        for k in range(q.shape[2]):
+            d_query[part, :, k] = (g * made[:, None, :, k]).sum(dim=2)
+        d_lambda_f = torch.fft.rfft2(_outer(made, q, g), size)
+        value_f = torch.fft.rfft2(value[part].to(wide), size).conj()
+        for u in range(value.shape[1]):
+            d_window_f[:, u] += (d_lambda_f * value_f[:, u, :, None]).sum(dim=(0, 1))
+            spread = torch.fft.irfft2((d_lambda_f * window_f[:, u]).sum(dim=2), size)
+            d_value[part, u] = spread[..., reach : reach + height, reach : reach + width]
+    d_window = torch.fft.irfft2(d_window_f.conj(), size).roll((reach, reach), dims=(-2, -1))[..., :r, :r]
+    return d_query, d_window.to(window.dtype), d_value
+
+
+def _differentiable_gradients(
+    saved: tuple[Tensor, ...], needed: tuple[bool, ...], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    query, window, value = saved
+    with torch.enable_grad():
+        result = torch.einsum("bhkij,bvkij->bhvij", query, lambdas(window, value))
+    wanted = [tensor for tensor, need in zip(saved, needed) if need]
+    found = iter(torch.autograd.grad(result, wanted, grad, create_graph=True))
+    return tuple(next(found) if need else None for need in needed)
+
+
+def _apply(result: Tensor, query: Tensor, made: Tensor) -> None:
+    """Add sum_k Q[h,k,n] lambda[k,v,n] to `result` in place; `addcmul` needs no permuted copy of the lambdas."""
+    for k in range(query.shape[2]):
+        result.addcmul_(query[:, :, k, None], made[:, None, :, k])
+
+
+def _outer(out: Tensor, query: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of the lambdas, sum_h Q[h,k,n] g[h,v,n], written over `out` (B, dv, dk, H, W)."""
+    torch.mul(query[:, 0, None], grad[:, 0, :, None], out=out)
+    for head in range(1, query.shape[1]):
+        out.addcmul_(query[:, head, None], grad[:, head, :, None])
+    return out
+
+
+def _chunks(query: Tensor, value: Tensor) -> Iterator[slice]:
+    """Slices of the batch whose lambdas fit the cache (or a share of a GPU's memory); at least one image each."""
+    image = value.shape[2] * query.shape[2] * value.shape[3] * value.shape[4] * _wide(value.dtype).itemsize
+    step = max(1, CHUNK_BYTES.get(value.device.type, 2**29) // image)
+    return (slice(i, i + step) for i in range(0, len(value), step))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)

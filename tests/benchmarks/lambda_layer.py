@@ -1,0 +1,97 @@
+"""Lambda layer against the Conv3d form: `python tests/benchmarks/lambda_layer.py [--threads 1 2] [--rounds 7]`.
+
+Ratios of process CPU time, ours / Conv3d, interleaved A B B A in one process, medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from labn.models.lambda_layer import LambdaLayer
+from labn.models.lambda_position import choose
+
+SHAPES = {(16, 256, 28, 28): 0.45, (16, 512, 14, 14): 0.22, (8, 64, 56, 56): 0.65, (2, 8, 128, 128): None}
+
+
+class Conv3dLambda(LambdaLayer):
+    """The same layer with the position lambdas by one Conv3d over the whole batch, kept until the backward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.project(x)
+        query, key = query.flatten(3), key.flatten(3)
+        content = torch.einsum("bukm,buvm->bkv", key, value.flatten(3))
+        reach = self.r // 2
+        position = F.conv3d(value, self.position_weight.unsqueeze(2), self.position_bias, padding=(0, reach, reach))
+        result = torch.einsum("bhkm,bkv->bhvm", query, content) + torch.einsum(
+            "bhkm,bkvm->bhvm", query, position.flatten(3)
+        )
+        return self.pool(result.reshape(x.shape))
+
+
+def cost(layer: LambdaLayer, x: Tensor, grad: Tensor) -> tuple[float, float, float, float]:
+    """CPU seconds of forward and of forward + backward, then wall seconds of both."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    y = layer(x)
+    forward = time.process_time() - cpu, time.perf_counter() - wall
+    torch.autograd.grad(y, [x, *layer.parameters()], grad)
+    return forward[0], time.process_time() - cpu, forward[1], time.perf_counter() - wall
+
+
+def inference(layer: LambdaLayer, x: Tensor) -> float:
+    """CPU seconds of a forward without gradient."""
+    with torch.no_grad():
+        start = time.process_time()
+        layer(x)
+        return time.process_time() - start
+
+
+def ratios(ours: Callable[[], list[float]], theirs: Callable[[], list[float]], rounds: int) -> list[float]:
+    """Medians over `rounds` of (A + A) / (B + B), in the order A B B A."""
+    ours(), theirs()
+    found = []
+    for _ in range(rounds):
+        a, b, c, d = ours(), theirs(), theirs(), ours()
+        found.append([(p + s) / (q + r) for p, q, r, s in zip(a, b, c, d)])
+    return [median(column) for column in zip(*found)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    machine = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    print(f"{machine}, r=23, dk=16, 4 heads")
+    print("threads  shape               formulation   forward  (wall)  no grad  fwd+bwd  (wall)   bar")
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        for shape, bar in SHAPES.items():
+            torch.manual_seed(0)
+            ours, theirs = LambdaLayer(shape[1]), Conv3dLambda(shape[1])
+            theirs.load_state_dict(ours.state_dict())
+            x, grad = torch.randn(shape, requires_grad=True), torch.randn(shape)
+            torch.testing.assert_close(ours(x), theirs(x), rtol=1e-3, atol=1e-4)
+            f, s, fw, sw, n = ratios(
+                lambda: [*cost(ours, x, grad), inference(ours, x)],  # noqa: B023
+                lambda: [*cost(theirs, x, grad), inference(theirs, x)],  # noqa: B023
+                arguments.rounds,
+            )
+            query, _, value = ours.project(x.detach())
+            name = choose(query.shape, ours.position_weight.shape, value.shape)
+            limit = "    -" if bar is None else f"{bar:5.2f}"
+            print(
+                f"{threads:7d}  {shape!s:18}  {name:12}  {f:7.2f} {fw:7.2f}  {n:7.2f}  {s:7.2f} {sw:7.2f} {limit}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
