@@ -170,7 +170,7 @@ def _check_chain(network: nn.Module, backbone: Backbone) -> None:
     noise = torch.randn(1, input_channels(network), 64, 64, generator=torch.Generator().manual_seed(0))
     image = noise.to(parameter)
     front, back = backbone.split(0)
-    with evaluating(network, image.device.type):
+    with evaluating(nn.ModuleList([network, front, back]), image.device.type):
         same = torch.allclose(back(front(image)), logits_of(network(image)), rtol=1e-3, atol=1e-4)
     if not same:
         raise ValueError(

@@ -1,0 +1,193 @@
+import pickle
+from dataclasses import FrozenInstanceError
+
+import pytest
+import torch
+from torch import nn
+from torchvision.models import resnet18
+
+from labn.models import AttentionBranchNetwork, BranchOutput, build_network, gate_attention, gate_health
+
+TINY = {"width": 4, "layers": (1, 2, 1), "r": 3, "heads": 2, "dim_k": 3}
+
+
+def tiny(**arguments) -> AttentionBranchNetwork:
+    torch.manual_seed(0)
+    given = {"backbone": "lambda_resnet", "backbone_options": TINY, "split": 2, **arguments}
+    return AttentionBranchNetwork(**given)
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_parameter_counts_of_the_papers():
+    idrid = AttentionBranchNetwork()
+    assert count(idrid.attention_branch) == 9_216_152
+    assert count(idrid) == 22_167_098
+    assert count(AttentionBranchNetwork("magnetogram_net", in_channels=1, split=0, theta=0.5)) == 21_598
+
+
+@pytest.mark.parametrize("split", range(5))
+def test_an_open_gate_reproduces_the_backbone_exactly(split):
+    backbone = build_network("lambda_resnet", 3, **TINY).double().eval()
+    network = AttentionBranchNetwork(backbone, num_classes=3, split=split).double().eval()
+    x = torch.randn(2, 3, 33, 40, dtype=torch.float64)
+    assert torch.equal(network.perception_branch(network.feature_extractor(x)), backbone(x))
+
+
+def test_theta_zero_keeps_the_map_and_theta_one_makes_the_prediction_independent_of_the_image():
+    network = tiny(theta=0.0).eval()
+    images = torch.randn(2, 3, 32, 32)
+    output = network(images)
+    features = network.feature_extractor(images)
+    assert torch.equal(output.logits, network.perception_branch(output.attention * features))
+    network.theta = 1.0
+    first, second = network(images).logits
+    assert torch.equal(first, second)
+
+
+def test_the_gate_is_strict_and_only_survivors_carry_gradient():
+    attention = torch.tensor([0.2, 0.75, 0.7500001, 0.9], requires_grad=True)
+    gated = gate_attention(attention, 0.75)
+    assert gated.tolist() == [0.0, 0.0, attention[2].item(), attention[3].item()]
+    (gradient,) = torch.autograd.grad(gated.sum(), attention)
+    assert gradient.tolist() == [0.0, 0.0, 1.0, 1.0]
+    assert gate_attention(torch.tensor([float("nan")]), 0.5).isnan().all()
+
+
+def test_features_are_zero_exactly_where_the_gate_is_closed():
+    network = tiny(theta=0.5).train()
+    seen = []
+    network.perception_branch.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    output = network(torch.randn(4, 3, 64, 64))
+    closed = (output.attention <= 0.5).expand_as(seen[0])
+    assert closed.any()
+    assert (~closed).any()
+    assert (seen[0][closed] == 0).all()
+
+
+def test_gate_health_counts_open_positions_and_images_without_any():
+    attention = torch.zeros(4, 1, 2, 2)
+    attention[0] = 1.0
+    attention[1, 0, 0, 0] = 0.9
+    attention[2] = 0.5
+    open_fraction, empty = gate_health(attention, 0.5)
+    assert (open_fraction.item(), empty.item()) == (5 / 16, 0.5)
+
+
+@pytest.mark.parametrize("branch", ["labn", "abn"])
+def test_heads_of_the_branch_are_independent(branch):
+    network = tiny(branch=branch)
+    output = network(torch.randn(2, 3, 32, 32))
+    heads = network.attention_branch.attention_head, network.attention_branch.class_head
+    by_attention, by_class = (list(head.parameters()) for head in heads)
+    for result, foreign, own in (
+        (output.branch_logits, by_attention, by_class),
+        (output.attention, by_class, by_attention),
+    ):
+        weights = torch.randn_like(result)
+        gradients = torch.autograd.grad(
+            (result * weights).sum(), [*foreign, *own], allow_unused=True, retain_graph=True
+        )
+        assert all(g is None for g in gradients[: len(foreign)])
+        assert all(g is not None for g in gradients[len(foreign) :])
+
+
+def test_abn_adds_the_gated_features_and_uses_its_own_branch():
+    network = tiny(branch="abn", gate="residual", theta=0.0, num_classes=5).eval()
+    images = torch.randn(2, 3, 32, 32)
+    output, features = network(images), network.feature_extractor(images)
+    assert torch.equal(output.logits, network.perception_branch((1 + output.attention) * features))
+    convolution = network.attention_branch.attention_head[0]
+    assert (convolution.kernel_size, convolution.in_channels) == ((3, 3), 5)
+    assert output.attention.shape[-2:] == features.shape[-2:]
+
+
+def test_abn_on_resnet50_has_the_blocks_of_its_last_stage():
+    network = AttentionBranchNetwork("resnet50", 200, split=13, branch="abn", gate="residual", theta=0.0)
+    assert [block.conv2.in_channels for block in network.attention_branch.blocks] == [512] * 3
+    assert network.attention_branch.project[0].num_features == 2048
+    assert all(block.conv2.stride == (1, 1) for block in network.attention_branch.blocks)
+
+
+def test_abn_on_basic_blocks_uses_basic_blocks_and_labn_bottlenecks():
+    abn = AttentionBranchNetwork("resnet18", split=6, branch="abn").attention_branch
+    labn = AttentionBranchNetwork("resnet18", split=6).attention_branch
+    assert [type(b).__name__ for b in abn.blocks] == ["BasicBlock", "BasicBlock"]
+    assert abn.project[0].num_features == 512
+    assert [type(b).__name__ for b in labn.blocks] == ["Bottleneck", "Bottleneck"]
+    assert labn.project[0].num_features == 1024
+
+
+@pytest.mark.parametrize("branch", ["labn", "abn"])
+def test_branch_of_lambda_blocks(branch):
+    options = {"r": 3, "heads": 2}
+    network = tiny(branch=branch, lab_block="lambda", branch_options=options, lab_hidden=6)
+    assert {type(b).__name__ for b in network.attention_branch.blocks} == {"LambdaBottleneck"}
+    output = network(torch.randn(2, 3, 32, 32))
+    assert output.attention.shape == (2, 1, 4, 4)
+    assert network.attention_branch.class_head[0].in_channels == 6
+
+
+@pytest.mark.parametrize(("name", "split"), [("resnet18", 3), ("timm/resnet18", 4), ("timm/resnet26d", 5)])
+def test_other_backbones(name, split):
+    network = AttentionBranchNetwork(name, num_classes=4, in_channels=1, split=split)
+    output = network(torch.randn(2, 1, 64, 64))
+    assert output.logits.shape == output.branch_logits.shape == (2, 4)
+    assert network.head.out_features == 4
+    assert 0 < output.attention.min() <= output.attention.max() < 1
+
+
+def test_head_is_the_backbones_classifier():
+    network = resnet18(num_classes=2)
+    assert AttentionBranchNetwork(network, split=4).head is network.fc
+
+
+def test_every_parameter_learns():
+    network = tiny(theta=0.3)
+    output = network(torch.randn(4, 3, 64, 64))
+    (output.logits.square().sum() + output.branch_logits.square().sum()).backward()
+    assert [name for name, p in network.named_parameters() if p.grad is None] == []
+
+
+def test_output_is_frozen_and_survives_pickling():
+    output = tiny().eval()(torch.randn(1, 3, 32, 32))
+    with pytest.raises(FrozenInstanceError):
+        output.logits = output.attention
+    copy = pickle.loads(pickle.dumps(BranchOutput(*(t.detach() for t in vars(output).values()))))
+    assert torch.equal(copy.attention, output.attention)
+
+
+def test_output_comes_through_compilation():
+    network = tiny(split=1, backbone_options={**TINY, "layers": (1,)}).eval()
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    images = torch.randn(2, 3, 32, 32)
+    found, wanted = compiled(images), network(images)
+    assert isinstance(found, BranchOutput)
+    for name, value in vars(wanted).items():
+        torch.testing.assert_close(getattr(found, name), value, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_autocast_trains():
+    network = tiny(theta=0.2)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = network(torch.randn(2, 3, 64, 64))
+        loss = output.logits.float().square().sum() + output.branch_logits.float().square().sum()
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"split": 5}, "split is 5; this backbone has 4 blocks: 0 to 4"),
+        ({"split": -1}, "split is -1"),
+        ({"gate": "add"}, "gate is 'add'; it must be one of mul, residual"),
+        ({"branch": "cam"}, "branch is 'cam'"),
+        ({"lab_block": "wide"}, "lab_block is 'wide'"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**arguments)

@@ -1,0 +1,135 @@
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet18
+
+from labn.models import backbone_of, build_network, lambda_resnet26, lambda_resnet38, lambda_resnet50, magnetogram_net
+from labn.models.backbones import final_linear, input_channels
+from labn.models.lambda_resnet import LambdaBottleneck
+
+
+def depths(network: nn.Module) -> list[int]:
+    return [len(stage) for name, stage in network.named_children() if name.startswith("layer")]
+
+
+def test_lambda_resnets_have_the_published_depths_and_size():
+    assert depths(lambda_resnet26(2)) == [2, 2, 2, 2]
+    assert depths(lambda_resnet38(2)) == [2, 3, 5, 2]
+    network = lambda_resnet50()
+    assert depths(network) == [3, 4, 6, 3]
+    assert sum(p.numel() for p in network.parameters()) == 14_995_848
+
+
+def test_every_convolution_of_a_lambda_resnet_is_1x1_but_the_stem():
+    kernels = [m.kernel_size for m in lambda_resnet26(2).modules() if isinstance(m, nn.Conv2d)]
+    assert kernels[0] == (7, 7)
+    assert set(kernels[1:]) == {(1, 1)}
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    network = lambda_resnet26(2)
+    blocks = [m for m in network.modules() if isinstance(m, LambdaBottleneck)]
+    assert all((b.bn3.weight == 0).all() and (b.bn2.weight == 1).all() for b in blocks)
+    weight = network.layer4[1].conv1.weight
+    assert weight.std().item() == pytest.approx((2 / 512) ** 0.5, rel=0.02)
+    window = blocks[0].conv2.position_weight
+    assert window.abs().max() <= 1 / 23
+    assert window.std().item() == pytest.approx(1 / 23 / 3**0.5, rel=0.05)
+
+
+def test_magnetogram_network():
+    network = magnetogram_net()
+    assert (network.conv1.in_channels, network.conv1.out_channels) == (1, 16)
+    assert depths(network) == [1]
+    assert (network.layer1[0].conv2.channels, network.layer1[0].conv2.dim_v) == (8, 2)
+    assert (network.fc.in_features, network.fc.out_features) == (32, 2)
+    assert network.maxpool(network.conv1(torch.zeros(1, 1, 512, 512))).shape[-2:] == (128, 128)
+
+
+@pytest.mark.parametrize(("stride", "size"), [(1, (5, 8)), (2, (3, 4))])
+def test_bottleneck_shapes(stride, size):
+    block = LambdaBottleneck(6, 4, stride, heads=2, r=3)
+    assert block(torch.randn(2, 6, 5, 8)).shape == (2, 16, *size)
+
+
+@pytest.mark.parametrize(
+    "name", ["resnet18", "resnet50", "timm/resnet18", "timm/resnet26d", "timm/seresnet50", "lambda_resnet26"]
+)
+def test_chain_of_parts_is_the_network_after_any_block(name):
+    torch.manual_seed(0)
+    network = build_network(name, 3).eval()
+    backbone = backbone_of(network)
+    image = torch.randn(1, 3, 64, 64)
+    wanted = network(image)
+    with torch.no_grad():
+        for after in (0, 1, len(backbone.blocks) // 2, len(backbone.blocks)):
+            front, back = backbone.split(after)
+            torch.testing.assert_close(back(front(image)), wanted, rtol=1e-4, atol=1e-4)
+            assert front(image).shape[1] == input_channels(back)
+
+
+@pytest.mark.parametrize(
+    ("split", "stages"), [(3, ["layer1"]), (7, ["layer1", "layer2"]), (13, ["layer1", "layer2", "layer3"])]
+)
+def test_the_papers_cuts_fall_behind_whole_stages(split, stages):
+    front, back = backbone_of(build_network("lambda_resnet50")).split(split)
+    names = [name for name, _ in front.named_children() if name.startswith("layer")]
+    assert names == stages
+    assert not set(names) & {name for name, _ in back.named_children()}
+
+
+def test_a_cut_inside_a_stage_keeps_the_names():
+    network = build_network("resnet50")
+    front, back = backbone_of(network).split(5)
+    assert sorted([*front.state_dict(), *back.state_dict()]) == sorted(network.state_dict())
+
+
+def test_dropout_before_the_classifier_is_kept():
+    network = build_network("timm/resnet18", 2, drop_rate=0.5)
+    _, back = backbone_of(network).split(8)
+    assert [m.p for m in back if isinstance(m, nn.Dropout)] == [0.5]
+
+
+def test_other_input_channels():
+    for name in ("resnet18", "timm/resnet18", "lambda_resnet26", "vgg11"):
+        network = build_network(name, 2, in_channels=5)
+        assert next(m for m in network.modules() if isinstance(m, nn.Conv2d)).weight.shape[1] == 5
+    assert build_network("resnet18", 7, in_channels=5).eval()(torch.randn(1, 5, 64, 64)).shape == (1, 7)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="'resnet51'; known are lambda_resnet26"):
+        build_network("resnet51")
+    with pytest.raises(ValueError, match="'timm/resnet51'"):
+        build_network("timm/resnet51")
+
+
+def test_a_ready_network_keeps_its_classes():
+    network = resnet18(num_classes=4)
+    assert build_network(network, 4) is network
+    with pytest.raises(ValueError, match="ready network with 4 classes"):
+        build_network(network, 2)
+
+
+class Skipping(nn.Module):
+    """Children of a ResNet, another forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 4, 3)
+        self.layer1 = nn.Sequential(nn.Conv2d(4, 4, 1))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.avgpool(2 * self.layer1(self.conv1(x))).flatten(1))
+
+
+def test_networks_that_are_no_chain_are_refused():
+    with pytest.raises(ValueError, match=r"Skipping\.forward does more"):
+        backbone_of(Skipping())
+    with pytest.raises(ValueError, match="VGG cannot carry an attention branch"):
+        backbone_of(build_network("vgg11"))
+    with pytest.raises(ValueError, match="Conv2d has no linear layer"):
+        final_linear(nn.Conv2d(1, 1, 1))
