@@ -1,1 +1,8 @@
-"""Layer-wise relevance propagation."""
+"""Layer-wise relevance propagation that conserves, on any network of linear layers, ReLUs, pools, sums and gates."""
+
+from labn.lrp.config import Config
+from labn.lrp.engine import Relevance, backward, forward, relevance
+from labn.lrp.initial import initial_relevance
+from labn.lrp.ledger import Entry, Ledger
+
+__all__ = ["Config", "Entry", "Ledger", "Relevance", "backward", "forward", "initial_relevance", "relevance"]

@@ -1,0 +1,162 @@
+"""The sweep from the logits to the pixels: one step per kind of node, every step conserving or booking its leaks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from labn.lrp.forward import Passage, rule_name
+from labn.lrp.graph import Node
+from labn.lrp.ledger import Ledger
+from labn.lrp.region import RegionRun, book_biases
+from labn.lrp.rules import RULES, Step, divide
+from labn.lrp.vjp import gradients
+
+
+@dataclass
+class _Sweep:
+    passage: Passage
+    ledger: Ledger | None
+
+
+def sweep(passage: Passage, seeds: dict[int, Tensor], until: int = 0, ledger: Ledger | None = None) -> Tensor:
+    """Send relevance from the values `seeds` names down to the value `until` (0: the images).
+
+    Args:
+        passage: a forward pass; it may be swept any number of times.
+        seeds: relevance by value index, each (T, ...) where T is the forward batch, or any T if that was 1.
+        until: the value at which relevance is collected.
+        ledger: filled with one entry per layer.
+
+    Returns:
+        (T, ...) in the shape of the value `until`.
+    """
+    messages, state = dict(seeds), _Sweep(passage, ledger)
+    for index in sorted(passage.graph.nodes, reverse=True):
+        if index > until and index in messages:
+            node = passage.graph.nodes[index]
+            _deliver(messages, node, _step(state, node, messages.pop(index)))
+    if until not in messages:
+        raise ValueError("No relevance reaches the requested layer: it does not lie below the layer it starts from.")
+    return messages[until]
+
+
+def _step(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
+    parts = BACKWARD[node.kind]
+    booked = state.ledger is not None and node.kind in _BOOKED
+    if not booked or state.ledger is None:
+        return parts(state, node, r)
+    state.ledger.open(node.label, r)
+    delivered = parts(state, node, r)
+    state.ledger.close(delivered)
+    return delivered
+
+
+def _deliver(messages: dict[int, Tensor], node: Node, parts: list[Tensor]) -> None:
+    for source, part in zip(node.flow, parts):
+        waiting = messages.get(source)
+        if waiting is None:
+            messages[source] = part
+        else:
+            messages[source] = part.add_(waiting) if node.kind == "linear" else part + waiting
+
+
+def _unchanged(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
+    return [r]
+
+
+def _linear(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
+    config = state.passage.config
+    a, z = state.passage.kept[node.index]
+    before = state.passage.graph.nodes.get(node.inputs[0])
+    assert node.layer is not None
+    step = Step(node.layer, a, z, r, before is not None and before.non_negative, config, state.ledger)
+    return [RULES[rule_name(node, config)](step)]
+
+
+def _sum(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
+    if len(node.inputs) == 1:
+        return [r]
+    config, junction = state.passage.config, state.passage.junctions[node.index]
+    if config.residual == "duplicate":
+        if state.ledger is not None:
+            state.ledger.duplicated(r)
+        parts = [r, r]
+    else:
+        deep = r * state.passage.kept[node.index]
+        parts = [deep, r - deep] if junction.deep == 0 else [r - deep, deep]
+    return [_unbroadcast(part, state.passage, index) for part, index in zip(parts, node.inputs)]
+
+
+def _unbroadcast(part: Tensor, passage: Passage, index: int) -> Tensor:
+    shape = passage.graph.nodes[index].call.shape if index else part.shape
+    return part if part.shape[1:] == shape[1:] else part.sum_to_size(len(part), *shape[1:])
+
+
+def _rerun(node: Node, kept: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    values = {index: a.detach().requires_grad_(index in node.flow) for index, a in zip(node.inputs, kept)}
+    with torch.enable_grad():
+        return [values[index] for index in node.flow], node.evaluate(values)
+
+
+def _route(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
+    leaves, output = _rerun(node, state.passage.kept[node.index])
+    return gradients(output, leaves, r)
+
+
+def _spread(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
+    """R_i = a_i sum_j c_ij R_j / (z_j + e_j) with the operation's own coefficients c >= 0."""
+    leaves, z = _rerun(node, state.passage.kept[node.index])
+    s = divide(r, z.detach(), state.passage.config, state.ledger)
+    return [a.detach() * c for a, c in zip(leaves, gradients(z, leaves, s))]
+
+
+def _maxpool(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
+    """Winner takes all: the gradient; or an average over the same windows."""
+    if state.passage.config.pooling == "winner":
+        return _route(state, node, r)
+    return _spread(state, _averaged(node), r)
+
+
+def _averaged(node: Node) -> Node:
+    """The average pool over the windows of a max pool."""
+    call = node.call
+    names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+    given = {**dict(zip(names, call.args)), **call.kwargs}
+    function = getattr(F, call.operation.replace("max", "avg"))
+    if call.operation.startswith("adaptive"):
+        return replace(node, call=replace(call, func=function, args=call.args[:2], kwargs={}, item=None))
+    if given.get("dilation", 1) not in (1, (1, 1), [1, 1]):
+        raise ValueError(f"pooling='average' has no rule for the dilated max pool {node.label}; use pooling='winner'.")
+    args = (
+        given["input"],
+        given["kernel_size"],
+        given.get("stride"),
+        given.get("padding", 0),
+        given.get("ceil_mode", False),
+    )
+    return replace(node, call=replace(call, func=function, args=args, kwargs={}, item=None))
+
+
+def _region(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
+    run: RegionRun = state.passage.kept[node.index]
+    s = divide(r, run.output.detach(), state.passage.config, state.ledger)
+    if state.ledger is not None:
+        book_biases(state.ledger, node, run, s)
+    return [run.entry.detach() * gradients(run.output, [run.entry], s)[0]]
+
+
+BACKWARD: dict[str, Callable[[_Sweep, Node, Tensor], list[Tensor]]] = {
+    **dict.fromkeys(("norm", "relu", "identity", "pass", "rescale", "product"), _unchanged),
+    "linear": _linear,
+    "sum": _sum,
+    "route": _route,
+    "spread": _spread,
+    "maxpool": _maxpool,
+    "region": _region,
+}
+_BOOKED = {"linear", "sum", "spread", "maxpool", "region"}

@@ -1,0 +1,111 @@
+"""Layer-wise relevance propagation of a classifier in one call, or in two steps for several sweeps over one forward."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from labn.inference import explaining, matching
+from labn.lrp.backward import sweep
+from labn.lrp.config import Config
+from labn.lrp.forward import Passage, run_forward
+from labn.lrp.initial import initial_relevance
+from labn.lrp.ledger import Entry, Ledger
+from labn.lrp.plan import check, plan_for
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """What a propagation gives back.
+
+    Attributes:
+        relevance: (B, C, H, W) per pixel and channel.
+        logits: (B, K) of the forward pass.
+        initial: (B,) float64 sum of the relevance at the start.
+        entries: accounts of the layers, output first; empty unless asked for.
+    """
+
+    relevance: Tensor
+    logits: Tensor
+    initial: Tensor
+    entries: tuple[Entry, ...] = ()
+
+    @property
+    def arrived(self) -> Tensor:
+        """(B,) float64 sum of the relevance at the pixels."""
+        return self.relevance.flatten(1).sum(1, dtype=torch.float64)
+
+    @property
+    def leaked(self) -> Tensor:
+        """(B,) sum of all leaks that the layers booked; initial = arrived + leaked up to rounding."""
+        return sum((entry.leaks for entry in self.entries), torch.zeros_like(self.initial))
+
+
+def forward(model: nn.Module, images: Tensor, config: Config | None = None) -> Passage:
+    """Run a model for later sweeps.
+
+    Args:
+        model: in eval mode, of the images' device and dtype (see `labn.inference`).
+        images: (B, C, H, W).
+        config: the rules; defaults of `Config`.
+
+    Raises:
+        ValueError: the model cannot be recorded.
+    """
+    config = config or Config()
+    plan = plan_for(model, images)
+    if images.device.type == "cpu" and images.ndim == 4:
+        images = images.contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        return run_forward(plan.for_config(config), plan.junctions, config, images)
+
+
+def backward(
+    passage: Passage, seeds: dict[str, Tensor] | Tensor, until: str | None = None, ledger: Ledger | None = None
+) -> Tensor:
+    """Send relevance down from the logits (a tensor (T, K)) or from module outputs (tensors by qualified name).
+
+    Args:
+        passage: from `forward`; may be swept repeatedly. T is its batch size, or any number if that is 1.
+        seeds: where relevance starts.
+        until: qualified name of the module at whose output to stop; None: the images.
+        ledger: filled with the account of every layer passed.
+
+    Raises:
+        KeyError: a module whose output is no longer visible (it does not exist, or was joined to another step).
+        NotImplementedError: a layer on the way has no rule.
+    """
+    graph = passage.graph
+    starts = {graph.logits: seeds} if isinstance(seeds, Tensor) else {_index(passage, n): r for n, r in seeds.items()}
+    check(graph, passage.config, set(starts))
+    with torch.no_grad():
+        return sweep(passage, starts, 0 if until is None else _index(passage, until), ledger)
+
+
+def relevance(
+    model: nn.Module,
+    images: Tensor,
+    targets: Tensor,
+    config: Config | None = None,
+    init: str = "probability",
+    report: bool = False,
+) -> Relevance:
+    """Relevance of the pixels of images (B, C, H, W) for the classes `targets` (B,); nothing about the model changes.
+
+    `report=True` adds the account of every layer: what arrived, what was handed on, what eps, dead units and biases kept.
+    """
+    ledger = Ledger() if report else None
+    with explaining(model, images.device.type):
+        passage = forward(matching(model, images), images.detach(), config)
+        start = initial_relevance(passage.logits, targets.to(images.device), init)
+        pixels = backward(passage, start, ledger=ledger)
+    return Relevance(pixels, passage.logits, start.sum(1, dtype=torch.float64), tuple(ledger.entries) if ledger else ())
+
+
+def _index(passage: Passage, name: str) -> int:
+    index = passage.graph.outputs.get(name)
+    if index is None or index not in passage.graph.nodes:
+        raise KeyError(f"No module output named '{name}' is left in the recorded network.")
+    return index

@@ -1,0 +1,137 @@
+"""The forward pass of a propagation: BatchNorm folded where the rules allow, and only what they need kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from labn.lrp.config import Config
+from labn.lrp.graph import Graph, Node
+from labn.lrp.region import RegionRun, run_region
+from labn.lrp.residual import SHARES, Junction
+from labn.lrp.rules import USES_OUTPUT
+
+
+@dataclass
+class Passage:
+    """A forward pass and what it kept for going back.
+
+    Attributes:
+        graph, junctions, config: what was run and how.
+        logits: (B, K).
+        kept: by node index, what the backward step of its kind needs.
+    """
+
+    graph: Graph
+    junctions: dict[int, Junction]
+    config: Config
+    logits: Tensor
+    kept: dict[int, Any] = field(default_factory=dict)
+
+
+@dataclass
+class _Run:
+    graph: Graph
+    junctions: dict[int, Junction]
+    config: Config
+    values: dict[int, Tensor]
+    carrying: set[int]
+    kept: dict[int, Any] = field(default_factory=dict)
+
+    def takes_part(self, node: Node) -> bool:
+        """Whether relevance will pass this node (it does not pass what makes a gate)."""
+        return node.index in self.carrying
+
+
+def rule_name(node: Node, config: Config) -> str:
+    """Which rule a linear layer has: the first-layer rule, that of fully connected layers, or that of the others."""
+    if node.first and config.first_layer != "same":
+        return config.first_layer
+    dense = node.layer is not None and node.layer.operation == "linear"
+    return config.linear_rule or config.rule if dense else config.rule
+
+
+def run_forward(graph: Graph, junctions: dict[int, Junction], config: Config, images: Tensor) -> Passage:
+    """Run a graph on images (B, C, H, W); values are let go as soon as nothing needs them."""
+    run = _Run(graph, junctions, config, {0: images}, graph.reach({graph.logits}))
+    waiting = {index: node.consumers for index, node in graph.nodes.items()}
+    for index, node in graph.nodes.items():
+        run.values[index] = FORWARD.get(node.kind, _evaluate)(run, node)
+        for source in node.inputs:
+            waiting[source] = waiting.get(source, 0) - 1
+            if source and waiting[source] <= 0:
+                run.values.pop(source, None)
+    return Passage(graph, junctions, config, run.values[graph.logits], run.kept)
+
+
+def _evaluate(run: _Run, node: Node) -> Tensor:
+    return node.evaluate(run.values)
+
+
+def _keep_inputs(run: _Run, node: Node) -> Tensor:
+    if run.takes_part(node):
+        run.kept[node.index] = [run.values[index] for index in node.inputs]
+    return node.evaluate(run.values)
+
+
+def _linear(run: _Run, node: Node) -> Tensor:
+    """Keep the input, and the output before BatchNorm if the rule divides by it; else fold BatchNorm."""
+    layer, a = node.layer, run.values[node.inputs[0]]
+    assert layer is not None
+    takes_part = run.takes_part(node)
+    keeps_output = takes_part and rule_name(node, run.config) in USES_OUTPUT
+    folded = run.config.folded or not keeps_output
+    z = layer.apply(a, layer.prepared("weight", folded), layer.offset(folded))
+    if takes_part:
+        run.kept[node.index] = (a, z if keeps_output else None)
+    if folded or layer.norm is None:
+        return z
+    return torch.addcmul(layer.per_channel(layer.norm.shift), z, layer.per_channel(layer.norm.scale))
+
+
+def _relu(run: _Run, node: Node) -> Tensor:
+    source = node.inputs[0]
+    before = run.graph.nodes.get(source)
+    fresh = before is not None and before.kind in ("linear", "sum") and before.consumers == 1
+    if before is None or not fresh or _is_kept(run, before):
+        return torch.relu(run.values[source])
+    return torch.relu_(run.values[source])
+
+
+def _is_kept(run: _Run, node: Node) -> bool:
+    """Whether the value itself, not only what it was made from, is waiting for the way back."""
+    return node.kind == "linear" and node.index in run.kept and run.kept[node.index][1] is not None
+
+
+def _sum(run: _Run, node: Node) -> Tensor:
+    if len(node.inputs) == 1 or not run.takes_part(node):
+        return node.evaluate(run.values)
+    junction = run.junctions[node.index]
+    deep, skip = (run.values[node.inputs[i]] for i in (junction.deep, 1 - junction.deep))
+    if run.config.residual in SHARES:
+        run.kept[node.index] = SHARES[run.config.residual](deep, skip, junction)
+    source = run.graph.nodes.get(node.inputs[junction.deep])
+    fresh = source is not None and source.kind == "linear" and source.consumers == 1 and not _is_kept(run, source)
+    return deep.add_(skip) if fresh and deep.shape == node.call.shape else deep + skip
+
+
+def _region(run: _Run, node: Node) -> Tensor:
+    region: RegionRun = run_region(node, run.values)
+    if run.takes_part(node):
+        run.kept[node.index] = region
+    return region.output.detach()
+
+
+FORWARD: dict[str, Callable[[_Run, Node], Tensor]] = {
+    "linear": _linear,
+    "relu": _relu,
+    "sum": _sum,
+    "route": _keep_inputs,
+    "maxpool": _keep_inputs,
+    "spread": _keep_inputs,
+    "region": _region,
+}

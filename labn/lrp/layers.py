@@ -1,0 +1,141 @@
+"""The linear layers of a network in one shape: apply a weight, apply its transpose, keep prepared weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from labn.lrp.record import Call
+
+# Weights made from the layer's own, by name; `plus` and `minus` are the clamped parts, `flat` is all ones.
+PARTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "weight": lambda weight: weight,
+    "plus": lambda weight: weight.clamp(min=0),
+    "minus": lambda weight: weight.clamp(max=0),
+    "flat": torch.ones_like,
+}
+
+
+@dataclass
+class Norm:
+    """A BatchNorm in eval mode as y = scale * x + shift per channel (scale = g / sqrt(v + e), shift = beta - mu * scale)."""
+
+    scale: Tensor
+    shift: Tensor
+
+    @classmethod
+    def of(cls, call: Call) -> Norm:
+        """Read the statistics and parameters of a recorded `batch_norm`."""
+        names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+        given = {**dict(zip(names, call.args)), **call.kwargs}
+        mean, variance, epsilon = given["running_mean"], given["running_var"], given.get("eps", 1e-5)
+        gain, offset = given.get("weight"), given.get("bias")
+        scale = torch.rsqrt(variance + epsilon) * (1 if gain is None else gain)
+        return cls(scale, (0 if offset is None else offset) - mean * scale)
+
+
+@dataclass
+class Layer:
+    """A convolution or a fully connected layer, with the BatchNorm that follows it if there is one.
+
+    Attributes:
+        operation: `conv1d`, `conv2d`, `conv3d` or `linear`.
+        weight, bias: the layer's own, detached (bias may be None).
+        options: stride, padding, dilation and groups of a convolution.
+        norm: the following BatchNorm; `folded` weights are w * scale and bias * scale + shift.
+        memory_format: of prepared 4-D weights.
+    """
+
+    operation: str
+    weight: Tensor
+    bias: Tensor | None
+    options: dict[str, Any]
+    norm: Norm | None = None
+    memory_format: torch.memory_format = torch.contiguous_format
+    _prepared: dict[tuple[str, bool], Tensor] = field(default_factory=dict, repr=False)
+
+    def prepared(self, part: str, folded: bool) -> Tensor:
+        """The weight's `part` (a key of PARTS or `gamma:<value>`), with BatchNorm folded in or not; made once, kept."""
+        folded = folded and self.norm is not None
+        key = (part, folded)
+        if key not in self._prepared:
+            base = self.weight * self._per_output(self.norm.scale) if folded and self.norm else self.weight
+            made = _part(part)(base)
+            if made is self.weight:
+                return made
+            self._prepared[key] = made.contiguous(memory_format=self.memory_format) if made.ndim == 4 else made
+        return self._prepared[key]
+
+    def offset(self, folded: bool) -> Tensor | None:
+        """The bias (out,), after folding if asked; None where there is none."""
+        if not folded or self.norm is None:
+            return self.bias
+        shift = self.norm.shift
+        return shift if self.bias is None else self.bias * self.norm.scale + shift
+
+    def apply(self, a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """z = W a + b for inputs a (B, in, ...)."""
+        return getattr(F, self.operation)(a, weight, bias, **self.options)
+
+    def adjoint(self, s: Tensor, weight: Tensor, a: Tensor) -> Tensor:
+        """W^T s: the gradient at the inputs a (B, in, ...), whose values do not matter; s may have another batch size."""
+        if self.operation == "linear":
+            return s @ weight
+        like = a if len(a) == len(s) else torch.empty((len(s), *a.shape[1:]), dtype=s.dtype, device=s.device)
+        settings = [_spread(self.options[name], weight.ndim - 2) for name in ("stride", "padding", "dilation")]
+        unpadded = [0] * (weight.ndim - 2)
+        gradients = torch.ops.aten.convolution_backward(
+            s, like, weight, None, *settings, False, unpadded, self.options["groups"], [True, False, False]
+        )
+        return gradients[0]
+
+    def per_channel(self, vector: Tensor) -> Tensor:
+        """Shape a vector (out,) so that it broadcasts over this layer's outputs."""
+        return vector if self.operation == "linear" else vector.view(-1, *[1] * (self.weight.ndim - 2))
+
+    def _per_output(self, vector: Tensor) -> Tensor:
+        return vector.view(-1, *[1] * (self.weight.ndim - 1))
+
+
+def _part(name: str) -> Callable[[Tensor], Tensor]:
+    if name.startswith("gamma:"):
+        gamma = float(name.removeprefix("gamma:"))
+        return lambda weight: weight + gamma * weight.clamp(min=0)
+    if name.startswith("gamma-:"):
+        gamma = float(name.removeprefix("gamma-:"))
+        return lambda weight: weight + gamma * weight.clamp(max=0)
+    return PARTS[name]
+
+
+def _spread(value: int | Sequence[int], dims: int) -> list[int]:
+    return [value] * dims if isinstance(value, int) else list(value) * (dims if len(value) == 1 else 1)
+
+
+def layer_of(call: Call) -> Layer:
+    """Read weight, bias and options of a recorded convolution or linear call."""
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    given = {**dict(zip(names, call.args)), **call.kwargs}
+    weight, bias = given["weight"], given.get("bias")
+    if call.operation == "linear":
+        return Layer("linear", weight, bias, {})
+    options = {"stride": given.get("stride", 1), "dilation": given.get("dilation", 1), "groups": given.get("groups", 1)}
+    options["padding"] = _explicit_padding(given.get("padding", 0), weight, options["dilation"])
+    return Layer(call.operation, weight, bias, options)
+
+
+def _explicit_padding(padding: Any, weight: Tensor, dilation: Any) -> Any:
+    if padding == "valid":
+        return 0
+    if padding != "same":
+        return padding
+    reach = [d * (k - 1) for d, k in zip(_spread(dilation, weight.ndim - 2), weight.shape[2:])]
+    if any(r % 2 for r in reach):
+        raise ValueError(
+            f"padding='same' with the even kernel {tuple(weight.shape[2:])} pads unevenly; give the padding as numbers."
+        )
+    return [r // 2 for r in reach]

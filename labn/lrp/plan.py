@@ -1,0 +1,126 @@
+"""From a model to a graph that is ready to run, made once per model, image shape and state of the weights."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from labn.inference import logits_of
+from labn.lrp.backward import BACKWARD
+from labn.lrp.blocks import with_regions
+from labn.lrp.config import Config
+from labn.lrp.forward import run_forward
+from labn.lrp.graph import Graph, build, use_channels_last
+from labn.lrp.layers import Layer
+from labn.lrp.record import record
+from labn.lrp.region import PIECEWISE_LINEAR, carrying_in
+from labn.lrp.residual import Junction, junction_of
+
+KEPT_SHAPES = 4
+
+
+@dataclass
+class Plan:
+    """The graph of one model for one image shape.
+
+    Attributes:
+        graph: as recorded; regions: the same with residual blocks as regions (see `blocks`).
+        junctions: the residual sums by index.
+    """
+
+    graph: Graph
+    regions: Graph
+    junctions: dict[int, Junction]
+
+    def for_config(self, config: Config) -> Graph:
+        """The graph that the residual rule of `config` runs on."""
+        return self.regions if config.residual == "block" else self.graph
+
+
+@dataclass
+class _Store:
+    state: tuple[object, ...]
+    plans: OrderedDict[tuple[object, ...], Plan] = field(default_factory=OrderedDict)
+    layers: dict[tuple[object, ...], Layer] = field(default_factory=dict)
+
+
+# A memo, not state: what it holds follows from the model alone, and goes when the model goes.
+_stores: WeakKeyDictionary[nn.Module, _Store] = WeakKeyDictionary()
+
+
+def plan_for(model: nn.Module, images: Tensor) -> Plan:
+    """The plan of `model` for images of this shape; weights prepared for an earlier call are used again.
+
+    Whether the model is still the same is seen from its modules, and from address, version counter and three values
+    of every parameter and buffer.
+    """
+    state = _state_of(model)
+    store = _stores.get(model)
+    if store is None or store.state != state:
+        store = _stores[model] = _Store(state)
+    key = (tuple(images.shape), images.dtype, images.device)
+    if key not in store.plans:
+        plan = _make(model, images, store.layers)
+        if not store.plans:
+            _verify(model, plan, images)
+        store.plans[key] = plan
+    store.plans.move_to_end(key)
+    while len(store.plans) > KEPT_SHAPES:
+        store.plans.popitem(last=False)
+    return store.plans[key]
+
+
+def _state_of(model: nn.Module) -> tuple[object, ...]:
+    tensors = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
+    addresses = tuple((t.data_ptr(), t._version) for t in tensors)
+    floating = [t.flatten() for t in tensors if t.is_floating_point() and t.numel()]
+    values = [v[[0, len(v) // 2, -1]].double() for v in floating]
+    samples = tuple(torch.cat(values).tolist()) if values else ()
+    return tuple((id(m), type(m)) for m in model.modules()), addresses, samples
+
+
+def _make(model: nn.Module, images: Tensor, layers: dict[tuple[object, ...], Layer]) -> Plan:
+    graph = build(record(model, images))
+    for node in graph.nodes.values():
+        if node.layer is not None:
+            node.layer = layers.setdefault(_identity_of(node.layer), node.layer)
+    if images.device.type == "cpu":
+        use_channels_last(graph)
+    junctions = {i: junction_of(n, graph) for i, n in graph.nodes.items() if n.kind == "sum" and len(n.inputs) == 2}
+    return Plan(graph, with_regions(graph), junctions)
+
+
+def _identity_of(layer: Layer) -> tuple[object, ...]:
+    norm = None if layer.norm is None else (layer.norm.scale.data_ptr(), layer.norm.shift.data_ptr())
+    return (layer.operation, layer.weight.data_ptr(), str(layer.options), norm)
+
+
+def check(graph: Graph, config: Config, starts: set[int]) -> None:
+    """Raise NotImplementedError naming the first layer on the way of relevance that has no rule."""
+    reached = graph.reach(starts)
+    for node in sorted((n for i, n in graph.nodes.items() if i in reached), key=lambda n: -n.index):
+        carrying = carrying_in(node)
+        bad = [n for n in node.inner if n.index in carrying and n.kind not in PIECEWISE_LINEAR]
+        if node.kind not in BACKWARD or bad:
+            raise NotImplementedError(
+                f"Relevance propagation has no rule for {(bad or [node])[0].label}; "
+                "replace it by a layer with one (convolution, linear, BatchNorm, ReLU, pooling, sums, gates)."
+            )
+
+
+def _verify(model: nn.Module, plan: Plan, images: Tensor) -> None:
+    """Raise ValueError unless the recording, run on other images, gives the model's own logits."""
+    others = images.flip(-1) * 0.75 + images.roll(1, -2) * 0.5
+    with torch.no_grad():
+        expected = logits_of(model(others))
+        got = run_forward(plan.graph, plan.junctions, Config(residual="duplicate"), others).logits
+    scale = expected.abs().max().clamp(min=1e-6)
+    if not torch.allclose(got / scale, expected / scale, atol=1e-3 if images.dtype == torch.float32 else 1e-8, rtol=0):
+        raise ValueError(
+            f"{type(model).__name__} does not repeat on other images what was recorded on one batch: its forward pass "
+            "branches on pixel values or leaves torch functions (NumPy, custom autograd functions)."
+        )

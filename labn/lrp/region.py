@@ -1,0 +1,84 @@
+"""Residual blocks differentiated as one layer, the rule of C3-LRP (JSAI 2024)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from labn.lrp.graph import Node
+from labn.lrp.ledger import Ledger
+from labn.lrp.vjp import gradients
+
+# What a region may contain: each of these is linear in its carried input once ReLU and max masks are fixed.
+PIECEWISE_LINEAR = {"linear", "norm", "relu", "identity", "pass", "route", "maxpool", "spread", "sum", "product"}
+
+
+@dataclass
+class RegionRun:
+    """A region as run: its input as a leaf of an autograd graph, its output, the values it read from outside, and one
+    leaf per bias, if asked for.
+    """
+
+    entry: Tensor
+    output: Tensor
+    sources: dict[int, Tensor]
+    biases: list[Tensor] = field(default_factory=list)
+
+
+def run_region(node: Node, values: dict[int, Tensor], with_biases: bool = False) -> RegionRun:
+    """Run the nodes of a region with gradients, in eval mode and BatchNorm folded; gates get none.
+
+    `with_biases` makes every bias a leaf (B, ...) of its own, so that what each one keeps can be told per image.
+    """
+    entry = values[node.flow[0]].detach().requires_grad_()
+    sources = {index: values[index].detach() for index in node.inputs}
+    inside = {**sources, node.flow[0]: entry}
+    carrying = carrying_in(node)
+    run = RegionRun(entry, entry, sources)
+    for inner in node.inner:
+        with torch.set_grad_enabled(inner.index in carrying):
+            inside[inner.index] = _evaluate(inner, inside, run.biases if with_biases else None)
+    run.output = inside[node.index]
+    return run
+
+
+def carrying_in(node: Node) -> set[int]:
+    """Indices of the values inside a region that relevance passes; the others only make up gates."""
+    carrying = {node.index}
+    for inner in reversed(node.inner):
+        if inner.index in carrying:
+            carrying.update(inner.flow)
+    return carrying
+
+
+def _evaluate(node: Node, values: dict[int, Tensor], biases: list[Tensor] | None) -> Tensor:
+    if node.kind == "product":
+        gate = next(index for index in node.inputs if index not in node.flow)
+        return node.evaluate({**values, gate: values[gate].detach()})
+    value = _AFFINE.get(node.kind, Node.evaluate)(node, values)
+    if biases is None or node.kind not in ("linear", "norm", "pass") or not value.requires_grad:
+        return value
+    constant = _AFFINE.get(node.kind, Node.evaluate)(
+        node, {i: torch.zeros_like(v) for i, v in values.items() if i in node.inputs}
+    )
+    biases.append(constant.detach().requires_grad_())
+    return value - constant.detach() + biases[-1]
+
+
+def _linear(node: Node, values: dict[int, Tensor]) -> Tensor:
+    assert node.layer is not None
+    return node.layer.apply(values[node.inputs[0]], node.layer.prepared("weight", True), node.layer.offset(True))
+
+
+_AFFINE: dict[str, Callable[[Node, dict[int, Tensor]], Tensor]] = {"linear": _linear}
+
+
+def book_biases(ledger: Ledger, node: Node, run: RegionRun, s: Tensor) -> None:
+    """Book what the effective bias of a region keeps: <s, y - J x> = sum over its biases b of <d<s, y>/db, b>."""
+    probe = run_region(node, run.sources, with_biases=True)
+    if probe.biases:
+        for bias, gradient in zip(probe.biases, gradients(probe.output, probe.biases, s)):
+            ledger.biased(gradient * bias.detach())

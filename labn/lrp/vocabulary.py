@@ -1,0 +1,92 @@
+"""What each torch function is to relevance propagation: the one table to extend when a layer has no rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from labn.lrp.record import Call, Ref
+
+LINEAR = {"conv1d", "conv2d", "conv3d", "linear"}
+# The identity in eval mode, or a rearrangement that keeps shape and order.
+IDENTITY = {
+    "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout",
+    "clone", "contiguous", "detach", "to", "float", "double", "type", "requires_grad", "identity",
+}  # fmt: skip
+# A norm over the features of one position is read as a constant factor (CRP's treatment of L2 normalisation).
+CONSTANT_NORM = {"normalize"}
+# Every output value is a copy of exactly one input value, so relevance follows the plain gradient.
+ROUTE = {
+    "flatten", "reshape", "view", "permute", "transpose", "movedim", "squeeze", "unsqueeze", "getitem", "select",
+    "narrow", "chunk", "split", "unbind", "cat", "concat", "concatenate", "stack", "expand",
+    "channel_shuffle", "pixel_shuffle", "roll", "flip",
+}  # fmt: skip
+# The second tensor only lends its shape or type.
+SHAPED_LIKE = {"expand_as", "view_as", "reshape_as", "type_as"}
+MAX_POOL = {"max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d"}
+# Linear with non-negative coefficients and without parameters: shares in proportion to the contributions.
+SPREAD = {
+    "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+    "mean", "sum", "interpolate", "pad",
+}  # fmt: skip
+SUM = {"add", "iadd", "radd"}
+PRODUCT = {"mul", "imul", "rmul", "multiply"}
+# With a constant operand: a shift leaves the relevance where it is, a scaling does so too.
+SHIFT_OR_SCALE = SUM | PRODUCT | {"sub", "isub", "subtract", "div", "truediv", "itruediv", "divide"}
+BOUNDED = {"sigmoid", "softmax", "hardsigmoid", "tanh"}
+NON_NEGATIVE = {"sigmoid", "softmax", "hardsigmoid", "relu", "relu6", "abs", "square", "softplus", "exp"}
+
+CANONICAL: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(SUM, torch.add),
+    **dict.fromkeys(PRODUCT, torch.mul),
+    **dict.fromkeys(("sub", "isub", "subtract"), torch.sub),
+    **dict.fromkeys(("div", "truediv", "itruediv", "divide"), torch.div),
+    "relu": torch.relu,
+}
+
+_SIMPLE = {
+    **dict.fromkeys(LINEAR, "linear"),
+    **dict.fromkeys(IDENTITY, "identity"),
+    **dict.fromkeys(CONSTANT_NORM, "rescale"),
+    **dict.fromkeys(ROUTE, "route"),
+    **dict.fromkeys(SHAPED_LIKE, "route"),
+    **dict.fromkeys(MAX_POOL, "maxpool"),
+    **dict.fromkeys(SPREAD, "spread"),
+    "relu": "relu",
+    "batch_norm": "norm",
+}
+
+
+def kind_of(call: Call) -> str:
+    """The kind of a recorded call: linear, norm, relu, identity, pass, rescale, route, maxpool, spread, sum, product or opaque.
+
+    `opaque` calls can be run (they may make up a gate) but relevance cannot go through them.
+    """
+    name = call.operation
+    if name in SHIFT_OR_SCALE:
+        return _arithmetic_kind(call, name)
+    kind = _SIMPLE.get(name, "opaque")
+    if kind in ("linear", "norm", "maxpool") and not _is_plain(call, kind):
+        return "opaque"
+    return kind
+
+
+def _arithmetic_kind(call: Call, name: str) -> str:
+    varying = [isinstance(arg, Ref) for arg in call.args[:2]]
+    if call.kwargs or len(call.args) != 2 or not any(varying):
+        return "opaque"
+    if all(varying):
+        return "sum" if name in SUM else "product" if name in PRODUCT else "opaque"
+    return "pass" if varying[0] or name in SUM | PRODUCT else "opaque"
+
+
+def _is_plain(call: Call, kind: str) -> bool:
+    """Whether the layer's parameters are constants; batch statistics make an image depend on its neighbours."""
+    if kind == "maxpool":
+        return call.item in (None, 0)
+    plain = len(call.inputs) == 1 and isinstance(call.args[0], Ref)
+    statistics = call.args[1:3]
+    training = bool(call.args[5]) if len(call.args) > 5 else bool(call.kwargs.get("training", False))
+    return plain and (kind == "linear" or (not training and all(part is not None for part in statistics)))

@@ -1,0 +1,8 @@
+"""What is done to finished maps (B, H, W): contour and component, quantisation, normalisation. Inputs stay as they are."""
+
+from labn.postprocess.choice import c1c, c3, c3_fallback
+from labn.postprocess.levels import normalise, quantise, with_sign
+from labn.postprocess.names import STEPS, apply, check_names
+from labn.postprocess.regions import Options
+
+__all__ = ["STEPS", "Options", "apply", "c1c", "c3", "c3_fallback", "check_names", "normalise", "quantise", "with_sign"]

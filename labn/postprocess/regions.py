@@ -1,0 +1,150 @@
+"""Contours and components of one map (H, W), by OpenCV."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import cv2
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a region is chosen; the papers leave these open, the defaults are this project's.
+
+    Attributes:
+        threshold: the map is binarised at values > its `mean`, `otsu`'s threshold, its `quantile`, or the `absolute` level.
+        level: the quantile in [0, 1], or the absolute level; unused by the other two.
+        contour: of the filled outer contours (always 8-connected) the `largest` one, the one that holds the map's maximum
+            (`contains_max`), or the `first` one OpenCV returns (an order that changes with its version).
+        component: the one that holds the largest value (`contains_max`), or the `largest` one.
+        connectivity: of components, 8 or 4.
+        resolution: side of the square on which the mask is found (C1C was published with 28); None: the map's own.
+        gain: factor on the values that are kept (C1C was published with 3).
+        outside: value of the others, 0 (`zero`) or the map's minimum (`min`), which keeps them last in a signed map.
+    """
+
+    threshold: Literal["mean", "otsu", "quantile", "absolute"] = "mean"
+    level: float = 0.5
+    contour: Literal["largest", "contains_max", "first"] = "largest"
+    component: Literal["contains_max", "largest"] = "contains_max"
+    connectivity: Literal[4, 8] = 8
+    resolution: int | None = None
+    gain: float = 1.0
+    outside: Literal["zero", "min"] = "zero"
+
+    def __post_init__(self) -> None:
+        choices = {
+            "threshold": tuple(_THRESHOLDS),
+            "contour": tuple(_CONTOURS),
+            "component": tuple(_COMPONENTS),
+            "connectivity": (4, 8),
+            "outside": ("zero", "min"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, allowed))}.")
+        if self.threshold == "quantile" and not 0 <= self.level <= 1:
+            raise ValueError(f"level must lie in [0, 1] for threshold='quantile', got {self.level}.")
+
+
+def resized(one: Tensor, options: Options) -> Tensor:
+    """A map (H, W) at the working resolution, bilinearly with antialiasing."""
+    if options.resolution is None:
+        return one
+    side = (options.resolution, options.resolution)
+    return F.interpolate(one[None, None].float(), size=side, mode="bilinear", align_corners=False, antialias=True)[0, 0]
+
+
+def threshold(one: Tensor, options: Options) -> float:
+    """The level above which pixels of a map (H, W) count as foreground."""
+    return _THRESHOLDS[options.threshold](one, options.level)
+
+
+def _otsu(one: Tensor, level: float) -> float:
+    low, high = float(one.min()), float(one.max())
+    if low == high:
+        return high
+    grey = ((one - low) / (high - low) * 255).round().to(torch.uint8).cpu().numpy()
+    best, _ = cv2.threshold(grey, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
+    return low + (best + 0.5) / 255 * (high - low)
+
+
+_THRESHOLDS: dict[str, Callable[[Tensor, float], float]] = {
+    "mean": lambda one, level: float(one.mean(dtype=torch.float64)),
+    "otsu": _otsu,
+    "quantile": lambda one, level: float(np.quantile(one.detach().cpu().numpy(), level)),
+    "absolute": lambda one, level: level,
+}
+
+
+def component_mask(one: Tensor, binary: Tensor, options: Options) -> Tensor:
+    """Mask (H, W) of the chosen connected component of `binary`; everything where `binary` is empty."""
+    if not binary.any():
+        return torch.ones_like(binary)
+    _, labels = cv2.connectedComponents(_bytes(binary), connectivity=options.connectivity)
+    chosen = _COMPONENTS[options.component](one.detach().cpu().numpy(), labels)
+    return torch.from_numpy(labels == chosen).to(binary.device)
+
+
+def _label_of_max(values: np.ndarray, labels: np.ndarray) -> int:
+    inside = np.where(labels > 0, values, -np.inf)
+    return int(labels.flat[int(inside.argmax())])
+
+
+def _largest_label(values: np.ndarray, labels: np.ndarray) -> int:
+    return int(np.bincount(labels[labels > 0]).argmax())
+
+
+_COMPONENTS = {"contains_max": _label_of_max, "largest": _largest_label}
+
+
+def contour_mask(one: Tensor, binary: Tensor, options: Options) -> Tensor:
+    """Mask (H, W) of the chosen outer contour of `binary`, holes filled; everything where `binary` is empty."""
+    if not binary.any():
+        return torch.ones_like(binary)
+    contours = cv2.findContours(_bytes(binary), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[-2]
+    contour = _CONTOURS[options.contour](list(contours), one, binary)
+    return torch.from_numpy(_filled(contour, binary) > 0).to(binary.device)
+
+
+def filled_area(contour: np.ndarray) -> int:
+    """Pixels inside and on a contour of neighbouring pixels, by Pick's theorem: area + boundary / 2 + 1."""
+    boundary = len(contour) if len(contour) > 1 else 0
+    return round(cv2.contourArea(contour) + boundary / 2 + 1)
+
+
+def _filled(contour: np.ndarray, binary: Tensor) -> np.ndarray:
+    canvas = np.zeros(tuple(binary.shape), dtype=np.uint8)
+    cv2.drawContours(canvas, [contour], 0, 1, thickness=cv2.FILLED)
+    return canvas
+
+
+def _around_max(contours: list[np.ndarray], one: Tensor, binary: Tensor) -> np.ndarray:
+    flat = torch.where(binary, one, -torch.inf).flatten()
+    row, column = divmod(int(flat.argmax()), binary.shape[1])
+    return max(contours, key=lambda contour: cv2.pointPolygonTest(contour, (column, row), False))
+
+
+_CONTOURS: dict[str, Callable[[list[np.ndarray], Tensor, Tensor], np.ndarray]] = {
+    "largest": lambda contours, one, binary: max(contours, key=filled_area),
+    "contains_max": _around_max,
+    "first": lambda contours, one, binary: contours[0],
+}
+
+
+def masked(one: Tensor, mask: Tensor, options: Options) -> Tensor:
+    """The map (H, W) times `gain` inside the mask, which is enlarged to its size, and `outside` elsewhere."""
+    if mask.shape != one.shape:
+        mask = F.interpolate(mask[None, None].float(), size=tuple(one.shape), mode="nearest")[0, 0] > 0
+    outside = one.min() if options.outside == "min" else one.new_zeros(())
+    return torch.where(mask.to(one.device), one * options.gain, outside)
+
+
+def _bytes(binary: Tensor) -> np.ndarray:
+    return binary.to(torch.uint8).cpu().numpy()
