@@ -61,10 +61,12 @@ class ImageDataModule(LightningDataModule):
     Attributes:
         class_names: one per class.
         positive_classes: classes that metrics with `positives_only` score.
+        channels: number of channels C.
     """
 
     class_names: list[str]
     positive_classes: tuple[int, ...] = (1,)
+    channels: int = 3
 
     def __init__(
         self,
@@ -86,6 +88,8 @@ class ImageDataModule(LightningDataModule):
             raise ValueError(f"on_bad_image is {on_bad_image!r}; it must be 'stop' or 'skip'.")
         self.image_size, self.batch_size, self.num_workers, self.seed = image_size, batch_size, num_workers, seed
         self.balanced_sampler, self.drop_last, self.augmentation = balanced_sampler, drop_last, augmentation
+        if any(values is not None and len(values) != self.channels for values in (mean, std)):
+            raise ValueError(f"`mean` and `std` need {self.channels} numbers each, one per channel.")
         self.on_bad_image, self.cache_images = on_bad_image, cache_images
         self.cache_dir = Path(cache_dir) if cache_dir is not None else default_cache_dir()
         self._mean, self._std = mean, std
@@ -120,11 +124,6 @@ class ImageDataModule(LightningDataModule):
         assert self._std is not None
         return self._std
 
-    @property
-    def channels(self) -> int:
-        """Number of channels C."""
-        return len(self.mean)
-
     def source(self, split: Split) -> Source:
         """Names, labels and pixels of a split.
 
@@ -133,7 +132,10 @@ class ImageDataModule(LightningDataModule):
         """
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}.")
-        return self._preloaded.get(split, self._sources[split])
+        source = self._preloaded.get(split, self._sources[split])
+        if not len(source):
+            raise ValueError(f"Split {split} has no image left; give it some, or change its fraction.")
+        return source
 
     def dataset(self, split: Split, augment: bool = False) -> ImageDataset:
         """The split as a dataset of single samples, augmented only on request."""

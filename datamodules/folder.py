@@ -79,6 +79,9 @@ class ImageFolder(ImageDataModule):
         cache_images: bool = False,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
+        if channels not in (1, 3):
+            raise ValueError(f"channels is {channels}; it must be 1 (grey) or 3 (RGB).")
+        self.channels = channels
         super().__init__(
             image_size,
             mean,
@@ -93,9 +96,7 @@ class ImageFolder(ImageDataModule):
             cache_images,
             cache_dir,
         )
-        if channels not in (1, 3):
-            raise ValueError(f"channels is {channels}; it must be 1 (grey) or 3 (RGB).")
-        self._channels, self.crop = channels, crop
+        self.crop = crop
         self.root, self.mask_root = Path(root), None if mask_root is None else Path(mask_root)
         self.val_fraction, self.test_fraction, self.split_seed = val_fraction, test_fraction, split_seed
         self._positive = positive_classes
@@ -126,11 +127,6 @@ class ImageFolder(ImageDataModule):
         if unknown := set(self._positive) - set(self.class_names):
             raise ValueError(f"positive_classes has {unknown.pop()!r}; the classes are {', '.join(self.class_names)}.")
         return tuple(self.class_names.index(name) for name in self._positive)
-
-    @property
-    def channels(self) -> int:
-        """Number of channels C."""
-        return self._channels
 
     @property
     def mean(self) -> list[float]:
@@ -175,11 +171,9 @@ class ImageFolder(ImageDataModule):
         if not self._has("test"):
             raise FileNotFoundError(f"{self.root} has a folder 'train' but no folder 'test'.")
         test = self._read(self._folder("test"), "test")
-        val = self._read(self._folder("val"), "val") if self._has("val") else []
-        if val:
-            val = self._apart(val, test)
+        val = self._apart(self._read(self._folder("val"), "val"), test) if self._has("val") else []
         train = self._apart(self._read(self._folder("train"), "train"), [*val, *test])
-        if not val:
+        if not self._has("val"):
             train, val, notes = split_off(train, self.val_fraction, self.split_seed)
             self._notes += notes
         return {"train": train, "val": val, "test": test}
@@ -190,7 +184,7 @@ class ImageFolder(ImageDataModule):
         return kept
 
     def _read(self, folder: Path, part: str) -> list[Record]:
-        if _subfolders(folder) != self.class_names:
+        if self.class_names != _subfolders(folder):
             raise ValueError(
                 f"{folder} has other class folders than training: {', '.join(self.class_names)} are needed."
             )

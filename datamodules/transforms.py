@@ -27,15 +27,17 @@ class Augmentation:
 
     Order: horizontal flip, vertical flip, rotation, random resized crop, colour jitter, normalisation, random erasing.
     The image has been resized to the model's input before the first step. The mask moves along, and is emptied where
-    the image is erased.
+    the image is erased. A configuration that names only some of the fields keeps the data module's default for the
+    others.
 
     Args:
         horizontal_flip: probability.
         vertical_flip: probability.
         rotation: limit in degrees, drawn from [-rotation, rotation]; corners are filled with black.
-        crop_scale: area of the random resized crop as a share of the image, or None for no crop. Shares above 1 do not
-            fit and mostly end (after ten tries) in the whole image, as in torchvision; the published (0.7, 1.3) does
-            this for about half of the images. (0.7, 1.0) clamps it.
+        crop_scale: area of the random resized crop as a share of the image, or None for no crop. As in torchvision a
+            crop that does not fit is drawn again, ten times at most, then the whole image is taken. Shares above 1
+            never fit, so the published (0.7, 1.3) yields crops of 0.7 to 1.0 (median 0.79) and the whole image in 3 %
+            of cases; (0.7, 1.0) clamps it.
         crop_ratio: width / height of the crop.
         brightness: factor drawn from [1 - b, 1 + b].
         contrast: likewise.

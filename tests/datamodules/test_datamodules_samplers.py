@@ -1,4 +1,5 @@
 from collections import Counter
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from datamodules.samplers import BalancedSampler, Key, ShuffledSampler, Unrepeat
 def test_evaluation_gives_every_sample_to_exactly_one_rank(world: int) -> None:
     for n in range(40):
         shares = [list(UnrepeatedDistributedSampler(range(n), world, rank)) for rank in range(world)]
-        assert sorted(sum(shares, [])) == list(range(n))
+        assert sorted(chain.from_iterable(shares)) == list(range(n))
         assert [len(UnrepeatedDistributedSampler(range(n), world, r)) for r in range(world)] == [*map(len, shares)]
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 

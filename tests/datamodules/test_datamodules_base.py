@@ -1,0 +1,228 @@
+"""The batch contract, determinism, sharding and the bias image, on every data module that needs no real data."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.demos.boring_classes import BoringModel
+from small_data import write_image
+from torch import Tensor
+
+from datamodules import IDRiD, ImageDataModule, ImageFolder, SyntheticFundus
+from datamodules.bias import cached
+from datamodules.transforms import FLIPS, PUBLISHED
+
+Make = Callable[..., ImageDataModule]
+
+
+@pytest.fixture(params=["synthetic", "idrid", "folder"])
+def make(request: pytest.FixtureRequest, tmp_path: Path, small_idrid: Path, pictures: Path) -> Make:
+    def build(**options: object) -> ImageDataModule:
+        options = {"cache_dir": tmp_path / "cache", "batch_size": 4, **options}
+        if request.param == "synthetic":
+            return SyntheticFundus(n_train=9, n_val=4, n_test=7, **options)  # type: ignore[arg-type]
+        if request.param == "idrid":
+            return IDRiD(root=small_idrid, image_size=32, **options)  # type: ignore[arg-type]
+        return ImageFolder(pictures, image_size=32, **options)  # type: ignore[arg-type]
+
+    return build
+
+
+def run_epoch(data: ImageDataModule, epoch: int) -> dict[int, Tensor]:
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+    return {int(i): x for batch in loader for i, x in zip(batch["index"], batch["image"])}
+
+
+def test_batches_keep_the_contract(make: Make) -> None:
+    data = make()
+    data.setup("fit")
+    data.setup("test")
+    for split, loader in (("train", data.train_dataloader()), ("val", data.val_dataloader())):
+        batch = next(iter(loader))
+        size = len(batch["label"])
+        assert batch["image"].shape == (size, data.channels, data.image_size, data.image_size)
+        assert batch["image"].dtype == torch.float32
+        assert batch["label"].dtype == batch["index"].dtype == torch.int64
+        assert torch.equal(batch["label"], data.labels(split)[batch["index"]])
+        assert ("mask" in batch) == data.has_masks(split)
+    assert torch.cat([b["index"] for b in data.test_dataloader()]).tolist() == list(range(len(data.labels("test"))))
+    names = [data.sample_name("test", i) for i in range(len(data.labels("test")))]
+    assert len(set(names)) == len(names)
+    assert data.num_classes == len(data.class_names)
+    with pytest.raises(ValueError, match="split is 'eval'; it must be one of train, val, test"):
+        data.labels("eval")  # type: ignore[arg-type]
+
+
+def test_augmentation_does_not_depend_on_workers_or_batch_size(make: Make) -> None:
+    options = {"augmentation": PUBLISHED}
+    reference = [run_epoch(make(**options), epoch) for epoch in (0, 3)]
+    data = make(num_workers=2, **options)
+    data.batch_size = 3
+    loader = data.train_dataloader()
+    for epoch, expected in zip((0, 3), reference):
+        # The same persistent workers serve both epochs.
+        loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        drawn = {int(i): x for batch in loader for i, x in zip(batch["index"], batch["image"])}
+        assert drawn.keys() == expected.keys()
+        assert all(torch.equal(drawn[i], expected[i]) for i in drawn)
+    assert any(not torch.equal(reference[0][i], reference[1][i]) for i in reference[0])
+    other = run_epoch(make(seed=43, **options), 0)
+    assert any(not torch.equal(reference[0][i], other[i]) for i in other)
+
+
+def test_ranks_share_samples_with_unchanged_pixels(make: Make) -> None:
+    whole = make()
+    for split in ("val", "test"):
+        expected = {int(i): x for b in whole.eval_dataloader(split) for i, x in zip(b["index"], b["image"])}
+        for world in (2, 3, 8):
+            seen: list[int] = []
+            for rank in range(world):
+                data = make()
+                data.trainer = SimpleNamespace(world_size=world, global_rank=rank)  # type: ignore[assignment]
+                for batch in data.eval_dataloader(split):  # type: ignore[arg-type]
+                    seen += batch["index"].tolist()
+                    assert all(torch.equal(x, expected[int(i)]) for i, x in zip(batch["index"], batch["image"]))
+            assert sorted(seen) == sorted(expected)
+
+
+def test_train_ranks_are_disjoint_and_equally_long(make: Make) -> None:
+    shares = []
+    for rank in range(2):
+        data = make()
+        data.trainer = SimpleNamespace(world_size=2, global_rank=rank)  # type: ignore[assignment]
+        shares.append([int(i) for batch in data.train_dataloader() for i in batch["index"]])
+    n = len(data.labels("train"))
+    assert len(shares[0]) == len(shares[1]) == (n + 1) // 2
+    assert set(shares[0]) | set(shares[1]) == set(range(n))
+
+
+def test_validation_and_test_are_never_augmented(make: Make) -> None:
+    data = make(augmentation=PUBLISHED)
+    mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (data.mean, data.std))
+    for split in ("val", "test"):
+        for batch in data.eval_dataloader(split):  # type: ignore[arg-type]
+            for i, image in zip(batch["index"], batch["image"]):
+                pixels = torch.from_numpy(np.array(data.source(split).load(int(i))[0])).permute(2, 0, 1) / 255  # type: ignore[arg-type]
+                torch.testing.assert_close(image * std + mean, pixels, atol=1e-5, rtol=0)
+
+
+def test_balanced_batches_decode_no_image_for_their_labels(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make(balanced_sampler=True)
+    source, _ = data.source("train"), data.mean
+    monkeypatch.setattr(type(source), "load", lambda self, index: pytest.fail("an image was decoded"))
+    loader = data.train_dataloader()
+    assert len(loader) >= 1
+    for key in (keys := list(loader.sampler)):  # type: ignore[arg-type]
+        assert key.epoch == 0
+    assert data.labels("train")[[k.sample for k in keys[:4]]].tolist().count(1) == 2
+
+
+def test_bias_image_is_exact_and_read_back(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make(augmentation=PUBLISHED)
+    images = np.stack([data.source("train").load(i)[0] for i in range(len(data.labels("train")))])
+    exact = torch.from_numpy(images.astype(np.int64).sum(0) / (255 * len(images))).permute(2, 0, 1)
+    bias = data.bias_image()
+    assert bias.dtype == torch.float32
+    assert torch.equal(bias, exact.float())
+    (file,) = (tmp_path / "cache").glob("bias_*")
+    assert data.fingerprint("train") in file.name
+    again = make(augmentation=None)
+    monkeypatch.setattr(type(again.source("train")), "load", lambda self, index: pytest.fail("computed again"))
+    assert torch.equal(again.bias_image(), bias)
+
+
+def test_other_data_has_another_fingerprint_and_bias_file(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        SyntheticFundus(n_train=4, data_seed=seed, cache_dir=tmp_path).bias_image()
+    assert len(list(tmp_path.glob("bias_*"))) == 2
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_fingerprint_follows_labels_file_sizes_and_settings(small_idrid: Path) -> None:
+    def prints(**options: object) -> str:
+        return IDRiD(root=small_idrid, image_size=32, **options).fingerprint("test")  # type: ignore[arg-type]
+
+    first = prints()
+    assert first == prints(seed=1, batch_size=2, augmentation=None)
+    assert len({first, prints(crop=None), prints(task="grades")}) == 3
+    assert IDRiD(root=small_idrid, image_size=48).fingerprint("test") != first
+    data = IDRiD(root=small_idrid, image_size=32)
+    data.setup("test")
+    assert data.fingerprint("test") == first
+    (image,) = small_idrid.rglob("b. Testing Set/IDRiD_002.jpg")
+    write_image(image, 5, (50, 60, 3))
+    assert prints() != first
+
+
+def test_unwritable_cache_warns_and_computes(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.warns(UserWarning, match="cannot be written"):
+        value = cached(tmp_path / "file" / "x.safetensors", lambda: torch.ones(2))
+    assert value.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["IDRiD", "SyntheticFundus", "ImageFolder"])
+def test_yaml_builds_every_data_module(name: str, tmp_path: Path) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningDataModule, "data")
+    steps = "{rotation: 0, crop_scale: null, erasing: 0.25}"
+    extra = f", root: {tmp_path}" if name != "SyntheticFundus" else ""
+    text = f"data: {{class_path: datamodules.{name}, init_args: {{image_size: 64, augmentation: {steps}{extra}}}}}"
+    data = parser.instantiate_classes(parser.parse_string(text)).data
+    assert data.image_size == 64
+    default = FLIPS if name == "SyntheticFundus" else PUBLISHED
+    assert data.augmentation == replace(default, rotation=0, crop_scale=None, erasing=0.25)
+    plain = parser.parse_string(f"data: {{class_path: datamodules.{name}, init_args: {{batch_size: 8{extra}}}}}")
+    assert parser.instantiate_classes(plain).data.batch_size == 8
+    none = parser.parse_string(f"data: {{class_path: datamodules.{name}, init_args: {{augmentation: null{extra}}}}}")
+    assert parser.instantiate_classes(none).data.augmentation is None
+
+
+class _Seen(BoringModel):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 2)
+        self.train_images: list[Tensor] = []
+        self.test_indices: list[int] = []
+
+    def training_step(self, batch: dict[str, Tensor], step: int) -> Tensor:  # type: ignore[override]
+        self.train_images.append(batch["image"].clone())
+        return self.layer(batch["image"][:, 0, 0]).mean()
+
+    def validation_step(self, batch: dict[str, Tensor], step: int) -> None:  # type: ignore[override]
+        pass
+
+    def test_step(self, batch: dict[str, Tensor], step: int) -> None:  # type: ignore[override]
+        self.test_indices += batch["index"].tolist()
+
+
+def _trainer(root: Path, epochs: int, **options: object) -> Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return Trainer(max_epochs=epochs, default_root_dir=root, **quiet, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("own_sampler", [True, False])
+def test_lightning_uses_the_loaders_and_resumes_with_the_same_pictures(tmp_path: Path, own_sampler: bool) -> None:
+    data = SyntheticFundus(n_train=10, n_val=4, n_test=7, batch_size=4, augmentation=PUBLISHED)
+    whole = _Seen()
+    _trainer(tmp_path, 3, use_distributed_sampler=own_sampler).fit(whole, data)
+    first = _Seen()
+    trainer = _trainer(tmp_path, 2)
+    trainer.fit(first, copy.deepcopy(data))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    rest = _Seen()
+    _trainer(tmp_path, 3).fit(rest, copy.deepcopy(data), ckpt_path=tmp_path / "last.ckpt")
+    assert len(first.train_images) == 6
+    resumed = first.train_images + rest.train_images
+    assert len(resumed) == len(whole.train_images) == 9
+    assert all(torch.equal(a, b) for a, b in zip(resumed, whole.train_images))
+    _trainer(tmp_path, 1, use_distributed_sampler=own_sampler).test(whole, data, verbose=False)
+    assert whole.test_indices == list(range(7))

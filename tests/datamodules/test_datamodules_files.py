@@ -1,0 +1,138 @@
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from small_data import write_image
+
+from datamodules.files import (
+    BadImageError,
+    check_image,
+    crop,
+    data_root,
+    identical_groups,
+    read_image,
+    read_mask,
+    squash,
+    squash_mask,
+)
+from datamodules.sources import Record
+from datamodules.splits import readable, split_off, without_copies
+
+
+def test_data_root_prefers_the_argument_then_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a" / "idrid").mkdir(parents=True)
+    monkeypatch.setenv("LABN_DATA", str(tmp_path / "a"))
+    assert data_root("idrid") == tmp_path / "a" / "idrid"
+    assert data_root("idrid", tmp_path) == tmp_path
+    with pytest.raises(FileNotFoundError, match=r"Data folder .*cub does not exist: pass `root`, or set LABN_DATA"):
+        data_root("cub")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "tif"])
+def test_whole_images_pass_the_check(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"image.{suffix}"
+    write_image(path, 0)
+    assert check_image(path) is None
+    assert read_image(path).shape == (40, 60, 3)
+
+
+@pytest.mark.parametrize(("suffix", "reason"), [("jpg", "end-of-image"), ("png", "IEND")])
+@pytest.mark.parametrize("part", [0.3, 0.9])
+def test_truncated_images_are_found(tmp_path: Path, suffix: str, reason: str, part: float) -> None:
+    path = tmp_path / f"image.{suffix}"
+    write_image(path, 0, (200, 200, 3))
+    data = path.read_bytes()
+    path.write_bytes(data[: int(part * len(data))])
+    assert reason in str(check_image(path))
+
+
+def test_other_bad_files_are_found(tmp_path: Path) -> None:
+    (tmp_path / "text.jpg").write_text("not an image")
+    (tmp_path / "empty.jpg").touch()
+    assert check_image(tmp_path / "text.jpg") == "is not an image"
+    assert check_image(tmp_path / "empty.jpg") == "is not an image"
+    assert "cannot be read" in str(check_image(tmp_path / "absent.jpg"))
+    for name in ("text.jpg", "empty.jpg"):
+        with pytest.raises(BadImageError, match=f"{name} cannot be decoded"):
+            read_image(tmp_path / name)
+
+
+def test_colours_come_as_rgb_and_other_formats_are_converted(tmp_path: Path) -> None:
+    red = np.zeros((8, 8, 4), dtype=np.uint8)
+    red[..., 2], red[..., 3] = 200, 128
+    cv2.imwrite(str(tmp_path / "rgba.png"), red)
+    assert read_image(tmp_path / "rgba.png")[0, 0].tolist() == [200, 0, 0]
+    cv2.imwrite(str(tmp_path / "grey.png"), np.full((8, 8), 77, np.uint8))
+    assert read_image(tmp_path / "grey.png")[0, 0].tolist() == [77, 77, 77]
+    assert read_image(tmp_path / "grey.png", channels=1).shape == (8, 8, 1)
+    cv2.imwrite(str(tmp_path / "deep.png"), np.full((8, 8), 51200, np.uint16))
+    assert read_image(tmp_path / "deep.png")[0, 0].tolist() == [200, 200, 200]
+    assert read_mask(tmp_path / "grey.png").all()
+
+
+def test_crop_and_squash() -> None:
+    pixels = np.arange(10 * 20 * 3, dtype=np.uint8).reshape(10, 20, 3)
+    np.testing.assert_array_equal(crop(pixels, (0.25, 0.0, 0.75, 2849 / 2848)), pixels[:, 5:15])
+    assert crop(pixels, None) is pixels
+    np.testing.assert_array_equal(squash(np.full((10, 20, 1), 7, np.uint8), 5), np.full((5, 5, 1), 7))
+    blocks = np.kron(np.array([[0, 100], [200, 40]], np.uint8), np.ones((4, 6), np.uint8))[..., None]
+    np.testing.assert_array_equal(squash(blocks, 2)[..., 0], [[0, 100], [200, 40]])
+    mask = np.kron(np.array([[0, 1], [1, 0]]), np.ones((5, 9))) > 0
+    np.testing.assert_array_equal(squash_mask(mask, 4), np.kron([[0, 1], [1, 0]], np.ones((2, 2))) > 0)
+
+
+def records(tmp_path: Path, contents: list[str], prefix: str = "r") -> list[Record]:
+    made = []
+    for i, content in enumerate(contents):
+        path = tmp_path / f"{prefix}{i}.jpg"
+        path.write_text(content)
+        made.append(Record(path.stem, i % 2, path))
+    return made
+
+
+def test_identical_files_share_a_group(tmp_path: Path) -> None:
+    paths = [r.path for r in records(tmp_path, ["aa", "bb", "aa", "c", "bb", "aa"])]
+    assert identical_groups(paths) == [0, 1, 0, 3, 1, 0]
+
+
+def test_copies_of_held_out_images_leave_training(tmp_path: Path) -> None:
+    test = records(tmp_path, ["x", "y"], "test")
+    kept, notes = without_copies(records(tmp_path, ["a", "y", "b"], "train"), test)
+    assert [r.name for r in kept] == ["train0", "train2"]
+    assert len(notes) == 1
+    assert "train1 (class 1) is byte-identical to the held-out image test1 (class 1)" in notes[0]
+    assert without_copies(kept, []) == (kept, [])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_split_has_no_overlap_and_keeps_copies_together(tmp_path: Path, seed: int) -> None:
+    contents = [str(i) for i in range(30)] + ["3", "3", "7"]
+    every = records(tmp_path, contents)
+    train, val, notes = split_off(every, 0.2, seed)
+    names = {r.name for r in train} | {r.name for r in val}
+    assert len(train) + len(val) == len(names) == 33
+    assert len(val) == 7
+    for group in ({"r3", "r30", "r31"}, {"r7", "r32"}):
+        assert len({name in {r.name for r in val} for name in group}) == 1
+    assert len(notes) == 2
+    assert split_off(every, 0.2, seed)[1] == val
+    assert split_off(every, 0.2, seed + 1)[1] != val
+
+
+def test_fraction_outside_zero_and_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"split off is 1\.5; it must lie between 0 and 1"):
+        split_off(records(tmp_path, ["a", "b"]), 1.5, 0)
+
+
+def test_bad_images_stop_or_are_skipped_and_reported(tmp_path: Path) -> None:
+    write_image(tmp_path / "good.png", 0)
+    (tmp_path / "bad.png").write_text("nothing")
+    every = [Record("good", 0, tmp_path / "good.png"), Record("bad", 1, tmp_path / "bad.png")]
+    with pytest.raises(BadImageError, match=r"bad\.png is not an image: replace it, or set on_bad_image: skip"):
+        readable(every, "stop")
+    good, notes = readable(every, "skip")
+    assert [r.name for r in good] == ["good"]
+    assert "skipped bad" in notes[0]
+    masked = [Record("masked", 0, tmp_path / "good.png", (tmp_path / "bad.png",))]
+    assert readable(masked, "skip")[0] == []

@@ -1,0 +1,125 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_data import write_image
+
+from datamodules import ImageFolder
+from datamodules.files import BadImageError
+
+
+def folder(root: Path, **options: object) -> ImageFolder:
+    options.setdefault("cache_dir", root.parent / "cache")
+    return ImageFolder(root, image_size=32, **options)  # type: ignore[arg-type]
+
+
+def names(data: ImageFolder) -> dict[str, list[str]]:
+    return {s: list(data.source(s).names) for s in ("train", "val", "test")}  # type: ignore[arg-type]
+
+
+def test_flat_folder_is_split_without_overlap(pictures: Path) -> None:
+    data = folder(pictures)
+    parts = names(data)
+    assert data.class_names == ["cat", "dog"]
+    assert data.num_classes == 2
+    assert [len(p) for p in parts.values()] == [19, 5, 6]
+    assert len(set(sum(parts.values(), []))) == 30  # noqa: RUF017
+    assert names(folder(pictures)) == parts
+    assert names(folder(pictures, split_seed=1)) != parts
+    for split in ("train", "val", "test"):
+        labels = data.labels(split).tolist()  # type: ignore[arg-type]
+        assert labels == [int(name.startswith("dog/")) for name in parts[split]]
+
+
+def test_given_splits_are_kept_and_validation_is_drawn_from_training(pictures: Path) -> None:
+    root = pictures.parent / "given"
+    for part, numbers in (("train", range(10)), ("test", range(10, 15))):
+        for name in ("cat", "dog"):
+            (root / part / name).mkdir(parents=True)
+            for i in numbers:
+                shutil.copy(pictures / name / f"{i:02d}.png", root / part / name)
+    parts = names(folder(root))
+    assert [len(p) for p in parts.values()] == [16, 4, 10]
+    assert all(int(name[4:6]) >= 10 for name in parts["test"])
+    shutil.copytree(root / "test", root / "val")
+    shutil.copy(pictures / "cat" / "12.png", root / "train" / "dog" / "copy.png")
+    data = folder(root)
+    with pytest.raises(ValueError, match="val has no image left"):
+        data.labels("val")
+    write_image(root / "val" / "cat" / "new.png", 999)
+    data = folder(root)
+    assert names(data)["val"] == ["cat/new.png"]
+    assert len(names(data)["train"]) == 20
+    assert "dog/copy.png (class 1) is byte-identical to the held-out image cat/12.png (class 0)" in data.report()
+
+
+def test_masks_are_found_by_name(pictures: Path) -> None:
+    masks = pictures.parent / "regions"
+    write_image(masks / "cat" / "03.png", 1, (30, 50))
+    data = folder(pictures, mask_root=masks, augmentation=None)
+    seen = {
+        data.sample_name(split, int(i)): bool(mask.any())  # type: ignore[arg-type]
+        for split in ("train", "val", "test")
+        for batch in data.eval_dataloader(split)  # type: ignore[arg-type]
+        for i, mask in zip(batch["index"], batch["mask"])
+    }
+    assert [name for name, found in seen.items() if found] == ["cat/03.png"]
+    assert len(seen) == 30
+
+
+def test_statistics_are_computed_from_training_images_and_cached(pictures: Path) -> None:
+    data = folder(pictures, augmentation=None)
+    images = np.stack([data.source("train").load(i)[0] for i in range(19)]) / 255
+    np.testing.assert_allclose(data.mean, images.mean((0, 1, 2)), atol=1e-12)
+    np.testing.assert_allclose(data.std, images.std((0, 1, 2)), atol=1e-12)
+    (file,) = (pictures.parent / "cache").glob("statistics_*.safetensors")
+    stamp = file.stat().st_mtime_ns
+    assert folder(pictures).mean == data.mean
+    assert file.stat().st_mtime_ns == stamp
+    batch = next(iter(folder(pictures, batch_size=19, augmentation=None).train_dataloader()))["image"]
+    assert batch.mean((0, 2, 3)).abs().max() < 1e-5
+    assert folder(pictures, mean=[0.5] * 3, std=[0.5] * 3).mean == [0.5] * 3
+
+
+def test_grey_channels(pictures: Path) -> None:
+    data = folder(pictures, channels=1, mean=[0.5], std=[0.25], cache_images=True)
+    data.setup("fit")
+    assert next(iter(data.train_dataloader()))["image"].shape == (19, 1, 32, 32)
+    assert data.bias_image().shape == (1, 32, 32)
+    with pytest.raises(ValueError, match="channels is 4; it must be 1"):
+        folder(pictures, channels=4)
+    with pytest.raises(ValueError, match="`mean` and `std` need 3 numbers each"):
+        folder(pictures, mean=[0.5], std=[0.25])
+
+
+def test_positive_classes_by_name(pictures: Path) -> None:
+    assert folder(pictures).positive_classes == (1,)
+    assert folder(pictures, positive_classes=["cat"]).positive_classes == (0,)
+    with pytest.raises(ValueError, match="positive_classes has 'cow'; the classes are cat, dog"):
+        _ = folder(pictures, positive_classes=["cow"]).positive_classes
+
+
+def test_problems_are_named(pictures: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="absent does not exist"):
+        folder(pictures.parent / "absent").setup("fit")
+    with pytest.raises(FileNotFoundError, match=r"mask_root .*nowhere does not exist"):
+        folder(pictures, mask_root=pictures / "nowhere").setup("fit")
+    with pytest.raises(ValueError, match="cat holds 0 class folders"):
+        folder(pictures / "cat").setup("fit")
+    (pictures / "emu").mkdir()
+    with pytest.raises(ValueError, match=r"emu has no image; remove it"):
+        folder(pictures).setup("fit")
+    (pictures / "emu" / "1.png").write_text("no picture")
+    with pytest.raises(BadImageError, match=r"1\.png is not an image"):
+        folder(pictures).setup("fit")
+    data = folder(pictures, on_bad_image="skip")
+    assert torch.cat([data.labels(s) for s in ("train", "val", "test")]).max() == 1  # type: ignore[arg-type]
+    (pictures / "train" / "a").mkdir(parents=True)
+    (pictures / "train" / "b").mkdir()
+    with pytest.raises(FileNotFoundError, match="has a folder 'train' but no folder 'test'"):
+        folder(pictures).setup("fit")
+    (pictures / "test" / "a").mkdir(parents=True)
+    with pytest.raises(ValueError, match="test has other class folders than training: a, b are needed"):
+        folder(pictures).setup("fit")

@@ -1,0 +1,165 @@
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from small_data import grading_csv, grading_image, write_image
+
+from datamodules import IDRiD
+from datamodules.files import BadImageError
+from datamodules.idrid import lesion_masks
+
+
+def small(root: Path, **options: object) -> IDRiD:
+    return IDRiD(root=root, image_size=32, cache_dir=root / "cache", **options)  # type: ignore[arg-type]
+
+
+def test_small_copy_reads_in_spite_of_its_flaws(small_idrid: Path) -> None:
+    data = small(small_idrid)
+    data.setup("fit")
+    assert [len(data.labels(s)) for s in ("train", "val", "test")] == [8, 2, 4]
+    assert data.labels("test").tolist() == [0, 1, 0, 1]
+    assert small(small_idrid, task="grades").labels("test").tolist() == [0, 4, 0, 2]
+    assert data.sample_name("test", 1) == "IDRiD_002"
+    assert not data.has_masks("train")
+    assert "mask" not in next(iter(data.val_dataloader()))
+
+
+def test_class_names_are_known_without_any_file() -> None:
+    binary, grades = IDRiD(root="/absent"), IDRiD(root="/absent", task="grades")
+    assert (binary.num_classes, binary.positive_classes) == (2, (1,))
+    assert (grades.num_classes, grades.positive_classes) == (5, (1, 2, 3, 4))
+    assert len(grades.class_names) == 5
+    with pytest.raises(ValueError, match="task is 'both'; it must be 'binary' or 'grades'"):
+        IDRiD(task="both")  # type: ignore[arg-type]
+
+
+def test_copy_of_a_test_image_leaves_training(small_idrid: Path) -> None:
+    copied = grading_image(small_idrid, "test", 3).read_bytes()
+    grading_image(small_idrid, "train", 5).write_bytes(copied)
+    data = small(small_idrid)
+    names = [data.sample_name(s, i) for s in ("train", "val") for i in range(len(data.labels(s)))]  # type: ignore[arg-type]
+    assert len(names) == 9
+    assert "IDRiD_005" not in names
+    assert len(data.labels("test")) == 4
+    assert "IDRiD_005 (class 1) is byte-identical to the held-out image IDRiD_003 (class 0)" in data.report()
+
+
+def test_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"Data folder {tmp_path / 'nowhere'} does not exist"):
+        small(tmp_path / "nowhere").setup("fit")
+    with pytest.raises(FileNotFoundError, match=r"Image folder .* does not exist; `root` must contain 'B\. Disease"):
+        small(tmp_path).setup("fit")
+
+
+def test_row_without_image_is_named(small_idrid: Path) -> None:
+    grading_image(small_idrid, "train", 4).unlink()
+    with pytest.raises(ValueError, match=r"Training Labels\.csv has a row for 'IDRiD_004', but .* no such image"):
+        small(small_idrid).setup("fit")
+
+
+def test_image_without_row_is_named(small_idrid: Path) -> None:
+    write_image(grading_image(small_idrid, "test", 77), 0)
+    with pytest.raises(ValueError, match=r"IDRiD_077\.jpg has no row in .*Testing Labels\.csv"):
+        small(small_idrid).setup("test")
+
+
+@pytest.mark.parametrize("grade", ["5", "-1", "", "2.5", "high"])
+def test_grade_outside_the_scale_is_named(small_idrid: Path, grade: str) -> None:
+    table = grading_csv(small_idrid, "train")
+    table.write_text(table.read_text().replace("IDRiD_003,2,", f"IDRiD_003,{grade},"))
+    message = rf"csv, line 4: retinopathy grade '{grade}' of image 'IDRiD_003' must be an integer from 0 to 4"
+    with pytest.raises(ValueError, match=message):
+        small(small_idrid).setup("fit")
+
+
+def test_label_file_problems_are_named(small_idrid: Path) -> None:
+    table = grading_csv(small_idrid, "train")
+    text = table.read_text()
+    table.write_text(text + "IDRiD_001,0,0\n")
+    with pytest.raises(ValueError, match="image 'IDRiD_001' has a row already"):
+        small(small_idrid).setup("fit")
+    table.write_text(text.replace("Retinopathy grade", "Grade"))
+    with pytest.raises(ValueError, match="has no column 'Retinopathy grade'"):
+        small(small_idrid).setup("fit")
+    table.unlink()
+    with pytest.raises(FileNotFoundError, match=r"Label file .* does not exist"):
+        small(small_idrid).setup("fit")
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"\xff\xd8\xff\xe0 and no more"])
+def test_bad_image_stops_before_training_or_is_skipped(small_idrid: Path, content: bytes) -> None:
+    grading_image(small_idrid, "train", 6).write_bytes(content)
+    with pytest.raises(BadImageError, match=r"IDRiD_006\.jpg is .*set on_bad_image: skip"):
+        small(small_idrid).setup("fit")
+    data = small(small_idrid, on_bad_image="skip")
+    data.setup("fit")
+    assert len(data.labels("train")) + len(data.labels("val")) == 9
+    assert "skipped IDRiD_006" in data.report()
+    with pytest.raises(ValueError, match="on_bad_image is 'ignore'; it must be 'stop' or 'skip'"):
+        small(small_idrid, on_bad_image="ignore")
+
+
+def test_damage_inside_a_whole_looking_image_stops_before_training(small_idrid: Path) -> None:
+    path = grading_image(small_idrid, "train", 6)
+    path.write_bytes(b"\xff\xd8\xff" + bytes(300) + b"\xff\xd9")
+    with pytest.raises(BadImageError, match=r"IDRiD_006\.jpg cannot be decoded"):
+        small(small_idrid).setup("fit")
+
+
+def test_masks_are_the_union_of_lesions_without_the_optic_disc(small_idrid: Path) -> None:
+    folder = small_idrid / "A. Segmentation" / "2. All Segmentation Groundtruths" / "a. Training Set"
+    parts = {"1. Microaneurysms/IDRiD_09_MA": 0, "3. Hard Exudates/IDRiD_09_EX": 1, "5. Optic Disc/IDRiD_09_OD": 2}
+    for name, quarter in parts.items():
+        mask = np.zeros((80, 120), np.uint8)
+        mask[:, 30 * quarter : 30 * (quarter + 1)] = 255
+        (folder / name).parent.mkdir(parents=True)
+        cv2.imwrite(str(folder / f"{name}.png"), mask)
+    header = "segmentation image,segmentation set,grading image,grading set"
+    row = "IDRiD_09,a. Training Set,IDRiD_002,b. Testing Set"
+    (small_idrid / "segmentation_to_grading.csv").write_text(f"{header}\n{row}\n")
+    data = small(small_idrid, crop=None)
+    files = lesion_masks(small_idrid)["b. Testing Set", "IDRiD_002"]
+    assert [path.stem for path in files] == ["IDRiD_09_MA", "IDRiD_09_EX"]
+    masks = next(iter(data.test_dataloader()))["mask"]
+    assert masks.dtype == torch.bool
+    assert masks.sum((1, 2)).tolist() == [0, 32 * 16, 0, 0]
+    assert masks[1, :, :16].all()
+    assert not small(small_idrid, masks=False).has_masks("test")
+    cropped = next(iter(small(small_idrid, crop=(0.25, 0.0, 1.0, 1.0)).test_dataloader()))["mask"]
+    assert cropped[1].any(0).tolist() == [True] * 11 + [False] * 21
+
+
+@pytest.mark.data
+def test_real_counts_and_duplicates(idrid_root: Path, tmp_path: Path) -> None:
+    data = IDRiD(root=idrid_root, task="grades", cache_dir=tmp_path)
+    grades = {split: torch.bincount(data.labels(split)) for split in ("train", "val", "test")}  # type: ignore[arg-type]
+    assert grades["test"].tolist() == [34, 5, 32, 19, 13]
+    assert (grades["train"] + grades["val"]).tolist() == [133, 20, 136, 74, 49]
+    assert [int(g.sum()) for g in grades.values()] == [330, 82, 103]
+    names = {s: {data.sample_name(s, i) for i in range(len(data.labels(s)))} for s in ("train", "val")}  # type: ignore[arg-type]
+    assert not names["train"] & names["val"]
+    assert "IDRiD_118" not in names["train"] | names["val"]
+    for a, b in ((79, 279), (21, 391), (45, 333), (73, 375), (28, 327)):
+        assert (f"IDRiD_{a:03d}" in names["train"]) == (f"IDRiD_{b:03d}" in names["train"])
+        assert f"IDRiD_{a:03d}" in data.report()
+    binary = IDRiD(root=idrid_root, cache_dir=tmp_path)
+    assert int(binary.labels("test").sum()) == 69
+    assert int(binary.labels("train").sum() + binary.labels("val").sum()) == 279
+
+
+@pytest.mark.data
+def test_real_lesion_masks_lie_on_lesions(idrid_root: Path, tmp_path: Path) -> None:
+    """Hard exudates are the brightest lesions: their pixels must be brighter than their surroundings."""
+    data = IDRiD(root=idrid_root, cache_dir=tmp_path)
+    source = data.source("test")
+    masked = [source.load(i) for i in range(len(source)) if source.records[i].masks]  # type: ignore[attr-defined]
+    assert len(masked) == 3
+    assert all(label == 1 for label, record in zip(source.labels, source.records) if record.masks)  # type: ignore[attr-defined]
+    for image, mask in masked:
+        assert mask is not None
+        assert 0 < mask.mean() < 0.2
+        blurred = cv2.GaussianBlur(image, (0, 0), 10).astype(float)
+        contrast = np.abs(image[..., 1] - blurred[..., 1])
+        assert contrast[mask].mean() > 1.5 * contrast[image[..., 1] > 20].mean()

@@ -1,0 +1,120 @@
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from datamodules import SyntheticFundus
+from datamodules.fundus import FundusPainter
+from datamodules.sources import ArraySource
+from datamodules.synthetic import PaintedSource
+
+
+@pytest.fixture(scope="module")
+def painted() -> ArraySource:
+    return ArraySource.preloaded(PaintedSource(FundusPainter(64), 0, "train", 600))
+
+
+def test_lesions_are_small_and_only_in_the_positive_class(painted: ArraySource) -> None:
+    assert painted.masks is not None
+    share = painted.masks.mean((1, 2))
+    assert (share[painted.labels == 0] == 0).all()
+    assert (share[painted.labels == 1] > 0.005).all()
+    assert share.max() <= 0.03
+    assert painted.labels.sum() == 300
+
+
+@pytest.mark.parametrize("size", [48, 96, 128, 224])
+def test_lesions_stay_small_at_other_sizes(size: int) -> None:
+    painter = FundusPainter(size)
+    shares = [painter.paint(np.random.default_rng(i), True)[1].mean() for i in range(25)]
+    assert min(shares) > 0.005
+    assert max(shares) <= 0.03
+
+
+def spots(painter: FundusPainter, seed: int, diseased: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, ...]:
+    """Which spot (10, 11, ... in drawing order) each pixel shows, the mask, and the size of each spot when drawn."""
+    sizes: list[int] = []
+
+    def fill(rng: np.random.Generator, image: np.ndarray, pixels: tuple, at: np.ndarray, colour: np.ndarray) -> None:
+        image[pixels[0] + at[1], pixels[1] + at[0]] = 10 + len(sizes)
+        sizes.append(len(pixels[0]))
+
+    monkeypatch.setattr(painter, "_fill", fill)
+    monkeypatch.setattr(painter, "_exposed", lambda rng, image, centre, radius: image)
+    image, mask = painter.paint(np.random.default_rng(seed), diseased)
+    return image[..., 0], mask, np.array(sizes)
+
+
+def test_the_mask_is_exactly_what_shows_of_the_first_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    painter = FundusPainter(64)
+    for seed in range(150):
+        shown, mask, _ = spots(painter, seed, True, monkeypatch)
+        assert any(np.array_equal(mask, (shown >= 10) & (shown < 10 + 2 * lesions)) for lesions in (2, 3))
+
+
+def test_every_spot_keeps_nearly_all_its_pixels_in_both_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+    painter = FundusPainter(64)
+    for diseased in (False, True):
+        lost = []
+        for seed in range(100):
+            shown, _, sizes = spots(painter, seed, diseased, monkeypatch)
+            lost.append(1 - (shown >= 10).sum() / sizes.sum())
+        assert np.mean(lost) < 0.01
+
+
+def test_a_blob_has_exactly_as_many_pixels_as_asked() -> None:
+    painter = FundusPainter(64)
+    for count in range(1, 60):
+        rows, columns = painter._blob(np.random.default_rng(count), count)
+        assert len(set(zip(rows.tolist(), columns.tolist()))) == count
+
+
+def histograms(images: np.ndarray, bins: int = 8) -> np.ndarray:
+    """Joint colour histograms (N, bins^3)."""
+    level = images.astype(int) * bins // 256
+    code = (level[..., 0] * bins + level[..., 1]) * bins + level[..., 2]
+    return np.stack([np.bincount(c.ravel(), minlength=bins**3) for c in code])
+
+
+@pytest.mark.parametrize("strength", [1e-3, 1e-1])
+def test_colours_do_not_tell_the_classes_apart(painted: ArraySource, strength: float) -> None:
+    test = ArraySource.preloaded(PaintedSource(FundusPainter(64), 0, "test", 400))
+    for features in (histograms, lambda images: np.sort(images.mean(-1).reshape(len(images), -1), 1)[:, ::8]):
+        classifier = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000))
+        classifier.fit(features(painted.images), painted.labels)
+        assert classifier.score(features(test.images), test.labels) < 0.65
+
+
+def test_images_depend_on_seed_split_and_index_alone() -> None:
+    painter = FundusPainter(64)
+    train = PaintedSource(painter, 5, "train", 20)
+    first = train.load(3)
+    train.load(4)
+    again = PaintedSource(FundusPainter(64), 5, "train", 20).load(3)
+    assert all(np.array_equal(a, b) for a, b in zip(first, again))
+    for other in (PaintedSource(painter, 6, "train", 20), PaintedSource(painter, 5, "val", 20)):
+        assert not np.array_equal(other.load(3)[0], first[0])
+    assert not np.array_equal(train.load(4)[0], first[0])
+
+
+def test_batches_masks_and_default_statistics() -> None:
+    data = SyntheticFundus(n_train=200, n_val=6, n_test=5, batch_size=200)
+    data.setup("fit")
+    assert (data.num_classes, data.class_names, data.positive_classes) == (2, ["healthy", "lesions"], (1,))
+    batch = next(iter(data.train_dataloader()))
+    assert batch["mask"].any(2).any(1).tolist() == (batch["label"] == 1).tolist()
+    assert batch["image"].mean((0, 2, 3)).abs().max() < 0.05
+    assert (batch["image"].std((0, 2, 3)) - 1).abs().max() < 0.05
+    assert [len(data.labels(s)) for s in ("train", "val", "test")] == [200, 6, 5]
+    assert data.sample_name("test", 4) == "test_00004"
+    assert torch.equal(data.labels("train"), SyntheticFundus(n_train=200).labels("train"))
+    assert data.fingerprint("val") != SyntheticFundus(n_val=6, data_seed=1).fingerprint("val")
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="n_val is 1; both classes need an image"):
+        SyntheticFundus(n_val=1)
+    with pytest.raises(ValueError, match="image_size is 32; synthetic fundus images need at least 48 pixels"):
+        SyntheticFundus(image_size=32)
