@@ -9,14 +9,19 @@ from labn.explainers.cam import GradCAM, GradCAMPlusPlus, XGradCAM
 from labn.explainers.gradient import Gradient, GradientTimesInput, IntegratedGradients, SmoothGrad
 from labn.explainers.linear_cam import CAM
 from labn.explainers.names import EXPLAINERS, explainer_by_name
+from labn.explainers.occlusion import Occlusion
+from labn.explainers.rise import RISE, ReleasedRISE, RiseMaps
+from labn.explainers.rollout import AttentionRollout
 from labn.explainers.score_cam import ScoreCAM
 from labn.explainers.smooth_cam import SmoothGradCAMPlusPlus
 
 __all__ = [
     "CAM",
     "EXPLAINERS",
+    "RISE",
     "AblationCAM",
     "AttentionMapGuided",
+    "AttentionRollout",
     "BranchAttention",
     "ConstantMap",
     "Explainer",
@@ -27,7 +32,10 @@ __all__ = [
     "IntegratedGradients",
     "LambdaAttention",
     "Negated",
+    "Occlusion",
     "RandomMap",
+    "ReleasedRISE",
+    "RiseMaps",
     "ScoreCAM",
     "SmoothGrad",
     "SmoothGradCAMPlusPlus",

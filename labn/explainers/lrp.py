@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from labn.explainers.base import Explainer
 from labn.lrp.config import Config, FirstName, ResidualName, RuleName
-from labn.lrp.engine import backward, forward
-from labn.lrp.initial import INITIAL, initial_relevance
+from labn.lrp.engine import relevance
+from labn.lrp.initial import INITIAL
 from labn.postprocess import apply, check_names
 
 
@@ -21,6 +21,7 @@ class LRP(Explainer):
         residual, rule, linear_rule, batchnorm, pooling, first_layer, eps, eps_mode, alpha, beta, gamma, low, high: see
             `labn.lrp.Config`.
         init: relevance at the target's logit: its softmax `probability`, the `logit`, or `one`.
+        chunk_size: images per pass; None: 8 on a CPU, else the whole batch. The maps do not depend on it.
         postprocess: names of `labn.postprocess` applied to the map in the order given: `c1c`, `c3`, `hq8`, ...
     """
 
@@ -41,6 +42,7 @@ class LRP(Explainer):
         gamma: float = 0.25,
         low: Sequence[float] | None = None,
         high: Sequence[float] | None = None,
+        chunk_size: int | None = None,
     ) -> None:
         if init not in INITIAL:
             raise ValueError(f"init={init!r} is not one of {', '.join(map(repr, INITIAL))}.")
@@ -60,13 +62,13 @@ class LRP(Explainer):
             high=None if high is None else tuple(high),
         )
         self.init = init
+        self.chunk_size = chunk_size
         self.postprocess = check_names(postprocess)
 
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
         """Maps (B, H, W)."""
-        passage = forward(model, images, self.config)
-        start = initial_relevance(passage.logits, targets, self.init)
-        return apply(backward(passage, start).sum(1), self.postprocess)
+        result = relevance(model, images, targets, self.config, self.init, chunk_size=self.chunk_size)
+        return apply(result.relevance.sum(1), self.postprocess)
 
 
 class C3LRP(LRP):
@@ -85,6 +87,7 @@ class C3LRP(LRP):
         pooling: Literal["winner", "average"] = "winner",
         eps: float = 1e-9,
         eps_mode: Literal["relative", "absolute"] = "relative",
+        chunk_size: int | None = None,
     ) -> None:
         super().__init__(
             residual="block",
@@ -96,4 +99,5 @@ class C3LRP(LRP):
             pooling=pooling,
             eps=eps,
             eps_mode=eps_mode,
+            chunk_size=chunk_size,
         )

@@ -14,6 +14,9 @@ from labn.explainers.baseline import ConstantMap, Negated, RandomMap
 from labn.explainers.cam import GradCAM, GradCAMPlusPlus, XGradCAM
 from labn.explainers.gradient import Gradient, GradientTimesInput, IntegratedGradients, SmoothGrad
 from labn.explainers.linear_cam import CAM
+from labn.explainers.occlusion import Occlusion
+from labn.explainers.rise import RISE, ReleasedRISE
+from labn.explainers.rollout import AttentionRollout
 from labn.explainers.score_cam import ScoreCAM
 from labn.explainers.smooth_cam import SmoothGradCAMPlusPlus
 
@@ -21,6 +24,9 @@ EXPLAINERS: dict[str, Callable[..., Explainer]] = {
     "labn": BranchAttention,
     "abn": BranchAttention,
     "lambda": LambdaAttention,
+    "rollout": AttentionRollout,
+    "rise": RISE,
+    "rise_released": ReleasedRISE,
     "cam": CAM,
     "gradcam": GradCAM,
     "gradcam++": GradCAMPlusPlus,
@@ -33,6 +39,7 @@ EXPLAINERS: dict[str, Callable[..., Explainer]] = {
     "gradxinput": GradientTimesInput,
     "integrated_gradients": IntegratedGradients,
     "smoothgrad": SmoothGrad,
+    "occlusion": Occlusion,
     "random": RandomMap,
     "constant": ConstantMap,
 }

@@ -1,0 +1,124 @@
+"""How many forwards RISE's samplers need: correlation of a map with a converged one of 20 000 plain masks.
+
+Run by hand: `python tests/benchmarks/rise_samplers.py`. Trains a small network on synthetic spots (a minute on one
+core); with `--weights` and `--images` it takes a torchvision ResNet-50 and photographs instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.io import ImageReadMode, read_image
+from torchvision.models import resnet50
+from torchvision.transforms.functional import center_crop, normalize, resize
+
+from labn.explainers import RISE
+from labn.explainers.targets import predictions
+
+SAMPLERS = ("bernoulli", "stratified", "orthogonal")
+COUNTS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def spots(count: int, generator: torch.Generator, side: int = 64) -> tuple[Tensor, Tensor]:
+    """Noise images with one or two spots; the class is their texture (smooth, striped, ringed)."""
+    images = torch.randn(count, 3, side, side, generator=generator) * 0.5
+    labels = torch.randint(0, 3, (count,), generator=generator)
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    for image, label in zip(images, labels):
+        for _ in range(int(torch.randint(1, 3, (1,), generator=generator))):
+            y, x = (torch.randint(8, side - 8, (2,), generator=generator)).tolist()
+            distance = ((row - y) ** 2 + (column - x) ** 2).sqrt()
+            texture = (torch.ones_like(distance), torch.sin(row * 1.6), torch.sin(distance * 1.6))[int(label)]
+            image += texture * (distance < 8)
+    return images, labels
+
+
+def small_network(generator: torch.Generator) -> nn.Module:
+    """Four convolutions, trained for 150 steps on spots."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for before, after in ((3, 16), (16, 32), (32, 64), (64, 64)):
+        layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 3))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        images, labels = spots(64, generator)
+        optimiser.zero_grad()
+        F.cross_entropy(model(images), labels, label_smoothing=0.1).backward()
+        optimiser.step()
+    return model.eval()
+
+
+def photographs(folder: Path, count: int, side: int) -> Tensor:
+    """(count, 3, side, side), evenly chosen from a folder, normalised as ImageNet's."""
+    files = sorted(folder.iterdir())
+    chosen = [files[i * len(files) // count] for i in range(count)]
+    pictures = [center_crop(resize(read_image(str(f), ImageReadMode.RGB), side), side).float() / 255 for f in chosen]
+    return normalize(torch.stack(pictures), [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+def trained_resnet(weights: Path) -> nn.Module:
+    """torchvision's ResNet-50 with weights from a safetensors file."""
+    from safetensors.torch import load_file
+
+    model = resnet50()
+    model.load_state_dict({name: tensor.float() for name, tensor in load_file(weights).items()}, strict=False)
+    return model.eval()
+
+
+def correlation(a: Tensor, b: Tensor) -> Tensor:
+    """Pearson correlation (B,) of maps (B, H, W)."""
+    a, b = (x.flatten(1) - x.flatten(1).mean(1, keepdim=True) for x in (a, b))
+    return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+
+
+def needed(found: list[float], wanted: float) -> float:
+    """Forwards at which a sampler reaches a correlation, interpolated in log(1 - r) against log(n)."""
+    logs = [(torch.tensor(float(n)).log(), torch.tensor(1 - r).log()) for n, r in zip(COUNTS, found)]
+    goal = torch.tensor(1 - wanted).log()
+    for (n0, e0), (n1, e1) in zip(logs, logs[1:]):
+        if e1 <= goal:
+            return float((n0 + (n1 - n0) * (goal - e0) / (e1 - e0)).exp()) if e0 > goal else COUNTS[0]
+    return float("nan")
+
+
+def main() -> None:
+    """Print mean correlations and the forwards each sampler needs for what plain sampling reaches."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--images", type=Path)
+    parser.add_argument("--side", type=int, default=112)
+    parser.add_argument("--count", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=2)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    generator = torch.Generator().manual_seed(1)
+    if options.weights:
+        model, images = trained_resnet(options.weights), photographs(options.images, options.count, options.side)
+    else:
+        model, images = small_network(generator), spots(options.count, generator)[0]
+    targets = predictions(model, images)
+    converged = RISE(20_000, seed=10_000)(model, images, targets)
+    found = {}
+    for sampler in SAMPLERS:
+        rows = [
+            [correlation(RISE(n, seed=s, sampler=sampler)(model, images, targets), converged).mean() for n in COUNTS]
+            for s in range(options.seeds)
+        ]
+        found[sampler] = torch.tensor(rows).mean(0).tolist()
+    print(f"correlation with the map of 20 000 plain masks, mean of {len(images)} images and {options.seeds} seeds")
+    print(f"{'masks':>12}" + "".join(f"{n:>9}" for n in COUNTS))
+    for sampler, row in found.items():
+        print(f"{sampler:>12}" + "".join(f"{r:9.4f}" for r in row))
+    print("forwards needed for the same correlation, as a fraction of plain sampling's")
+    for sampler in SAMPLERS[1:]:
+        shares = [needed(found[sampler], r) / n for n, r in zip(COUNTS, found["bernoulli"])]
+        print(f"{sampler:>12}" + "".join(f"{share:9.2f}" for share in shares))
+
+
+if __name__ == "__main__":
+    main()
