@@ -71,8 +71,8 @@ def _gradients(query: Tensor, window: Tensor, value: Tensor, grad: Tensor) -> tu
     for part in _chunks(query, value):
         q, g = query[part].to(wide), grad[part].to(wide)
         made = lambdas(window, value[part]).to(wide)
-        for k in range(q.shape[2]):
-            d_query[part, :, k] = (g * made[:, None, :, k]).sum(dim=2)
+        for head in range(q.shape[1]):
+            d_query[part, head] = (g[:, head, :, None] * made).sum(dim=1)
         d_lambda_f = torch.fft.rfft2(_outer(made, q, g), size)
         value_f = torch.fft.rfft2(value[part].to(wide), size).conj()
         for u in range(value.shape[1]):
@@ -109,9 +109,10 @@ def _outer(out: Tensor, query: Tensor, grad: Tensor) -> Tensor:
 
 
 def _chunks(query: Tensor, value: Tensor) -> Iterator[slice]:
-    """Slices of the batch whose lambdas fit the cache (or a share of a GPU's memory); at least one image each."""
+    """Slices of the batch whose lambdas fit the cores' caches or a share of a GPU's memory; at least one image each."""
     image = value.shape[2] * query.shape[2] * value.shape[3] * value.shape[4] * _wide(value.dtype).itemsize
-    step = max(1, CHUNK_BYTES.get(value.device.type, 2**29) // image)
+    cores = torch.get_num_threads() if value.device.type == "cpu" else 1
+    step = max(1, cores * CHUNK_BYTES.get(value.device.type, 2**29) // image)
     return (slice(i, i + step) for i in range(0, len(value), step))
 
 

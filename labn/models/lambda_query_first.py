@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE = 7
+TILE = 14
 
 
 class Span(NamedTuple):

@@ -115,13 +115,13 @@ def test_the_papers_layers_run_in_the_formulation_measured_for_them():
 
 
 def test_tiles_cover_every_query_once_and_reach_exactly_their_keys():
-    for size in (1, 7, 8, 14, 29):
+    for size in (1, 7, 14, 15, 29):
         tiles = list(spans(size, 3))
         assert [n for t in tiles for n in range(t.start, t.stop)] == list(range(size))
         assert all(t.first == max(0, t.start - 3) and t.last == min(size, t.stop + 3) for t in tiles)
-        assert max(t.stop - t.start for t in tiles) <= 7
+        assert max(t.stop - t.start for t in tiles) <= 14
     assert reachable_keys(7, 23) == 7
-    assert reachable_keys(14, 7) == 10
+    assert reachable_keys(28, 7) == 17
 
 
 def test_fast_lengths():
