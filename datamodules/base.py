@@ -96,8 +96,6 @@ class ImageDataModule(LightningDataModule):
         self._notes: list[str] = []
         self._reported = False
         self._preloaded: dict[str, Source] = {}
-        # A rank may own no sample of a small split: exact sharding does not repeat any.
-        self.allow_zero_length_dataloader_with_multiple_devices = True
 
     @abstractmethod
     def _build(self) -> dict[Split, Source]:
@@ -211,9 +209,18 @@ class ImageDataModule(LightningDataModule):
         return self._loader(dataset, ShuffledSampler(dataset, world, rank, self.seed), self.drop_last)
 
     def eval_dataloader(self, split: Split) -> DataLoader:
-        """This rank's share of a split, in order, not augmented; over all ranks every sample comes exactly once."""
-        dataset = self.dataset(split)
-        return self._loader(dataset, UnrepeatedDistributedSampler(dataset, *self._ranks()))
+        """This rank's share of a split, in order, not augmented; over all ranks every sample comes exactly once.
+
+        Raises:
+            ValueError: there are more processes than samples.
+        """
+        dataset, (world, rank) = self.dataset(split), self._ranks()
+        if len(dataset) < world:
+            # Lightning calls no hook on a process without a batch; the others would wait for it at the next barrier.
+            raise ValueError(
+                f"Split {split} has {len(dataset)} images for {world} processes; use at most {len(dataset)} processes."
+            )
+        return self._loader(dataset, UnrepeatedDistributedSampler(dataset, world, rank))
 
     def val_dataloader(self) -> DataLoader:
         """Loader of the validation split, see `eval_dataloader`."""

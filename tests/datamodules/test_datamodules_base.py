@@ -82,7 +82,7 @@ def test_ranks_share_samples_with_unchanged_pixels(make: Make) -> None:
     whole = make()
     for split in ("val", "test"):
         expected = {int(i): x for b in whole.eval_dataloader(split) for i, x in zip(b["index"], b["image"])}
-        for world in (2, 3, 8):
+        for world in range(2, len(expected) + 1):
             seen: list[int] = []
             for rank in range(world):
                 data = make()
@@ -91,6 +91,15 @@ def test_ranks_share_samples_with_unchanged_pixels(make: Make) -> None:
                     seen += batch["index"].tolist()
                     assert all(torch.equal(x, expected[int(i)]) for i, x in zip(batch["index"], batch["image"]))
             assert sorted(seen) == sorted(expected)
+
+
+def test_more_processes_than_samples_are_refused_before_they_hang(make: Make) -> None:
+    data = make()
+    count = len(data.labels("test"))
+    data.trainer = SimpleNamespace(world_size=count + 1, global_rank=0)  # type: ignore[assignment]
+    message = f"Split test has {count} images for {count + 1} processes; use at most {count} processes"
+    with pytest.raises(ValueError, match=message):
+        data.test_dataloader()
 
 
 def test_train_ranks_are_disjoint_and_equally_long(make: Make) -> None:
