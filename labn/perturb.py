@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from labn.counter import sample_integers
-from labn.fold import Prepared, prepare
 from labn.inference import evaluating, logits_of, matching
+from labn.prepare import CPU_CHUNK, Form, Prepared, prepare
 
-CPU_CHUNK = 8  # larger batches are slower there: every activation is mapped and unmapped by malloc
 GPU_CHUNKS = (32, 256)  # first size, doubled up to the second
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 KEEP = {"first": torch.lt, "rest": torch.ge}
@@ -46,6 +45,14 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
+def take(tensor: Tensor, rows: Tensor) -> Tensor:
+    """`tensor[rows]`, or a view (1, ...) that broadcasts to it where that is all the same row and finding out is free."""
+    if len(tensor) == 1:
+        return tensor
+    same = rows.device.type == "cpu" and bool((rows == rows[0]).all())
+    return tensor[int(rows[0]), None] if same else tensor[rows]
+
+
 class PerturbationEngine:
     """Perturbed forwards of one batch of images, streamed and remembered.
 
@@ -55,7 +62,7 @@ class PerturbationEngine:
         indices: (B,) int64 positions in the data set, kept for those who need per-sample randomness; None: 0..B-1.
         chunk_size: inputs per forward; None: 8 on the CPU, found by doubling on a GPU. Halved on out-of-memory. The
             logits do not depend on it (up to rounding).
-        fold: whether the BatchNorm-folded copy of `labn.fold.prepare` may be used.
+        fold: whether the BatchNorm-folded copy of `labn.prepare` may be used.
         precision: "fp32" (the images' own dtype) or "bf16" (autocast).
         forward: `images (k, C, H, W) -> logits` called in place of the model, which is then neither copied nor folded.
 
@@ -84,8 +91,9 @@ class PerturbationEngine:
         self.forwards = self.reused = 0
         self._chunk = ChunkSize(chunk_size, images.device.type)
         self._autocast = PRECISIONS[precision]
-        plain = Prepared(None, torch.contiguous_format)
-        self._prepared = prepare(model, images, fold=fold) if forward is None else plain
+        self._prepared = Prepared(Form())
+        if forward is None:
+            self._prepared = prepare(model, images, fold=fold, dtype=self._autocast)
         self._module = self._prepared.copy or (matching(model, images) if forward is None else model)
         self._forward = forward or self._module
         self._memo: dict[Hashable, int] = {}
@@ -98,7 +106,7 @@ class PerturbationEngine:
     @property
     def folded(self) -> bool:
         """Whether the forwards run on the BatchNorm-folded copy."""
-        return self._prepared.folded
+        return self._prepared.form.folded
 
     def run(self, make_batch: Callable[[Tensor], Tensor], n: int) -> Tensor:
         """Stream `n` inputs through the model, a chunk at a time; nothing is remembered.
@@ -141,7 +149,7 @@ class PerturbationEngine:
 
     def _chunk_logits(self, make_batch: Callable[[Tensor], Tensor], start: int, size: int) -> Tensor:
         batch = make_batch(torch.arange(start, start + size, device=self.images.device))
-        batch = batch.contiguous(memory_format=self._prepared.memory_format)
+        batch = batch.contiguous(memory_format=self._prepared.form.memory_format)
         return logits_of(self._forward(batch)).to(self.images.dtype)
 
     def original(self) -> Tensor:
@@ -157,7 +165,7 @@ class PerturbationEngine:
         fill, name = self._register(fill)
         keys = [self._fill_key(name, b) for b in range(len(self.images))]
         shape = self.images.shape[1:]
-        return self._evaluate(keys, lambda position: self._select(fill, position).expand(len(position), *shape))
+        return self._evaluate(keys, lambda position: take(fill, position).expand(len(position), *shape))
 
     def masked(
         self,
@@ -187,8 +195,9 @@ class PerturbationEngine:
 
         def batch(position: Tensor) -> Tensor:
             row, column = position // steps, position % steps
-            inside = compare(pixel_ranks[row], counts[row, column][:, None, None]).unsqueeze(1)
-            return torch.where(inside, self.images[samples[row]], self._select(fill, samples[row]))
+            inside = compare(take(pixel_ranks, row), counts[row, column][:, None, None]).unsqueeze(1)
+            # With weights 0 and 1 `lerp` is an exact choice, vectorised where `where` is not.
+            return torch.lerp(take(fill, samples[row]), take(self.images, samples[row]), inside.to(fill.dtype))
 
         hashes = self._set_hashes(pixel_ranks, counts, keep)
         keys = [self._set_key(b, h, name) for b, row in zip(samples.tolist(), hashes.tolist()) for h in row]
@@ -205,7 +214,7 @@ class PerturbationEngine:
         fill, name = self._register(fill)
 
         def batch(position: Tensor) -> Tensor:
-            return torch.lerp(self._select(fill, position), self.images[position], weights[position].unsqueeze(1))
+            return torch.lerp(take(fill, position), self.images[position], weights[position].unsqueeze(1))
 
         hashes = self._content_hashes(weights).tolist()
         return self._evaluate([("soft", name, b, *pair) for b, pair in enumerate(hashes)], batch)
@@ -235,10 +244,6 @@ class PerturbationEngine:
                 return known, name
         self._fills.append(fill)
         return fill, len(self._fills) - 1
-
-    @staticmethod
-    def _select(fill: Tensor, samples: Tensor) -> Tensor:
-        return fill if len(fill) == 1 else fill[samples]
 
     def _fill_key(self, name: int, sample: int) -> Hashable:
         return ("fill", name, sample if len(self._fills[name]) > 1 else 0)

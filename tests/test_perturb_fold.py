@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from labn.fold import fold_batchnorm, prepare
+from labn.fold import fold_batchnorm
+from labn.prepare import prepare
 
 
 def settle(model: nn.Module) -> nn.Module:
@@ -99,8 +100,8 @@ def test_a_convolution_used_twice_is_not_folded(probe):
 def test_a_convolution_whose_output_is_also_read_elsewhere_stays_unfolded_with_a_warning(probe, caplog):
     model = settle(Behind(after=lambda norm, conv: norm + 3 * conv).double())
     with caplog.at_level(logging.WARNING):
-        assert not prepare(model, probe).folded
-    assert "runs unfolded" in caplog.text
+        assert not prepare(model, probe).form.folded
+    assert "another form is taken" in caplog.text
 
 
 def test_a_model_that_needs_the_default_memory_format_gets_it(probe):
@@ -109,14 +110,14 @@ def test_a_model_that_needs_the_default_memory_format_gets_it(probe):
             return x.view(len(x), -1)[:, :3]
 
     prepared = prepare(Viewing(), probe)
-    assert prepared.memory_format == torch.contiguous_format
-    assert not prepared.folded
+    assert prepared.form.memory_format == torch.contiguous_format
+    assert not prepared.form.folded
 
 
 def test_a_copy_is_made_once_and_again_after_any_training_step(probe):
     model = settle(Block().double())
     first = prepare(model, probe)
-    assert first.folded
+    assert first.form.folded
     assert prepare(model, torch.randn_like(probe)).copy is first.copy
     for change in (_optimiser_step, _statistics_step, _load):
         before = prepare(model, probe)
@@ -156,7 +157,7 @@ def test_the_copy_goes_with_its_model(probe):
 
 def test_the_choice_depends_on_no_image_content(probe):
     model = settle(Block().double())
-    assert prepare(model, torch.full_like(probe, torch.nan)).folded
+    assert prepare(model, torch.full_like(probe, torch.nan)).form.folded
 
 
 def test_weights_under_a_parametrization_stay(probe):

@@ -1,0 +1,133 @@
+"""Cost of insertion-deletion over (forwards needed x best eager fp32 forward of the same model, same run).
+
+    python tests/benchmarks/insertion_deletion.py [--rounds 5] [--points 24] [--threads 1] [--models resnet18 resnet50]
+
+The limit is the fastest plain forward over memory formats and batch sizes, measured in every round before and after the
+engine's variants, which run in the order A B C C B A on a prepared model. Process CPU time decides (the machine may be
+shared), wall time stands beside it. A round does `--points` steps of each curve; `--full` does all 224 and 196.
+Bars: plain <= 1.05, folded <= 0.90.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from labn.metrics import PatchInsertionDeletion
+from labn.perturb import PerturbationEngine
+
+SIZE = 224
+SETTINGS = {"m=1, 224 steps": (1, 224), "m=16, step 1": (16, 196)}
+BATCHES = (1, 4, 8, 16)
+VARIANTS = {"plain": {"fold": False}, "folded": {"fold": True}, "bf16": {"fold": True, "precision": "bf16"}}
+Clock = tuple[float, float]
+
+
+def timed(work: Callable[[], int]) -> Clock:
+    """CPU and wall seconds per forward of `work`, which returns its number of forwards."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    forwards = work()
+    return (time.process_time() - cpu) / forwards, (time.perf_counter() - wall) / forwards
+
+
+def smooth_image(seed: int) -> Tensor:
+    """A picture-like input (1, 3, 224, 224): low frequencies, normalised."""
+    coarse = torch.randn(1, 3, 9, 9, generator=torch.Generator().manual_seed(seed))
+    return nn.functional.interpolate(coarse, (SIZE, SIZE), mode="bicubic")
+
+
+def best_forward(forms: dict[torch.memory_format, nn.Module], n: int) -> Clock:
+    """Lowest seconds per image of the bare eager fp32 forward over formats and batch sizes."""
+    times = []
+    for memory_format, form in forms.items():
+        for batch in BATCHES:
+            images = smooth_image(0).expand(batch, -1, -1, -1).contiguous(memory_format=memory_format)
+
+            def work(form: nn.Module = form, images: Tensor = images, batch: int = batch) -> int:
+                with torch.no_grad():
+                    for _ in range(-(-n // batch)):
+                        form(images)
+                return -(-n // batch) * batch
+
+            times.append(timed(work))
+    return min(cpu for cpu, _ in times), min(wall for _, wall in times)
+
+
+def score(model: nn.Module, patch_size: int, steps: int, variant: str) -> tuple[Clock, Tensor]:
+    """Seconds per forward needed of one image's scores, engine and metric made anew; and the curves."""
+    image, maps, label = smooth_image(1), smooth_image(2)[:, 0], torch.zeros(1, dtype=torch.long)
+    metric = PatchInsertionDeletion(patch_size, n_steps=steps, **VARIANTS[variant])
+    curves = []
+
+    def work() -> int:
+        engine = PerturbationEngine(model, image, **metric.engine_options)
+        curves.append(metric.curves(model, image, maps, label, label, cache=engine))
+        return 2 * len(curves[0].counts) - 2  # both curves, less the end points that they share
+
+    return timed(work), torch.cat([curves[0].insertion, curves[0].deletion])
+
+
+def compare(model: nn.Module, patch_size: int, steps: int, rounds: int) -> dict[str, list[Clock]]:
+    """Ratios to the limit of their own round; and the largest differences between the curves, printed."""
+    forms = {
+        torch.contiguous_format: model,
+        torch.channels_last: copy.deepcopy(model).to(memory_format=torch.channels_last),
+    }
+    for variant in VARIANTS:
+        score(model, patch_size, 4, variant)  # warm up; prepares the model
+    ratios: dict[str, list[Clock]] = {variant: [] for variant in VARIANTS}
+    for _ in range(rounds):
+        order = [*VARIANTS, *reversed(VARIANTS)]
+        limits = [best_forward(forms, 32)]
+        clocks: dict[str, list[Clock]] = {variant: [] for variant in VARIANTS}
+        curves = {}
+        for variant in order:
+            clock, curves[variant] = score(model, patch_size, steps, variant)
+            clocks[variant].append(clock)
+        limits.append(best_forward(forms, 32))
+        for variant, values in clocks.items():
+            ratios[variant].append(tuple(mean(values, k) / min(limit[k] for limit in limits) for k in (0, 1)))
+    error = {v: (curves[v] - curves["plain"]).abs().max().item() for v in VARIANTS}
+    print(f"    largest curve difference to plain: folded {error['folded']:.1e}, bf16 {error['bf16']:.1e}")
+    return ratios
+
+
+def mean(values: list[Clock], k: int) -> float:
+    """Mean of the k-th entries."""
+    return statistics.fmean(value[k] for value in values)
+
+
+def main() -> None:
+    """Print one row per model, setting and variant."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--points", type=int, default=24)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--models", nargs="+", default=["resnet18", "resnet50"])
+    parser.add_argument("--full", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(f"{platform.machine()}, {options.threads} thread(s), torch {torch.__version__}, {options.rounds} rounds")
+    for name in options.models:
+        torch.manual_seed(0)
+        model = torchvision.models.get_model(name).eval()
+        for setting, (patch_size, steps) in SETTINGS.items():
+            print(f"{name}, {setting}{'' if options.full else f', shortened to {options.points} steps'}")
+            steps = steps if options.full else options.points
+            ratios = compare(model, patch_size, steps, options.rounds)
+            for variant, values in ratios.items():
+                cpu, wall = (statistics.median(value[k] for value in values) for k in (0, 1))
+                low, high = min(value[0] for value in values), max(value[0] for value in values)
+                print(f"    {variant:8} CPU {cpu:.3f} ({low:.3f} to {high:.3f})   wall {wall:.3f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
