@@ -8,6 +8,7 @@ from labn.explainers.baseline import ConstantMap, Negated, RandomMap
 from labn.explainers.cam import GradCAM, GradCAMPlusPlus, XGradCAM
 from labn.explainers.gradient import Gradient, GradientTimesInput, IntegratedGradients, SmoothGrad
 from labn.explainers.linear_cam import CAM
+from labn.explainers.lrp import C3LRP, LRP
 from labn.explainers.names import EXPLAINERS, explainer_by_name
 from labn.explainers.occlusion import Occlusion
 from labn.explainers.rise import RISE, ReleasedRISE, RiseMaps
@@ -16,8 +17,10 @@ from labn.explainers.score_cam import ScoreCAM
 from labn.explainers.smooth_cam import SmoothGradCAMPlusPlus
 
 __all__ = [
+    "C3LRP",
     "CAM",
     "EXPLAINERS",
+    "LRP",
     "RISE",
     "AblationCAM",
     "AttentionMapGuided",

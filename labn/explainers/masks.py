@@ -29,9 +29,10 @@ def _stratified(generator: torch.Generator, count: int, cells: int, p: float) ->
 
 
 def _orthogonal(generator: torch.Generator, count: int, cells: int, p: float) -> Tensor:
-    """A Hadamard matrix and its negative, an orthogonal array of strength 3: all 8 states of any 3 cells are as frequent.
+    """A Hadamard matrix and its negative, an orthogonal array of strength 3: 3 cells show all 8 states evenly.
 
-    That takes the additive part of the model's response out of the noise. Columns change their sign at random, so that every single mask is a Bernoulli(1/2) grid.
+    That takes the additive part of the model's response out of the noise. Columns change their sign at random, so that
+    every single mask is a Bernoulli(1/2) grid.
     """
     order = max(2, 1 << (cells - 1).bit_length())
     matrix = torch.ones(1, 1)

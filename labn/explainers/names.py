@@ -14,6 +14,7 @@ from labn.explainers.baseline import ConstantMap, Negated, RandomMap
 from labn.explainers.cam import GradCAM, GradCAMPlusPlus, XGradCAM
 from labn.explainers.gradient import Gradient, GradientTimesInput, IntegratedGradients, SmoothGrad
 from labn.explainers.linear_cam import CAM
+from labn.explainers.lrp import C3LRP, LRP
 from labn.explainers.occlusion import Occlusion
 from labn.explainers.rise import RISE, ReleasedRISE
 from labn.explainers.rollout import AttentionRollout
@@ -40,6 +41,8 @@ EXPLAINERS: dict[str, Callable[..., Explainer]] = {
     "integrated_gradients": IntegratedGradients,
     "smoothgrad": SmoothGrad,
     "occlusion": Occlusion,
+    "lrp": LRP,
+    "c3lrp": C3LRP,
     "random": RandomMap,
     "constant": ConstantMap,
 }

@@ -1,0 +1,132 @@
+"""The public API: explain a model's predictions and score the explanations, in three lines."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from labn.explainers.base import Explainer
+from labn.explainers.names import explainer_by_name
+from labn.explainers.targets import Targets, resolve_targets
+from labn.metrics.base import Boxes
+from labn.metrics.names import metric_by_name
+from labn.perturb import PerturbationEngine
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` returns.
+
+    Attributes:
+        maps: (B, H, W) float32, not normalised, signed where the method is.
+        targets: (B,) int64, the classes that were explained.
+        method: the method's name, or its class where an explainer was given.
+    """
+
+    maps: Tensor
+    targets: Tensor
+    method: str
+
+
+def explain(
+    model: nn.Module,
+    images: Tensor,
+    method: str | Explainer = "lrp",
+    targets: Targets = None,
+    *,
+    indices: Tensor | None = None,
+    **arguments: Any,
+) -> Explanation:
+    """Explain a batch of images; nothing about the model is changed.
+
+    Args:
+        model: any `nn.Module` (own, timm, torchvision) that returns logits or an object with `.logits`.
+        images: (B, C, H, W), normalised as the model expects; they decide device and dtype.
+        method: a name of `labn.explainers.EXPLAINERS`, a leading `-` negating its map; or a ready explainer.
+        targets: None, every image's predicted class; an integer, one class for all; or (B,) classes.
+        indices: (B,) int64 positions in a data set, from which random methods take their randomness per sample.
+        arguments: of the explainer, as in `method="rise", n_masks=2000`.
+
+    Raises:
+        ValueError: unknown method, targets out of range, or a model that the method does not fit.
+        TypeError: an argument that the method does not have, or any beside a ready explainer.
+    """
+    if not isinstance(method, str) and arguments:
+        raise TypeError(f"a ready {type(method).__name__} takes no more arguments, got {', '.join(arguments)}.")
+    explainer = explainer_by_name(method, **arguments) if isinstance(method, str) else method
+    chosen = resolve_targets(model, images, targets)
+    maps = explainer(model, images, chosen, indices)
+    return Explanation(maps, chosen, method if isinstance(method, str) else type(method).__name__)
+
+
+def evaluate(
+    model: nn.Module,
+    images: Tensor,
+    maps: Tensor,
+    targets: Targets = None,
+    metrics: Sequence[str] = ("pid16", "id"),
+    *,
+    labels: Tensor | None = None,
+    masks: Tensor | None = None,
+    boxes: Boxes | None = None,
+    explainer: Explainer | None = None,
+    indices: Tensor | None = None,
+    mean: Sequence[float] | None = IMAGENET_MEAN,
+    std: Sequence[float] | None = IMAGENET_STD,
+    chunk_size: int | None = None,
+    **settings: Any,
+) -> dict[str, Tensor]:
+    """Score maps with several metrics, which share their forwards.
+
+    Args:
+        model: the model that was explained.
+        images: (B, C, H, W), normalised with `mean` and `std`.
+        maps: (B, H, W), for example `explain(...).maps`.
+        targets: the explained classes, as for `explain`.
+        metrics: names that `labn.metrics.metric_by_name` knows.
+        labels: (B,) true classes; None: the targets.
+        masks: (B, H, W) bool ground-truth regions, for the metrics that need them.
+        boxes: per sample (n, 4) boxes x1, y1, x2, y2 in pixels, likewise.
+        explainer: what made the maps, for metrics that explain again.
+        indices: (B,) int64 positions in a data set; None: 0..B-1.
+        mean: per-channel mean of the normalisation; None: the images were not normalised.
+        std: likewise the standard deviation.
+        chunk_size: images per forward; None lets the engine choose.
+        settings: for all metrics that know them, such as `fill="blur"`.
+
+    Returns:
+        metric name -> (B,) float64 on the images' device; NaN where a metric leaves a sample out.
+
+    Raises:
+        ValueError: an unknown metric, or maps that do not fit the images.
+        TypeError: a setting that no metric knows.
+    """
+    built = {name: metric_by_name(name, **_normalisation(images, mean, std), **settings) for name in metrics}
+    chosen = resolve_targets(model, images, targets)
+    places = torch.arange(len(images)) if indices is None else indices
+    engine = PerturbationEngine(model, images, indices=places, chunk_size=chunk_size)
+    given: dict[str, Any] = {"labels": labels, "masks": masks, "boxes": boxes, "explainer": explainer, "cache": engine}
+    scores: dict[str, Tensor] = {}
+    for name, metric in built.items():
+        found = metric.score(model, images, maps, chosen, places, **given)
+        scores[name] = found[re.sub(r"^pid1(?=@|$)", "id", name)]
+    return {name: score.to(images.device) for name, score in scores.items()}
+
+
+def _normalisation(
+    images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> dict[str, Sequence[float] | None]:
+    """The settings `mean` and `std`; ImageNet's defaults need images of three channels."""
+    if images.shape[1] != len(IMAGENET_MEAN) and (mean is IMAGENET_MEAN or std is IMAGENET_STD):
+        raise ValueError(
+            f"images have {images.shape[1]} channels; give mean and std as they were normalised (None: not at all)."
+        )
+    return {"mean": mean, "std": std}

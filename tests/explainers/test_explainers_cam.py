@@ -1,0 +1,260 @@
+"""Closed forms of the CAM family on networks that end in pooling and a linear layer, in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_networks import DeepTail, GapLinear, pictures, seeded
+from torch import Tensor, nn
+
+from labn.explainers import (
+    CAM,
+    AblationCAM,
+    GradCAM,
+    GradCAMPlusPlus,
+    ScoreCAM,
+    SmoothGradCAMPlusPlus,
+    XGradCAM,
+)
+from labn.explainers.cam import ActivationMap
+from labn.explainers.tail import Tail
+from labn.inference import explaining
+
+TARGETS = torch.tensor([1, 3])
+
+
+def raw(explainer: ActivationMap, model: nn.Module, images: Tensor, targets: Tensor = TARGETS) -> Tensor:
+    """The map at the layer's resolution and in float64, before resizing."""
+    with explaining(model):
+        return explainer.attribute(model, images, targets, None)
+
+
+@pytest.fixture
+def model() -> GapLinear:
+    return seeded()
+
+
+@pytest.fixture
+def activations(model: GapLinear) -> Tensor:
+    with torch.no_grad():
+        return model.features(pictures())
+
+
+def weighted(weights: Tensor, activations: Tensor) -> Tensor:
+    return torch.einsum("bk,bkij->bij", weights, activations).relu()
+
+
+def test_cam_is_the_class_weights(model: GapLinear, activations: Tensor) -> None:
+    expected = weighted(model.head.weight[TARGETS], activations)
+    assert torch.allclose(raw(CAM(), model, pictures()), expected, atol=1e-12)
+    assert expected.max() > 0.01
+
+
+@pytest.mark.parametrize("method", [GradCAM, XGradCAM])
+def test_gradcam_and_xgradcam_are_cam_over_z(
+    method: type[ActivationMap], model: GapLinear, activations: Tensor
+) -> None:
+    positions = activations[0, 0].numel()
+    expected = raw(CAM(), model, pictures()) / positions
+    assert torch.allclose(raw(method(), model, pictures()), expected, atol=1e-12)
+
+
+def test_gradcam_plus_plus_closed_form(model: GapLinear, activations: Tensor) -> None:
+    positions = activations[0, 0].numel()
+    slope = model.head.weight[TARGETS] / positions
+    weights = positions * slope.relu() / (2 + slope * activations.sum((2, 3)))
+    assert torch.allclose(raw(GradCAMPlusPlus(), model, pictures()), weighted(weights, activations), atol=1e-12)
+
+
+def test_gradcam_plus_plus_survives_tiny_gradients_in_float32(model: GapLinear) -> None:
+    """g = 1e-15 makes g^3 underflow: the formula with a fixed epsilon would lose the map."""
+    images = pictures()
+    with torch.no_grad():
+        model.head.weight.mul_(1e-15)
+    exact = raw(GradCAMPlusPlus(), model, images)
+    single = raw(GradCAMPlusPlus(), model.float(), images.float()).double()
+    assert exact.max() > 0
+    assert torch.allclose(single, exact, rtol=1e-3, atol=1e-3 * exact.max())
+
+
+@pytest.mark.parametrize("network", [GapLinear, DeepTail])
+def test_smooth_without_noise_is_gradcam_plus_plus(network: type[nn.Module]) -> None:
+    model = seeded(network)
+    smooth = raw(SmoothGradCAMPlusPlus(n_samples=1, std=0.0), model, pictures())
+    assert torch.allclose(smooth, raw(GradCAMPlusPlus(), model, pictures()), atol=1e-12)
+
+
+def test_smooth_averages_derivatives_over_its_own_noise() -> None:
+    from labn.explainers.noise import gaussian_noise
+
+    model, images = seeded(DeepTail), pictures()
+    powers = []
+    for draw in range(3):
+        noisy = images + 0.2 * gaussian_noise(images, None, 0, draw)
+        maps = model.features(noisy).detach().requires_grad_()
+        scores = model.head(model.pool(maps).flatten(1)).gather(1, TARGETS[:, None]).sum()
+        (slope,) = torch.autograd.grad(scores, maps)
+        powers.append(torch.stack([slope, slope**2, slope**3]))
+    first, second, third = torch.stack(powers).mean(0)
+    clean = model.features(images).detach()
+    factor = torch.where(second > 0, second / (2 * second + clean.sum((2, 3), keepdim=True) * third), 0)
+    expected = weighted((factor * first.relu()).sum((2, 3)), clean)
+    found = raw(SmoothGradCAMPlusPlus(n_samples=3, std=0.2), model, images)
+    assert torch.allclose(found, expected, atol=1e-12)
+    # The paper's own numerator differs.
+    printed = raw(SmoothGradCAMPlusPlus(n_samples=3, std=0.2, numerator="D1"), model, images)
+    assert not torch.allclose(printed, expected, atol=1e-6)
+
+
+def test_gradcam_by_definition_with_a_deep_tail() -> None:
+    model, images = seeded(DeepTail), pictures()
+    maps = model.features(images).detach().requires_grad_()
+    scores = model.head(model.pool(maps).flatten(1)).gather(1, TARGETS[:, None]).sum()
+    (slope,) = torch.autograd.grad(scores, maps)
+    assert torch.allclose(raw(GradCAM(), model, images), weighted(slope.mean((2, 3)), maps.detach()), atol=1e-12)
+
+
+def test_xgradcam_sums_to_the_score_of_a_tail_without_bias() -> None:
+    model, images = seeded(GapLinear, bias=False), pictures()
+    signed = raw(XGradCAM(relu=False), model, images)
+    scores = model(images).gather(1, TARGETS[:, None]).squeeze(1)
+    assert torch.allclose(signed.sum((1, 2)), scores, atol=1e-12)
+
+
+def test_relu_false_keeps_the_sign(model: GapLinear) -> None:
+    signed = raw(GradCAM(relu=False), model, pictures())
+    assert signed.min() < 0
+    assert torch.equal(signed.relu(), raw(GradCAM(), model, pictures()))
+
+
+@pytest.mark.parametrize("score", ["logit", "probability"])
+@pytest.mark.parametrize("weighting", ["softmax", "gain", "score"])
+def test_scorecam_by_definition(model: GapLinear, activations: Tensor, score: str, weighting: str) -> None:
+    images = pictures()
+    read = {"logit": lambda y: y, "probability": lambda y: y.softmax(1)}[score]
+    rows = []
+    for b, target in enumerate(TARGETS.tolist()):
+        maps = activations[b]
+        low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+        unit = torch.where(high > low, (maps - low) / (high - low), 0)
+        up = F.interpolate(unit[None], images.shape[-2:], mode="bilinear", align_corners=False)[0]
+        with torch.no_grad():
+            gain = torch.stack([read(model((images[b] * mask)[None]))[0, target] for mask in up])
+            baseline = read(model(torch.zeros_like(images[:1])))[0, target]
+        rows.append({"softmax": (gain - baseline).softmax(0), "gain": gain - baseline, "score": gain}[weighting])
+    if weighting == "softmax":
+        assert torch.allclose(torch.stack(rows).sum(1), torch.ones(2, dtype=torch.float64))
+    found = raw(ScoreCAM(score=score, weighting=weighting), model, images)
+    assert torch.allclose(found, weighted(torch.stack(rows), activations), atol=1e-10)
+
+
+@pytest.mark.parametrize("network", [GapLinear, DeepTail])
+@pytest.mark.parametrize("closed_form", [True, False])
+def test_ablationcam_by_definition(network: type[nn.Module], closed_form: bool) -> None:
+    model, images = seeded(network), pictures()
+    activations = model.features(images).detach()
+    rows = []
+    for b, target in enumerate(TARGETS.tolist()):
+        scores = []
+        for k in range(activations.shape[1]):
+            without = activations[b : b + 1].clone()
+            without[:, k] = 0
+            scores.append(model.head(model.pool(without).flatten(1))[0, target])
+        whole = model(images[b : b + 1])[0, target]
+        rows.append((whole - torch.stack(scores)) / whole)
+    found = raw(AblationCAM(closed_form=closed_form, chunk_size=4), model, images)
+    assert torch.allclose(found, weighted(torch.stack(rows).detach(), activations), atol=1e-10)
+
+
+class Crossing(nn.Module):
+    """A connection that passes the target layer, a functional step, and a module that runs twice."""
+
+    def __init__(self, join: str) -> None:
+        super().__init__()
+        self.join = join
+        self.stem = nn.Conv2d(3, 4, 3, padding=1)
+        self.relu = nn.ReLU()
+        self.target = nn.Conv2d(4, 4, 3, padding=1)
+        self.last = nn.Conv2d(8 if join == "cat" else 4, 4, 1)
+        self.head = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        early = self.relu(self.stem(x) * 2)
+        late = self.target(early)
+        joined = torch.cat([early, late], 1) if self.join == "cat" else early + late
+        return self.head(self.relu(self.last(joined)).amax((2, 3)))
+
+
+@pytest.mark.parametrize(("join", "cut"), [("add", True), ("cat", False)])
+def test_tail_gives_the_networks_own_logits(join: str, cut: bool) -> None:
+    """With `cat` one image cannot stand for many, and the whole network runs instead."""
+    model, images = seeded(Crossing, join=join), pictures(1)
+    with torch.no_grad():
+        tail = Tail(model, model.target, images)
+        changed = tail.activations * torch.tensor([0.0, 1.0, 2.0, -1.0], dtype=torch.float64)[:, None, None, None]
+        found = tail(changed)
+        early = model.relu(model.stem(images) * 2).expand(4, -1, -1, -1)
+        joined = torch.cat([early, changed], 1) if join == "cat" else early + changed
+        expected = model.head(model.relu(model.last(joined)).amax((2, 3)))
+    assert tail.cut is cut
+    assert torch.allclose(found, expected, atol=1e-12)
+
+
+def test_tail_does_not_run_the_trunk_again() -> None:
+    model = seeded(DeepTail)
+    calls = []
+    model.features[0].register_forward_hook(lambda *_: calls.append(1))
+    raw(AblationCAM(target_layer="features", closed_form=False), model, pictures(1), TARGETS[:1])
+    assert len(calls) == 2  # the features, and the recording
+
+
+def test_ablationcam_is_class_weights_times_mean_over_score(model: GapLinear, activations: Tensor) -> None:
+    scores = model(pictures()).gather(1, TARGETS[:, None])
+    weights = model.head.weight[TARGETS] * activations.mean((2, 3)) / scores
+    assert torch.allclose(raw(AblationCAM(), model, pictures()), weighted(weights.detach(), activations), atol=1e-12)
+
+
+def test_cam_refuses_a_deep_tail() -> None:
+    with pytest.raises(ValueError, match="global average pooling and one linear layer"):
+        CAM()(seeded(DeepTail), pictures(), TARGETS)
+
+
+def test_inplace_relu_behind_the_layer() -> None:
+    plain, inplace = seeded(GapLinear), seeded(GapLinear, inplace=True)
+    for layer in ("features.3", "features"):
+        a, b = (raw(GradCAM(layer), m, pictures()) for m in (plain, inplace))
+        assert torch.equal(a, b)
+        assert a.max() > 0
+
+
+def test_the_map_of_a_layer_is_that_of_its_channels_last_twin() -> None:
+    """A network that keeps (B, h, w, K), as Swin does, gives the map of the same network with (B, K, h, w)."""
+
+    class Permuted(GapLinear):
+        def __init__(self) -> None:
+            super().__init__()
+            self.turn = nn.Identity()
+
+        def forward(self, x: Tensor) -> Tensor:
+            maps = self.turn(self.features(x).permute(0, 2, 3, 1) * 1.0)
+            return self.head(maps.mean((1, 2)))
+
+    model = seeded(Permuted)
+    for method in (GradCAM, GradCAMPlusPlus, AblationCAM):
+        assert torch.allclose(raw(method("turn"), model, pictures()), raw(method("features"), model, pictures()))
+
+
+@pytest.mark.parametrize(
+    ("explainer", "arguments", "message"),
+    [
+        (ScoreCAM, {"score": "odds"}, "score must be one of"),
+        (ScoreCAM, {"weighting": "none"}, "weighting must be one of"),
+        (SmoothGradCAMPlusPlus, {"n_samples": 0}, "n_samples must be at least 1"),
+        (SmoothGradCAMPlusPlus, {"std": -1.0}, "std must not be negative"),
+        (SmoothGradCAMPlusPlus, {"numerator": "D3"}, "numerator must be one of"),
+    ],
+)
+def test_bad_arguments(explainer: type[ActivationMap], arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        explainer(**arguments)
