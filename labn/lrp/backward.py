@@ -35,7 +35,8 @@ def sweep(passage: Passage, seeds: dict[int, Tensor], until: int = 0, ledger: Le
     Returns:
         (T, ...) in the shape of the value `until`.
     """
-    messages, state = dict(seeds), _Sweep(passage, ledger)
+    messages = {index: seed.clone() for index, seed in seeds.items()}  # messages may be changed in place
+    state = _Sweep(passage, ledger)
     for index in sorted(passage.graph.nodes, reverse=True):
         if index > until and index in messages:
             node = passage.graph.nodes[index]
@@ -88,7 +89,8 @@ def _sum(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
         parts = [r, r]
     else:
         deep = r * state.passage.kept[node.index]
-        parts = [deep, r - deep] if junction.deep == 0 else [r - deep, deep]
+        rest = r.sub_(deep)
+        parts = [deep, rest] if junction.deep == 0 else [rest, deep]
     return [_unbroadcast(part, state.passage, index) for part, index in zip(parts, node.inputs)]
 
 

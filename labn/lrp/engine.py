@@ -12,7 +12,7 @@ from labn.lrp.backward import sweep
 from labn.lrp.config import Config
 from labn.lrp.forward import Passage, run_forward
 from labn.lrp.initial import initial_relevance
-from labn.lrp.ledger import Entry, Ledger
+from labn.lrp.ledger import Entry, Ledger, joined
 from labn.lrp.plan import check, plan_for
 
 
@@ -91,17 +91,47 @@ def relevance(
     config: Config | None = None,
     init: str = "probability",
     report: bool = False,
+    chunk_size: int | None = None,
 ) -> Relevance:
-    """Relevance of the pixels of images (B, C, H, W) for the classes `targets` (B,); nothing about the model changes.
+    """Relevance of the pixels for one class per image; nothing about the model changes.
 
-    `report=True` adds the account of every layer: what arrived, what was handed on, what eps, dead units and biases kept.
+    Args:
+        model: any network whose layers have rules.
+        images: (B, C, H, W), normalised as the model expects; device and dtype of the arithmetic are theirs.
+        targets: (B,) int64 class indices.
+        config: the rules; defaults of `Config`.
+        init: relevance at the target's logit, see `initial_relevance`.
+        report: add the account of every layer: what arrived, what went on, what eps, dead units and biases kept.
+        chunk_size: images per pass; the result does not depend on it. None: 8 on a CPU, whose allocator hands larger
+            activations back to the system each time, else all.
+
+    Raises:
+        NotImplementedError: a layer has no rule; the message names it.
     """
-    ledger = Ledger() if report else None
+    size = chunk_size or (8 if images.device.type == "cpu" else len(images))
+    targets = targets.to(images.device)
     with explaining(model, images.device.type):
-        passage = forward(matching(model, images), images.detach(), config)
-        start = initial_relevance(passage.logits, targets.to(images.device), init)
-        pixels = backward(passage, start, ledger=ledger)
+        model = matching(model, images)
+        pairs = zip(images.detach().split(size), targets.split(size))
+        return _joined([_one_pass(model, part, chosen, config, init, report) for part, chosen in pairs])
+
+
+def _one_pass(
+    model: nn.Module, images: Tensor, targets: Tensor, config: Config | None, init: str, report: bool
+) -> Relevance:
+    ledger = Ledger() if report else None
+    passage = forward(model, images, config)
+    start = initial_relevance(passage.logits, targets, init)
+    pixels = backward(passage, start, ledger=ledger)
     return Relevance(pixels, passage.logits, start.sum(1, dtype=torch.float64), tuple(ledger.entries) if ledger else ())
+
+
+def _joined(parts: list[Relevance]) -> Relevance:
+    if len(parts) == 1:
+        return parts[0]
+    entries = tuple(joined(rows) for rows in zip(*(part.entries for part in parts)))
+    pixels, logits = torch.cat([part.relevance for part in parts]), torch.cat([part.logits for part in parts])
+    return Relevance(pixels, logits, torch.cat([part.initial for part in parts]), entries)
 
 
 def _index(passage: Passage, name: str) -> int:

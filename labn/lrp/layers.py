@@ -23,7 +23,7 @@ PARTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass
 class Norm:
-    """A BatchNorm in eval mode as y = scale * x + shift per channel (scale = g / sqrt(v + e), shift = beta - mu * scale)."""
+    """A BatchNorm in eval mode as y = scale * x + shift: scale = g / sqrt(v + e), shift = beta - m * scale."""
 
     scale: Tensor
     shift: Tensor
@@ -83,9 +83,11 @@ class Layer:
         return getattr(F, self.operation)(a, weight, bias, **self.options)
 
     def adjoint(self, s: Tensor, weight: Tensor, a: Tensor) -> Tensor:
-        """W^T s: the gradient at the inputs a (B, in, ...), whose values do not matter; s may have another batch size."""
+        """W^T s: the gradient at the inputs a (B, in, ...), whose values do not matter; s may have another batch."""
         if self.operation == "linear":
             return s @ weight
+        if self._is_pointwise() and s.is_contiguous(memory_format=torch.channels_last):
+            return torch.matmul(s.permute(0, 2, 3, 1), weight.flatten(1)).permute(0, 3, 1, 2)
         like = a if len(a) == len(s) else torch.empty((len(s), *a.shape[1:]), dtype=s.dtype, device=s.device)
         settings = [_spread(self.options[name], weight.ndim - 2) for name in ("stride", "padding", "dilation")]
         unpadded = [0] * (weight.ndim - 2)
@@ -93,6 +95,12 @@ class Layer:
             s, like, weight, None, *settings, False, unpadded, self.options["groups"], [True, False, False]
         )
         return gradients[0]
+
+    def _is_pointwise(self) -> bool:
+        """A 1x1 convolution, whose transpose is a plain matrix product over the pixels (faster on a CPU)."""
+        if self.operation != "conv2d" or self.weight.shape[2:] != (1, 1) or self.options["groups"] != 1:
+            return False
+        return _spread(self.options["stride"], 2) == [1, 1] and _spread(self.options["padding"], 2) == [0, 0]
 
     def per_channel(self, vector: Tensor) -> Tensor:
         """Shape a vector (out,) so that it broadcasts over this layer's outputs."""

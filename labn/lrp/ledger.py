@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -29,16 +29,22 @@ class Entry:
 
     name: str
     arriving: Tensor
-    delivered: Tensor | None = None
-    eps: Tensor | float = 0.0
-    dead: Tensor | float = 0.0
-    bias: Tensor | float = 0.0
-    copied: Tensor | float = 0.0
+    delivered: Tensor
+    eps: Tensor
+    dead: Tensor
+    bias: Tensor
+    copied: Tensor
 
     @property
     def leaks(self) -> Tensor:
         """(B,) eps + dead + bias + copied."""
-        return torch.zeros_like(self.arriving) + self.eps + self.dead + self.bias + self.copied
+        return self.eps + self.dead + self.bias + self.copied
+
+
+def joined(rows: tuple[Entry, ...]) -> Entry:
+    """One entry out of those of the same layer for consecutive images."""
+    names = [field.name for field in fields(Entry)][1:]
+    return Entry(rows[0].name, *(torch.cat([getattr(row, name) for row in rows]) for name in names))
 
 
 @dataclass
@@ -49,11 +55,12 @@ class Ledger:
 
     def open(self, name: str, relevance: Tensor) -> None:
         """Begin the account of a layer at whose output `relevance` (B, ...) arrived."""
-        self.entries.append(Entry(name, per_sample(relevance)))
+        arriving = per_sample(relevance)
+        self.entries.append(Entry(name, arriving, *(torch.zeros_like(arriving) for _ in range(5))))
 
     def close(self, parts: list[Tensor]) -> None:
         """End it with the relevance handed to its inputs."""
-        self.entries[-1].delivered = sum((per_sample(part) for part in parts), torch.zeros(()))
+        self.entries[-1].delivered = torch.stack([per_sample(part) for part in parts]).sum(0)
 
     def stabilised(self, z: Tensor, kept: Tensor) -> None:
         """Book `kept` = R e / (z + e), under `dead` where z is exactly zero and under `eps` elsewhere."""

@@ -55,8 +55,8 @@ _stores: WeakKeyDictionary[nn.Module, _Store] = WeakKeyDictionary()
 def plan_for(model: nn.Module, images: Tensor) -> Plan:
     """The plan of `model` for images of this shape; weights prepared for an earlier call are used again.
 
-    Whether the model is still the same is seen from its modules, and from address, version counter and three values
-    of every parameter and buffer.
+    Whether the model is still the same is seen from its modules, and from address, version counter, first and last
+    value of every parameter and buffer (edits through `.data` leave no trace in the version counter).
     """
     state = _state_of(model)
     store = _stores.get(model)
@@ -77,10 +77,14 @@ def plan_for(model: nn.Module, images: Tensor) -> Plan:
 def _state_of(model: nn.Module) -> tuple[object, ...]:
     tensors = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
     addresses = tuple((t.data_ptr(), t._version) for t in tensors)
-    floating = [t.flatten() for t in tensors if t.is_floating_point() and t.numel()]
-    values = [v[[0, len(v) // 2, -1]].double() for v in floating]
-    samples = tuple(torch.cat(values).tolist()) if values else ()
+    ends = [t.as_strided((2,), (_last(t),)).double() for t in tensors if t.is_floating_point() and t.numel()]
+    samples = tuple(torch.cat(ends).tolist()) if ends else ()
     return tuple((id(m), type(m)) for m in model.modules()), addresses, samples
+
+
+def _last(tensor: Tensor) -> int:
+    """Distance in memory from a tensor's first to its last value."""
+    return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
 
 
 def _make(model: nn.Module, images: Tensor, layers: dict[tuple[object, ...], Layer]) -> Plan:

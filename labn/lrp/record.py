@@ -132,7 +132,8 @@ class _Recorder(TorchFunctionMode):
 
     def _note(self, func: Any, references: Any, item: int | None, part: Tensor) -> None:
         module, kind = self.scopes[-1]
-        call = Call(len(self.calls) + 1, func, *references, item, module, kind, part.shape)
+        args, kwargs = references
+        call = Call(len(self.calls) + 1, func, args, kwargs, item, module, kind, part.shape)
         if call.inputs:
             self.calls.append(call)
             self._indices[part] = call.index

@@ -32,7 +32,7 @@ class Junction:
 def shares_by_size(f: Tensor, s: Tensor) -> Tensor:
     """|F| / (|F| + |S|), and 1/2 where both are zero."""
     size = f.abs()
-    return size.div_(torch.add(size, s.abs())).nan_to_num_(nan=0.5)
+    return size.div_(s.abs().add_(size)).nan_to_num_(nan=0.5)
 
 
 def _ratio(f: Tensor, s: Tensor, junction: Junction) -> Tensor:

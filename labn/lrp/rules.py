@@ -57,18 +57,21 @@ class Step:
 
 def stabiliser(z: Tensor, config: Config) -> Tensor:
     """e of z (B, ...), with z's sign (+ at zero): `eps`, or `eps` times the sample's mean |z| when relative."""
-    size = torch.full((), config.eps, dtype=z.dtype, device=z.device)
+    absolute = z.abs()
     if config.eps_mode == "relative":
-        size = (z.abs().mean(dim=tuple(range(1, z.ndim)), keepdim=True) * config.eps).clamp(min=1e-30)
-    return torch.where(z < 0, -size, size)
+        size = absolute.mean(dim=tuple(range(1, z.ndim)), keepdim=True).mul_(config.eps).clamp_(min=1e-30)
+    else:
+        size = z.new_full((), config.eps)
+    return torch.copysign(size, z, out=absolute)
 
 
 def divide(r: Tensor, z: Tensor, config: Config, ledger: Ledger | None) -> Tensor:
     """s = R / (z + e), booking what e keeps."""
     e = stabiliser(z, config)
+    if ledger is None:
+        return torch.div(r, e.add_(z), out=e) if r.shape == e.shape else r / e.add_(z)
     s = r / (z + e)
-    if ledger is not None:
-        ledger.stabilised(z, s * e)
+    ledger.stabilised(z, s * e)
     return s
 
 

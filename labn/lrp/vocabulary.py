@@ -60,7 +60,7 @@ _SIMPLE = {
 
 
 def kind_of(call: Call) -> str:
-    """The kind of a recorded call: linear, norm, relu, identity, pass, rescale, route, maxpool, spread, sum, product or opaque.
+    """The kind of a recorded call, which says how relevance passes it: see `backward.BACKWARD`.
 
     `opaque` calls can be run (they may make up a gate) but relevance cannot go through them.
     """

@@ -1,4 +1,4 @@
-"""What is done to finished maps (B, H, W): contour and component, quantisation, normalisation. Inputs stay as they are."""
+"""What is done to finished maps (B, H, W), which themselves stay as they are: C3 and C1C, quantisation, scaling."""
 
 from labn.postprocess.choice import c1c, c3, c3_fallback
 from labn.postprocess.levels import normalise, quantise, with_sign

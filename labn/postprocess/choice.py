@@ -49,6 +49,8 @@ def c3_fallback(maps: Tensor, **options: Any) -> Tensor:
 def _per_map(maps: Tensor, options: Options, keep: Callable[[Tensor, Options], Tensor]) -> Tensor:
     if maps.ndim != 3:
         raise ValueError(f"maps must be (B, H, W), got {tuple(maps.shape)}.")
+    if not len(maps):
+        return maps.clone()
     return torch.stack([masked(one, keep(resized(one, options), options), options) for one in maps.detach()])
 
 

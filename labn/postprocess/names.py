@@ -38,7 +38,7 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def apply(maps: Tensor, names: Sequence[str]) -> Tensor:
-    """Maps (B, H, W) after the named steps, in the order given: `c1c`, `c3`, `hq8` (any number of levels), `normalise`, ..."""
+    """Maps (B, H, W) after the named steps, in the order given: `c1c`, `c3`, `hq8` (any number of levels), ..."""
     for name in check_names(names):
         step = _step(name)
         maps = maps if step is None else step(maps)

@@ -18,10 +18,10 @@ class Options:
     """How a region is chosen; the papers leave these open, the defaults are this project's.
 
     Attributes:
-        threshold: the map is binarised at values > its `mean`, `otsu`'s threshold, its `quantile`, or the `absolute` level.
+        threshold: foreground is what exceeds the map's `mean`, `otsu`'s threshold, its `quantile`, or an `absolute` level.
         level: the quantile in [0, 1], or the absolute level; unused by the other two.
-        contour: of the filled outer contours (always 8-connected) the `largest` one, the one that holds the map's maximum
-            (`contains_max`), or the `first` one OpenCV returns (an order that changes with its version).
+        contour: of the filled outer contours (always 8-connected) the `largest` one, the one that holds the map's
+            maximum (`contains_max`), or the `first` one OpenCV returns (an order that changes with its version).
         component: the one that holds the largest value (`contains_max`), or the `largest` one.
         connectivity: of components, 8 or 4.
         resolution: side of the square on which the mask is found (C1C was published with 28); None: the map's own.
