@@ -46,7 +46,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def take(tensor: Tensor, rows: Tensor) -> Tensor:
-    """`tensor[rows]`, or a view (1, ...) that broadcasts to it where that is all the same row and finding out is free."""
+    """`tensor[rows]`; a view (1, ...) that broadcasts to it where all rows are the same and finding out is free."""
     if len(tensor) == 1:
         return tensor
     same = rows.device.type == "cpu" and bool((rows == rows[0]).all())

@@ -19,6 +19,7 @@ from collections.abc import Callable
 
 import torch
 import torchvision
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from labn.metrics import PatchInsertionDeletion
@@ -113,12 +114,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--models", nargs="+", default=["resnet18", "resnet50"])
     parser.add_argument("--full", action="store_true")
+    parser.add_argument("--weights", help="safetensors file for the one model named: curve errors of a trained network")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"{platform.machine()}, {options.threads} thread(s), torch {torch.__version__}, {options.rounds} rounds")
     for name in options.models:
         torch.manual_seed(0)
         model = torchvision.models.get_model(name).eval()
+        if options.weights:
+            model.load_state_dict(load_file(options.weights))
         for setting, (patch_size, steps) in SETTINGS.items():
             print(f"{name}, {setting}{'' if options.full else f', shortened to {options.points} steps'}")
             steps = steps if options.full else options.points
