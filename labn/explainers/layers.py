@@ -65,6 +65,11 @@ class _Seen:
     version: int
     is_map: bool
 
+    @property
+    def is_tokens(self) -> bool:
+        """Whether it is (B, N, K), as in a transformer."""
+        return self.output.ndim == 3 and self.output.shape[1] > 1
+
     def same(self, other: _Seen) -> bool:
         """Whether both are the same values in the same memory."""
         return self.output is other.output and self.version == other.version
@@ -97,12 +102,30 @@ def _on_path(logits: Tensor, output: Tensor) -> bool:
     return gradient is not None
 
 
+def _inside_tokens(name: str, tokens: set[str]) -> bool:
+    """Whether a layer around this one returns tokens: its own (B, heads, N, d) are no feature maps then."""
+    return any(name.startswith(f"{around}.") for around in tokens)
+
+
 def _mostly_tokens(model: nn.Module, seen: list[_Seen], place: int) -> bool:
-    """Whether more layers with weights work on tokens (B, N, K) after `seen[place]` than there are layers before."""
+    """Whether more layers with weights work on tokens after `seen[place]` than there are layers with weights before."""
     leaves = {name for name, m in model.named_modules() if not m._modules and m._parameters}
     before = sum(s.name in leaves for s in seen[: place + 1])
-    after = sum(s.name in leaves and s.output.ndim == 3 and s.output.shape[1] > 1 for s in seen[place + 1 :])
+    after = sum(s.name in leaves and s.is_tokens for s in seen[place + 1 :])
     return after > before
+
+
+def _last_map(model: nn.Module, seen: list[_Seen], logits: Tensor) -> int | None:
+    """Place of the last output that is feature maps, no pooling, no part of a token layer, and used for the logits."""
+    layers = dict(model.named_modules())
+    pooled = [s for s in seen if isinstance(layers[s.name], POOLING)]
+    tokens = {s.name for s in seen if s.is_tokens}
+    for place in reversed(range(len(seen))):
+        entry = seen[place]
+        usable = entry.is_map and not _inside_tokens(entry.name, tokens) and not any(entry.same(p) for p in pooled)
+        if usable and _on_path(logits, entry.output):
+            return place
+    return None
 
 
 def _outermost(seen: list[_Seen], place: int) -> str:
@@ -126,20 +149,17 @@ def search_target_layer(model: nn.Module, images: Tensor) -> str:
     """
     with explaining(model, images.device.type):
         seen, logits = _trace(model, images)
-        layers = dict(model.named_modules())
-        pooled = [s for s in seen if isinstance(layers[s.name], POOLING)]
-        for place in reversed(range(len(seen))):
-            entry = seen[place]
-            if not entry.is_map or any(entry.same(pool) for pool in pooled) or not _on_path(logits, entry.output):
-                continue
-            name = _outermost(seen, place).removeprefix(COMPILED)
-            if _mostly_tokens(model, seen, place):
-                raise ValueError(
-                    f"{type(model).__name__} works on tokens after {name!r}, its last layer with feature maps; "
-                    "take the method rollout, or name a layer with target_layer."
-                )
-            return name
-    raise ValueError(f"{type(model).__name__} has no layer with spatial feature maps; name one with target_layer.")
+        place = _last_map(model, seen, logits)
+    if place is None:
+        way_out = "take the method rollout, or name one" if any(s.is_tokens for s in seen) else "name one"
+        raise ValueError(f"{type(model).__name__} has no layer with spatial feature maps; {way_out} with target_layer.")
+    name = _outermost(seen, place).removeprefix(COMPILED)
+    if _mostly_tokens(model, seen, place):
+        raise ValueError(
+            f"{type(model).__name__} works on tokens after {name!r}, its last layer with feature maps; "
+            "take the method rollout, or name a layer with target_layer."
+        )
+    return name
 
 
 def find_target_layer(model: nn.Module, images: Tensor) -> str:

@@ -145,7 +145,7 @@ def implicit_attention(layer: LambdaLayer, x: Tensor) -> Tensor:
     half = layer.r // 2
     down, right = row[None] - row[:, None] + half, column[None] - column[:, None] + half  # m - n, (N, N)
     inside = (down >= 0) & (down < layer.r) & (right >= 0) & (right < layer.r)
-    window = layer.position_weight.sum(dim=1).squeeze(1)
+    window = layer.position_weight.sum(dim=1)
     limit = layer.r - 1
     position = window[:, down.clamp(0, limit), right.clamp(0, limit)] * inside
     queries, keys = query.flatten(3), key.sum(dim=1).flatten(2)

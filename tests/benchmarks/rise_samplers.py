@@ -7,6 +7,7 @@ core); with `--weights` and `--images` it takes a torchvision ResNet-50 and phot
 from __future__ import annotations
 
 import argparse
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -80,7 +81,7 @@ def needed(found: list[float], wanted: float) -> float:
     """Forwards at which a sampler reaches a correlation, interpolated in log(1 - r) against log(n)."""
     logs = [(torch.tensor(float(n)).log(), torch.tensor(1 - r).log()) for n, r in zip(COUNTS, found)]
     goal = torch.tensor(1 - wanted).log()
-    for (n0, e0), (n1, e1) in zip(logs, logs[1:]):
+    for (n0, e0), (n1, e1) in pairwise(logs):
         if e1 <= goal:
             return float((n0 + (n1 - n0) * (goal - e0) / (e1 - e0)).exp()) if e0 > goal else COUNTS[0]
     return float("nan")

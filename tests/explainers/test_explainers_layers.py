@@ -1,0 +1,140 @@
+"""The search for target layers, targets, and the sentences said where something is missing."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+import torchvision
+from small_networks import GapLinear, Parameterless, pictures, seeded
+from torch import Tensor, nn
+
+from labn.explainers import GradCAM
+from labn.explainers.layers import find_target_layer, named_layer, search_target_layer
+from labn.explainers.targets import predictions, resolve_targets, top_k
+
+TORCHVISION = {
+    "resnet18": "layer4",
+    "vgg11": "features.19",
+    "vgg11_bn": "features.27",
+    "alexnet": "features.11",
+    "googlenet": "inception5b",
+    "densenet121": "features",
+    "mobilenet_v3_small": "features",
+    "squeezenet1_1": "classifier.2",
+    "shufflenet_v2_x0_5": "conv5",
+}
+TIMM = {
+    "resnet18": "layer4",
+    "vgg11": "features.19",
+    "efficientnet_b0": "bn2",
+    "convnext_atto": "stages",
+    "mobilenetv3_small_050": "blocks",
+}
+
+
+@pytest.mark.parametrize(("name", "layer"), TORCHVISION.items())
+def test_torchvision(name: str, layer: str) -> None:
+    options = {"init_weights": False} if name == "googlenet" else {}
+    model = getattr(torchvision.models, name)(**options)
+    assert search_target_layer(model, torch.zeros(1, 3, 96, 96)) == layer
+
+
+@pytest.mark.parametrize(("name", "layer"), TIMM.items())
+def test_timm(name: str, layer: str) -> None:
+    assert search_target_layer(timm.create_model(name, pretrained=False), torch.zeros(1, 3, 96, 96)) == layer
+
+
+def test_a_vision_transformer_is_refused_by_name() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, img_size=64)
+    with pytest.raises(ValueError, match=r"VisionTransformer has no layer with spatial feature maps; .* rollout"):
+        search_target_layer(model, torch.zeros(1, 3, 64, 64))
+    other = torchvision.models.VisionTransformer(64, 16, 2, 2, 32, 64)
+    with pytest.raises(ValueError, match=r"VisionTransformer works on tokens after 'conv_proj', .* rollout"):
+        search_target_layer(other, torch.zeros(1, 3, 64, 64))
+
+
+def test_layers_off_the_path_to_the_logits_are_passed_over() -> None:
+    class SideBranch(GapLinear):
+        def __init__(self) -> None:
+            super().__init__()
+            self.side = nn.Conv2d(6, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            maps = self.features(x)
+            self.side(maps)
+            return self.head(self.pool(maps).flatten(1))
+
+    assert search_target_layer(seeded(SideBranch), pictures()) == "features"
+
+
+def test_the_search_leaves_a_training_model_as_it_was() -> None:
+    model = GapLinear().double().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    search_target_layer(model, pictures())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_found_once_per_image_size() -> None:
+    class Growing(nn.Module):
+        """The last layer has more than one position only for larger images."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Conv2d(3, 4, 3, stride=4, padding=1), nn.Conv2d(4, 4, 3, stride=4, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(self.first(x)).mean((2, 3))
+
+    model = seeded(Growing)
+    assert find_target_layer(model, pictures(1, 16, 16)) == "first"
+    assert find_target_layer(model, pictures(1, 32, 32)) == "second"
+    assert find_target_layer(model, pictures(1, 16, 16)) == "first"
+
+
+def test_a_wrong_name_lists_the_near_ones() -> None:
+    with pytest.raises(ValueError, match=r"'layer5' is not a layer of ResNet; near it: .*layer4"):
+        named_layer(torchvision.models.resnet18(), "layer5")
+
+
+def test_a_layer_without_feature_maps_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"target_layer \(Linear\) returns \(2, 4\)"):
+        GradCAM("head")(seeded(), pictures(), torch.tensor([0, 1]))
+
+
+def test_a_model_without_a_spatial_layer_is_refused() -> None:
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 20, 4)).double()
+    for model in (flat, Parameterless()):
+        with pytest.raises(ValueError, match="has no layer with spatial feature maps; name one with target_layer"):
+            GradCAM()(model, pictures(), torch.tensor([0, 1]))
+
+
+def test_a_layer_that_does_not_reach_the_logits_is_refused() -> None:
+    class Dead(GapLinear):
+        def forward(self, x: Tensor) -> Tensor:
+            self.features(x)
+            return x.mean((2, 3)) * 2
+
+    with pytest.raises(ValueError, match="do not depend on target_layer"):
+        GradCAM("features")(seeded(Dead), pictures(), torch.tensor([0, 1]))
+
+
+def test_targets_however_they_are_given() -> None:
+    model, images = seeded(), pictures(5)
+    with torch.no_grad():
+        logits = model(images)
+    assert torch.equal(resolve_targets(model, images), logits.argmax(1))
+    assert torch.equal(predictions(model, images), logits.argmax(1))
+    assert resolve_targets(model, images, 2).tolist() == [2] * 5
+    assert resolve_targets(model, images, [0, 1, 2, 3, 0]).tolist() == [0, 1, 2, 3, 0]
+    assert torch.equal(top_k(model, images, 3), logits.sort(1, descending=True).indices[:, :3])
+
+
+def test_bad_targets() -> None:
+    model, images = seeded(), pictures(2)
+    with pytest.raises(ValueError, match="targets must be 2 class indices, one per image"):
+        resolve_targets(model, images, [1, 2, 3])
+    with pytest.raises(ValueError, match="k must be from 1 to 4"):
+        top_k(model, images, 5)

@@ -1,0 +1,176 @@
+"""RISE against its definition, its samplers' statistics, and what must not change its map."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_networks import DeepTail, pictures, seeded
+from torch import Tensor, nn
+
+from labn.explainers import RISE, ReleasedRISE
+from labn.explainers.masks import GROUP, MaskBank
+
+TARGETS = torch.tensor([0, 2])
+UNBIASED = ["bernoulli", "stratified", "orthogonal"]
+
+
+def masks_by_definition(bank: MaskBank, size: tuple[int, int]) -> Tensor:
+    """Enlarge every grid to (s + 1) cells, crop at its shift: one mask at a time."""
+    side = bank.grids.shape[-1]
+    cells = [-(-length // side) for length in size]
+    masks = []
+    for grid, shift in zip(bank.grids, bank.shifts):
+        large = [(side + 1) * cell for cell in cells]
+        up = F.interpolate(grid[None, None].double(), large, mode="bilinear", align_corners=False)[0, 0]
+        top, left = (int(part * cell) for part, cell in zip(shift, cells))
+        masks.append(up[top : top + size[0], left : left + size[1]])
+    return torch.stack(masks)
+
+
+@pytest.mark.parametrize("sampler", [*UNBIASED, "released"])
+@pytest.mark.parametrize("size", [(16, 20), (21, 9)])
+def test_masks_by_definition(sampler: str, size: tuple[int, int]) -> None:
+    bank = MaskBank.draw(130, 4, 0.5, 3, sampler)
+    rendered = bank.render(0, 130, pictures(1, *size))
+    assert torch.allclose(rendered, masks_by_definition(bank, size), atol=1e-12)
+    assert torch.equal(rendered[50:60], bank.render(50, 60, pictures(1, *size)))
+    assert len(bank) == 130
+    assert bank.shifts.min() >= 0
+    assert bank.shifts.max() < 1
+
+
+@pytest.mark.parametrize("sampler", [*UNBIASED, "released"])
+def test_fewer_masks_are_the_first_ones(sampler: str) -> None:
+    few, many = MaskBank.draw(100, 3, 0.5, 1, sampler), MaskBank.draw(400, 3, 0.5, 1, sampler)
+    assert torch.equal(few.grids, many.grids[:100])
+    assert torch.equal(few.shifts, many.shifts[:100])
+    assert not torch.equal(few.grids, MaskBank.draw(100, 3, 0.5, 2, sampler).grids)
+
+
+@pytest.mark.parametrize(("sampler", "p"), [("bernoulli", 0.3), ("stratified", 0.3), ("orthogonal", 0.5)])
+def test_every_cell_is_kept_with_probability_p(sampler: str, p: float) -> None:
+    """Over independent banks also the first mask alone: each mask is a Bernoulli(p) grid."""
+    first = torch.stack([MaskBank.draw(1, 3, p, seed, sampler).grids[0] for seed in range(2000)]).double()
+    error = (p * (1 - p) / 2000) ** 0.5
+    assert (first.mean(0) - p).abs().max() < 4 * error
+    pairs = torch.corrcoef(first.flatten(1).T) - torch.eye(9)
+    assert pairs.abs().max() < 4.5 / 2000**0.5
+    mean = MaskBank.draw(20_000, 7, p, 0, sampler).render(0, 20_000, pictures(1, 14, 14)).mean(0)
+    assert (mean - p).abs().max() < 0.015
+
+
+def test_released_keeps_the_normal_distributions_share() -> None:
+    grids = MaskBank.draw(5000, 9, 0.3, 0, "released").grids
+    assert abs(float(grids.double().mean()) - 0.6179) < 0.003
+    explainer = ReleasedRISE()
+    assert (explainer.n_masks, explainer.grid, explainer.p, explainer.sampler) == (10_000, 9, 0.3, "released")
+
+
+@pytest.mark.parametrize(("sampler", "p"), [("stratified", 0.25), ("orthogonal", 0.5)])
+def test_balanced_groups_keep_every_pixel_equally(sampler: str, p: float) -> None:
+    bank = MaskBank.draw(2 * GROUP, 7, p, 0, sampler)
+    for start in (0, GROUP):
+        mean = bank.render(start, start + GROUP, pictures(1, 30, 30)).mean(0)
+        assert torch.allclose(mean, torch.full_like(mean, p), atol=1e-12)
+        assert len(bank.shifts[start : start + GROUP].unique(dim=0)) == 1
+    assert not torch.equal(bank.shifts[0], bank.shifts[GROUP])
+
+
+def test_orthogonal_shows_three_cells_in_all_states_equally() -> None:
+    cells = MaskBank.draw(GROUP, 7, 0.5, 5, "orthogonal").grids.flatten(1)
+    for three in itertools.islice(itertools.combinations(range(0, 49, 4), 3), 100):
+        state = (cells[:, list(three)].long() * torch.tensor([1, 2, 4])).sum(1)
+        assert torch.bincount(state, minlength=8).tolist() == [GROUP // 8] * 8
+
+
+@pytest.mark.parametrize("sampler", UNBIASED)
+def test_rise_by_definition(sampler: str) -> None:
+    model, images = seeded(DeepTail), pictures()
+    masks = masks_by_definition(MaskBank.draw(200, 5, 0.5, 2, sampler), (16, 20))
+    expected = []
+    with torch.no_grad():
+        for image, target in zip(images, TARGETS):
+            p = model(image * masks[:, None]).softmax(1)[:, target]
+            expected.append((p[:, None, None] * masks).sum(0) / (200 * 0.5))
+    found = RISE(200, grid=5, seed=2, sampler=sampler)(model, images, TARGETS)
+    assert torch.allclose(found, torch.stack(expected).float(), atol=1e-6)
+
+
+def test_all_classes_from_one_pass() -> None:
+    model, images, rise = seeded(DeepTail), pictures(), RISE(300)
+    calls = []
+    model.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    every = torch.arange(4).expand(2, 4)
+    found = rise.explain_classes(model, images, every, standard_error=True)
+    assert sum(calls) <= 300 * 2 + 4  # and the engine's probes
+    assert found.maps.shape == found.standard_error.shape == (2, 4, 16, 20)
+    for c in range(4):
+        assert torch.allclose(found.maps[:, c].float(), rise(model, images, torch.full((2,), c)), atol=1e-6)
+    # Probabilities sum to 1, so the maps sum to the masks' own mean over p.
+    mean = MaskBank.draw(300, 7, 0.5, 0, "bernoulli").render(0, 300, images).mean(0) / 0.5
+    assert torch.allclose(found.maps.sum(1), mean.expand(2, -1, -1), atol=1e-6)
+
+
+class Constant(nn.Module):
+    """Probabilities (0.25, 0.75) whatever the image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)[:, :2] * 0 + torch.tensor([0.25, 0.75], dtype=x.dtype).log()
+
+
+def test_a_constant_model() -> None:
+    found = RISE(512, sampler="stratified")(Constant(), pictures(), torch.tensor([0, 1]))
+    plain = RISE(512)(Constant(), pictures(), torch.tensor([0, 1]))
+    mean = MaskBank.draw(512, 7, 0.5, 0, "bernoulli").render(0, 512, pictures()).mean(0).float()
+    assert torch.allclose(plain[1], 0.75 * mean / 0.5, atol=1e-6)
+    assert (plain[1] - 0.75).abs().max() > 0.01
+    assert torch.allclose(found[1], torch.tensor(0.75), atol=1e-6)
+
+
+def test_standard_error_says_how_far_maps_of_other_seeds_are() -> None:
+    model, images = seeded(DeepTail), pictures(1)
+    found = [
+        RISE(1280, seed=seed).explain_classes(model, images, torch.tensor([[1]]), standard_error=True)
+        for seed in range(12)
+    ]
+    spread = torch.stack([f.maps for f in found]).std(0).mean()
+    claimed = torch.stack([f.standard_error for f in found]).mean()
+    assert 0.75 < float(claimed / spread) < 1.33
+
+
+def test_chunks_and_batches_change_nothing() -> None:
+    model, images = seeded(DeepTail), pictures(3)
+    whole = RISE(150)(model, images, torch.tensor([0, 1, 2]))
+    for chunk in (1, 7, 1000):
+        assert torch.allclose(RISE(150, chunk_size=chunk)(model, images, torch.tensor([0, 1, 2])), whole, atol=1e-6)
+    alone = torch.cat([RISE(150)(model, images[i : i + 1], torch.tensor([i])) for i in range(3)])
+    assert torch.allclose(alone, whole, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n_masks": 0}, "n_masks and grid must be at least 1"),
+        ({"grid": 0}, "n_masks and grid must be at least 1"),
+        ({"p": 0.0}, "p must be above 0"),
+        ({"sampler": "sobol"}, "sampler must be one of"),
+        ({"sampler": "orthogonal", "p": 0.3}, "needs p=0.5"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        RISE(**arguments)
+
+
+def test_bad_requests() -> None:
+    model, images = seeded(DeepTail), pictures()
+    with pytest.raises(ValueError, match=r"classes must be \(2, T\)"):
+        RISE(10).explain_classes(model, images, torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="standard_error needs n_masks of at least 256"):
+        RISE(100).explain_classes(model, images, torch.tensor([[1], [2]]), standard_error=True)
+    with pytest.raises(ValueError, match="targets must be from 0 to 3"):
+        RISE(10).explain_classes(model, images, torch.tensor([[1], [4]]))
