@@ -94,8 +94,10 @@ class PerturbationEngine:
         self._prepared = Prepared(Form())
         if forward is None:
             self._prepared = prepare(model, images, fold=fold, dtype=self._autocast)
-        self._module = self._prepared.copy or (matching(model, images) if forward is None else model)
-        self._forward = forward or self._module
+        # `is None` throughout: a compiled module has no truth value.
+        unprepared = matching(model, images) if forward is None and self._prepared.copy is None else model
+        self._module = unprepared if self._prepared.copy is None else self._prepared.copy
+        self._forward = self._module if forward is None else forward
         self._memo: dict[Hashable, int] = {}
         self._logits: list[Tensor] = []
         self._fills: list[Tensor] = []

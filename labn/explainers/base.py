@@ -67,7 +67,8 @@ class Explainer(ABC):
         check_inputs(images, targets)
         model = matching(model, images)
         with explaining(model, images.device.type), explained_channels(model, images):
-            maps = self.attribute(model, images.detach().clone(), targets.long().to(images.device), indices)
+            # Clones: tensors made in inference mode cannot take part in a gradient.
+            maps = self.attribute(model, images.detach().clone(), targets.to(images.device).long().clone(), indices)
         return resize_maps(maps.detach(), (images.shape[-2], images.shape[-1])).float()
 
     @abstractmethod

@@ -76,11 +76,15 @@ class _Seen:
 
 
 def _is_map(output: Tensor, size: torch.Size) -> bool:
-    """Feature maps (B, K, h, w) or (B, h, w, K) with more than one position."""
+    """Feature maps (B, K, h, w) or (B, h, w, K) of more than one position, in about the images' proportions.
+
+    A transformer's (B, heads, N, d) has other proportions.
+    """
     if output.ndim != 4 or 0 in output.shape:
         return False
-    spatial = output.shape[1:3] if is_channels_last(output.shape, size) else output.shape[2:]
-    return spatial.numel() > 1
+    rows, columns = output.shape[1:3] if is_channels_last(output.shape, size) else output.shape[2:]
+    expected = rows * size[1] / size[0]
+    return rows * columns > 1 and abs(columns - expected) <= max(2, expected / 4)
 
 
 def _trace(model: nn.Module, images: Tensor) -> tuple[list[_Seen], Tensor]:

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from labn.explainers import GradCAM
 from labn.explainers.layers import named_layer, search_target_layer
 
-
 SIZES = ("test", "atto", "femto", "pico", "zepto", "xxs", "nano", "xxtiny", "xtiny", "xs", "tiny", "mini", "small")
 CANDIDATES = 3
 

@@ -1,0 +1,276 @@
+"""Every registered explainer against every promise that the explainers make."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from small_networks import GapLinear, Parameterless
+from torch import Tensor, nn
+
+from labn.explainers import EXPLAINERS, Explainer, explainer_by_name
+from labn.models import AttentionBranchNetwork, magnetogram_net
+
+SIZE = 32
+SHORT: dict[str, dict[str, Any]] = {  # fewer forwards than by default
+    "rise": {"n_masks": 40},
+    "rise_released": {"n_masks": 40},
+    "smoothgradcam++": {"n_samples": 2},
+    "smoothgrad": {"n_samples": 3},
+    "integrated_gradients": {"n_steps": 3},
+    "occlusion": {"window": 12, "stride": 10},
+}
+ANY_CLASS = {"labn", "abn", "lambda", "rollout", "random", "constant"}  # one map for all classes
+NO_GRADIENT_OF_THE_MODEL = {"random", "constant"}
+PARAMETERLESS = sorted({"rise", "rise_released", "gradient", "gradxinput", "integrated_gradients", "smoothgrad"}) + [
+    "occlusion",
+    "random",
+    "constant",
+]
+METHODS = sorted(EXPLAINERS)
+
+
+def branch_network() -> nn.Module:
+    return AttentionBranchNetwork("resnet18", num_classes=4, split=2)
+
+
+def vision_transformer() -> nn.Module:
+    return timm.models.VisionTransformer(img_size=SIZE, patch_size=8, embed_dim=12, depth=2, num_heads=2, num_classes=4)
+
+
+FITTING: dict[str, Callable[[], nn.Module]] = {
+    "labn": branch_network,
+    "abn": branch_network,
+    "lambda": lambda: magnetogram_net(num_classes=4, in_channels=3),
+    "rollout": vision_transformer,
+}
+
+
+def network(name: str) -> nn.Module:
+    """A float32 network that fits the method, with running statistics that are not the default ones."""
+    torch.manual_seed(0)
+    model = FITTING.get(name, GapLinear)()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.5, 0.5)
+            module.running_var.uniform_(0.5, 2.0)
+    return model.eval()
+
+
+def explainer(name: str) -> Explainer:
+    return explainer_by_name(name, **SHORT.get(name, {}))
+
+
+def pictures(count: int = 3, channels: int = 3, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(count, channels, SIZE, SIZE, generator=generator, dtype=torch.float64).to(dtype)
+
+
+TARGETS, INDICES = torch.tensor([2, 0, 3]), torch.tensor([11, 5, 8])
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-4) -> bool:
+    """Equal up to rounding, relative to the largest value."""
+    return bool((a - b).abs().max() <= tolerance * b.abs().max())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_one_float32_map_per_image(name: str) -> None:
+    maps = explainer(name)(network(name), pictures(), TARGETS, INDICES)
+    assert maps.shape == (3, SIZE, SIZE)
+    assert maps.dtype == torch.float32
+    assert not maps.requires_grad
+    assert maps.isfinite().all()
+    assert maps.abs().max() > 0
+
+
+def hooks_of(model: nn.Module) -> list[tuple[int, ...]]:
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [tuple(len(getattr(module, kind)) for kind in kinds) for module in model.modules()]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_nothing_is_mutated(name: str) -> None:
+    model, images, targets = network(name), pictures(), TARGETS.clone()
+    for number, module in enumerate(model.modules()):
+        module.training = number % 2 == 0
+    for number, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(number % 3 != 0)
+        parameter.grad = torch.full_like(parameter, 0.25) if number % 2 else None
+    next(model.modules()).register_forward_hook(lambda *_: None)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    versions = [parameter._version for parameter in model.parameters()]
+    flags = [module.training for module in model.modules()]
+    wanted = [parameter.requires_grad for parameter in model.parameters()]
+    hooks, attributes = hooks_of(model), [sorted(vars(module)) for module in model.modules()]
+    random_state, grad_mode = torch.get_rng_state(), torch.is_grad_enabled()
+    explainer(name)(model, images, targets, INDICES)
+    assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
+    assert [parameter._version for parameter in model.parameters()] == versions
+    assert [module.training for module in model.modules()] == flags
+    assert [parameter.requires_grad for parameter in model.parameters()] == wanted
+    for number, parameter in enumerate(model.parameters()):
+        assert (parameter.grad == 0.25).all() if number % 2 else parameter.grad is None
+    assert hooks_of(model) == hooks
+    assert [sorted(vars(module)) for module in model.modules()] == attributes
+    assert torch.equal(images, pictures())
+    assert torch.equal(targets, TARGETS)
+    assert images.grad is None
+    assert not images.requires_grad
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert torch.is_grad_enabled() is grad_mode
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_failure_leaves_nothing_behind(name: str) -> None:
+    """The network fails in the middle of a forward."""
+    model = network(name)
+    hooks, flags = hooks_of(model), [module.training for module in model.modules()]
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    last.forward = lambda _x: (_ for _ in ()).throw(ZeroDivisionError("broken"))  # type: ignore[method-assign]
+    if name in NO_GRADIENT_OF_THE_MODEL:
+        explainer(name)(model, pictures(), TARGETS)
+    else:
+        with pytest.raises(ZeroDivisionError):
+            explainer(name)(model, pictures(), TARGETS)
+    assert hooks_of(model) == hooks
+    assert [module.training for module in model.modules()] == flags
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_batch_equals_a_loop(name: str) -> None:
+    model, images, method = network(name), pictures(), explainer(name)
+    whole = method(model, images, TARGETS, INDICES)
+    for i in range(3):
+        alone = method(model, images[i : i + 1], TARGETS[i : i + 1], INDICES[i : i + 1])
+        assert close(alone[0], whole[i])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_same_map_whatever_the_global_seed(name: str) -> None:
+    model, images = network(name), pictures()
+    torch.manual_seed(1)
+    first = explainer(name)(model, images, TARGETS, INDICES)
+    torch.manual_seed(2)
+    assert torch.equal(explainer(name)(model, images, TARGETS, INDICES), first)
+
+
+_SEEN: list[torch.dtype] = []
+
+
+def remember_dtype(_module: nn.Module, args: tuple[Any, ...]) -> None:
+    """A function, so that copies of a model keep calling this one."""
+    _SEEN.append(args[0].dtype)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_float64_images_mean_float64_arithmetic(name: str) -> None:
+    model, images = network(name), pictures(dtype=torch.float64)
+    expected = explainer(name)(copy.deepcopy(model).double(), images, TARGETS, INDICES)
+    _SEEN.clear()
+    model.register_forward_pre_hook(remember_dtype)
+    maps = explainer(name)(model, images, TARGETS, INDICES)
+    assert set(_SEEN) <= {torch.float64}
+    assert bool(_SEEN) is (name not in NO_GRADIENT_OF_THE_MODEL)
+    assert maps.dtype == torch.float32
+    assert close(maps, expected, 1e-6)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_backward_is_never_called(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: Any, **_kwargs: Any) -> None:
+        raise AssertionError("backward was called")
+
+    monkeypatch.setattr(Tensor, "backward", refuse)
+    monkeypatch.setattr(torch.autograd, "backward", refuse)
+    explainer(name)(network(name), pictures(1), TARGETS[:1])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_callers_modes_do_not_matter(name: str, mode: Callable[[], Any]) -> None:
+    model, images = network(name), pictures()
+    expected = explainer(name)(model, images, TARGETS, INDICES)
+    model.train()
+    with mode(), torch.autocast("cpu", torch.bfloat16):
+        maps = explainer(name)(model, images.clone(), TARGETS.clone(), INDICES)
+    assert close(maps, expected)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_compiled_model_runs_with_its_hooks(name: str) -> None:
+    """Hooks added after the first compiled call do not fire in compiled code, so explanations must run eagerly."""
+    model, images = network(name), pictures()
+    expected = explainer(name)(model, images, TARGETS, INDICES)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        compiled(images)
+    fired = []
+    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    handle = last.register_forward_hook(lambda *_: fired.append(1))
+    maps = explainer(name)(compiled, images, TARGETS, INDICES)
+    handle.remove()
+    assert close(maps, expected)
+    folds = name in ("rise", "rise_released", "occlusion")  # these run on a copy, made without or with the hook
+    assert fired or folds or name in NO_GRADIENT_OF_THE_MODEL
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", PARAMETERLESS)
+def test_a_model_without_parameters(name: str) -> None:
+    maps = explainer(name)(Parameterless(), pictures(), torch.tensor([2, 0, 1]), INDICES)
+    assert maps.shape == (3, SIZE, SIZE)
+    assert maps.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_target_matters_exactly_where_it_should(name: str) -> None:
+    model, images = network(name), pictures()
+    maps = explainer(name)(model, images, TARGETS, INDICES)
+    other = explainer(name)(model, images, (TARGETS + 1) % 4, INDICES)
+    assert torch.equal(maps, other) is (name in ANY_CLASS)
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - ANY_CLASS))
+@pytest.mark.parametrize("target", [4, -1])
+def test_a_target_out_of_range_is_refused(name: str, target: int) -> None:
+    with pytest.raises(ValueError, match=rf"targets .*got {target}\.|class .* {target}\b|target.* {target}\b"):
+        explainer(name)(network(name), pictures(1), torch.tensor([target]))
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - NO_GRADIENT_OF_THE_MODEL))
+def test_images_of_another_channel_count_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"images have 2 channels; .* expects 3"):
+        explainer(name)(network(name), pictures(1, channels=2), TARGETS[:1])
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_leading_minus_negates(name: str) -> None:
+    model, images = network(name), pictures(1)
+    negated = explainer_by_name(f"-{name}", **SHORT.get(name, {}))(model, images, TARGETS[:1])
+    assert torch.equal(negated, -explainer(name)(model, images, TARGETS[:1]))
+
+
+@pytest.mark.parametrize(
+    ("images", "targets", "message"),
+    [
+        (torch.zeros(3, 8, 8), torch.tensor([0, 0, 0]), r"images must be a floating tensor \(B, C, H, W\)"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.int64), torch.tensor([0]), "images must be a floating tensor"),
+        (torch.zeros(2, 3, 8, 8), torch.tensor([0]), r"targets must be integer class indices \(2,\)"),
+        (torch.zeros(1, 3, 8, 8), torch.tensor([0.5]), "targets must be integer class indices"),
+    ],
+)
+def test_bad_inputs(images: Tensor, targets: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        explainer("constant")(GapLinear(), images, targets)
+
+
+def test_an_unknown_name_lists_the_near_ones() -> None:
+    with pytest.raises(ValueError, match="no method 'grad-cam'; did you mean gradcam"):
+        explainer_by_name("grad-cam")
