@@ -74,12 +74,17 @@ def backward(
         ledger: filled with the account of every layer passed.
 
     Raises:
+        ValueError: T does not fit, or nothing reaches `until`.
         KeyError: a module whose output is no longer visible (it does not exist, or was joined to another step).
         NotImplementedError: a layer on the way has no rule.
     """
     graph = passage.graph
     starts = {graph.logits: seeds} if isinstance(seeds, Tensor) else {_index(passage, n): r for n, r in seeds.items()}
     check(graph, passage.config, set(starts))
+    counts, batch = {len(seed) for seed in starts.values()}, len(passage.logits)
+    if len(counts) != 1 or (batch != 1 and counts != {batch}):
+        given = ", ".join(map(str, sorted(counts)))
+        raise ValueError(f"{given} relevance maps for {batch} images: give one per image, or many for a single image.")
     with torch.no_grad():
         return sweep(passage, starts, 0 if until is None else _index(passage, until), ledger)
 

@@ -15,9 +15,5 @@ def gradients(output: Tensor, leaves: Sequence[Tensor], s: Tensor) -> list[Tenso
     """
     if len(s) == len(output):
         return list(torch.autograd.grad(output, leaves, s, retain_graph=True))
-    if len(output) != 1:
-        raise ValueError(
-            f"{len(s)} relevance maps for {len(output)} images: give one per image, or many for a single image."
-        )
     rows = [torch.autograd.grad(output, leaves, row[None], retain_graph=True) for row in s]
     return [torch.cat(parts) for parts in zip(*rows)]

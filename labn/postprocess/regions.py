@@ -18,7 +18,7 @@ class Options:
     """How a region is chosen; the papers leave these open, the defaults are this project's.
 
     Attributes:
-        threshold: foreground is what exceeds the map's `mean`, `otsu`'s threshold, its `quantile`, or an `absolute` level.
+        threshold: foreground exceeds the map's `mean`, `otsu`'s threshold, its `quantile`, or an `absolute` level.
         level: the quantile in [0, 1], or the absolute level; unused by the other two.
         contour: of the filled outer contours (always 8-connected) the `largest` one, the one that holds the map's
             maximum (`contains_max`), or the `first` one OpenCV returns (an order that changes with its version).

@@ -1,0 +1,150 @@
+"""Cost of relevance propagation in units of gradient x input of the same network, measured in the same run.
+
+    python tests/benchmarks/lrp.py [--batches 1 16] [--rounds 6] [--threads 1] [--side 224] [--device cpu]
+
+Bars for a ResNet-50 at 224 px: ratio with z+ <= 1.5, block <= 1.05, epsilon <= 1.3, and no more extra memory than
+gradient x input needs plus the prepared weights. The unit is the best of gradient x input in both memory formats.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from labn.lrp import Config, relevance
+
+CONFIGS = {
+    "ratio, z+": Config(),
+    "block": Config(residual="block"),
+    "epsilon, pass": Config(rule="epsilon", first_layer="same"),
+    "epsilon, fold": Config(rule="epsilon", first_layer="same", batchnorm="fold"),
+}
+BARS = {"ratio, z+": 1.5, "block": 1.05, "epsilon, pass": 1.3, "epsilon, fold": 1.3}
+UNITS = ("gradient x input", "gradient x input, channels_last")
+
+
+def network(channels_last: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    net = torchvision.models.resnet50().eval()
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.3, 1.0)
+    return net.to(memory_format=torch.channels_last) if channels_last else net
+
+
+def gradient_times_input(net: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+    images = images.detach().requires_grad_()
+    score = net(images).gather(1, targets[:, None]).sum()
+    return (torch.autograd.grad(score, images)[0] * images).sum(1)
+
+
+def zennit_epsilon_plus(net: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
+    from zennit.composites import EpsilonPlus
+    from zennit.torchvision import ResNetCanonizer
+
+    images = images.detach().requires_grad_()
+    with EpsilonPlus(canonizers=[ResNetCanonizer()]).context(net) as hooked:
+        score = hooked(images).gather(1, targets[:, None]).sum()
+        return torch.autograd.grad(score, images)[0].sum(1)
+
+
+def contestants(side: int, batch: int, device: str) -> dict[str, Callable[[], object]]:
+    images = torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+    targets, net, last = torch.arange(batch, device=device), network().to(device), network(True).to(device)
+    for parameter in (*net.parameters(), *last.parameters()):
+        parameter.requires_grad_(False)
+    ordered = images.contiguous(memory_format=torch.channels_last)
+    calls: dict[str, Callable[[], object]] = {
+        UNITS[0]: lambda: gradient_times_input(net, images, targets),
+        UNITS[1]: lambda: gradient_times_input(last, ordered, targets),
+    }
+    for name, config in CONFIGS.items():
+        calls[name] = partial(relevance, net, images, targets, config)
+    try:
+        import zennit  # noqa: F401
+
+        calls["zennit epsilon-plus"] = lambda: zennit_epsilon_plus(net, images, targets)
+    except ImportError:
+        pass
+    return calls
+
+
+def measure(calls: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[tuple[float, float]]]:
+    """(process CPU seconds, wall seconds) per call, in the order A B B A; the first call of each is not counted."""
+    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for turn in range(rounds):
+        for name in list(calls) if turn % 2 == 0 else list(calls)[::-1]:
+            start = time.process_time(), time.perf_counter()
+            calls[name]()
+            if device != "cpu":
+                torch.cuda.synchronize()
+            taken[name].append((time.process_time() - start[0], time.perf_counter() - start[1]))
+    return taken
+
+
+def report(batch: int, taken: dict[str, list[tuple[float, float]]], clock: int) -> None:
+    """Medians over the rounds of the ratio to the same round's unit; clock 0 is CPU time, 1 wall time."""
+    medians = {name: statistics.median(pair[clock] for pair in pairs) for name, pairs in taken.items()}
+    unit = min(UNITS, key=lambda name: medians[name])
+    for name, pairs in taken.items():
+        ratio = statistics.median(pair[clock] / base[clock] for pair, base in zip(pairs, taken[unit]))
+        wall = statistics.median(pair[1] / base[1] for pair, base in zip(pairs, taken[unit]))
+        bar = f"<= {BARS[name]}" if name in BARS else ""
+        print(f"| {batch} | {name} | {medians[name] * 1e3:.0f} ms | {ratio:.2f} | {wall:.2f} | {bar} |")
+
+
+def _peak(name: str, side: int, batch: int, queue: multiprocessing.Queue) -> None:
+    torch.set_num_threads(1)
+    calls = contestants(side, 1, "cpu")
+    calls[name]()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    contestants_at_size = contestants(side, batch, "cpu")
+    for _ in range(2):
+        contestants_at_size[name]()
+    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+
+
+def memory(side: int, batch: int) -> None:
+    """Growth of the peak resident set over a batch-1 call, each in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    for name in (*UNITS, *CONFIGS):
+        queue: multiprocessing.Queue = context.Queue()
+        process = context.Process(target=_peak, args=(name, side, batch, queue))
+        process.start()
+        print(f"| {batch} | {name} | {queue.get():.0f} MiB |")
+        process.join()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--side", type=int, default=224)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--memory", action="store_true", help="also the peak memory of each, in its own process")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    print(f"{platform.machine()} {platform.processor()}, {options.threads} threads, torch {torch.__version__}")
+    print("| batch | method | median CPU | CPU ratio | wall ratio | bar |\n|---|---|---|---|---|---|")
+    for batch in options.batches:
+        calls = contestants(options.side, batch, options.device)
+        report(batch, measure(calls, options.rounds, options.device), clock=0 if options.device == "cpu" else 1)
+    if options.memory:
+        memory(options.side, max(options.batches))
+
+
+if __name__ == "__main__":
+    main()

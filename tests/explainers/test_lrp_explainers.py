@@ -1,0 +1,87 @@
+"""The explainers `lrp` and `c3lrp`: defaults, post-processing, and the promises of every explainer."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from labn.explainers.lrp import C3LRP, LRP
+from labn.lrp import Config, relevance
+from labn.postprocess import apply, c3, quantise
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, 2, 1, bias=False), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(3, 2, 1),
+        nn.Conv2d(6, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    ).eval()  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return torch.randn(3, 3, 33, 33, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 3, 1])
+
+
+def test_defaults(net, batch):
+    expected = relevance(net, *batch, Config(residual="ratio", rule="zplus", batchnorm="pass", first_layer="ones"))
+    maps = LRP()(net, *batch)
+    assert torch.equal(maps, expected.relevance.sum(1))
+    assert maps.shape == (3, 33, 33)
+    assert maps.dtype == torch.float32
+    probabilities = net(batch[0]).softmax(1).gather(1, batch[1][:, None])[:, 0]
+    assert torch.allclose(maps.sum((1, 2)), probabilities, rtol=1e-3)
+    block = relevance(net, *batch, Config(residual="block")).relevance.sum(1)
+    assert torch.equal(C3LRP()(net, *batch), c3(block))
+
+
+def test_postprocess_is_appended_in_order(net, batch):
+    raw = LRP()(net, *batch)
+    assert torch.equal(LRP(postprocess=["c1c", "hq8"])(net, *batch), apply(raw, ["c1c", "hq8"]))
+    assert torch.equal(C3LRP(postprocess=["hq8"])(net, *batch), quantise(C3LRP()(net, *batch)))
+    with pytest.raises(ValueError, match="postprocess 'c5'"):
+        LRP(postprocess=["c5"])
+
+
+@pytest.mark.parametrize("explainer", [LRP(), C3LRP(), LRP(rule="epsilon", batchnorm="fold", first_layer="same")])
+def test_same_map_for_any_batch_and_by_a_copy(net, batch, explainer):
+    images, targets = batch
+    whole = explainer(net, images, targets)
+    assert torch.equal(whole, explainer(net, images, targets))
+    for other in (copy.deepcopy(explainer), pickle.loads(pickle.dumps(explainer))):
+        assert torch.equal(whole, other(net, images, targets))
+    single = torch.cat([explainer(net, images[i : i + 1], targets[i : i + 1]) for i in range(3)])
+    assert torch.allclose(whole, single, rtol=1e-3, atol=1e-6 * float(whole.abs().max()))
+
+
+def test_model_in_training_stays_as_it_is(batch):
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
+    net(batch[0])
+    net.train()
+    before = copy.deepcopy(net.state_dict())
+    LRP()(net, batch[0], torch.tensor([0, 1, 2]))
+    assert net.training
+    assert net[1].training
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_model_without_parameters(batch):
+    net = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    maps = LRP(init="one")(net, batch[0], torch.tensor([0, 1, 2]))
+    assert torch.allclose(maps.sum((1, 2)), torch.ones(3), atol=1e-5)
+    assert torch.allclose(maps[0], batch[0][0, 0].clamp(min=0) / batch[0][0, 0].clamp(min=0).sum(), atol=1e-6)
+
+
+def test_inside_inference_mode_and_compiled(net, batch):
+    expected = LRP()(net, *batch)
+    with torch.inference_mode():
+        assert torch.equal(LRP()(net, *batch), expected)
+    assert torch.equal(LRP()(torch.compile(net), *batch), expected)
+
+
+def test_wrong_init():
+    with pytest.raises(ValueError, match="init='prob'"):
+        LRP(init="prob")

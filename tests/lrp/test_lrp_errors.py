@@ -1,0 +1,122 @@
+"""Networks that cannot be explained are refused by name, never explained in part."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+from lrp_nets import images, plain, small_resnet
+from torch import nn
+
+from labn.lrp import Config, backward, forward, relevance
+
+
+class Wrapped(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.trunk = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), inner, nn.ReLU())
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.trunk(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(("layer", "words"), [
+    (nn.GELU(), r"'trunk.1' \(GELU, gelu\)"),
+    (nn.Sigmoid(), r"'trunk.1' \(Sigmoid, sigmoid\)"),
+    (nn.GroupNorm(2, 4), r"'trunk.1' \(GroupNorm, group_norm\)"),
+    (nn.ConvTranspose2d(4, 4, 3, padding=1), r"'trunk.1' \(ConvTranspose2d, conv_transpose2d\)"),
+    (nn.BatchNorm2d(4, track_running_stats=False), r"'trunk.1' \(BatchNorm2d, batch_norm\)"),
+])  # fmt: skip
+@pytest.mark.parametrize("residual", ["ratio", "block"])
+def test_layer_without_a_rule_is_named(layer, words, residual):
+    with pytest.raises(NotImplementedError, match=words):
+        relevance(Wrapped(layer).eval(), images().float(), torch.tensor([0, 1]), Config(residual=residual))
+
+
+@pytest.mark.parametrize("residual", ["ratio", "block"])
+def test_unknown_block_in_a_resnet_is_named(residual):
+    net = torchvision.models.resnet18(num_classes=3).eval()
+    net.layer3[1].bn2 = nn.Sequential(nn.BatchNorm2d(256), nn.Tanh())
+    with pytest.raises(NotImplementedError, match=r"'layer3.1.bn2.1' \(Tanh, tanh\)"):
+        relevance(net, images(1, 64).float(), torch.tensor([0]), Config(residual=residual))
+
+
+def test_product_of_two_equals_has_no_gate():
+    class Square(nn.Module):
+        def forward(self, x):
+            return x * x
+
+    with pytest.raises(NotImplementedError, match=r"'trunk.1' \(Square, mul\)"):
+        relevance(Wrapped(Square()).eval(), images().float(), torch.tensor([0, 1]))
+
+
+def test_transformer_is_refused():
+    net = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=2).eval()
+    with pytest.raises(NotImplementedError, match="no rule for"):
+        relevance(net, images(1, 32).float(), torch.tensor([0]))
+
+
+class ThroughNumpy(nn.Module):
+    def forward(self, x):
+        means = x.mean((2, 3))
+        return means + torch.from_numpy(np.exp(means.detach().numpy()))
+
+
+class BranchesOnPixels(nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3)) if x[0, 0, 0, 0] < x[0, 0, 0, -1] else -2 * x.amax((2, 3))
+
+
+@pytest.mark.parametrize("net", [ThroughNumpy(), BranchesOnPixels()])
+def test_forward_pass_that_a_recording_cannot_repeat_is_refused(net):
+    x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    x[..., 0, 0], x[..., 0, -1] = 0.0, 3.0
+    with pytest.raises(ValueError, match="does not repeat on other images"):
+        relevance(net, x, torch.tensor([0, 1]))
+
+
+def test_logits_from_nowhere():
+    class Constant(nn.Module):
+        def forward(self, x):
+            return torch.zeros(len(x), 2)
+
+    with pytest.raises(ValueError, match="logits of Constant do not depend on the images"):
+        relevance(Constant(), images(), torch.tensor([0, 1]))
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ({"rule": "plus"}, "rule='plus'"),
+    ({"residual": "both"}, "residual='both'"),
+    ({"batchnorm": "skip"}, "batchnorm='skip'"),
+    ({"first_layer": "zero"}, "first_layer='zero'"),
+    ({"alpha": 2.0, "beta": 0.0}, "alpha - beta must be 1"),
+    ({"eps": -1.0}, "must not be negative"),
+])  # fmt: skip
+def test_config_names_the_argument(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        Config(**arguments)
+
+
+def test_wrong_init_target_and_bounds():
+    with pytest.raises(ValueError, match="init='softmax'"):
+        relevance(plain(), images(), torch.tensor([0, 1]), init="softmax")
+    with pytest.raises(ValueError, match=r"targets must lie in 0\.\.2, got 0\.\.3"):
+        relevance(plain(), images(), torch.tensor([0, 3]))
+    with pytest.raises(ValueError, match="low and high for each of the 3 image channels"):
+        relevance(plain(), images(), torch.tensor([0, 1]), Config(first_layer="zb", low=(0.0,), high=(1.0,)))
+
+
+def test_dilated_max_pool_has_no_average():
+    net = nn.Sequential(nn.MaxPool2d(2, dilation=2), nn.Flatten())
+    with pytest.raises(ValueError, match="dilated max pool '0'"):
+        relevance(net, images(1, 6), torch.tensor([0]), Config(pooling="average"))
+
+
+def test_unknown_module_and_unreachable_module():
+    passage = forward(small_resnet(), images(1, 16))
+    start = torch.ones_like(passage.logits)
+    with pytest.raises(KeyError, match="'layer9'"):
+        backward(passage, start, until="layer9")
+    with pytest.raises(ValueError, match="does not lie below"):
+        backward(passage, {"first": torch.ones(1, 6, 8, 8, dtype=torch.float64)}, until="second")
