@@ -22,9 +22,9 @@ _found: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], str]] = WeakKeyDictio
 
 
 @contextmanager
-def watching(modules: dict[str, nn.Module], see: Callable[[str, Any], None]) -> Iterator[None]:
-    """Call `see(name, output)` after every forward of `modules`, in order of completion; hooks go with the block."""
-    hooks = [m.register_forward_hook(lambda _m, _a, out, name=name: see(name, out)) for name, m in modules.items()]
+def watching(modules: dict[str, nn.Module], see: Callable[[str, Any, Any], None]) -> Iterator[None]:
+    """Call `see(name, args, output)` after every forward of `modules`, as they complete; hooks go with the block."""
+    hooks = [m.register_forward_hook(lambda _m, a, out, name=name: see(name, a, out)) for name, m in modules.items()]
     try:
         yield
     finally:
@@ -56,6 +56,10 @@ def is_channels_last(shape: torch.Size, size: torch.Size) -> bool:
     return last < first
 
 
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 3 and value.shape[1] > 1
+
+
 @dataclass(frozen=True)
 class _Seen:
     """One output of the search's forward pass; the version tells a tensor from what an in-place layer makes of it."""
@@ -64,11 +68,12 @@ class _Seen:
     output: Tensor
     version: int
     is_map: bool
+    from_tokens: bool
 
     @property
     def is_tokens(self) -> bool:
         """Whether it is (B, N, K), as in a transformer."""
-        return self.output.ndim == 3 and self.output.shape[1] > 1
+        return _is_tokens(self.output)
 
     def same(self, other: _Seen) -> bool:
         """Whether both are the same values in the same memory."""
@@ -91,9 +96,10 @@ def _trace(model: nn.Module, images: Tensor) -> tuple[list[_Seen], Tensor]:
     """Every differentiable output of one forward, in order of completion, and the logits."""
     seen: list[_Seen] = []
 
-    def see(name: str, output: Any) -> None:
+    def see(name: str, args: Any, output: Any) -> None:
         if name and isinstance(output, Tensor) and output.requires_grad:
-            seen.append(_Seen(name, output, output._version, _is_map(output, images.shape[-2:])))
+            is_map = _is_map(output, images.shape[-2:])
+            seen.append(_Seen(name, output, output._version, is_map, _is_tokens(args[0] if args else None)))
 
     with watching(dict(model.named_modules()), see):
         logits = logits_of(model(images[:1].detach().clone().requires_grad_()))
@@ -107,7 +113,7 @@ def _on_path(logits: Tensor, output: Tensor) -> bool:
 
 
 def _inside_tokens(name: str, tokens: set[str]) -> bool:
-    """Whether a layer around this one returns tokens: its own (B, heads, N, d) are no feature maps then."""
+    """Whether a layer around this one turns tokens into tokens: its own (B, heads, N, d) are no feature maps then."""
     return any(name.startswith(f"{around}.") for around in tokens)
 
 
@@ -123,7 +129,7 @@ def _last_map(model: nn.Module, seen: list[_Seen], logits: Tensor) -> int | None
     """Place of the last output that is feature maps, no pooling, no part of a token layer, and used for the logits."""
     layers = dict(model.named_modules())
     pooled = [s for s in seen if isinstance(layers[s.name], POOLING)]
-    tokens = {s.name for s in seen if s.is_tokens}
+    tokens = {s.name for s in seen if s.is_tokens and s.from_tokens}
     for place in reversed(range(len(seen))):
         entry = seen[place]
         usable = entry.is_map and not _inside_tokens(entry.name, tokens) and not any(entry.same(p) for p in pooled)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from labn.explainers.base import explained_channels
 from labn.inference import evaluating, logits_of, matching
 
 Targets = Tensor | Sequence[int] | int | None
@@ -41,7 +42,7 @@ def class_scores(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
     model = matching(model, images)
-    with torch.no_grad(), evaluating(model, images.device.type):
+    with torch.no_grad(), evaluating(model, images.device.type), explained_channels(model, images):
         return logits_of(model(images))
 
 

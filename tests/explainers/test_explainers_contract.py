@@ -26,7 +26,13 @@ SHORT: dict[str, dict[str, Any]] = {  # fewer forwards than by default
 }
 ANY_CLASS = {"labn", "abn", "lambda", "rollout", "random", "constant"}  # one map for all classes
 NO_GRADIENT_OF_THE_MODEL = {"random", "constant"}
-PARAMETERLESS = sorted({"rise", "rise_released", "gradient", "gradxinput", "integrated_gradients", "smoothgrad"}) + [
+PARAMETERLESS = [
+    "rise",
+    "rise_released",
+    "gradient",
+    "gradxinput",
+    "integrated_gradients",
+    "smoothgrad",
     "occlusion",
     "random",
     "constant",

@@ -47,7 +47,7 @@ def test_timm(name: str, layer: str) -> None:
 
 def test_a_vision_transformer_is_refused_by_name() -> None:
     model = timm.create_model("vit_tiny_patch16_224", pretrained=False, img_size=64)
-    with pytest.raises(ValueError, match=r"VisionTransformer has no layer with spatial feature maps; .* rollout"):
+    with pytest.raises(ValueError, match=r"VisionTransformer works on tokens after 'patch_embed.proj', .* rollout"):
         search_target_layer(model, torch.zeros(1, 3, 64, 64))
     other = torchvision.models.VisionTransformer(64, 16, 2, 2, 32, 64)
     with pytest.raises(ValueError, match=r"VisionTransformer works on tokens after 'conv_proj', .* rollout"):

@@ -1,0 +1,162 @@
+"""The CAM family beside torchcam and grad-cam on the same network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet18
+
+from labn.explainers import (
+    AblationCAM,
+    Explainer,
+    GradCAM,
+    GradCAMPlusPlus,
+    ScoreCAM,
+    SmoothGradCAMPlusPlus,
+    XGradCAM,
+)
+from labn.inference import explaining
+
+TARGETS = torch.tensor([3, 7])
+
+
+class Network(nn.Module):
+    """A ResNet's stem and first stages with a tail that is linear in the feature maps, or not."""
+
+    def __init__(self, linear: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        whole = resnet18()
+        self.stem = nn.Sequential(whole.conv1, whole.bn1, whole.relu, whole.maxpool, whole.layer1, whole.layer2)
+        self.stage = nn.Sequential(nn.Conv2d(128, 16, 3, padding=1), nn.ReLU())
+        first = nn.Identity() if linear else nn.Sequential(nn.Conv2d(16, 16, 3), nn.ReLU())
+        self.tail = nn.Sequential(first, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.tail(self.stage(self.stem(x))))
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return Network().double().eval()
+
+
+@pytest.fixture(scope="module")
+def steep() -> nn.Module:
+    """The same with 10 000 times the gradients."""
+    network = Network().double().eval()
+    with torch.no_grad():
+        network.head.weight.mul_(1e4)
+    return network
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def ours(explainer: Explainer, model: nn.Module, images: Tensor) -> Tensor:
+    with explaining(model):
+        return explainer.attribute(model, images, TARGETS, None)
+
+
+def unit(maps: Tensor) -> Tensor:
+    flat = maps.flatten(1)
+    low, high = flat.amin(1, keepdim=True), flat.amax(1, keepdim=True)
+    return ((flat - low) / (high - low)).view_as(maps)
+
+
+def torchcam_map(name: str, model: nn.Module, images: Tensor, **options: Any) -> Tensor:
+    """torchcam's map, one image at a time, not normalised."""
+    methods = pytest.importorskip("torchcam.methods", reason="torchcam is not installed")
+    maps = []
+    for image, target in zip(images, TARGETS.tolist()):
+        with getattr(methods, name)(model, target_layer="stage", **options) as extractor:
+            logits = model(image[None].clone().requires_grad_())
+            maps.append(extractor(target, logits, normalized=False)[0].squeeze(0).detach())
+    return torch.stack(maps)
+
+
+@pytest.mark.parametrize(
+    ("name", "explainer"),
+    [("GradCAM", GradCAM("stage")), ("XGradCAM", XGradCAM("stage"))],
+)
+def test_torchcam(name: str, explainer: Explainer, model: nn.Module, images: Tensor) -> None:
+    expected = torchcam_map(name, model, images).relu()
+    assert torch.allclose(unit(ours(explainer, model, images)), unit(expected), atol=1e-3)
+
+
+def test_torchcam_scorecam(model: nn.Module, images: Tensor) -> None:
+    expected = torchcam_map("ScoreCAM", model, images, batch_size=8).relu()
+    assert torch.allclose(unit(ours(ScoreCAM("stage"), model, images)), unit(expected), atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "explainer"),
+    [
+        ("GradCAMpp", {}, GradCAMPlusPlus("stage")),
+        ("SmoothGradCAMpp", {"num_samples": 1, "std": 1e-12}, SmoothGradCAMPlusPlus("stage", n_samples=1, std=0.0)),
+    ],
+)
+def test_torchcam_plus_plus_is_wrong_where_gradients_vary(
+    name: str, options: dict[str, Any], explainer: Explainer, model: nn.Module, images: Tensor
+) -> None:
+    """torchcam has sum_ab A_ab g_ab^3 in the denominator where the paper has g_ij^3 sum_ab A_ab, plus a fixed 1e-8.
+
+    With the gradient the same everywhere, and far above that epsilon, both are the same.
+    """
+    linear = Network(linear=True).double().eval()
+    with torch.no_grad():
+        linear.head.weight.mul_(1e4)
+    expected = torchcam_map(name, linear, images, **options).relu()
+    assert torch.allclose(unit(ours(explainer, linear, images)), unit(expected), atol=1e-4)
+    varying = torchcam_map(name, model, images, **options).relu()
+    assert (unit(ours(explainer, model, images)) - unit(varying)).abs().max() > 0.01
+
+
+def grad_cam_map(name: str, model: nn.Module, images: Tensor, **options: Any) -> Tensor:
+    """grad-cam's own sum at the layer, before it rescales and resizes."""
+    package = pytest.importorskip("pytorch_grad_cam", reason="grad-cam is not installed")
+    targets_module = pytest.importorskip("pytorch_grad_cam.utils.model_targets", reason="grad-cam is not installed")
+    targets = [targets_module.ClassifierOutputTarget(target) for target in TARGETS.tolist()]
+    with getattr(package, name)(model=model, target_layers=[model.stage], **options) as method:
+        method.outputs = method.activations_and_grads(images.clone().requires_grad_())
+        sum(target(output) for target, output in zip(targets, method.outputs)).backward()
+        activations = method.activations_and_grads.activations[0].detach().numpy()
+        gradients = method.activations_and_grads.gradients[0].numpy()
+        return torch.as_tensor(method.get_cam_image(images, model.stage, targets, activations, gradients, False))
+
+
+@pytest.mark.parametrize(("name", "explainer"), [("GradCAM", GradCAM("stage")), ("XGradCAM", XGradCAM("stage"))])
+def test_grad_cam(name: str, explainer: Explainer, model: nn.Module, images: Tensor) -> None:
+    expected = grad_cam_map(name, model, images).relu()
+    model.zero_grad()
+    assert torch.allclose(ours(explainer, model, images), expected, rtol=1e-4, atol=1e-8)
+
+
+def test_grad_cam_plus_plus_is_wrong_by_its_fixed_epsilon(model: nn.Module, steep: nn.Module, images: Tensor) -> None:
+    """grad-cam adds 1e-6 to a denominator of the order of the squared gradient: with larger gradients it agrees."""
+    small, large = (grad_cam_map("GradCAMPlusPlus", m, images).relu() for m in (model, steep))
+    explainer = GradCAMPlusPlus("stage")
+    assert torch.allclose(unit(ours(explainer, steep, images)), unit(large), atol=1e-3)
+    assert (unit(ours(explainer, model, images)) - unit(small)).abs().max() > 2e-3
+
+
+def test_grad_cam_ablation(model: nn.Module, images: Tensor) -> None:
+    """grad-cam divides by y_c as we do."""
+    pytest.importorskip("pytorch_grad_cam", reason="grad-cam is not installed")
+    from pytorch_grad_cam import AblationCAM as Theirs
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    targets = [ClassifierOutputTarget(target) for target in TARGETS.tolist()]
+    with Theirs(model=model.float(), target_layers=[model.stage], batch_size=16) as method:
+        found = method(input_tensor=images.float(), targets=targets)
+    model.double().zero_grad()
+    maps = AblationCAM("stage")(model, images, TARGETS)
+    theirs = torch.as_tensor(found)
+    a, b = unit(maps).flatten(1), unit(theirs).flatten(1)
+    assert torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(a, b)]).min() > 0.99

@@ -1,0 +1,60 @@
+"""Gradient methods and occlusion beside captum."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from labn.explainers import Explainer, Gradient, GradientTimesInput, IntegratedGradients, Occlusion
+from labn.inference import explaining
+
+attr = pytest.importorskip("captum.attr", reason="captum is not installed")
+TARGETS = torch.tensor([1, 3])
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.SiLU(), nn.Conv2d(6, 8, 3), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 5)).double().eval()
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(2, 3, 20, 26, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def ours(explainer: Explainer, model: nn.Module, images: Tensor) -> Tensor:
+    with explaining(model):
+        return explainer.attribute(model, images, TARGETS, None)
+
+
+def test_gradient(model: nn.Module, images: Tensor) -> None:
+    expected = attr.Saliency(model).attribute(images, TARGETS, abs=False).sum(1)
+    assert torch.allclose(ours(Gradient(), model, images), expected, atol=1e-12)
+    largest = attr.Saliency(model).attribute(images, TARGETS, abs=True).amax(1)
+    assert torch.allclose(ours(Gradient("max_abs"), model, images), largest, atol=1e-12)
+
+
+def test_gradient_times_input(model: nn.Module, images: Tensor) -> None:
+    expected = attr.InputXGradient(model).attribute(images, TARGETS).sum(1)
+    assert torch.allclose(ours(GradientTimesInput(), model, images), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("n_steps", [3, 50])
+def test_integrated_gradients(n_steps: int, model: nn.Module, images: Tensor) -> None:
+    expected = attr.IntegratedGradients(model).attribute(images, 0.1, TARGETS, n_steps=n_steps).sum(1)
+    assert torch.allclose(ours(IntegratedGradients(n_steps, 0.1), model, images), expected, atol=1e-8)
+
+
+@pytest.mark.parametrize(("window", "stride"), [(6, 6), (7, 4)])
+def test_occlusion(window: int, stride: int, model: nn.Module, images: Tensor) -> None:
+    single = copy.deepcopy(model).float()  # captum's own mask is float32
+    expected = attr.Occlusion(single).attribute(
+        images.float(), (3, window, window), (3, stride, stride), baselines=0.2, target=TARGETS
+    )
+    found = ours(Occlusion(window, stride, baseline=0.2), model, images)
+    assert torch.allclose(found.float(), expected[:, 0], atol=1e-6)

@@ -1,0 +1,141 @@
+"""The public API on models that nothing else in the project knows."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from labn import Explanation, evaluate, explain
+from labn.explainers import GradCAM
+from labn.metrics import metric_by_name
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Own(nn.Module):
+    """A user's own network."""
+
+    def __init__(self, channels: int = 3) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 6, 3, stride=2, padding=1)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x).relu().mean((2, 3)))
+
+
+@pytest.fixture
+def model() -> Own:
+    torch.manual_seed(0)
+    return Own().eval()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def test_three_lines_on_a_timm_model(images: Tensor) -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("resnet18", pretrained=False, num_classes=5)
+    result = explain(model, images, method="lrp", targets=None)
+    scores = evaluate(model, images, result.maps, targets=result.targets, metrics=["pid16", "id"])
+    assert result.maps.shape == (2, 32, 32)
+    assert set(scores) == {"pid16", "id"}
+    assert all(value.shape == (2,) and value.isfinite().all() for value in scores.values())
+
+
+def test_explain_on_ones_own_module(model: Own, images: Tensor) -> None:
+    result = explain(model, images, "gradcam++", relu=False)
+    with torch.no_grad():
+        assert torch.equal(result.targets, model(images).argmax(1))
+    assert result.method == "gradcam++"
+    assert result.maps.min() < 0
+    same = explain(model, images, "gradcam++", result.targets, relu=False)
+    assert torch.equal(same.maps, result.maps)
+
+
+def test_targets_and_ready_explainers(model: Own, images: Tensor) -> None:
+    assert explain(model, images, "gradcam", 2).targets.tolist() == [2, 2]
+    ready = explain(model, images, GradCAM(), [1, 0])
+    assert ready.method == "GradCAM"
+    assert torch.equal(ready.maps, explain(model, images, "gradcam", torch.tensor([1, 0])).maps)
+    with pytest.raises(TypeError, match="a ready GradCAM takes no more arguments, got relu"):
+        explain(model, images, GradCAM(), relu=False)
+
+
+def test_indices_reach_random_methods(model: Own, images: Tensor) -> None:
+    maps = explain(model, images, "random", indices=torch.tensor([4, 7])).maps
+    assert not torch.equal(maps[0], maps[1])
+    assert torch.equal(maps[1], explain(model, images[:1], "random", indices=torch.tensor([7])).maps[0])
+
+
+def test_evaluate_is_what_the_metric_says(model: Own, images: Tensor) -> None:
+    maps = torch.rand(2, 32, 32, generator=torch.Generator().manual_seed(2))
+    targets, indices = torch.tensor([0, 2]), torch.arange(2)
+    names = ["pid8", "id", "pid1", "insertion16", "pid16@official", "fill_probability"]
+    found = evaluate(model, images, maps, targets, names)
+    assert list(found) == names
+    for name in names:
+        expected = metric_by_name(name, mean=MEAN, std=STD).score(model, images, maps, targets, indices)
+        key = "id" if name == "pid1" else name
+        assert torch.allclose(found[name], expected[key], atol=1e-6), name
+
+
+def test_black_depends_on_how_the_images_were_normalised(model: Own, images: Tensor) -> None:
+    maps = torch.rand(2, 32, 32, generator=torch.Generator().manual_seed(2))
+    default = evaluate(model, images, maps, [0, 1], ["fill_probability"])
+    raw = evaluate(model, images, maps, [0, 1], ["fill_probability"], mean=None, std=None)
+    with torch.no_grad():
+        zero = model(torch.zeros(1, 3, 32, 32)).softmax(1)[0, :2].double()
+    assert torch.allclose(raw["fill_probability"], zero, atol=1e-6)
+    assert not torch.allclose(default["fill_probability"], zero, atol=1e-4)
+
+
+def test_labels_masks_and_settings_reach_the_metrics(model: Own, images: Tensor) -> None:
+    maps = torch.rand(2, 32, 32, generator=torch.Generator().manual_seed(2))
+    masks = torch.zeros(2, 32, 32, dtype=torch.bool)
+    masks[:, :16] = True
+    mass = evaluate(model, images, maps, [0, 1], ["mass"], masks=masks)["mass"]
+    assert torch.allclose(mass, (maps[:, :16].sum((1, 2)) / maps.sum((1, 2))).double())
+    as_labelled = evaluate(model, images, maps, [0, 1], ["pid8"], labels=torch.tensor([1, 0]))["pid8"]
+    assert torch.allclose(as_labelled, evaluate(model, images, maps, [1, 0], ["pid8"])["pid8"])
+    blurred = evaluate(model, images, maps, [0, 1], ["pid8"], fill="blur")["pid8"]
+    assert not torch.allclose(blurred, evaluate(model, images, maps, [0, 1], ["pid8"])["pid8"])
+
+
+def test_nothing_is_mutated(model: Own, images: Tensor) -> None:
+    model.train()
+    before, given = {k: v.clone() for k, v in model.state_dict().items()}, images.clone()
+    result = explain(model, images, "scorecam")
+    evaluate(model, images, result.maps, result.targets)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert model.training
+    assert torch.equal(images, given)
+    assert isinstance(result, Explanation)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, x: explain(m, x, "gradcams"), "no method 'gradcams'; did you mean gradcam"),
+        (lambda m, x: explain(m, x, "gradcam", 3), "targets must be from 0 to 2"),
+        (lambda m, x: explain(m, x, "gradcam", [0]), "targets must be 2 class indices, one per image"),
+        (lambda m, x: explain(m, x, "gradcam", target_layer="conf"), "near it: conv"),
+        (lambda m, x: explain(m, x[:, :2], "gradcam"), "images have 2 channels; Own expects 3"),
+        (lambda m, x: evaluate(m, x, x[:, 0], metrics=["pid_16"]), "unknown metric 'pid_16'; near names: pid16"),
+        (lambda m, x: evaluate(m, x, x[:, 0, :9]), "resize them"),
+    ],
+)
+def test_one_sentence_for_bad_input(model: Own, images: Tensor, call, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(model, images)
+
+
+def test_other_channels_need_their_normalisation() -> None:
+    images, model = torch.rand(1, 1, 16, 16), Own(1).eval()
+    with pytest.raises(ValueError, match="images have 1 channels; give mean and std"):
+        evaluate(model, images, images[:, 0], [0], ["pid4"])
+    assert evaluate(model, images, images[:, 0], [0], ["pid4"], mean=None, std=None)["pid4"].shape == (1,)
