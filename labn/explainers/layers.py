@@ -89,7 +89,7 @@ def _is_map(output: Tensor, size: torch.Size) -> bool:
         return False
     rows, columns = output.shape[1:3] if is_channels_last(output.shape, size) else output.shape[2:]
     expected = rows * size[1] / size[0]
-    return rows * columns > 1 and abs(columns - expected) <= max(2, expected / 4)
+    return rows * columns > 1 and abs(columns - expected) <= max(1, expected / 4)
 
 
 def _trace(model: nn.Module, images: Tensor) -> tuple[list[_Seen], Tensor]:
