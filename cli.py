@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import warnings
@@ -61,9 +62,9 @@ class RunConfigCallback(SaveConfigCallback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Save once per command, on rank zero."""
-        if trainer.is_global_zero and not getattr(trainer, "fast_dev_run", False):
+        if trainer.is_global_zero and trainer.state.fn and not getattr(trainer, "fast_dev_run", False):
             text = self.parser.dump(self.config, skip_none=False)
-            write_atomically(Path(trainer.default_root_dir) / f"{trainer.state.fn}.yaml", text.encode())
+            write_atomically(Path(trainer.default_root_dir) / f"{trainer.state.fn.value}.yaml", text.encode())
 
 
 class LabnCLI(LightningCLI):
@@ -96,7 +97,7 @@ class LabnCLI(LightningCLI):
         """Build the trainer, with loggers that write to the run folder unless the configuration names its own."""
         config = self.config[self.subcommand]
         if config.trainer.get("logger") in (None, True) and not config.trainer.get("fast_dev_run"):
-            kwargs["logger"] = default_loggers(Path(config.run_dir), config.wandb)
+            kwargs["logger"] = default_loggers(Path(config.run_dir), config.wandb, str(self.subcommand))
         return super().instantiate_trainer(**kwargs)
 
     def _experiment(self) -> str:
@@ -116,7 +117,13 @@ def find_checkpoint(run_dir: Path, which: str) -> str:
     return str(path)
 
 
-def default_loggers(run_dir: Path, wandb_mode: str) -> list[Logger]:
+def unused_version(folder: Path, command: str) -> str:
+    """`fit`, `fit-1`, ...: the first that no earlier run has filled, because Lightning would empty it."""
+    names = itertools.chain([command], (f"{command}-{n}" for n in itertools.count(1)))
+    return next(name for name in names if not (folder / name / "metrics.csv").exists())
+
+
+def default_loggers(run_dir: Path, wandb_mode: str, command: str) -> list[Logger]:
     """A CSV logger and, unless disabled or not installed, a Weights & Biases logger.
 
     Raises:
@@ -125,7 +132,9 @@ def default_loggers(run_dir: Path, wandb_mode: str) -> list[Logger]:
     if wandb_mode not in ("offline", "online", "disabled"):
         raise ValueError(f"--wandb is {wandb_mode!r}; it must be offline, online or disabled.")
     run_dir.mkdir(parents=True, exist_ok=True)
-    loggers: list[Logger] = [CSVLogger(save_dir=run_dir, name="logs", version="")]
+    loggers: list[Logger] = [
+        CSVLogger(save_dir=run_dir, name="logs", version=unused_version(run_dir / "logs", command))
+    ]
     if wandb_mode != "disabled":
         try:
             logger = WandbLogger(project="labn", name=run_dir.name, save_dir=run_dir, offline=wandb_mode == "offline")
@@ -137,7 +146,8 @@ def default_loggers(run_dir: Path, wandb_mode: str) -> list[Logger]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line."""
+    """Run the command line on `argv`, the process's own arguments by default."""
+    sys.argv[1:] = expand_parts(sys.argv[1:] if argv is None else argv)
     LabnCLI(
         pl.LightningModule,
         pl.LightningDataModule,
@@ -147,7 +157,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer_defaults={"inference_mode": False, "use_distributed_sampler": False},
         save_config_callback=RunConfigCallback,
         auto_configure_optimizers=False,
-        args=expand_parts(sys.argv[1:] if argv is None else argv),
     )
 
 

@@ -40,8 +40,10 @@ def test_fit_continues_from_the_last_checkpoint(tmp_path):
     after = torch.load(last, weights_only=False, map_location="cpu")
     assert after["epoch"] == 3
     assert after["global_step"] == 4 * 6
-    losses = [row for row in csv.DictReader(open(tmp_path / "logs" / "metrics.csv")) if row.get("val/loss")]
-    assert {int(row["epoch"]) for row in losses} >= set(range(before["epoch"] + 1, 4))
+    with open(tmp_path / "logs" / "fit-1" / "metrics.csv", newline="") as file:
+        epochs = {int(row["epoch"]) for row in csv.DictReader(file) if row.get("val/loss")}
+    assert epochs == set(range(before["epoch"] + 1, 4))
+    assert (tmp_path / "logs" / "fit").is_dir()
 
 
 def test_a_resumed_fit_ends_like_an_undisturbed_one(tmp_path):
