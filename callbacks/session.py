@@ -118,7 +118,7 @@ class Session:
         self.split = split
         self.subset = set(subset)
         self.network = network_of(pl_module)
-        stage = f"val/epoch={epoch_of(trainer, pl_module):03d}" if split == "val" else split
+        stage = f"val/{epoch_of(trainer, pl_module)}" if split == "val" else split
         fast = getattr(trainer, "fast_dev_run", False)
         root = Path(tempfile.mkdtemp(prefix="labn-")) if fast else Path(trainer.default_root_dir)
         root = Path(trainer.strategy.broadcast(str(root)))
@@ -190,10 +190,15 @@ def network_of(pl_module: pl.LightningModule) -> nn.Module:
     return getattr(pl_module, "network", pl_module)
 
 
-def epoch_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> int:
-    """The epoch whose weights are explained: of the running fit, else of the loaded checkpoint."""
-    loaded = getattr(pl_module, "loaded_epoch", None)
-    return trainer.current_epoch if trainer.training or loaded is None else loaded
+def epoch_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
+    """The epoch whose weights are explained, of the running fit, else of the loaded checkpoint: `epoch=003`.
+
+    A validation in the middle of an epoch names its step too, so that it has a folder of its own.
+    """
+    if trainer.state.fn == "fit":
+        step = "" if trainer.is_last_batch else f"-step={trainer.global_step}"
+        return f"epoch={trainer.current_epoch:03d}{step}"
+    return f"epoch={getattr(pl_module, 'loaded_epoch', None) or 0:03d}"
 
 
 def evenly_spaced(size: int, count: int | None) -> list[int]:

@@ -23,7 +23,7 @@ def color_scale(heat: np.ndarray) -> tuple[float, float, str]:
     if low < 0:
         bound = max(-low, high)
         return -bound, bound, "RdBu_r"
-    return low, max(high, low + 1e-12), "inferno"
+    return (low, high, "inferno") if high > low else (low - 0.5, low + 0.5, "inferno")
 
 
 def overlay_figure(

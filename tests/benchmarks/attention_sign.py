@@ -56,7 +56,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/attention_sign"))
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     options = parser.parse_args()
-    print("| guidance | seed | accuracy | AUROC | mass / random | pid16 | pid16 random |\n|---|---|---|---|---|---|---|")
+    print(
+        "| guidance | seed | accuracy | AUROC | mass / random | pid16 | pid16 random |\n|---|---|---|---|---|---|---|"
+    )
     for kind in options.kinds:
         rows = []
         for seed in range(42, 42 + options.seeds):

@@ -1,0 +1,179 @@
+"""The callbacks on a tiny run in this process."""
+
+import csv
+import json
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from callbacks import EvaluationCallback, ExplanationCallback, GateWatch, MapLogger
+from callbacks.session import evenly_spaced
+from datamodules import SyntheticFundus
+from labn.explainers import Explainer
+from labn.modules import LABN, Classifier, SaliencyGuidance
+from labn.store import ResultStore
+
+
+class Counted(Explainer):
+    """Counts what it explains."""
+
+    def __init__(self):
+        self._seen = []
+
+    def attribute(self, model, images, targets, indices):
+        self._seen += indices.tolist()
+        assert torch.is_grad_enabled()
+        x = images.requires_grad_()
+        return torch.autograd.grad(model(x).logits.sum(), x)[0].sum(1)
+
+
+def network(**options):
+    pl.seed_everything(0, verbose=False)
+    backbone = {"layers": [1, 1], "width": 4, "stem_width": 4, "r": 3}
+    return LABN("lambda_resnet", split=1, theta=0.3, network_options={"backbone_options": backbone}, **options)
+
+
+def data(**options):
+    return SyntheticFundus(**{"n_train": 8, "n_val": 6, "n_test": 7, "image_size": 48, "batch_size": 3, **options})
+
+
+def trainer(folder, *callbacks, **options):
+    return pl.Trainer(
+        default_root_dir=folder,
+        callbacks=list(callbacks),
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        inference_mode=False,
+        num_sanity_val_steps=options.pop("num_sanity_val_steps", 0),
+        **options,
+    )
+
+
+def rows(folder, name="scores.csv"):
+    with open(folder / name, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_sample_is_explained_once_and_scored_by_every_metric(tmp_path):
+    counted = Counted()
+    explain = ExplanationCallback({"counted": counted, "constant": None})
+    score = EvaluationCallback(["pid16", "auroc"], also=["official"], metric_options={"step": 3})
+    trainer(tmp_path, explain, score, MapLogger(max_images=2)).test(network(), data(), verbose=False)
+    assert sorted(counted._seen) == list(range(7))
+    found = rows(tmp_path / "test")
+    assert {r["explainer"] for r in found} == {"counted", "constant"}
+    assert {r["metric"] for r in found} >= {"pid16", "insertion16", "deletion16", "pid16@official", "auroc"}
+    assert [(int(r["index"]), r["name"]) for r in found] == sorted((int(r["index"]), r["name"]) for r in found)
+    constant = [float(r["value"]) for r in found if (r["explainer"], r["metric"]) == ("constant", "pid16")]
+    assert np.allclose(constant, 0, atol=1e-6)
+    assert len(list((tmp_path / "test" / "overlays").glob("*.png"))) == 2
+    manifest = json.loads((tmp_path / "test" / "maps" / "manifest.json").read_text())
+    assert manifest["samples"] == 7
+    with np.load(tmp_path / "test" / "curves.npz") as curves:
+        assert curves["counted/pid16/index"].tolist() == list(range(7))
+        area = np.trapezoid(
+            curves["counted/pid16/insertion"] - curves["counted/pid16/deletion"], curves["counted/pid16/x"], axis=1
+        )
+    values = [float(r["value"]) for r in found if (r["explainer"], r["metric"]) == ("counted", "pid16")]
+    assert np.allclose(values, area, atol=1e-6)
+
+
+def test_summary_agrees_with_scores(tmp_path):
+    callback = EvaluationCallback(["pid16"], explainers={"random": None, "constant": None}, metric_options={"step": 3})
+    trainer(tmp_path, callback).test(network(), data(), verbose=False)
+    found = rows(tmp_path / "test")
+    for line in rows(tmp_path / "test", "summary.csv"):
+        values = [float(r["value"]) for r in found if all(r[k] == line[k] for k in ("explainer", "metric"))]
+        assert float(line["mean"]) == pytest.approx(np.mean(values), abs=1e-12)
+        assert float(line["ci_low"]) <= float(line["mean"]) <= float(line["ci_high"])
+        assert int(line["n"]) == len(values)
+    pair = next(r for r in rows(tmp_path / "test", "paired.csv") if r["metric"] == "pid16")
+    means = {r["explainer"]: float(r["mean"]) for r in rows(tmp_path / "test", "summary.csv") if r["metric"] == "pid16"}
+    expected = means[pair["explainer_a"]] - means[pair["explainer_b"]]
+    assert float(pair["difference"]) == pytest.approx(expected, abs=1e-12)
+
+
+def test_positives_only_leaves_no_row_of_a_negative(tmp_path):
+    callback = EvaluationCallback(
+        ["pid16", "mass"], explainers={"random": None}, positives_only=True, metric_options={"step": 3}
+    )
+    trainer(tmp_path, callback).test(network(), data(), verbose=False)
+    assert {r["label"] for r in rows(tmp_path / "test") if r["metric"] == "pid16"} == {"1"}
+
+
+@pytest.mark.parametrize("guidance", [None, SaliencyGuidance(fill="black")])
+def test_explaining_at_validation_end_changes_no_weight(tmp_path, guidance):
+    weights = []
+    for callbacks in ([], [EvaluationCallback(["pid16"], explainers={"gradcam": None, "random": None}, val_images=3)]):
+        module = network(guidance=guidance)
+        options = {"accumulate_grad_batches": 2, "val_check_interval": 1, "num_sanity_val_steps": 2}
+        trainer(tmp_path, *callbacks, max_epochs=2, **options).fit(module, data())
+        weights.append(module.state_dict())
+    assert (tmp_path / "val" / "epoch=001" / "summary.csv").exists()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_the_subset_is_the_same_in_every_epoch(tmp_path):
+    counted = Counted()
+    callback = ExplanationCallback({"counted": counted}, val_images=2, every_n_epochs=2)
+    trainer(tmp_path, callback, max_epochs=4, num_sanity_val_steps=2).fit(network(), data())
+    assert counted._seen == [0, 5, 0, 5]
+
+
+def test_new_metrics_reuse_the_maps_and_old_scores(tmp_path):
+    module = network()
+    for metrics in (["pid16"], ["pid16", "auroc"]):
+        counted = Counted()
+        explain = ExplanationCallback({"counted": counted})
+        score = EvaluationCallback(metrics, metric_options={"step": 3})
+        trainer(tmp_path, explain, score).test(module, data(), verbose=False)
+    assert counted._seen == []
+    assert {r["metric"] for r in rows(tmp_path / "test")} >= {"pid16", "auroc"}
+    assert len(ResultStore(tmp_path / "test").parts()) == 6
+
+
+def test_classifiers_are_explained_too(tmp_path):
+    pl.seed_everything(0, verbose=False)
+    callback = EvaluationCallback(["pid16"], explainers={"gradcam": None}, metric_options={"step": 3})
+    trainer(tmp_path, callback).test(Classifier("resnet18"), data(), verbose=False)
+    assert len([r for r in rows(tmp_path / "test") if r["metric"] == "pid16"]) == 7
+
+
+def test_a_map_logger_alone_needs_explainers(tmp_path):
+    with pytest.raises(MisconfigurationException, match="nothing to explain"):
+        trainer(tmp_path, MapLogger()).test(network(), data(), verbose=False)
+    trainer(tmp_path, MapLogger(explainers={"labn": None}, max_images=1)).test(network(), data(), verbose=False)
+    assert len(list((tmp_path / "test" / "overlays").glob("*.png"))) == 1
+
+
+def test_two_owners_are_refused(tmp_path):
+    pair = [ExplanationCallback({"labn": None}), MapLogger(explainers={"random": None})]
+    with pytest.raises(MisconfigurationException, match="both have explainers"):
+        trainer(tmp_path, *pair).test(network(), data(), verbose=False)
+
+
+def test_inference_mode_is_refused(tmp_path):
+    pieces = trainer(tmp_path, ExplanationCallback({"labn": None}))
+    pieces.test_loop.inference_mode = True
+    with pytest.raises(MisconfigurationException, match="inference_mode"):
+        pieces.test(network(), data(), verbose=False)
+
+
+def test_a_closed_gate_is_warned_about(tmp_path):
+    module = network()
+    module.network.theta = 1.0
+    with pytest.warns(UserWarning, match="gate is closed everywhere in eval mode"):
+        trainer(tmp_path, GateWatch(), max_epochs=1).fit(module, data())
+
+
+def test_evenly_spaced():
+    assert evenly_spaced(10, None) == list(range(10))
+    assert evenly_spaced(10, 3) == [0, 4, 9]
+    assert evenly_spaced(10, 1) == [0]
+    assert evenly_spaced(2, 8) == [0, 1]
