@@ -1,9 +1,17 @@
 """Lightning callbacks that drive explanation and evaluation."""
 
-from callbacks.checkpoint import RunCheckpoint
+from callbacks.checkpoint import BestCheckpoint, LastCheckpoint
 from callbacks.evaluate import EvaluationCallback
 from callbacks.explain import ExplanationCallback
 from callbacks.health import GateWatch, RunProfile
 from callbacks.log_maps import MapLogger
 
-__all__ = ["EvaluationCallback", "ExplanationCallback", "GateWatch", "MapLogger", "RunCheckpoint", "RunProfile"]
+__all__ = [
+    "BestCheckpoint",
+    "EvaluationCallback",
+    "ExplanationCallback",
+    "GateWatch",
+    "LastCheckpoint",
+    "MapLogger",
+    "RunProfile",
+]

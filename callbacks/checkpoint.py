@@ -10,28 +10,34 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """Keep `best.ckpt` (lowest monitored value) and `last.ckpt` in `<run_dir>/checkpoints/`.
+    """Base of `BestCheckpoint` and `LastCheckpoint`: one file of a fixed name in `<run_dir>/checkpoints/`."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Place the checkpoint in the run folder, whatever the loggers do."""
+        if self.dirpath is None:
+            self.dirpath = str(Path(trainer.default_root_dir).absolute() / "checkpoints")
+        super().setup(trainer, pl_module, stage=stage)
+
+
+class BestCheckpoint(RunCheckpoint):
+    """Keep `best.ckpt`, the epoch with the best monitored value.
 
     Args:
-        monitor: logged value that decides which epoch is best.
+        monitor: logged value that decides.
         mode: `min` or `max`.
         kwargs: further arguments of Lightning's `ModelCheckpoint`.
     """
 
     def __init__(self, monitor: str = "val/loss", mode: str = "min", **kwargs: Any) -> None:
-        super().__init__(
-            filename="best",
-            monitor=monitor,
-            mode=mode,
-            save_last=True,
-            save_top_k=1,
-            auto_insert_metric_name=False,
-            enable_version_counter=False,
-            **kwargs,
-        )
+        super().__init__(filename="best", monitor=monitor, mode=mode, enable_version_counter=False, **kwargs)
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Place the checkpoints in the run folder, whatever the loggers do."""
-        if self.dirpath is None:
-            self.dirpath = str(Path(trainer.default_root_dir).absolute() / "checkpoints")
-        super().setup(trainer, pl_module, stage=stage)
+
+class LastCheckpoint(RunCheckpoint):
+    """Keep `last.ckpt`, every epoch, better or not.
+
+    Lightning's own `save_last` writes only in epochs that were saved for another reason, such as being the best, so that
+    a killed run would fall back to its best epoch. List this callback after `BestCheckpoint`, whose state it saves.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(filename="last", enable_version_counter=False)

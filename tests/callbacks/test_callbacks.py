@@ -9,7 +9,14 @@ import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from callbacks import EvaluationCallback, ExplanationCallback, GateWatch, MapLogger
+from callbacks import (
+    BestCheckpoint,
+    EvaluationCallback,
+    ExplanationCallback,
+    GateWatch,
+    LastCheckpoint,
+    MapLogger,
+)
 from callbacks.session import evenly_spaced
 from datamodules import SyntheticFundus
 from labn.explainers import Explainer
@@ -170,6 +177,30 @@ def test_a_closed_gate_is_warned_about(tmp_path):
     module.network.theta = 1.0
     with pytest.warns(UserWarning, match="gate is closed everywhere in eval mode"):
         trainer(tmp_path, GateWatch(), max_epochs=1).fit(module, data())
+
+
+def test_last_is_saved_in_every_epoch_and_best_in_the_best(tmp_path):
+    class Worse(LABN):
+        def validation_step(self, batch, batch_idx):
+            self.log("val/loss", float(self.current_epoch))
+
+    pl.seed_everything(0, verbose=False)
+    backbone = {"layers": [1, 1], "width": 4, "stem_width": 4, "r": 3}
+    module = Worse("lambda_resnet", split=1, network_options={"backbone_options": backbone})
+    pieces = pl.Trainer(
+        default_root_dir=tmp_path,
+        callbacks=[BestCheckpoint(), LastCheckpoint()],
+        max_epochs=3,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    pieces.fit(module, data())
+    epochs = {
+        path.stem: torch.load(path, weights_only=False)["epoch"] for path in (tmp_path / "checkpoints").glob("*.ckpt")
+    }
+    assert epochs == {"best": 0, "last": 2}
 
 
 def test_evenly_spaced():
