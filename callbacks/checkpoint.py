@@ -35,8 +35,9 @@ class BestCheckpoint(RunCheckpoint):
 class LastCheckpoint(RunCheckpoint):
     """Keep `last.ckpt`, every epoch, better or not.
 
-    Lightning's own `save_last` writes only in epochs that were saved for another reason, such as being the best, so that
-    a killed run would fall back to its best epoch. List this callback after `BestCheckpoint`, whose state it saves.
+    Lightning's own `save_last` writes only in epochs that were saved for another reason, such as being the best, so
+    that a killed run would fall back to its best epoch.
+    List this callback after `BestCheckpoint`, whose state it saves.
     """
 
     def __init__(self) -> None:

@@ -50,7 +50,7 @@ class Progress:
         self.done += units
         self.skipped += 0 if computed else units
         now = time.monotonic()
-        if computed and now - self.last >= self.seconds:
+        if computed and units and now - self.last >= self.seconds:
             self.last = now
             rate = (self.done - self.skipped) / (now - self.start)
             left = max(self.total - self.done, 0) / max(rate, 1e-9)

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/attention_sign.py --seeds 5 --out runs/attention_sign
 
-Trains `configs/quickstart.yaml` without guidance, and with the mask detached, straight-through and soft; tests each run,
-and prints per kind and seed the test accuracy, the AUROC and mass of the map against the lesion masks, and pid16. A run
-whose results are there is not trained again, so an interrupted study goes on where it was.
+Trains `configs/quickstart.yaml` without guidance, and with the mask detached, straight-through and soft; tests each
+run, and prints per kind and seed the test accuracy, the AUROC and mass of the map against the lesion masks, and pid16.
+A run whose results are there is not trained again, so an interrupted study goes on where it was.
 """
 
 import argparse
@@ -68,8 +68,8 @@ def main() -> None:
             row = results(folder)
             rows.append(row)
             print(
-                f"| {kind} | {seed} | {row['accuracy']:.3f} | {row['auroc']:.3f} | {row['mass'] / row['random mass']:.2f} "
-                f"| {row['pid16']:.3f} | {row['random pid16']:.3f} |",
+                f"| {kind} | {seed} | {row['accuracy']:.3f} | {row['auroc']:.3f} "
+                f"| {row['mass'] / row['random mass']:.2f} | {row['pid16']:.3f} | {row['random pid16']:.3f} |",
                 flush=True,
             )
         figures = [[r["auroc"] for r in rows], [r["mass"] / r["random mass"] for r in rows], [r["pid16"] for r in rows]]

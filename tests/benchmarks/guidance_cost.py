@@ -1,6 +1,6 @@
 """Cost of a training step with saliency guidance over one without, forward and backward, interleaved.
 
-    python tests/benchmarks/guidance_cost.py --rounds 5 --threads 1
+python tests/benchmarks/guidance_cost.py --rounds 5 --threads 1
 """
 
 import argparse
@@ -28,7 +28,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}, {options.rounds} rounds A B B A")
+    print(
+        f"{platform.machine()}, {options.threads} threads, torch {torch.__version__}, {options.rounds} rounds A B B A"
+    )
     small = {"backbone_options": {"layers": [1, 1, 1], "width": 16, "stem_width": 32, "r": 7}}
     for name, size, split, more in (("lambda_resnet", 64, 1, small), ("resnet18", 224, 4, None)):
         batch = {"image": torch.randn(16, 3, size, size), "label": torch.arange(16) % 2, "index": torch.arange(16)}

@@ -45,9 +45,10 @@ def test_a_missing_configuration_is_named():
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
     run = [*QUICKSTART, f"--run_dir={tmp_path}", "--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
     main(["fit", *run])
+    narrow = '{"backbone_options": {"layers": [1, 1, 1], "width": 8, "stem_width": 32, "r": 7}}'
+    other = f"--model.init_args.network_options={narrow}"
     with pytest.raises(ValueError, match=r"best.ckpt is of another architecture .*\(first: "):
-        narrow = '{"backbone_options": {"layers": [1, 1, 1], "width": 8, "stem_width": 32, "r": 7}}'
-        main(["test", *run, "--ckpt_path=best", f"--model.init_args.network_options={narrow}"])
+        main(["test", *run, "--ckpt_path=best", other])
 
 
 @pytest.mark.usefixtures("root")

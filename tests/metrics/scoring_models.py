@@ -39,3 +39,25 @@ class Wavy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.sin(x.flatten(1) @ self.first) @ self.second
+
+
+def score(metric, model, images, maps, labels=None, indices=None, **more):
+    labels = torch.ones(len(images), dtype=torch.long) if labels is None else labels
+    indices = torch.arange(len(images)) if indices is None else indices
+    values = metric.score(model, images, maps, labels, indices, **more)
+    return dict(zip(("insertion", "deletion", "pid", "fill_probability"), values.values()))
+
+
+def white(*size):
+    return torch.ones(1, 1, *size, dtype=torch.float64)
+
+
+def even(*size):
+    """Equal weights that sum to one."""
+    return torch.ones(size, dtype=torch.float64).div(size[0] * size[1])
+
+
+def distinct(seed: int, *size: int) -> torch.Tensor:
+    """A map of distinct values."""
+    pixels = size[0] * size[1]
+    return torch.randperm(pixels, generator=torch.Generator().manual_seed(seed)).double().view(1, *size)

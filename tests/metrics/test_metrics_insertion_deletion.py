@@ -1,38 +1,14 @@
-import pickle
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scoring_models import Additive, Constant, Wavy
+from scoring_models import Additive, Constant, Wavy, distinct, even, score, white
 
 from labn.metrics import PatchInsertionDeletion, metric_by_name
 from labn.metrics.functional import nominal_fractions, trapezoid_area
 from labn.perturb import PerturbationEngine
 
 ONE = torch.ones(1, dtype=torch.long)
-
-
-def score(metric, model, images, maps, labels=None, indices=None, **more):
-    labels = torch.ones(len(images), dtype=torch.long) if labels is None else labels
-    indices = torch.arange(len(images)) if indices is None else indices
-    values = metric.score(model, images, maps, labels, indices, **more)
-    return dict(zip(("insertion", "deletion", "pid", "fill_probability"), values.values()))
-
-
-def white(*size):
-    return torch.ones(1, 1, *size, dtype=torch.float64)
-
-
-def even(*size):
-    """Equal weights that sum to one."""
-    return torch.ones(size, dtype=torch.float64).div(size[0] * size[1])
-
-
-def distinct(seed: int, *size: int) -> torch.Tensor:
-    """A map of distinct values."""
-    pixels = size[0] * size[1]
-    return torch.randperm(pixels, generator=torch.Generator().manual_seed(seed)).double().view(1, *size)
 
 
 class TestWorkedExample:
@@ -305,106 +281,3 @@ class TestSharing:
             PatchInsertionDeletion(2).score(
                 Wavy(36), self.images, self.maps, self.labels, torch.arange(2), cache=engine
             )
-
-
-class TestOptions:
-    images = torch.randn(3, 1, 4, 4, dtype=torch.float64)
-    maps = torch.rand(3, 4, 4)
-
-    def test_score_class_label_target_or_predicted(self):
-        model = Wavy(16)
-        targets, labels = torch.tensor([0, 1, 2]), torch.tensor([2, 2, 1])
-        predicted = model(self.images).argmax(-1)
-        for score_class, classes in (("label", labels), ("target", targets), ("predicted", predicted)):
-            metric = PatchInsertionDeletion(2, score_class=score_class)
-            curves = metric.curves(model, self.images, self.maps, targets, torch.arange(3), labels=labels)
-            expected = model(self.images).softmax(-1)[torch.arange(3), classes]
-            assert torch.allclose(curves.insertion[:, -1], expected)
-
-    @pytest.mark.parametrize("probability", ["softmax", "sigmoid", "logit"])
-    def test_probability(self, probability):
-        function = {"softmax": lambda z: z.softmax(-1), "sigmoid": torch.sigmoid, "logit": lambda z: z}[probability]
-        model, ones = Wavy(16), torch.ones(3, dtype=torch.long)
-        metric = PatchInsertionDeletion(2, probability=probability)
-        curves = metric.curves(model, self.images, self.maps, ones, torch.arange(3))
-        assert torch.allclose(curves.deletion[:, 0], function(model(self.images))[:, 1])
-
-    def test_positives_only_leaves_out_label_zero_and_costs_no_forward_for_it(self):
-        model, labels = Additive(even(4, 4)), torch.tensor([0, 2, 0])
-        labels[1] = 1
-        metric = PatchInsertionDeletion(2, positives_only=True, fold=False)
-        engine = PerturbationEngine(model, white(4, 4).expand(3, -1, -1, -1), fold=False)
-        values = score(metric, model, engine.images, self.maps, labels, cache=engine)
-        assert values["pid"].isnan().tolist() == [True, False, True]
-        assert engine.forwards == 1 + 1 + 2 * 3
-        nobody = score(metric, model, engine.images, self.maps, labels * 0)
-        assert all(value.isnan().all() for value in nobody.values())
-
-    def test_another_fill_for_deletion(self):
-        model, images = Wavy(16), self.images[:1]
-        metric = PatchInsertionDeletion(2, fill="blur", deletion_fill="mean")
-        curves = metric.curves(model, images, self.maps[:1], ONE, ONE)
-        assert curves.deletion[0, -1].item() == pytest.approx(model(images * 0).softmax(-1)[0, 1].item())
-        assert not torch.allclose(curves.insertion[0, 0], curves.deletion[0, -1])
-
-    def test_black_and_bias_follow_the_normalisation(self):
-        model, bias = Wavy(16), torch.rand(1, 4, 4)
-        for fill, pixels in (("black", torch.zeros(1, 4, 4)), ("bias", bias)):
-            metric = PatchInsertionDeletion(2, fill=fill, bias=bias, mean=[0.3], std=[0.5])
-            curves = metric.curves(model, self.images[:1], self.maps[:1], ONE, ONE)
-            expected = model((pixels.double() - 0.3)[None] / 0.5).softmax(-1)[0, 1]
-            assert curves.fill_probability.item() == pytest.approx(expected.item(), abs=1e-7)
-
-    def test_number_of_steps(self):
-        assert PatchInsertionDeletion(1, n_steps=224).counts((224, 224)).tolist() == list(range(0, 224**2 + 1, 224))
-        assert PatchInsertionDeletion(2, n_steps=5).counts((6, 6)).tolist() == [0, 2, 4, 6, 8, 9]
-
-    def test_it_can_be_pickled(self):
-        metric = pickle.loads(pickle.dumps(PatchInsertionDeletion(2, score_class="predicted")))
-        assert score(metric, Wavy(16), self.images, self.maps)["pid"].isfinite().all()
-
-
-class TestErrors:
-    def test_a_bad_value_in_a_map_is_named_by_its_sample(self):
-        images, maps = torch.rand(3, 1, 4, 4).double(), torch.rand(3, 4, 4)
-        for bad in (torch.nan, torch.inf):
-            maps[1, 2, 2] = bad
-            with pytest.raises(ValueError, match="the map of sample 42 holds NaN"):
-                score(PatchInsertionDeletion(2), Wavy(16), images, maps, indices=torch.arange(41, 44))
-
-    def test_a_patch_larger_than_the_image(self):
-        with pytest.raises(ValueError, match="patch_size must be from 1 to 4 for 4x4 maps, got 16"):
-            score(PatchInsertionDeletion(16), Wavy(16), white(4, 4), torch.rand(1, 4, 4))
-
-    def test_a_map_of_another_size(self):
-        with pytest.raises(ValueError, match=r"maps must be \(1, 4, 4\) to fit the images, got \(1, 2, 2\)"):
-            score(PatchInsertionDeletion(2), Wavy(16), white(4, 4), torch.rand(1, 2, 2))
-
-    def test_labels_of_another_length(self):
-        with pytest.raises(ValueError, match="targets must have one entry per image"):
-            score(
-                PatchInsertionDeletion(2), Wavy(16), white(4, 4), torch.rand(1, 4, 4), torch.ones(2, dtype=torch.long)
-            )
-
-    @pytest.mark.parametrize("size", [(6, 6), (4, 8)])
-    def test_official_where_the_released_code_fails(self, size):
-        with pytest.raises(ValueError, match="needs square images divisible by 4"):
-            PatchInsertionDeletion(4, protocol="official").counts(size)
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            ({"step": 2, "n_steps": 3}, "step or n_steps, not both"),
-            ({"step": 0}, "above 0"),
-            ({"protocol": "rise"}, "protocol must be one of"),
-            ({"protocol": "official", "ties": "stable"}, "leave ties at"),
-            ({"ties": "threshold"}, "ties must be one of"),
-            ({"fill": "grey"}, "fill must be one of"),
-            ({"score_class": "top"}, "score_class must be one of"),
-            ({"pooling": "median"}, "pooling must be one of"),
-            ({"probability": "odds"}, "probability must be one of"),
-        ],
-    )
-    def test_bad_options(self, arguments, message):
-        with pytest.raises(ValueError, match=message):
-            PatchInsertionDeletion(**arguments)
