@@ -19,7 +19,9 @@ def logits_of(output: Any) -> Tensor:
     """
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
-        raise TypeError(f"The model returned {type(output).__name__}; a tensor of logits or an object with `.logits` is needed.")
+        raise TypeError(
+            f"The model returned {type(output).__name__}; a tensor of logits or an object with `.logits` is needed."
+        )
     return logits
 
 
@@ -30,9 +32,7 @@ def matching(model: nn.Module, images: Tensor) -> nn.Module:
     bfloat16 model is explained in float32; the model passed in is never converted in place.
     """
     tensors = [*model.parameters(), *model.buffers()]
-    same = all(
-        t.device == images.device and (t.dtype == images.dtype or not t.is_floating_point()) for t in tensors
-    )
+    same = all(t.device == images.device and (t.dtype == images.dtype or not t.is_floating_point()) for t in tensors)
     return model if same else copy.deepcopy(model).to(device=images.device, dtype=images.dtype)
 
 
