@@ -7,6 +7,7 @@ import timm
 import torch
 import torchvision
 from lrp_nets import images, plain, seeded, small_resnet
+from timm.models.vgg import VGG
 from torch import nn
 
 from labn.lrp import Config, relevance
@@ -55,7 +56,6 @@ ARCHITECTURES = [
     "resnet18",
     "resnet50d",
     "resnext50_32x4d",
-    "wide_resnet50_2",
     "seresnet50",
     "ecaresnet50d",
     "resnetv2_50",
@@ -63,10 +63,17 @@ ARCHITECTURES = [
 ]
 
 
+def timm_network(name):
+    """The named network; of the VGG a slim one with timm's convolutional head, the full one being all head."""
+    if name != "vgg11_bn":
+        return timm.create_model(name, num_classes=5)
+    return VGG(cfg=[8, "M", 8, "M"], num_classes=5, norm_layer=nn.BatchNorm2d)
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("residual", ["ratio", "block"])
 def test_timm_networks(name, residual):
-    net = timm.create_model(name, num_classes=5, **({"num_features": 64} if "vgg" in name else {})).eval()
+    net = timm_network(name).eval()
     for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
         nn.init.uniform_(norm.weight, 0.3, 1, generator=torch.Generator().manual_seed(0))
     x = images(1, 64).float()
