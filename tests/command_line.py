@@ -1,5 +1,6 @@
 """Start the real command line as a process, and kill it where a test wants."""
 
+import contextvars
 import os
 import signal
 import subprocess
@@ -25,6 +26,13 @@ def command(*arguments, config="configs/quickstart.yaml", run_dir=None, tiny=Tru
     words = [sys.executable, "cli.py", arguments[0], "--config", config]
     words += [f"--run_dir={run_dir}"] if run_dir else []
     return words + (TINY if tiny else []) + list(arguments[1:])
+
+
+def call_main(argv):
+    """The command line in this process; what its parser leaves in context variables stays behind."""
+    from cli import main
+
+    contextvars.copy_context().run(main, argv)
 
 
 def environment(threads=1):

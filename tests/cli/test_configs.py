@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-
-from cli import main
+from command_line import call_main
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -14,7 +13,7 @@ EXPERIMENTS = sorted((ROOT / "configs").glob("*.yaml"))
 def resolved(path, monkeypatch, capsys, *arguments):
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as done:
-        main(["fit", "--config", str(path), *arguments, "--print_config"])
+        call_main(["fit", "--config", str(path), *arguments, "--print_config"])
     assert done.value.code == 0
     return yaml.safe_load(capsys.readouterr().out)
 

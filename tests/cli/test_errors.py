@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from command_line import TINY
+from command_line import TINY, call_main
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-
-from cli import main
 
 QUICKSTART = ["--config", "configs/quickstart.yaml", *TINY]
 
@@ -18,43 +16,43 @@ def root(monkeypatch, request):
 @pytest.mark.usefixtures("root")
 def test_best_without_a_run_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"--ckpt_path best: .*best.ckpt does not exist; run fit"):
-        main(["test", *QUICKSTART, f"--run_dir={tmp_path}", "--ckpt_path=best"])
+        call_main(["test", *QUICKSTART, f"--run_dir={tmp_path}", "--ckpt_path=best"])
 
 
 @pytest.mark.usefixtures("root")
 def test_inference_mode_is_refused_before_anything_runs(tmp_path):
     with pytest.raises(MisconfigurationException, match=r"set trainer.inference_mode to false"):
-        main(["test", *QUICKSTART, f"--run_dir={tmp_path}", "--trainer.inference_mode=true"])
+        call_main(["test", *QUICKSTART, f"--run_dir={tmp_path}", "--trainer.inference_mode=true"])
 
 
 @pytest.mark.usefixtures("root")
 def test_an_unknown_key_is_named(tmp_path, capsys):
     (tmp_path / "typo.yaml").write_text("data:\n  init_args:\n    batchsize: 4\n")
     with pytest.raises(SystemExit):
-        main(["fit", *QUICKSTART, "--config", str(tmp_path / "typo.yaml")])
+        call_main(["fit", *QUICKSTART, "--config", str(tmp_path / "typo.yaml")])
     assert "batchsize" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("root")
 def test_a_missing_configuration_is_named():
     with pytest.raises(FileNotFoundError, match=r"--config nowhere.yaml is not a file"):
-        main(["fit", "--config", "nowhere.yaml"])
+        call_main(["fit", "--config", "nowhere.yaml"])
 
 
 @pytest.mark.usefixtures("root")
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
     run = [*QUICKSTART, f"--run_dir={tmp_path}", "--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
-    main(["fit", *run])
+    call_main(["fit", *run])
     narrow = '{"backbone_options": {"layers": [1, 1, 1], "width": 8, "stem_width": 32, "r": 7}}'
     other = f"--model.init_args.network_options={narrow}"
     with pytest.raises(ValueError, match=r"best.ckpt is of another architecture .*\(first: "):
-        main(["test", *run, "--ckpt_path=best", other])
+        call_main(["test", *run, "--ckpt_path=best", other])
 
 
 @pytest.mark.usefixtures("root")
 def test_wandb_mode_is_checked(tmp_path):
     with pytest.raises(ValueError, match="must be offline, online or disabled"):
-        main(["fit", *QUICKSTART, f"--run_dir={tmp_path}", "--wandb=yes"])
+        call_main(["fit", *QUICKSTART, f"--run_dir={tmp_path}", "--wandb=yes"])
 
 
 @pytest.mark.usefixtures("root")
@@ -65,4 +63,4 @@ def test_a_nan_in_a_map_names_the_sample(tmp_path, monkeypatch):
         ConstantMap, "attribute", lambda self, model, images, *_: torch.full_like(images[:, 0], torch.nan)
     )
     with pytest.raises(ValueError, match=r"map of sample \d+ holds NaN"):
-        main(["test", *QUICKSTART, f"--run_dir={tmp_path}"])
+        call_main(["test", *QUICKSTART, f"--run_dir={tmp_path}"])
