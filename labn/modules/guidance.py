@@ -77,6 +77,9 @@ class SaliencyGuidance:
         fill: what replaces the other pixels: bias, black, mean, blur or uniform.
         source: `attention` (the model's map) or `gradient` (absolute input gradient, Ismail et al. 2021).
         mask_grad: `straight_through`, `detached` or `soft`.
+        deletion_share: share of the steps that show the complement instead: what is left without the salient pixels
+            must predict what the bare fill predicts, D_KL(p(b) || p((1 - M) x + M b)). A network can read a class off
+            the SHAPE of the kept region, with the evidence outside; it cannot do so in both directions.
         map_weight: weight of mean(attention), which keeps a soft mask from opening everywhere.
         direction: `original_masked` is D_KL(p(x) || p(x~)), `masked_original` the reverse.
         detach_target: no gradient through p(x) in the KL term.
@@ -93,6 +96,7 @@ class SaliencyGuidance:
     fill: str = "bias"
     source: str = "attention"
     mask_grad: str = "straight_through"
+    deletion_share: float = 0.0
     map_weight: float = 0.0
     direction: str = "original_masked"
     detach_target: bool = False
@@ -127,6 +131,11 @@ class SaliencyGuidance:
         size = int(draw(self._sizes, self.patch_probabilities, generator))
         mask = hard_mask(maps.detach(), size, ratio)
         return MASK_GRADIENTS[self.mask_grad](maps, mask)
+
+    def deletes(self, step: int) -> bool:
+        """Whether this step shows the complement of the salient pixels."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step + 500_009)
+        return float(torch.rand(1, generator=generator)) < self.deletion_share
 
     def divergence(self, logits: Tensor, masked_logits: Tensor) -> Tensor:
         """The KL term between the predictions (B, K) on the original and on the masked images."""

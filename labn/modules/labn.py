@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -154,11 +155,16 @@ class LABN(ClassificationModule):
             indices=indices,
             seed=guidance.seed + step,
         )
-        mask = guidance.mask(maps, step)
+        mask, deletes = guidance.mask(maps, step), guidance.deletes(step)
+        shown = masked_images(images.detach(), 1 - mask if deletes else mask, fill)
+        if deletes:
+            shown = torch.cat([shown, fill.expand_as(images)[:1]])
         with frozen_batchnorm(self.network, guidance.masked_bn == "frozen"):
-            masked: BranchOutput = self(masked_images(images.detach(), mask, fill))
-        terms = {"kl": guidance.divergence(output.logits, masked.logits), "map_mean": output.attention.mean()}
-        return terms, masked
+            masked: BranchOutput = self(shown)
+        size = len(images)
+        target = masked.logits[size:].detach().expand_as(output.logits) if deletes else output.logits
+        terms = {"kl": guidance.divergence(target, masked.logits[:size]), "map_mean": output.attention.mean()}
+        return terms, replace(masked, branch_logits=masked.branch_logits[:size])
 
     def _watch_gate(self, attention: Tensor, stage: str) -> None:
         if stage == "test":

@@ -17,8 +17,8 @@ def trained(tmp_path_factory):
     return folder
 
 
-def scores(folder):
-    with open(folder / "test" / "scores.csv", newline="") as file:
+def rows(folder, name):
+    with open(folder / "test" / name, newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -33,7 +33,9 @@ def test_two_processes_write_the_rows_of_one(trained, tmp_path, images):
     size = f"--data.init_args.n_test={images}"
     run("test", checkpoint, size, run_dir=tmp_path / "one")
     run("test", *TWO, checkpoint, size, run_dir=tmp_path / "two")
-    one, two = scores(tmp_path / "one"), scores(tmp_path / "two")
-    assert len({row["index"] for row in one}) == images
+    one, two = (rows(tmp_path / name, "scores.csv") for name in ("one", "two"))
+    seen = [rows(tmp_path / name, "predictions.csv") for name in ("one", "two")]
+    assert [[int(row["index"]) for row in each] for each in seen] == [list(range(images))] * 2
+    assert len({row["index"] for row in one}) == images // 2
     assert [{**row, "value": None} for row in one] == [{**row, "value": None} for row in two]
     assert all(float(a["value"]) == pytest.approx(float(b["value"]), abs=1e-6) for a, b in zip(one, two))

@@ -89,3 +89,11 @@ def test_frozen_batchnorm_restores_flags_and_statistics():
 def test_wrong_options_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         SaliencyGuidance(**arguments)
+
+
+def test_deletion_steps_are_drawn_by_step_and_share():
+    guidance = SaliencyGuidance(deletion_share=0.5)
+    drawn = [guidance.deletes(step) for step in range(200)]
+    assert drawn == [guidance.deletes(step) for step in range(200)]
+    assert 70 < sum(drawn) < 130
+    assert not any(SaliencyGuidance().deletes(step) for step in range(50))
