@@ -161,10 +161,10 @@ class LABN(ClassificationModule):
             shown = torch.cat([shown, fill.expand_as(images)[:1]])
         with frozen_batchnorm(self.network, guidance.masked_bn == "frozen"):
             masked: BranchOutput = self(shown)
-        size = len(images)
-        target = masked.logits[size:].detach().expand_as(output.logits) if deletes else output.logits
-        terms = {"kl": guidance.divergence(target, masked.logits[:size]), "map_mean": output.attention.mean()}
-        return terms, replace(masked, branch_logits=masked.branch_logits[:size])
+        count = len(images)
+        target = masked.logits[count:].detach().expand_as(output.logits) if deletes else output.logits
+        terms = {"kl": guidance.divergence(target, masked.logits[:count]), "map_mean": output.attention.mean()}
+        return terms, replace(masked, branch_logits=masked.branch_logits[:count])
 
     def _watch_gate(self, attention: Tensor, stage: str) -> None:
         if stage == "test":
