@@ -1,4 +1,4 @@
-"""The command line: `python cli.py {fit,validate,test,predict} --config configs/<experiment>.yaml`."""
+"""The command line: `python cli.py {fit,validate,test} --config configs/<experiment>.yaml`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def expand_parts(argv: Sequence[str]) -> list[str]:
     expanded: list[str] = []
     waiting = [word for arg in argv for word in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     for position, word in enumerate(waiting):
-        if position and waiting[position - 1] == "--config":
+        if position and waiting[position - 1] in ("--config", "-c"):
             expanded.pop()
             expanded += [item for path in with_parts(Path(word)) for item in ("--config", str(path))]
         else:
@@ -70,6 +70,11 @@ class RunConfigCallback(SaveConfigCallback):
 class LabnCLI(LightningCLI):
     """LightningCLI with one run folder per configuration, and checkpoints found by `best` and `last`."""
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, without `predict`: what a model predicts is in `predictions.csv` of a test."""
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"}
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add this project's own arguments and tie the number of classes to the data."""
         parser.add_argument("--parts", type=list[str], default=[], help="Configuration files read before this one.")
@@ -77,7 +82,7 @@ class LabnCLI(LightningCLI):
             "--run_dir",
             type=str | None,
             default=None,
-            help="Folder of checkpoints, logs and results; default runs/<name of the last configuration file>.",
+            help="Folder of checkpoints, logs and results; default runs/<last configuration outside parts/>.",
         )
         parser.add_argument(
             "--wandb", type=str, default="offline", help="Weights & Biases: offline, online or disabled."
@@ -89,6 +94,8 @@ class LabnCLI(LightningCLI):
         config = self.config[self.subcommand]
         run_dir = Path(config.run_dir or Path("runs") / self._experiment())
         config.run_dir = str(run_dir)
+        # They are read by now, and their paths mean nothing beside the resolved configuration in the run folder.
+        config.parts = []
         config.trainer.default_root_dir = str(run_dir)
         if config.get("ckpt_path") in CHECKPOINTS:
             config.ckpt_path = find_checkpoint(run_dir, config.ckpt_path)
@@ -101,8 +108,9 @@ class LabnCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _experiment(self) -> str:
-        files = self.config[self.subcommand].get("config") or []
-        return Path(str(files[-1])).stem if files else "default"
+        files = [Path(str(file)) for file in self.config[self.subcommand].get("config") or []]
+        experiments = [file for file in files if file.parent.name != "parts"]
+        return experiments[-1].stem if experiments else "default"
 
 
 def find_checkpoint(run_dir: Path, which: str) -> str:
@@ -147,7 +155,8 @@ def default_loggers(run_dir: Path, wandb_mode: str, command: str) -> list[Logger
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line on `argv`, the process's own arguments by default."""
-    sys.argv[1:] = expand_parts(sys.argv[1:] if argv is None else argv)
+    # sys.argv stays as it is: the launcher of further ranks starts them with it, and they expand their own parts.
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     LabnCLI(
         pl.LightningModule,
         pl.LightningDataModule,
@@ -156,6 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed_everything_default=42,
         trainer_defaults={"inference_mode": False, "use_distributed_sampler": False},
         save_config_callback=RunConfigCallback,
+        args=expand_parts(sys.argv[1:] if argv is None else argv),
         auto_configure_optimizers=False,
     )
 

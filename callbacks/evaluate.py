@@ -134,7 +134,8 @@ class EvaluationCallback(ExplainingCallback):
                 f"Took the scores of {total} samples (counted per explainer) from disk ({session.store.folder})."
             )
         trainer.strategy.barrier("labn-scores")
-        plan = Plan(session.keys, {name: (self.keys[name], self.metrics[name].names) for name in self.names})
+        metrics = {name: (self.keys[name], self.metrics[name].names) for name in self.names}
+        plan = Plan(session.keys, metrics, frozenset(session.subset or ()))
         means: dict[str, float] = {}
         if trainer.is_global_zero:
             means = self._merge(trainer, session, plan)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from labn.explainers import Explainer
 from labn.perturb import PerturbationEngine
-from labn.store import ResultStore, digest, weights_digest
+from labn.store import ResultStore, digest, settings_digest, weights_digest
 
 
 def describe(thing: Any) -> Any:
@@ -123,9 +123,11 @@ class Session:
         root = Path(tempfile.mkdtemp(prefix="labn-")) if fast else Path(trainer.default_root_dir)
         root = Path(trainer.strategy.broadcast(str(root)))
         self.store = ResultStore(root / stage, trainer.global_rank)
+        data = trainer.datamodule  # type: ignore[attr-defined]
         self.identity = {
             "checkpoint": weights_digest(self.network),
-            "data": trainer.datamodule.fingerprint(split),  # type: ignore[attr-defined]
+            "network": settings_digest(self.network),
+            "data": digest(data.fingerprint(split), list(data.mean), list(data.std)),
             "split": split,
         }
         if trainer.is_global_zero:

@@ -32,10 +32,12 @@ class Plan:
     Attributes:
         explainers: name -> digest of its arguments.
         metrics: metric -> (digest of its arguments, names of its values).
+        samples: indices that are explained; what an earlier run scored beyond them stays out of the tables.
     """
 
     explainers: dict[str, str]
     metrics: dict[str, tuple[str, tuple[str, ...]]]
+    samples: frozenset[int]
 
     @property
     def value_names(self) -> list[str]:
@@ -68,6 +70,8 @@ def collect(parts: Iterable[ScorePart], plan: Plan) -> Table:
     for part in parts:
         accepted = plan.accepted(part)
         for row, index in enumerate(part.index.tolist()):
+            if index not in plan.samples:
+                continue
             if accepted:
                 table.samples[index] = {
                     "label": int(part.label[row]),
@@ -130,9 +134,11 @@ def stacked_curves(parts: Iterable[ScorePart], plan: Plan) -> dict[str, np.ndarr
             if known and f"{metric}/x" in part.curves:
                 lines = [part.curves[f"{metric}/{name}"] for name in ("index", "x", "insertion", "deletion")]
                 entries = rows.setdefault((part.explainer, metric), {})
-                entries.update({int(line[0]): list(line[1:]) for line in zip(*lines)})
+                entries.update({int(line[0]): list(line[1:]) for line in zip(*lines) if int(line[0]) in plan.samples})
     arrays = {}
     for (explainer, metric), entries in rows.items():
+        if not entries:
+            continue
         order = sorted(entries)
         arrays[f"{explainer}/{metric}/index"] = np.array(order)
         for place, name in enumerate(("x", "insertion", "deletion")):

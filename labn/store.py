@@ -45,6 +45,25 @@ def weights_digest(model: nn.Module) -> str:
     return state.hexdigest()
 
 
+def settings_digest(model: nn.Module) -> str:
+    """Hash of what a model's state leaves out: every submodule's class and plain public attributes, such as theta."""
+    plain = (str, int, float, bool, tuple, type(None))
+    return digest(
+        [
+            (
+                name,
+                type(module).__qualname__,
+                {k: v for k, v in vars(module).items() if _public(k) and type(v) in plain},
+            )
+            for name, module in model.named_modules()
+        ]
+    )
+
+
+def _public(name: str) -> bool:
+    return not name.startswith("_") and name != "training"
+
+
 def file_name(name: str) -> str:
     """`name` of an explainer as the first, dot-free field of a file name."""
     return quote(name, safe="+-").replace(".", "%2E")

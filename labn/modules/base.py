@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Accuracy, MeanMetric, Metric
 
-from labn.inference import logits_of
+from labn.modules.losses import WeightedCrossEntropy
 
 
 class ClassificationModule(pl.LightningModule):
@@ -20,6 +20,7 @@ class ClassificationModule(pl.LightningModule):
     """
 
     network: nn.Module
+    criterion: WeightedCrossEntropy
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -56,17 +57,13 @@ class ClassificationModule(pl.LightningModule):
         """Accumulate the test loss and accuracy."""
         self._step(batch, "test")
 
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Class probabilities (B, K)."""
-        return logits_of(self(batch["image"])).softmax(dim=1)
-
     def _step(self, batch: dict[str, Tensor], stage: str) -> Tensor:
         terms, logits = self.losses(batch, stage)
         size = len(logits)
         loss_mean, accuracy = self.epoch_loss[f"{stage}_"], self.epoch_accuracy[f"{stage}_"]
         assert isinstance(loss_mean, Metric)
         assert isinstance(accuracy, Metric)
-        loss_mean.update(terms["loss"].detach(), weight=size)
+        loss_mean.update(terms["loss"].detach(), weight=self.criterion.normaliser(batch["label"]))
         accuracy.update(logits.detach(), batch["label"])
         self.log(f"{stage}/loss", loss_mean, on_step=False, on_epoch=True, prog_bar=True, batch_size=size)
         self.log(f"{stage}/accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=True, batch_size=size)

@@ -158,7 +158,8 @@ class LABN(ClassificationModule):
         mask, deletes = guidance.mask(maps, step), guidance.deletes(step)
         shown = masked_images(images.detach(), 1 - mask if deletes else mask, fill)
         if deletes:
-            shown = torch.cat([shown, fill.expand_as(images)[:1]])
+            # A fill that is the same for all images is shown once.
+            shown = torch.cat([shown, fill.expand(len(fill), *images.shape[1:])])
         with frozen_batchnorm(self.network, guidance.masked_bn == "frozen"):
             masked: BranchOutput = self(shown)
         count = len(images)

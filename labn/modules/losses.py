@@ -22,6 +22,10 @@ class WeightedCrossEntropy(nn.Module):
         super().__init__()
         self.register_buffer("weights", None if weights is None else torch.tensor(weights), persistent=False)
 
+    def normaliser(self, labels: Tensor) -> float:
+        """What the mean over a batch divides by: batch means weighted with it give the mean over all samples."""
+        return float(len(labels) if self.weights is None else self.weights.to(labels.device)[labels].sum())
+
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Weighted mean over the batch: logits (B, K), labels (B,) int64 -> scalar."""
         weights = self.weights
@@ -34,6 +38,10 @@ class OneHotBCE(WeightedCrossEntropy):
     `weights` multiply the positive ("one") terms of each output: `pos_weight` of `BCEWithLogits`. Probabilities at
     evaluation are a softmax over the logits nevertheless.
     """
+
+    def normaliser(self, labels: Tensor) -> float:
+        """The batch size: the weights multiply terms and do not enter the mean's denominator."""
+        return float(len(labels))
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Mean over the batch and the K outputs: logits (B, K), labels (B,) int64 -> scalar."""

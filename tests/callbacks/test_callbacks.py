@@ -145,6 +145,40 @@ def test_new_metrics_reuse_the_maps_and_old_scores(tmp_path):
     assert len(ResultStore(tmp_path / "test").parts()) == 6
 
 
+def test_another_threshold_is_another_network(tmp_path):
+    module = network()
+    for theta in (0.3, 0.6):
+        module.network.theta = theta
+        counted = Counted()
+        pieces = trainer(tmp_path, ExplanationCallback({"counted": counted}))
+        if theta == 0.6:
+            with pytest.warns(UserWarning, match="another network"):
+                pieces.test(module, data(), verbose=False)
+        else:
+            pieces.test(module, data(), verbose=False)
+        assert len(counted._seen) == 7
+    assert (tmp_path / "test.old-1" / "maps").is_dir()
+
+
+def test_tables_hold_the_present_subset_only(tmp_path):
+    module = network()
+    for images in (None, 2):
+        callback = EvaluationCallback(
+            ["pid16"], explainers={"random": None}, metric_options={"step": 3}, test_images=images
+        )
+        trainer(tmp_path, callback).test(module, data(), verbose=False)
+    assert {r["index"] for r in rows(tmp_path / "test")} == {"0", "6"}
+    assert {r["n"] for r in rows(tmp_path / "test", "summary.csv")} == {"2"}
+
+
+def test_the_loss_does_not_depend_on_the_batch_size(tmp_path):
+    losses = []
+    for size in (2, 3, 7):
+        module = network(class_weights=[2.0, 1.0])
+        losses.append(trainer(tmp_path).test(module, data(batch_size=size), verbose=False)[0]["test/loss"])
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-6)
+
+
 def test_classifiers_are_explained_too(tmp_path):
     pl.seed_everything(0, verbose=False)
     callback = EvaluationCallback(["pid16"], explainers={"gradcam": None}, metric_options={"step": 3})
