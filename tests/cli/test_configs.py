@@ -32,51 +32,55 @@ def callback(config, name):
     return next(c for c in config["trainer"]["callbacks"] if c["class_path"].endswith(name)).get("init_args", {})
 
 
+MODEL = {
+    "backbone": "lambda_resnet50",
+    "split": 7,
+    "theta": 0.75,
+    "gate": "mul",
+    "loss": "ce",
+    "class_weights": [2.0, 1.0],
+    "branch_weight": 3.0,
+    "guidance": None,
+    "train_lfe": True,
+    "lr": 1e-4,
+    "head_lr": 1e-3,
+    "weight_decay": 0.09,
+    "lr_factor": 0.333,
+    "lr_patience": 2,
+    "min_lr": 1e-6,
+}
+
+DATA = {
+    "task": "binary",
+    "image_size": 224,
+    "batch_size": 32,
+    "val_fraction": 0.2,
+    "mean": [0.4329, 0.2094, 0.0687],
+    "std": [0.3083, 0.1643, 0.0829],
+    "balanced_sampler": False,
+}
+
+AUGMENTATION = {
+    "horizontal_flip": 0.5,
+    "vertical_flip": 0.5,
+    "rotation": 5.0,
+    "crop_scale": [0.7, 1.3],
+    "crop_ratio": pytest.approx([3 / 4, 4 / 3]),
+    "brightness": 0.5,
+    "contrast": 0.5,
+    "saturation": 0.5,
+    "hue": 0.0,
+    "erasing": 0.5,
+    "erasing_scale": [0.02, 0.33],
+}
+
+
 def test_idrid_is_the_published_column(monkeypatch, capsys):
     config = resolved(ROOT / "configs/idrid_labn.yaml", monkeypatch, capsys)
     model, data = config["model"]["init_args"], config["data"]["init_args"]
-    expected = {
-        "backbone": "lambda_resnet50",
-        "split": 7,
-        "theta": 0.75,
-        "gate": "mul",
-        "loss": "ce",
-        "class_weights": [2.0, 1.0],
-        "branch_weight": 3.0,
-        "guidance": None,
-        "train_lfe": True,
-        "lr": 1e-4,
-        "head_lr": 1e-3,
-        "weight_decay": 0.09,
-        "lr_factor": 0.333,
-        "lr_patience": 2,
-        "min_lr": 1e-6,
-    }
-    assert {name: model[name] for name in expected} == expected
-    expected = {
-        "task": "binary",
-        "image_size": 224,
-        "batch_size": 32,
-        "val_fraction": 0.2,
-        "mean": [0.4329, 0.2094, 0.0687],
-        "std": [0.3083, 0.1643, 0.0829],
-        "balanced_sampler": False,
-    }
-    assert {name: data[name] for name in expected} == expected
-    augmentation = {
-        "horizontal_flip": 0.5,
-        "vertical_flip": 0.5,
-        "rotation": 5.0,
-        "crop_scale": [0.7, 1.3],
-        "crop_ratio": pytest.approx([3 / 4, 4 / 3]),
-        "brightness": 0.5,
-        "contrast": 0.5,
-        "saturation": 0.5,
-        "hue": 0.0,
-        "erasing": 0.5,
-        "erasing_scale": [0.02, 0.33],
-    }
-    assert {name: data["augmentation"][name] for name in augmentation} == augmentation
+    assert {name: model[name] for name in MODEL} == MODEL
+    assert {name: data[name] for name in DATA} == DATA
+    assert {name: data["augmentation"][name] for name in AUGMENTATION} == AUGMENTATION
     assert config["trainer"]["max_epochs"] == 300
     stopping = callback(config, "EarlyStopping")
     assert (stopping["monitor"], stopping["mode"], stopping["patience"], stopping["min_delta"]) == (
