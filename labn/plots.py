@@ -1,4 +1,4 @@
-"""Figures of maps and curves; every function returns a `Figure` and draws nothing by itself."""
+"""Pictures of maps; nothing is written here, figures are returned."""
 
 from __future__ import annotations
 
@@ -55,32 +55,3 @@ def overlay_figure(
             axis.contour(mask.astype(float), levels=[0.5], colors="lime", linewidths=0.8)
     figure.suptitle(title, fontsize=9)
     return figure
-
-
-def curve_figure(curves: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]], title: str = "") -> Figure:
-    """Mean insertion (left) and deletion (right) curves per method, with a band of one standard error.
-
-    Args:
-        curves: method -> kept or removed fraction (n, K), insertion (n, K), deletion (n, K).
-        title: of the whole figure.
-    """
-    figure = Figure(figsize=(8, 3.2), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    grid = np.linspace(0, 1, 101)
-    for name, (x, insertion, deletion) in curves.items():
-        for axis, values in zip(axes, (insertion, deletion)):
-            # Every sample has its own fractions (ties), so the mean needs a common grid.
-            lines = np.stack([np.interp(grid, row_x, row) for row_x, row in zip(x, values)])
-            mean, error = lines.mean(0), lines.std(0) / np.sqrt(len(lines))
-            axis.plot(grid, mean, label=name, linewidth=1.2)
-            axis.fill_between(grid, mean - error, mean + error, alpha=0.15)
-    axes[0].set(xlabel="fraction inserted", ylabel="probability of the class", title="insertion", ylim=(0, 1))
-    axes[1].set(xlabel="fraction deleted", title="deletion")
-    axes[0].legend(fontsize=7)
-    figure.suptitle(title, fontsize=9)
-    return figure
-
-
-def save(figure: Figure, path: str, dpi: int = 100) -> None:
-    """Write a figure as PNG."""
-    figure.savefig(path, dpi=dpi, format="png")
