@@ -23,6 +23,7 @@ from datamodules.transforms import Augmentation, Transform
 Split = Literal["train", "val", "test"]
 OnBadImage = Literal["stop", "skip"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
+LISTED_CLASSES = 20  # `report()` counts the images of every class up to so many
 _STAGES: dict[str | None, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), None: SPLITS}
 
 
@@ -99,7 +100,7 @@ class ImageDataModule(LightningDataModule):
 
     @abstractmethod
     def _build(self) -> dict[Split, Source]:
-        """Make the sources of all splits, noting in `self._notes` what was left out."""
+        """Make the sources of the splits that there are, noting in `self._notes` what was left out."""
 
     @cached_property
     def _sources(self) -> dict[Split, Source]:
@@ -126,10 +127,13 @@ class ImageDataModule(LightningDataModule):
         """Names, labels and pixels of a split.
 
         Raises:
-            ValueError: `split` is not train, val or test.
+            ValueError: `split` is not train, val or test, or this data set does not have it.
         """
         if split not in SPLITS:
             raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}.")
+        if split not in self._sources:
+            has = ", ".join(self._sources)
+            raise ValueError(f"{type(self).__name__} has no {split} split, only {has}.")
         source = self._preloaded.get(split, self._sources[split])
         if not len(source):
             raise ValueError(f"Split {split} has no image left; give it some, or change its fraction.")
@@ -166,13 +170,15 @@ class ImageDataModule(LightningDataModule):
 
     def report(self) -> str:
         """Counts per split and class, and what was left out and why, one line each."""
-        lines = [self._counts(split) for split in SPLITS]
+        lines = [self._counts(split) for split in SPLITS if split in self._sources]
         return "\n".join([f"{type(self).__name__}:", *lines, *self._notes])
 
     def _counts(self, split: Split) -> str:
         labels = self.labels(split)
         counts = torch.bincount(labels, minlength=self.num_classes).tolist()
         per_class = ", ".join(f"{name} {count}" for name, count in zip(self.class_names, counts))
+        if self.num_classes > LISTED_CLASSES:
+            per_class = f"{sum(count > 0 for count in counts)} of {self.num_classes} classes"
         return f"  {split}: {len(labels)} images ({per_class}), data hash {self.fingerprint(split)}"
 
     def setup(self, stage: str | None = None) -> None:

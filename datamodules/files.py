@@ -37,7 +37,7 @@ def data_root(name: str, root: str | os.PathLike[str] | None = None) -> Path:
         bases = [Path(given)] if given else [Path("../shared/data"), project / "../shared/data"]
         candidates = [base / name for base in bases]
     else:
-        candidates = [Path(root)]
+        candidates = [Path(os.path.expandvars(root))]
     for candidate in candidates:
         if candidate.is_dir():
             return candidate
@@ -105,6 +105,28 @@ def squash(image: Array, size: int) -> Array:
     shrinks = min(image.shape[:2]) >= size
     out = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
     return out if out.ndim == 3 else out[..., None]
+
+
+def resize_short_side(image: Array, size: int) -> Array:
+    """Resize (H,W,C) uint8 so that its shorter side is `size`, keeping the aspect; area average to shrink."""
+    height, width = image.shape[:2]
+    scale = size / min(height, width)
+    shape = (max(size, round(width * scale)), max(size, round(height * scale)))
+    out = cv2.resize(image, shape, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+    return out if out.ndim == 3 else out[..., None]
+
+
+def centre(image: Array, size: int) -> Array:
+    """The (size,size,...) middle of (H,W,...); an image of that size is returned as it is.
+
+    Raises:
+        ValueError: a side is shorter than `size`.
+    """
+    height, width = image.shape[:2]
+    if min(height, width) < size:
+        raise ValueError(f"An image of {height} x {width} pixels has no middle of {size} x {size}; resize it first.")
+    top, left = (height - size) // 2, (width - size) // 2
+    return image[top : top + size, left : left + size]
 
 
 def squash_mask(mask: Array, size: int) -> Array:

@@ -29,7 +29,7 @@ class ImageFolder(ImageDataModule):
     divided by 256, grey images are repeated over three channels (or colour ones averaged with `channels: 1`).
 
     Args:
-        root: the folder.
+        root: the folder; `$VARIABLES` are expanded.
         image_size: side in pixels; images are squashed to a square.
         channels: 3 (RGB) or 1 (grey).
         mask_root: folder with ground-truth regions, laid out as `root`, with a file of the image's name (any image
@@ -97,7 +97,8 @@ class ImageFolder(ImageDataModule):
             cache_dir,
         )
         self.crop = crop
-        self.root, self.mask_root = Path(root), None if mask_root is None else Path(mask_root)
+        self.root = Path(os.path.expandvars(root))
+        self.mask_root = None if mask_root is None else Path(os.path.expandvars(mask_root))
         self.val_fraction, self.test_fraction, self.split_seed = val_fraction, test_fraction, split_seed
         self._positive = positive_classes
 

@@ -13,7 +13,18 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from datamodules.files import Box, check_image, crop, digest, read_image, read_mask, squash, squash_mask
+from datamodules.files import (
+    Box,
+    centre,
+    check_image,
+    crop,
+    digest,
+    read_image,
+    read_mask,
+    resize_short_side,
+    squash,
+    squash_mask,
+)
 from datamodules.transforms import Transform
 
 Array = np.ndarray[Any, Any]
@@ -65,7 +76,7 @@ def bad_file(record: Record) -> str | None:
 
 
 class FileSource(Source):
-    """Images in files, cropped, then squashed to (size,size).
+    """Images in files, cropped, then squashed to (size,size), or cut out of their centre with their aspect kept.
 
     Args:
         records: the samples.
@@ -73,12 +84,19 @@ class FileSource(Source):
         crop: (left, top, right, bottom) as fractions of each image's size, or None.
         channels: 3 (RGB) or 1 (grey).
         has_masks: whether samples carry a `mask`, all False for records without mask files.
+        shorter: None squashes; else the shorter side is resized to it and the middle taken (without masks).
     """
 
     def __init__(
-        self, records: Sequence[Record], size: int, crop: Box | None = None, channels: int = 3, has_masks: bool = False
+        self,
+        records: Sequence[Record],
+        size: int,
+        crop: Box | None = None,
+        channels: int = 3,
+        has_masks: bool = False,
+        shorter: int | None = None,
     ) -> None:
-        self.records, self.size, self.crop, self.channels = records, size, crop, channels
+        self.records, self.size, self.crop, self.channels, self.shorter = records, size, crop, channels, shorter
         self.names = [r.name for r in records]
         self.labels = np.array([r.label for r in records], dtype=np.int64)
         self.has_masks = has_masks
@@ -87,18 +105,27 @@ class FileSource(Source):
     def identity(self) -> list[object]:  # type: ignore[override]
         """Sizes of all files, read when asked, and the settings."""
         sizes = [[p.stat().st_size for p in (r.path, *r.masks)] for r in self.records]
-        return ["files", self.size, self.crop, self.channels, self.has_masks, *sizes]
+        kept_aspect = [] if self.shorter is None else [self.shorter]
+        return ["files", self.size, self.crop, self.channels, self.has_masks, *kept_aspect, *sizes]
 
     def load(self, index: int) -> tuple[Array, Array | None]:
         """See `Source.load`. Raises `BadImageError` naming a file that cannot be decoded."""
         record = self.records[index]
-        image = squash(crop(read_image(record.path, self.channels), self.crop), self.size)
+        image = self._framed(read_image(record.path, self.channels))
         if not self.has_masks:
             return image, None
         mask = np.zeros((self.size, self.size), dtype=bool)
         for path in record.masks:
             mask |= squash_mask(crop(read_mask(path), self.crop), self.size)
         return image, mask
+
+    def _framed(self, pixels: Array) -> Array:
+        shown = crop(pixels, self.crop)
+        return (
+            squash(shown, self.size)
+            if self.shorter is None
+            else centre(resize_short_side(shown, self.shorter), self.size)
+        )
 
 
 class ArraySource(Source):
