@@ -14,6 +14,7 @@ import torchvision
 from torch import nn
 
 from labn.inference import evaluating, logits_of
+from labn.models.cbam import with_cbam
 from labn.models.checkpoints import load_backbone
 from labn.models.lambda_resnet import LambdaResNet, lambda_resnet26, lambda_resnet38, lambda_resnet50
 from labn.models.magnetogram_net import magnetogram_net
@@ -38,7 +39,8 @@ def build_network(
 
     Args:
         backbone: an own name (`OWN`), a torchvision name (`resnet18`, `resnet50`), a timm name after `timm/`
-            (`timm/resnet50d`), or a ready module, returned as it is.
+            (`timm/resnet50d`), any of these after `cbam/` (`cbam/resnet50`: with a CBAM block behind its last feature
+            maps, `labn.models.cbam.with_cbam`), or a ready module, returned as it is.
         num_classes: number of classes; a ready module must have as many.
         in_channels: channels of the images; where torchvision fixes 3, the first convolution is made anew.
         weights: local file to start from, taken as `labn.models.checkpoints.load_backbone` does.
@@ -54,6 +56,8 @@ def build_network(
         network = _ready(backbone, num_classes, options)
     elif backbone in OWN:
         network = OWN[backbone](num_classes=num_classes, in_channels=in_channels, **options)
+    elif backbone.startswith("cbam/"):
+        network = with_cbam(build_network(backbone.removeprefix("cbam/"), num_classes, in_channels, **options))
     elif backbone.startswith("timm/"):
         network = _from_timm(backbone.removeprefix("timm/"), num_classes, in_channels, options)
     else:
@@ -197,7 +201,10 @@ def _from_timm(name: str, num_classes: int, in_channels: int, options: dict[str,
 def _from_torchvision(name: str, num_classes: int, in_channels: int, options: dict[str, Any]) -> nn.Module:
     if name not in torchvision.models.list_models(module=torchvision.models):
         own = ", ".join(OWN)
-        raise ValueError(f"backbone is {name!r}; known are {own}, torchvision's classifiers, and timm's after 'timm/'.")
+        raise ValueError(
+            f"backbone is {name!r}; known are {own}, torchvision's classifiers, timm's after 'timm/', and any of them "
+            "with a CBAM block after 'cbam/'."
+        )
     network = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
     if in_channels != 3:
         _change_input(network, in_channels)

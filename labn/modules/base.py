@@ -11,12 +11,20 @@ from torchmetrics import Accuracy, MeanMetric, Metric
 
 from labn.modules.losses import WeightedCrossEntropy
 
+TOP = 5
+
+
+def top_error(logits: Tensor, labels: Tensor) -> Tensor:
+    """(B,) 1.0 where the label (B,) is not among the five largest logits of (B, K), else 0.0."""
+    return (logits.topk(TOP, dim=1).indices != labels[:, None]).all(dim=1).float()
+
 
 class ClassificationModule(pl.LightningModule):
     """Base of the classifiers: subclasses set `network` and implement `losses` and `configure_optimizers`.
 
-    Epoch values (`<stage>/loss`, `<stage>/accuracy`) are means over samples, not over batches, synchronised across
-    ranks by torchmetrics, so that they do not depend on batch size or world size.
+    Epoch values (`<stage>/loss`, `<stage>/accuracy`, and with more than five classes `<stage>/top5_error`, the share of
+    samples whose class is not among the five most probable) are means over samples, not over batches, synchronised
+    across ranks by torchmetrics, so that they do not depend on batch size or world size.
     """
 
     network: nn.Module
@@ -31,6 +39,7 @@ class ClassificationModule(pl.LightningModule):
         self.epoch_accuracy = nn.ModuleDict(
             {s: Accuracy(task="multiclass", num_classes=num_classes) for s in ("train_", "val_", "test_")}
         )
+        self.epoch_top5_error = nn.ModuleDict({stage: MeanMetric() for stage in ("train_", "val_", "test_")})
 
     def forward(self, images: Tensor) -> Any:
         """Run the network on (B, C, H, W) normalised images."""
@@ -67,6 +76,11 @@ class ClassificationModule(pl.LightningModule):
         accuracy.update(logits.detach(), batch["label"])
         self.log(f"{stage}/loss", loss_mean, on_step=False, on_epoch=True, prog_bar=True, batch_size=size)
         self.log(f"{stage}/accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=True, batch_size=size)
+        if self.num_classes > TOP:
+            error = self.epoch_top5_error[f"{stage}_"]
+            assert isinstance(error, Metric)
+            error.update(top_error(logits.detach(), batch["label"]))
+            self.log(f"{stage}/top{TOP}_error", error, on_step=False, on_epoch=True, batch_size=size)
         for name, value in terms.items():
             if name != "loss" and stage == "train":
                 self.log(f"{stage}/{name}", value.detach(), on_step=False, on_epoch=True, batch_size=size)

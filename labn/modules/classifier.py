@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from labn.inference import logits_of
 from labn.models.backbones import build_network
+from labn.models.cbam import CBAM
 from labn.models.checkpoints import load_backbone
 from labn.modules.base import ClassificationModule
 from labn.modules.losses import make_loss
@@ -17,21 +19,30 @@ from labn.modules.optim import on_plateau, parameter_groups
 
 
 class Classifier(ClassificationModule):
-    """Train any backbone: own (`lambda_resnet50`), torchvision (`resnet50`) or timm (`timm/resnet50d`).
+    """Train, or only test, any backbone: own (`lambda_resnet50`), torchvision (`resnet50`), timm (`timm/resnet50d`),
+    each also with a CBAM block (`cbam/resnet50`).
+
+    With a `backbone_ckpt` that fills the whole network it is tested as it is, without `--ckpt_path`.
 
     Args:
         backbone: name of the network.
         num_classes: number of classes; taken from the data module on the command line.
         in_channels: channels of the images.
         backbone_ckpt: file of weights to start from (`$VARIABLES` are expanded); what fits is taken and printed.
+        backbone_options: further arguments of the backbone's own constructor, such as GoogLeNet's `transform_input`.
         loss: `ce` or `bce_onehot`.
         class_weights: one weight per class, negative class first.
         lr: learning rate of the backbone.
-        head_lr: learning rate of the final linear layer.
+        head_lr: learning rate of the final linear layer and of CBAM blocks.
         weight_decay: of AdamW.
         lr_factor: the plateau schedule multiplies the learning rate by it.
         lr_patience: epochs without improvement before it does.
         min_lr: and its floor.
+
+    Raises:
+        FileNotFoundError: there is no file `backbone_ckpt`.
+        ValueError: the file is of another architecture; or, when a test or validation begins, the network has weights
+            that come from neither training, nor a checkpoint, nor `backbone_ckpt`.
     """
 
     def __init__(
@@ -40,6 +51,7 @@ class Classifier(ClassificationModule):
         num_classes: int = 2,
         in_channels: int = 3,
         backbone_ckpt: str | None = None,
+        backbone_options: dict[str, Any] | None = None,
         loss: str = "ce",
         class_weights: list[float] | None = None,
         lr: float = 1e-4,
@@ -51,20 +63,60 @@ class Classifier(ClassificationModule):
     ) -> None:
         super().__init__(num_classes)
         self.save_hyperparameters()
-        self.network = build_network(backbone, num_classes=num_classes, in_channels=in_channels)
+        self.network = build_network(
+            backbone, num_classes=num_classes, in_channels=in_channels, **(backbone_options or {})
+        )
+        self.random_weights = tuple(name for name, _ in self.network.named_parameters())
         if backbone_ckpt is not None:
-            print(load_backbone(self.network, os.path.expandvars(backbone_ckpt)))
+            self._start_from(os.path.expandvars(backbone_ckpt))
         self.criterion = make_loss(loss, class_weights, num_classes)
+
+    def _start_from(self, path: str) -> None:
+        """Take from a file of weights what fits."""
+        if not os.path.isfile(path):
+            raise FileNotFoundError(
+                f"backbone_ckpt: {path} does not exist; nothing is downloaded, give a local file with the weights of "
+                f"{self.hparams['backbone']} (.safetensors, .pt, .pth or .ckpt)."
+            )
+        report = load_backbone(self.network, path)
+        print(report)
+        self.random_weights = tuple(name for name in self.random_weights if name in report.fresh)
 
     def losses(self, batch: dict[str, Tensor], stage: str) -> tuple[dict[str, Tensor], Tensor]:
         """Cross entropy (or its one-hot form) of the logits."""
         logits = logits_of(self(batch["image"]))
         return {"loss": self.criterion(logits, batch["label"])}, logits
 
+    def on_fit_start(self) -> None:
+        """From here on every weight is a trained one."""
+        super().on_fit_start()
+        self.random_weights = ()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See `ClassificationModule`; a checkpoint brings every weight."""
+        super().on_load_checkpoint(checkpoint)
+        self.random_weights = ()
+
+    def on_validation_start(self) -> None:
+        """Refuse to validate random weights."""
+        self._refuse_random_weights()
+
+    def on_test_start(self) -> None:
+        """Refuse to test random weights."""
+        self._refuse_random_weights()
+
+    def _refuse_random_weights(self) -> None:
+        if self.random_weights:
+            raise ValueError(
+                f"{len(self.random_weights)} weights of {self.hparams['backbone']} (first: {self.random_weights[0]}) "
+                "are random: give --ckpt_path, or a backbone_ckpt that has them all."
+            )
+
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW with a faster head and the plateau schedule on the validation loss."""
+        """AdamW, faster for what is new to a given backbone (head, CBAM), with the plateau schedule."""
         hp = self.hparams
-        head = [m for m in self.network.modules() if isinstance(m, torch.nn.Linear)][-1:]
-        groups = parameter_groups(self.network, head, hp["lr"], hp["head_lr"])
+        fast = [m for m in self.network.modules() if isinstance(m, CBAM)]
+        fast += [m for m in self.network.modules() if isinstance(m, torch.nn.Linear)][-1:]
+        groups = parameter_groups(self.network, fast, hp["lr"], hp["head_lr"])
         optimizer = torch.optim.AdamW(groups, weight_decay=hp["weight_decay"])
         return on_plateau(optimizer, hp["lr_factor"], hp["lr_patience"], hp["min_lr"])

@@ -5,6 +5,7 @@ from torchvision.models import resnet18
 
 from labn.models import backbone_of, build_network, lambda_resnet26, lambda_resnet38, lambda_resnet50, magnetogram_net
 from labn.models.backbones import final_linear, input_channels
+from labn.models.cbam import CBAM
 from labn.models.lambda_resnet import LambdaBottleneck
 
 
@@ -133,3 +134,25 @@ def test_networks_that_are_no_chain_are_refused():
         backbone_of(build_network("vgg11"))
     with pytest.raises(ValueError, match="Conv2d has no linear layer"):
         final_linear(nn.Conv2d(1, 1, 1))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "timm/resnet10t", "lambda_resnet26"])
+def test_cbam_goes_behind_the_last_feature_maps_and_changes_no_name(name, tmp_path):
+    torch.manual_seed(0)
+    plain = build_network(name, num_classes=3)
+    torch.save(plain.state_dict(), tmp_path / "plain.pt")
+    network = build_network(f"cbam/{name}", num_classes=3, weights=str(tmp_path / "plain.pt"))
+    (block,) = [m for m in network.modules() if isinstance(m, CBAM)]
+    own = network.state_dict()
+    assert all(torch.equal(own[key], value) for key, value in plain.state_dict().items())
+    images = torch.randn(2, 3, 64, 64)
+    seen = []
+    block.register_forward_hook(lambda _m, args, out: seen.append((args[0], out)))
+    with torch.no_grad():
+        logits, expected = network.eval()(images), plain.eval()(images)
+    ((before, after),) = seen
+    head = final_linear(plain)
+    with torch.no_grad():
+        assert torch.allclose(head(before.mean((2, 3))), expected, atol=1e-5)
+        assert torch.allclose(head(after.mean((2, 3))), logits, atol=1e-5)
+    assert not torch.allclose(logits, expected, atol=1e-3)

@@ -1,0 +1,91 @@
+"""The Classifier module: given weights, what may be tested, learning rates, top-5 error."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from labn.models import build_network
+from labn.models.cbam import CBAM
+from labn.modules import Classifier
+from labn.modules.base import top_error
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """A file with all weights of a small ResNet of seven classes."""
+    torch.manual_seed(0)
+    path = tmp_path / "weights.pt"
+    torch.save(build_network("timm/resnet10t", 7).state_dict(), path)
+    return path
+
+
+def loader():
+    images = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    return DataLoader([{"image": x, "label": n, "index": n} for n, x in enumerate(images)], batch_size=4)
+
+
+def trainer(**options):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "max_epochs": 1}
+    return pl.Trainer(**{**quiet, "accelerator": "cpu", "enable_model_summary": False, **options})
+
+
+def test_given_weights_are_tested_without_training(weights):
+    module = Classifier("timm/resnet10t", 7, backbone_ckpt=str(weights))
+    network = build_network("timm/resnet10t", 7, weights=str(weights)).eval()
+    (found,) = trainer().test(module, loader(), verbose=False)
+    with torch.no_grad():
+        logits = torch.cat([network(batch["image"]) for batch in loader()])
+    labels = torch.arange(6)
+    assert found["test/accuracy"] == pytest.approx((logits.argmax(1) == labels).double().mean().item())
+    ranks = (logits > logits[labels, labels][:, None]).sum(1)
+    assert found["test/top5_error"] == pytest.approx((ranks >= 5).double().mean().item())
+
+
+@pytest.mark.parametrize("stage", ["test", "validate"])
+def test_random_weights_are_refused(stage, weights):
+    bare = Classifier("timm/resnet10t", 7)
+    with pytest.raises(
+        ValueError, match=r"weights of timm/resnet10t \(first: conv1.0.weight\) are random: give --ckpt"
+    ):
+        getattr(trainer(), stage)(bare, loader(), verbose=False)
+    other_head = Classifier("timm/resnet10t", 8, backbone_ckpt=str(weights))
+    with pytest.raises(ValueError, match=r"2 weights of timm/resnet10t \(first: fc.weight\) are random"):
+        getattr(trainer(), stage)(other_head, loader(), verbose=False)
+
+
+def test_trained_and_loaded_weights_are_not_random(tmp_path):
+    module = Classifier("timm/resnet10t", 7)
+    runner = trainer()
+    runner.fit(module, loader(), loader())
+    runner.test(module, loader(), verbose=False)
+    runner.save_checkpoint(tmp_path / "trained.ckpt")
+    fresh = Classifier("timm/resnet10t", 7)
+    trainer().test(fresh, loader(), ckpt_path=tmp_path / "trained.ckpt", weights_only=True, verbose=False)
+    assert all(torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), module.state_dict().values()))
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(
+        FileNotFoundError, match=r"backbone_ckpt: nowhere/resnet18.pth does not exist.*weights of resnet18"
+    ):
+        Classifier("resnet18", 7, backbone_ckpt="nowhere/resnet18.pth")
+
+
+def test_cbam_and_head_learn_faster(weights):
+    module = Classifier("cbam/timm/resnet10t", 7, backbone_ckpt=str(weights), lr=1e-5, head_lr=1e-2)
+    (block,) = [m for m in module.network.modules() if isinstance(m, CBAM)]
+    groups = module.configure_optimizers()["optimizer"].param_groups
+    fast = {id(p) for group in groups if group["lr"] == 1e-2 for p in group["params"]}
+    assert fast == {id(p) for part in (block, module.network.fc) for p in part.parameters()}
+    assert set(module.random_weights) == {n for n, _ in module.network.named_parameters() if "global_pool.0." in n}
+
+
+def test_options_reach_the_backbone():
+    module = Classifier("googlenet", 7, backbone_options={"dropout": 0.125, "init_weights": False})
+    assert [m.p for m in module.network.modules() if isinstance(m, torch.nn.Dropout)][-1] == 0.125
+
+
+def test_top_error_counts_labels_outside_of_the_five_largest_logits():
+    logits = torch.tensor([[6.0, 5, 4, 3, 2, 1], [6.0, 5, 4, 3, 2, 1], [1.0, 2, 3, 4, 5, 6]])
+    assert top_error(logits, torch.tensor([4, 5, 0])).tolist() == [0, 1, 1]
