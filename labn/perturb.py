@@ -21,6 +21,12 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 KEEP = {"first": torch.lt, "rest": torch.ge}
 
 
+def check_precision(name: str) -> None:
+    """Raise ValueError unless `name` is a precision of `PerturbationEngine`."""
+    if name not in PRECISIONS:
+        raise ValueError(f"precision must be one of {sorted(PRECISIONS)}, got {name!r}.")
+
+
 class ChunkSize:
     """How many inputs go through the model at once: doubled while that works, halved on out-of-memory."""
 
@@ -84,8 +90,7 @@ class PerturbationEngine:
     ) -> None:
         if images.ndim != 4 or not images.is_floating_point():
             raise ValueError(f"images must be floating (B, C, H, W), got {tuple(images.shape)} {images.dtype}.")
-        if precision not in PRECISIONS:
-            raise ValueError(f"precision must be one of {sorted(PRECISIONS)}, got {precision!r}.")
+        check_precision(precision)
         self.images = images.detach()
         self.indices = torch.arange(len(images)) if indices is None else indices
         self.forwards = self.reused = 0

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -10,6 +16,33 @@ from torch import Tensor, nn
 from labn import Explanation, evaluate, explain
 from labn.explainers import GradCAM
 from labn.metrics import metric_by_name
+
+ROOT = Path(__file__).parents[1]
+FOREIGN = "regnetx_002"
+
+THREE_LINES = f"""
+import json, sys
+import timm, torch
+
+class Own(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = torch.nn.Conv2d(3, 5, 4, stride=4)
+        self.out = torch.nn.Linear(5, 7)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.body(x)).amax((2, 3)))
+
+torch.manual_seed(0)
+images = torch.randn(2, 3, 64, 64)
+for model in (timm.create_model({FOREIGN!r}, num_classes=7), Own()):
+    from labn import explain, evaluate
+    result = explain(model, images, method="gradcam", relu=False)
+    scores = evaluate(model, images, result.maps, targets=result.targets, metrics=["pid16", "pid8"])
+    found = {{name: value.tolist() for name, value in scores.items()}}
+    found |= {{"shape": list(result.maps.shape), "spread": result.maps.std().item(), "training": model.training}}
+    print(json.dumps({{**found, "lightning": "lightning" in sys.modules}}))
+"""
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -45,6 +78,28 @@ def test_three_lines_on_a_timm_model(images: Tensor) -> None:
     assert result.maps.shape == (2, 32, 32)
     assert set(scores) == {"pid16", "id"}
     assert all(value.shape == (2,) and value.isfinite().all() for value in scores.values())
+
+
+def test_three_lines_in_a_plain_interpreter(tmp_path: Path) -> None:
+    """From any folder, on a timm model that no configuration names and on a module of the user's; without Lightning."""
+    assert not any(FOREIGN in path.read_text() for path in (ROOT / "configs").rglob("*.yaml"))
+    done = subprocess.run(
+        [sys.executable, "-c", THREE_LINES],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(lines) == 2
+    for found in lines:
+        assert found["shape"] == [2, 64, 64]
+        assert found["spread"] > 0
+        assert found["training"] is True
+        assert found["lightning"] is False
+        assert all(len(found[name]) == 2 and max(map(abs, found[name])) <= 1 for name in ("pid16", "pid8"))
 
 
 def test_explain_on_ones_own_module(model: Own, images: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from labn.explainers.cam import ActivationMap
 from labn.explainers.features import layer_features
 from labn.explainers.targets import check_targets
-from labn.perturb import PerturbationEngine
+from labn.perturb import PerturbationEngine, check_precision
 
 
 def unit_range(maps: Tensor) -> Tensor:
@@ -55,6 +55,12 @@ class ScoreCAM(ActivationMap):
             softmax, or "score" without both; the authors' released code is score="probability", weighting="score".
         chunk_size: masked images per forward; None lets the engine choose. The map does not depend on it.
         fold: whether the forwards may run on a copy with BatchNorm folded, which gives the same logits up to rounding.
+        channels: how many feature maps take part per image, those with the largest spatial standard deviation; the
+            others get the weight 0. None takes all. A map that hardly varies hardly masks.
+        precision: of these forwards, "fp32" (the images' own dtype) or "bf16" (autocast).
+
+    Raises:
+        ValueError: an unknown score, weighting or precision, or no channels.
     """
 
     def __init__(
@@ -65,36 +71,53 @@ class ScoreCAM(ActivationMap):
         weighting: str = "softmax",
         chunk_size: int | None = None,
         fold: bool = True,
+        channels: int | None = None,
+        precision: str = "fp32",
     ) -> None:
         super().__init__(target_layer, relu)
         if score not in SCORES:
             raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}.")
         if weighting not in WEIGHTINGS:
             raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}.")
-        self.score, self.weighting, self.chunk_size, self.fold = score, weighting, chunk_size, fold
+        if channels is not None and channels < 1:
+            raise ValueError(f"channels must be at least 1, got {channels}.")
+        check_precision(precision)
+        self.score, self.weighting, self.channels = score, weighting, channels
+        self.chunk_size, self.fold, self.precision = chunk_size, fold, precision
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
         """w (B, K, 1, 1) from A and the scores (B, K + 1), whose last column is the baseline's."""
-        weigh = WEIGHTINGS[self.weighting]
-        return torch.stack([weigh(row[:-1], row[-1]) for row in gradients])[:, :, None, None]
+        weights = torch.zeros_like(gradients[:, :-1])
+        for row, scores, taken in zip(weights, gradients, self._taken(activations)):
+            row[taken] = WEIGHTINGS[self.weighting](scores[:-1][taken], scores[-1])
+        return weights[:, :, None, None]
 
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
         """(B, h, w) weighted sum at the layer's resolution."""
         features = layer_features(model, self.layer(model, images), images)
         check_targets(targets, features.logits.shape[1])
-        engine = PerturbationEngine(model, images, chunk_size=self.chunk_size, fold=self.fold)
-        scores = [
-            self._scores(engine, image, masks, target)
-            for image, masks, target in zip(images, unit_range(features.activations), targets)
-        ]
-        return self.weigh(self.weights(features.activations, torch.stack(scores)), features.activations)
+        engine = PerturbationEngine(model, images, chunk_size=self.chunk_size, fold=self.fold, precision=self.precision)
+        baselines = SCORES[self.score](engine.filled(0.0)).gather(1, targets[:, None])
+        scores = torch.cat([torch.zeros_like(features.activations[:, :, 0, 0]), baselines], dim=1)
+        for row, image, maps, taken, target in zip(
+            scores, images, features.activations, self._taken(features.activations), targets
+        ):
+            row[:-1][taken] = self._scores(engine, image, unit_range(maps[taken]), target)
+        return self.weigh(self.weights(features.activations, scores), features.activations)
+
+    def _taken(self, activations: Tensor) -> Tensor:
+        """Which feature maps take part, (B, K) bool."""
+        spread = activations.flatten(2).std(dim=2, correction=0)
+        if self.channels is None or self.channels >= spread.shape[1]:
+            return torch.ones_like(spread, dtype=torch.bool)
+        chosen = spread.topk(self.channels, dim=1).indices
+        return torch.zeros_like(spread, dtype=torch.bool).scatter_(1, chosen, True)
 
     def _scores(self, engine: PerturbationEngine, image: Tensor, masks: Tensor, target: Tensor) -> Tensor:
-        """(K + 1,): the target's score for the image seen through each mask, then for the baseline."""
+        """(n,): the target's score for the image seen through each of n masks."""
 
         def masked(channels: Tensor) -> Tensor:
             up = F.interpolate(masks[channels, None], image.shape[-2:], mode="bilinear", align_corners=False)
             return up * image
 
-        logits = torch.cat([engine.run(masked, len(masks)), engine.filled(0.0)[:1]])
-        return SCORES[self.score](logits)[:, target]
+        return SCORES[self.score](engine.run(masked, len(masks)))[:, target]

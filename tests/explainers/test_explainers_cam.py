@@ -78,6 +78,31 @@ def test_gradcam_plus_plus_survives_tiny_gradients_in_float32(model: GapLinear) 
     assert torch.allclose(single, exact, rtol=1e-3, atol=1e-3 * exact.max())
 
 
+def test_scorecam_of_the_maps_that_vary_most(model: GapLinear, activations: Tensor) -> None:
+    images, found = pictures(), raw(ScoreCAM(channels=2), model, pictures())
+    for b, target in enumerate(TARGETS.tolist()):
+        maps = activations[b]
+        deviation = (maps - maps.mean((1, 2), keepdim=True)).square().mean((1, 2))
+        chosen = deviation.argsort(descending=True)[:2]
+        gains = []
+        for k in chosen.tolist():
+            unit = (maps[k] - maps[k].min()) / (maps[k].max() - maps[k].min())
+            up = F.interpolate(unit[None, None], images.shape[-2:], mode="bilinear", align_corners=False)
+            with torch.no_grad():
+                gains.append((model(images[b : b + 1] * up) - model(torch.zeros_like(images[:1])))[0, target])
+        expected = (torch.stack(gains).softmax(0)[:, None, None] * maps[chosen]).sum(0).relu()
+        assert torch.allclose(found[b], expected, atol=1e-10)
+    every = raw(ScoreCAM(channels=99), model, pictures())
+    assert torch.equal(every, raw(ScoreCAM(), model, pictures()))
+    assert not torch.allclose(found, every, atol=1e-3)
+
+
+@pytest.mark.parametrize("arguments", [{"channels": 0}, {"precision": "fp8"}])
+def test_scorecam_refuses(arguments: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be"):
+        ScoreCAM(**arguments)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("network", [GapLinear, DeepTail])
 def test_smooth_without_noise_is_gradcam_plus_plus(network: type[nn.Module]) -> None:
     model = seeded(network)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import weakref
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -10,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from small_networks import DeepTail, pictures, seeded
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from labn.explainers import RISE, ReleasedRISE
 from labn.explainers.masks import GROUP, MaskBank
@@ -113,6 +117,51 @@ def test_all_classes_from_one_pass() -> None:
     # Probabilities sum to 1, so the maps sum to the masks' own mean over p.
     mean = MaskBank.draw(300, 7, 0.5, 0, "bernoulli").render(0, 300, images).mean(0) / 0.5
     assert torch.allclose(found.maps.sum(1), mean.expand(2, -1, -1), atol=1e-6)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Peak of the bytes in tensors that were made inside and are still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.views: Counter[int] = Counter()
+        self.sizes: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self.views[storage._cdata] += 1
+                self.sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(tensor, self._release, storage._cdata)
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return out
+
+    def _release(self, key: int) -> None:
+        self.views[key] -= 1
+        if not self.views[key]:
+            del self.views[key], self.sizes[key]
+
+
+def peak_of_rise(n_masks: int, classes: int, images: Tensor) -> int:
+    torch.manual_seed(0)
+    pooled = nn.Sequential(nn.Conv2d(3, 4, 8, stride=8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    model = pooled.append(nn.Linear(4, classes)).eval()
+    with LiveBytes() as live:
+        RISE(n_masks)(model, images, torch.tensor([1]))
+    return live.peak
+
+
+def test_memory_depends_on_neither_the_masks_nor_the_classes_that_nobody_asked_for() -> None:
+    """A mask of 96 x 96 is 36 KiB, a grid with its shift 65 bytes (twice that, and the draw, while it is made)."""
+    images = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    few = peak_of_rise(256, 10, images)
+    assert few > 128 * 96 * 96 * 4  # the masks of a group are seen
+    assert peak_of_rise(2048, 10, images) - few < (2048 - 256) * 400
+    # A map in float64 per class would be 72 KiB; a row of logits per mask of a group is 0.5 KiB per class.
+    assert peak_of_rise(256, 1000, images) - few < (1000 - 10) * 96 * 96 * 8 / 20
 
 
 class Constant(nn.Module):
