@@ -5,6 +5,7 @@ from callbacks.evaluate import EvaluationCallback
 from callbacks.explain import ExplanationCallback
 from callbacks.health import GateWatch, RunProfile
 from callbacks.log_maps import MapLogger
+from callbacks.report import ReportCallback
 
 __all__ = [
     "BestCheckpoint",
@@ -13,5 +14,6 @@ __all__ = [
     "GateWatch",
     "LastCheckpoint",
     "MapLogger",
+    "ReportCallback",
     "RunProfile",
 ]

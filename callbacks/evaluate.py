@@ -71,7 +71,8 @@ class EvaluationCallback(ExplainingCallback):
         bias = data.bias_image() if self.settings["fill"] == "bias" else None
         shared = {"mean": data.mean, "std": data.std, "bias": bias, **self.settings}
         self.metrics = {name: metric_by_name(name, **shared) for name in self.names}
-        common = {**shared, "bias": describe(bias), **self.engine_options, "chunk_size": None}
+        self._bias = describe(bias)
+        common = {**shared, "bias": self._bias, **self.engine_options, "chunk_size": None}
         self.keys = {name: digest(name, describe(common)) for name in self.names}
         self.done = {
             (explainer, name): session.store.scored(explainer, key, {name: self.keys[name]})
@@ -149,8 +150,9 @@ class EvaluationCallback(ExplainingCallback):
             **session.identity,
             "explainers": {name: describe(e) for name, e in session.explainers.items()},
             "target": session.target,
+            "class_names": list(data.class_names),
             "metrics": self.names,
-            "settings": {**self.settings, **self.engine_options},
+            "settings": {**self.settings, "bias": self._bias, **self.engine_options},
         }
         summary = write_results(
             session.store, plan, session.split, lambda i: data.sample_name(session.split, i), manifest

@@ -168,6 +168,12 @@ class ImageDataModule(LightningDataModule):
         path = self.cache_dir / f"bias_{self.fingerprint('train')}.safetensors"
         return cached(path, lambda: pixel_mean(self.source("train"))).float()
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was left out of the splits, and why; one sentence each."""
+        _ = self._sources
+        return tuple(note.strip() for note in self._notes)
+
     def report(self) -> str:
         """Counts per split and class, and what was left out and why, one line each."""
         lines = [self._counts(split) for split in SPLITS if split in self._sources]

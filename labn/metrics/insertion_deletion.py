@@ -135,6 +135,18 @@ class PatchInsertionDeletion(FilledMetric):
         areas = curves.areas()
         return {name: self.spread(areas[area], labels) for name, area in zip(self.names, AREAS)}
 
+    def steps(self, maps: Tensor, indices: Tensor) -> Tensor:
+        """First point k of the curve at which each patch has moved: (B, rows, columns) int64; K where it never does.
+
+        Args:
+            maps: (B, H, W), at the images' size.
+            indices: (B,) int64 positions in the data set, for random ties.
+        """
+        size = (maps.shape[-2], maps.shape[-1])
+        counts = self.counts(size).to(maps.device)
+        ranks = self._ranks(maps, indices.to(maps.device))
+        return torch.searchsorted(counts, ranks, right=True).unflatten(1, patch_grid(size, self.patch_size))
+
     def compute(self) -> dict[str, Tensor]:
         """Means `insertion`, `deletion`, `pid` and `fill_probability` over the samples that are scored, float64."""
         return dict(zip(AREAS, super().compute().values()))

@@ -1,0 +1,67 @@
+"""A comparison as CSV, Markdown and LaTeX."""
+
+from __future__ import annotations
+
+from labn.compare.merge import Comparison, Row
+from labn.results import csv_bytes
+
+TABLE = ("run", "explainer", "metric", "mean", "std", "seeds", "ci_low", "ci_high", "n")
+PAIRED = ("row_a", "row_b", "metric", "difference", "ci_low", "ci_high", "n")
+_TEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+}
+
+
+def table_csv(found: Comparison) -> bytes:
+    """One line per run, method and value, with all digits; `std` is empty where there is one seed."""
+    rows = (
+        (
+            *(r.label, r.explainer, r.metric),
+            *(r.interval.mean, "" if r.std is None else r.std, r.seeds),
+            *(r.interval.low, r.interval.high, r.interval.n),
+        )
+        for r in found.rows
+    )
+    return csv_bytes(TABLE, rows)
+
+
+def paired_csv(found: Comparison) -> bytes:
+    """Differences between all pairs of rows on the same samples."""
+    return csv_bytes(PAIRED, ((a, b, metric, i.mean, i.low, i.high, i.n) for a, b, metric, i in found.paired))
+
+
+def markdown_table(found: Comparison) -> str:
+    """One line per row, one column per value asked for: mean ± deviation over seeds, interval over samples."""
+    header, rows = _cells(found)
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+def latex_table(found: Comparison) -> str:
+    """The same as a `tabular` for the package booktabs."""
+    header, rows = _cells(found)
+    body = [" & ".join(_tex(cell) for cell in row) + r" \\" for row in rows]
+    columns = "ll" + "r" * (len(header) - 2)
+    top = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", " & ".join(map(_tex, header)) + r" \\", r"\midrule"]
+    return "\n".join([*top, *body, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def _cells(found: Comparison) -> tuple[list[str], list[list[str]]]:
+    table = {(row.label, row.explainer, row.metric): row for row in found.rows}
+    pairs = list(dict.fromkeys((row.label, row.explainer) for row in found.rows))
+    rows = [[*pair, *(_cell(table.get((*pair, metric))) for metric in found.asked)] for pair in pairs]
+    return ["run", "method", *found.asked], rows
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    spread = "" if row.std is None else f" ± {row.std:.3f}"
+    return f"{row.interval.mean:.3f}{spread} [{row.interval.low:.3f}, {row.interval.high:.3f}]"
+
+
+def _tex(text: str) -> str:
+    return "".join(_TEX.get(character, character) for character in text).replace("±", r"$\pm$")

@@ -1,0 +1,24 @@
+// The page's data and small helpers. Texts from the data reach the page as text nodes only.
+const report = JSON.parse(document.getElementById("report-data").textContent);
+const byId = (id) => document.getElementById(id);
+
+const element = (tag, properties = {}, ...children) => {
+  const made = Object.assign(document.createElement(tag), properties);
+  made.append(...children);
+  return made;
+};
+
+const bytesOf = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+const className = (number) => report.classNames[number] ?? String(number);
+const short = (value) => (value === null || value === undefined ? "–" : value.toFixed(3));
+const limit = (value) => Number(value.toPrecision(2)).toString();
+
+const scoreOf = (card, method, metric) => {
+  const place = report.metrics.indexOf(metric);
+  const value = report.scores[card.name]?.[method]?.[place];
+  return value === undefined ? null : value;
+};
+
+const fillSelect = (select, names) => {
+  for (const name of names) select.append(element("option", { value: name, textContent: name }));
+};

@@ -1,0 +1,156 @@
+// The gallery: filter, sort, and a page of cards at a time.
+const PAGE = 20;
+const gallery = { shown: PAGE, methods: new Set(report.columns) };
+const isCorrect = (card) => card.label === card.prediction;
+
+const sortValue = (card) => {
+  const metric = byId("sort-metric").value;
+  if (metric === "index") return card.index;
+  if (metric === "probability of the label") return card.probability;
+  return scoreOf(card, byId("sort-method").value, metric);
+};
+
+const selected = () => {
+  const wantedClass = byId("filter-class").value;
+  const correct = byId("filter-correct").value;
+  const text = byId("filter-name").value.toLowerCase();
+  const direction = Number(byId("sort-order").value);
+  const found = report.cards.filter(
+    (card) =>
+      (wantedClass === "" || card.label === Number(wantedClass)) &&
+      (correct === "" || isCorrect(card) === (correct === "1")) &&
+      card.name.toLowerCase().includes(text),
+  );
+  const key = new Map(found.map((card) => [card, sortValue(card)]));
+  // Cards without the score come last in either order; ties keep the order of the data set.
+  return found.sort((a, b) => {
+    const [x, y] = [key.get(a), key.get(b)];
+    if (x === null || y === null) return (x === null) - (y === null) || a.index - b.index;
+    return direction * (x - y) || a.index - b.index;
+  });
+};
+
+const mapFigure = (card, method) => {
+  const entry = card.maps[method];
+  const metric = byId("sort-metric").value;
+  const value = report.metrics.includes(metric) ? scoreOf(card, method, metric) : null;
+  const caption = element("figcaption", {}, element("b", { textContent: method }));
+  if (report.metrics.includes(metric)) {
+    caption.append(element("br"), `${metric} `, element("span", { className: "score", textContent: short(value) }));
+  }
+  const figure = element("figure", {});
+  figure.dataset.method = method;
+  if (!entry) {
+    figure.append("no map", caption);
+    return figure;
+  }
+  const canvas = element("canvas", { className: "map" });
+  canvas.setAttribute("role", "img");
+  const kind = entry.signed ? "signed map" : "map";
+  canvas.setAttribute("aria-label", `${kind} of ${method} for ${card.name}, ${limit(entry.low)} to ${limit(entry.high)}`);
+  drawCard(canvas, card, entry, Number(byId("strength").value) / 100);
+  const bar = element("canvas", { className: "bar" });
+  bar.setAttribute("aria-hidden", "true");
+  drawBar(bar, entry.colors);
+  const limits = element("div", { className: "limits" }, element("span", { textContent: limit(entry.low) }));
+  if (entry.signed) limits.append(element("span", { textContent: "0" }));
+  limits.append(element("span", { textContent: limit(entry.high) }));
+  figure.append(canvas, bar, limits, caption);
+  return figure;
+};
+
+const scoreTable = (card) => {
+  const head = element("tr", {}, element("th", { textContent: "method", scope: "col" }));
+  report.metrics.forEach((name) => head.append(element("th", { textContent: name, scope: "col" })));
+  const body = element("tbody");
+  for (const method of report.columns) {
+    const row = element("tr", {}, element("th", { textContent: method, scope: "row" }));
+    report.metrics.forEach((name) => row.append(element("td", { textContent: short(scoreOf(card, method, name)) })));
+    body.append(row);
+  }
+  const table = element("table", {}, element("thead", {}, head), body);
+  return element("div", { className: "scroll", tabIndex: 0 }, table);
+};
+
+const scoreDetails = (card) => {
+  const details = element("details", {}, element("summary", { textContent: "All scores of this picture" }));
+  const fill = () => details.childElementCount === 1 && details.append(scoreTable(card));
+  details.addEventListener("toggle", fill, { once: true });
+  return details;
+};
+
+const cardHead = (card) => {
+  const verdict = isCorrect(card) ? "correct" : "wrong";
+  const explained = card.target === card.label ? "" : `, explained ${className(card.target)}`;
+  const head = element(
+    "div",
+    { className: "card-head" },
+    element("h3", { textContent: card.name }),
+    element("span", { textContent: `${className(card.label)} (probability ${short(card.probability)})` }),
+    element("span", {
+      className: verdict,
+      textContent: `${verdict}: predicted ${className(card.prediction)} (${short(card.confidence)})${explained}`,
+    }),
+  );
+  if (report.player && card.curves) {
+    const step = element("button", { type: "button", textContent: "Step through" });
+    step.addEventListener("click", () => showInPlayer(card));
+    head.append(step);
+  }
+  return head;
+};
+
+const cardElement = (card) => {
+  const article = element("article", { className: "card" }, cardHead(card));
+  article.dataset.index = card.index;
+  article.dataset.name = card.name;
+  const methods = report.columns.filter((name) => gallery.methods.has(name));
+  const canvas = element("canvas", { className: "picture" });
+  canvas.setAttribute("role", "img");
+  canvas.setAttribute("aria-label", `${card.name}${card.mask || card.boxes.length ? ", ground truth outlined" : ""}`);
+  drawCard(canvas, card, null, 0);
+  const row = element("div", { className: "row", tabIndex: 0 });
+  row.setAttribute("role", "group");
+  row.setAttribute("aria-label", `Maps of ${card.name}`);
+  row.style.setProperty("--columns", methods.length + 1);
+  row.append(element("figure", {}, canvas, element("figcaption", { textContent: "picture" })));
+  methods.forEach((method) => row.append(mapFigure(card, method)));
+  article.append(row);
+  if (report.metrics.length) article.append(scoreDetails(card));
+  return article;
+};
+
+const renderGallery = () => {
+  const cards = selected();
+  byId("cards").replaceChildren(...cards.slice(0, gallery.shown).map(cardElement));
+  const count = Math.min(cards.length, gallery.shown);
+  byId("status").textContent = `${cards.length} of ${report.cards.length} pictures, ${count} shown`;
+  byId("more").hidden = count === cards.length;
+};
+
+const startGallery = () => {
+  report.classNames.forEach((name, n) => byId("filter-class").append(element("option", { value: n, textContent: name })));
+  fillSelect(byId("sort-metric"), ["index", "probability of the label", ...report.metrics]);
+  fillSelect(byId("sort-method"), report.columns);
+  byId("sort-order").value = "1";
+  for (const name of report.columns) {
+    const box = element("input", { type: "checkbox", checked: true, value: name });
+    box.addEventListener("change", () => gallery.methods[box.checked ? "add" : "delete"](name));
+    byId("filter-methods").append(element("label", {}, box, name));
+  }
+  const again = (event) => {
+    if (event.target.id === "strength") return;
+    gallery.shown = PAGE;
+    renderGallery();
+  };
+  byId("controls").addEventListener("input", again);
+  byId("controls").addEventListener("submit", (event) => event.preventDefault());
+  byId("strength").addEventListener("change", renderGallery);
+  byId("more").addEventListener("click", () => {
+    const first = gallery.shown;
+    gallery.shown += PAGE;
+    renderGallery();
+    byId("cards").children[first]?.querySelector(".row").focus();
+  });
+  renderGallery();
+};

@@ -1,0 +1,141 @@
+"""What the gallery keeps of one sample: a small picture, its mask, every map as 8-bit levels, the player's steps."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+
+from labn.plots import color_scale
+
+Array = np.ndarray[Any, Any]
+Card = dict[str, Any]
+
+LEVELS = 254
+"""Maps are stored as 0..254, so that level 127 is exactly 0 on a symmetric scale."""
+PNG_LIMIT = 3000
+"""Bytes up to which a map is kept without loss; noisy maps are larger and become JPEG."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One explained sample.
+
+    Attributes:
+        index: position in the split.
+        name: its name in the tables.
+        label: true class.
+        prediction: class with the highest probability.
+        target: class that was explained.
+        probability: of the label, in [0, 1].
+        confidence: probability of the prediction.
+        image: (H, W, 3) or (H, W) in [0, 1].
+        mask: (H, W) bool ground truth; None where there is none.
+        boxes: (n, 4) x1, y1, x2, y2 in pixels; None where there are none.
+    """
+
+    index: int
+    name: str
+    label: int
+    prediction: int
+    target: int
+    probability: float
+    confidence: float
+    image: Array
+    mask: Array | None = None
+    boxes: Array | None = None
+
+
+def data_uri(kind: str, data: bytes) -> str:
+    """`data:image/<kind>;base64,...`."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def shrink(array: Array, side: int) -> Array:
+    """(H, W, ...) with its longer side at most `side` pixels, each the average of what it covers; never enlarged."""
+    height, width = array.shape[:2]
+    scale = side / max(height, width)
+    if scale >= 1:
+        return array
+    return cv2.resize(
+        array, (max(1, round(width * scale)), max(1, round(height * scale))), interpolation=cv2.INTER_AREA
+    )
+
+
+def picture_uri(image: Array, side: int, quality: int = 80) -> str:
+    """A picture (H, W, 3) or (H, W) in [0, 1] as a JPEG of at most `side` pixels."""
+    small = (shrink(image.astype(np.float32), side).clip(0, 1) * 255).round().astype(np.uint8)
+    return data_uri("jpeg", _encode(".jpg", small[..., ::-1] if small.ndim == 3 else small, quality))
+
+
+def fill_uri(image: Array, side: int) -> str:
+    """What removed pixels show, (H, W, 3) or (H, W) in [0, 1]; one colour is a single pixel and kept exactly."""
+    if image.shape[:2] != (1, 1):
+        return picture_uri(image, side)
+    pixel = (image * 255).round().astype(np.uint8)
+    return data_uri("png", _encode(".png", pixel[..., ::-1] if pixel.ndim == 3 else pixel))
+
+
+def mask_uri(mask: Array, side: int) -> str:
+    """A mask (H, W) bool as a PNG; a pixel is set where at least half of what it covers is, or its rim would vanish."""
+    small = shrink(mask.astype(np.float32), side)
+    return data_uri("png", _encode(".png", ((small >= min(0.5, small.max())) * (small > 0) * 255).astype(np.uint8)))
+
+
+def map_entry(heat: Array, side: int) -> dict[str, Any]:
+    """A map (H, W) as levels v of 0..254, with the limits that they stand for: low + (high - low) v / 254.
+
+    Limits are those of the reduced map, symmetric around 0 where it is signed (`labn.plots.color_scale`), so that
+    the colour bar is in the map's own units.
+    """
+    small = shrink(heat.astype(np.float32), side)
+    low, high, colors = color_scale(small)
+    levels = ((small - low) / (high - low) * LEVELS).round().clip(0, LEVELS).astype(np.uint8)
+    data, kind = _encode(".png", levels), "png"
+    if len(data) > PNG_LIMIT:
+        data, kind = _encode(".jpg", levels, 70), "jpeg"
+    return {"data": data_uri(kind, data), "low": low, "high": high, "signed": low < 0, "colors": colors}
+
+
+def steps_text(steps: Array) -> str:
+    """Points of the curve (rows, columns) at which patches move, as base64 of little-endian 16-bit integers."""
+    return base64.b64encode(np.ascontiguousarray(steps, dtype="<u2").tobytes()).decode()
+
+
+def make_card(picture: Picture, maps: Mapping[str, Array], *, picture_side: int = 160, map_side: int = 96) -> Card:
+    """The gallery's record of one sample: plain JSON.
+
+    Args:
+        picture: the sample.
+        maps: explainer -> (H, W) map, not normalised.
+        picture_side: pixels of the picture's longer side.
+        map_side: pixels of the maps' longer side.
+    """
+    height, width = picture.image.shape[:2]
+    boxes = np.zeros((0, 4)) if picture.boxes is None else np.asarray(picture.boxes, dtype=float).reshape(-1, 4)
+    mask = picture.mask if picture.mask is not None and picture.mask.any() else None
+    return {
+        "index": picture.index,
+        "name": picture.name,
+        "label": picture.label,
+        "prediction": picture.prediction,
+        "target": picture.target,
+        "probability": picture.probability,
+        "confidence": picture.confidence,
+        "picture": picture_uri(picture.image, picture_side),
+        "mask": None if mask is None else mask_uri(mask, picture_side),
+        "boxes": (boxes / [width, height, width, height]).round(4).tolist(),
+        "maps": {name: map_entry(heat, map_side) for name, heat in maps.items()},
+    }
+
+
+def _encode(suffix: str, array: Array, quality: int | None = None) -> bytes:
+    options = [] if quality is None else [cv2.IMWRITE_JPEG_QUALITY, quality]
+    ok, data = cv2.imencode(suffix, array, options)
+    if not ok:
+        raise ValueError(f"an array {array.shape} {array.dtype} cannot be encoded as {suffix}.")
+    return data.tobytes()

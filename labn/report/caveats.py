@@ -1,0 +1,69 @@
+"""What must be read with the numbers, as sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from labn.report.results import StageResults
+
+FEW = 30
+FILL_LIMIT = 0.2
+
+
+def caveats(results: StageResults, split_size: int | None = None) -> list[str]:
+    """Sentences on the protocol, the subset and the size of a results folder.
+
+    Args:
+        results: the folder.
+        split_size: number of samples of the whole split, where it is known.
+    """
+    return [*_subset(results, split_size), *_protocols(results), *_fill(results), *_settings(results.manifest)]
+
+
+def _subset(results: StageResults, split_size: int | None) -> Iterator[str]:
+    explained = results.manifest.get("samples", 0)
+    if split_size and explained and explained < split_size:
+        yield f"Only {explained} of the {split_size} samples were explained and scored, evenly spaced over the split."
+    counts = [int(row["n"]) for row in results.summary]
+    if counts and min(counts) < FEW:
+        yield f"Some values rest on {min(counts)} samples: intervals of so few are too narrow."
+    if counts:
+        yield "Intervals are 95 % bootstrap intervals over the samples, not over seeds."
+
+
+def _protocols(results: StageResults) -> Iterator[str]:
+    names = results.value_names
+    if any("@official" in name for name in names):
+        yield (
+            "@official is the released code, bug for bug: a constant map scores high under it, and its figures do not "
+            "compare across patch sizes."
+        )
+    if any("@stable" in name for name in names):
+        yield "@stable orders tied patches by position; without a suffix tied patches enter together."
+    if any(name.startswith(("pid", "id")) for name in names):
+        yield "PID is insertion minus deletion area; a map without information expects 0."
+
+
+def _fill(results: StageResults) -> Iterator[str]:
+    found = [values for (_, metric), values in results.scores.items() if metric == "fill_probability"]
+    values = [value for column in found for value in column.values()]
+    mean = sum(values) / len(values) if values else 0.0
+    if mean > FILL_LIMIT:
+        yield (
+            f"The bare fill alone has a mean probability of {mean:.3f}: insertion curves start there, which moves "
+            "every area."
+        )
+
+
+def _settings(manifest: dict[str, Any]) -> Iterator[str]:
+    settings = manifest.get("settings", {})
+    if settings.get("positives_only"):
+        yield "Insertion and deletion are scored on positive samples only (label above 0)."
+    if settings.get("precision", "fp32") != "fp32":
+        yield f"Perturbed inputs ran in {settings['precision']}."
+    for name in ("n_steps", "step"):
+        if settings.get(name):
+            yield f"Curves were sampled with {name} = {settings[name]} instead of the protocol's own."
+    if manifest.get("target") == "prediction":
+        yield "Maps explain the predicted class, which may be wrong; metrics score the class that the settings name."

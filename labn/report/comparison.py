@@ -1,0 +1,144 @@
+"""The report of several runs side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from labn.compare.merge import Comparison
+from labn.compare.runs import Run
+from labn.metrics.statistics import Interval
+from labn.report.cards import Card
+from labn.report.caveats import caveats
+from labn.report.curves import curve_metrics, curve_panels, on_grid
+from labn.report.page import Cell, Report, Table, thin
+from labn.report.run_report import made_with
+from labn.report.training import read_training, training_panels
+
+GRIDS = ("x", "insertion", "deletion")
+
+
+def comparison_report(found: Comparison, title: str = "Comparison", max_bytes: int = 36_000_000) -> Report:
+    """Put together the page of a comparison; its gallery shows the first network of every row."""
+    rows = list(dict.fromkeys(found.row_name(label, explainer) for label, explainer, _ in found.columns))
+    values = list(dict.fromkeys(metric for _, _, metric in found.columns))
+    curves = merged_curves(found)
+    cards = thin(merged_cards(found), max_bytes)
+    return Report(
+        title=title,
+        caveats=_notes(found),
+        summary=_table(found, rows, found.asked, "Mean ± standard deviation over seeds, with its 95 % interval"),
+        summary_more=_table(found, rows, [v for v in values if v not in found.asked], "Other values"),
+        paired=_paired(found, rows),
+        curves={metric: curve_panels(curves, rows, metric) for metric in curve_metrics(curves)},
+        training=_training(found.runs),
+        cards=cards,
+        columns=rows,
+        metrics=values,
+        scores=_scores(found, cards, rows, values),
+        class_names=next((run.results.manifest["class_names"] for run in found.runs if _named(run)), []),
+        made_with=[(f"{run.folder}: {t}", e) for run in found.runs for t, e in made_with(run.results.manifest)],
+        configs=[(str(path), path.read_text()) for run in found.runs for path in sorted(run.folder.glob("*.yaml"))],
+    )
+
+
+def _named(run: Run) -> bool:
+    return "class_names" in run.results.manifest
+
+
+def _notes(found: Comparison) -> list[str]:
+    notes = [note for run in found.runs for note in caveats(run.results)]
+    notes += [f"{metric}: {n} samples that not every row has were left out." for metric, n in found.left_out.items()]
+    if any(row.seeds > 1 for row in found.rows):
+        notes.append("± is the standard deviation over seeds; intervals are over samples, of the mean over seeds.")
+        notes.append("Gallery: maps and predictions of the first seed of every row; scores are means over seeds.")
+    return list(dict.fromkeys(notes))
+
+
+def _table(found: Comparison, rows: list[str], columns: list[str], caption: str) -> Table | None:
+    cells = {(found.row_name(r.label, r.explainer), r.metric): _cell(r.interval, r.std) for r in found.rows}
+    table = {row: [cells.get((row, column)) for column in columns] for row in rows}
+    return Table(caption, tuple(columns), table) if any(any(line) for line in table.values()) else None
+
+
+def _cell(interval: Interval, std: float | None = None) -> Cell:
+    return Cell(interval.mean, interval.low, interval.high, interval.n, std)
+
+
+def _paired(found: Comparison, rows: list[str]) -> list[Table]:
+    tables = []
+    for metric in found.asked:
+        cells = {}
+        for a, b, name, interval in found.paired:
+            if name == metric:
+                cells[a, b] = _cell(interval)
+                cells[b, a] = Cell(-interval.mean, -interval.high, -interval.low, interval.n)
+        if cells and metric != "fill_probability":
+            tables.append(Table(metric, tuple(rows), {a: [cells.get((a, b)) for b in rows] for a in rows}))
+    return tables
+
+
+def merged_curves(found: Comparison) -> dict[str, np.ndarray]:
+    """Arrays `<row>/<metric>/{x,insertion,deletion}` over the common samples: means over seeds, on one grid."""
+    stacks: dict[str, list[np.ndarray]] = {}
+    for run in _one_folder_per_network(found.runs):
+        names = run.results.names
+        for key in (k.removesuffix("/index") for k in run.results.curves if k.endswith("/index")):
+            explainer, metric = key.rsplit("/", 1)
+            place = {names[i]: n for n, i in enumerate(run.results.curves[f"{key}/index"].tolist()) if i in names}
+            common = next(
+                (c for (la, ex, m), c in found.columns.items() if (la, ex) == (run.label, explainer) and m == metric),
+                None,
+            )
+            if common is None or not all(name in place for name in common):
+                continue
+            chosen = [place[name] for name in common]
+            x = run.results.curves[f"{key}/x"][chosen]
+            for line in GRIDS:
+                own = on_grid(x, x if line == "x" else run.results.curves[f"{key}/{line}"][chosen])
+                stacks.setdefault(f"{found.row_name(run.label, explainer)}/{metric}/{line}", []).append(own)
+    return {key: np.mean(stack, axis=0) for key, stack in stacks.items()}
+
+
+def _one_folder_per_network(runs: Iterable[Run]) -> list[Run]:
+    """Runs without a second folder that scores the same curves of the same network again."""
+    seen: set[tuple[str, str, str]] = set()
+    kept = []
+    for run in runs:
+        keys = {(run.label, run.checkpoint, name) for name in run.results.curves}
+        if not keys & seen:
+            kept.append(run)
+        seen |= keys
+    return kept
+
+
+def merged_cards(found: Comparison) -> list[Card]:
+    """Cards by sample name, each with the maps of every row's first network."""
+    cards: dict[str, Card] = {}
+    for run in found.runs:
+        for card in run.results.cards:
+            merged = cards.setdefault(card["name"], {**card, "maps": {}, "steps": None, "fills": []})
+            for explainer, entry in card["maps"].items():
+                merged["maps"].setdefault(found.row_name(run.label, explainer), entry)
+    return list(cards.values())
+
+
+def _scores(
+    found: Comparison, cards: list[Card], rows: list[str], values: list[str]
+) -> dict[str, dict[str, list[float | None]]]:
+    named = {(found.row_name(la, ex), m): column for (la, ex, m), column in found.columns.items()}
+    return {
+        card["name"]: {row: [named.get((row, v), {}).get(card["name"]) for v in values] for row in rows}
+        for card in cards
+    }
+
+
+def _training(runs: Iterable[Run]) -> list:
+    values = {}
+    for folder, run in {run.folder: run for run in runs}.items():
+        for name, epochs in read_training(folder).items():
+            stage, _, quantity = name.partition("/")
+            if quantity in ("loss", "accuracy"):
+                values[f"{stage}/{run.label} ({folder.name})/{quantity}"] = epochs
+    return training_panels(values)

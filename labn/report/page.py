@@ -1,0 +1,173 @@
+"""From the data of a report to one HTML file; template, style and script come from `assets/`, nothing from elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+
+from labn.report import charts
+from labn.report.cards import Card
+from labn.report.charts import Panel
+
+SCRIPTS = ("data.js", "maps.js", "gallery.js", "player.js", "main.js")
+COLORS = ("RdBu_r", "inferno")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A number of a table: its mean, interval and number of samples; `spread` is over seeds, where there are any."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+    spread: float | None = None
+
+    @property
+    def decided(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.low > 0 or self.high < 0
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells: `rows[name][column]`, with None where there is no value."""
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: dict[str, list[Cell | None]]
+
+
+@dataclass
+class Report:
+    """Everything that a page shows.
+
+    Attributes:
+        title: of the page.
+        facts: short statements under the title, (name, value).
+        caveats: sentences that must be read with the numbers.
+        summary: means per row and value.
+        summary_more: the values that the first table leaves out.
+        paired: differences, one table per value.
+        curves: metric -> its panels.
+        training: panels of the training.
+        training_more: panels of the maps' scores while training.
+        cards: records of the gallery.
+        columns: explainers, in the order of the tables.
+        metrics: values by which the gallery sorts.
+        scores: sample name -> explainer -> values in the order of `metrics` (None: no value).
+        class_names: one per class.
+        player: metric that the player steps through, and its numbers; None: no player.
+        made_with: (group, (name, value) pairs): hashes, versions, arguments.
+        configs: (file name, text) of resolved configurations.
+    """
+
+    title: str
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    caveats: list[str] = field(default_factory=list)
+    summary: Table | None = None
+    summary_more: Table | None = None
+    paired: list[Table] = field(default_factory=list)
+    curves: dict[str, list[Panel]] = field(default_factory=dict)
+    training: list[Panel] = field(default_factory=list)
+    training_more: list[Panel] = field(default_factory=list)
+    cards: list[Card] = field(default_factory=list)
+    columns: list[str] = field(default_factory=list)
+    metrics: list[str] = field(default_factory=list)
+    scores: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)
+    class_names: list[str] = field(default_factory=list)
+    player: dict[str, Any] | None = None
+    made_with: list[tuple[str, list[tuple[str, str]]]] = field(default_factory=list)
+    configs: list[tuple[str, str]] = field(default_factory=list)
+
+
+def render(report: Report) -> str:
+    """The page as text.
+
+    It needs no server, makes no request (a content security policy forbids all), and runs its own script only:
+    script and style are allowed by their hash, so that no name of a file or class can become either.
+    """
+    script = "\n".join(_asset(name) for name in SCRIPTS)
+    script = f'(() => {{\n"use strict";\n{script}\n}})();\n'
+    style = _asset("style.css")
+    return (
+        _environment()
+        .get_template("report.html")
+        .render(
+            report=report,
+            chart=charts,
+            script=Markup(script),
+            script_hash=_hash(script),
+            style=Markup(style),
+            style_hash=_hash(style),
+            data=Markup(embed(_page_data(report))),
+        )
+    )
+
+
+def embed(data: Any) -> str:
+    """JSON that can stand inside a `<script>` element, whatever the texts in it hold."""
+    text = json.dumps(data, separators=(",", ":"), ensure_ascii=True)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def thin(cards: Sequence[Card], budget: int) -> list[Card]:
+    """Those cards, evenly spaced, whose JSON takes at most `budget` bytes together."""
+    sizes = np.array([len(embed(card)) for card in cards])
+    for count in range(len(cards), 0, -1):
+        chosen = np.unique(np.linspace(0, len(cards) - 1, count).round().astype(int))
+        if sizes[chosen].sum() <= budget:
+            return [cards[n] for n in chosen]
+    return []
+
+
+def _page_data(report: Report) -> dict[str, Any]:
+    return {
+        "columns": report.columns,
+        "metrics": report.metrics,
+        "classNames": report.class_names,
+        "cards": report.cards,
+        "scores": report.scores,
+        "player": report.player,
+        "colors": {name: _lookup(name) for name in COLORS},
+    }
+
+
+def _lookup(name: str) -> str:
+    """256 colours of a colour map as base64 of red, green and blue bytes."""
+    colors = matplotlib.colormaps[name](np.linspace(0, 1, 256))[:, :3]
+    return base64.b64encode((colors * 255).round().astype(np.uint8).tobytes()).decode()
+
+
+@cache
+def _asset(name: str) -> str:
+    return (files("labn.report") / "assets" / name).read_text(encoding="utf-8")
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FunctionLoader(_asset),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["signed"] = lambda value: f"{value:+.3f}"
+    environment.filters["three"] = lambda value: f"{value:.3f}"
+    return environment
+
+
+def _hash(text: str) -> str:
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -1,0 +1,99 @@
+"""A results folder read back: tables, curves, what made them, and the gallery's cards."""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from labn.report.cards import Card
+
+CARDS = "cards.json"
+
+
+@dataclass(frozen=True)
+class StageResults:
+    """What lies in `<run_dir>/<stage>/`; parts that a run did not write are empty.
+
+    Attributes:
+        folder: the stage's folder.
+        scores: (explainer, metric) -> sample index -> value, as in `scores.csv`.
+        names: sample index -> name.
+        summary: rows of `summary.csv`.
+        paired: rows of `paired.csv`.
+        curves: arrays of `curves.npz`.
+        manifest: explainer arguments, settings, hashes and versions.
+        cards: records of the gallery.
+    """
+
+    folder: Path
+    scores: dict[tuple[str, str], dict[int, float]] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
+    summary: list[dict[str, str]] = field(default_factory=list)
+    paired: list[dict[str, str]] = field(default_factory=list)
+    curves: dict[str, np.ndarray] = field(default_factory=dict)
+    manifest: dict[str, Any] = field(default_factory=dict)
+    cards: list[Card] = field(default_factory=list)
+
+    @property
+    def explainers(self) -> list[str]:
+        """Names of the explainers, in the order of the tables, else of the cards."""
+        scored = [name for name, _ in self.scores]
+        return list(dict.fromkeys([*scored, *(name for card in self.cards for name in card["maps"])]))
+
+    @property
+    def value_names(self) -> list[str]:
+        """Names of all values, in the order of the tables."""
+        return list(dict.fromkeys(metric for _, metric in self.scores))
+
+    @property
+    def headline(self) -> list[str]:
+        """The values that were asked for by name, then the probability of the bare fill."""
+        asked = [*self.manifest.get("metrics", self.value_names), "fill_probability"]
+        return [name for name in dict.fromkeys(asked) if name in self.value_names]
+
+
+def read_stage(folder: Path) -> StageResults:
+    """Read a results folder.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a results folder; run `test` or `validate` first.")
+    scores: dict[tuple[str, str], dict[int, float]] = {}
+    rows = _rows(folder / "scores.csv")
+    for row in rows:
+        scores.setdefault((row["explainer"], row["metric"]), {})[int(row["index"])] = float(row["value"])
+    return StageResults(
+        folder=folder,
+        scores=scores,
+        names={int(row["index"]): row["name"] for row in rows},
+        summary=_rows(folder / "summary.csv"),
+        paired=_rows(folder / "paired.csv"),
+        curves=_arrays(folder / "curves.npz"),
+        manifest=_json(folder / "maps" / "manifest.json", {}),
+        cards=_json(folder / CARDS, []),
+    )
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    if not path.exists():
+        return {}
+    with np.load(path, allow_pickle=False) as file:
+        return {name: file[name] for name in file.files}
+
+
+def _json(path: Path, default: Any) -> Any:
+    return json.loads(path.read_text()) if path.exists() else default

@@ -1,0 +1,152 @@
+"""The report of one results folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from labn.report.cards import Card
+from labn.report.caveats import caveats
+from labn.report.curves import curve_metrics, curve_panels
+from labn.report.page import Cell, Report, Table, thin
+from labn.report.results import StageResults
+from labn.report.training import read_training, training_panels
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What the folder itself does not hold.
+
+    Attributes:
+        title: of the page.
+        run_dir: folder with logs and resolved configurations.
+        class_names: one per class.
+        split_size: samples of the whole split.
+        figures: logged figures of this stage, such as accuracy.
+        notes: what the data module left out, and why.
+        player: metric that the player steps through, with its patch and image size; None: no player.
+        max_bytes: limit of the gallery.
+    """
+
+    title: str
+    run_dir: Path
+    class_names: list[str]
+    split_size: int
+    figures: dict[str, float]
+    notes: tuple[str, ...] = ()
+    player: dict[str, Any] | None = None
+    max_bytes: int = 36_000_000
+
+
+def run_report(results: StageResults, info: RunInfo) -> Report:
+    """Put together the report of a results folder."""
+    charted = {m: curve_panels(results.curves, results.explainers, m) for m in curve_metrics(results.curves)}
+    training = read_training(info.run_dir)
+    plain = {name: values for name, values in training.items() if name.count("/") == 1}
+    cards = with_curves(results, info.player)
+    kept = thin(cards, info.max_bytes)
+    kept, player = shared_fills(kept, info.player)
+    notes = [*caveats(results, info.split_size), *info.notes]
+    if len(kept) < len(cards):
+        notes.append(f"The gallery shows {len(kept)} of {len(cards)} pictures, evenly spaced, to keep the file small.")
+    return Report(
+        title=info.title,
+        facts=[(name, f"{value:.4g}") for name, value in info.figures.items()],
+        caveats=notes,
+        summary=summary_of(results, results.headline, "Mean over samples with its 95 % interval"),
+        summary_more=summary_of(results, [v for v in results.value_names if v not in results.headline], "Other values"),
+        paired=paired_of(results, [name for name in results.headline if name != "fill_probability"]),
+        curves=charted,
+        training=training_panels(plain),
+        training_more=training_panels({name: v for name, v in training.items() if name not in plain}),
+        cards=kept,
+        columns=results.explainers,
+        metrics=results.value_names,
+        scores=sample_scores(results, kept),
+        class_names=info.class_names,
+        player=player,
+        made_with=made_with(results.manifest),
+        configs=[(path.name, path.read_text()) for path in sorted(info.run_dir.glob("*.yaml"))],
+    )
+
+
+def summary_of(results: StageResults, columns: list[str], caption: str) -> Table | None:
+    """`summary.csv` as a table; None where it has none of the columns."""
+    cells = {(row["explainer"], row["metric"]): cell_of(row, "mean") for row in results.summary}
+    rows = {e: [cells.get((e, column)) for column in columns] for e in results.explainers}
+    return Table(caption, tuple(columns), rows) if any(any(row) for row in rows.values()) else None
+
+
+def paired_of(results: StageResults, metrics: list[str]) -> list[Table]:
+    """`paired.csv` as one square table per metric: row minus column."""
+    names = results.explainers
+    tables = []
+    for metric in metrics:
+        cells: dict[tuple[str, str], Cell] = {}
+        for row in results.paired:
+            if row["metric"] == metric:
+                cell = cell_of(row, "difference")
+                cells[row["explainer_a"], row["explainer_b"]] = cell
+                cells[row["explainer_b"], row["explainer_a"]] = Cell(-cell.mean, -cell.high, -cell.low, cell.n)
+        if cells:
+            tables.append(Table(metric, tuple(names), {a: [cells.get((a, b)) for b in names] for a in names}))
+    return tables
+
+
+def cell_of(row: dict[str, str], mean: str) -> Cell:
+    """A cell from a row of a table whose mean has the name `mean`."""
+    return Cell(float(row[mean]), float(row["ci_low"]), float(row["ci_high"]), int(row["n"]))
+
+
+def sample_scores(results: StageResults, cards: list[Card]) -> dict[str, dict[str, list[float | None]]]:
+    """Per sample name and explainer the values of all metrics, exactly as in `scores.csv`."""
+    return {
+        card["name"]: {
+            explainer: [results.scores.get((explainer, m), {}).get(card["index"]) for m in results.value_names]
+            for explainer in results.explainers
+        }
+        for card in cards
+    }
+
+
+def with_curves(results: StageResults, player: dict[str, Any] | None) -> list[Card]:
+    """The cards, each with its curves of the player's metric per explainer, rounded to four decimals."""
+    if player is None:
+        return results.cards
+    found: dict[int, dict[str, Any]] = {}
+    for explainer in results.explainers:
+        key = f"{explainer}/{player['metric']}"
+        if f"{key}/index" not in results.curves:
+            continue
+        lines = [results.curves[f"{key}/{name}"].round(4).tolist() for name in ("x", "insertion", "deletion")]
+        for index, *values in zip(results.curves[f"{key}/index"].tolist(), *lines):
+            found.setdefault(index, {})[explainer] = dict(zip(("x", "insertion", "deletion"), values))
+    playable = [card["index"] in found and bool(card.get("steps")) for card in results.cards]
+    return [card | {"curves": found[card["index"]]} if ok else card for card, ok in zip(results.cards, playable)]
+
+
+def shared_fills(cards: list[Card], player: dict[str, Any] | None) -> tuple[list[Card], dict[str, Any] | None]:
+    """The cards with numbers in place of their fills, and the player with the fills, each once; None without curves."""
+    if player is None or not any("curves" in card for card in cards):
+        return cards, None
+    fills = list(dict.fromkeys(fill for card in cards for fill in card.get("fills", [])))
+    numbered = [card | {"fills": [fills.index(fill) for fill in card.get("fills", [])]} for card in cards]
+    return numbered, player | {"fills": fills}
+
+
+def made_with(manifest: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Hashes, settings, arguments and versions of a manifest, as groups of (name, value)."""
+    hashes = [(name, str(manifest[name])) for name in ("checkpoint", "network", "data", "split") if name in manifest]
+    groups = [("Hashes", hashes)]
+    for title, key in (("Explainers", "explainers"), ("Settings of the metrics", "settings"), ("Versions", "versions")):
+        groups.append((title, [(name, _plain(value)) for name, value in manifest.get(key, {}).items()]))
+    return [(title, entries) for title, entries in groups if entries]
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict) and "class" in value:
+        arguments = ", ".join(f"{name}={_plain(v)}" for name, v in value.items() if name != "class")
+        return f"{value['class'].rpartition('.')[2]}({arguments})"
+    return value if isinstance(value, str) else json.dumps(value)

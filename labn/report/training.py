@@ -1,0 +1,54 @@
+"""Training curves from the CSV logs of a run folder."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from labn.report.charts import Panel, Series
+
+STAGES = ("train", "val")
+ELSEWHERE = ("test", "profile")
+"""Logged groups that are no curve over epochs."""
+
+
+def read_training(run_dir: Path) -> dict[str, dict[int, float]]:
+    """Logged value -> epoch -> its last value in it, over all `fit` logs of the run (a resumed run has several).
+
+    Empty where the run has no CSV log.
+    """
+    values: dict[str, dict[int, float]] = {}
+    # A resumed fit logs to fit-1, fit-2, ...: later ones win.
+    files = sorted((run_dir / "logs").glob("fit*/metrics.csv"), key=lambda p: (len(p.parent.name), p.parent.name))
+    for path in files:
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                for name, text in row.items():
+                    if text and "/" in name and row.get("epoch"):
+                        values.setdefault(name, {})[int(row["epoch"])] = float(text)
+    return values
+
+
+def training_panels(values: Mapping[str, Mapping[int, float]]) -> list[Panel]:
+    """One panel per quantity; a line keeps its colour in all of them (`train`, `val`, `val/<explainer>`).
+
+    What is logged under another group, such as `gate/train_open`, shares the panel of that group.
+    """
+    panels: dict[str, list[Series]] = {}
+    places: dict[str, int] = {}
+    for name, epochs in sorted(values.items(), key=lambda item: item[0].split("/")):
+        group, *middle, quantity = name.split("/")
+        if group in ELSEWHERE:
+            continue
+        panel, line = (quantity, "/".join([group, *middle])) if group in STAGES else (group, quantity)
+        x, y = np.array(list(epochs), dtype=float), np.array(list(epochs.values()))
+        panels.setdefault(panel, []).append(Series(line, places.setdefault(line, len(places)), x, y))
+    return [Panel(n, "epoch", n, tuple(lines), whole=True) for n, lines in sorted(panels.items(), key=_importance)]
+
+
+def _importance(item: tuple[str, list[Series]]) -> tuple[int, str]:
+    first = ("loss", "accuracy")
+    return (first.index(item[0]) if item[0] in first else len(first), item[0])
