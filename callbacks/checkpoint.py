@@ -8,6 +8,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from labn.preprocessing import KEY
+
 
 class RunCheckpoint(ModelCheckpoint):
     """Base of `BestCheckpoint` and `LastCheckpoint`: one file of a fixed name in `<run_dir>/checkpoints/`."""
@@ -17,6 +19,12 @@ class RunCheckpoint(ModelCheckpoint):
         if self.dirpath is None:
             self.dirpath = str(Path(trainer.default_root_dir).absolute() / "checkpoints")
         super().setup(trainer, pl_module, stage=stage)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep what pictures the network expects, so that the file can be used alone."""
+        data = getattr(trainer, "datamodule", None)
+        if hasattr(data, "preprocessing"):
+            checkpoint[KEY] = data.preprocessing().plain()
 
 
 class BestCheckpoint(RunCheckpoint):

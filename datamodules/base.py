@@ -19,6 +19,7 @@ from datamodules.bias import cached, default_cache_dir, pixel_mean
 from datamodules.samplers import BalancedSampler, ShuffledSampler, UnrepeatedDistributedSampler
 from datamodules.sources import ArraySource, ImageDataset, Source
 from datamodules.transforms import Augmentation, Transform
+from labn.preprocessing import Preprocessing
 
 Split = Literal["train", "val", "test"]
 OnBadImage = Literal["stop", "skip"]
@@ -63,11 +64,13 @@ class ImageDataModule(LightningDataModule):
         class_names: one per class.
         positive_classes: classes that metrics with `positives_only` score.
         channels: number of channels C.
+        crop: left, top, right, bottom of what is used of every image, in fractions; None for all of it.
     """
 
     class_names: list[str]
     positive_classes: tuple[int, ...] = (1,)
     channels: int = 3
+    crop: tuple[float, float, float, float] | None = None
 
     def __init__(
         self,
@@ -173,6 +176,10 @@ class ImageDataModule(LightningDataModule):
         """What was left out of the splits, and why; one sentence each."""
         _ = self._sources
         return tuple(note.strip() for note in self._notes)
+
+    def preprocessing(self) -> Preprocessing:
+        """What an image goes through, without augmentation; checkpoints keep it."""
+        return Preprocessing(self.image_size, list(self.mean), list(self.std), self.crop, list(self.class_names))
 
     def report(self) -> str:
         """Counts per split and class, and what was left out and why, one line each."""

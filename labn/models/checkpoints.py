@@ -109,10 +109,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
         FileNotFoundError: there is no such file.
         ValueError: the file cannot be read safely or holds no named tensors.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give a local .safetensors, .pt, .pth or .ckpt file.")
-    content = _read(path)
+    content = read_checkpoint(path)
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
@@ -120,6 +117,19 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     if not tensors:
         raise ValueError(f"{path} holds no named tensors; a state dict or a Lightning checkpoint is needed.")
     return tensors
+
+
+def read_checkpoint(path: str | Path) -> Any:
+    """Everything that a safetensors file or a pickle holds, read as plain data: no code in it runs.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file cannot be read safely.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; give a local .safetensors, .pt, .pth or .ckpt file.")
+    return _read(path)
 
 
 def _read(path: Path) -> Any:

@@ -1,4 +1,4 @@
-"""From the data of a report to one HTML file; template, style and script come from `assets/`, nothing from elsewhere."""
+"""From the data of a report to one HTML file; its template, style and script come from `assets/`."""
 
 from __future__ import annotations
 

@@ -1,0 +1,53 @@
+"""What a picture goes through before a network sees it; kept in checkpoints, so that they can be used alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+KEY = "preprocessing"
+"""Where checkpoints keep it."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Crop, squash to a square, normalise.
+
+    Attributes:
+        image_size: side of the square in pixels.
+        mean: per channel, of values in [0, 1].
+        std: per channel, likewise.
+        crop: left, top, right, bottom in fractions of the picture; None for no crop.
+        class_names: one per class; empty where they are not known.
+    """
+
+    image_size: int
+    mean: Sequence[float]
+    std: Sequence[float]
+    crop: tuple[float, float, float, float] | None = None
+    class_names: list[str] = field(default_factory=list)
+
+    @property
+    def channels(self) -> int:
+        """Number of channels."""
+        return len(self.mean)
+
+    def plain(self) -> dict[str, Any]:
+        """Lists, numbers and texts only, which a checkpoint can hold."""
+        found = asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
+
+    def normalise(self, pixels: np.ndarray) -> Tensor:
+        """Pixels (H, W, C) uint8 as the normalised float32 image (C, H, W)."""
+        image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float() / 255
+        mean, std = (torch.tensor(list(values), dtype=torch.float32)[:, None, None] for values in (self.mean, self.std))
+        return (image - mean) / std
+
+    def class_name(self, number: int) -> str:
+        """Name of a class, else its number."""
+        return self.class_names[number] if number < len(self.class_names) else f"class {number}"
