@@ -22,6 +22,7 @@ import callbacks
 import datamodules
 import labn.explainers
 import labn.modules
+from labn.allocator import keep_freed_memory
 from labn.store import write_atomically
 
 __all__ = ["LabnCLI", "callbacks", "datamodules", "labn", "main"]
@@ -157,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line on `argv`, the process's own arguments by default."""
     # sys.argv stays as it is: the launcher of further ranks starts them with it, and they expand their own parts.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    keep_freed_memory()
     LabnCLI(
         pl.LightningModule,
         pl.LightningDataModule,

@@ -129,8 +129,30 @@ def patch_ranks(values: Tensor, ties: str = "fraction", *, seed: int = 0, indice
     return TIES[ties](values.flatten(1), seed, indices)
 
 
+def top_patches(values: Tensor, count: int) -> Tensor:
+    """The `count` highest values of each row, ties in raster order: `patch_ranks(values, "stable") < count`, unsorted.
+
+    Args:
+        values: (B, N) or (B, h, w) patch values.
+        count: from 1 to N.
+
+    Returns:
+        (B, N) bool with `count` True per row.
+    """
+    flat = values.flatten(1)
+    lowest = flat.kthvalue(flat.shape[1] - count + 1, dim=1, keepdim=True).values
+    above, tied = flat > lowest, flat == lowest
+    room = count - above.sum(dim=1, keepdim=True)
+    return above | (tied & (tied.cumsum(dim=1) <= room))
+
+
 def ranks_to_pixels(ranks: Tensor, patch_size: int, size: tuple[int, int]) -> Tensor:
-    """Every pixel's patch rank: (B, N) -> (B, H, W) int32, by repetition (edge patches cropped)."""
+    """Every pixel's patch rank: (B, N) -> (B, H, W) int32."""
+    return patches_to_pixels(ranks.to(torch.int32), patch_size, size)
+
+
+def patches_to_pixels(values: Tensor, patch_size: int, size: tuple[int, int]) -> Tensor:
+    """Every pixel's patch value: (B, N) -> (B, H, W), by repetition (edge patches cropped)."""
     height, width = size
-    grid = ranks.to(torch.int32).view(len(ranks), *patch_grid(size, patch_size))
+    grid = values.view(len(values), *patch_grid(size, patch_size))
     return grid.repeat_interleave(patch_size, 1)[:, :height].repeat_interleave(patch_size, 2)[:, :, :width]

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from labn.patches import default_step, patch_grid, patch_pool, patch_ranks, ranks_to_pixels
+from labn.patches import default_step, patch_grid, patch_pool, patch_ranks, ranks_to_pixels, top_patches
 
 REDUCE = {"max": lambda p: p.max(), "mean": lambda p: p.mean(), "sum": lambda p: p.sum()}
 sizes = st.tuples(st.integers(3, 9), st.integers(3, 9))
@@ -39,6 +39,13 @@ def test_stable_rank_is_raster_order_among_ties(values):
     ranks = patch_ranks(torch.tensor([values]).double(), "stable")[0].tolist()
     order = sorted(range(len(values)), key=lambda i: (-values[i], i))
     assert [order.index(i) for i in range(len(values))] == ranks
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=12), st.data())
+def test_top_patches_are_the_first_in_stable_order(values, data):
+    count = data.draw(st.integers(1, len(values)))
+    row = torch.tensor([values, values[::-1]], dtype=torch.float64)
+    assert torch.equal(top_patches(row, count), patch_ranks(row, "stable") < count)
 
 
 def test_random_ties_keep_the_order_of_values_and_depend_on_seed_and_index_only():

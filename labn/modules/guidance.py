@@ -19,18 +19,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from labn.explainers.base import resize_maps
 from labn.modules.losses import kl_divergence
-from labn.patches import patch_pool, patch_ranks, ranks_to_pixels
+from labn.patches import patch_pool, patches_to_pixels, top_patches
 
 
 def hard_mask(maps: Tensor, patch_size: int, keep_ratio: float) -> Tensor:
     """Boolean (B, H, W): True on the `round(keep_ratio * N)` patches (at least one) of the highest pooled value.
 
-    The same ranks as the insertion metric's, so that training and scoring mean the same patches.
+    The first patches in the insertion metric's order, so that training and scoring mean the same patches.
     """
     values = patch_pool(maps, patch_size)
     count = max(1, round(keep_ratio * values[0].numel()))
-    ranks = patch_ranks(values, ties="stable")
-    return ranks_to_pixels(ranks, patch_size, (maps.shape[-2], maps.shape[-1])) < count
+    return patches_to_pixels(top_patches(values, count), patch_size, (maps.shape[-2], maps.shape[-1]))
 
 
 def detached(maps: Tensor, mask: Tensor) -> Tensor:
