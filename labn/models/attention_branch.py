@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from labn.models.backbones import backbone_of, build_network, final_linear, input_channels
-from labn.models.branch import BLOCKS, BRANCHES
+from labn.models.branch import BLOCKS, BRANCHES, AttentionBranch
 from labn.models.checkpoints import load_backbone
 
 
@@ -47,6 +48,29 @@ def gate_health(attention: Tensor, theta: float) -> tuple[Tensor, Tensor]:
     return survives.float().mean(), (~survives.any(dim=1)).float().mean()
 
 
+def open_gate(branch: AttentionBranch, theta: float, margin: float) -> None:
+    """Let the map start flat, sigmoid^-1(alpha) = sigmoid^-1(theta) + margin everywhere, with the gate open.
+
+    The last BatchNorm before the sigmoid starts with scale 0 and that shift. A random first map closes the gate on a
+    random half of the positions; where these are the evidence, the network learns to read the SHAPE of the hole, and
+    the map stays inverted. From a flat map the first gradient of the scale decides the sign, while nothing is hidden.
+
+    Args:
+        branch: whose attention head ends in BatchNorm and sigmoid.
+        theta: threshold of the gate; 0 (never closed) counts as the map's middle, 0.5.
+        margin: above 0; small margins let the gate close soon.
+
+    Raises:
+        ValueError: a margin that is not above 0, or a threshold of 1 or more, above which there is no map.
+    """
+    if margin <= 0 or theta >= 1:
+        raise ValueError(f"gate_margin is {margin} with theta {theta}; it must be above 0, with theta below 1.")
+    last = branch.attention_head[-2]
+    assert isinstance(last, nn.BatchNorm2d)
+    nn.init.zeros_(last.weight)
+    nn.init.constant_(last.bias, margin + (math.log(theta / (1 - theta)) if theta > 0 else 0.0))
+
+
 def multiplied(features: Tensor, attention: Tensor) -> Tensor:
     """LABN's gate: alpha' * h (JSAI 2022, eq. 2)."""
     return attention * features
@@ -80,6 +104,8 @@ class AttentionBranchNetwork(nn.Module):
         branch: `labn` or `abn`, the layout of the branch.
         lab_block: blocks of the branch, `plain` (as released) or `lambda`.
         lab_hidden: channels of the branch's hidden layer; None is 10 for LABN and num_classes for ABN.
+        gate_margin: start with a flat map this far above the threshold, in logits; None starts with a random map, as
+            published. See `open_gate`.
         weights: local file for the backbone, see `labn.models.checkpoints.load_backbone`.
         backbone_options: further arguments of the backbone.
         branch_options: further arguments of the branch's lambda layers.
@@ -102,6 +128,7 @@ class AttentionBranchNetwork(nn.Module):
         branch: str = "labn",
         lab_block: str = "plain",
         lab_hidden: int | None = None,
+        gate_margin: float | None = None,
         weights: str | None = None,
         backbone_options: dict[str, Any] | None = None,
         branch_options: dict[str, Any] | None = None,
@@ -127,6 +154,8 @@ class AttentionBranchNetwork(nn.Module):
             depth=parts.last_stage_depth,
             **(branch_options or {}),
         )
+        if gate_margin is not None:
+            open_gate(self.attention_branch, theta, gate_margin)
         if weights is not None:
             load_backbone(self, weights)
 

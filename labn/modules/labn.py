@@ -36,6 +36,8 @@ class LABN(ClassificationModule):
         gate: `mul` (LABN) or `residual` (ABN).
         branch: `labn` or `abn`, the layout of the attention branch.
         lab_block: blocks of the branch, `plain` (as released) or `lambda`.
+        gate_margin: start with a flat map and the gate open, which settles the map's sign; None starts at random, as
+            published. See `labn.models.attention_branch.open_gate`.
         network_options: further arguments of `AttentionBranchNetwork`.
         loss: `ce` or `bce_onehot`.
         class_weights: one weight per class, negative class first.
@@ -63,6 +65,7 @@ class LABN(ClassificationModule):
         gate: str = "mul",
         branch: str = "labn",
         lab_block: str = "plain",
+        gate_margin: float | None = None,
         network_options: dict[str, Any] | None = None,
         loss: str = "ce",
         class_weights: list[float] | None = None,
@@ -88,6 +91,7 @@ class LABN(ClassificationModule):
             gate=gate,
             branch=branch,
             lab_block=lab_block,
+            gate_margin=gate_margin,
             **(network_options or {}),
         )
         if backbone_ckpt is not None:

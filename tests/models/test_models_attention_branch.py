@@ -191,3 +191,23 @@ def test_bfloat16_autocast_trains():
 def test_bad_arguments_are_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         tiny(**arguments)
+
+
+@pytest.mark.parametrize(("theta", "start"), [(0.5, 0.2), (0.75, 0.2), (0.0, 1.0)])
+def test_gate_margin_starts_with_a_flat_map_above_the_threshold(theta, start):
+    network = AttentionBranchNetwork("resnet18", split=2, theta=theta, gate_margin=start).double()
+    expected = torch.tensor(start, dtype=torch.float64) + torch.logit(torch.tensor(theta or 0.5, dtype=torch.float64))
+    for mode in (True, False):
+        output = network.train(mode)(torch.randn(2, 3, 64, 64, dtype=torch.float64))
+        torch.testing.assert_close(output.attention, expected.sigmoid().expand_as(output.attention))
+        assert gate_health(output.attention, theta)[0] == 1
+    scale = network.attention_branch.attention_head[-2].weight
+    network.train()
+    loss = network(torch.randn(2, 3, 64, 64, dtype=torch.float64)).logits[:, 0].sum()
+    assert torch.autograd.grad(loss, scale)[0].abs() > 0
+
+
+@pytest.mark.parametrize(("theta", "margin"), [(0.5, 0.0), (0.5, -1.0), (1.0, 0.2)])
+def test_gate_margin_that_leaves_the_gate_closed_is_refused(theta, margin):
+    with pytest.raises(ValueError, match="gate_margin is"):
+        AttentionBranchNetwork("resnet18", split=2, theta=theta, gate_margin=margin)
