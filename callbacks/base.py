@@ -48,6 +48,11 @@ class ExplainingCallback(pl.Callback):
         """Arguments of the perturbation engine that this callback asks for."""
         return {}
 
+    @property
+    def extra_explainers(self) -> dict[str, Explainer]:
+        """Explainers that this callback wants beside the owner's; the owner's win where a name is in both."""
+        return {}
+
     # What subclasses do
 
     def begin(self, trainer: pl.Trainer, session: Session) -> None:
@@ -107,9 +112,12 @@ class ExplainingCallback(pl.Callback):
         if owner is self:
             callbacks = [c for c in callbacks_of(trainer) if isinstance(c, ExplainingCallback)]
             options: dict[str, Any] = {}
+            extra: dict[str, Explainer] = {}
             for callback in callbacks:
                 options |= callback.engine_options
-            self._session = Session(self.explainers, self.target, options)
+                extra |= callback.extra_explainers
+            extra = {name: explainer for name, explainer in extra.items() if name not in self.explainers}
+            self._session = Session({**self.explainers, **extra}, self.target, options)
             size = len(trainer.datamodule.labels(split))  # type: ignore[attr-defined]
             count = self.val_images if trainer.state.fn == "fit" else self.test_images
             self._session.open(trainer, pl_module, split, evenly_spaced(size, count))

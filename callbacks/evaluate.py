@@ -10,11 +10,14 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.base import ExplainingCallback
 from callbacks.session import Batch, Session, describe
+from labn.explainers import Explainer, explainer_by_name
 from labn.metrics.base import SampleMetric
 from labn.metrics.insertion_deletion import PatchInsertionDeletion
-from labn.metrics.names import metric_by_name
+from labn.metrics.names import metric_by_name, values_named
 from labn.results import Plan, summary_table, write_results
 from labn.store import ScorePart, digest
+
+BASELINES = ("random", "constant")
 
 
 class EvaluationCallback(ExplainingCallback):
@@ -30,10 +33,13 @@ class EvaluationCallback(ExplainingCallback):
         also: for every insertion-deletion metric its variants too: `stable`, `official`.
         metric_options: settings for all metrics that know them, such as `step` or `score_class`.
         fill: what removed pixels show: black, mean, bias, blur, uniform or image_mean.
-        positives_only: leave out samples with label 0 in insertion-deletion (the papers' choice for IDRiD).
+        positives_only: leave out samples with label 0 in the metrics that perturb images (the papers' choice for
+            IDRiD).
         chunk_size: perturbed inputs per forward; None finds it.
         fold: use the copy of the network with BatchNorm folded where it is exact.
         precision: of the perturbed forwards, `fp32` or `bf16`.
+        baselines: add the maps that know nothing, `random` and `constant`, to every table: they expose a biased
+            protocol at once.
         kwargs: arguments of `ExplainingCallback`.
     """
 
@@ -48,9 +54,11 @@ class EvaluationCallback(ExplainingCallback):
         chunk_size: int | None = None,
         fold: bool = True,
         precision: str = "fp32",
+        baselines: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.baselines = baselines
         self.test_names = self.names = with_variants(metrics, also or [])
         self.val_names = self.test_names if val_metrics is None else val_metrics
         self.settings = {"fill": fill, "positives_only": positives_only, **(metric_options or {})}
@@ -63,6 +71,11 @@ class EvaluationCallback(ExplainingCallback):
     def engine_options(self) -> dict[str, Any]:
         """How perturbed inputs are run."""
         return {"chunk_size": self.chunk_size, "fold": self.fold, "precision": self.precision}
+
+    @property
+    def extra_explainers(self) -> dict[str, Explainer]:
+        """The rows that every comparison table has."""
+        return {name: explainer_by_name(name) for name in BASELINES} if self.baselines else {}
 
     def begin(self, trainer: pl.Trainer, session: Session) -> None:
         """Build the metrics for this data and see what earlier runs have left."""
@@ -162,7 +175,9 @@ class EvaluationCallback(ExplainingCallback):
         return {f"{explainer}/{metric}": interval.mean for (explainer, metric), interval in summary.items()}
 
     def _headline(self) -> list[str]:
-        return [*self.names, "fill_probability"] if any("id" in name for name in self.names) else self.names
+        names = [value for name in self.names for value in values_named(name, self.metrics[name]).values()]
+        filled = any("fill_probability" in metric.names for metric in self.metrics.values())
+        return list(dict.fromkeys([*names, *["fill_probability"] * filled]))
 
 
 def with_variants(metrics: list[str], also: list[str]) -> list[str]:

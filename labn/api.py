@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from labn.explainers.base import Explainer
+from labn.explainers.base import Explainer, explained_channels
 from labn.explainers.names import explainer_by_name
 from labn.explainers.targets import Targets, resolve_targets
-from labn.metrics.base import Boxes
-from labn.metrics.names import metric_by_name
+from labn.metrics.base import Boxes, ScoredBatch
+from labn.metrics.names import metric_by_name, values_named
 from labn.perturb import PerturbationEngine
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -77,7 +76,7 @@ def evaluate(
     labels: Tensor | None = None,
     masks: Tensor | None = None,
     boxes: Boxes | None = None,
-    explainer: Explainer | None = None,
+    explainer: Explainer | str | None = None,
     indices: Tensor | None = None,
     mean: Sequence[float] | None = IMAGENET_MEAN,
     std: Sequence[float] | None = IMAGENET_STD,
@@ -95,7 +94,7 @@ def evaluate(
         labels: (B,) true classes; None: the targets.
         masks: (B, H, W) bool ground-truth regions, for the metrics that need them.
         boxes: per sample (n, 4) boxes x1, y1, x2, y2 in pixels, likewise.
-        explainer: what made the maps, for metrics that explain again.
+        explainer: what made the maps, for metrics that explain again; a name takes the method with its defaults.
         indices: (B,) int64 positions in a data set; None: 0..B-1.
         mean: per-channel mean of the normalisation; None: the images were not normalised.
         std: likewise the standard deviation.
@@ -103,21 +102,27 @@ def evaluate(
         settings: for all metrics that know them, such as `fill="blur"`.
 
     Returns:
-        metric name -> (B,) float64 on the images' device; NaN where a metric leaves a sample out.
+        metric name -> (B,) float64 on the images' device; NaN where a metric leaves a sample out. `pctin` stands for
+        several values and gives each under its own name.
 
     Raises:
-        ValueError: an unknown metric, or maps that do not fit the images.
+        ValueError: an unknown metric, maps, masks or boxes that do not fit the images, or a metric that needs masks or
+            an explainer and gets none; before anything is scored.
         TypeError: a setting that no metric knows.
     """
     built = {name: metric_by_name(name, **_normalisation(images, mean, std), **settings) for name in metrics}
-    chosen = resolve_targets(model, images, targets)
     places = torch.arange(len(images)) if indices is None else indices
-    engine = PerturbationEngine(model, images, indices=places, chunk_size=chunk_size)
-    given: dict[str, Any] = {"labels": labels, "masks": masks, "boxes": boxes, "explainer": explainer, "cache": engine}
-    scores: dict[str, Tensor] = {}
-    for name, metric in built.items():
-        found = metric.score(model, images, maps, chosen, places, **given)
-        scores[name] = found[re.sub(r"^pid1(?=@|$)", "id", name)]
+    explainer = explainer_by_name(explainer) if isinstance(explainer, str) else explainer
+    with explained_channels(model, images):
+        engine = PerturbationEngine(model, images, indices=places, chunk_size=chunk_size)
+        chosen = engine.original().argmax(1) if targets is None else resolve_targets(model, images, targets)
+        batch = ScoredBatch(model, images, maps, chosen, places, labels, masks, boxes, explainer, engine)
+        for metric in built.values():
+            metric.check(batch)
+        scores: dict[str, Tensor] = {}
+        for name, metric in built.items():
+            found = metric.score_batch(batch)
+            scores |= {key: found[value] for key, value in values_named(name, metric).items()}
     return {name: score.to(images.device) for name, score in scores.items()}
 
 

@@ -159,9 +159,10 @@ class PerturbationEngine:
         batch = batch.contiguous(memory_format=self._prepared.form.memory_format)
         return logits_of(self._forward(batch)).to(self.images.dtype)
 
-    def original(self) -> Tensor:
-        """Logits (B, num_classes) of the images themselves."""
-        return self._evaluate([(b,) for b in range(len(self.images))], lambda position: self.images[position])
+    def original(self, samples: Tensor | None = None) -> Tensor:
+        """Logits (S, num_classes) of the images themselves; `samples` (S,) int64 picks some, None takes all."""
+        chosen = self._samples(samples)
+        return self._evaluate([(b,) for b in chosen.tolist()], lambda position: self.images[chosen[position]])
 
     def filled(self, fill: Tensor | float) -> Tensor:
         """Logits (B, num_classes) of the bare fill, once for all images where it does not depend on them.
@@ -195,8 +196,7 @@ class PerturbationEngine:
             (S, K, num_classes).
         """
         compare = KEEP[keep]
-        samples = torch.arange(len(self.images)) if samples is None else samples
-        samples, counts = samples.to(self.images.device), counts.to(self.images.device).expand(len(pixel_ranks), -1)
+        samples, counts = self._samples(samples), counts.to(self.images.device).expand(len(pixel_ranks), -1)
         fill, name = self._register(fill)
         steps = counts.shape[1]
 
@@ -210,21 +210,28 @@ class PerturbationEngine:
         keys = [self._set_key(b, h, name) for b, row in zip(samples.tolist(), hashes.tolist()) for h in row]
         return self._evaluate(keys, batch).unflatten(0, (len(pixel_ranks), steps))
 
-    def soft(self, weights: Tensor, fill: Tensor | float = 0.0) -> Tensor:
-        """Logits (B, num_classes) of `weights * image + (1 - weights) * fill`.
+    def soft(self, weights: Tensor, fill: Tensor | float = 0.0, samples: Tensor | None = None) -> Tensor:
+        """Logits (S, num_classes) of `weights * image + (1 - weights) * fill`.
 
         Args:
-            weights: (B, H, W), usually in [0, 1].
+            weights: (S, H, W), usually in [0, 1].
             fill: broadcastable to the images; 0 is the mean colour after normalisation.
+            samples: (S,) int64, which images of the batch the weights belong to; None: all, in order.
         """
-        weights = weights.to(self.images)
+        weights, chosen = weights.to(self.images), self._samples(samples)
         fill, name = self._register(fill)
 
         def batch(position: Tensor) -> Tensor:
-            return torch.lerp(take(fill, position), self.images[position], weights[position].unsqueeze(1))
+            rows = chosen[position]
+            return torch.lerp(take(fill, rows), self.images[rows], weights[position].unsqueeze(1))
 
         hashes = self._content_hashes(weights).tolist()
-        return self._evaluate([("soft", name, b, *pair) for b, pair in enumerate(hashes)], batch)
+        return self._evaluate([("soft", name, b, *pair) for b, pair in zip(chosen.tolist(), hashes)], batch)
+
+    def _samples(self, samples: Tensor | None) -> Tensor:
+        """Positions in the batch on the images' device; None is all of them."""
+        positions = torch.arange(len(self.images)) if samples is None else samples
+        return positions.to(self.images.device)
 
     def _evaluate(self, keys: list[Hashable], make_batch: Callable[[Tensor], Tensor]) -> Tensor:
         """Logits (len(keys), num_classes): known ones from the memo, the others run, each once."""

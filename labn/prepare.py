@@ -44,7 +44,7 @@ class Prepared:
 _PREPARED: WeakKeyDictionary[nn.Module, dict[Hashable, tuple[Hashable, Prepared]]] = WeakKeyDictionary()
 
 
-def _state_key(model: nn.Module) -> Hashable:
+def state_key(model: nn.Module) -> Hashable:
     """Changes whenever a parameter or buffer is replaced or modified in place."""
     tensors = [*model.parameters(), *model.buffers()]
     return tuple((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
@@ -128,7 +128,7 @@ def prepare(model: nn.Module, images: Tensor, *, fold: bool = True, dtype: torch
         dtype: in which convolutions are packed; None: the images'. The form is the one chosen in the images' dtype.
     """
     dtype = dtype or images.dtype
-    key = (_state_key(model), images.shape[1:], images.device, images.dtype)
+    key = (state_key(model), images.shape[1:], images.device, images.dtype)
     entries = _PREPARED.setdefault(model, {})
     if (fold, dtype) not in entries or entries[fold, dtype][0] != key:
         entries[fold, dtype] = (key, _prepare(model, images, fold, dtype))

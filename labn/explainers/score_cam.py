@@ -12,13 +12,7 @@ from labn.explainers.cam import ActivationMap
 from labn.explainers.features import layer_features
 from labn.explainers.targets import check_targets
 from labn.perturb import PerturbationEngine, check_precision
-
-
-def unit_range(maps: Tensor) -> Tensor:
-    """Every map (..., h, w) brought to [0, 1] by its own minimum and maximum; a constant one becomes 0."""
-    low = maps.amin(dim=(-2, -1), keepdim=True)
-    span = maps.amax(dim=(-2, -1), keepdim=True) - low
-    return torch.where(span > 0, (maps - low) / span, 0)
+from labn.postprocess import unit_range
 
 
 def _softmax_of_gain(scores: Tensor, baseline: Tensor) -> Tensor:

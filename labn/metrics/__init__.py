@@ -1,24 +1,34 @@
 """Metrics of explanations: `torchmetrics.Metric` classes over the functions of `labn.metrics.functional`."""
 
 from labn.metrics.base import SampleMetric
+from labn.metrics.confidence import AverageDrop, PercentIncrease
 from labn.metrics.filled import FillProbability
 from labn.metrics.insertion_deletion import PatchInsertionDeletion
 from labn.metrics.localisation import MapAUROC, PointingGame, RelevanceMass, RelevanceRank
-from labn.metrics.names import MetricEntry, metric_by_name, register_metric
+from labn.metrics.names import MetricEntry, metric_by_name, register_metric, values_named
+from labn.metrics.percentage_in import PercentageIn
+from labn.metrics.randomisation import Randomisation
+from labn.metrics.sparseness import Sparseness
 from labn.metrics.statistics import Interval, bootstrap_mean, paired_difference
 
 __all__ = [
+    "AverageDrop",
     "FillProbability",
     "Interval",
     "MapAUROC",
     "MetricEntry",
     "PatchInsertionDeletion",
+    "PercentIncrease",
+    "PercentageIn",
     "PointingGame",
+    "Randomisation",
     "RelevanceMass",
     "RelevanceRank",
     "SampleMetric",
+    "Sparseness",
     "bootstrap_mean",
     "metric_by_name",
     "paired_difference",
     "register_metric",
+    "values_named",
 ]

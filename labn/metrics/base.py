@@ -40,6 +40,10 @@ class ScoredBatch:
             given = getattr(self, name)
             if given is not None and given.shape != expected[:1]:
                 raise ValueError(f"{name} must have one entry per image {expected[:1]}, got {tuple(given.shape)}.")
+        if self.masks is not None and self.masks.shape != expected:
+            raise ValueError(f"masks must be {expected} to fit the images, got {tuple(self.masks.shape)}.")
+        if self.boxes is not None and len(self.boxes) != len(self.images):
+            raise ValueError(f"boxes must have one entry per image {expected[:1]}, got {len(self.boxes)}.")
         bad = self.indices.to(self.maps.device)[~self.maps.isfinite().flatten(1).all(1)].tolist()
         if bad:
             raise ValueError(f"maps must be finite; the map of sample {bad[0]} holds NaN or infinity.")
@@ -78,6 +82,9 @@ class SampleMetric(Metric):
         self.set_dtype(torch.float64)
         self.add_state("rows", [], dist_reduce_fx="cat")
 
+    def check(self, batch: ScoredBatch) -> None:
+        """Raise ValueError where the batch lacks what the metric needs, before anything is computed."""
+
     @abstractmethod
     def score_batch(self, batch: ScoredBatch) -> dict[str, Tensor]:
         """One (B,) tensor per entry of `names`, NaN where a sample is left out."""
@@ -114,11 +121,12 @@ class SampleMetric(Metric):
             One (B,) float64 tensor per entry of `names`; NaN: the sample is left out.
 
         Raises:
-            ValueError: a map is not finite (named by its index) or does not have the images' size.
+            ValueError: a map is not finite (named by its index) or does not have the images' size, or what the metric
+                needs (masks, an explainer) is not given.
         """
-        return self.score_batch(
-            ScoredBatch(model, images, maps, targets, indices, labels, masks, boxes, explainer, cache)
-        )
+        batch = ScoredBatch(model, images, maps, targets, indices, labels, masks, boxes, explainer, cache)
+        self.check(batch)
+        return self.score_batch(batch)
 
     def update(
         self, model: nn.Module, images: Tensor, maps: Tensor, targets: Tensor, indices: Tensor, **more: Any

@@ -94,10 +94,20 @@ class FilledMetric(SampleMetric):
         """The substrate of a batch, broadcastable to its images; `name` instead of the metric's fill."""
         return fill_with(name or self.fill, batch.images, replace(self.fill_options, indices=batch.indices))
 
-    def of_class(self, logits: Tensor, classes: Tensor) -> Tensor:
-        """Probability (S, K) of each sample's class from logits (S, K, num_classes)."""
+    def of_class(self, logits: Tensor, classes: Tensor, probability: str | None = None) -> Tensor:
+        """Probability (S, K) of each sample's class from logits (S, K, num_classes); None reads it as the metric does.
+
+        Raises:
+            ValueError: a class that the model does not have.
+        """
+        number = logits.shape[-1]
+        if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < number:
+            raise ValueError(
+                f"labels and targets must be from 0 to {number - 1}, as the model has {number} classes; "
+                f"got {int(classes.min())} to {int(classes.max())}."
+            )
         chosen = classes.view(-1, 1, 1).expand(-1, logits.shape[1], 1)
-        return PROBABILITIES[self.probability](logits).gather(2, chosen).squeeze(2)
+        return PROBABILITIES[probability or self.probability](logits).gather(2, chosen).squeeze(2)
 
 
 class FillProbability(FilledMetric):

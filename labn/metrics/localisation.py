@@ -32,12 +32,16 @@ class LocalisationMetric(SampleMetric):
     def compare(self, maps: Tensor, masks: Tensor) -> Tensor:
         """(B, H, W), (B, H, W) bool -> (B,) float64."""
 
+    def check(self, batch: ScoredBatch) -> None:
+        """Ground truth is needed."""
+        if batch.masks is None and batch.boxes is None:
+            raise ValueError(f"metric {self.name!r} compares with ground truth: it needs masks= or boxes=.")
+
     def score_batch(self, batch: ScoredBatch) -> dict[str, Tensor]:
-        """Values of a batch; ValueError where neither masks nor boxes are given."""
+        """Values of a batch."""
         masks, maps = batch.masks, batch.maps
         if masks is None:
-            if batch.boxes is None:
-                raise ValueError(f"metric {self.name!r} compares with ground truth: it needs masks= or boxes=.")
+            assert batch.boxes is not None
             masks = boxes_to_masks(batch.boxes, (maps.shape[-2], maps.shape[-1]))
         return {self.name: self.compare(maps, masks.to(maps.device))}
 

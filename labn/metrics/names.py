@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from labn.metrics.base import SampleMetric
+from labn.metrics.confidence import AverageDrop, PercentIncrease
 from labn.metrics.filled import FillProbability
 from labn.metrics.insertion_deletion import PatchInsertionDeletion
 from labn.metrics.localisation import MapAUROC, PointingGame, RelevanceMass, RelevanceRank
+from labn.metrics.percentage_in import FORMS, PERCENTS, PercentageIn
+from labn.metrics.randomisation import Randomisation
+from labn.metrics.sparseness import Sparseness
 
 
 @dataclass(frozen=True)
@@ -53,16 +57,28 @@ def _pixel_wise(match: re.Match[str]) -> dict[str, Any]:
     return {"patch_size": 1, **_SUFFIXES[match["suffix"] or ""]}
 
 
+def _percentage_in(match: re.Match[str]) -> dict[str, Any]:
+    form = match["form"]
+    return {"percents": [int(match["q"])], "forms": [form or "logit"], "headline": form is None}
+
+
 _SUFFIX = r"(?P<suffix>@official|@stable)?"
 _FAMILY = r"(pid|insertion|deletion)(?P<m>[1-9]\d*)"
 _FAMILY_EXAMPLES = tuple(
     f"{stem}{m}{suffix}" for stem in ("pid", "insertion", "deletion") for m in _PATCH_SIZES for suffix in _SUFFIXES
 )
+_PERCENTAGE = rf"pctin(_(?P<form>{'|'.join(FORMS)}))?(?P<q>[1-9]\d?|100)"
+_PERCENTAGE_EXAMPLES = tuple(f"pctin{form}{q}" for form in ("", *(f"_{form}" for form in FORMS)) for q in PERCENTS)
 
 REGISTRY: list[MetricEntry] = [
     MetricEntry(r"id" + _SUFFIX, PatchInsertionDeletion, _pixel_wise, tuple(f"id{suffix}" for suffix in _SUFFIXES)),
     MetricEntry(_FAMILY + _SUFFIX, PatchInsertionDeletion, _insertion_deletion, _FAMILY_EXAMPLES),
     MetricEntry(r"fill_probability", FillProbability, _nothing, ("fill_probability",)),
+    MetricEntry(r"pctin", PercentageIn, _nothing, ("pctin",)),
+    MetricEntry(_PERCENTAGE, PercentageIn, _percentage_in, _PERCENTAGE_EXAMPLES),
+    MetricEntry(r"randomisation", Randomisation, _nothing, ("randomisation",)),
+    MetricEntry(r"sparseness", Sparseness, _nothing, ("sparseness",)),
+    *(MetricEntry(m.name, m, _nothing, (m.name,)) for m in (AverageDrop, PercentIncrease)),
     *(MetricEntry(m.name, m, _nothing, (m.name,)) for m in (RelevanceMass, PointingGame, RelevanceRank, MapAUROC)),
 ]
 
@@ -77,11 +93,13 @@ def metric_by_name(name: str, **shared: Any) -> SampleMetric:
 
     Args:
         name: `id`, `pid<m>`, `insertion<m>`, `deletion<m>`, each also with `@official` or `@stable`;
-            `fill_probability`, `mass`, `pointing`, `rank`, `auroc`; and what else is registered.
+            `fill_probability`; `average_drop`, `percent_increase`; `pctin_prob<q>`, `pctin_logit<q>`, `pctin_ratio<q>`
+            for a percentage q, `pctin<q>` (the logit) and `pctin` (all three at 5, 10, 20, 25 and 50 from one curve);
+            `mass`, `pointing`, `rank`, `auroc`; `randomisation`, `sparseness`; and what else is registered.
         shared: settings for all metrics, such as `mean`, `std`, `fill`; each metric takes those it knows.
 
     Returns:
-        A new metric; its `score` has the name among its keys (`pid1` is `id`).
+        A new metric; `values_named` says which of its values the name stands for.
 
     Raises:
         ValueError: no metric has this name; the message lists the near ones.
@@ -98,3 +116,12 @@ def metric_by_name(name: str, **shared: Any) -> SampleMetric:
     examples = [example for entry in REGISTRY for example in entry.examples]
     near = difflib.get_close_matches(name, examples, n=5, cutoff=0.4) or examples
     raise ValueError(f"unknown metric {name!r}; near names: {', '.join(near)}.")
+
+
+def values_named(name: str, metric: SampleMetric) -> dict[str, str]:
+    """What the name asks for among the metric's values, by the names to report them under.
+
+    The value called so (`pid1` is `id`); else, for a family such as `pctin`, every value under its own name.
+    """
+    canonical = re.sub(r"^pid1(?=@|$)", "id", name)
+    return {name: canonical} if canonical in metric.names else {value: value for value in metric.names}

@@ -94,3 +94,10 @@ def normalise(maps: Tensor, sign: Sign = "all", percentile: float = 98.0) -> Ten
     reached = (mass >= mass[:, -1:] * (percentile / 100)).int().argmax(1, keepdim=True)
     scale = order.gather(1, reached)[..., None]
     return torch.where(scale > 0, chosen / torch.where(scale > 0, scale, 1), 0).clamp(-1, 1)
+
+
+def unit_range(maps: Tensor) -> Tensor:
+    """Every map (..., h, w) brought to [0, 1] by its own minimum and maximum; a constant one becomes 0."""
+    low = maps.amin(dim=(-2, -1), keepdim=True)
+    span = maps.amax(dim=(-2, -1), keepdim=True) - low
+    return torch.where(span > 0, (maps - low) / span, 0)

@@ -69,12 +69,12 @@ def rows(folder, name="scores.csv"):
 
 def test_every_sample_is_explained_once_and_scored_by_every_metric(tmp_path):
     counted = Counted()
-    explain = ExplanationCallback({"counted": counted, "constant": None})
+    explain = ExplanationCallback({"counted": counted})
     score = EvaluationCallback(["pid16", "auroc"], also=["official"], metric_options={"step": 3})
     trainer(tmp_path, explain, score, MapLogger(max_images=2)).test(network(), data(), verbose=False)
     assert sorted(counted._seen) == list(range(7))
     found = rows(tmp_path / "test")
-    assert {r["explainer"] for r in found} == {"counted", "constant"}
+    assert {r["explainer"] for r in found} == {"counted", "random", "constant"}
     assert {r["metric"] for r in found} >= {"pid16", "insertion16", "deletion16", "pid16@official", "auroc"}
     assert [(int(r["index"]), r["name"]) for r in found] == sorted((int(r["index"]), r["name"]) for r in found)
     constant = [float(r["value"]) for r in found if (r["explainer"], r["metric"]) == ("constant", "pid16")]
@@ -138,7 +138,7 @@ def test_new_metrics_reuse_the_maps_and_old_scores(tmp_path):
     for metrics in (["pid16"], ["pid16", "auroc"]):
         counted = Counted()
         explain = ExplanationCallback({"counted": counted})
-        score = EvaluationCallback(metrics, metric_options={"step": 3})
+        score = EvaluationCallback(metrics, metric_options={"step": 3}, baselines=False)
         trainer(tmp_path, explain, score).test(module, data(), verbose=False)
     assert counted._seen == []
     assert {r["metric"] for r in rows(tmp_path / "test")} >= {"pid16", "auroc"}
@@ -181,7 +181,8 @@ def test_the_loss_does_not_depend_on_the_batch_size(tmp_path):
 
 def test_classifiers_are_explained_too(tmp_path):
     pl.seed_everything(0, verbose=False)
-    callback = EvaluationCallback(["pid16"], explainers={"gradcam": None}, metric_options={"step": 3})
+    options = {"metric_options": {"step": 3}, "baselines": False}
+    callback = EvaluationCallback(["pid16"], explainers={"gradcam": None}, **options)
     trainer(tmp_path, callback).test(Classifier("resnet18"), data(), verbose=False)
     assert len([r for r in rows(tmp_path / "test") if r["metric"] == "pid16"]) == 7
 

@@ -93,13 +93,8 @@ def test_idrid_is_the_published_column(monkeypatch, capsys):
     assert scoring["metrics"] == ["id", "pid2", "pid4", "pid8", "pid16"]
     assert scoring["positives_only"] is True
     assert scoring["fill"] == "black"
-    assert set(callback(config, "ExplanationCallback")["explainers"]) == {
-        "labn",
-        "-labn",
-        "gradcam",
-        "random",
-        "constant",
-    }
+    assert scoring["baselines"] is True
+    assert set(callback(config, "ExplanationCallback")["explainers"]) == {"labn", "-labn", "gradcam"}
 
 
 def test_the_resnet50_configuration_differs_in_the_backbone_only(monkeypatch, capsys):

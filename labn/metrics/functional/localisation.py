@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from labn.metrics.functional.similarity import midranks
+
 
 def boxes_to_masks(boxes: Sequence[Tensor] | Tensor, size: tuple[int, int]) -> Tensor:
     """Union of boxes as masks: a pixel is inside where its centre is.
@@ -20,9 +22,15 @@ def boxes_to_masks(boxes: Sequence[Tensor] | Tensor, size: tuple[int, int]) -> T
         size: (H, W).
 
     Returns:
-        (B, H, W) bool.
+        (B, H, W) bool; nothing is inside where a sample has no box.
+
+    Raises:
+        ValueError: boxes of a sample that are not (n, 4).
     """
-    return torch.stack([_union(sample.reshape(-1, 4), size) for sample in boxes])
+    for sample, one in enumerate(boxes):
+        if one.ndim != 2 or one.shape[1] != 4:
+            raise ValueError(f"boxes must be one (n, 4) tensor per image, got {tuple(one.shape)} for image {sample}.")
+    return torch.stack([_union(one, size) for one in boxes])
 
 
 def _union(boxes: Tensor, size: tuple[int, int]) -> Tensor:
@@ -84,13 +92,6 @@ def relevance_rank(maps: Tensor, masks: Tensor) -> Tensor:
     return _left_out(hits / size.squeeze(1).clamp(min=1), inside.any(1))
 
 
-def _midranks(values: Tensor) -> Tensor:
-    """Ranks 1..P in ascending order, tied values sharing their mean rank; (B, P) float64."""
-    ordered = values.sort(1).values
-    below, not_above = torch.searchsorted(ordered, values), torch.searchsorted(ordered, values, right=True)
-    return (below + not_above + 1).double() / 2
-
-
 def map_auroc(maps: Tensor, masks: Tensor) -> Tensor:
     """Area under the ROC curve of the map as a detector of region pixels, U / (n_in n_out) (Mann and Whitney 1947).
 
@@ -100,6 +101,6 @@ def map_auroc(maps: Tensor, masks: Tensor) -> Tensor:
     values, inside = _flat(maps, masks)
     positive = inside.sum(1).double()
     negative = inside.shape[1] - positive
-    rank_sum = torch.where(inside, _midranks(values), 0).sum(1)
+    rank_sum = torch.where(inside, midranks(values), 0).sum(1)
     wins = rank_sum - positive * (positive + 1) / 2
     return _left_out(wins / (positive * negative).clamp(min=1), (positive > 0) & (negative > 0))

@@ -1,0 +1,40 @@
+"""How the probability of a class changes when only part of the image is shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def confidence_drop(whole: Tensor, shown: Tensor) -> Tensor:
+    """100 max(0, Y - O) / Y in percent, whose mean is Average Drop (Chattopadhay et al., WACV 2018, section 4.1).
+
+    Args:
+        whole: Y, any shape: probability of the class on the whole image.
+        shown: O, the same shape: on what the map shows of it.
+
+    Returns:
+        The same shape, in [0, 100]; 0 where Y is 0 and nothing can drop.
+    """
+    return 100 * (whole - shown).clamp(min=0) / torch.where(whole > 0, whole, 1)
+
+
+def confidence_increase(whole: Tensor, shown: Tensor) -> Tensor:
+    """100 where O > Y, else 0: its mean is the Percent Increase in Confidence (the same paper).
+
+    Arguments as in `confidence_drop`.
+    """
+    return 100 * (shown > whole).to(whole.dtype)
+
+
+def percent_counts(pixels: int, percents: Sequence[float]) -> Tensor:
+    """(K,) int64 numbers of pixels that each percentage of `pixels` stands for: rounded, at least one.
+
+    Raises:
+        ValueError: a percentage that is not above 0 and at most 100.
+    """
+    if not percents or not all(0 < percent <= 100 for percent in percents):
+        raise ValueError(f"percents must be above 0 and at most 100, got {list(percents)}.")
+    return torch.tensor([max(1, int(pixels * percent / 100 + 0.5)) for percent in percents])

@@ -1,0 +1,127 @@
+"""Localisation, sparseness and region perturbation beside Quantus (Hedström et al., JMLR 2023)."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from labn.metrics import PatchInsertionDeletion
+from labn.metrics.functional import gini_index, pointing_game, relevance_mass, relevance_rank
+
+quantus = pytest.importorskip("quantus", reason="quantus is not installed")
+QUIET = {"disable_warnings": True, "display_progressbar": False}
+SIZE = 12
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 6, 3, stride=2, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(24, 5)).eval()
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    return torch.randn(4, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def maps() -> Tensor:
+    return torch.rand(4, SIZE, SIZE, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="module")
+def masks() -> Tensor:
+    drawn = torch.zeros(4, SIZE, SIZE, dtype=torch.bool)
+    for sample, (top, left, side) in enumerate([(0, 0, 6), (5, 5, 6), (2, 6, 3), (8, 0, 4)]):
+        drawn[sample, top : top + side, left : left + side] = True
+    return drawn
+
+
+def theirs(metric, model: nn.Module, images: Tensor, maps: Tensor, masks: Tensor | None = None) -> np.ndarray:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scores = metric(
+            model=model,
+            x_batch=images.numpy(),
+            y_batch=np.arange(len(images)),
+            a_batch=maps[:, None].numpy().copy(),
+            s_batch=None if masks is None else masks[:, None].numpy(),
+            device="cpu",
+        )
+    return np.asarray(scores, dtype=float)
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("PointingGame", pointing_game),
+        ("RelevanceMassAccuracy", relevance_mass),
+        ("RelevanceRankAccuracy", relevance_rank),
+    ],
+)
+def test_localisation(name: str, ours, model: nn.Module, images: Tensor, maps: Tensor, masks: Tensor) -> None:
+    focused = maps + masks * torch.tensor([1.0, 0, 0.1, 1])[:, None, None]
+    expected = theirs(getattr(quantus, name)(**QUIET), model, images, focused, masks)
+    assert ours(focused, masks).numpy() == pytest.approx(expected, abs=1e-6)
+    assert len(set(expected)) > 1
+
+
+def test_pointing_game_where_quantus_is_wrong(model: nn.Module, images: Tensor, masks: Tensor) -> None:
+    """Any tied maximum inside counts as a hit there, so that a map without information is perfect; the share of the
+    maxima that are inside, what a random choice among them gives, is right."""
+    constant = torch.full((4, SIZE, SIZE), 2.0)  # a map of ones is refused there
+    assert theirs(quantus.PointingGame(**QUIET), model, images, constant, masks).tolist() == [1, 1, 1, 1]
+    share = masks.double().mean((1, 2))
+    assert torch.allclose(pointing_game(constant, masks), share)
+
+
+def test_sparseness(model: nn.Module, images: Tensor, maps: Tensor) -> None:
+    signed = maps - 0.5
+    metric = quantus.Sparseness(abs=True, normalise=False, **QUIET)
+    expected = theirs(metric, model, images, signed)
+    # 1e-7 is added to every value there, against division by zero.
+    assert gini_index(signed).numpy() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("patch_size", [3, 4])
+def test_region_perturbation_is_the_deletion_curve(
+    patch_size: int, model: nn.Module, images: Tensor, maps: Tensor
+) -> None:
+    """Their curve is p(c | x) - p(c | d_n) for n = 1, 2, ..., over patches ordered by their sum."""
+    patches = (SIZE // patch_size) ** 2
+    metric = quantus.RegionPerturbation(
+        patch_size=patch_size, regions_evaluation=patches, perturb_baseline=0.0, normalise=False, **QUIET
+    )
+    expected = theirs(metric, model, images, maps)
+    ours = PatchInsertionDeletion(patch_size, step=1, pooling="sum", fill="mean")
+    curve = ours.curves(model, images, maps, torch.arange(4), torch.arange(4)).deletion
+    assert (curve[:, :1] - curve[:, 1:]).numpy() == pytest.approx(expected, abs=1e-5)
+
+
+def test_black_of_quantus_is_not_black(model: nn.Module, images: Tensor, maps: Tensor) -> None:
+    """Its "black" is the smallest normalised value of the image itself over all channels; black is the pixel value 0
+    in every channel."""
+    found, lowest = (
+        theirs(
+            quantus.RegionPerturbation(
+                patch_size=4, regions_evaluation=9, perturb_baseline=baseline, normalise=False, **QUIET
+            ),
+            model,
+            images[:1],
+            maps[:1],
+        )
+        for baseline in ("black", images[0].min().item())
+    )
+    assert found == pytest.approx(lowest, abs=1e-6)
+    ours = PatchInsertionDeletion(4, step=1, pooling="sum", mean=[0.4, 0.5, 0.6], std=[0.25] * 3)
+    zero = torch.zeros(1, dtype=torch.long)
+    curve = ours.curves(model, images[:1], maps[:1], zero, zero)
+    black = (torch.zeros(3) - torch.tensor([0.4, 0.5, 0.6])) / 0.25
+    expected = model(black.view(1, 3, 1, 1).expand(1, 3, SIZE, SIZE)).softmax(1)[0, 0].item()
+    assert curve.deletion[0, -1].item() == pytest.approx(expected, abs=1e-6)
+    assert curve.deletion[0, 0].item() - expected != pytest.approx(found[0, -1], abs=1e-3)
