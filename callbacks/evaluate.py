@@ -164,7 +164,7 @@ class EvaluationCallback(ExplainingCallback):
             "explainers": {name: describe(e) for name, e in session.explainers.items()},
             "target": session.target,
             "class_names": list(data.class_names),
-            "metrics": self.names,
+            "metrics": self._asked(),
             "settings": {**self.settings, "bias": self._bias, **self.engine_options},
         }
         summary = write_results(
@@ -174,10 +174,13 @@ class EvaluationCallback(ExplainingCallback):
             print(f"\n{session.store.folder}: mean [95 % interval]\n{summary_table(summary, self._headline())}")
         return {f"{explainer}/{metric}": interval.mean for (explainer, metric), interval in summary.items()}
 
+    def _asked(self) -> list[str]:
+        """The values that the names of the metrics ask for."""
+        return [value for name in self.names for value in values_named(name, self.metrics[name]).values()]
+
     def _headline(self) -> list[str]:
-        names = [value for name in self.names for value in values_named(name, self.metrics[name]).values()]
         filled = any("fill_probability" in metric.names for metric in self.metrics.values())
-        return list(dict.fromkeys([*names, *["fill_probability"] * filled]))
+        return list(dict.fromkeys([*self._asked(), *["fill_probability"] * filled]))
 
 
 def with_variants(metrics: list[str], also: list[str]) -> list[str]:

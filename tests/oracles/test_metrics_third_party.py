@@ -74,7 +74,8 @@ def test_localisation(name: str, ours, model: nn.Module, images: Tensor, maps: T
 def test_pointing_game_where_quantus_is_wrong(model: nn.Module, images: Tensor, masks: Tensor) -> None:
     """Any tied maximum inside counts as a hit there, so that a map without information is perfect; the share of the
     maxima that are inside, what a random choice among them gives, is right."""
-    constant = torch.full((4, SIZE, SIZE), 2.0)  # a map of ones is refused there
+    # Other levels per image: equal values in the whole batch are refused there.
+    constant = torch.arange(1.0, 5.0).view(4, 1, 1).expand(4, SIZE, SIZE)
     assert theirs(quantus.PointingGame(**QUIET), model, images, constant, masks).tolist() == [1, 1, 1, 1]
     share = masks.double().mean((1, 2))
     assert torch.allclose(pointing_game(constant, masks), share)
