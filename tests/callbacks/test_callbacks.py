@@ -183,7 +183,9 @@ def test_classifiers_are_explained_too(tmp_path):
     pl.seed_everything(0, verbose=False)
     options = {"metric_options": {"step": 3}, "baselines": False}
     callback = EvaluationCallback(["pid16"], explainers={"gradcam": None}, **options)
-    trainer(tmp_path, callback).test(Classifier("resnet18"), data(), verbose=False)
+    module = Classifier("resnet18")
+    module.random_weights = ()  # as after training, without which a test is refused
+    trainer(tmp_path, callback).test(module, data(), verbose=False)
     assert len([r for r in rows(tmp_path / "test") if r["metric"] == "pid16"]) == 7
 
 
