@@ -1,19 +1,22 @@
-"""The command line: `python cli.py {fit,validate,test} --config configs/<experiment>.yaml`."""
+"""The command line: `python cli.py {fit,validate,test} --config configs/<experiment>.yaml`, `compare` and `explain`."""
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ.setdefault("LABN_DATA", "../shared/data")
 
 import lightning.pytorch as pl
+import numpy as np
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
@@ -22,7 +25,11 @@ import callbacks
 import datamodules
 import labn.explainers
 import labn.modules
+from datamodules.files import image_files
+from datamodules.sources import FileSource, Record
 from labn.allocator import keep_freed_memory
+from labn.commands import compare, explain
+from labn.preprocessing import Preprocessing
 from labn.store import write_atomically
 
 __all__ = ["LabnCLI", "callbacks", "datamodules", "labn", "main"]
@@ -144,18 +151,68 @@ def default_loggers(run_dir: Path, wandb_mode: str, command: str) -> list[Logger
     loggers: list[Logger] = [
         CSVLogger(save_dir=run_dir, name="logs", version=unused_version(run_dir / "logs", command))
     ]
-    if wandb_mode != "disabled":
+    wandb = None if wandb_mode == "disabled" else wandb_logger(run_dir, wandb_mode)
+    return loggers if wandb is None else [*loggers, wandb]
+
+
+def wandb_logger(run_dir: Path, mode: str) -> Logger | None:
+    """A Weights & Biases logger; `online` falls back to an offline run, which `wandb sync` can send later.
+
+    None, with a warning, where there is no working package: everything is in the run folder all the same.
+    """
+    for offline in (True,) if mode == "offline" else (False, True):
         try:
-            logger = WandbLogger(project="labn", name=run_dir.name, save_dir=run_dir, offline=wandb_mode == "offline")
+            logger = WandbLogger(project="labn", name=run_dir.name, save_dir=run_dir, offline=offline)
             _ = logger.experiment
-            loggers.append(logger)
+            return logger
         except Exception as error:
-            warnings.warn(f"Weights & Biases is not available ({error}); everything is in {run_dir}.", stacklevel=2)
-    return loggers
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            instead = "everything is" if offline else "logging offline, everything is"
+            warnings.warn(f"Weights & Biases is not available ({reason}); {instead} in {run_dir}.", stacklevel=2)
+    return None
+
+
+def read_picture(path: Path, wanted: Preprocessing) -> np.ndarray:
+    """A picture file as (size, size, C) uint8, prepared as the data modules do.
+
+    Raises:
+        BadImageError: the file cannot be decoded.
+    """
+    record = Record(path.name, 0, path)
+    source = FileSource([record], wanted.image_size, wanted.crop, wanted.channels, shorter=wanted.shorter)
+    return source.load(0)[0]
+
+
+COMMANDS: dict[str, tuple[ModuleType, Callable[[argparse.Namespace], None]]] = {
+    "compare": (compare, compare.run),
+    "explain": (explain, lambda options: explain.run(options, read_picture, image_files)),
+}
+"""Commands without a trainer: what declares their arguments, and what runs them."""
+
+
+def run_command(name: str, argv: Sequence[str]) -> None:
+    """Run one of `COMMANDS`; bad input ends with one sentence and exit status 2."""
+    module, work = COMMANDS[name]
+    parser = argparse.ArgumentParser(
+        prog=f"cli.py {name}",
+        description=module.SUMMARY,
+        epilog=module.DETAILS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    options = parser.parse_args(argv)
+    try:
+        work(options)
+    except (OSError, ValueError, TypeError) as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line on `argv`, the process's own arguments by default."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in COMMANDS:
+        run_command(words[0], words[1:])
+        return
     # sys.argv stays as it is: the launcher of further ranks starts them with it, and they expand their own parts.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     keep_freed_memory()
@@ -167,7 +224,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         seed_everything_default=42,
         trainer_defaults={"inference_mode": False, "use_distributed_sampler": False},
         save_config_callback=RunConfigCallback,
-        args=expand_parts(sys.argv[1:] if argv is None else argv),
+        parser_kwargs={"epilog": f"Also: {', '.join(COMMANDS)}; see `python cli.py compare --help` and so on."},
+        args=expand_parts(words),
         auto_configure_optimizers=False,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,6 +11,7 @@ from lightning.pytorch.loggers import WandbLogger
 
 from callbacks.base import ExplainingCallback
 from callbacks.session import Batch, Session, evenly_spaced
+from callbacks.wandb_results import log_results
 from labn.plots import displayable, overlay_figure
 from labn.store import file_name, write_atomically
 
@@ -56,8 +58,19 @@ class MapLogger(ExplainingCallback):
             path = session.store.folder / "overlays" / f"{index:06d}-{file_name(name)}.png"
             write_atomically(path, buffer.getvalue())
 
-    def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, session: Session) -> None:
-        """Send the pictures of all ranks to Weights & Biases, under one key per stage; a collective."""
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Send this validation's results to Weights & Biases."""
+        self._send(trainer)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Send the test's results to Weights & Biases."""
+        self._send(trainer)
+
+    def _send(self, trainer: pl.Trainer) -> None:
+        """Pictures of all ranks, curves and the table, from rank zero; a collective. Nothing that fails here stops."""
+        session = self._owner(trainer)._session if self._active(trainer) else None
+        if session is None:
+            return
         trainer.strategy.barrier("labn-overlays")
         loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
         if not trainer.is_global_zero or not loggers:
@@ -65,12 +78,10 @@ class MapLogger(ExplainingCallback):
         paths = sorted((session.store.folder / "overlays").glob("*.png"))
         paths = [path for path in paths if int(path.name.split("-")[0]) in self._chosen]
         for logger in loggers:
-            logger.log_image(f"maps/{session.split}", [str(path) for path in paths], caption=[p.stem for p in paths])
-            if trainer.state.fn != "fit":
-                logger.log_table(f"scores/{session.split}", *self._score_table(session))
-
-    @staticmethod
-    def _score_table(session: Session) -> tuple[list[str], list[list[str]]]:
-        path = session.store.folder / "summary.csv"
-        rows = [line.split(",") for line in path.read_text().splitlines()] if path.exists() else [["explainer"]]
-        return rows[0], rows[1:]
+            try:
+                log_results(logger, session.store.folder, session.split, paths, trainer.state.fn != "fit")
+            except Exception as error:
+                warnings.warn(
+                    f"Weights & Biases did not take the results ({error}); they are in {session.store.folder}.",
+                    stacklevel=2,
+                )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -186,5 +187,4 @@ def collect_cards(stage: Path, folder: Path, chosen: set[int]) -> None:
     cards = {card["index"]: card for path in sorted(folder.glob("*.json")) for card in json.loads(path.read_text())}
     kept = [card for index, card in sorted(cards.items()) if index in chosen]
     write_atomically(stage / CARDS, json.dumps(kept).encode())
-    for path in folder.glob("*.json"):
-        path.unlink()
+    shutil.rmtree(folder.parent, ignore_errors=True)

@@ -65,12 +65,14 @@ class ImageDataModule(LightningDataModule):
         positive_classes: classes that metrics with `positives_only` score.
         channels: number of channels C.
         crop: left, top, right, bottom of what is used of every image, in fractions; None for all of it.
+        shorter: None where images are squashed; else what their shorter side becomes before the middle is taken.
     """
 
     class_names: list[str]
     positive_classes: tuple[int, ...] = (1,)
     channels: int = 3
     crop: tuple[float, float, float, float] | None = None
+    shorter: int | None = None
 
     def __init__(
         self,
@@ -179,7 +181,8 @@ class ImageDataModule(LightningDataModule):
 
     def preprocessing(self) -> Preprocessing:
         """What an image goes through, without augmentation; checkpoints keep it."""
-        return Preprocessing(self.image_size, list(self.mean), list(self.std), self.crop, list(self.class_names))
+        mean, std = list(self.mean), list(self.std)
+        return Preprocessing(self.image_size, mean, std, self.crop, self.shorter, list(self.class_names))
 
     def report(self) -> str:
         """Counts per split and class, and what was left out and why, one line each."""

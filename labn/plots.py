@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from labn.report.charts import Panel
 
 
 def displayable(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
@@ -54,4 +58,18 @@ def overlay_figure(
         if mask is not None and mask.any() and not mask.all():
             axis.contour(mask.astype(float), levels=[0.5], colors="lime", linewidths=0.8)
     figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def panels_figure(panels: Sequence[Panel]) -> Figure:
+    """Charts of the report as one figure, a panel beside the other, with bands and one legend."""
+    figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, panel in zip(axes, panels):
+        for line in panel.series:
+            axis.plot(line.x, line.y, color=f"C{line.place % 10}", label=line.name)
+            if line.low is not None and line.high is not None:
+                axis.fill_between(line.x, line.low, line.high, color=f"C{line.place % 10}", alpha=0.15, linewidth=0)
+        axis.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label, ylim=panel.y_range)
+    axes[-1].legend(fontsize=7)
     return figure

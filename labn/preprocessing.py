@@ -16,13 +16,14 @@ KEY = "preprocessing"
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Crop, squash to a square, normalise.
+    """Crop, squash to a square (or cut it out of the middle), normalise.
 
     Attributes:
         image_size: side of the square in pixels.
         mean: per channel, of values in [0, 1].
         std: per channel, likewise.
         crop: left, top, right, bottom in fractions of the picture; None for no crop.
+        shorter: None squashes; else the shorter side is resized to it and the central square taken.
         class_names: one per class; empty where they are not known.
     """
 
@@ -30,6 +31,7 @@ class Preprocessing:
     mean: Sequence[float]
     std: Sequence[float]
     crop: tuple[float, float, float, float] | None = None
+    shorter: int | None = None
     class_names: list[str] = field(default_factory=list)
 
     @property

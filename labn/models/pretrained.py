@@ -12,7 +12,7 @@ from labn.models.backbones import OWN, build_network, final_linear
 from labn.models.checkpoints import canonical, load_backbone, read_tensors
 from labn.preprocessing import Preprocessing
 
-IMAGENET = Preprocessing(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET = Preprocessing(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), shorter=256)
 
 
 def load_pretrained(name: str, weights: str | Path) -> tuple[nn.Module, Preprocessing]:
@@ -52,9 +52,11 @@ def full_name(name: str) -> str:
 
 def expected_pictures(network: nn.Module) -> Preprocessing:
     """Size, mean and std of timm's configuration of a model; ImageNet's for all others."""
-    config = getattr(network, "pretrained_cfg", None) or {}
-    size = config.get("input_size", (3, IMAGENET.image_size, IMAGENET.image_size))
-    return Preprocessing(size[-1], config.get("mean", IMAGENET.mean), config.get("std", IMAGENET.std))
+    config = getattr(network, "pretrained_cfg", None)
+    if not config:
+        return IMAGENET
+    size = config["input_size"][-1]
+    return Preprocessing(size, config["mean"], config["std"], shorter=round(size / config.get("crop_pct", 1.0)))
 
 
 def _classes(network: nn.Module, tensors: dict[str, Tensor]) -> int | None:

@@ -1,32 +1,98 @@
-"""Weights & Biases, offline: the maps are in the run; without it nothing else changes."""
+"""Weights & Biases: an offline run read back holds pictures and numbers; without it nothing else changes."""
+
+import csv
+import json
+import struct
 
 import pytest
 from command_line import run
+from PIL import Image
 
 pytestmark = pytest.mark.slow
 
 
-def test_the_offline_run_holds_the_pictures_and_the_table(tmp_path):
+def journal(data, block=32768):
+    """Records of a `.wandb` file: LevelDB's log format behind a header of seven bytes."""
+    place, whole = 7, b""
+    while place + 7 <= len(data):
+        if block - place % block < 7:
+            place += block - place % block
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, place)
+        piece = data[place + 7 : place + 7 + length]
+        place += 7 + length
+        # 1: whole; 2, 3, 4: first, middle and last part.
+        whole = piece if kind in (1, 2) else whole + piece
+        if kind in (1, 4):
+            yield whole
+
+
+def records(folder):
+    """History of an offline run, key -> last value, as `wandb sync` would send it."""
+    from wandb.proto import wandb_internal_pb2
+
+    (path,) = folder.glob("*.wandb")
+    found = {}
+    for data in journal(path.read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        for item in record.history.item:
+            found["/".join(item.nested_key) or item.key] = json.loads(item.value_json)
+    return found
+
+
+def summary(run_dir):
+    with open(run_dir / "test" / "summary.csv", newline="") as file:
+        return {f"test/{r['explainer']}/{r['metric']}": float(r["mean"]) for r in csv.DictReader(file)}
+
+
+def test_the_offline_run_holds_pictures_and_numbers(tmp_path):
     run("test", "--wandb=offline", run_dir=tmp_path)
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
-    pictures = list((folder / "files" / "media" / "images").rglob("*.png"))
-    assert len(pictures) == 8
-    tables = list((folder / "files" / "media" / "table").rglob("*.json"))
-    assert len(tables) == 1
-    assert "pid16" in tables[0].read_text()
-    sent = {path.read_bytes() for path in pictures}
-    kept = {path.read_bytes() for path in (tmp_path / "test" / "overlays").glob("*.png")}
-    assert sent == kept
+    found = records(folder)
+    for key, mean in summary(tmp_path).items():
+        assert found[key] == pytest.approx(mean, abs=1e-6)
+    assert found["maps/test"]["count"] == 8
+    assert {f"curves/test/pid16{variant}" for variant in ("", "@stable", "@official")} <= found.keys()
+    for path in (folder / "files" / "media" / "images").rglob("*.png"):
+        with Image.open(path) as picture:
+            assert max(picture.size) <= 1600
+    media = folder / "files"
+    table = json.loads((media / found["samples/test"]["path"]).read_text())
+    assert len(table["data"]) == 8
+    columns = {name: place for place, name in enumerate(table["columns"])}
+    with open(tmp_path / "test" / "scores.csv", newline="") as file:
+        scores = {(int(r["index"]), r["explainer"], r["metric"]): float(r["value"]) for r in csv.DictReader(file)}
+    for row in table["data"]:
+        assert (media / row[columns["maps"]]["path"]).is_file()
+        assert row[columns["labn/auroc"]] == scores.get((row[0], "labn", "auroc"))
 
 
-def test_without_wandb_the_results_are_the_same(tmp_path, monkeypatch):
-    # A package of that name that cannot be imported stands for one that is missing or broken.
-    blocked = tmp_path / "blocked" / "wandb"
-    blocked.mkdir(parents=True)
-    (blocked / "__init__.py").write_text("raise ImportError('wandb is blocked')")
-    run("test", run_dir=tmp_path / "plain")
-    monkeypatch.setenv("PYTHONPATH", str(blocked.parent))
-    done = run("test", "--wandb=offline", run_dir=tmp_path / "blocked_run")
+def blocked(folder):
+    """A package of that name that cannot be imported stands for one that is missing or broken."""
+    (folder / "wandb").mkdir(parents=True)
+    (folder / "wandb" / "__init__.py").write_text("raise ImportError('wandb is blocked')")
+    return {"PYTHONPATH": str(folder)}
+
+
+def unreachable(folder):
+    """A server that is not there, with a key that looks like one."""
+    return {"WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40, "WANDB_INIT_TIMEOUT": "3"}
+
+
+def forbidden(folder):
+    """No key, and nobody to ask for one."""
+    return {"WANDB_API_KEY": "", "WANDB_BASE_URL": "http://127.0.0.1:9", "HOME": str(folder), "NETRC": "/nowhere"}
+
+
+@pytest.mark.parametrize("trouble", [blocked, unreachable, forbidden], ids=lambda trouble: trouble.__name__)
+def test_without_wandb_the_results_are_the_same(tmp_path, monkeypatch, trouble):
+    run("test", "--trainer.limit_test_batches=1", run_dir=tmp_path / "plain")
+    for name, value in trouble(tmp_path / "blocked").items():
+        monkeypatch.setenv(name, value)
+    mode = "--wandb=offline" if trouble is blocked else "--wandb=online"
+    done = run("test", mode, "--trainer.limit_test_batches=1", run_dir=tmp_path / "troubled")
     assert "Weights & Biases is not available" in done.stderr
-    a, b = ((tmp_path / name / "test" / "scores.csv").read_text() for name in ("plain", "blocked_run"))
+    a, b = ((tmp_path / name / "test" / "scores.csv").read_text() for name in ("plain", "troubled"))
     assert a == b
+    assert (tmp_path / "troubled" / "test" / "report.html").is_file()

@@ -135,7 +135,7 @@ const startGallery = () => {
   byId("sort-order").value = "1";
   for (const name of report.columns) {
     const box = element("input", { type: "checkbox", checked: true, value: name });
-    box.addEventListener("change", () => gallery.methods[box.checked ? "add" : "delete"](name));
+    box.addEventListener("input", () => gallery.methods[box.checked ? "add" : "delete"](name));
     byId("filter-methods").append(element("label", {}, box, name));
   }
   const again = (event) => {

@@ -1,0 +1,186 @@
+"""`python cli.py explain --image a.jpg ...`: class, confidence, overlays and raw maps of single pictures."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from labn.api import explain
+from labn.explainers import EXPLAINERS, explainer_by_name
+from labn.inference import evaluating, logits_of
+from labn.models.pretrained import load_pretrained
+from labn.modules.restore import restore
+from labn.plots import displayable, overlay_figure
+from labn.preprocessing import Preprocessing
+from labn.results import csv_bytes
+from labn.store import file_name, write_atomically
+
+Reader = Callable[[Path, Preprocessing], np.ndarray]
+"""Picture file -> (size, size, C) uint8."""
+Lister = Callable[[Path], list[Path]]
+"""Folder -> its picture files."""
+
+SUMMARY = "Explain single pictures with a trained or a given network."
+DETAILS = f"""\
+Prints class and confidence of every picture and writes to --out: <picture>.png (the picture with the map of every
+method beside it, with colour bars), maps/<picture>.safetensors (the raw maps by method, not normalised) and
+predictions.csv.
+
+The network is a checkpoint of this command line (--ckpt), which knows its own preprocessing and classes, or a
+torchvision or timm model with its weights in a file (--model, --weights); nothing is downloaded.
+
+{textwrap.fill(f"methods: {', '.join(EXPLAINERS)}; -NAME negates (write --method=-labn)", 110)}
+
+examples:
+  python cli.py explain --image a.jpg --ckpt runs/quickstart/checkpoints/best.ckpt --method labn gradcam
+  python cli.py explain --image my/pictures --model resnet50d --weights resnet50d.safetensors --method lrp c3lrp
+"""
+PREDICTIONS = ("file", "class", "class_name", "confidence", "explained")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("--image", nargs="+", type=Path, required=True, help="picture files or folders of them")
+    parser.add_argument("--ckpt", type=Path, help="checkpoint of a run")
+    parser.add_argument("--model", help="name of a torchvision or timm model")
+    parser.add_argument("--weights", type=Path, help="file of the model's weights (.safetensors, .pt, .pth)")
+    parser.add_argument(
+        "--method", nargs="+", action="extend", required=True, metavar="NAME", help="methods, listed below"
+    )
+    parser.add_argument("--target", help="name or number of the class to explain (default: the predicted one)")
+    parser.add_argument("--class_names", type=Path, help="text file with one class name per line")
+    parser.add_argument("--image_size", type=int, help="side in pixels that the network gets (default: its own)")
+    parser.add_argument("--out", type=Path, default=Path("explained"), help="folder to write to (default: explained)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
+
+
+def run(options: argparse.Namespace, read: Reader, list_pictures: Lister) -> None:
+    """Explain every picture.
+
+    Args:
+        options: the parsed arguments.
+        read: picture file -> pixels as the network expects them.
+        list_pictures: folder -> its pictures.
+
+    Raises:
+        FileNotFoundError: a picture, folder or file of weights does not exist.
+        ValueError: an unknown method, class or model, or no picture that can be read.
+    """
+    for method in options.method:
+        explainer_by_name(method)
+    files = _files(options.image, list_pictures)
+    network, preprocessing = load_network(options)
+    network = network.to(options.device)
+    target = None if options.target is None else class_number(options.target, preprocessing)
+    rows = []
+    for number, (path, name, image) in enumerate(_readable(files, preprocessing, read)):
+        row = _explain(network, image.to(options.device), preprocessing, options, target, number, name)
+        print(f"{path}: {row[1]} ({row[2]:.3f})" + (f", explained {row[3]}" if row[3] != row[1] else ""))
+        rows.append((str(path), *row))
+    if not rows:
+        raise ValueError("None of the pictures can be read; see the warnings above.")
+    write_atomically(options.out / "predictions.csv", csv_bytes(PREDICTIONS, rows))
+    print(f"{options.out}: overlays, maps/ and predictions.csv of {len(rows)} pictures")
+
+
+def load_network(options: argparse.Namespace) -> tuple[nn.Module, Preprocessing]:
+    """The network that the arguments name, and what it expects, with `--image_size` and `--class_names` put in.
+
+    Raises:
+        ValueError: neither or both ways of naming a network, or a checkpoint that does not know its preprocessing.
+    """
+    if (options.ckpt is None) == (options.model is None) or (options.model is None) != (options.weights is None):
+        raise ValueError("Name the network by --ckpt, or by --model and --weights together.")
+    if options.ckpt is not None:
+        network, found = restore(options.ckpt)
+        if found is None:
+            raise ValueError(f"{options.ckpt} was saved without a data module and does not know its preprocessing.")
+        preprocessing = found
+    else:
+        network, preprocessing = load_pretrained(options.model, options.weights)
+    if options.class_names is not None:
+        preprocessing = replace(preprocessing, class_names=options.class_names.read_text().splitlines())
+    if options.image_size is not None:
+        scale = options.image_size / preprocessing.image_size
+        shorter = None if preprocessing.shorter is None else round(preprocessing.shorter * scale)
+        preprocessing = replace(preprocessing, image_size=options.image_size, shorter=shorter)
+    return network, preprocessing
+
+
+def class_number(word: str, preprocessing: Preprocessing) -> int:
+    """The class that `--target` names.
+
+    Raises:
+        ValueError: it is neither a class name nor a number.
+    """
+    if word in preprocessing.class_names:
+        return preprocessing.class_names.index(word)
+    if not word.isdecimal():
+        known = ", ".join(preprocessing.class_names[:10]) or "not known here"
+        raise ValueError(f"--target is {word!r}; it must be a number or a class name ({known}).")
+    return int(word)
+
+
+def _explain(
+    network: nn.Module,
+    image: Tensor,
+    preprocessing: Preprocessing,
+    options: argparse.Namespace,
+    target: int | None,
+    number: int,
+    name: str,
+) -> tuple[int, str, float, str]:
+    """Write overlay and maps of one picture (C, H, W); its class, the class's name, confidence, explained class."""
+    with torch.no_grad(), evaluating(network, image.device.type):
+        probabilities = logits_of(network(image[None])).softmax(1)[0]
+    predicted = int(probabilities.argmax())
+    chosen = predicted if target is None else target
+    if chosen >= len(probabilities):
+        raise ValueError(f"--target is class {chosen}; the network has {len(probabilities)} classes, from 0.")
+    place = torch.tensor([number])
+    maps = {m: explain(network, image[None], m, chosen, indices=place).maps[0].cpu() for m in options.method}
+    confidence = float(probabilities[predicted])
+    names = preprocessing.class_name(predicted), preprocessing.class_name(chosen)
+    figure = overlay_figure(
+        displayable(image, preprocessing.mean, preprocessing.std),
+        {method: heat.numpy() for method, heat in maps.items()},
+        title=f"{name}: {names[0]} ({confidence:.3f}), explained {names[1]}",
+    )
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
+    write_atomically(options.out / f"{name}.png", picture.getvalue())
+    write_atomically(options.out / "maps" / f"{name}.safetensors", safetensors.torch.save(maps))
+    return predicted, names[0], confidence, names[1]
+
+
+def _files(given: Sequence[Path], list_pictures: Lister) -> list[Path]:
+    files = []
+    for path in given:
+        if not path.exists():
+            raise FileNotFoundError(f"--image {path} does not exist.")
+        files += list_pictures(path) if path.is_dir() else [path]
+    return files
+
+
+def _readable(files: Sequence[Path], preprocessing: Preprocessing, read: Reader) -> Iterator[tuple[Path, str, Tensor]]:
+    """Path, a name that is unique among the files, and normalised image; what cannot be read is warned about."""
+    taken: dict[str, int] = {}
+    for path in files:
+        try:
+            image = preprocessing.normalise(read(path, preprocessing))
+        except ValueError as error:
+            warnings.warn(f"{error} It is skipped.", stacklevel=2)
+            continue
+        name = file_name(path.stem)
+        taken[name] = taken.get(name, 0) + 1
+        yield path, name if taken[name] == 1 else f"{name}-{taken[name]}", image

@@ -1,0 +1,146 @@
+"""`explain`: the maps are those of the library, the class is the network's, and bad input is one sentence."""
+
+import csv
+
+import cv2
+import numpy as np
+import pytest
+import timm
+import torch
+from command_line import call_main
+from safetensors.torch import load_file, save_file
+
+from cli import read_picture
+from datamodules import ImageFolder, SyntheticFundus
+from labn import explain
+from labn.modules import LABN
+from labn.modules.restore import restore
+from labn.preprocessing import KEY, Preprocessing
+
+OPTIONS = {"backbone": "lambda_resnet", "split": 1, "theta": 0.3}
+BACKBONE = {"backbone_options": {"layers": [1, 1], "width": 4, "stem_width": 4, "r": 3}}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    noise = np.random.default_rng(0)
+    for name in ("a.jpg", "b.png"):
+        cv2.imwrite(str(folder / name), noise.integers(0, 255, (70, 90, 3), dtype=np.uint8))
+    (folder / "broken.jpg").write_bytes(b"no picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    module = LABN(**OPTIONS, network_options=BACKBONE)
+    path = tmp_path_factory.mktemp("run") / "best.ckpt"
+    arguments = {"_class_path": "labn.modules.LABN", **OPTIONS, "network_options": BACKBONE}
+    preprocessing = SyntheticFundus(n_train=2, n_val=2, n_test=2, image_size=48).preprocessing().plain()
+    content = {"state_dict": module.state_dict(), "hyper_parameters": arguments, KEY: preprocessing}
+    torch.save(content, path)
+    return path
+
+
+def test_maps_and_class_are_those_of_the_library(pictures, checkpoint, tmp_path, capsys):
+    methods = ["labn", "gradcam", "random"]
+    command = ["explain", f"--image={pictures / 'a.jpg'}", f"--ckpt={checkpoint}", f"--out={tmp_path}", "--method"]
+    call_main([*command, *methods, "--method=-labn", "--device=cpu"])
+    network, preprocessing = restore(checkpoint)
+    image = preprocessing.normalise(read_picture(pictures / "a.jpg", preprocessing))[None]
+    probabilities = network(image).logits.softmax(1)[0]
+    predicted = int(probabilities.argmax())
+    name = ["healthy", "lesions"][predicted]
+    assert f"a.jpg: {name} ({float(probabilities[predicted].detach()):.3f})" in capsys.readouterr().out
+    maps = load_file(tmp_path / "maps" / "a.safetensors")
+    assert set(maps) == {*methods, "-labn"}
+    for method in methods:
+        expected = explain(network, image, method, predicted, indices=torch.tensor([0])).maps[0]
+        assert torch.equal(maps[method], expected)
+    assert torch.equal(maps["-labn"], -maps["labn"])
+    assert cv2.imread(str(tmp_path / "a.png")).shape[1] > 1000
+    with (tmp_path / "predictions.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (int(row["class"]), row["class_name"], row["explained"]) == (predicted, name, name)
+
+
+def test_a_folder_with_a_timm_model_and_its_weights(pictures, tmp_path, capsys):
+    torch.manual_seed(0)
+    save_file(timm.create_model("resnet18", num_classes=5).state_dict(), tmp_path / "w.safetensors")
+    (tmp_path / "names.txt").write_text("ant\nbee\ncat\ndog\nelk\n")
+    command = ["explain", f"--image={pictures}", "--model=timm/resnet18", f"--weights={tmp_path / 'w.safetensors'}"]
+    command += ["--image_size=64", f"--class_names={tmp_path / 'names.txt'}", "--target=cat", f"--out={tmp_path}"]
+    with pytest.warns(UserWarning, match=r"broken\.jpg cannot be decoded"):
+        call_main([*command, "--device=cpu", "--method", "lrp", "c3lrp", "gradcam"])
+    assert "explained cat" in capsys.readouterr().out
+    for name in ("a", "b"):
+        maps = load_file(tmp_path / "maps" / f"{name}.safetensors")
+        assert {m: tuple(heat.shape) for m, heat in maps.items()} == dict.fromkeys(
+            ("lrp", "c3lrp", "gradcam"), (64, 64)
+        )
+
+
+def test_pictures_are_prepared_as_the_data_module_does(pictures, tmp_path):
+    for split in ("train", "test"):
+        for label in ("x", "y"):
+            (tmp_path / split / label).mkdir(parents=True)
+            for n in range(2):
+                pixels = np.random.default_rng([n, ord(label), len(split)]).integers(
+                    0, 255, (40, 60, 3), dtype=np.uint8
+                )
+                cv2.imwrite(str(tmp_path / split / label / f"{n}.png"), pixels)
+    statistics = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.4]}
+    data = ImageFolder(tmp_path, image_size=32, crop=(0.1, 0.0, 0.8, 1.0), val_fraction=0.5, **statistics)
+    kept = Preprocessing(**data.preprocessing().plain())
+    sample = data.dataset("test")[0]["image"]
+    path = tmp_path / "test" / data.sample_name("test", 0)
+    assert torch.allclose(kept.normalise(read_picture(path, kept)), sample, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ckpt=CKPT", "--method=gradcamm"], "did you mean gradcam"),
+        (["--method=lrp"], "by --ckpt, or by --model and --weights"),
+        (["--ckpt=CKPT", "--model=resnet18", "--weights=w", "--method=lrp"], "by --ckpt, or by --model"),
+        (["--model=resnet18", "--method=lrp"], "--model and --weights together"),
+        (["--model=resnet18", "--weights=CKPT", "--method=lrp"], "CKPT is of another architecture"),
+        (["--ckpt=CKPT", "--method=random", "--target=cat"], "number or a class name .healthy, lesions"),
+        (["--ckpt=CKPT", "--method=random", "--target=7"], "--target is class 7; the network has 2 classes"),
+        (["--ckpt=nowhere.ckpt", "--method=random"], "nowhere.ckpt does not exist"),
+    ],
+)
+def test_bad_input_is_one_sentence(arguments, message, pictures, checkpoint, tmp_path, capsys):
+    words = [word.replace("CKPT", str(checkpoint)) for word in arguments]
+    with pytest.raises(SystemExit) as ended:
+        call_main(["explain", f"--image={pictures / 'a.jpg'}", f"--out={tmp_path}", "--device=cpu", *words])
+    assert ended.value.code == 2
+    assert message.replace("CKPT", str(checkpoint)).replace(".healthy", "(healthy") in capsys.readouterr().err
+
+
+def test_weights_that_leave_something_random_are_refused(pictures, tmp_path, capsys):
+    state = timm.create_model("resnet18", num_classes=5).state_dict()
+    save_file({k: v for k, v in state.items() if not k.startswith("fc.")}, tmp_path / "headless.safetensors")
+    command = ["explain", f"--image={pictures / 'a.jpg'}", "--model=resnet18", "--method=random"]
+    with pytest.raises(SystemExit):
+        call_main([*command, f"--weights={tmp_path / 'headless.safetensors'}", f"--out={tmp_path}"])
+    assert "does not fill resnet18: 2 of its tensors are missing (first: fc.weight)" in capsys.readouterr().err
+
+
+def test_a_checkpoint_cannot_name_foreign_code(checkpoint, tmp_path):
+    content = torch.load(checkpoint, weights_only=True)
+    content["hyper_parameters"]["_class_path"] = "subprocess.Popen"
+    torch.save(content, tmp_path / "bad.ckpt")
+    with pytest.raises(ValueError, match=r"no checkpoint of `cli\.py fit`"):
+        restore(tmp_path / "bad.ckpt")
+
+
+@pytest.mark.parametrize("command", ["compare", "explain"])
+def test_help_is_readable(command, capsys):
+    with pytest.raises(SystemExit) as ended:
+        call_main([command, "--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert "example" in text
+    assert max(len(line) for line in text.splitlines()) <= 130

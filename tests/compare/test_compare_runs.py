@@ -1,0 +1,148 @@
+"""Merging runs: closed forms over seeds and samples, and every refusal."""
+
+import csv
+import io
+import json
+import re
+import statistics
+
+import numpy as np
+import pytest
+from small_stage import HOSTILE, make_stage, value
+
+from labn.commands import compare
+from labn.compare import compare_runs, latex_table, markdown_table, open_runs, paired_csv, table_csv
+
+
+def rows(data):
+    return list(csv.DictReader(io.StringIO(data.decode())))
+
+
+def edit_manifest(folder, **changes):
+    path = folder / "maps" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture
+def seeds(tmp_path):
+    """Three seeds whose values are shifted by 0, .1 and .3."""
+    for seed, shift in ((1, 0.0), (2, 0.1), (3, 0.3)):
+        make_stage(tmp_path / f"seed{seed}", 8, shift, seed)
+    return [str(tmp_path / f"seed{seed}") for seed in (1, 2, 3)]
+
+
+def test_seeds_become_one_row_with_mean_and_deviation(seeds):
+    found = compare_runs(open_runs(seeds))
+    row = next(r for r in rows(table_csv(found)) if (r["explainer"], r["metric"]) == ("-lrp", "pid16"))
+    own = [value("-lrp", "pid16", index) for index in range(8)]
+    assert (row["run"], row["seeds"], row["n"]) == ("seed1", "3", "8")
+    assert float(row["mean"]) == pytest.approx(np.mean(own) + 0.4 / 3, abs=1e-12)
+    assert float(row["std"]) == pytest.approx(statistics.stdev([0.0, 0.1, 0.3]), abs=1e-12)
+    assert float(row["ci_low"]) < float(row["mean"]) < float(row["ci_high"])
+
+
+def test_labels_keep_runs_apart(seeds):
+    found = compare_runs(open_runs([f"a={seeds[0]}", f"b={seeds[1]}"]))
+    assert {(row.label, row.seeds, row.std) for row in found.rows} == {("a", 1, None), ("b", 1, None)}
+    difference = next(p for p in found.paired if p[:3] == ("a: -lrp", "b: -lrp", "pid16"))[3]
+    assert difference.mean == pytest.approx(-0.1)
+    assert (difference.low, difference.high) == (pytest.approx(-0.1), pytest.approx(-0.1))
+    assert len(rows(paired_csv(found))) == 2 * 6
+
+
+def test_other_settings_are_other_rows(seeds):
+    folder = seeds[1]
+    config = f"{folder}/fit.yaml"
+    with open(config) as file:
+        text = file.read()
+    with open(config, "w") as file:
+        file.write(text.replace("max_epochs: 3", "max_epochs: 4"))
+    assert [run.label for run in open_runs(seeds)] == ["seed1", "seed2", "seed1"]
+
+
+def test_methods_of_one_network_are_merged(tmp_path):
+    make_stage(tmp_path / "one", 6, explainers=("gradcam",), checkpoint="c0ffee")
+    make_stage(tmp_path / "two", 6, explainers=("-lrp",), checkpoint="c0ffee")
+    found = compare_runs(open_runs([f"net={tmp_path / 'one'}", f"net={tmp_path / 'two'}"]))
+    assert {(row.explainer, row.seeds) for row in found.rows} == {("gradcam", 1), ("-lrp", 1)}
+
+
+def test_samples_are_matched_by_name(tmp_path):
+    make_stage(tmp_path / "all", 8)
+    make_stage(tmp_path / "some", 8, shift=0.5, checkpoint="other")
+    path = tmp_path / "some" / "test" / "scores.csv"
+    with path.open(newline="") as file:
+        lines = list(csv.reader(file))
+    kept = [line for line in lines[1:] if line[1] in ("2", "3", "5")]
+    with path.open("w", newline="") as file:
+        # Other positions, the same names.
+        csv.writer(file).writerows([lines[0], *([r[0], str(7 - int(r[1])), *r[2:]] for r in kept)])
+    found = compare_runs(open_runs([f"a={tmp_path / 'all'}", f"b={tmp_path / 'some'}"]))
+    assert found.left_out == {"pid16": 5, "mass": 5}
+    assert set(found.columns["a", "gradcam", "mass"]) == {"image_002", HOSTILE, "image_005"}
+    means = {row.label: row.interval.mean for row in found.rows if (row.explainer, row.metric) == ("gradcam", "mass")}
+    assert means["b"] - means["a"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": "other"}, "differ in data: d47a and other"),
+        ({"split": "val"}, "differ in split"),
+        ({"target": "prediction"}, "differ in explained class: label and prediction"),
+        ({"settings": {"fill": "blur", "positives_only": False}}, r"differ in protocol \(fill\): black and blur"),
+        ({"explainers": {"gradcam": {"class": "gradcam", "layer": "x"}}}, "differ in arguments of gradcam"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(seeds, tmp_path, change, message):
+    edit_manifest(tmp_path / "seed2" / "test", **change)
+    with pytest.raises(ValueError, match=message):
+        compare_runs(open_runs(seeds[:2]))
+
+
+def test_speed_settings_do_not_matter(seeds, tmp_path):
+    edit_manifest(tmp_path / "seed2" / "test", settings={"fill": "black", "positives_only": False, "chunk_size": 64})
+    assert compare_runs(open_runs(seeds)).rows
+
+
+def test_one_network_scored_differently_is_refused(tmp_path):
+    make_stage(tmp_path / "one", 4, checkpoint="c0ffee")
+    make_stage(tmp_path / "two", 4, shift=0.2, checkpoint="c0ffee")
+    with pytest.raises(ValueError, match="another folder of the same network"):
+        compare_runs(open_runs([f"net={tmp_path / 'one'}", f"net={tmp_path / 'two'}"]))
+
+
+def test_a_run_without_scores_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"holds no test/scores\.csv"):
+        open_runs([str(tmp_path)])
+
+
+def test_the_tables_are_markdown_and_latex(seeds):
+    found = compare_runs(open_runs([f"a_b & c={seeds[0]}", f"d|e={seeds[1]}"]))
+    markdown = markdown_table(found).splitlines()
+    assert markdown[0] == "| run | method | pid16 | mass |"
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in markdown}) == 1
+    latex = latex_table(found)
+    assert r"a\_b \& c" in latex
+    assert latex.count(r"\\") == 5
+    assert latex.startswith(r"\begin{tabular}{llrr}")
+
+
+def test_the_command_writes_everything(seeds, tmp_path, capsys):
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    compare.add_arguments(parser)
+    compare.run(parser.parse_args([*seeds, "--out", str(tmp_path / "out")]))
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "paired.csv",
+        "report.html",
+        "table.csv",
+        "table.md",
+        "table.tex",
+    }
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "± 0.153" in page
+    assert HOSTILE not in page
+    assert "pid16: insertion" in page
+    assert "| seed1 | gradcam |" in capsys.readouterr().out
