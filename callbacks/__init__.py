@@ -1,6 +1,7 @@
 """Lightning callbacks that drive explanation and evaluation."""
 
 from callbacks.checkpoint import BestCheckpoint, LastCheckpoint
+from callbacks.detections import DetectionCallback
 from callbacks.evaluate import EvaluationCallback
 from callbacks.explain import ExplanationCallback
 from callbacks.health import GateWatch, RunProfile
@@ -9,6 +10,7 @@ from callbacks.report import ReportCallback
 
 __all__ = [
     "BestCheckpoint",
+    "DetectionCallback",
     "EvaluationCallback",
     "ExplanationCallback",
     "GateWatch",

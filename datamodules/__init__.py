@@ -6,5 +6,6 @@ from datamodules.idrid import IDRiD
 from datamodules.imagenet import ImageNet
 from datamodules.synthetic import SyntheticFundus
 from datamodules.transforms import Augmentation
+from datamodules.voc import VOC
 
-__all__ = ["Augmentation", "IDRiD", "ImageDataModule", "ImageFolder", "ImageNet", "SyntheticFundus"]
+__all__ = ["VOC", "Augmentation", "IDRiD", "ImageDataModule", "ImageFolder", "ImageNet", "SyntheticFundus"]

@@ -6,14 +6,14 @@ import os
 from abc import abstractmethod
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Sampler, default_collate
 
 from datamodules.bias import cached, default_cache_dir, pixel_mean
 from datamodules.samplers import BalancedSampler, ShuffledSampler, UnrepeatedDistributedSampler
@@ -209,6 +209,11 @@ class ImageDataModule(LightningDataModule):
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
+    @staticmethod
+    def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Samples of a dataset as one batch."""
+        return default_collate(samples)
+
     def _loader(self, dataset: ImageDataset, sampler: Sampler, drop_last: bool = False) -> DataLoader:
         return DataLoader(
             dataset,
@@ -216,6 +221,7 @@ class ImageDataModule(LightningDataModule):
             sampler=sampler,
             drop_last=drop_last,
             num_workers=self.num_workers,
+            collate_fn=self.collate,
             worker_init_fn=_one_thread,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),

@@ -111,15 +111,7 @@ class Transform:
     def __init__(
         self, size: int, mean: Sequence[float], std: Sequence[float], augmentation: Augmentation | None = None
     ) -> None:
-        steps = _steps(augmentation, size) if augmentation else []
-        erase = augmentation and augmentation.erasing
-        self._random = bool(steps or erase)
-        normalize = A.Normalize(mean=tuple(mean), std=tuple(std), max_pixel_value=255.0)
-        steps.append(normalize)
-        if augmentation and erase:
-            scale, ratio = tuple(augmentation.erasing_scale), tuple(augmentation.erasing_ratio)
-            steps.append(A.Erasing(scale=scale, ratio=ratio, fill=0, fill_mask=0, p=erase))
-        self._compose = A.Compose(steps)
+        self._compose, self._random = composed(size, mean, std, augmentation)
 
     def __call__(
         self, image: Array, mask: Array | None = None, seed: Sequence[int] = (0,)
@@ -135,15 +127,44 @@ class Transform:
             image (C,H,W) float32 and mask (H,W) bool (None where None came in).
         """
         if self._random:
-            self._seed(seed)
+            reseed(self._compose, seed)
         targets = {"image": image} if mask is None else {"image": image, "mask": mask.astype(np.uint8)}
         out = self._compose(**targets)
-        pixels = out["image"] if out["image"].ndim == 3 else out["image"][..., None]
-        tensor = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32))
-        return tensor, None if mask is None else torch.from_numpy(np.ascontiguousarray(out["mask"]) > 0)
+        return to_tensor(out["image"]), None if mask is None else torch.from_numpy(
+            np.ascontiguousarray(out["mask"]) > 0
+        )
 
-    def _seed(self, seed: Sequence[int]) -> None:
-        # `Compose.set_random_seed` would give every step its OWN generator with the SAME seed, so that for instance
-        # both flips always happen together; one generator shared by all steps keeps them independent.
-        numpy_seed, python_seed = np.random.SeedSequence(list(seed)).generate_state(2, np.uint64)
-        self._compose.set_random_state(np.random.default_rng(numpy_seed), random.Random(int(python_seed)))
+
+def composed(
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    augmentation: Augmentation | None = None,
+    bbox_params: Any | None = None,
+) -> tuple[Any, bool]:
+    """All steps as one callable, normalisation included, and whether any of them is random.
+
+    `bbox_params` (of albumentations) makes the steps move boxes along.
+    """
+    steps = _steps(augmentation, size) if augmentation else []
+    erase = augmentation and augmentation.erasing
+    random_steps = bool(steps or erase)
+    steps.append(A.Normalize(mean=tuple(mean), std=tuple(std), max_pixel_value=255.0))
+    if augmentation and erase:
+        scale, ratio = tuple(augmentation.erasing_scale), tuple(augmentation.erasing_ratio)
+        steps.append(A.Erasing(scale=scale, ratio=ratio, fill=0, fill_mask=0, p=erase))
+    return A.Compose(steps, bbox_params=bbox_params), random_steps
+
+
+def reseed(compose: Any, seed: Sequence[int]) -> None:
+    """Let all steps draw from one generator that follows from `seed` alone."""
+    # `Compose.set_random_seed` would give every step its OWN generator with the SAME seed, so that for instance
+    # both flips always happen together; one generator shared by all steps keeps them independent.
+    numpy_seed, python_seed = np.random.SeedSequence(list(seed)).generate_state(2, np.uint64)
+    compose.set_random_state(np.random.default_rng(numpy_seed), random.Random(int(python_seed)))
+
+
+def to_tensor(pixels: Array) -> Tensor:
+    """(H,W) or (H,W,C) floats as a contiguous (C,H,W) float32 tensor."""
+    pixels = pixels if pixels.ndim == 3 else pixels[..., None]
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1), dtype=np.float32))

@@ -61,7 +61,7 @@ def explain(
     if not isinstance(method, str) and arguments:
         raise TypeError(f"a ready {type(method).__name__} takes no more arguments, got {', '.join(arguments)}.")
     explainer = explainer_by_name(method, **arguments) if isinstance(method, str) else method
-    chosen = resolve_targets(model, images, targets)
+    chosen = explainer.choose_targets(model, images, targets)
     maps = explainer(model, images, chosen, indices)
     return Explanation(maps, chosen, method if isinstance(method, str) else type(method).__name__)
 

@@ -6,9 +6,10 @@ from labn.explainers.attention_guided import AttentionMapGuided
 from labn.explainers.base import Explainer
 from labn.explainers.baseline import ConstantMap, Negated, RandomMap
 from labn.explainers.cam import GradCAM, GradCAMPlusPlus, XGradCAM
+from labn.explainers.crp import CRP
 from labn.explainers.gradient import Gradient, GradientTimesInput, IntegratedGradients, SmoothGrad
 from labn.explainers.linear_cam import CAM
-from labn.explainers.lrp import C3LRP, LRP
+from labn.explainers.lrp import C3LRP, LRP, ContrastiveLRP
 from labn.explainers.names import EXPLAINERS, explainer_by_name
 from labn.explainers.occlusion import Occlusion
 from labn.explainers.rise import RISE, ReleasedRISE, RiseMaps
@@ -19,6 +20,7 @@ from labn.explainers.smooth_cam import SmoothGradCAMPlusPlus
 __all__ = [
     "C3LRP",
     "CAM",
+    "CRP",
     "EXPLAINERS",
     "LRP",
     "RISE",
@@ -27,6 +29,7 @@ __all__ = [
     "AttentionRollout",
     "BranchAttention",
     "ConstantMap",
+    "ContrastiveLRP",
     "Explainer",
     "GradCAM",
     "GradCAMPlusPlus",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labn.inference import explaining, matching
+
+Targets = Tensor | Sequence[int] | int | None
 
 
 def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
@@ -70,6 +72,16 @@ class Explainer(ABC):
             # Clones: tensors made in inference mode cannot take part in a gradient.
             maps = self.attribute(model, images.detach().clone(), targets.to(images.device).long().clone(), indices)
         return resize_maps(maps.detach(), (images.shape[-2], images.shape[-1])).float()
+
+    def choose_targets(self, model: nn.Module, images: Tensor, targets: Targets) -> Tensor:
+        """Classes (B,) int64 to explain: the predicted ones for None, one for all, or one per image.
+
+        Raises:
+            ValueError: a target that is no class of the model.
+        """
+        from labn.explainers.targets import resolve_targets  # which builds on this module
+
+        return resolve_targets(model, images, targets)
 
     @abstractmethod
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:

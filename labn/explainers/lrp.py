@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from labn.explainers.base import Explainer
 from labn.lrp.config import Config, FirstName, ResidualName, RuleName
 from labn.lrp.engine import relevance
-from labn.lrp.initial import INITIAL
+from labn.lrp.initial import INITIAL, Contrast, Initial, check_others
 from labn.postprocess import apply, check_names
 
 
@@ -61,7 +61,7 @@ class LRP(Explainer):
             low=None if low is None else tuple(low),
             high=None if high is None else tuple(high),
         )
-        self.init = init
+        self.init: str | Initial = init
         self.chunk_size = chunk_size
         self.postprocess = check_names(postprocess)
 
@@ -101,3 +101,44 @@ class C3LRP(LRP):
             eps_mode=eps_mode,
             chunk_size=chunk_size,
         )
+
+
+class ContrastiveLRP(LRP):
+    """Relevance for a class against the others: what speaks for the target more than for its rivals (CRP, IJCNN 2019).
+
+    At the input of the last layer each class k has the shares R_i[k] = a_i w+_ik / sum_j a_j w+_jk; the contrast
+    R_i = R_i[k*] - mean over the rivals of R_i[k] sums to zero and goes down by ratio splitting and z+, positive and
+    negative parts by the same shares. Plain z+ propagation hardly depends on the class; this does.
+
+    Args:
+        others: the rivals: `all` other classes, the `n` most probable ones, or a list of classes.
+        residual, rule, batchnorm, first_layer, pooling, eps, eps_mode, chunk_size, postprocess: as for `LRP`.
+    """
+
+    def __init__(
+        self,
+        others: Literal["all"] | int | Sequence[int] = "all",
+        residual: ResidualName = "ratio",
+        rule: RuleName = "zplus",
+        batchnorm: Literal["pass", "fold"] = "pass",
+        first_layer: FirstName = "ones",
+        postprocess: Sequence[str] = (),
+        pooling: Literal["winner", "average"] = "winner",
+        eps: float = 1e-9,
+        eps_mode: Literal["relative", "absolute"] = "relative",
+        chunk_size: int | None = None,
+    ) -> None:
+        super().__init__(
+            residual=residual,
+            rule=rule,
+            linear_rule="zplus",
+            batchnorm=batchnorm,
+            first_layer=first_layer,
+            postprocess=postprocess,
+            pooling=pooling,
+            eps=eps,
+            eps_mode=eps_mode,
+            chunk_size=chunk_size,
+        )
+        check_others(others)
+        self.init = Contrast(others)

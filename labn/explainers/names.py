@@ -12,9 +12,10 @@ from labn.explainers.attention_guided import AttentionMapGuided
 from labn.explainers.base import Explainer
 from labn.explainers.baseline import ConstantMap, Negated, RandomMap
 from labn.explainers.cam import GradCAM, GradCAMPlusPlus, XGradCAM
+from labn.explainers.crp import CRP
 from labn.explainers.gradient import Gradient, GradientTimesInput, IntegratedGradients, SmoothGrad
 from labn.explainers.linear_cam import CAM
-from labn.explainers.lrp import C3LRP, LRP
+from labn.explainers.lrp import C3LRP, LRP, ContrastiveLRP
 from labn.explainers.occlusion import Occlusion
 from labn.explainers.rise import RISE, ReleasedRISE
 from labn.explainers.rollout import AttentionRollout
@@ -43,6 +44,8 @@ EXPLAINERS: dict[str, Callable[..., Explainer]] = {
     "occlusion": Occlusion,
     "lrp": LRP,
     "c3lrp": C3LRP,
+    "contrastive_lrp": ContrastiveLRP,
+    "crp": CRP,
     "random": RandomMap,
     "constant": ConstantMap,
 }

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
-from labn.explainers.base import explained_channels
+from labn.explainers.base import Targets, explained_channels
 from labn.inference import evaluating, logits_of, matching
-
-Targets = Tensor | Sequence[int] | int | None
 
 
 def check_targets(targets: Tensor, num_classes: int) -> None:

@@ -2,7 +2,17 @@
 
 from labn.lrp.config import Config
 from labn.lrp.engine import Relevance, backward, forward, relevance
-from labn.lrp.initial import initial_relevance
+from labn.lrp.initial import Contrast, initial_relevance
 from labn.lrp.ledger import Entry, Ledger
 
-__all__ = ["Config", "Entry", "Ledger", "Relevance", "backward", "forward", "initial_relevance", "relevance"]
+__all__ = [
+    "Config",
+    "Contrast",
+    "Entry",
+    "Ledger",
+    "Relevance",
+    "backward",
+    "forward",
+    "initial_relevance",
+    "relevance",
+]

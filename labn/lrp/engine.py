@@ -11,7 +11,7 @@ from labn.inference import explaining, matching
 from labn.lrp.backward import sweep
 from labn.lrp.config import Config
 from labn.lrp.forward import Passage, run_forward
-from labn.lrp.initial import initial_relevance
+from labn.lrp.initial import Initial, initial_relevance
 from labn.lrp.ledger import Entry, Ledger, joined
 from labn.lrp.plan import check, plan_for
 
@@ -63,14 +63,17 @@ def forward(model: nn.Module, images: Tensor, config: Config | None = None) -> P
 
 
 def backward(
-    passage: Passage, seeds: dict[str, Tensor] | Tensor, until: str | None = None, ledger: Ledger | None = None
+    passage: Passage,
+    seeds: dict[str, Tensor] | dict[int, Tensor] | Tensor,
+    until: str | int | None = None,
+    ledger: Ledger | None = None,
 ) -> Tensor:
-    """Send relevance down from the logits (a tensor (T, K)) or from module outputs (tensors by qualified name).
+    """Send relevance down from the logits (a tensor (T, K)) or from inner values, by module or by index in the graph.
 
     Args:
         passage: from `forward`; may be swept repeatedly. T is its batch size, or any number if that is 1.
         seeds: where relevance starts.
-        until: qualified name of the module at whose output to stop; None: the images.
+        until: qualified name of the module at whose output to stop, or index of a value; None: the images.
         ledger: filled with the account of every layer passed.
 
     Raises:
@@ -94,7 +97,7 @@ def relevance(
     images: Tensor,
     targets: Tensor,
     config: Config | None = None,
-    init: str = "probability",
+    init: str | Initial = "probability",
     report: bool = False,
     chunk_size: int | None = None,
 ) -> Relevance:
@@ -105,7 +108,8 @@ def relevance(
         images: (B, C, H, W), normalised as the model expects; device and dtype of the arithmetic are theirs.
         targets: (B,) int64 class indices.
         config: the rules; defaults of `Config`.
-        init: relevance at the target's logit, see `initial_relevance`.
+        init: relevance at the target's logit, see `initial_relevance`; or a function of logits and targets that gives
+            the relevance (B, K) of all logits, such as `labn.lrp.Contrast`.
         report: add the account of every layer: what arrived, what went on, what eps, dead units and biases kept.
         chunk_size: images per pass; the result does not depend on it. None: 8 on a CPU, whose allocator hands larger
             activations back to the system each time, else all.
@@ -122,11 +126,11 @@ def relevance(
 
 
 def _one_pass(
-    model: nn.Module, images: Tensor, targets: Tensor, config: Config | None, init: str, report: bool
+    model: nn.Module, images: Tensor, targets: Tensor, config: Config | None, init: str | Initial, report: bool
 ) -> Relevance:
     ledger = Ledger() if report else None
     passage = forward(model, images, config)
-    start = initial_relevance(passage.logits, targets, init)
+    start = initial_relevance(passage.logits, targets, init) if isinstance(init, str) else init(passage.logits, targets)
     pixels = backward(passage, start, ledger=ledger)
     return Relevance(pixels, passage.logits, start.sum(1, dtype=torch.float64), tuple(ledger.entries) if ledger else ())
 
@@ -139,8 +143,10 @@ def _joined(parts: list[Relevance]) -> Relevance:
     return Relevance(pixels, logits, torch.cat([part.initial for part in parts]), entries)
 
 
-def _index(passage: Passage, name: str) -> int:
-    index = passage.graph.outputs.get(name)
+def _index(passage: Passage, name: str | int) -> int:
+    index = name if isinstance(name, int) else passage.graph.outputs.get(name)
+    if index == 0:
+        return index
     if index is None or index not in passage.graph.nodes:
         raise KeyError(f"No module output named '{name}' is left in the recorded network.")
     return index

@@ -172,8 +172,8 @@ def record(model: nn.Module, images: Tensor) -> Recording:
     recorder = _Recorder(images)
     with torch.no_grad(), _watching(model, recorder):
         with recorder:
-            output = model(images)
-        logits = recorder.index_of(logits_of(output))
+            output = logits_of(model(images))  # which may have to be put together from the parts of an output
+        logits = recorder.index_of(output)
     if not logits:
         raise ValueError(
             f"The logits of {type(model).__name__} do not depend on the images through visible torch functions."

@@ -3,5 +3,6 @@
 from labn.modules.classifier import Classifier
 from labn.modules.guidance import SaliencyGuidance
 from labn.modules.labn import LABN
+from labn.modules.ssd import SSD
 
-__all__ = ["LABN", "Classifier", "SaliencyGuidance"]
+__all__ = ["LABN", "SSD", "Classifier", "SaliencyGuidance"]

@@ -19,7 +19,31 @@ def top_error(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.topk(TOP, dim=1).indices != labels[:, None]).all(dim=1).float()
 
 
-class ClassificationModule(pl.LightningModule):
+class CheckedModule(pl.LightningModule):
+    """A module that remembers the epoch of a loaded checkpoint and refuses one of another architecture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded_epoch: int | None = None
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another architecture with one sentence instead of a list of every tensor."""
+        self.loaded_epoch = checkpoint.get("epoch")
+        mine, theirs = self.state_dict(), checkpoint["state_dict"]
+        missing = [key for key in mine if key not in theirs]
+        foreign = [key for key in theirs if key not in mine]
+        shapes = [key for key in mine if key in theirs and mine[key].shape != theirs[key].shape]
+        if missing or foreign or shapes:
+            source = getattr(self._trainer, "ckpt_path", None) if self._trainer else None
+            first = (missing or foreign or shapes)[0]
+            raise ValueError(
+                f"The checkpoint {source or ''} is of another architecture than the configured {type(self).__name__}: "
+                f"{len(missing)} tensors missing, {len(foreign)} unknown, {len(shapes)} of another shape "
+                f"(first: {first}); use the configuration that it was trained with."
+            )
+
+
+class ClassificationModule(CheckedModule):
     """Base of the classifiers: subclasses set `network` and implement `losses` and `configure_optimizers`.
 
     Epoch values (`<stage>/loss`, `<stage>/accuracy`, and with more than five classes `<stage>/top5_error`, the share of
@@ -34,7 +58,6 @@ class ClassificationModule(pl.LightningModule):
         super().__init__()
         self.memory_format = torch.contiguous_format
         self.num_classes = num_classes
-        self.loaded_epoch: int | None = None
         self.epoch_loss = nn.ModuleDict({stage: MeanMetric() for stage in ("train_", "val_", "test_")})
         self.epoch_accuracy = nn.ModuleDict(
             {s: Accuracy(task="multiclass", num_classes=num_classes) for s in ("train_", "val_", "test_")}
@@ -85,19 +108,3 @@ class ClassificationModule(pl.LightningModule):
             if name != "loss" and stage == "train":
                 self.log(f"{stage}/{name}", value.detach(), on_step=False, on_epoch=True, batch_size=size)
         return terms["loss"]
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another architecture with one sentence instead of a list of every tensor."""
-        self.loaded_epoch = checkpoint.get("epoch")
-        mine, theirs = self.state_dict(), checkpoint["state_dict"]
-        missing = [key for key in mine if key not in theirs]
-        foreign = [key for key in theirs if key not in mine]
-        shapes = [key for key in mine if key in theirs and mine[key].shape != theirs[key].shape]
-        if missing or foreign or shapes:
-            source = getattr(self._trainer, "ckpt_path", None) if self._trainer else None
-            first = (missing or foreign or shapes)[0]
-            raise ValueError(
-                f"The checkpoint {source or ''} is of another architecture than the configured {type(self).__name__}: "
-                f"{len(missing)} tensors missing, {len(foreign)} unknown, {len(shapes)} of another shape "
-                f"(first: {first}); use the configuration that it was trained with."
-            )

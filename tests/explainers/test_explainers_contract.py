@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from small_detectors import tiny
 from small_networks import GapLinear, Parameterless
 from torch import Tensor, nn
 
@@ -53,7 +54,15 @@ FITTING: dict[str, Callable[[], nn.Module]] = {
     "abn": branch_network,
     "lambda": lambda: magnetogram_net(num_classes=4, in_channels=3),
     "rollout": vision_transformer,
+    "crp": lambda: tiny(num_classes=4, dtype=torch.float32),
 }
+
+
+def last_layer(model: nn.Module) -> nn.Module:
+    """The last linear layer, in a detector the last convolution."""
+    modules = list(model.modules())
+    linear = [module for module in modules if isinstance(module, nn.Linear)]
+    return (linear or [module for module in modules if isinstance(module, nn.Conv2d)])[-1]
 
 
 def network(name: str) -> nn.Module:
@@ -136,7 +145,7 @@ def test_a_failure_leaves_nothing_behind(name: str) -> None:
     """The network fails in the middle of a forward."""
     model = network(name)
     hooks, flags = hooks_of(model), [module.training for module in model.modules()]
-    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    last = last_layer(model)
     last.forward = lambda _x: (_ for _ in ()).throw(ZeroDivisionError("broken"))  # type: ignore[method-assign]
     if name in NO_GRADIENT_OF_THE_MODEL:
         explainer(name)(model, pictures(), TARGETS)
@@ -218,12 +227,13 @@ def test_a_compiled_model_runs_with_its_hooks(name: str) -> None:
     with torch.no_grad():
         compiled(images)
     fired = []
-    last = [module for module in model.modules() if isinstance(module, nn.Linear)][-1]
+    last = last_layer(model)
     handle = last.register_forward_hook(lambda *_: fired.append(1))
     maps = explainer(name)(compiled, images, TARGETS, INDICES)
     handle.remove()
     assert close(maps, expected)
-    folds = name in ("rise", "rise_released", "occlusion")  # these run on a copy, made without or with the hook
+    # These run on a copy, made without or with the hook, or on the graph that the first call recorded.
+    folds = name in ("rise", "rise_released", "occlusion", "crp")
     assert fired or folds or name in NO_GRADIENT_OF_THE_MODEL
     torch._dynamo.reset()
 

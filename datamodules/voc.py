@@ -1,0 +1,183 @@
+"""Object detection data in the Pascal VOC layout: VOC itself, and any set of images with XML annotations."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from datamodules.base import SPLITS, ImageDataModule, OnBadImage, Split
+from datamodules.boxes import BoxDataset, BoxTransform, Objects, collate_boxes
+from datamodules.files import SUFFIXES, data_root
+from datamodules.sources import FileSource, Record, Source
+from datamodules.splits import readable
+from datamodules.transforms import Augmentation
+from datamodules.voc_files import Annotation, read_annotation
+
+DETECTION = Augmentation(vertical_flip=0.0, rotation=0.0, crop_scale=(0.5, 1.0), erasing=0.0)
+
+
+class VOC(ImageDataModule):
+    """`root/{Annotations,ImageSets/Main,JPEGImages}`, images squashed to image_size x image_size.
+
+    Batches carry `boxes`, `labels` and `difficult` as lists with one tensor per image: (n,4) float32 x1, y1, x2, y2 in
+    pixels of the resized image, (n,) int64 object classes (no background; 0 is the first of `class_names`), (n,) bool.
+    `label` is the class of the image's largest object, -1 where there is none. Difficult objects are left out of
+    training; boxes without area are dropped everywhere with a warning.
+
+    Args:
+        root: the data set's folder; None takes `$LABN_DATA/<name>`.
+        name: folder of the data set in `$LABN_DATA`.
+        classes: names of the object classes, in order; None finds them (sorted) in the annotations of all splits.
+        image_sets: split -> name of its list in ImageSets/Main, without `.txt`.
+        on_bad_box: for a box that reaches outside its image: "stop" raises, "clip" cuts it and reports it.
+        min_visibility: training objects of which a crop leaves less than this share are dropped.
+        image_size, mean, std, batch_size, num_workers, seed, drop_last, augmentation, on_bad_image, cache_images,
+            cache_dir: see `ImageDataModule`.
+    """
+
+    positive_classes = ()
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str] | None = None,
+        name: str = "voc",
+        classes: list[str] | None = None,
+        image_sets: dict[str, str] | None = None,
+        on_bad_box: Literal["stop", "clip"] = "stop",
+        min_visibility: float = 0.3,
+        image_size: int = 300,
+        mean: list[float] | None = [0.485, 0.456, 0.406],  # noqa: B006
+        std: list[float] | None = [0.229, 0.224, 0.225],  # noqa: B006
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 42,
+        drop_last: bool = False,
+        augmentation: Augmentation | None = DETECTION,
+        on_bad_image: OnBadImage = "stop",
+        cache_images: bool = False,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ) -> None:
+        if on_bad_box not in ("stop", "clip"):
+            raise ValueError(f"on_bad_box is {on_bad_box!r}; it must be 'stop' or 'clip'.")
+        super().__init__(
+            image_size,
+            mean,
+            std,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            drop_last=drop_last,
+            augmentation=augmentation,
+            on_bad_image=on_bad_image,
+            cache_images=cache_images,
+            cache_dir=cache_dir,
+        )
+        self.root = data_root(name, root)
+        self.image_sets = {split: split for split in SPLITS} | (image_sets or {})
+        if unknown := self.image_sets.keys() - set(SPLITS):
+            raise ValueError(f"image_sets has the split {unknown.pop()!r}; splits are {', '.join(SPLITS)}.")
+        self.on_bad_box, self.min_visibility = on_bad_box, min_visibility
+        self._classes = classes
+
+    @cached_property
+    def class_names(self) -> list[str]:  # type: ignore[override]
+        """Object classes: as given, else all names in the annotations, sorted."""
+        if self._classes is not None:
+            return self._classes
+        found = {o.name for file in self._annotations.values() for o in file.objects}
+        if not found:
+            raise ValueError(f"No annotation of {self.root} names an object; a detector needs at least one class.")
+        return sorted(found)
+
+    @cached_property
+    def _lists(self) -> dict[Split, list[str]]:
+        return {split: self._list(self.image_sets[split]) for split in SPLITS}
+
+    def _list(self, name: str) -> list[str]:
+        path = self.root / "ImageSets" / "Main" / f"{name}.txt"
+        if not path.is_file():
+            raise FileNotFoundError(f"Image list {path} does not exist; set image_sets to lists that do.")
+        return [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+
+    @cached_property
+    def _annotations(self) -> dict[str, Annotation]:
+        names = dict.fromkeys(name for split in SPLITS for name in self._lists[split])
+        return {n: read_annotation(self.root / "Annotations" / f"{n}.xml", self.on_bad_box) for n in names}
+
+    @cached_property
+    def _objects(self) -> dict[str, Objects]:
+        return {name: self._numbered(name, file) for name, file in self._annotations.items()}
+
+    def _numbered(self, name: str, file: Annotation) -> Objects:
+        for place, found in enumerate(file.objects, start=1):
+            if found.name not in self.class_names:
+                raise ValueError(
+                    f"{self.root / 'Annotations' / name}.xml, object {place}: class {found.name!r} is not one of "
+                    f"{', '.join(self.class_names)}; add it to `classes`, or leave `classes` out."
+                )
+        scale = np.array([file.width, file.height] * 2, dtype=np.float64)
+        boxes = np.array([o.box for o in file.objects], dtype=np.float64).reshape(-1, 4) / scale
+        labels = np.array([self.class_names.index(o.name) for o in file.objects], dtype=np.int64)
+        return Objects(boxes, labels, np.array([o.difficult for o in file.objects], dtype=bool))
+
+    def _build(self) -> dict[Split, Source]:
+        self._notes = [note for file in self._annotations.values() for note in file.notes]
+        for note in self._notes:
+            rank_zero_warn(note)
+        images = {p.stem: p for p in sorted((self.root / "JPEGImages").glob("*")) if p.suffix.lower() in SUFFIXES}
+        sources: dict[Split, Source] = {}
+        for split in SPLITS:
+            records = [self._record(name, images) for name in self._lists[split]]
+            good, notes = readable(records, self.on_bad_image)
+            self._notes += notes
+            sources[split] = VOCSource(good, self.image_size, [self._objects[r.name] for r in good])
+        return sources
+
+    def _record(self, name: str, images: dict[str, Any]) -> Record:
+        if name not in images:
+            raise FileNotFoundError(f"Image {self.root / 'JPEGImages' / name}.jpg of the image lists does not exist.")
+        return Record(name, largest(self._objects[name]), images[name])
+
+    def objects(self, split: Split) -> list[Objects]:
+        """The objects of every sample of a split, in order."""
+        return [self._objects[name] for name in self.source(split).names]
+
+    def dataset(self, split: Split, augment: bool = False) -> BoxDataset:
+        """The split as a dataset of single samples, augmented and without difficult objects only on request."""
+        chosen = self.augmentation if augment else None
+        transform = BoxTransform(self.image_size, self.mean, self.std, chosen, self.min_visibility)
+        return BoxDataset(self.source(split), self.objects(split), transform, self.seed, drop_difficult=augment)
+
+    collate = staticmethod(collate_boxes)
+
+    def _counts(self, split: Split) -> str:
+        counts = Counter(int(label) for o in self.objects(split) for label in o.labels)
+        per_class = ", ".join(f"{name} {counts[label]}" for label, name in enumerate(self.class_names))
+        return f"  {split}: {len(self.source(split))} images ({per_class}), data hash {self.fingerprint(split)}"
+
+
+class VOCSource(FileSource):
+    """Image files whose data hash depends on their objects too."""
+
+    def __init__(self, records: list[Record], size: int, objects: list[Objects]) -> None:
+        super().__init__(records, size)
+        self._objects = objects
+
+    @property
+    def identity(self) -> list[object]:  # type: ignore[override]
+        """Files, settings and objects."""
+        objects = [(o.boxes.tolist(), o.labels.tolist(), o.difficult.tolist()) for o in self._objects]
+        return [*super().identity, "boxes", *objects]
+
+
+def largest(objects: Objects) -> int:
+    """Class of the object with the largest area, -1 where there is none."""
+    if not len(objects):
+        return -1
+    x1, y1, x2, y2 = objects.boxes.T
+    return int(objects.labels[np.argmax((x2 - x1) * (y2 - y1))])

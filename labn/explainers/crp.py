@@ -1,0 +1,224 @@
+"""Contrastive Relevance Propagation for single-shot detectors (CRP, IJCNN 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from labn.explainers.base import Explainer, Targets
+from labn.explainers.detection import DetectionPassage, Start
+from labn.explainers.head_rules import CLASS_RULES, COORDINATE_RULES
+from labn.explainers.targets import check_targets
+from labn.inference import explaining, matching
+from labn.lrp.config import Config, FirstName
+from labn.lrp.initial import check_others, rivals
+from labn.models.detectors import COORDINATES, Detections, Detector, Thresholds, detector_of
+
+Task = Literal["class", "cx", "cy", "w", "h"]
+TASKS: tuple[Task, ...] = ("class", "cx", "cy", "w", "h")
+DIRECTIONS = ("positive", "negative", "predicted")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of one default box.
+
+    Attributes:
+        prior: index of the default box, for example `Detections.priors[0]`.
+        task: `class`, or the coordinate `cx`, `cy`, `w` or `h`.
+        label: class channel or name, also one that was not predicted (what if?); None: the most probable object class.
+    """
+
+    prior: int
+    task: Task = "class"
+    label: int | str | None = None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Maps for questions about one image.
+
+    Attributes:
+        maps: (T, H, W) signed, positive for pixels that support the statement, negative for those that contradict it.
+        sums: (T,) float64 relevance at the head's input: 0 for a contrast, 1 where a unit had nothing to contrast with.
+        questions: T of them.
+    """
+
+    maps: Tensor
+    sums: Tensor
+    questions: tuple[Question, ...]
+
+
+class CRP(Explainer):
+    """Relevance of pixels for the class or a coordinate of a detection, as a contrast.
+
+    The statement starts at the unit of its default box. For a class k*, every class k shares one unit of relevance
+    among the inputs of its 3 x 3 window by the w+ rule, R_i[k] = x_i w+_ik / sum_j x_j w+_jk, and the contrast is
+    R_i = R_i[k*] - mean over k != k* of R_i[k]; for a coordinate, whose rival is the opposite movement, it is the share
+    of positive minus the share of negative contributions (derived here; the published rule is not available). From
+    there signed relevance goes down by w+, max pools to the winner, and the L2 norm of conv4_3 as a constant.
+
+    Called as `maps = CRP()(detector, images, classes)` it explains, per image, the best detection of the class given (a
+    map of zeros where there is none). `ask` answers any question about any default box.
+
+    Args:
+        task: what the call explains: `class`, `cx`, `cy`, `w` or `h`.
+        contrast_at: `source` (the published contrast), `output` (raw weights compared) or `none` (plain alpha1-beta0).
+        others: rivals of a class: `all`, the n most probable ones, or a list of class channels.
+        background: whether the background class may be a rival.
+        initial: relevance of a class starts with `one`, or with its `score`.
+        localisation: `opposite`, `others` (the mean of the other coordinates as rival), `none` (w+ only), `eps` or
+            `alpha2beta1`.
+        direction: the statement is right/down/wider/taller (`positive`), its opposite (`negative`), or whichever was
+            `predicted`.
+        first_layer: rule at the pixels: `input` (alpha1-beta0 on both signs), `zb`, `flat`, `ones` or `epsilon`.
+        pooling: `winner` takes all, or `average`.
+        batchnorm: `fold` it into the convolutions, or `pass` relevance through.
+        eps, eps_mode, low, high: see `labn.lrp.Config`.
+        score_threshold, nms_threshold, top_k: what counts as a detection, see `Thresholds`.
+        chunk_size: maps per backward sweep; None: 8 on a CPU, else all. The maps do not depend on it.
+    """
+
+    def __init__(
+        self,
+        task: Task = "class",
+        contrast_at: Literal["source", "output", "none"] = "source",
+        others: Literal["all"] | int | Sequence[int] = "all",
+        background: bool = True,
+        initial: Literal["one", "score"] = "one",
+        localisation: Literal["opposite", "others", "none", "eps", "alpha2beta1"] = "opposite",
+        direction: Literal["positive", "negative", "predicted"] = "positive",
+        first_layer: FirstName = "input",
+        pooling: Literal["winner", "average"] = "winner",
+        batchnorm: Literal["pass", "fold"] = "fold",
+        eps: float = 1e-9,
+        eps_mode: Literal["relative", "absolute"] = "relative",
+        low: Sequence[float] | None = None,
+        high: Sequence[float] | None = None,
+        score_threshold: float = 0.01,
+        nms_threshold: float = 0.45,
+        top_k: int = 200,
+        chunk_size: int | None = None,
+    ) -> None:
+        _among("task", task, TASKS)
+        _among("contrast_at", contrast_at, CLASS_RULES)
+        _among("initial", initial, ("one", "score"))
+        _among("localisation", localisation, COORDINATE_RULES)
+        _among("direction", direction, DIRECTIONS)
+        check_others(others)
+        self.task, self.contrast_at, self.others, self.background = task, contrast_at, others, background
+        self.initial, self.localisation, self.direction = initial, localisation, direction
+        self.config = Config(
+            first_layer=first_layer,
+            pooling=pooling,
+            batchnorm=batchnorm,
+            eps=eps,
+            eps_mode=eps_mode,
+            low=None if low is None else tuple(low),
+            high=None if high is None else tuple(high),
+        )
+        self.thresholds = Thresholds(score_threshold, nms_threshold, top_k=top_k)
+        self.chunk_size = chunk_size
+
+    # Any question about one image
+
+    def passage(self, detector: nn.Module, image: Tensor) -> DetectionPassage:
+        """One forward of one image (C, H, W) or (1, C, H, W), for any number of `ask`s.
+
+        Raises:
+            TypeError: the model is no detector.
+        """
+        image = image.detach()[None] if image.ndim == 3 else image.detach()
+        found = matching(detector_of(detector), image)
+        assert isinstance(found, Detector)
+        with explaining(found, image.device.type):
+            return DetectionPassage(found, image.clone(), self.config)
+
+    def ask(self, passage: DetectionPassage, questions: Sequence[Question]) -> Answers:
+        """Maps for any questions about the image of `passage`: one backward sweep for several of them.
+
+        Raises:
+            ValueError: a class that the detector does not have, or an unknown task.
+            IndexError: a default box that does not exist.
+            NotImplementedError: a layer without a rule; the message names it.
+        """
+        with explaining(passage.detector, passage.image.device.type):
+            starts = [self.start(passage, question) for question in questions]
+            maps = passage.maps(starts, chunk_size=self.chunk_size).sum(1)
+        sums = torch.tensor([float(s.relevance.sum(dtype=torch.float64)) for s in starts], dtype=torch.float64)
+        return Answers(maps, sums, tuple(questions))
+
+    def start(self, passage: DetectionPassage, question: Question) -> Start:
+        """Relevance at the head's input for one question."""
+        _among("task", question.task, TASKS)
+        rule = self._class_start if question.task == "class" else self._coordinate_start
+        return rule(passage, question)
+
+    def _class_start(self, passage: DetectionPassage, question: Question) -> Start:
+        detector, target = passage.detector, self.label_of(passage, question)
+        logits = passage.predictions.classes[:, question.prior]
+        excluded = None if self.background else detector.background
+        others = rivals(logits, torch.tensor([target], device=logits.device), self.others, excluded)[0]
+        window = passage.window(question.prior, localisation=False)
+        relevance = CLASS_RULES[self.contrast_at](window.contributions, target, others)
+        if self.initial == "score":
+            relevance = relevance * logits[0].softmax(0)[target]
+        return Start(window, relevance.view_as(window.inputs))
+
+    def _coordinate_start(self, passage: DetectionPassage, question: Question) -> Start:
+        number = COORDINATES.index(question.task)
+        window = passage.window(question.prior, localisation=True)
+        relevance = COORDINATE_RULES[self.localisation](window.contributions, number)
+        predicted = float(passage.predictions.offsets[0, question.prior, number])
+        backwards = self.direction == "negative" or (self.direction == "predicted" and predicted < 0)
+        return Start(window, (-relevance if backwards else relevance).view_as(window.inputs))
+
+    def label_of(self, passage: DetectionPassage, question: Question) -> int:
+        """The class channel that a question is about; the most probable object class where it names none."""
+        passage.layout.unit(question.prior)
+        if question.label is not None:
+            return passage.detector.class_index(question.label)
+        logits = passage.predictions.classes[0, question.prior].clone()
+        if passage.detector.background is not None:
+            logits[passage.detector.background] = -torch.inf
+        return int(logits.argmax())
+
+    # The contract of every explainer
+
+    def choose_targets(self, model: nn.Module, images: Tensor, targets: Targets) -> Tensor:
+        """Class channels (B,): those given, or that of each image's best detection (the background without one)."""
+        detector = detector_of(model)
+        if targets is None:
+            found = [self.passage(detector, image).detections(self.thresholds) for image in images]
+            return torch.tensor([int(d.labels[0]) if len(d) else detector.background or 0 for d in found])
+        chosen = torch.as_tensor(targets).expand(len(images)).long()
+        check_targets(chosen, detector.num_classes)
+        return chosen
+
+    def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
+        """Maps (B, H, W) for the best detection of each image's target class."""
+        detector = detector_of(model)
+        check_targets(targets, detector.num_classes)
+        return torch.cat([self._best(detector, image, int(k)) for image, k in zip(images, targets)])
+
+    def _best(self, detector: Detector, image: Tensor, label: int) -> Tensor:
+        passage = self.passage(detector, image)
+        prior = best_prior(passage.detections(self.thresholds), label)
+        if prior is None:
+            return image.new_zeros(1, *image.shape[1:])
+        return self.ask(passage, [Question(prior, self.task, label)]).maps
+
+
+def best_prior(found: Detections, label: int) -> int | None:
+    """The default box of the best detection of a class, None where there is none."""
+    of_class = found.priors[found.labels == label]
+    return int(of_class[0]) if len(of_class) else None
+
+
+def _among(name: str, value: object, allowed: Sequence[str] | dict[str, object]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}.")

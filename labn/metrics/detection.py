@@ -1,0 +1,126 @@
+"""The scores of a detector's explanations: CRP against plain relevance propagation and against chance."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from labn.counter import sample_uniform
+from labn.explainers.crp import CRP, Question
+from labn.explainers.detection import DetectionPassage
+from labn.metrics.functional.detection import FRACTIONS, RemovalCurves, map_similarity, removal_curves
+from labn.metrics.functional.localisation import boxes_to_masks, relevance_mass
+from labn.models.detectors import COORDINATES, Detections
+
+
+class Score(NamedTuple):
+    """One value: which detection of the image, which method, which measure."""
+
+    detection: int
+    explainer: str
+    metric: str
+    value: float
+
+
+@dataclass(frozen=True)
+class DetectionScores:
+    """Measures the maps of detections.
+
+    - `similarity`: cosine of the maps for the detected class and for the next most probable object class; lower is more
+      discriminative.
+    - `mass`: share of positive relevance inside the detected box.
+    - `confidence`: probability of the class, averaged while the most supporting patches are removed; lower is better.
+    - `shift_<coordinate>`: how far the coordinate moves while the patches are removed that support right/down/wider/
+      taller most (in default-box sizes, or as log of the size): below 0 if the map means what it says.
+    - `shift_<coordinate>` of `-crp`: the same for the patches that contradict most: above 0.
+
+    Explainers are `crp`, `lrp` (alpha1-beta0 without contrast), `random` and, for the shifts, `-crp`.
+
+    Args:
+        fractions, patch_size, chunk_size: see `removal_curves`; removed pixels show the mean colour.
+        seed: of the random maps.
+    """
+
+    fractions: Sequence[float] = FRACTIONS
+    patch_size: int = 4
+    chunk_size: int | None = None
+    seed: int = 0
+
+    def __call__(self, crp: CRP, passage: DetectionPassage, found: Detections, index: int = 0) -> list[Score]:
+        """All scores of the detections of one image; none for no detection.
+
+        Args:
+            crp: with its class contrast on.
+            passage: of the image.
+            found: the detections to score.
+            index: of the image in its data set, the source of the random maps.
+        """
+        if not len(found):
+            return []
+        return [*self._classes(crp, passage, found, index), *self._coordinates(crp, passage, found)]
+
+    def _classes(self, crp: CRP, passage: DetectionPassage, found: Detections, index: int) -> Iterator[Score]:
+        priors, labels = found.priors.tolist(), found.labels.tolist()
+        boxes = boxes_to_masks(found.boxes[:, None].to(passage.image.device), passage.size)
+        other = [runner_up(passage, p, k) for p, k in zip(priors, labels)]
+        maps: dict[str, Tensor] = {}
+        for name, method in (("crp", crp), ("lrp", without_contrast(crp))):
+            own, rival = (
+                method.ask(passage, [Question(p, "class", k) for p, k in zip(priors, classes)]).maps
+                for classes in (labels, other)
+            )
+            maps[name] = own
+            yield from _rows(name, "similarity", map_similarity(own, rival))
+            yield from _rows(name, "mass", relevance_mass(own, boxes))
+        numbers = torch.arange(len(priors)) + 1000 * index
+        noise = sample_uniform(self.seed, numbers, own[0].numel(), torch.float32).view_as(own)
+        for name, heat in (*maps.items(), ("random", noise)):
+            curves = self._curves(passage, heat, priors, labels)
+            yield from _rows(name, "confidence", curves.mean_confidence())
+
+    def _coordinates(self, crp: CRP, passage: DetectionPassage, found: Detections) -> Iterator[Score]:
+        priors, labels = found.priors.tolist(), found.labels.tolist()
+        for number, task in enumerate(COORDINATES):
+            maps = crp.ask(passage, [Question(p, task) for p in priors]).maps
+            for name, heat in (("crp", maps), ("-crp", -maps)):
+                curves = self._curves(passage, heat, priors, labels)
+                yield from _rows(name, f"shift_{task}", curves.mean_shift(torch.full((len(priors),), number)))
+
+    def _curves(self, passage: DetectionPassage, maps: Tensor, priors: list[int], labels: list[int]) -> RemovalCurves:
+        return removal_curves(
+            passage.detector,
+            passage.image,
+            maps,
+            priors,
+            labels,
+            self.fractions,
+            patch_size=self.patch_size,
+            chunk_size=self.chunk_size,
+        )
+
+
+def _rows(explainer: str, metric: str, values: Tensor) -> Iterator[Score]:
+    for number, value in enumerate(values.tolist()):
+        yield Score(number, explainer, metric, value)
+
+
+def without_contrast(crp: CRP) -> CRP:
+    """The same explainer as plain alpha1-beta0 propagation."""
+    plain = copy.copy(crp)
+    plain.contrast_at = "none"
+    return plain
+
+
+def runner_up(passage: DetectionPassage, prior: int, label: int) -> int:
+    """The most probable object class of a default box other than `label` (the background where there is no other)."""
+    logits = passage.predictions.classes[0, prior].clone()
+    logits[label] = -torch.inf
+    background = passage.detector.background
+    if background is not None and len(logits) > 2:
+        logits[background] = -torch.inf
+    return int(logits.argmax())

@@ -1,0 +1,167 @@
+"""What relevance propagation, decoding and scores need to know of a single-shot detector."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+
+COORDINATES = ("cx", "cy", "w", "h")
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Raw predictions for every default box, before any threshold.
+
+    Attributes:
+        classes: (B, P, K) class logits; K counts the background where the detector has one.
+        offsets: (B, P, 4) regression outputs t of cx, cy, w, h.
+        grids: height and width of every source map, in the order of the default boxes.
+    """
+
+    classes: Tensor
+    offsets: Tensor
+    grids: tuple[tuple[int, int], ...]
+
+    @property
+    def logits(self) -> Tensor:
+        """(B, P (K + 4)): all predictions in one row per image, which is what a propagation is recorded to."""
+        return torch.cat([self.classes.flatten(1), self.offsets.flatten(1)], 1)
+
+
+@dataclass(frozen=True)
+class Head:
+    """The last convolutions over one source map.
+
+    Attributes:
+        classification: qualified module name of the convolution with a K channels, box-major (channel b K + k).
+        localisation: likewise with 4 a channels (channel 4 b + t).
+        boxes: default boxes per cell, a.
+    """
+
+    classification: str
+    localisation: str
+    boxes: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Where a default box sits: source map, row, column, and which of the cell's boxes it is."""
+
+    source: int
+    row: int
+    column: int
+    box: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The order of the default boxes: by source map, row, column, box of the cell (SSD, Liu et al. 2016, section 2.1).
+
+    Attributes:
+        grids: (height, width) of every source map.
+        boxes: default boxes per cell of every source map.
+    """
+
+    grids: tuple[tuple[int, int], ...]
+    boxes: tuple[int, ...]
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Index of the first default box of every source map, and the number of all boxes at the end."""
+        return tuple(accumulate((h * w * a for (h, w), a in zip(self.grids, self.boxes)), initial=0))
+
+    def unit(self, prior: int) -> Unit:
+        """The unit of default box `prior`.
+
+        Raises:
+            IndexError: there is no such default box.
+        """
+        starts = self.starts
+        if not 0 <= prior < starts[-1]:
+            raise IndexError(f"default box {prior} does not exist: the detector has {starts[-1]}.")
+        source = next(s for s in range(len(self.grids)) if prior < starts[s + 1])
+        cell, box = divmod(prior - starts[source], self.boxes[source])
+        return Unit(source, *divmod(cell, self.grids[source][1]), box)
+
+    def prior(self, unit: Unit) -> int:
+        """The index of the default box at `unit`, the inverse of `unit()`."""
+        cell = unit.row * self.grids[unit.source][1] + unit.column
+        return self.starts[unit.source] + cell * self.boxes[unit.source] + unit.box
+
+
+class Detector(nn.Module, ABC):
+    """A single-shot detector as the rest of this project sees it; an own one is a subclass of about 30 lines.
+
+    A subclass runs the network on normalised images, names the last convolutions of its heads, and gives its default
+    boxes; decoding, explanation (`labn.explainers.CRP`) and scores follow from that:
+
+        class MySSD(Detector):
+            num_classes = 3  # background, cat, dog
+
+            def __init__(self, network):
+                super().__init__()
+                self.network = network
+
+            def forward(self, images):
+                maps = self.network.features(images)  # a list of source maps
+                classes = [per_box(head(m), 3) for head, m in zip(self.network.classify, maps)]
+                offsets = [per_box(head(m), 4) for head, m in zip(self.network.locate, maps)]
+                grids = tuple((m.shape[2], m.shape[3]) for m in maps)
+                return Predictions(torch.cat(classes, 1), torch.cat(offsets, 1), grids)
+
+            def heads(self):
+                return tuple(Head(f"network.classify.{i}", f"network.locate.{i}", boxes=2) for i in range(2))
+
+            def default_boxes(self, size, grids, like):
+                return torch.cat([my_boxes(grid, size) for grid in grids]).to(like)
+
+    Attributes:
+        num_classes: K, the background included.
+        background: channel of the background class, None where there is none.
+        variances: factors of the box code, see `decode_boxes`.
+        class_names: names of the K classes, where they are known.
+    """
+
+    num_classes: int
+    background: int | None = 0
+    variances: tuple[float, float, float, float] = (0.1, 0.1, 0.2, 0.2)
+    class_names: tuple[str, ...] | None = None
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> Predictions:
+        """Raw predictions for normalised images (B, C, H, W)."""
+
+    @abstractmethod
+    def heads(self) -> tuple[Head, ...]:
+        """The heads, in the order of the source maps."""
+
+    @abstractmethod
+    def default_boxes(self, size: tuple[int, int], grids: tuple[tuple[int, int], ...], like: Tensor) -> Tensor:
+        """Default boxes (P, 4): cx, cy, w, h in pixels of images of `size` (H, W), with dtype and device of `like`."""
+
+    def layout(self, grids: tuple[tuple[int, int], ...]) -> Layout:
+        """The order of the default boxes over source maps of these sizes."""
+        return Layout(grids, tuple(head.boxes for head in self.heads()))
+
+    def class_index(self, wanted: int | str) -> int:
+        """The channel of a class given by channel or by name.
+
+        Raises:
+            ValueError: the detector does not have it.
+        """
+        known = self.class_names or ()
+        index = known.index(wanted) if isinstance(wanted, str) and wanted in known else wanted
+        if isinstance(index, str) or not 0 <= index < self.num_classes:
+            names = f" ({', '.join(known)})" if known else ""
+            raise ValueError(f"class {wanted!r} is not one of the detector's {self.num_classes} classes{names}.")
+        return index
+
+
+def per_box(output: Tensor, columns: int) -> Tensor:
+    """(B, a * columns, h, w) of a box-major head as (B, h w a, columns), the order of `Layout`."""
+    batch, _, height, width = output.shape
+    return output.view(batch, -1, columns, height, width).permute(0, 3, 4, 1, 2).reshape(batch, -1, columns)

@@ -1,0 +1,129 @@
+"""torchvision's SSD and SSDlite as detectors, and SSD300 at any width."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.ssd import SSD
+from torchvision.ops import box_iou
+
+from labn.models.detectors.base import Detector, Head, Predictions
+from labn.models.detectors.decode import corners
+from labn.models.detectors.vgg import VGGFeatures
+
+SSD300_SIDE = 300
+SSD300_RATIOS = [[2], [2, 3], [2, 3], [2, 3], [2], [2]]
+SSD300_SCALES = [0.07, 0.15, 0.33, 0.51, 0.69, 0.87, 1.05]
+SSD300_STEPS = [8, 16, 32, 64, 100, 300]
+
+
+class TorchvisionSSD(Detector):
+    """Any `torchvision.models.detection.ssd.SSD`: `ssd300_vgg16`, `ssdlite320_mobilenet_v3_large`, or an own one.
+
+    Images are batches (B, 3, H, W), resized and normalised by the caller (a data module does it); torchvision's own
+    resizing transform is left out, so that gradients and relevance end at what the caller gave.
+
+    Args:
+        model: the detector.
+        class_names: of its classes, the background first.
+    """
+
+    def __init__(self, model: SSD, class_names: tuple[str, ...] | None = None) -> None:
+        super().__init__()
+        self.model = model
+        self.boxes = tuple(model.anchor_generator.num_anchors_per_location())
+        wx, wy, ww, wh = model.box_coder.weights
+        self.variances = (1 / wx, 1 / wy, 1 / ww, 1 / wh)
+        self.num_classes = model.head.classification_head.num_columns
+        if class_names is not None and len(class_names) != self.num_classes:
+            raise ValueError(f"class_names has {len(class_names)} names for {self.num_classes} classes.")
+        self.class_names = class_names
+
+    def forward(self, images: Tensor) -> Predictions:
+        """Predictions for normalised images (B, 3, H, W)."""
+        features = self.model.backbone(images)
+        maps = [features] if isinstance(features, Tensor) else list(features.values())
+        heads = self.model.head(maps)
+        grids = tuple((m.shape[-2], m.shape[-1]) for m in maps)
+        return Predictions(heads["cls_logits"], heads["bbox_regression"], grids)
+
+    def heads(self) -> tuple[Head, ...]:
+        """The last convolution of every entry of the two scoring heads."""
+        names = [
+            [f"model.head.{part}.module_list.{n}{_last_convolution(m)}" for n, m in enumerate(head.module_list)]
+            for part, head in (
+                ("classification_head", self.model.head.classification_head),
+                ("regression_head", self.model.head.regression_head),
+            )
+        ]
+        return tuple(Head(c, r, a) for c, r, a in zip(*names, self.boxes))
+
+    def default_boxes(self, size: tuple[int, int], grids: tuple[tuple[int, int], ...], like: Tensor) -> Tensor:
+        """Default boxes (P, 4) in centre form and pixels, from the model's own generator."""
+        maps = [like.new_empty((1, 1, h, w)) for h, w in grids]
+        found = self.model.anchor_generator(ImageList(like.new_empty((1, 3, *size)), [size]), maps)[0]
+        return torch.cat([(found[:, :2] + found[:, 2:]) / 2, found[:, 2:] - found[:, :2]], 1)
+
+    def losses(
+        self, predictions: Predictions, size: tuple[int, int], boxes: list[Tensor], labels: list[Tensor]
+    ) -> dict[str, Tensor]:
+        """SSD's loss: smooth L1 on matched boxes and cross entropy with hard negatives, each over their number.
+
+        Args:
+            predictions: for B images.
+            size: (H, W) of the images.
+            boxes: per image (n, 4) x1, y1, x2, y2 in pixels; n may be 0.
+            labels: per image (n,) int64 class channels, without background.
+
+        Returns:
+            `classification` and `localisation`, scalars.
+        """
+        priors = corners(self.default_boxes(size, predictions.grids, predictions.offsets))
+        nothing = priors.new_full((len(priors),), -1, dtype=torch.int64)
+        matched = [self.model.proposal_matcher(box_iou(b, priors)) if len(b) else nothing for b in boxes]
+        targets = [{"boxes": b, "labels": k} for b, k in zip(boxes, labels)]
+        outputs = {"cls_logits": predictions.classes, "bbox_regression": predictions.offsets}
+        found = self.model.compute_loss(targets, outputs, [priors] * len(boxes), matched)
+        return {"classification": found["classification"], "localisation": found["bbox_regression"]}
+
+
+def _last_convolution(module: nn.Module) -> str:
+    """`.`-led name of the last convolution inside `module`, empty where it is one itself."""
+    return [f".{name}" if name else "" for name, part in module.named_modules() if isinstance(part, nn.Conv2d)][-1]
+
+
+def ssd300(
+    num_classes: int, width: float = 1.0, batchnorm: bool = False, class_names: tuple[str, ...] | None = None
+) -> TorchvisionSSD:
+    """SSD300 with a VGG-16 trunk, random weights; `width=1` without BatchNorm has torchvision's parameter names.
+
+    Args:
+        num_classes: K, the background included.
+        width: factor on the channels of every trunk layer.
+        batchnorm: normalise the VGG part, for training from random weights.
+        class_names: of the classes, the background first.
+    """
+    boxes = DefaultBoxGenerator(SSD300_RATIOS, scales=SSD300_SCALES, steps=SSD300_STEPS)
+    model = SSD(VGGFeatures(width, batchnorm), boxes, (SSD300_SIDE, SSD300_SIDE), num_classes)
+    return TorchvisionSSD(model, class_names)
+
+
+def detector_of(model: nn.Module) -> Detector:
+    """`model` as a detector: itself (without a `torch.compile` wrapper), or a torchvision SSD in its adapter.
+
+    Wrap a torchvision model once with `TorchvisionSSD` and keep the wrapper, so that prepared weights are kept too.
+
+    Raises:
+        TypeError: it is neither.
+    """
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, Detector):
+        return model
+    if isinstance(model, SSD):
+        return TorchvisionSSD(model)
+    raise TypeError(
+        f"{type(model).__name__} is no detector; "
+        "give torchvision's SSD or a subclass of labn.models.detectors.Detector."
+    )

@@ -1,0 +1,185 @@
+"""LightningModule of the single-shot detector (Liu et al., ECCV 2016)."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric
+from torchmetrics.detection import MeanAveragePrecision
+
+from labn.models.checkpoints import load_backbone
+from labn.models.detectors import Detections, Predictions, Thresholds, detect, ssd300
+from labn.modules.base import CheckedModule
+
+Parameters = Iterator[nn.Parameter]
+OPTIMIZERS: dict[str, Callable[[Parameters, float, float], Optimizer]] = {
+    "sgd": lambda parameters, lr, decay: SGD(parameters, lr=lr, momentum=0.9, weight_decay=decay),
+    "adamw": lambda parameters, lr, decay: AdamW(parameters, lr=lr, weight_decay=decay),
+}
+
+
+class SSD(CheckedModule):
+    """Train SSD300 with a VGG-16 trunk on images with boxes; logs losses and mean average precision.
+
+    Batches are those of `datamodules.VOC`. Class channel 0 is the background, so object class c is channel c + 1.
+    Validation and test log `<stage>/loss`, `<stage>/map50` (average precision at an overlap of .5, averaged over
+    classes, with COCO's interpolation at 101 points) and `<stage>/ap50_<class>`.
+
+    Args:
+        num_classes: object classes, without background; taken from the data module on the command line.
+        width: factor on the channels of every trunk layer; 1 is SSD300 as published.
+        batchnorm: BatchNorm in the VGG part, for training from random weights.
+        ckpt: file of weights to start from (`$VARIABLES` are expanded), for example torchvision's `ssd300_vgg16`;
+            what fits is taken and printed.
+        optimizer: `sgd` (momentum .9) or `adamw`.
+        lr: learning rate after the warm-up; it falls to 0 along a half cosine.
+        weight_decay: of the optimiser.
+        warmup_steps: over which the learning rate rises from 0.
+        score_threshold: lowest probability of a detection.
+        nms_threshold: overlap above which the lower-scored box of a class is suppressed.
+        top_k: detections per image.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 20,
+        width: float = 1.0,
+        batchnorm: bool = False,
+        ckpt: str | None = None,
+        optimizer: Literal["sgd", "adamw"] = "sgd",
+        lr: float = 1e-3,
+        weight_decay: float = 5e-4,
+        warmup_steps: int = 500,
+        score_threshold: float = 0.01,
+        nms_threshold: float = 0.45,
+        top_k: int = 200,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"optimizer is {optimizer!r}; it must be one of {', '.join(OPTIMIZERS)}.")
+        self.memory_format = torch.contiguous_format
+        self.network = ssd300(num_classes + 1, width, batchnorm)
+        if ckpt is not None:
+            print(load_backbone(self.network, os.path.expandvars(ckpt)))
+        self.thresholds = Thresholds(score_threshold, nms_threshold, top_k=top_k)
+        self.epoch_loss = nn.ModuleDict({stage: MeanMetric() for stage in ("train_", "val_", "test_")})
+        self.precision = nn.ModuleDict({stage: average_precision() for stage in ("val_", "test_")})
+
+    def forward(self, images: Tensor) -> Predictions:
+        """Raw predictions for normalised images (B, 3, 300, 300)."""
+        return self.network(images.contiguous(memory_format=self.memory_format))
+
+    def detections(self, images: Tensor) -> list[Detections]:
+        """Detections of every image, with the index of their default box."""
+        return detect(self.network, self(images), (images.shape[-2], images.shape[-1]), self.thresholds)
+
+    def on_fit_start(self) -> None:
+        """Train in channels_last, which convolutions run faster in; the values are the same."""
+        self.memory_format = torch.channels_last
+        self.network.to(memory_format=torch.channels_last)
+
+    def losses(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], Predictions]:
+        """`classification`, `localisation` and their sum `loss`; and the predictions they are of."""
+        images = batch["image"]
+        raw = self(images)
+        predictions = Predictions(raw.classes.float(), raw.offsets.float(), raw.grids)
+        size = (images.shape[-2], images.shape[-1])
+        terms = self.network.losses(predictions, size, batch["boxes"], [labels + 1 for labels in batch["labels"]])
+        return {**terms, "loss": terms["classification"] + terms["localisation"]}, predictions
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """One optimisation step on a batch."""
+        terms, _ = self.losses(batch)
+        self._log_losses("train", terms, len(batch["image"]))
+        return terms["loss"]
+
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Accumulate losses and detections."""
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Accumulate losses and detections."""
+        self._evaluate("test", batch)
+
+    def _evaluate(self, stage: str, batch: dict[str, Any]) -> None:
+        terms, predictions = self.losses(batch)
+        self._log_losses(stage, terms, len(batch["image"]))
+        size = (batch["image"].shape[-2], batch["image"].shape[-1])
+        found = detect(self.network, predictions, size, self.thresholds)
+        metric = self.precision[f"{stage}_"]
+        assert isinstance(metric, MeanAveragePrecision)
+        metric.update([as_predictions(d) for d in found], as_targets(batch))
+
+    def _log_losses(self, stage: str, terms: dict[str, Tensor], size: int) -> None:
+        mean = self.epoch_loss[f"{stage}_"]
+        assert isinstance(mean, MeanMetric)
+        mean.update(terms["loss"].detach(), weight=size)
+        self.log(f"{stage}/loss", mean, on_step=False, on_epoch=True, prog_bar=True, batch_size=size)
+        for name in ("classification", "localisation"):
+            self.log(f"{stage}/{name}", terms[name].detach(), on_step=False, on_epoch=True, batch_size=size)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the average precision of the validation split."""
+        self._log_precision("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the average precision of the test split."""
+        self._log_precision("test")
+
+    def _log_precision(self, stage: str) -> None:
+        metric = self.precision[f"{stage}_"]
+        assert isinstance(metric, MeanAveragePrecision)
+        found = metric.compute()
+        metric.reset()
+        names = class_names_of(self)
+        self.log(f"{stage}/map50", found["map"], prog_bar=True)
+        for number, value in zip(found["classes"].flatten().tolist(), found["map_per_class"].flatten()):
+            self.log(f"{stage}/ap50_{names[number]}", value)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """The optimiser with warm-up and cosine decay over all steps of the run."""
+        hp = self.hparams
+        optimizer = OPTIMIZERS[hp["optimizer"]](self.network.parameters(), hp["lr"], hp["weight_decay"])
+        steps, warmup = int(self.trainer.estimated_stepping_batches), hp["warmup_steps"]
+
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / warmup
+            return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup)))
+
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+
+def average_precision() -> MeanAveragePrecision:
+    """Average precision at an overlap of .5, overall and per class."""
+    metric = MeanAveragePrecision(iou_thresholds=[0.5], class_metrics=True)
+    metric.warn_on_many_detections = False  # of up to 200 per image the best 100 count, as in COCO
+    return metric
+
+
+def as_predictions(found: Detections) -> dict[str, Tensor]:
+    """Detections in the form of torchmetrics, object classes counted from 0."""
+    return {"boxes": found.boxes, "scores": found.scores, "labels": found.labels - 1}
+
+
+def as_targets(batch: dict[str, Any]) -> list[dict[str, Tensor]]:
+    """Ground truth in the form of torchmetrics; difficult objects are neither hits nor misses."""
+    return [
+        {"boxes": boxes, "labels": labels, "iscrowd": difficult.long()}
+        for boxes, labels, difficult in zip(batch["boxes"], batch["labels"], batch["difficult"])
+    ]
+
+
+def class_names_of(module: SSD) -> list[str]:
+    """Names of the object classes from the data module, else their numbers."""
+    data = getattr(module._trainer, "datamodule", None)
+    return data.class_names if data is not None else [str(k) for k in range(module.network.num_classes - 1)]

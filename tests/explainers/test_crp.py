@@ -1,0 +1,176 @@
+"""CRP as it is used: many questions of one passage, own detectors, torchvision's, and what goes wrong."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from small_detectors import TinySSD, picture, slim, tiny
+from torchvision.models.detection import ssdlite320_mobilenet_v3_large
+
+from labn import explain
+from labn.explainers import CRP
+from labn.explainers.crp import TASKS, Answers, Question
+from labn.models.detectors import COORDINATES, TorchvisionSSD
+
+QUESTIONS = [Question(p, t, k) for p, k in ((3, 1), (150, 2), (70, 3)) for t in TASKS]
+
+
+def test_many_questions_are_answered_as_one_by_one_in_any_chunks():
+    detector = tiny()
+    crp = CRP()
+    passage = crp.passage(detector, picture(detector))
+    together = crp.ask(passage, QUESTIONS)
+    assert isinstance(together, Answers)
+    assert together.maps.shape == (15, 32, 32)
+    assert together.questions == tuple(QUESTIONS)
+    singles = torch.cat([crp.ask(passage, [q]).maps for q in QUESTIONS])
+    scale = float(singles.abs().max())
+    torch.testing.assert_close(together.maps, singles, rtol=1e-7, atol=1e-9 * scale)
+    for size in (1, 4, 100):
+        other = CRP(chunk_size=size)
+        torch.testing.assert_close(other.ask(passage, QUESTIONS).maps, singles, rtol=1e-7, atol=1e-9 * scale)
+
+
+def test_batchnorm_is_folded_into_what_the_rules_see():
+    """A network with BatchNorm gets the maps of the same network with BatchNorm folded into its convolutions."""
+    normed, plain = slim(batchnorm=True), slim()
+    for module in normed.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.uniform_(module.bias, -0.2, 0.2)
+            module.running_var.uniform_(0.5, 1.5)
+    convolutions = [[m for m in d.modules() if isinstance(m, torch.nn.Conv2d)] for d in (normed, plain)]
+    norms = [m for m in normed.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    with torch.no_grad():
+        for i, (source, goal) in enumerate(zip(*convolutions)):
+            if i < len(norms):
+                scale = norms[i].weight / (norms[i].running_var + norms[i].eps).sqrt()
+                goal.weight.copy_(source.weight * scale[:, None, None, None])
+                goal.bias.copy_((source.bias - norms[i].running_mean) * scale + norms[i].bias)
+            else:
+                goal.load_state_dict(source.state_dict())
+    image = picture(plain)
+    crp = CRP()
+    maps = [
+        crp.ask(crp.passage(d, image), [Question(3000, "class", 1), Question(6000, "cy")]).maps for d in (normed, plain)
+    ]
+    torch.testing.assert_close(maps[0], maps[1], rtol=1e-5, atol=1e-9)
+
+
+def test_the_call_explains_the_best_detection_of_the_class():
+    detector = tiny()
+    image = picture(detector)
+    crp = CRP(task="w")
+    passage = crp.passage(detector, image)
+    found = passage.detections(crp.thresholds)
+    label = int(found.labels[0])
+    expected = crp.ask(passage, [Question(int(found.priors[0]), "w", label)]).maps
+    result = explain(detector, image, method=crp)
+    assert result.targets.tolist() == [label]
+    torch.testing.assert_close(result.maps, expected.float())
+    named = explain(detector, image, method="crp", targets=label, contrast_at="none")
+    assert float(named.maps.min()) >= 0
+
+
+def test_a_question_without_class_asks_for_the_prediction():
+    detector = tiny()
+    crp = CRP()
+    passage = crp.passage(detector, picture(detector))
+    predicted = int(passage.predictions.classes[0, 40, 1:].argmax()) + 1
+    maps = crp.ask(passage, [Question(40), Question(40, "class", predicted)]).maps
+    assert torch.equal(maps[0], maps[1])
+
+
+def test_no_detection_is_an_empty_result():
+    detector = tiny(dtype=torch.float32)
+    image = picture(detector, dtype=torch.float32)
+    crp = CRP(score_threshold=1.0)
+    passage = crp.passage(detector, image)
+    assert len(passage.detections(crp.thresholds)) == 0
+    assert crp.ask(passage, []).maps.shape == (0, 32, 32)
+    assert float(crp(detector, image, torch.tensor([1])).abs().max()) == 0
+    assert explain(detector, image, method=crp).targets.tolist() == [0]
+
+
+def test_what_does_not_exist_is_refused():
+    detector = tiny(dtype=torch.float32)
+    crp = CRP()
+    passage = crp.passage(detector, picture(detector, dtype=torch.float32))
+    with pytest.raises(ValueError, match="class 4 is not one of the detector's 4 classes"):
+        crp.ask(passage, [Question(0, "class", 4)])
+    with pytest.raises(ValueError, match="class 'cat' is not one of"):
+        crp.ask(passage, [Question(0, "class", "cat")])
+    with pytest.raises(IndexError, match="default box 160 does not exist: the detector has 160"):
+        crp.ask(passage, [Question(160)])
+    with pytest.raises(ValueError, match="task is 'left'; it must be one of class, cx, cy, w, h"):
+        crp.ask(passage, [Question(0, "left")])
+    with pytest.raises(ValueError, match="leaves a class without any other class"):
+        CRP(others=[1]).ask(passage, [Question(0, "class", 1)])
+    with pytest.raises(TypeError, match="Linear is no detector"):
+        crp.passage(torch.nn.Linear(1, 1), torch.zeros(3, 8, 8))
+    with pytest.raises(ValueError, match="one image, got 2"):
+        crp.passage(detector, torch.zeros(2, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"task": "left"}, "task is 'left'"),
+        ({"contrast_at": "input"}, "contrast_at is 'input'; it must be one of source, output, none"),
+        ({"localisation": "both"}, "localisation is 'both'"),
+        ({"direction": "up"}, "direction is 'up'"),
+        ({"initial": 2}, "initial is 2"),
+        ({"others": 0}, "others is 0; it must be 'all'"),
+        ({"others": "most"}, "others is 'most'"),
+    ],
+)
+def test_bad_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        CRP(**settings)
+
+
+def test_heads_that_say_something_else_are_refused():
+    detector = tiny(dtype=torch.float32)
+    image = picture(detector, dtype=torch.float32)
+    detector.heads = lambda: tuple(replace(h, boxes=3) for h in TinySSD.heads(detector))
+    with pytest.raises(ValueError, match=r"TinySSD predicts 1280 values; .* 240 default boxes x \(4 classes"):
+        CRP().passage(detector, image)
+    detector.heads = lambda: tuple(replace(h, classification="low") for h in TinySSD.heads(detector))
+    with pytest.raises(ValueError, match=r"heads\(\) names 'low', which is no plain 2-D convolution"):
+        CRP().passage(detector, image)
+
+
+def test_ssdlite_is_refused_naming_the_activation_without_a_rule():
+    torch.manual_seed(0)
+    model = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3).eval()
+    detector = TorchvisionSSD(model)
+    crp = CRP()
+    passage = crp.passage(detector, torch.randn(3, 320, 320))
+    assert len(passage.detections(crp.thresholds))
+    with pytest.raises(NotImplementedError, match=r"no rule for .*(Hardswish|ReLU6)"):
+        crp.ask(passage, [Question(0)])
+
+
+def test_torchvisions_own_class_needs_no_adapter():
+    detector = slim(num_classes=3, dtype=torch.float32)
+    image = picture(detector, dtype=torch.float32)
+    result = explain(detector.model, image, method="crp", targets=2, score_threshold=0.0)
+    assert torch.equal(result.maps, explain(detector, image, method="crp", targets=2, score_threshold=0.0).maps)
+    size = float(result.maps.double().abs().sum())
+    assert size > 0
+    assert abs(float(result.maps.double().sum())) < 1e-3 * size
+
+
+def test_relevance_stays_in_the_middle_of_the_network_too():
+    """The contrast is still zero-sum and as large at conv3 as at the head: signed shares are handed on, not lost."""
+    detector = slim()
+    crp = CRP()
+    passage = crp.passage(detector, picture(detector))
+    start = crp.start(passage, Question(3000, "class", 1))
+    pool = next(n.index for n in passage.passage.graph.nodes.values() if n.call.module == "model.backbone.features.9")
+    inner = passage.maps([start], until=pool)
+    assert inner.shape[1:] == (8, 75, 75)
+    assert abs(float(inner.sum())) < 1e-9
+    assert set(COORDINATES) < set(TASKS)

@@ -1,0 +1,98 @@
+"""The detector's LightningModule: it learns, it measures, it refuses."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from datamodules.boxes import collate_boxes
+from labn.models.detectors import Detections
+from labn.modules import SSD
+from labn.modules.ssd import as_predictions, as_targets
+
+pytest.importorskip("pycocotools")
+
+
+def sample(index: int) -> dict[str, object]:
+    """A bright square on noise; class 0 where it is red, class 1 where it is blue."""
+    generator = torch.Generator().manual_seed(index)
+    image = 0.1 * torch.randn(3, 300, 300, generator=generator)
+    x, y = (int(v) for v in torch.randint(20, 180, (2,), generator=generator))
+    kind = index % 2
+    image[2 * kind, y : y + 90, x : x + 90] += 2
+    box = torch.tensor([[x, y, x + 90, y + 90]], dtype=torch.float32)
+    flags = {"labels": torch.tensor([kind]), "difficult": torch.tensor([False])}
+    return {"image": image, "label": kind, "index": index, "boxes": box, **flags}
+
+
+def loader(count: int = 4) -> DataLoader:
+    return DataLoader([sample(i) for i in range(count)], batch_size=2, collate_fn=collate_boxes)
+
+
+def trainer(epochs: int = 1) -> pl.Trainer:
+    return pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        inference_mode=False,
+        num_sanity_val_steps=0,
+    )
+
+
+def slim(**settings) -> SSD:
+    torch.manual_seed(0)
+    return SSD(**{"num_classes": 2, "width": 1 / 16, "batchnorm": True, "warmup_steps": 1, **settings})
+
+
+def test_the_loss_falls_and_the_precision_is_logged():
+    module, run = slim(optimizer="adamw", lr=3e-3), trainer(epochs=3)
+    first = float(module.losses(next(iter(loader())))[0]["loss"].detach())
+    run.fit(module, loader(), loader())
+    logged = run.callback_metrics
+    assert float(logged["train/loss"]) < first
+    assert {"val/loss", "val/map50", "train/classification", "train/localisation"} <= logged.keys()
+    assert 0 <= float(logged["val/map50"]) <= 1
+
+
+def test_perfect_detections_have_precision_one():
+    module, run = slim(), trainer()
+    batch = next(iter(loader()))
+    truth = [
+        Detections(b, torch.ones(len(b)), labels + 1, torch.zeros(len(b), dtype=torch.int64))
+        for b, labels in zip(batch["boxes"], batch["labels"])
+    ]
+    metric = module.precision["val_"]
+    metric.update([as_predictions(d) for d in truth], as_targets(batch))
+    assert float(metric.compute()["map"]) == pytest.approx(1.0)
+    metric.reset()
+    found = run.test(module, loader(), verbose=False)[0]
+    assert found["test/map50"] < 0.5
+    assert set(found) >= {"test/ap50_0", "test/ap50_1", "test/loss"}
+
+
+def test_detections_and_thresholds():
+    module = slim(score_threshold=1.0).eval()
+    with torch.no_grad():
+        assert [len(d) for d in module.detections(next(iter(loader()))["image"])] == [0, 0]
+
+
+def test_bad_settings():
+    with pytest.raises(ValueError, match="optimizer is 'adam'; it must be one of sgd, adamw"):
+        slim(optimizer="adam")
+    with pytest.raises(ValueError, match="width must be positive"):
+        slim(width=0)
+
+
+def test_weights_of_a_file_are_taken(tmp_path, capsys):
+    module = slim()
+    torch.save(module.network.model.state_dict(), tmp_path / "given.pth")
+    torch.manual_seed(1)
+    other = SSD(2, 1 / 16, True, ckpt=str(tmp_path / "given.pth"))
+    assert "tensors taken" in capsys.readouterr().out
+    for name, value in module.network.state_dict().items():
+        torch.testing.assert_close(other.network.state_dict()[name], value)
