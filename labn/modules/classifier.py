@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from torch import Tensor, nn
 
 from labn.inference import logits_of
 from labn.models.backbones import build_network
@@ -16,6 +16,21 @@ from labn.models.checkpoints import load_backbone
 from labn.modules.base import ClassificationModule
 from labn.modules.losses import make_loss
 from labn.modules.optim import on_plateau, parameter_groups
+
+
+def weights_file(backbone: str, given: str) -> str:
+    """Path of the file `given`, `$VARIABLES` expanded, before a network is built for it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    path = os.path.expandvars(given)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            f"backbone_ckpt: {path} does not exist; nothing is downloaded, give a local file with the weights of "
+            f"{backbone} (.safetensors, .pt, .pth or .ckpt)."
+        )
+    return path
 
 
 class Classifier(ClassificationModule):
@@ -63,24 +78,16 @@ class Classifier(ClassificationModule):
     ) -> None:
         super().__init__(num_classes)
         self.save_hyperparameters()
+        weights = backbone_ckpt and weights_file(backbone, backbone_ckpt)
         self.network = build_network(
             backbone, num_classes=num_classes, in_channels=in_channels, **(backbone_options or {})
         )
         self.random_weights = tuple(name for name, _ in self.network.named_parameters())
-        if backbone_ckpt is not None:
-            self._start_from(os.path.expandvars(backbone_ckpt))
+        if weights:
+            report = load_backbone(self.network, weights)
+            print(report)
+            self.random_weights = tuple(name for name in self.random_weights if name in report.fresh)
         self.criterion = make_loss(loss, class_weights, num_classes)
-
-    def _start_from(self, path: str) -> None:
-        """Take from a file of weights what fits."""
-        if not os.path.isfile(path):
-            raise FileNotFoundError(
-                f"backbone_ckpt: {path} does not exist; nothing is downloaded, give a local file with the weights of "
-                f"{self.hparams['backbone']} (.safetensors, .pt, .pth or .ckpt)."
-            )
-        report = load_backbone(self.network, path)
-        print(report)
-        self.random_weights = tuple(name for name in self.random_weights if name in report.fresh)
 
     def losses(self, batch: dict[str, Tensor], stage: str) -> tuple[dict[str, Tensor], Tensor]:
         """Cross entropy (or its one-hot form) of the logits."""
@@ -115,8 +122,8 @@ class Classifier(ClassificationModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, faster for what is new to a given backbone (head, CBAM), with the plateau schedule."""
         hp = self.hparams
-        fast = [m for m in self.network.modules() if isinstance(m, CBAM)]
-        fast += [m for m in self.network.modules() if isinstance(m, torch.nn.Linear)][-1:]
+        fast: list[nn.Module] = [m for m in self.network.modules() if isinstance(m, CBAM)]
+        fast += [m for m in self.network.modules() if isinstance(m, nn.Linear)][-1:]
         groups = parameter_groups(self.network, fast, hp["lr"], hp["head_lr"])
         optimizer = torch.optim.AdamW(groups, weight_decay=hp["weight_decay"])
         return on_plateau(optimizer, hp["lr_factor"], hp["lr_patience"], hp["min_lr"])
