@@ -17,11 +17,11 @@ ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 COMPARISONS = sorted({*CONFIGS.glob("**/*compare*.yaml"), *CONFIGS.glob("**/amg*.yaml")})
 
-# Methods of networks that are no plain CNN, the second of two forms of one method, and what every table has anyway.
-OF_ATTENTION = {"labn", "abn", "lambda", "rollout"}
+# Methods of other networks, the second of two forms of one method, and what every table has anyway.
+OF_OTHERS = {"labn", "abn", "lambda", "rollout", "crp"}
 FORMS = {"rise_released"}
 BASELINES = {"random", "constant"}
-LRP_FAMILY = {"lrp", "c3lrp"}  # there is no rule for a lambda layer
+LRP_FAMILY = {"lrp", "c3lrp", "contrastive_lrp"}  # there is no rule for a lambda layer
 
 
 def explainers_of(path):
@@ -43,12 +43,12 @@ def test_the_maps_that_know_nothing_are_not_switched_off(path):
 
 @pytest.mark.parametrize("name", ["imagenet_compare.yaml", "parts/compare_on_cpu.yaml"])
 def test_every_method_for_a_plain_network_is_compared(name):
-    assert set(explainers_of(CONFIGS / name)) == set(EXPLAINERS) - OF_ATTENTION - FORMS - BASELINES
+    assert set(explainers_of(CONFIGS / name)) == set(EXPLAINERS) - OF_OTHERS - FORMS - BASELINES
 
 
 @pytest.mark.parametrize("name", ["idrid_compare.yaml", "quickstart_compare.yaml", "parts/idrid_compare_on_cpu.yaml"])
 def test_every_method_for_a_lambda_network_is_compared(name):
-    expected = set(EXPLAINERS) - FORMS - BASELINES - LRP_FAMILY - {"abn", "rollout"} | {"-labn"}
+    expected = set(EXPLAINERS) - FORMS - BASELINES - LRP_FAMILY - {"abn", "rollout", "crp"} | {"-labn"}
     assert set(explainers_of(CONFIGS / name)) == expected
 
 
