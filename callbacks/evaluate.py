@@ -33,8 +33,8 @@ class EvaluationCallback(ExplainingCallback):
         also: for every insertion-deletion metric its variants too: `stable`, `official`.
         metric_options: settings for all metrics that know them, such as `step` or `score_class`.
         fill: what removed pixels show: black, mean, bias, blur, uniform or image_mean.
-        positives_only: leave out samples with label 0 in the metrics that perturb images (the papers' choice for
-            IDRiD).
+        positives_only: score only samples of the data's positive classes in the metrics that perturb images (the
+            papers' choice for IDRiD).
         chunk_size: perturbed inputs per forward; None finds it.
         fold: use the copy of the network with BatchNorm folded where it is exact.
         precision: of the perturbed forwards, `fp32` or `bf16`.
@@ -82,7 +82,8 @@ class EvaluationCallback(ExplainingCallback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         self.names = self.val_names if trainer.state.fn == "fit" else self.test_names
         bias = data.bias_image() if self.settings["fill"] == "bias" else None
-        shared = {"mean": data.mean, "std": data.std, "bias": bias, **self.settings}
+        positives = self.settings["positives_only"] and list(data.positive_classes)
+        shared = {"mean": data.mean, "std": data.std, "bias": bias, **self.settings, "positives_only": positives}
         self.metrics = {name: metric_by_name(name, **shared) for name in self.names}
         self._bias = describe(bias)
         common = {**shared, "bias": self._bias, **self.engine_options, "chunk_size": None}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -46,7 +47,7 @@ class ConfidenceChange(FilledMetric):
         mask_space: str = "normalised",
         mean: Channels | None = None,
         std: Channels | None = None,
-        positives_only: bool = False,
+        positives_only: bool | Sequence[int] = False,
         score_class: str = "target",
         chunk_size: int | None = None,
         fold: bool = True,

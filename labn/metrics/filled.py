@@ -41,7 +41,7 @@ class FilledMetric(SampleMetric):
         mean: per-channel mean that the images were normalised with; None: not at all.
         std: likewise the standard deviation.
         bias: (C, H, W) image in pixel space [0, 1], for `fill="bias"`.
-        positives_only: leave out samples with label 0, which then cost no forward.
+        positives_only: leave out samples with label 0, which then cost no forward; a list of classes scores those.
         score_class: "label" (the true class), "target" (the explained one) or "predicted".
         probability: "softmax", "sigmoid" or "logit".
         seed: of the "uniform" fill and of random ties.
@@ -58,7 +58,7 @@ class FilledMetric(SampleMetric):
         mean: Channels | None = None,
         std: Channels | None = None,
         bias: Tensor | None = None,
-        positives_only: bool = False,
+        positives_only: bool | Sequence[int] = False,
         score_class: str = "label",
         probability: str = "softmax",
         seed: int = 0,
@@ -77,7 +77,10 @@ class FilledMetric(SampleMetric):
 
     def included(self, labels: Tensor) -> Tensor:
         """(S,) int64 positions of the batch's samples that are scored."""
-        keep = labels > 0 if self.positives_only else torch.ones_like(labels, dtype=torch.bool)
+        if isinstance(self.positives_only, bool):
+            keep = labels > 0 if self.positives_only else torch.ones_like(labels, dtype=torch.bool)
+        else:
+            keep = torch.isin(labels, torch.tensor(list(self.positives_only), device=labels.device))
         return keep.nonzero().squeeze(1)
 
     def spread(self, values: Tensor, labels: Tensor) -> Tensor:

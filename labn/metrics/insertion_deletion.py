@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class PatchInsertionDeletion(FilledMetric):
         fill: what removed pixels show, a name in `labn.fills.FILLS`.
         mean: per-channel mean that the images were normalised with; None: not at all.
         std: likewise the standard deviation.
-        positives_only: leave out samples with label 0.
+        positives_only: leave out samples with label 0; a list of classes scores those.
         bias: (C, H, W) image in pixel space [0, 1], for `fill="bias"`.
         score_class: "label" (the true class), "target" (the explained one) or "predicted".
         pooling: "max", "mean" or "sum" over a patch.
@@ -64,7 +65,7 @@ class PatchInsertionDeletion(FilledMetric):
         fill: str = "black",
         mean: Channels | None = None,
         std: Channels | None = None,
-        positives_only: bool = False,
+        positives_only: bool | Sequence[int] = False,
         bias: Tensor | None = None,
         score_class: str = "label",
         pooling: str = "max",

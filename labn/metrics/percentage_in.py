@@ -58,7 +58,7 @@ class PercentageIn(FilledMetric):
         mean: Channels | None = None,
         std: Channels | None = None,
         bias: Tensor | None = None,
-        positives_only: bool = False,
+        positives_only: bool | Sequence[int] = False,
         score_class: str = "label",
         seed: int = 0,
         chunk_size: int | None = None,

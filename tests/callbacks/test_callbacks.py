@@ -114,6 +114,14 @@ def test_positives_only_leaves_no_row_of_a_negative(tmp_path):
     assert {r["label"] for r in rows(tmp_path / "test") if r["metric"] == "pid16"} == {"1"}
 
 
+def test_positives_only_means_the_positive_classes_of_the_data(tmp_path):
+    callback = EvaluationCallback(["pid16"], explainers={"random": None}, positives_only=True)
+    healthy = data()
+    healthy.positive_classes = (0,)
+    trainer(tmp_path, callback).test(network(), healthy, verbose=False)
+    assert {r["label"] for r in rows(tmp_path / "test")} == {"0"}
+
+
 @pytest.mark.parametrize("guidance", [None, SaliencyGuidance(fill="black")])
 def test_explaining_at_validation_end_changes_no_weight(tmp_path, guidance):
     weights = []
