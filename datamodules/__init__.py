@@ -1,6 +1,7 @@
 """LightningDataModules, one per data set."""
 
 from datamodules.base import ImageDataModule
+from datamodules.cub import CUB
 from datamodules.folder import ImageFolder
 from datamodules.idrid import IDRiD
 from datamodules.imagenet import ImageNet
@@ -8,4 +9,4 @@ from datamodules.synthetic import SyntheticFundus
 from datamodules.transforms import Augmentation
 from datamodules.voc import VOC
 
-__all__ = ["VOC", "Augmentation", "IDRiD", "ImageDataModule", "ImageFolder", "ImageNet", "SyntheticFundus"]
+__all__ = ["CUB", "VOC", "Augmentation", "IDRiD", "ImageDataModule", "ImageFolder", "ImageNet", "SyntheticFundus"]

@@ -40,7 +40,9 @@ class ImageDataModule(LightningDataModule):
     - `label` (B,) int64;
     - `index` (B,) int64, the position in the split's dataset, the same for any number of ranks and workers;
     - `mask` (B,S,S) bool, in every batch of a data set that has ground-truth regions at all; a row that is all False
-      means that this sample has none.
+      means that this sample has none;
+    - `boxes` (B,1,4) float32, x1, y1, x2, y2 in pixels, where the regions are boxes: the same region, and four zeros
+      where there is none.
 
     Training data is shuffled (or class-balanced) and augmented with randomness from (seed, epoch, index) alone;
     validation and test data is resized and normalised, never augmented, in order, each sample on exactly one rank.
@@ -171,7 +173,7 @@ class ImageDataModule(LightningDataModule):
         Computed once in float64 and kept in `cache_dir` under the fingerprint of the training split.
         """
         path = self.cache_dir / f"bias_{self.fingerprint('train')}.safetensors"
-        return cached(path, lambda: pixel_mean(self.source("train"))).float()
+        return cached(path, lambda: pixel_mean(self.source("train"), self.image_size)).float()
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from datamodules.files import centre
 from datamodules.sources import Source
 
 
@@ -21,15 +22,15 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "labn"
 
 
-def pixel_mean(source: Source) -> Tensor:
-    """Pixel-wise mean of all images of a split: the bias image b = (1/N) sum_i x_i of ACCV 2022.
+def pixel_mean(source: Source, size: int) -> Tensor:
+    """Pixel-wise mean of the (size,size) middles of a split's images: the bias image b = (1/N) sum_i x_i of ACCV 2022.
 
     Returns:
-        (C,H,W) float64 in [0,1], exact: the uint8 values are summed as integers below 2^53.
+        (C,size,size) float64 in [0,1], exact: the uint8 values are summed as integers below 2^53.
     """
-    total = np.zeros(source.load(0)[0].shape, dtype=np.float64)
+    total = np.zeros(centre(source.load(0)[0], size).shape, dtype=np.float64)
     for index in range(len(source)):
-        total += source.load(index)[0]
+        total += centre(source.load(index)[0], size)
     return torch.from_numpy(total / (255.0 * len(source))).permute(2, 0, 1).contiguous()
 
 

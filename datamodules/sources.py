@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.files import (
@@ -37,17 +39,22 @@ class Source(ABC):
         names: one per sample, unique within the split.
         labels: (N,) int64.
         has_masks: whether `load` returns masks.
+        has_boxes: whether the region of a mask is a box, so that samples carry it as `boxes` too.
         identity: what the data hash is made from.
     """
 
     names: Sequence[str]
     labels: Array
     has_masks: bool
+    has_boxes: bool = False
     identity: Sequence[object]
 
     @abstractmethod
     def load(self, index: int) -> tuple[Array, Array | None]:
-        """Image (S,S,C) uint8 and, where the data has masks, mask (S,S) bool (all False: none for this sample)."""
+        """Image (H,W,C) uint8 and, where the data has masks, mask (H,W) bool (all False: none for this sample).
+
+        All images of a source have H = W, or those that a transform cuts to one size.
+        """
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -129,23 +136,29 @@ class FileSource(Source):
 
 
 class ArraySource(Source):
-    """A split held in memory: images (N,S,S,C) uint8 and masks (N,S,S) bool or None."""
+    """A split held in memory: N images (H,W,C) uint8 and N masks (H,W) bool or None."""
 
     def __init__(
-        self, names: Sequence[str], labels: Array, images: Array, masks: Array | None, identity: Sequence[object]
+        self,
+        names: Sequence[str],
+        labels: Array,
+        images: Sequence[Array],
+        masks: Sequence[Array] | None,
+        identity: Sequence[object],
+        has_boxes: bool = False,
     ) -> None:
         self.names, self.labels, self.images, self.masks = names, labels, images, masks
         self.identity = identity
-        self.has_masks = masks is not None
+        self.has_masks, self.has_boxes = masks is not None, has_boxes
 
     @classmethod
     def preloaded(cls, source: Source) -> ArraySource:
         """Decode `source` once, with a few threads (the decoder releases the interpreter lock)."""
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             loaded = list(pool.map(source.load, range(len(source))))
-        images = np.stack([image for image, _ in loaded])
-        masks = np.stack([mask for _, mask in loaded if mask is not None]) if source.has_masks else None
-        return cls(source.names, source.labels, images, masks, source.identity)
+        images = [image for image, _ in loaded]
+        masks = [mask for _, mask in loaded if mask is not None] if source.has_masks else None
+        return cls(source.names, source.labels, images, masks, source.identity, source.has_boxes)
 
     def load(self, index: int) -> tuple[Array, Array | None]:
         """See `Source.load`."""
@@ -170,4 +183,16 @@ class ImageDataset(Dataset[dict[str, Any]]):
         image, mask = self.source.load(index)
         tensor, moved = self.transform(image, mask, seed=(self.seed, epoch, index))
         sample = {"image": tensor, "label": int(self.source.labels[index]), "index": index}
-        return sample if moved is None else {**sample, "mask": moved}
+        if moved is None:
+            return sample
+        sample["mask"] = moved
+        return {**sample, "boxes": bounding_box(moved)} if self.source.has_boxes else sample
+
+
+def bounding_box(mask: Tensor) -> Tensor:
+    """The smallest box (1,4) float32, x1, y1, x2, y2 in pixels, around a mask (H,W); four zeros where it is empty."""
+    rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
+    if not len(rows):
+        return torch.zeros(1, 4)
+    corners = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+    return torch.cat(corners)[None].float()

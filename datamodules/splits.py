@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -11,8 +12,10 @@ from datamodules.base import OnBadImage
 from datamodules.files import BadImageError, identical_groups
 from datamodules.sources import Record, bad_file
 
+AnyRecord = TypeVar("AnyRecord", bound=Record)
 
-def readable(records: Sequence[Record], on_bad_image: OnBadImage) -> tuple[list[Record], list[str]]:
+
+def readable(records: Sequence[AnyRecord], on_bad_image: OnBadImage) -> tuple[list[AnyRecord], list[str]]:
     """Check all files cheaply.
 
     Returns:
@@ -33,7 +36,9 @@ def readable(records: Sequence[Record], on_bad_image: OnBadImage) -> tuple[list[
     return good, notes
 
 
-def without_copies(records: Sequence[Record], held_out: Sequence[Record]) -> tuple[list[Record], list[str]]:
+def without_copies(
+    records: Sequence[AnyRecord], held_out: Sequence[Record]
+) -> tuple[list[AnyRecord], list[str]]:
     """Leave out of `records` what is byte-identical to one of `held_out`.
 
     Returns:
@@ -53,7 +58,9 @@ def without_copies(records: Sequence[Record], held_out: Sequence[Record]) -> tup
     return kept, notes
 
 
-def split_off(records: Sequence[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record], list[str]]:
+def split_off(
+    records: Sequence[AnyRecord], fraction: float, seed: int
+) -> tuple[list[AnyRecord], list[AnyRecord], list[str]]:
     """Split at random into (1 - fraction) and round(fraction * N) records; identical images stay together.
 
     Returns:

@@ -18,6 +18,8 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 import albumentations as A
 import cv2
 
+from datamodules.files import centre
+
 Array = np.ndarray[Any, Any]
 
 
@@ -97,8 +99,9 @@ def _around_one(strength: float) -> tuple[float, float]:
 
 
 class Transform:
-    """uint8 image (H,W,C) and mask (H,W) to normalised float32 tensors, augmented or not.
+    """uint8 image (H,W,C) and mask (H,W) to normalised float32 tensors of one size, augmented or not.
 
+    Of an image that is larger than `size` the random resized crop sees all, and without one the middle is taken.
     All random numbers come from the `seed` of the call: the same seed gives the same result in any process.
 
     Args:
@@ -112,6 +115,7 @@ class Transform:
         self, size: int, mean: Sequence[float], std: Sequence[float], augmentation: Augmentation | None = None
     ) -> None:
         self._compose, self._random = composed(size, mean, std, augmentation)
+        self._size = None if augmentation and augmentation.crop_scale else size
 
     def __call__(
         self, image: Array, mask: Array | None = None, seed: Sequence[int] = (0,)
@@ -128,6 +132,8 @@ class Transform:
         """
         if self._random:
             reseed(self._compose, seed)
+        if self._size is not None:
+            image, mask = centre(image, self._size), None if mask is None else centre(mask, self._size)
         targets = {"image": image} if mask is None else {"image": image, "mask": mask.astype(np.uint8)}
         out = self._compose(**targets)
         return to_tensor(out["image"]), None if mask is None else torch.from_numpy(

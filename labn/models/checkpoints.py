@@ -84,6 +84,31 @@ def load_backbone(model: nn.Module, path: str | Path) -> LoadReport:
     return LoadReport(str(path), tuple(fits), tuple(name for name in own if name not in fits), unused)
 
 
+def load_classifier(model: nn.Module, path: str | Path) -> LoadReport:
+    """`load_backbone`, where every tensor must fit but those of the last linear layer, which may have other classes.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a tensor is missing in the file or has another shape; the message names the first and both shapes.
+    """
+    own = model.state_dict()
+    offered = {canonical(name): tuple(_flat(tensor).shape) for name, tensor in read_tensors(path).items()}
+    head = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1:]
+    for name, tensor in own.items():
+        # Counters of batches do not enter the function, and many files come without them.
+        if name.rpartition(".")[0] in head or name.endswith("num_batches_tracked"):
+            continue
+        found = offered.get(canonical(name))
+        if found is None:
+            raise ValueError(f"{path} has no tensor for {name}; give weights of this {type(model).__name__}'s depth.")
+        if found != tuple(tensor.shape):
+            raise ValueError(
+                f"{path} holds weights of another width: {canonical(name)} is {found}, this {type(model).__name__} "
+                f"needs {tuple(tensor.shape)}; name the backbone that the weights were made for."
+            )
+    return load_backbone(model, path)
+
+
 def canonical(name: str) -> str:
     """A tensor's name as a plain ResNet would call it: without wrappers, with this project's names for lambda layers.
 
