@@ -24,13 +24,13 @@ class EvaluationCallback(ExplainingCallback):
     """PID and every other metric on the maps of the trainer's explainers.
 
     Scores go to `<run_dir>/<stage>/` batch by batch; rank zero merges them into `scores.csv`, `summary.csv`,
-    `paired.csv` and `curves.npz` at the end, prints the means with their intervals and logs them as
-    `<stage>/<explainer>/<metric>`.
+    `paired.csv`, `curves.npz` and, where a metric counts samples, `counts.csv` at the end, prints the means with their
+    intervals and logs them as `<stage>/<explainer>/<metric>`.
 
     Args:
         metrics: names of metrics, such as `id`, `pid16`, `mass`.
         val_metrics: metrics scored at validation end while fitting; None takes all.
-        also: for every insertion-deletion metric its variants too: `stable`, `official`.
+        also: for every insertion-deletion metric its variants too: `stable`, `random`, `official`.
         metric_options: settings for all metrics that know them, such as `step` or `score_class`.
         fill: what removed pixels show: black, mean, bias, blur, uniform or image_mean.
         positives_only: score only samples of the data's positive classes in the metrics that perturb images (the
@@ -150,7 +150,8 @@ class EvaluationCallback(ExplainingCallback):
             )
         trainer.strategy.barrier("labn-scores")
         metrics = {name: (self.keys[name], self.metrics[name].names) for name in self.names}
-        plan = Plan(session.keys, metrics, frozenset(session.subset or ()))
+        counted = {name: self.metrics[name].reduce for name in self.names if self.metrics[name].counts_samples}
+        plan = Plan(session.keys, metrics, frozenset(session.subset or ()), counted)
         means: dict[str, float] = {}
         if trainer.is_global_zero:
             means = self._merge(trainer, session, plan)

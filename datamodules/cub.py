@@ -1,4 +1,4 @@
-"""CUB-200-2011 (Wah et al., Caltech technical report 2011): 200 kinds of birds with bounding boxes, in its own layout."""
+"""CUB-200-2011 (Wah et al., Caltech technical report 2011): 200 kinds of birds with boxes, in its own layout."""
 
 from __future__ import annotations
 

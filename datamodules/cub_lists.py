@@ -128,8 +128,7 @@ def _same_images(images: Column[str], other: Column[Value]) -> None:
         )
     if foreign := [number for number in other.values if number not in images.values]:
         raise ValueError(
-            f"{other.where(foreign[0])}: image {foreign[0]} is not listed in {images.file} "
-            f"({len(foreign)} such lines)."
+            f"{other.where(foreign[0])}: image {foreign[0]} is not listed in {images.file} ({len(foreign)} such lines)."
         )
 
 

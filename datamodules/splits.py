@@ -36,9 +36,7 @@ def readable(records: Sequence[AnyRecord], on_bad_image: OnBadImage) -> tuple[li
     return good, notes
 
 
-def without_copies(
-    records: Sequence[AnyRecord], held_out: Sequence[Record]
-) -> tuple[list[AnyRecord], list[str]]:
+def without_copies(records: Sequence[AnyRecord], held_out: Sequence[Record]) -> tuple[list[AnyRecord], list[str]]:
     """Leave out of `records` what is byte-identical to one of `held_out`.
 
     Returns:

@@ -9,11 +9,13 @@ import json
 import math
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from labn.metrics.statistics import Interval, bootstrap_mean, paired_difference
 from labn.store import ResultStore, ScorePart, write_atomically
@@ -22,6 +24,7 @@ SCORES = ("split", "index", "name", "label", "target", "explainer", "metric", "v
 SUMMARY = ("explainer", "metric", "mean", "ci_low", "ci_high", "n")
 PAIRED = ("explainer_a", "explainer_b", "metric", "difference", "ci_low", "ci_high", "n")
 PREDICTIONS = ("split", "index", "name", "label", "prediction", "probability")
+COUNTS = ("explainer", "metric", "kind", "count")
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "numpy")
 
 
@@ -33,11 +36,13 @@ class Plan:
         explainers: name -> digest of its arguments.
         metrics: metric -> (digest of its arguments, names of its values).
         samples: indices that are explained; what an earlier run scored beyond them stays out of the tables.
+        counted: metrics that count samples -> what makes counts of the (n,) columns of their values.
     """
 
     explainers: dict[str, str]
     metrics: dict[str, tuple[str, tuple[str, ...]]]
     samples: frozenset[int]
+    counted: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = field(default_factory=dict)
 
     @property
     def value_names(self) -> list[str]:
@@ -93,6 +98,16 @@ def summarise(table: Table, plan: Plan) -> dict[tuple[str, str], Interval]:
         for explainer, metric in itertools.product(plan.explainers, plan.value_names)
         if (column := table.column(explainer, metric))
     }
+
+
+def count_rows(table: Table, plan: Plan) -> Iterator[tuple[str, str, str, int]]:
+    """Rows of `counts.csv`: per explainer, what the metrics count over the samples that have all their values."""
+    for explainer, (metric, reduce) in itertools.product(plan.explainers, plan.counted.items()):
+        columns = {name: table.column(explainer, name) for name in plan.metrics[metric][1]}
+        shared = sorted(set.intersection(*(set(column) for column in columns.values())))
+        values = {n: torch.tensor([c[i] for i in shared], dtype=torch.float64) for n, c in columns.items()}
+        for kind, count in reduce(values).items():
+            yield explainer, metric, kind, int(count)
 
 
 def compare(table: Table, plan: Plan) -> dict[tuple[str, str, str], Interval]:
@@ -174,6 +189,8 @@ def write_results(
     write_atomically(store.folder / "summary.csv", csv_bytes(SUMMARY, rows))
     differences = ((*pair, i.mean, i.low, i.high, i.n) for pair, i in pairs.items())
     write_atomically(store.folder / "paired.csv", csv_bytes(PAIRED, differences))
+    if plan.counted:
+        write_atomically(store.folder / "counts.csv", csv_bytes(COUNTS, count_rows(table, plan)))
     seen = ((split, index, sample_name(index), *sample.values()) for index, sample in sorted(table.samples.items()))
     write_atomically(store.folder / "predictions.csv", csv_bytes(PREDICTIONS, seen))
     buffer = io.BytesIO()

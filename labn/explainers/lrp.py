@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from labn.explainers.base import Explainer
-from labn.lrp.config import Config, FirstName, ResidualName, RuleName
+from labn.lrp.config import BlockWeights, Config, FirstName, ResidualName, RuleName
 from labn.lrp.engine import relevance
 from labn.lrp.initial import INITIAL, Contrast, Initial, check_others
 from labn.postprocess import apply, check_names
@@ -18,8 +18,10 @@ class LRP(Explainer):
     """Layer-wise relevance propagation, summed over the colour channels; signed.
 
     Args:
-        residual, rule, linear_rule, batchnorm, pooling, first_layer, eps, eps_mode, alpha, beta, gamma, low, high: see
-            `labn.lrp.Config`.
+        residual, rule, linear_rule, block_weights, batchnorm, pooling, first_layer: see `labn.lrp.Config`, as for the
+            next ones. `simple`, `epsilon` and `gamma` divide by signed sums, whose biases belong to them: with
+            BatchNorm they want `batchnorm="fold"`.
+        eps, eps_mode, alpha, beta, gamma, low, high: see `labn.lrp.Config`.
         init: relevance at the target's logit: its softmax `probability`, the `logit`, or `one`.
         chunk_size: images per pass; None: 8 on a CPU, else the whole batch. The maps do not depend on it.
         postprocess: names of `labn.postprocess` applied to the map in the order given: `c1c`, `c3`, `hq8`, ...
@@ -43,6 +45,7 @@ class LRP(Explainer):
         low: Sequence[float] | None = None,
         high: Sequence[float] | None = None,
         chunk_size: int | None = None,
+        block_weights: BlockWeights = "signed",
     ) -> None:
         if init not in INITIAL:
             raise ValueError(f"init={init!r} is not one of {', '.join(map(repr, INITIAL))}.")
@@ -50,6 +53,7 @@ class LRP(Explainer):
             rule=rule,
             linear_rule=linear_rule,
             residual=residual,
+            block_weights=block_weights,
             batchnorm=batchnorm,
             pooling=pooling,
             first_layer=first_layer,
@@ -88,6 +92,7 @@ class C3LRP(LRP):
         eps: float = 1e-9,
         eps_mode: Literal["relative", "absolute"] = "relative",
         chunk_size: int | None = None,
+        block_weights: BlockWeights = "signed",
     ) -> None:
         super().__init__(
             residual="block",
@@ -100,6 +105,7 @@ class C3LRP(LRP):
             eps=eps,
             eps_mode=eps_mode,
             chunk_size=chunk_size,
+            block_weights=block_weights,
         )
 
 

@@ -147,7 +147,7 @@ def _averaged(node: Node) -> Node:
 def _region(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
     run: RegionRun = state.passage.kept[node.index]
     s = divide(r, run.output.detach(), state.passage.config, state.ledger)
-    if state.ledger is not None:
+    if state.ledger is not None and state.passage.config.block_weights == "signed":
         book_biases(state.ledger, node, run, s)
     return [run.entry.detach() * gradients(run.output, [run.entry], s)[0]]
 

@@ -13,6 +13,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 RuleName = Literal["simple", "epsilon", "zplus", "alphabeta", "gamma", "flat"]
 FirstName = Literal["ones", "zb", "input", "flat", "epsilon", "same"]
+BlockWeights = Literal["signed", "zplus"]
 ResidualName = Literal["ratio", "symmetric", "block", "ratio_down", "symmetric_down", "signed", "duplicate"]
 
 
@@ -24,6 +25,8 @@ class Config:
         rule: rule of the convolutions.
         linear_rule: rule of the fully connected layers; None: the same.
         residual: how a residual sum shares relevance between its branches.
+        block_weights: under `residual="block"`, the block as it is (`signed`) or with BatchNorm folded, its weights
+            clamped at zero and its biases left out (`zplus`), which conserves relevance.
         batchnorm: `pass` hands relevance through a BatchNorm unchanged, `fold` joins it to the layer before.
         pooling: max pooling, `winner` takes all or `average` over the same windows.
         first_layer: rule where the images enter: `ones` (activation replaced by 1), `zb` (pixel bounds), `input`
@@ -37,6 +40,7 @@ class Config:
     rule: RuleName = "zplus"
     linear_rule: RuleName | None = None
     residual: ResidualName = "ratio"
+    block_weights: BlockWeights = "signed"
     batchnorm: Literal["pass", "fold"] = "pass"
     pooling: Literal["winner", "average"] = "winner"
     first_layer: FirstName = "ones"
@@ -53,6 +57,7 @@ class Config:
             "rule": ("simple", "epsilon", "zplus", "alphabeta", "gamma", "flat"),
             "linear_rule": (None, "simple", "epsilon", "zplus", "alphabeta", "gamma", "flat"),
             "residual": ("ratio", "symmetric", "block", "ratio_down", "symmetric_down", "signed", "duplicate"),
+            "block_weights": ("signed", "zplus"),
             "batchnorm": ("pass", "fold"),
             "pooling": ("winner", "average"),
             "first_layer": ("ones", "zb", "input", "flat", "epsilon", "same"),
@@ -63,6 +68,8 @@ class Config:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, allowed))}.")
         if abs(self.alpha - self.beta - 1) > 1e-12 or self.beta < 0:
             raise ValueError(f"alpha - beta must be 1 with beta >= 0, got alpha={self.alpha}, beta={self.beta}.")
+        if self.block_weights != "signed" and self.residual != "block":
+            raise ValueError(f"block_weights={self.block_weights!r} needs residual='block', got {self.residual!r}.")
         if self.eps < 0 or self.gamma < 0:
             raise ValueError(f"eps and gamma must not be negative, got eps={self.eps}, gamma={self.gamma}.")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from labn.lrp.config import Config
 from labn.lrp.graph import Graph, Node
-from labn.lrp.region import RegionRun, run_region
+from labn.lrp.region import RegionRun, evaluate_region, run_clamped, run_region
 from labn.lrp.residual import SHARES, Junction
 from labn.lrp.rules import USES_OUTPUT
 
@@ -120,10 +120,15 @@ def _sum(run: _Run, node: Node) -> Tensor:
 
 
 def _region(run: _Run, node: Node) -> Tensor:
-    region: RegionRun = run_region(node, run.values)
+    if run.config.block_weights == "signed":
+        region: RegionRun = run_region(node, run.values)
+        if run.takes_part(node):
+            run.kept[node.index] = region
+        return region.output.detach()
+    inside = evaluate_region(node, run.values)
     if run.takes_part(node):
-        run.kept[node.index] = region
-    return region.output.detach()
+        run.kept[node.index] = run_clamped(node, run.values, inside)
+    return inside[node.index]
 
 
 FORWARD: dict[str, Callable[[_Run, Node], Tensor]] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from functools import cached_property
 from weakref import WeakKeyDictionary
 
 import torch
@@ -38,7 +39,16 @@ class Plan:
 
     def for_config(self, config: Config) -> Graph:
         """The graph that the residual rule of `config` runs on."""
-        return self.regions if config.residual == "block" else self.graph
+        if config.residual != "block":
+            return self.graph
+        return self.regions if config.block_weights == "signed" else self.blocks
+
+    @cached_property
+    def blocks(self) -> Graph:
+        """The graph with every block as a region of its own: with clamped weights what a block makes is not what the
+        next one is given, so that the two do not cancel and a row is no single gradient.
+        """
+        return with_regions(self.graph, telescope=False)
 
 
 @dataclass

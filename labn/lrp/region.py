@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from labn.lrp.graph import Node
+from labn.lrp.layers import Norm
 from labn.lrp.ledger import Ledger
 from labn.lrp.vjp import gradients
 
@@ -45,6 +46,34 @@ def run_region(node: Node, values: dict[int, Tensor], with_biases: bool = False)
     return run
 
 
+def evaluate_region(node: Node, values: dict[int, Tensor]) -> dict[int, Tensor]:
+    """The values inside a region, BatchNorm folded, without gradients."""
+    inside = {index: values[index] for index in node.inputs}
+    for inner in node.inner:
+        inside[inner.index] = _AFFINE.get(inner.kind, Node.evaluate)(inner, inside)
+    return inside
+
+
+def run_clamped(node: Node, values: dict[int, Tensor], inside: dict[int, Tensor]) -> RegionRun:
+    """Run a region with clamped weights and without biases, as z+ does with a single layer.
+
+    Its output is then homogeneous in its input, so that x * d<s, y>/dx adds up to <s, y>. Gates keep their values.
+
+    Args:
+        node: the region.
+        values: what it reads.
+        inside: its true values, from `evaluate_region`.
+    """
+    entry = values[node.flow[0]].detach().requires_grad_()
+    carrying = carrying_in(node)
+    clamped = {**inside, node.flow[0]: entry}
+    with torch.enable_grad():
+        for inner in node.inner:
+            if inner.index in carrying:
+                clamped[inner.index] = _CLAMPED.get(inner.kind, Node.evaluate)(inner, clamped)
+    return RegionRun(entry, clamped[node.index], {index: values[index] for index in node.inputs})
+
+
 def carrying_in(node: Node) -> set[int]:
     """Indices of the values inside a region that relevance passes; the others only make up gates."""
     carrying = {node.index}
@@ -74,6 +103,29 @@ def _linear(node: Node, values: dict[int, Tensor]) -> Tensor:
 
 
 _AFFINE: dict[str, Callable[[Node, dict[int, Tensor]], Tensor]] = {"linear": _linear}
+
+
+def _clamped_linear(node: Node, values: dict[int, Tensor]) -> Tensor:
+    assert node.layer is not None
+    return node.layer.apply(values[node.inputs[0]], node.layer.prepared("plus", True))
+
+
+def _clamped_norm(node: Node, values: dict[int, Tensor]) -> Tensor:
+    a = values[node.inputs[0]]
+    return a * Norm.of(node.call).scale.clamp(min=0).view(-1, *[1] * (a.ndim - 2))
+
+
+def _without_constant(node: Node, values: dict[int, Tensor]) -> Tensor:
+    """f(a) - f(0): a scaling stays, a shift goes."""
+    zeros = {index: torch.zeros_like(values[index]) for index in node.inputs}
+    return node.evaluate(values) - node.evaluate(zeros)
+
+
+_CLAMPED: dict[str, Callable[[Node, dict[int, Tensor]], Tensor]] = {
+    "linear": _clamped_linear,
+    "norm": _clamped_norm,
+    "pass": _without_constant,
+}
 
 
 def book_biases(ledger: Ledger, node: Node, run: RegionRun, s: Tensor) -> None:

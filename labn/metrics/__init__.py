@@ -2,6 +2,7 @@
 
 from labn.metrics.base import SampleMetric
 from labn.metrics.confidence import AverageDrop, PercentIncrease
+from labn.metrics.errors import ErrorAnalysis
 from labn.metrics.filled import FillProbability
 from labn.metrics.insertion_deletion import PatchInsertionDeletion
 from labn.metrics.localisation import MapAUROC, PointingGame, RelevanceMass, RelevanceRank
@@ -13,6 +14,7 @@ from labn.metrics.statistics import Interval, bootstrap_mean, paired_difference
 
 __all__ = [
     "AverageDrop",
+    "ErrorAnalysis",
     "FillProbability",
     "Interval",
     "MapAUROC",

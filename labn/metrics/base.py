@@ -65,11 +65,15 @@ class ScoredBatch:
 class SampleMetric(Metric):
     """A metric with one value per sample and name; `compute` gives their means.
 
-    Subclasses set `names` and implement `score`. State is one row (index, values) per sample; `compute` sorts by index,
-    drops repeated samples and reduces in float64, so 1, 2 or 8 ranks give the same digits. A value of NaN says that the
-    metric leaves the sample out.
+    Subclasses set `names` and implement `score_batch`. State is one row (index, values) per sample; `compute` sorts by
+    index, drops repeated samples and reduces in float64, so 1, 2 or 8 ranks give the same digits. A value of NaN says
+    that the metric leaves the sample out.
+
+    Attributes:
+        counts_samples: `compute` gives numbers of samples in place of means, which results keep in a table of its own.
     """
 
+    counts_samples = False
     full_state_update = False
     higher_is_better = True
     is_differentiable = False
@@ -152,6 +156,10 @@ class SampleMetric(Metric):
         indices, *values = table[first].unbind(1)
         return indices.long(), dict(zip(self.names, values))
 
+    def reduce(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From per-sample values (n,) per name to what `compute` gives: means over those that are not left out."""
+        return {name: column[~column.isnan()].mean() for name, column in values.items()}
+
     def compute(self) -> dict[str, Tensor]:
         """Mean per name over the samples that are not left out, float64; NaN where there is none."""
-        return {name: values[~values.isnan()].mean() for name, values in self.per_sample()[1].items()}
+        return self.reduce(self.per_sample()[1])

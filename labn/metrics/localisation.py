@@ -17,6 +17,20 @@ from labn.metrics.functional.localisation import (
 )
 
 
+def need_regions(batch: ScoredBatch, name: str) -> None:
+    """Raise ValueError naming the metric `name` where a batch has neither masks nor boxes."""
+    if batch.masks is None and batch.boxes is None:
+        raise ValueError(f"metric {name!r} compares with ground truth: it needs masks= or boxes=.")
+
+
+def regions_of(batch: ScoredBatch) -> Tensor:
+    """Ground truth (B, H, W) bool of a batch: its masks, else the union of each sample's boxes."""
+    if batch.masks is not None:
+        return batch.masks
+    assert batch.boxes is not None
+    return boxes_to_masks(batch.boxes, (batch.maps.shape[-2], batch.maps.shape[-1]))
+
+
 class LocalisationMetric(SampleMetric):
     """A function of map and region per sample; a sample whose region is empty is left out.
 
@@ -34,16 +48,11 @@ class LocalisationMetric(SampleMetric):
 
     def check(self, batch: ScoredBatch) -> None:
         """Ground truth is needed."""
-        if batch.masks is None and batch.boxes is None:
-            raise ValueError(f"metric {self.name!r} compares with ground truth: it needs masks= or boxes=.")
+        need_regions(batch, self.name)
 
     def score_batch(self, batch: ScoredBatch) -> dict[str, Tensor]:
         """Values of a batch."""
-        masks, maps = batch.masks, batch.maps
-        if masks is None:
-            assert batch.boxes is not None
-            masks = boxes_to_masks(batch.boxes, (maps.shape[-2], maps.shape[-1]))
-        return {self.name: self.compare(maps, masks.to(maps.device))}
+        return {self.name: self.compare(batch.maps, regions_of(batch).to(batch.maps.device))}
 
 
 class RelevanceMass(LocalisationMetric):

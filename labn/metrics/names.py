@@ -11,6 +11,7 @@ from typing import Any
 
 from labn.metrics.base import SampleMetric
 from labn.metrics.confidence import AverageDrop, PercentIncrease
+from labn.metrics.errors import ErrorAnalysis
 from labn.metrics.filled import FillProbability
 from labn.metrics.insertion_deletion import PatchInsertionDeletion
 from labn.metrics.localisation import MapAUROC, PointingGame, RelevanceMass, RelevanceRank
@@ -41,7 +42,12 @@ class MetricEntry:
         return set(inspect.signature(self.metric).parameters) - {"kwargs"}
 
 
-_SUFFIXES: dict[str, dict[str, str]] = {"": {}, "@official": {"protocol": "official"}, "@stable": {"ties": "stable"}}
+_SUFFIXES: dict[str, dict[str, str]] = {
+    "": {},
+    "@official": {"protocol": "official"},
+    "@stable": {"ties": "stable"},
+    "@random": {"ties": "random"},
+}
 _PATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -62,7 +68,7 @@ def _percentage_in(match: re.Match[str]) -> dict[str, Any]:
     return {"percents": [int(match["q"])], "forms": [form or "logit"], "headline": form is None}
 
 
-_SUFFIX = r"(?P<suffix>@official|@stable)?"
+_SUFFIX = r"(?P<suffix>@official|@stable|@random)?"
 _FAMILY = r"(pid|insertion|deletion)(?P<m>[1-9]\d*)"
 _FAMILY_EXAMPLES = tuple(
     f"{stem}{m}{suffix}" for stem in ("pid", "insertion", "deletion") for m in _PATCH_SIZES for suffix in _SUFFIXES
@@ -79,6 +85,7 @@ REGISTRY: list[MetricEntry] = [
     MetricEntry(r"randomisation", Randomisation, _nothing, ("randomisation",)),
     MetricEntry(r"sparseness", Sparseness, _nothing, ("sparseness",)),
     *(MetricEntry(m.name, m, _nothing, (m.name,)) for m in (AverageDrop, PercentIncrease)),
+    MetricEntry(r"errors", ErrorAnalysis, _nothing, ("errors",)),
     *(MetricEntry(m.name, m, _nothing, (m.name,)) for m in (RelevanceMass, PointingGame, RelevanceRank, MapAUROC)),
 ]
 
@@ -92,10 +99,11 @@ def metric_by_name(name: str, **shared: Any) -> SampleMetric:
     """The metric of a name.
 
     Args:
-        name: `id`, `pid<m>`, `insertion<m>`, `deletion<m>`, each also with `@official` or `@stable`;
+        name: `id`, `pid<m>`, `insertion<m>`, `deletion<m>`, each also with `@official`, `@stable` or
+            `@random` (a seeded order of ties);
             `fill_probability`; `average_drop`, `percent_increase`; `pctin_prob<q>`, `pctin_logit<q>`, `pctin_ratio<q>`
             for a percentage q, `pctin<q>` (the logit) and `pctin` (all three at 5, 10, 20, 25 and 50 from one curve);
-            `mass`, `pointing`, `rank`, `auroc`; `randomisation`, `sparseness`; and what else is registered.
+            `mass`, `pointing`, `rank`, `auroc`, `errors`; `randomisation`, `sparseness`; and what else is registered.
         shared: settings for all metrics, such as `mean`, `std`, `fill`; each metric takes those it knows.
 
     Returns:

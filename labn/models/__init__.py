@@ -2,7 +2,7 @@
 
 from labn.models.attention_branch import AttentionBranchNetwork, BranchOutput, gate_attention, gate_health
 from labn.models.backbones import Backbone, backbone_of, build_network
-from labn.models.checkpoints import LoadReport, load_backbone
+from labn.models.checkpoints import LoadReport, load_backbone, load_classifier
 from labn.models.lambda_layer import LambdaLayer
 from labn.models.lambda_resnet import LambdaBottleneck, LambdaResNet, lambda_resnet26, lambda_resnet38, lambda_resnet50
 from labn.models.magnetogram_net import magnetogram_net

@@ -52,10 +52,27 @@ def test_resnet18_conserves_at_odd_sizes(side, residual):
         assert float(result.arrived / result.initial) > 0.99
 
 
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "wide_resnet50_2", "resnext50_32x4d"])
+@pytest.mark.parametrize("config", [Config(), Config(residual="block", block_weights="zplus")])
+def test_torchvision_resnets_conserve(name, config):
+    """Relevance in = out + reported leaks, in float64, with running statistics and biases that are not trivial."""
+    torch.manual_seed(0)
+    net = getattr(torchvision.models, name)(num_classes=10).double().eval()
+    for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
+        nn.init.uniform_(norm.weight, 0.3, 1.0)
+        nn.init.normal_(norm.bias, std=0.1)
+        nn.init.normal_(norm.running_mean, std=0.1)
+    result = relevance(net, images(1, 64), torch.tensor([4]), config, "one", report=True)
+    assert float((result.arrived + result.leaked - result.initial).abs()) < 1e-6
+    assert adds_up(result) < 1e-6
+    assert (result.relevance >= 0).all()
+
+
 ARCHITECTURES = [
     "resnet18",
     "resnet50d",
     "resnext50_32x4d",
+    "wide_resnet50_2",
     "seresnet50",
     "ecaresnet50d",
     "resnetv2_50",

@@ -72,6 +72,24 @@ def test_deep_branch_gets_its_fixed_share_whatever_the_order_of_the_sum(rule, id
     assert torch.allclose(got.flatten(), torch.tensor([share, 1 - share], dtype=torch.float64))
 
 
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in ("block", "duplicate")])
+@pytest.mark.parametrize("identity", [True, False])
+def test_what_the_branches_receive_adds_up_to_what_arrived(rule, identity):
+    skip = nn.Identity() if identity else nn.Conv2d(3, 3, 1)
+    net = seeded(Sum(nn.Conv2d(3, 3, 3, padding=1), skip), 2)
+    passage = forward(net, images(2, 4), Config(residual=rule))
+    r = torch.randn(2, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    f, s = (net.deep(images(2, 4)), net.skip(images(2, 4)))
+    share = SHARES[rule](f.clone(), s.clone(), Junction(0, identity)) * torch.ones_like(f)
+    deep = backward(passage, r, until="deep")
+    assert torch.allclose(deep, share * r.view_as(deep), atol=1e-12)
+    if not identity:
+        assert torch.allclose(deep + backward(passage, r, until="skip"), r.view_as(deep), atol=1e-9)
+    ledger = Ledger()
+    backward(passage, r, ledger=ledger)
+    assert torch.allclose(ledger.entries[0].delivered, ledger.entries[0].arriving, atol=1e-9)
+
+
 def test_duplicate_doubles_and_says_so():
     net = seeded(Sum(nn.Conv2d(3, 2, 1, bias=False), nn.Conv2d(3, 2, 1, bias=False)), 1)
     ledger = Ledger()
@@ -165,3 +183,69 @@ def test_block_rule_conserves_without_biases():
     r = torch.rand_like(y) * (y > 0)
     got = backward(forward(nn.Sequential(block, nn.Flatten()), x, Config(residual="block", eps=1e-14)), r.flatten(1))
     assert torch.allclose(got.flatten(1).sum(1), r.flatten(1).sum(1), atol=1e-9)
+
+
+class ClampedBlock(nn.Module):
+    """The block rule's block with BatchNorm folded by hand, weights clamped and no biases."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, x):
+        block = self.block
+        y = self.clamped(torch.relu(self.clamped(x, block.one, block.one_norm)), block.two, block.two_norm)
+        return torch.relu(y + (x if block.skip is None else self.clamped(x, *block.skip)))
+
+    @staticmethod
+    def clamped(x, conv, norm):
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        weight = (conv.weight * scale[:, None, None, None]).clamp(min=0)
+        return nn.functional.conv2d(x, weight, None, conv.stride, conv.padding)
+
+
+@pytest.mark.parametrize("out", [3, 5])
+def test_clamped_block_is_its_formula_and_conserves(out):
+    block = seeded(Block(3, out, 1 if out == 3 else 2), 6)
+    block.one_norm.weight.data[:2] *= -1
+    x = images(2, 6).abs()
+    y = ClampedBlock(block)(x)
+    r = torch.rand(2, y[0].numel(), dtype=torch.float64)
+    config, ledger = Config(residual="block", block_weights="zplus", eps=1e-3, eps_mode="absolute"), Ledger()
+    got = backward(forward(nn.Sequential(block, nn.Flatten()), x, config), r, ledger=ledger)
+    assert torch.allclose(got, block_by_hand(ClampedBlock(block), x, r.view_as(y), 1e-3), atol=1e-10)
+    entry = ledger.entries[0]
+    assert torch.allclose(entry.arriving, entry.delivered + entry.leaks, atol=1e-12)
+    assert torch.allclose(entry.eps, (r.view_as(y) * 1e-3 / (y + 1e-3) * (y > 0)).flatten(1).sum(1), atol=1e-12)
+    assert (entry.bias == 0).all()
+    assert (got >= 0).all()
+
+
+def test_row_of_clamped_blocks_goes_block_by_block_and_leaves_the_forward_pass_alone():
+    """What a clamped block makes is not what the next one is given, so every block divides by its own output."""
+    net, x = small_resnet(3), images(2, 16)
+    config = Config(residual="block", block_weights="zplus", eps=1e-13, eps_mode="absolute")
+    passage = forward(net, x, config)
+    assert torch.allclose(passage.logits, net(x), atol=1e-12)
+    expected = backward(passage, torch.ones_like(passage.logits), until="third")
+    a = net.stem(x).detach()
+    entries = [a, net.first(a), net.second(net.first(a))]
+    for block, entry in zip((net.third, net.second, net.first), reversed(entries)):
+        expected = block_by_hand(ClampedBlock(block), entry, expected, 1e-13)
+    got = backward(passage, torch.ones_like(passage.logits), until="stem")
+    assert torch.allclose(got, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_clamped_block_conserves_through_the_whole_network():
+    config = Config(residual="block", block_weights="zplus", first_layer="input")
+    result = relevance(small_resnet(1), images(2, 17), torch.tensor([1, 3]), config, "one", report=True)
+    assert torch.allclose(result.arrived + result.leaked, result.initial, atol=1e-12)
+    assert (result.arrived > 0.99).all()
+    assert (result.relevance >= 0).all()
+
+
+def test_block_weights_belong_to_the_block_rule():
+    with pytest.raises(ValueError, match="block_weights='zplus' needs residual='block', got 'ratio'"):
+        Config(block_weights="zplus")
+    with pytest.raises(ValueError, match="block_weights='plus' is not one of"):
+        Config(residual="block", block_weights="plus")

@@ -6,13 +6,14 @@ from labn.metrics import MetricEntry, PatchInsertionDeletion, RelevanceMass, met
 from labn.metrics.names import REGISTRY
 
 NAMES = ["id", "pid4", "insertion2", "deletion2", "fill_probability", "mass", "pointing", "rank", "auroc"]
-NAMES += ["id@official", "pid4@official", "insertion2@stable", "id@stable", "deletion4@official"]
+NAMES += ["id@official", "pid4@official", "insertion2@stable", "id@stable", "deletion4@official", "pid2@random"]
+NAMES += ["errors_id"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_name_is_a_key_of_its_metrics_scores(name):
     images, maps = torch.randn(1, 3, 8, 8), torch.rand(1, 8, 8)
-    metric = metric_by_name(name, mean=[0.5] * 3, std=[0.2] * 3)
+    metric = metric_by_name(name.split("_id")[0], mean=[0.5] * 3, std=[0.2] * 3)
     one = torch.ones(1, dtype=torch.long)
     model = Wavy(192).float()
     scores = metric.score(model, images, maps, one, one, masks=maps > 0.5)

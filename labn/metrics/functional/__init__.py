@@ -2,6 +2,13 @@
 
 from labn.metrics.functional.complexity import gini_index
 from labn.metrics.functional.confidence import confidence_drop, confidence_increase, percent_counts
+from labn.metrics.functional.errors import (
+    KINDS,
+    ErrorThresholds,
+    count_errors,
+    kinds_of_error,
+    region_shares,
+)
 from labn.metrics.functional.insertion_deletion import (
     InsertionDeletionCurves,
     kept_fractions,
@@ -20,12 +27,16 @@ from labn.metrics.functional.localisation import (
 from labn.metrics.functional.similarity import midranks, rank_correlation
 
 __all__ = [
+    "KINDS",
+    "ErrorThresholds",
     "InsertionDeletionCurves",
     "boxes_to_masks",
     "confidence_drop",
     "confidence_increase",
+    "count_errors",
     "gini_index",
     "kept_fractions",
+    "kinds_of_error",
     "map_auroc",
     "midranks",
     "nominal_fractions",
@@ -34,6 +45,7 @@ __all__ = [
     "percent_counts",
     "pointing_game",
     "rank_correlation",
+    "region_shares",
     "relevance_mass",
     "relevance_rank",
     "trapezoid_area",
