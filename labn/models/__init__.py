@@ -27,6 +27,7 @@ __all__ = [
     "lambda_resnet50",
     "latency",
     "load_backbone",
+    "load_classifier",
     "magnetogram_net",
     "profile",
 ]

@@ -36,9 +36,8 @@ def test_starts_from_given_weights_with_a_fresh_classifier(weights, monkeypatch,
     monkeypatch.setenv("WEIGHTS", str(path.parent))
     module = ResNetLRP("resnet18", num_classes=3, backbone_ckpt="$WEIGHTS/resnet18.safetensors")
     state, own = source.state_dict(), module.network.state_dict()
-    assert all(
-        torch.equal(own[name], state[name].to(torch.float16).to(own[name].dtype)) for name in own if "fc" not in name
-    )
+    taken = [name for name in own if not name.startswith("fc.")]
+    assert all(torch.equal(own[name], state[name].half().to(own[name].dtype)) for name in taken)
     assert own["fc.weight"].shape == (3, 512)
     assert "2 fresh" in capsys.readouterr().out
 
@@ -48,9 +47,9 @@ def test_starts_from_given_weights_with_a_fresh_classifier(weights, monkeypatch,
     [
         (
             "resnet34",
-            r"resnet18\.safetensors has no tensor for layer1\.2\.conv1\.weight; give weights of this ResNet's depth",
+            r"resnet18\.safetensors has no tensor for layer1\.2\.conv1\.weight; give weights of this ResNet's",
         ),
-        ("timm/resnet18d", r"no tensor for conv1\.0\.weight|conv1\.0\.weight"),
+        ("timm/resnet18d", r"resnet18\.safetensors has no tensor for conv1\.0\.weight"),
     ],
 )
 def test_weights_of_another_depth_are_refused(weights, backbone, message):
@@ -61,8 +60,8 @@ def test_weights_of_another_depth_are_refused(weights, backbone, message):
 def test_weights_of_another_width_are_refused_with_both_shapes(tmp_path):
     path = tmp_path / "wide.pt"
     torch.save(torchvision.models.wide_resnet50_2(num_classes=2).state_dict(), path)
-    with pytest.raises(ValueError, match=r"wide\.pt holds weights of another width: layer1\.0\.conv1\.weight is \(128, 64, 1, 1\)"
-                       r", this ResNet needs \(64, 64, 1, 1\); name the backbone"):  # fmt: skip
+    shapes = r"layer1\.0\.conv1\.weight is \(128, 64, 1, 1\), this ResNet needs \(64, 64, 1, 1\)"
+    with pytest.raises(ValueError, match=rf"wide\.pt holds weights of another width: {shapes}; name the backbone"):
         ResNetLRP("resnet50", backbone_ckpt=str(path))
 
 
