@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 Value = TypeVar("Value")
 Box = tuple[float, float, float, float]
@@ -53,7 +53,7 @@ def _whole(rest: list[str]) -> int:
 
 
 def _flag(rest: list[str]) -> bool:
-    return {("0",): False, ("1",): True}[tuple(rest)]
+    return {"0": False, "1": True}[_text(rest)]
 
 
 def _box(rest: list[str]) -> Box:
@@ -110,7 +110,8 @@ def read_birds(root: Path) -> list[Bird]:
     boxes = read_column(
         root / "bounding_boxes.txt", _box, "an image number and x, y, width, height in pixels with an area"
     )
-    for other in (labels, training, boxes):
+    others: tuple[Column[Any], ...] = (labels, training, boxes)
+    for other in others:
         _same_images(images, other)
     for number in images.values:
         _right_folder(number, images, labels, names)
@@ -120,7 +121,7 @@ def read_birds(root: Path) -> list[Bird]:
     ]
 
 
-def _same_images(images: Column[str], other: Column[Value]) -> None:
+def _same_images(images: Column[str], other: Column[Any]) -> None:
     if missing := [number for number in images.values if number not in other.values]:
         raise ValueError(
             f"{images.where(missing[0])}: image {missing[0]} ({images.values[missing[0]]}) has no line in "
