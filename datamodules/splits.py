@@ -42,7 +42,8 @@ def without_copies(records: Sequence[AnyRecord], held_out: Sequence[Record]) -> 
     Returns:
         The records that stay and a note for each that leaves.
     """
-    groups = identical_groups([r.path for r in (*held_out, *records)])
+    everything: list[Record] = [*held_out, *records]
+    groups = identical_groups([r.path for r in everything])
     seen = dict(zip(groups, held_out))
     kept, notes = [], []
     for record, group in zip(records, groups[len(held_out) :]):

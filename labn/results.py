@@ -8,7 +8,7 @@ import itertools
 import json
 import math
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -42,7 +42,7 @@ class Plan:
     explainers: dict[str, str]
     metrics: dict[str, tuple[str, tuple[str, ...]]]
     samples: frozenset[int]
-    counted: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = field(default_factory=dict)
+    counted: Mapping[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = field(default_factory=dict)
 
     @property
     def value_names(self) -> list[str]:

@@ -118,6 +118,6 @@ class ErrorAnalysis(SampleMetric):
 
     def reduce(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """`failures` and the number of each kind, see `labn.metrics.functional.count_errors`."""
-        columns = (values[name].cpu() for name in self.names)
-        counts = count_errors(*columns, self.n_failures, self.thresholds)
+        scores, coverage, outside, mass = (values[name].cpu() for name in self.names)
+        counts = count_errors(scores, coverage, outside, mass, self.n_failures, self.thresholds)
         return {name: torch.tensor(float(counts[name]), dtype=torch.float64) for name in ("failures", *KINDS)}

@@ -91,5 +91,5 @@ def count_errors(
     columns = torch.stack([scores, coverage, outside, mass])
     columns = columns[:, ~columns.isnan().any(0)]
     worst = columns[:, columns[0].argsort(stable=True)[:n_failures]]
-    found = kinds_of_error(*worst[1:], thresholds)
+    found = kinds_of_error(worst[1], worst[2], worst[3], thresholds)
     return {"failures": len(found), **{kind: int((found == k).sum()) for k, kind in enumerate(KINDS)}}
