@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +12,16 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from safetensors.torch import save
 from torch import Tensor
 
+from callbacks.detection_tables import DETECTIONS, SCORES, SUMMARY, as_csv, detection_rows, draw, packed, summarise
 from callbacks.session import epoch_of, evenly_spaced, network_of
-from labn.detection_plots import DetectionRow, detection_figure
 from labn.explainers.crp import CRP, TASKS, Question, Task
-from labn.explainers.detection import DetectionPassage
 from labn.metrics.detection import DetectionScores
-from labn.metrics.statistics import bootstrap_mean
-from labn.models.detectors import Detections
 from labn.plots import displayable
+from labn.report import render
+from labn.report.detections import detection_card, detection_report
 from labn.store import file_name, write_atomically
-
-DETECTIONS = ("split", "index", "name", "detection", "class", "score", "x1", "y1", "x2", "y2", "prior", "source")
-SCORES = ("split", "index", "name", "detection", "explainer", "metric", "value")
-SUMMARY = ("explainer", "metric", "mean", "ci_low", "ci_high", "n")
 
 
 class DetectionCallback(pl.Callback):
@@ -38,7 +30,8 @@ class DetectionCallback(pl.Callback):
     In `<run_dir>/<stage>/` every explained image leaves `detections/<index>.safetensors` (`maps` (n, tasks, H, W),
     `boxes`, `scores`, `labels`, `priors`) and `overlays/<index>-<name>.png`; all together `detections.csv` and, with
     `scores`, `detection_scores.csv` and `detection_summary.csv` (means over detections with 95 % intervals that draw
-    whole images). An image without detection leaves a picture and no row. Pictures also go to Weights & Biases.
+    whole images), and `report.html`. An image without detection leaves a picture and no row. Pictures also go to
+    Weights & Biases.
 
     Args:
         crp: the explainer; its thresholds say what is a detection. None: defaults with a score threshold of .3.
@@ -150,17 +143,21 @@ class DetectionCallback(pl.Callback):
         questions = [
             Question(p, t, k) for p, k in zip(found.priors.tolist(), found.labels.tolist()) for t in self.tasks
         ]
-        answers = self.crp.ask(passage, questions)
-        maps = answers.maps.view(len(found), len(self.tasks), *passage.size)
-        write_atomically(self._folder / "detections" / f"{index:06d}.safetensors", _packed(maps, found))
+        maps = self.crp.ask(passage, questions).maps.view(len(found), len(self.tasks), *passage.size)
         head = {"split": split, "index": index, "name": name}
+        rows = [head | row for row in detection_rows(found, passage, classes)]
         measured = self.scores(self.crp, passage, found, index) if self.scores and trainer.state.fn != "fit" else []
+        shown = displayable(image, data.mean, data.std)
+        heats = [dict(zip(self.tasks, heat.cpu().numpy())) for heat in maps]
         record = {
-            "detections": [{**head, **row} for row in describe(found, passage, classes)],
-            "scores": [{**head, **score._asdict()} for score in measured],
+            "detections": rows,
+            "scores": [head | score._asdict() for score in measured],
+            "cards": [detection_card(shown, r, k, h) for r, k, h in zip(rows, found.labels.tolist(), heats)],
         }
-        write_atomically(self._folder / "detections" / f"{index:06d}.json", json.dumps(record).encode())
-        picture = draw(displayable(image, data.mean, data.std), found, maps, self.tasks, record["detections"], name)
+        kept = self._folder / "detections" / f"{index:06d}"
+        write_atomically(kept.with_suffix(".safetensors"), packed(maps, found))
+        write_atomically(kept.with_suffix(".json"), json.dumps(record).encode())
+        picture = draw(shown, rows, maps, self.tasks, name)
         write_atomically(self._folder / "overlays" / f"{index:06d}-{file_name(name)}.png", picture)
 
     def _finish(self, trainer: pl.Trainer, split: str) -> None:
@@ -168,17 +165,28 @@ class DetectionCallback(pl.Callback):
             return
         trainer.strategy.barrier("labn-detections")
         if trainer.is_global_zero:
-            records = [json.loads(p.read_text()) for p in sorted((self._folder / "detections").glob("*.json"))]
-            rows = [row for record in records for row in record["detections"]]
-            scores = [row for record in records for row in record["scores"]]
-            write_atomically(self._folder / "detections.csv", as_csv(DETECTIONS, rows))
-            if scores:
-                summary = summarise(scores)
-                write_atomically(self._folder / "detection_scores.csv", as_csv(SCORES, scores))
-                write_atomically(self._folder / "detection_summary.csv", as_csv(SUMMARY, summary))
-            rank_zero_info(f"{len(rows)} detections of {len(records)} images explained in {self._folder}.")
+            self._write_tables(trainer, split)
             self._log_pictures(trainer, split)
         trainer.strategy.barrier("labn-detections-written")
+
+    def _write_tables(self, trainer: pl.Trainer, split: str) -> None:
+        assert self._folder is not None
+        paths = [self._folder / "detections" / f"{index:06d}.json" for index in sorted(self._chosen)]
+        records = [json.loads(path.read_text()) for path in paths if path.exists()]
+        rows, scores, cards = (
+            [item for record in records for item in record[key]] for key in ("detections", "scores", "cards")
+        )
+        summary = summarise(scores)
+        write_atomically(self._folder / "detections.csv", as_csv(DETECTIONS, rows))
+        if scores:
+            write_atomically(self._folder / "detection_scores.csv", as_csv(SCORES, scores))
+            write_atomically(self._folder / "detection_summary.csv", as_csv(SUMMARY, summary))
+        facts = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith(f"{split}/")}
+        classes = ["background", *trainer.datamodule.class_names]  # type: ignore[attr-defined]
+        title = f"{self._folder.parent.name}, {self._folder.name}: detections"
+        report = detection_report(title, cards, summary, self.tasks, classes, facts)
+        write_atomically(self._folder / "report.html", render(report).encode())
+        rank_zero_info(f"{len(rows)} detections of {len(records)} images explained in {self._folder}.")
 
     def _log_pictures(self, trainer: pl.Trainer, split: str) -> None:
         assert self._folder is not None
@@ -186,67 +194,3 @@ class DetectionCallback(pl.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image(f"detections/{split}", paths, caption=[Path(p).stem for p in paths])
-
-
-def describe(found: Detections, passage: DetectionPassage, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """One row of `detections.csv` per detection; `source` counts the source maps from 0."""
-    rows = []
-    for number, (box, score, label, prior) in enumerate(
-        zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), found.priors.tolist())
-    ):
-        corners = dict(zip(("x1", "y1", "x2", "y2"), box))
-        source = passage.layout.unit(prior).source
-        rows.append(
-            {"detection": number, "class": classes[label], "score": score, **corners, "prior": prior, "source": source}
-        )
-    return rows
-
-
-def draw(
-    image: Any, found: Detections, maps: Tensor, tasks: Sequence[str], rows: Sequence[dict[str, Any]], title: str
-) -> bytes:
-    """The picture of one image as PNG."""
-    lines = [
-        DetectionRow(
-            f"{row['class']} {row['score']:.2f}, source map {row['source']}",
-            box,
-            {task: heat.cpu().numpy() for task, heat in zip(tasks, heats)},
-        )
-        for row, box, heats in zip(rows, found.boxes.tolist(), maps)
-    ]
-    buffer = io.BytesIO()
-    detection_figure(image, lines, title if lines else f"{title}: no detection").savefig(buffer, dpi=110, format="png")
-    return buffer.getvalue()
-
-
-def _packed(maps: Tensor, found: Detections) -> bytes:
-    tensors = {
-        "maps": maps,
-        "boxes": found.boxes,
-        "scores": found.scores,
-        "labels": found.labels,
-        "priors": found.priors,
-    }
-    return save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
-
-
-def summarise(scores: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean per explainer and metric over detections, with the interval of resampled images."""
-    columns: dict[tuple[str, str], list[tuple[int, float]]] = {}
-    for row in scores:
-        columns.setdefault((row["explainer"], row["metric"]), []).append((row["index"], row["value"]))
-    rows = []
-    for (explainer, metric), pairs in columns.items():
-        interval = bootstrap_mean([value for _, value in pairs], groups=[index for index, _ in pairs])
-        figures = (explainer, metric, interval.mean, interval.low, interval.high, interval.n)
-        rows.append(dict(zip(SUMMARY, figures)))
-    return rows
-
-
-def as_csv(header: Sequence[str], rows: Iterable[dict[str, Any]]) -> bytes:
-    """Rows as CSV."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, header, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()

@@ -50,18 +50,18 @@ def read_annotation(path: Path, on_bad_box: str = "stop") -> Annotation:
         line, column = error.position
         reason = str(error).split(":")[0]
         raise ValueError(f"{path}, line {line}, column {column}: broken XML ({reason}); repair the file.") from error
-    size = tuple(int(_number(root, f"size/{side}", str(path))) for side in ("width", "height"))
+    size = int(_number(root, "size/width", str(path))), int(_number(root, "size/height", str(path)))
     objects: list[Annotated] = []
     notes: list[str] = []
     for place, item in enumerate(root.iter("object"), start=1):
         found, note = _checked(_object(item, f"{path}, object {place}"), size, on_bad_box, f"{path}, object {place}")
         objects += [found] if found else []
         notes += [note] if note else []
-    return Annotation(*size, tuple(objects), tuple(notes))
+    return Annotation(size[0], size[1], tuple(objects), tuple(notes))
 
 
 def _checked(
-    found: Annotated, size: tuple[int, ...], on_bad_box: str, where: str
+    found: Annotated, size: tuple[int, int], on_bad_box: str, where: str
 ) -> tuple[Annotated | None, str | None]:
     """The object as it is used (None: not at all), and what there is to say about it."""
     x1, y1, x2, y2 = found.box

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -219,6 +219,6 @@ def best_prior(found: Detections, label: int) -> int | None:
     return int(of_class[0]) if len(of_class) else None
 
 
-def _among(name: str, value: object, allowed: Sequence[str] | dict[str, object]) -> None:
+def _among(name: str, value: object, allowed: Collection[str]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}.")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-COORDINATES = ("cx", "cy", "w", "h")
+Coordinate = Literal["cx", "cy", "w", "h"]
+COORDINATES: tuple[Coordinate, ...] = ("cx", "cy", "w", "h")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,79 @@
+"""What the detection callback writes: rows, tables and pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor
+
+from labn.detection_plots import DetectionRow, detection_figure
+from labn.explainers.detection import DetectionPassage
+from labn.metrics.statistics import bootstrap_mean
+from labn.models.detectors import Detections
+
+DETECTIONS = ("split", "index", "name", "detection", "class", "score", "x1", "y1", "x2", "y2", "prior", "source")
+SCORES = ("split", "index", "name", "detection", "explainer", "metric", "value")
+SUMMARY = ("explainer", "metric", "mean", "ci_low", "ci_high", "n")
+
+
+def detection_rows(found: Detections, passage: DetectionPassage, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """One row of `detections.csv` per detection; `source` counts the source maps from 0."""
+    columns = (found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), found.priors.tolist())
+    return [
+        {
+            "detection": number,
+            "class": classes[label],
+            "score": score,
+            **dict(zip(("x1", "y1", "x2", "y2"), box)),
+            "prior": prior,
+            "source": passage.layout.unit(prior).source,
+        }
+        for number, (box, score, label, prior) in enumerate(zip(*columns))
+    ]
+
+
+def draw(image: Any, rows: Sequence[dict[str, Any]], maps: Tensor, tasks: Sequence[str], title: str) -> bytes:
+    """The picture of one image as PNG; `maps` (n, tasks, H, W) belong to the rows."""
+    lines = [
+        DetectionRow(
+            f"{row['class']} {row['score']:.2f}, source map {row['source']}",
+            [row[edge] for edge in ("x1", "y1", "x2", "y2")],
+            {task: heat.cpu().numpy() for task, heat in zip(tasks, heats)},
+        )
+        for row, heats in zip(rows, maps)
+    ]
+    buffer = io.BytesIO()
+    detection_figure(image, lines, title if lines else f"{title}: no detection").savefig(buffer, dpi=110, format="png")
+    return buffer.getvalue()
+
+
+def packed(maps: Tensor, found: Detections) -> bytes:
+    """Maps and detections of one image as a safetensors file."""
+    tensors = {"maps": maps, **vars(found)}
+    return save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
+
+
+def summarise(scores: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean per explainer and metric over detections, with the interval of resampled images."""
+    columns: dict[tuple[str, str], list[tuple[int, float]]] = {}
+    for row in scores:
+        columns.setdefault((row["explainer"], row["metric"]), []).append((row["index"], row["value"]))
+    rows = []
+    for (explainer, metric), pairs in columns.items():
+        interval = bootstrap_mean([value for _, value in pairs], groups=[index for index, _ in pairs])
+        figures = (explainer, metric, interval.mean, interval.low, interval.high, interval.n)
+        rows.append(dict(zip(SUMMARY, figures)))
+    return rows
+
+
+def as_csv(header: Sequence[str], rows: Iterable[dict[str, Any]]) -> bytes:
+    """Rows as CSV."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, header, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()

@@ -1,0 +1,71 @@
+"""The report of a detector's explanations: one card per detection, its columns the questions asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from labn.report.cards import Card, Picture, make_card
+from labn.report.page import Cell, Report, Table, thin
+
+
+def detection_card(
+    image: np.ndarray, row: Mapping[str, Any], label: int, maps: Mapping[str, np.ndarray], side: int = 160
+) -> Card:
+    """The gallery's record of one detection.
+
+    Args:
+        image: (H, W, 3) or (H, W) in [0, 1].
+        row: of `detections.csv`.
+        label: class channel.
+        maps: question -> (H, W) signed relevance.
+        side: pixels of the picture's longer side.
+    """
+    picture = Picture(
+        index=row["index"],
+        name=f"{row['name']} #{row['detection']}",
+        label=label,
+        prediction=label,
+        target=label,
+        probability=row["score"],
+        confidence=row["score"],
+        image=image,
+        boxes=np.array([[row[edge] for edge in ("x1", "y1", "x2", "y2")]]),
+    )
+    return make_card(picture, maps, picture_side=side, map_side=side)
+
+
+def detection_report(
+    title: str,
+    cards: list[Card],
+    summary: Sequence[Mapping[str, Any]],
+    tasks: Sequence[str],
+    class_names: Sequence[str],
+    facts: Mapping[str, float] | None = None,
+    max_bytes: int = 36_000_000,
+) -> Report:
+    """The page of one stage.
+
+    Args:
+        title: of the page.
+        cards: one per detection; thinned out evenly to `max_bytes`.
+        summary: rows of `detection_summary.csv`, none where nothing was scored.
+        tasks: the questions, in order.
+        class_names: of all channels, the background first.
+        facts: logged figures, such as the average precision.
+        max_bytes: limit of the gallery.
+    """
+    caption = "Mean over detections; 95 % interval from resampled images"
+    cells = {(r["explainer"], r["metric"]): Cell(r["mean"], r["ci_low"], r["ci_high"], r["n"]) for r in summary}
+    columns = tuple(dict.fromkeys(metric for _, metric in cells))
+    rows = {e: [cells.get((e, column)) for column in columns] for e in dict.fromkeys(e for e, _ in cells)}
+    return Report(
+        title=title,
+        facts=[(name, f"{value:.4g}") for name, value in (facts or {}).items()],
+        summary=Table(caption, columns, rows) if cells else None,
+        cards=thin(cards, max_bytes),
+        columns=list(tasks),
+        class_names=list(class_names),
+    )

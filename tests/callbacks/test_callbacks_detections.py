@@ -1,0 +1,97 @@
+"""The detections of a test in the results folder: maps, pictures, tables."""
+
+from __future__ import annotations
+
+import csv
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from safetensors.torch import load_file
+from small_voc import write_voc
+
+from callbacks import DetectionCallback
+from datamodules import VOC
+from labn.explainers import CRP
+from labn.metrics.detection import DetectionScores
+from labn.modules import SSD
+
+pytest.importorskip("pycocotools")
+pytestmark = pytest.mark.filterwarnings("ignore:.*without area", "ignore:.*does not have many workers")
+
+
+def trainer(root, *callbacks, **settings):
+    return pl.Trainer(
+        default_root_dir=root,
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=list(callbacks),
+        **{"inference_mode": False, **settings},
+    )
+
+
+def module():
+    torch.manual_seed(0)
+    return SSD(num_classes=2, width=1 / 16, warmup_steps=1)
+
+
+def rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_test_leaves_maps_pictures_and_scores(tmp_path):
+    data = VOC(write_voc(tmp_path / "voc"), batch_size=1)
+    callback = DetectionCallback(
+        CRP(score_threshold=0.0), tasks=["class", "cx"], top=2, scores=DetectionScores(fractions=(0, 0.1))
+    )
+    trainer(tmp_path / "run", callback).test(module(), data, verbose=False)
+    stage = tmp_path / "run" / "test"
+    found = rows(stage / "detections.csv")
+    assert [(r["index"], r["name"], r["detection"]) for r in found] == [("0", "e", "0"), ("0", "e", "1")]
+    assert {r["class"] for r in found} <= {"cat", "dog"}
+    stored = load_file(stage / "detections" / "000000.safetensors")
+    assert stored["maps"].shape == (2, 2, 300, 300)
+    assert stored["priors"].tolist() == [int(r["prior"]) for r in found]
+    image = data.dataset("test")[0]["image"]
+    explainer = CRP(score_threshold=0.0)
+    network = module().network.eval()
+    again = explainer(network, image[None], torch.tensor([int(stored["labels"][0])]))
+    torch.testing.assert_close(stored["maps"][0, 0], again[0], rtol=1e-4, atol=1e-4 * float(again.abs().max()))
+    assert (stage / "overlays" / "000000-e.png").read_bytes().startswith(b"\x89PNG")
+    page = (stage / "report.html").read_text()
+    assert "e #1" in page
+    assert "shift_cx" in page
+    scores = rows(stage / "detection_scores.csv")
+    assert {r["metric"] for r in scores} >= {"similarity", "mass", "confidence", "shift_cx", "shift_h"}
+    summary = {(r["explainer"], r["metric"]): r for r in rows(stage / "detection_summary.csv")}
+    values = [float(r["value"]) for r in scores if (r["explainer"], r["metric"]) == ("crp", "mass")]
+    assert float(summary["crp", "mass"]["mean"]) == pytest.approx(sum(values) / 2)
+    assert summary["crp", "mass"]["n"] == "2"
+
+
+def test_validation_while_fitting_and_images_without_detection(tmp_path):
+    data = VOC(write_voc(tmp_path / "voc"), batch_size=3)
+    callback = DetectionCallback(CRP(score_threshold=1.0), val_images=1, scores=DetectionScores())
+    trainer(tmp_path / "run", callback).fit(module(), data)
+    stage = tmp_path / "run" / "val" / "epoch=000"
+    assert rows(stage / "detections.csv") == []
+    assert load_file(stage / "detections" / "000000.safetensors")["maps"].shape == (0, 5, 300, 300)
+    assert (stage / "overlays" / "000000-d.png").exists()
+    assert not (stage / "detection_scores.csv").exists()
+
+
+def test_every_n_epochs_and_bad_settings(tmp_path):
+    data = VOC(write_voc(tmp_path / "voc"), batch_size=3)
+    trainer(tmp_path / "run", DetectionCallback(every_n_epochs=0)).fit(module(), data)
+    assert not (tmp_path / "run" / "val").exists()
+    with pytest.raises(ValueError, match="tasks has 'left'; it must be some of class, cx, cy, w, h"):
+        DetectionCallback(tasks=["left"])
+    with pytest.raises(MisconfigurationException, match=r"set trainer\.inference_mode to false"):
+        trainer(tmp_path / "run", DetectionCallback(), inference_mode=True).test(module(), data, verbose=False)

@@ -1,0 +1,122 @@
+"""Scores of a detector's maps: removal curves by hand, and what the names promise."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from small_detectors import TinySSD, picture, tiny
+from torch import nn
+
+from labn.explainers import CRP
+from labn.explainers.crp import Question
+from labn.metrics.detection import DetectionScores, runner_up, without_contrast
+from labn.metrics.functional.detection import map_similarity, removal_curves
+from labn.models.detectors import COORDINATES, Unit
+
+
+class Brightness(TinySSD):
+    """Every default box has the class logits (0, s, 0, 0) and the offsets (s, -s, 2s, 0), s the mean of the image."""
+
+    def forward(self, images):
+        predictions = super().forward(images)
+        mean = images.mean((1, 2, 3))[:, None, None]
+        predictions.classes.mul_(0).add_(mean * torch.tensor([0.0, 1.0, 0.0, 0.0], dtype=images.dtype))
+        predictions.offsets.mul_(0).add_(mean * torch.tensor([1.0, -1.0, 2.0, 0.0], dtype=images.dtype))
+        return predictions
+
+
+def test_similarity_is_the_cosine():
+    a = torch.tensor([[[1.0, 0.0]], [[1.0, -1.0]], [[0.0, 0.0]]])
+    b = torch.tensor([[[0.0, 2.0]], [[-3.0, 3.0]], [[1.0, 0.0]]])
+    assert map_similarity(a, b).tolist() == pytest.approx([0.0, -1.0, 0.0])
+
+
+def test_removal_by_hand():
+    """Removing a quarter of a constant image of value 4 takes a quarter of its mean away, whichever patches go."""
+    detector = Brightness().double().eval()
+    image = torch.full((1, 3, 32, 32), 4.0, dtype=torch.float64)
+    maps = torch.rand(2, 32, 32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    curves = removal_curves(detector, image, maps, [5, 140], [1, 0], fractions=(0, 0.25, 0.5))
+    means = [4.0, 3.0, 2.0]
+    assert curves.confidence[0].tolist() == pytest.approx([math.exp(s) / (math.exp(s) + 3) for s in means])
+    assert curves.confidence[1].tolist() == pytest.approx([1 / (math.exp(s) + 3) for s in means])
+    expected = [[0, 0, 0, 0], [-0.1, 0.1, -0.4, 0], [-0.2, 0.2, -0.8, 0]]
+    assert curves.shifts[0].tolist() == [pytest.approx(row) for row in expected]
+    assert curves.mean_confidence()[1] == pytest.approx(curves.confidence[1, 1:].mean())
+    assert curves.mean_shift(torch.tensor([0, 2])).tolist() == pytest.approx([-0.15, -0.6])
+
+
+def test_the_highest_patches_go_first():
+    detector = Brightness().double().eval()
+    image = torch.zeros(1, 3, 32, 32, dtype=torch.float64)
+    image[:, :, :4, :4] = 64.0
+    heat = torch.zeros(32, 32, dtype=torch.float64)
+    heat[0, 0] = 1.0
+    maps = torch.stack([heat, -heat])
+    curves = removal_curves(detector, image, maps, [0, 0], [1, 1], fractions=(0, 1 / 64, 0.5))
+    assert curves.shifts[0, 1, 0] == pytest.approx(-0.1)
+    assert curves.shifts[1, :, 0].tolist() == pytest.approx([0, 0, 0])
+
+
+@pytest.mark.parametrize("fractions", [(0.1, 0.2), (0, 0), (0,), (0, 2)])
+def test_fractions_that_make_no_curve(fractions):
+    with pytest.raises(ValueError, match="fractions must start with 0 and ascend"):
+        removal_curves(tiny(), picture(tiny()), torch.zeros(1, 32, 32), [0], [1], fractions)
+
+
+def test_all_scores_of_an_image():
+    detector = tiny(dtype=torch.float32)
+    crp = CRP()
+    passage = crp.passage(detector, picture(detector, dtype=torch.float32))
+    found = passage.detections(crp.thresholds).best(2)
+    scores = DetectionScores(fractions=(0, 0.1), seed=3)(crp, passage, found, index=7)
+    names = {(s.explainer, s.metric) for s in scores}
+    shifts = {(e, f"shift_{c}") for e in ("crp", "-crp") for c in COORDINATES}
+    plain = {(e, m) for e in ("crp", "lrp") for m in ("similarity", "mass", "confidence")}
+    assert names == shifts | plain | {("random", "confidence")}
+    assert len(scores) == 2 * len(names)
+    assert {s.detection for s in scores} == {0, 1}
+    assert all(math.isfinite(s.value) for s in scores)
+    assert scores == DetectionScores(fractions=(0, 0.1), seed=3)(crp, passage, found, index=7)
+    assert DetectionScores()(crp, passage, found.best(0)) == []
+
+
+def test_the_plain_rival_is_the_same_explainer_without_contrast():
+    crp = CRP(others=2, first_layer="flat")
+    plain = without_contrast(crp)
+    assert (plain.contrast_at, plain.others, plain.config) == ("none", 2, crp.config)
+    assert crp.contrast_at == "source"
+
+
+def test_the_runner_up_is_another_object_class():
+    detector = tiny(dtype=torch.float32)
+    crp = CRP()
+    passage = crp.passage(detector, picture(detector, dtype=torch.float32))
+    logits = passage.predictions.classes[0, 9].tolist()
+    best = max((1, 2, 3), key=lambda k: logits[k])
+    assert runner_up(passage, 9, best) == max({1, 2, 3} - {best}, key=lambda k: logits[k])
+    pair = tiny(2, dtype=torch.float32)
+    assert runner_up(crp.passage(pair, picture(pair, dtype=torch.float32)), 9, 1) == 0
+
+
+def test_removing_what_supports_right_moves_left_in_a_linear_detector():
+    """One positive and one negative patch of evidence: the claim of the localisation rule, where it must hold."""
+    detector = tiny()
+    with torch.no_grad():
+        for module in detector.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.abs_()
+        side = torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64)
+        for head in detector.locate:
+            head.weight.copy_(head.weight * side)  # evidence on the left of the window pushes right
+    image = picture(detector).abs()
+    crp = CRP()
+    passage = crp.passage(detector, image)
+    prior = passage.layout.prior(Unit(source=0, row=4, column=4, box=0))
+    heat = crp.ask(passage, [Question(prior, "cx")]).maps
+    supports = removal_curves(detector, image, heat, [prior], [1], (0, 0.02, 0.05))
+    contradicts = removal_curves(detector, image, -heat, [prior], [1], (0, 0.02, 0.05))
+    assert float(supports.mean_shift(torch.tensor([0]))) < 0
+    assert float(contradicts.mean_shift(torch.tensor([0]))) > 0
