@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from labn.explainers.cam import ActivationMap
-from labn.explainers.features import layer_features
+from labn.explainers.features import Features, layer_features
 from labn.explainers.linear_cam import linear_tail
 from labn.explainers.tail import Tail
 from labn.explainers.targets import check_targets
@@ -46,19 +46,36 @@ class AblationCAM(ActivationMap):
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
         """(B, h, w) weighted sum at the layer's resolution."""
         layer = self.layer(model, images)
-        features = layer_features(model, layer, images)
-        check_targets(targets, features.logits.shape[1])
+        closed = self._in_closed_form(model, layer, images, targets) if self.closed_form else None
+        features, lost = closed or self._by_tails(model, layer, images, targets)
         scores = features.logits.gather(1, targets[:, None])
-        tail = linear_tail(model, features) if self.closed_form else None
-        if tail is not None:
-            lost = tail.weight[targets] * tail.activations.mean(dim=(2, 3))
-        else:
-            lost = torch.stack([self._lost(model, layer, x[None], target) for x, target in zip(images, targets)])
         return self.weigh(self.weights(features.activations, torch.cat([lost, scores], dim=1)), features.activations)
 
-    def _lost(self, model: nn.Module, layer: nn.Module, image: Tensor, target: Tensor) -> Tensor:
+    def _in_closed_form(
+        self, model: nn.Module, layer: nn.Module, images: Tensor, targets: Tensor
+    ) -> tuple[Features, Tensor] | None:
+        """Features and y_c minus y_c without each map (B, K); None, after one forward, where there is no such form."""
+        features = layer_features(model, layer, images[:1])
+        check_targets(targets, features.logits.shape[1])
+        tail = linear_tail(model, features)
+        if tail is not None and len(images) > 1:
+            rest = layer_features(model, layer, images[1:])
+            features = Features(*(torch.cat(pair) for pair in zip(_fields(features), _fields(rest))))
+            tail = linear_tail(model, features)
+        return None if tail is None else (features, tail.weight[targets] * tail.activations.mean(dim=(2, 3)))
+
+    def _by_tails(self, model: nn.Module, layer: nn.Module, images: Tensor, targets: Tensor) -> tuple[Features, Tensor]:
+        """The same from one forward of every image and K passes of the tail."""
+        seen, lost = [], []
+        for image, target in zip(images, targets):
+            tail = Tail(model, layer, image[None])
+            check_targets(target[None], tail.logits.shape[1])
+            seen.append((tail.activations, tail.logits))
+            lost.append(self._lost(model, tail, image[None], target))
+        return Features(*(torch.cat(column) for column in zip(*seen))), torch.stack(lost)
+
+    def _lost(self, model: nn.Module, tail: Tail, image: Tensor, target: Tensor) -> Tensor:
         """(K,): y_c minus y_c without each feature map."""
-        tail = Tail(model, layer, image)
         chunk = self.chunk_size or max(1, CHUNK_NUMBERS // tail.activations.numel())
 
         def ablated(channels: Tensor) -> Tensor:
@@ -69,3 +86,7 @@ class AblationCAM(ActivationMap):
         engine = PerturbationEngine(model, image, chunk_size=chunk, forward=tail)
         without = engine.run(ablated, tail.activations.shape[1])
         return tail.logits[0, target] - without[:, target]
+
+
+def _fields(features: Features) -> tuple[Tensor, Tensor]:
+    return features.activations, features.logits
