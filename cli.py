@@ -27,6 +27,7 @@ import labn.explainers
 import labn.modules
 from datamodules.files import image_files
 from datamodules.sources import FileSource, Record
+from labn import studies
 from labn.allocator import keep_freed_memory
 from labn.commands import compare, explain
 from labn.preprocessing import Preprocessing
@@ -209,10 +210,12 @@ def run_command(name: str, argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line on `argv`, the process's own arguments by default."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = expand_parts(sys.argv[1:] if argv is None else argv)
     if words and words[0] in COMMANDS:
         run_command(words[0], words[1:])
         return
+    if words and words[0] in studies.COMMANDS:
+        return studies.COMMANDS[words[0]](words[1:])
     # sys.argv stays as it is: the launcher of further ranks starts them with it, and they expand their own parts.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     keep_freed_memory()
@@ -225,7 +228,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         trainer_defaults={"inference_mode": False, "use_distributed_sampler": False},
         save_config_callback=RunConfigCallback,
         parser_kwargs={"epilog": f"Also: {', '.join(COMMANDS)}; see `python cli.py compare --help` and so on."},
-        args=expand_parts(words),
+        args=words,
         auto_configure_optimizers=False,
     )
 

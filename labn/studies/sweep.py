@@ -1,0 +1,131 @@
+"""Train and test one configuration with several seeds, a folder per seed, again and again until all of it is there."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from labn.store import write_atomically
+
+STATE = "sweep.json"
+Runner = Callable[[list[str], Path], int]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A configuration and the seeds that it is run with.
+
+    Attributes:
+        configs: configuration files of training and test, later ones overriding earlier ones.
+        test_configs: further files that only the test reads.
+        seeds: one run each: initialisation, order of the training samples and augmentation; never the split.
+        folder: holds `seed=<n>/`, each a run folder of its own.
+        options: further words of both commands, such as `--trainer.max_epochs=3`.
+    """
+
+    configs: tuple[str, ...]
+    test_configs: tuple[str, ...]
+    seeds: tuple[int, ...]
+    folder: Path
+    options: tuple[str, ...] = ()
+
+    def run_dir(self, seed: int) -> Path:
+        """Run folder of a seed."""
+        return self.folder / f"seed={seed}"
+
+    def words(self, step: str, seed: int) -> list[str]:
+        """Arguments of `fit` or `test` for a seed, without the checkpoint."""
+        files = self.configs + (self.test_configs if step == "test" else ())
+        seeded = [f"--seed_everything={seed}", f"--data.init_args.seed={seed}", f"--run_dir={self.run_dir(seed)}"]
+        return [step, *(f"--config={file}" for file in files), *seeded, *self.options]
+
+    def signature(self, step: str, seed: int) -> dict[str, Any]:
+        """What a finished step is known by: its arguments and the contents of the configuration files."""
+        files = self.configs + (self.test_configs if step == "test" else ())
+        contents = {file: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12] for file in files}
+        return {"words": self.words(step, seed), "files": contents}
+
+
+def start(words: list[str], log: Path) -> int:
+    """Run `python -m cli <words>` and append what it prints to `log`; its exit status."""
+    with log.open("a") as file:
+        return subprocess.run([sys.executable, "-m", "cli", *words], stdout=file, stderr=file, check=False).returncode
+
+
+def run(sweep: Sweep, runner: Runner = start) -> None:
+    """Train and test every seed; what is finished is left alone, what was interrupted goes on.
+
+    Args:
+        sweep: what to run.
+        runner: runs the words of a command, with a log file, and returns the exit status.
+
+    Raises:
+        ValueError: a folder was trained with other arguments or other configuration files.
+        RuntimeError: a command failed; the log is named.
+    """
+    for seed in sweep.seeds:
+        folder = sweep.run_dir(seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        for step in ("fit", "test"):
+            _step(sweep, step, seed, folder, runner)
+
+
+def _step(sweep: Sweep, step: str, seed: int, folder: Path, runner: Runner) -> None:
+    path = folder / STATE
+    state = json.loads(path.read_text()) if path.exists() else {}
+    wanted, known = sweep.signature(step, seed), state.get(step, {})
+    same = known.get("signature") == wanted
+    if same and known.get("done"):
+        print(f"{folder}: {step} is done already.", flush=True)
+        return
+    if step == "fit" and known and not same:
+        raise ValueError(
+            f"{folder} was trained with other arguments or configuration files (see {path}); "
+            "give the sweep another --run_dir, or remove that folder."
+        )
+    state[step] = {"signature": wanted, "done": False}
+    write_atomically(path, json.dumps(state, indent=1).encode())
+    log = folder / f"{step}.log"
+    print(f"{folder}: {step} ... ({log})", flush=True)
+    if status := runner([*wanted["words"], *_checkpoint(step, folder)], log):
+        raise RuntimeError(f"{step} of {folder} ended with status {status}; its last lines are in {log}.")
+    state[step]["done"] = True
+    write_atomically(path, json.dumps(state, indent=1).encode())
+
+
+def _checkpoint(step: str, folder: Path) -> list[str]:
+    if step == "test":
+        return ["--ckpt_path=best"]
+    return ["--ckpt_path=last"] if (folder / "checkpoints" / "last.ckpt").exists() else []
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    made = argparse.ArgumentParser(
+        prog="cli.py sweep",
+        description="fit and test a configuration once per seed, in RUN_DIR/seed=N/. The same command again skips what "
+        "is finished and resumes what was interrupted.",
+        epilog="All words behind `--` go to both commands, e.g. -- --trainer.max_epochs=3 --wandb=disabled",
+    )
+    made.add_argument("--config", action="append", required=True, help="as of fit; may come several times")
+    made.add_argument("--test_config", action="append", default=[], help="read by the test only, after --config")
+    made.add_argument("--seeds", type=int, nargs="+", required=True, help="the papers used five: 38 39 40 41 42")
+    made.add_argument("--run_dir", type=Path, help="default runs/<last configuration outside parts/>")
+    made.add_argument("options", nargs="*", help="further words of fit and test, behind --")
+    return made
+
+
+def main(argv: Sequence[str]) -> None:
+    """`python cli.py sweep --config X.yaml --seeds 38 39 40 [-- ...]`."""
+    arguments = parser().parse_args(argv)
+    named = [Path(file) for file in arguments.config if Path(file).parent.name != "parts"]
+    folder = arguments.run_dir or Path("runs") / (named[-1].stem if named else "default")
+    files = tuple(arguments.config), tuple(arguments.test_config)
+    run(Sweep(*files, tuple(arguments.seeds), folder, tuple(arguments.options)))
