@@ -169,8 +169,14 @@ class EvaluationCallback(ExplainingCallback):
             "metrics": self._asked(),
             "settings": {**self.settings, "bias": self._bias, **self.engine_options},
         }
+        groups = data.groups(session.split)
         summary = write_results(
-            session.store, plan, session.split, lambda i: data.sample_name(session.split, i), manifest
+            session.store,
+            plan,
+            session.split,
+            lambda i: data.sample_name(session.split, i),
+            manifest,
+            None if groups is None else dict(enumerate(groups.tolist())),
         )
         if trainer.state.fn != "fit":
             print(f"\n{session.store.folder}: mean [95 % interval]\n{summary_table(summary, self._headline())}")

@@ -2,11 +2,24 @@
 
 from datamodules.base import ImageDataModule
 from datamodules.cub import CUB
+from datamodules.flares import Columns
 from datamodules.folder import ImageFolder
 from datamodules.idrid import IDRiD
 from datamodules.imagenet import ImageNet
+from datamodules.magnetogram import Magnetogram
 from datamodules.synthetic import SyntheticFundus
 from datamodules.transforms import Augmentation
 from datamodules.voc import VOC
 
-__all__ = ["CUB", "VOC", "Augmentation", "IDRiD", "ImageDataModule", "ImageFolder", "ImageNet", "SyntheticFundus"]
+__all__ = [
+    "CUB",
+    "VOC",
+    "Augmentation",
+    "Columns",
+    "IDRiD",
+    "ImageDataModule",
+    "ImageFolder",
+    "ImageNet",
+    "Magnetogram",
+    "SyntheticFundus",
+]

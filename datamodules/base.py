@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, default_collate
 
-from datamodules.bias import cached, default_cache_dir, pixel_mean
+from datamodules.bias import cached, channel_statistics, default_cache_dir, pixel_mean
 from datamodules.samplers import BalancedSampler, ShuffledSampler, UnrepeatedDistributedSampler
 from datamodules.sources import ArraySource, ImageDataset, Source
 from datamodules.transforms import Augmentation, Transform
@@ -42,7 +42,8 @@ class ImageDataModule(LightningDataModule):
     - `mask` (B,S,S) bool, in every batch of a data set that has ground-truth regions at all; a row that is all False
       means that this sample has none;
     - `boxes` (B,1,4) float32, x1, y1, x2, y2 in pixels, where the regions are boxes: the same region, and four zeros
-      where there is none.
+      where there is none;
+    - `group` (B,) int64, where samples are not independent: equal for those that belong together (a day, a patient).
 
     Training data is shuffled (or class-balanced) and augmented with randomness from (seed, epoch, index) alone;
     validation and test data is resized and normalised, never augmented, in order, each sample on exactly one rank.
@@ -50,8 +51,8 @@ class ImageDataModule(LightningDataModule):
 
     Args:
         image_size: side S of the images in pixels.
-        mean: per channel, of values in [0,1].
-        std: per channel, likewise.
+        mean: per channel, of values in [0,1]; None: computed from the training split and cached.
+        std: likewise.
         batch_size: samples per batch and process.
         num_workers: worker processes per loader.
         seed: of the order of training samples and of the augmentation.
@@ -60,7 +61,8 @@ class ImageDataModule(LightningDataModule):
         augmentation: of the training split; None for none.
         on_bad_image: "stop" raises before training, naming the file; "skip" leaves the sample out and reports it.
         cache_images: decode each split once, into uint8 memory, before its first epoch.
-        cache_dir: folder of the bias image; None for `$XDG_CACHE_HOME/labn` or `~/.cache/labn`.
+        cache_dir: folder of the bias image and of computed statistics; None for `$XDG_CACHE_HOME/labn`, else
+            `~/.cache/labn`.
 
     Attributes:
         class_names: one per class.
@@ -120,15 +122,18 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def mean(self) -> list[float]:
-        """Mean per channel, of values in [0,1]."""
-        assert self._mean is not None
-        return self._mean
+        """Mean per channel, of values in [0,1]: as given, else of the training split."""
+        return self._statistics[0].tolist() if self._mean is None else self._mean
 
     @property
     def std(self) -> list[float]:
-        """Standard deviation per channel, of values in [0,1]."""
-        assert self._std is not None
-        return self._std
+        """Standard deviation per channel, of values in [0,1]: as given, else of the training split."""
+        return self._statistics[1].tolist() if self._std is None else self._std
+
+    @cached_property
+    def _statistics(self) -> Tensor:
+        path = self.cache_dir / f"statistics_{self.fingerprint('train')}.safetensors"
+        return cached(path, lambda: channel_statistics(self.source("train")))
 
     def source(self, split: Split) -> Source:
         """Names, labels and pixels of a split.
@@ -158,6 +163,11 @@ class ImageDataModule(LightningDataModule):
     def labels(self, split: Split) -> Tensor:
         """Labels (N,) int64 of a split; decodes no image."""
         return torch.from_numpy(self.source(split).labels.copy())
+
+    def groups(self, split: Split) -> Tensor | None:
+        """Group (N,) int64 of every sample of a split, None where samples are independent."""
+        groups = self.source(split).groups
+        return None if groups is None else torch.from_numpy(groups.copy())
 
     def has_masks(self, split: Split) -> bool:
         """Whether the batches of a split carry `mask`."""

@@ -24,9 +24,9 @@ class BadImageError(ValueError):
 
 
 def data_root(name: str, root: str | os.PathLike[str] | None = None) -> Path:
-    """Folder of data set `name`: `root` itself, else `$LABN_DATA/<name>`, LABN_DATA defaulting to `../shared/data`.
+    """Folder of data set `name`: `root` with its `$VARIABLES` expanded, else `$LABN_DATA/<name>`.
 
-    The default is seen from the working directory, then from the project's root.
+    LABN_DATA defaults to `../shared/data`, which is seen from the working directory, then from the project's root.
 
     Raises:
         FileNotFoundError: the folder does not exist.

@@ -6,10 +6,7 @@ import os
 from functools import cached_property
 from pathlib import Path
 
-from torch import Tensor
-
 from datamodules.base import ImageDataModule, OnBadImage, Split
-from datamodules.bias import cached, channel_statistics
 from datamodules.files import data_root, image_files
 from datamodules.sources import FileSource, Record, Source
 from datamodules.splits import readable, split_off, without_copies
@@ -128,21 +125,6 @@ class ImageFolder(ImageDataModule):
         if unknown := set(self._positive) - set(self.class_names):
             raise ValueError(f"positive_classes has {unknown.pop()!r}; the classes are {', '.join(self.class_names)}.")
         return tuple(self.class_names.index(name) for name in self._positive)
-
-    @property
-    def mean(self) -> list[float]:
-        """Mean per channel, of values in [0,1]: as given, else of the training split."""
-        return self._statistics[0].tolist() if self._mean is None else self._mean
-
-    @property
-    def std(self) -> list[float]:
-        """Standard deviation per channel, of values in [0,1]: as given, else of the training split."""
-        return self._statistics[1].tolist() if self._std is None else self._std
-
-    @cached_property
-    def _statistics(self) -> Tensor:
-        path = self.cache_dir / f"statistics_{self.fingerprint('train')}.safetensors"
-        return cached(path, lambda: channel_statistics(self.source("train")))
 
     def _has(self, split: Split) -> bool:
         return self._folder(split).is_dir()

@@ -40,6 +40,7 @@ class Source(ABC):
         labels: (N,) int64.
         has_masks: whether `load` returns masks.
         has_boxes: whether the region of a mask is a box, so that samples carry it as `boxes` too.
+        groups: (N,) int64, what samples that are not independent have in common (a day, a patient); None: they are.
         identity: what the data hash is made from.
     """
 
@@ -47,6 +48,7 @@ class Source(ABC):
     labels: Array
     has_masks: bool
     has_boxes: bool = False
+    groups: Array | None = None
     identity: Sequence[object]
 
     @abstractmethod
@@ -136,7 +138,7 @@ class FileSource(Source):
 
 
 class ArraySource(Source):
-    """A split held in memory: N images (H,W,C) uint8 and N masks (H,W) bool or None."""
+    """A split held in memory: N images (H,W,C) uint8, N masks (H,W) bool or None, groups (N,) int64 or None."""
 
     def __init__(
         self,
@@ -146,9 +148,10 @@ class ArraySource(Source):
         masks: Sequence[Array] | None,
         identity: Sequence[object],
         has_boxes: bool = False,
+        groups: Array | None = None,
     ) -> None:
         self.names, self.labels, self.images, self.masks = names, labels, images, masks
-        self.identity = identity
+        self.identity, self.groups = identity, groups
         self.has_masks, self.has_boxes = masks is not None, has_boxes
 
     @classmethod
@@ -158,7 +161,7 @@ class ArraySource(Source):
             loaded = list(pool.map(source.load, range(len(source))))
         images = [image for image, _ in loaded]
         masks = [mask for _, mask in loaded if mask is not None] if source.has_masks else None
-        return cls(source.names, source.labels, images, masks, source.identity, source.has_boxes)
+        return cls(source.names, source.labels, images, masks, source.identity, source.has_boxes, source.groups)
 
     def load(self, index: int) -> tuple[Array, Array | None]:
         """See `Source.load`."""
@@ -183,6 +186,8 @@ class ImageDataset(Dataset[dict[str, Any]]):
         image, mask = self.source.load(index)
         tensor, moved = self.transform(image, mask, seed=(self.seed, epoch, index))
         sample = {"image": tensor, "label": int(self.source.labels[index]), "index": index}
+        if self.source.groups is not None:
+            sample["group"] = int(self.source.groups[index])
         if moved is None:
             return sample
         sample["mask"] = moved

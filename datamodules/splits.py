@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -15,8 +15,10 @@ from datamodules.sources import Record, bad_file
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
-def readable(records: Sequence[AnyRecord], on_bad_image: OnBadImage) -> tuple[list[AnyRecord], list[str]]:
-    """Check all files cheaply.
+def readable(
+    records: Sequence[AnyRecord], on_bad_image: OnBadImage, check: Callable[[AnyRecord], str | None] = bad_file
+) -> tuple[list[AnyRecord], list[str]]:
+    """Check all files cheaply; `check` gives a sentence about a bad one.
 
     Returns:
         The good records and a note for each bad one.
@@ -26,7 +28,7 @@ def readable(records: Sequence[AnyRecord], on_bad_image: OnBadImage) -> tuple[li
     """
     good, notes = [], []
     for record in records:
-        reason = bad_file(record)
+        reason = check(record)
         if reason and on_bad_image == "stop":
             raise BadImageError(f"{reason[:-1]}: replace it, or set on_bad_image: skip to leave the sample out.")
         if reason:

@@ -91,10 +91,15 @@ def collect(parts: Iterable[ScorePart], plan: Plan) -> Table:
     return table
 
 
-def summarise(table: Table, plan: Plan) -> dict[tuple[str, str], Interval]:
-    """Mean and 95 % interval per explainer and value, over the samples that have it."""
+Groups = dict[int, int] | None
+
+
+def summarise(table: Table, plan: Plan, groups: Groups = None) -> dict[tuple[str, str], Interval]:
+    """Mean and 95 % interval per explainer and value, over the samples that have it; `groups` are drawn whole."""
     return {
-        (explainer, metric): bootstrap_mean(list(column.values()))
+        (explainer, metric): bootstrap_mean(
+            list(column.values()), groups=None if groups is None else [groups[index] for index in column]
+        )
         for explainer, metric in itertools.product(plan.explainers, plan.value_names)
         if (column := table.column(explainer, metric))
     }
@@ -110,14 +115,14 @@ def count_rows(table: Table, plan: Plan) -> Iterator[tuple[str, str, str, int]]:
             yield explainer, metric, kind, int(count)
 
 
-def compare(table: Table, plan: Plan) -> dict[tuple[str, str, str], Interval]:
+def compare(table: Table, plan: Plan, groups: Groups = None) -> dict[tuple[str, str, str], Interval]:
     """Paired difference a - b with its interval, for every pair of explainers and every value."""
     found = {}
     for (a, b), metric in itertools.product(itertools.combinations(plan.explainers, 2), plan.value_names):
         first, second = table.column(a, metric), table.column(b, metric)
         if first.keys() & second.keys():
             found[a, b, metric] = paired_difference(
-                list(first), list(first.values()), list(second), list(second.values())
+                list(first), list(first.values()), list(second), list(second.values()), groups=groups
             )
     return found
 
@@ -138,6 +143,16 @@ def score_rows(table: Table, plan: Plan, split: str, sample_name: Callable[[int]
         if value is not None:
             label, target = table.samples[index]["label"], table.targets[explainer, index]
             yield split, index, sample_name(index), label, target, explainer, metric, value
+
+
+def predictions(table: Table, split: str, sample_name: Callable[[int], str], groups: Groups) -> bytes:
+    """`predictions.csv`: one row per explained sample, with its group where there are groups."""
+    header = PREDICTIONS if groups is None else (*PREDICTIONS, "group")
+    rows = (
+        (split, index, sample_name(index), *sample.values(), *([] if groups is None else [groups[index]]))
+        for index, sample in sorted(table.samples.items())
+    )
+    return csv_bytes(header, rows)
 
 
 def stacked_curves(parts: Iterable[ScorePart], plan: Plan) -> dict[str, np.ndarray]:
@@ -167,6 +182,7 @@ def write_results(
     split: str,
     sample_name: Callable[[int], str],
     manifest: dict[str, Any],
+    groups: Groups = None,
 ) -> dict[tuple[str, str], Interval]:
     """Merge all parts into the tables of the results folder; rank zero calls it.
 
@@ -176,6 +192,7 @@ def write_results(
         split: name of the split.
         sample_name: sample index -> name.
         manifest: what else the manifest says (explainer arguments, hashes).
+        groups: sample index -> group, where samples are not independent; intervals draw whole groups.
 
     Returns:
         (explainer, value) -> mean and interval, as in `summary.csv`.
@@ -183,7 +200,7 @@ def write_results(
     store.refresh()
     parts = store.parts()
     table = collect(parts, plan)
-    summary, pairs = summarise(table, plan), compare(table, plan)
+    summary, pairs = summarise(table, plan, groups), compare(table, plan, groups)
     write_atomically(store.folder / "scores.csv", csv_bytes(SCORES, score_rows(table, plan, split, sample_name)))
     rows = ((*key, i.mean, i.low, i.high, i.n) for key, i in summary.items())
     write_atomically(store.folder / "summary.csv", csv_bytes(SUMMARY, rows))
@@ -191,8 +208,7 @@ def write_results(
     write_atomically(store.folder / "paired.csv", csv_bytes(PAIRED, differences))
     if plan.counted:
         write_atomically(store.folder / "counts.csv", csv_bytes(COUNTS, count_rows(table, plan)))
-    seen = ((split, index, sample_name(index), *sample.values()) for index, sample in sorted(table.samples.items()))
-    write_atomically(store.folder / "predictions.csv", csv_bytes(PREDICTIONS, seen))
+    write_atomically(store.folder / "predictions.csv", predictions(table, split, sample_name, groups))
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **stacked_curves(parts, plan))  # type: ignore[arg-type]
     write_atomically(store.folder / "curves.npz", buffer.getvalue())

@@ -4,18 +4,20 @@ from labn.metrics.base import SampleMetric
 from labn.metrics.confidence import AverageDrop, PercentIncrease
 from labn.metrics.errors import ErrorAnalysis
 from labn.metrics.filled import FillProbability
+from labn.metrics.forecast import ForecastSkill
 from labn.metrics.insertion_deletion import PatchInsertionDeletion
 from labn.metrics.localisation import MapAUROC, PointingGame, RelevanceMass, RelevanceRank
 from labn.metrics.names import MetricEntry, metric_by_name, register_metric, values_named
 from labn.metrics.percentage_in import PercentageIn
 from labn.metrics.randomisation import Randomisation
 from labn.metrics.sparseness import Sparseness
-from labn.metrics.statistics import Interval, bootstrap_mean, paired_difference
+from labn.metrics.statistics import Interval, bootstrap_mean, bootstrap_sums, paired_difference
 
 __all__ = [
     "AverageDrop",
     "ErrorAnalysis",
     "FillProbability",
+    "ForecastSkill",
     "Interval",
     "MapAUROC",
     "MetricEntry",
@@ -29,6 +31,7 @@ __all__ = [
     "SampleMetric",
     "Sparseness",
     "bootstrap_mean",
+    "bootstrap_sums",
     "metric_by_name",
     "paired_difference",
     "register_metric",

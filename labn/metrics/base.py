@@ -62,18 +62,14 @@ class ScoredBatch:
         return self.cache
 
 
-class SampleMetric(Metric):
-    """A metric with one value per sample and name; `compute` gives their means.
+class SampleRows(Metric):
+    """State of one row (index, values) per sample, merged to the same digits on any number of ranks.
 
-    Subclasses set `names` and implement `score_batch`. State is one row (index, values) per sample; `compute` sorts by
-    index, drops repeated samples and reduces in float64, so 1, 2 or 8 ranks give the same digits. A value of NaN says
-    that the metric leaves the sample out.
-
-    Attributes:
-        counts_samples: `compute` gives numbers of samples in place of means, which results keep in a table of its own.
+    Args:
+        names: of the values.
+        kwargs: of `torchmetrics.Metric`.
     """
 
-    counts_samples = False
     full_state_update = False
     higher_is_better = True
     is_differentiable = False
@@ -85,6 +81,36 @@ class SampleMetric(Metric):
         # Flat float64 rows in one state: a rank without samples then contributes an empty tensor of the same kind.
         self.set_dtype(torch.float64)
         self.add_state("rows", [], dist_reduce_fx="cat")
+
+    def append(self, indices: Tensor, scores: dict[str, Tensor]) -> None:
+        """Keep the values of a batch: one (B,) tensor per name."""
+        columns = [indices, *(scores[name] for name in self.names)]
+        table = torch.stack([column.to(self.device, torch.float64) for column in columns], dim=1)
+        self.rows.append(table.flatten())
+        # What `update` does around this, for callers that score and append themselves.
+        self._computed, self._update_count = None, self._update_count + 1
+
+    def per_sample(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """Sorted sample indices (n,) int64 and, per name, their values (n,) float64; each sample once."""
+        table = dim_zero_cat(self.rows) if len(self.rows) else torch.empty(0, dtype=torch.float64, device=self.device)
+        table = table.view(-1, 1 + len(self.names))
+        table = table[table[:, 0].argsort(stable=True)]
+        first = torch.ones(len(table), dtype=torch.bool, device=table.device)
+        first[1:] = table[1:, 0] != table[:-1, 0]
+        indices, *values = table[first].unbind(1)
+        return indices.long(), dict(zip(self.names, values))
+
+
+class SampleMetric(SampleRows):
+    """A metric with one value per sample and name; `compute` gives their means.
+
+    Subclasses set `names` and implement `score_batch`. A value of NaN says that the metric leaves the sample out.
+
+    Attributes:
+        counts_samples: `compute` gives numbers of samples in place of means, which results keep in a table of its own.
+    """
+
+    counts_samples = False
 
     def check(self, batch: ScoredBatch) -> None:
         """Raise ValueError where the batch lacks what the metric needs, before anything is computed."""
@@ -137,24 +163,6 @@ class SampleMetric(Metric):
     ) -> None:
         """Score a batch and keep its rows; arguments as in `score`."""
         self.append(indices, self.score(model, images, maps, targets, indices, **more))
-
-    def append(self, indices: Tensor, scores: dict[str, Tensor]) -> None:
-        """Keep rows that `score` gave."""
-        columns = [indices, *(scores[name] for name in self.names)]
-        table = torch.stack([column.to(self.device, torch.float64) for column in columns], dim=1)
-        self.rows.append(table.flatten())
-        # What `update` does around this, for callers that score and append themselves.
-        self._computed, self._update_count = None, self._update_count + 1
-
-    def per_sample(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sorted sample indices (n,) int64 and, per name, their values (n,) float64; each sample once."""
-        table = dim_zero_cat(self.rows) if len(self.rows) else torch.empty(0, dtype=torch.float64, device=self.device)
-        table = table.view(-1, 1 + len(self.names))
-        table = table[table[:, 0].argsort(stable=True)]
-        first = torch.ones(len(table), dtype=torch.bool, device=table.device)
-        first[1:] = table[1:, 0] != table[:-1, 0]
-        indices, *values = table[first].unbind(1)
-        return indices.long(), dict(zip(self.names, values))
 
     def reduce(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """From per-sample values (n,) per name to what `compute` gives: means over those that are not left out."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,14 +21,12 @@ class Interval:
     n: int
 
 
-def _group_sums(values: Tensor, groups: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Sum and count of each cluster; without clusters every sample is one."""
+def _group_sums(columns: Tensor, groups: Tensor | None) -> Tensor:
+    """Sums (G, F) of the columns (n, F) over each cluster; without clusters every sample is one."""
     if groups is None:
-        return values, torch.ones_like(values)
+        return columns
     _, place = groups.unique(return_inverse=True)
-    size = int(place.max()) + 1 if len(place) else 0
-    zeros = torch.zeros(size, dtype=torch.float64)
-    return zeros.index_add(0, place, values), zeros.index_add(0, place, torch.ones_like(values))
+    return columns.new_zeros(int(place.max()) + 1, columns.shape[1]).index_add(0, place, columns)
 
 
 def bootstrap_mean(
@@ -57,19 +55,50 @@ def bootstrap_mean(
     groups = None if groups is None else torch.as_tensor(groups).cpu()[there]
     if len(values) == 0:
         return Interval(torch.nan, torch.nan, torch.nan, 0)
-    means = _resampled_means(*_group_sums(values, groups), n_resamples, torch.Generator().manual_seed(seed))
-    low, high = torch.quantile(means, torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
-    return Interval(float(values.mean()), low, high, len(values))
+    columns = torch.stack([values, torch.ones_like(values)], dim=1)
+    return bootstrap_sums(columns, _mean, groups=groups, n_resamples=n_resamples, level=level, seed=seed)
 
 
-def _resampled_means(sums: Tensor, counts: Tensor, n_resamples: int, generator: torch.Generator) -> Tensor:
-    """Means (n_resamples,) of resampled clusters, a block of resamples at a time."""
-    size, means = len(sums), []
+def _mean(sums: Tensor) -> Tensor:
+    return sums[:, 0] / sums[:, 1]
+
+
+def bootstrap_sums(
+    columns: Tensor,
+    statistic: Callable[[Tensor], Tensor],
+    *,
+    groups: Tensor | None = None,
+    n_resamples: int = 10_000,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """A function of sums over samples (a mean, a ratio of counts) and its percentile interval over resamples.
+
+    Args:
+        columns: (n, F) float64, what is summed; n is at least 1.
+        statistic: sums (R, F) of R resamples -> (R,); NaN: undefined there, and left out of the interval.
+        groups: (n,) integer; samples of one group are drawn together (block bootstrap, Kuensch 1989, with given
+            blocks), for samples that are not independent: frames of a day, images of a patient.
+        n_resamples: number of resamples.
+        level: coverage of the interval.
+        seed: of the generator; equal input gives equal digits.
+    """
+    sums = _group_sums(columns.cpu(), None if groups is None else groups.cpu())
+    resampled = _resampled_sums(sums, n_resamples, torch.Generator().manual_seed(seed))
+    bounds = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    low, high = torch.nanquantile(statistic(resampled), bounds).tolist()
+    # The mean over samples themselves, not over sums of groups: the digits then do not depend on the grouping.
+    return Interval(float(statistic(columns.cpu().sum(0, keepdim=True))[0]), low, high, len(columns))
+
+
+def _resampled_sums(sums: Tensor, n_resamples: int, generator: torch.Generator) -> Tensor:
+    """Sums (n_resamples, F) of resampled clusters, a block of resamples at a time."""
+    size, resampled = len(sums), []
     block = max(1, _BLOCK // size)
     for start in range(0, n_resamples, block):
         drawn = torch.randint(size, (min(block, n_resamples - start), size), generator=generator)
-        means.append(sums[drawn].sum(1) / counts[drawn].sum(1))
-    return torch.cat(means)
+        resampled.append(torch.stack([column[drawn].sum(1) for column in sums.unbind(1)], dim=1))
+    return torch.cat(resampled)
 
 
 def paired_difference(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+import itertools
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 from torchmetrics import Accuracy, MeanMetric, Metric
 
+from labn.metrics.forecast import ForecastSkill
 from labn.modules.losses import WeightedCrossEntropy
 
+CONFUSION_CLASSES = 10  # a confusion matrix of more classes is no reading for a log
+RESAMPLES = 10_000
 TOP = 5
 
 
@@ -48,7 +52,9 @@ class ClassificationModule(CheckedModule):
 
     Epoch values (`<stage>/loss`, `<stage>/accuracy`, and with more than five classes `<stage>/top5_error`, the share of
     samples whose class is not among the five most probable) are means over samples, not over batches, synchronised
-    across ranks by torchmetrics, so that they do not depend on batch size or world size.
+    across ranks by torchmetrics, so that they do not depend on batch size or world size. Validation and test
+    also log the true skill statistic, the Brier skill score and the confusion matrix
+    (`<stage>/confusion/<true>_<predicted>`), the test their 95 % intervals too where the data has groups.
     """
 
     network: nn.Module
@@ -63,6 +69,7 @@ class ClassificationModule(CheckedModule):
             {s: Accuracy(task="multiclass", num_classes=num_classes) for s in ("train_", "val_", "test_")}
         )
         self.epoch_top5_error = nn.ModuleDict({stage: MeanMetric() for stage in ("train_", "val_", "test_")})
+        self.skill = nn.ModuleDict({stage: ForecastSkill(num_classes) for stage in ("val_", "test_")})
 
     def forward(self, images: Tensor) -> Any:
         """Run the network on (B, C, H, W) normalised images."""
@@ -104,7 +111,35 @@ class ClassificationModule(CheckedModule):
             assert isinstance(error, Metric)
             error.update(top_error(logits.detach(), batch["label"]))
             self.log(f"{stage}/top{TOP}_error", error, on_step=False, on_epoch=True, batch_size=size)
+        if stage != "train":
+            skill = self.skill[f"{stage}_"]
+            assert isinstance(skill, ForecastSkill)
+            skill.update(logits, batch["label"], batch["index"], batch.get("group"))
         for name, value in terms.items():
             if name != "loss" and stage == "train":
                 self.log(f"{stage}/{name}", value.detach(), on_step=False, on_epoch=True, batch_size=size)
         return terms["loss"]
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the skill on the validation split."""
+        self._log_skill("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the skill on the test split, with intervals where samples come in groups."""
+        self._log_skill("test")
+
+    def _log_skill(self, stage: Literal["val", "test"]) -> None:
+        skill, data = self.skill[f"{stage}_"], getattr(self._trainer, "datamodule", None)
+        assert isinstance(skill, ForecastSkill)
+        if data is not None:
+            skill.positive = tuple(data.positive_classes)
+            skill.n_resamples = RESAMPLES if stage == "test" and data.groups(stage) is not None else 0
+        values = skill.compute()
+        confusion = values.pop("confusion")
+        skill.reset()
+        if self.num_classes <= CONFUSION_CLASSES:
+            pairs = itertools.product(range(self.num_classes), repeat=2)
+            values |= {f"confusion/{true}_{said}": confusion[true, said] for true, said in pairs}
+        for name, value in values.items():
+            # Every rank has computed the same value.
+            self.log(f"{stage}/{name}", value.float(), sync_dist=False, rank_zero_only=False)
