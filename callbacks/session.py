@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from labn.explainers import Explainer
+from labn.explainers import Explainer, TruthMap
 from labn.perturb import PerturbationEngine
 from labn.store import ResultStore, digest, settings_digest, weights_digest
 
@@ -176,9 +176,10 @@ class Session:
             self.from_disk[name] += len(found)
             missing = [n for n, index in enumerate(numbers) if index not in found]
             if missing:
-                maps = self.explainers[name](
-                    self.network, batch.images[missing], batch.targets[missing], batch.indices[missing]
-                )
+                explainer = self.explainers[name]
+                if isinstance(explainer, TruthMap):
+                    explainer = explainer.given(None if batch.masks is None else batch.masks[missing])
+                maps = explainer(self.network, batch.images[missing], batch.targets[missing], batch.indices[missing])
                 self.store.add_maps(name, self.keys[name], batch.indices[missing], maps)
                 found |= {numbers[n]: maps[k] for k, n in enumerate(missing)}
             batch.maps[name] = torch.stack([found[index].to(batch.images.device) for index in numbers])

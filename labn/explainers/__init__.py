@@ -16,6 +16,7 @@ from labn.explainers.rise import RISE, ReleasedRISE, RiseMaps
 from labn.explainers.rollout import AttentionRollout
 from labn.explainers.score_cam import ScoreCAM
 from labn.explainers.smooth_cam import SmoothGradCAMPlusPlus
+from labn.explainers.truth import TruthMap
 
 __all__ = [
     "C3LRP",
@@ -45,6 +46,7 @@ __all__ = [
     "ScoreCAM",
     "SmoothGrad",
     "SmoothGradCAMPlusPlus",
+    "TruthMap",
     "XGradCAM",
     "explainer_by_name",
 ]

@@ -1,0 +1,204 @@
+"""The papers' tables from run folders: our mean and standard deviation over seeds, the published number beside each."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import yaml
+
+from labn.metrics.statistics import Interval, bootstrap_mean
+
+PUBLISHED = Path(__file__).with_name("published.yaml")
+VARIANTS = {"paper": "", "official": "@official", "stable": "@stable"}
+Scores = dict[tuple[str, str], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published row and the run that reproduces it.
+
+    Attributes:
+        name: as printed in the paper.
+        run: folder of the runs.
+        explainer: method scored there.
+        mean: one number per metric.
+        sd: their standard deviations over runs, empty where none are printed.
+    """
+
+    name: str
+    run: str
+    explainer: str
+    mean: tuple[float, ...]
+    sd: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """A table of a paper: where it stands, its columns (names of metrics), its rows."""
+
+    source: str
+    metrics: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+@cache
+def published() -> dict[str, PaperTable]:
+    """All tables by their names on the command line."""
+    content: dict[str, Any] = yaml.safe_load(PUBLISHED.read_text())
+    return {
+        name: PaperTable(
+            table["source"],
+            tuple(table["metrics"]),
+            tuple(
+                Row(r["name"], r["run"], r["explainer"], tuple(r["mean"]), tuple(r.get("sd", ())))
+                for r in table["rows"]
+            ),
+        )
+        for name, table in content.items()
+    }
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The tested runs of one experiment, one per seed.
+
+    Attributes:
+        folders: their run folders.
+        scores: per run, (explainer, metric) -> sample name -> value.
+        groups: sample name -> group, where samples are not independent.
+    """
+
+    folders: tuple[Path, ...]
+    scores: tuple[Scores, ...]
+    groups: dict[str, int]
+
+    @classmethod
+    def read(cls, folder: Path) -> Runs:
+        """The runs in `folder/seed=*`, or `folder` itself where it is a run; none where nothing has been tested.
+
+        Raises:
+            ValueError: the runs were scored on different data or with different settings.
+        """
+        candidates = [*sorted(folder.glob("seed=*")), folder]
+        folders = tuple(run for run in candidates if (run / "test" / "scores.csv").exists())
+        made = {json.dumps(_conditions(run), sort_keys=True) for run in folders}
+        if len(made) > 1:
+            raise ValueError(
+                f"The runs of {folder} were scored on different data or with other settings; "
+                "test them again with the same configuration."
+            )
+        return cls(folders, tuple(_scores(run) for run in folders), _groups(folders[0]) if folders else {})
+
+    def values(self, explainer: str, metric: str) -> list[float]:
+        """Mean over samples of every run that has the metric."""
+        return [mean(s[explainer, metric].values()) for s in self.scores if (explainer, metric) in s]
+
+    def interval(self, explainer: str, metric: str) -> Interval:
+        """Mean over samples of each sample's mean over runs; its 95 % interval over samples, whole groups drawn."""
+        columns = [s[explainer, metric] for s in self.scores if (explainer, metric) in s]
+        names = sorted(set.intersection(*(set(column) for column in columns)))
+        groups = [self.groups[name] for name in names] if self.groups else None
+        return bootstrap_mean([mean(column[name] for column in columns) for name in names], groups=groups)
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _scores(run: Path) -> Scores:
+    found: Scores = {}
+    for row in _rows(run / "test" / "scores.csv"):
+        found.setdefault((row["explainer"], row["metric"]), {})[row["name"]] = float(row["value"])
+    return found
+
+
+def _groups(run: Path) -> dict[str, int]:
+    return {row["name"]: int(row["group"]) for row in _rows(run / "test" / "predictions.csv") if "group" in row}
+
+
+def _conditions(run: Path) -> dict[str, Any]:
+    manifest = json.loads((run / "test" / "maps" / "manifest.json").read_text())
+    return {name: manifest.get(name) for name in ("data", "split", "target", "settings")}
+
+
+def ours(runs: Runs, explainer: str, metric: str) -> str:
+    """`mean ± sd [low, high]`: over seeds, then the interval over samples; a dash without such a score."""
+    values = runs.values(explainer, metric)
+    if not values:
+        return "–"
+    spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+    interval = runs.interval(explainer, metric)
+    return f"{mean(values):.3f}{spread} [{interval.low:.3f}, {interval.high:.3f}]"
+
+
+def printed(row: Row, place: int) -> str:
+    """The published number of a row, with its standard deviation where there is one."""
+    return f"{row.mean[place]:.3f}" + (f" ± {row.sd[place]:.3f}" if row.sd else "")
+
+
+def markdown(table: PaperTable, folder: Path, protocols: Sequence[str], metrics: Sequence[str] | None = None) -> str:
+    """The table as Markdown: per published row the paper's numbers, then ours in every protocol.
+
+    Args:
+        table: which.
+        folder: holds the run folders of all experiments.
+        protocols: names of VARIANTS.
+        metrics: columns; None takes the paper's. A column that the paper lacks has no published number.
+    """
+    columns = list(metrics or table.metrics)
+    lines = [f"| | | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    notes = []
+    for row in table.rows:
+        places = [table.metrics.index(name) if name in table.metrics else None for name in columns]
+        cells = ["–" if place is None else printed(row, place) for place in places]
+        lines.append(f"| {row.name} | published | {' | '.join(cells)} |")
+        runs = Runs.read(folder / row.run)
+        for protocol in protocols:
+            cells = [ours(runs, row.explainer, name + VARIANTS[protocol]) for name in columns]
+            lines.append(f"| | ours, {protocol} | {' | '.join(cells)} |")
+        notes.append(f"{row.name}: {described(runs, row, folder)}")
+    return "\n".join([f"{table.source}.", "", *lines, "", *notes])
+
+
+def described(runs: Runs, row: Row, folder: Path) -> str:
+    """How many runs and samples stand behind a row, or how to make some."""
+    if not runs.folders:
+        return (
+            f"not run; python cli.py sweep --config configs/{row.run}.yaml --seeds 38 39 40 41 42 ({folder / row.run})"
+        )
+    samples = [len(column) for s in runs.scores for (explainer, _), column in s.items() if explainer == row.explainer]
+    return f"{len(runs.folders)} run(s), {max(samples, default=0)} samples ({folder / row.run}, {row.explainer})"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    made = argparse.ArgumentParser(
+        prog="cli.py table",
+        description="A table of the papers from the runs: mean ± standard deviation over seeds [95 %% interval over "
+        "samples of the seeds' mean], the published number above.",
+    )
+    made.add_argument("names", nargs="*", help=f"of {', '.join(published())}; default all of them")
+    made.add_argument("--runs", type=Path, default=Path("runs"), help="folder that holds the run folders")
+    made.add_argument("--protocols", nargs="+", choices=list(VARIANTS), default=["paper", "official"])
+    made.add_argument("--metrics", nargs="+", help="columns; default the paper's")
+    return made
+
+
+def main(argv: Sequence[str]) -> None:
+    """`python cli.py table [NAME ...] [--runs runs]`."""
+    arguments = parser().parse_args(argv)
+    unknown = [name for name in arguments.names if name not in published()]
+    if unknown:
+        parser().error(f"there is no table {unknown[0]!r}; the tables are {', '.join(published())}.")
+    for name in arguments.names or published():
+        text = markdown(published()[name], arguments.runs, arguments.protocols, arguments.metrics)
+        print(f"## {name}\n\n{text}\n")
