@@ -230,6 +230,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser_kwargs={"epilog": f"Also: {', '.join(COMMANDS)}; see `python cli.py compare --help` and so on."},
         args=words,
         auto_configure_optimizers=False,
+        parser_kwargs={"description": f"Further commands, each with its own --help: {', '.join(studies.COMMANDS)}."},
     )
 
 

@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from labn.studies import sweep
+from labn.studies import coarse, sweep, table
 
-COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"sweep": sweep.main}
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "sweep": sweep.main,
+    "table": table.main,
+    "coarse": coarse.main,
+}
 
 __all__ = ["COMMANDS"]

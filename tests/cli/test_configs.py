@@ -1,16 +1,27 @@
 """Every configuration parses, and the published ones hold the published values."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import yaml
 from command_line import call_main
 
+from labn.studies.table import published
+
 ROOT = Path(__file__).parents[2]
+PARSED = {}
 EXPERIMENTS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
 def resolved(path, monkeypatch, capsys, *arguments):
+    """A configuration with all its parts and defaults, parsed once per file."""
+    if (path, arguments) not in PARSED:
+        PARSED[path, arguments] = printed(path, monkeypatch, capsys, *arguments)
+    return copy.deepcopy(PARSED[path, arguments])
+
+
+def printed(path, monkeypatch, capsys, *arguments):
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as done:
         call_main(["fit", "--config", str(path), *arguments, "--print_config"])
@@ -105,3 +116,106 @@ def test_the_resnet50_configuration_differs_in_the_backbone_only(monkeypatch, ca
     assert {k: v for k, v in plain.items() if k not in ("model", "parts")} == {
         k: v for k, v in other.items() if k not in ("model", "parts")
     }
+
+
+def chosen(config, part, expected):
+    """The settings of a configuration that `expected` names."""
+    settings = config[part]["init_args"]
+    return {name: settings[name] for name in expected}
+
+
+def test_magnetograms_are_the_published_column(monkeypatch, capsys):
+    config = resolved(ROOT / "configs/magnetogram_labn.yaml", monkeypatch, capsys)
+    model = {
+        **MODEL,
+        "backbone": "magnetogram_net",
+        "in_channels": 1,
+        "split": 0,
+        "theta": 0.5,
+        "class_weights": [1.0, 1.0],
+        "branch_weight": 1.0,
+    }
+    data = {
+        "task": "binary",
+        "image_size": 512,
+        "batch_size": 32,
+        "mean": [0.3625],
+        "std": [0.2234],
+        "balanced_sampler": False,
+        "train_years": [2010, 2011, 2012, 2013, 2014, 2015],
+        "val_years": [2016],
+        "test_years": [2017],
+    }
+    assert chosen(config, "model", model) == model
+    assert chosen(config, "data", data) == data
+    augmentation = config["data"]["init_args"]["augmentation"]
+    assert {name: augmentation[name] for name in AUGMENTATION} == AUGMENTATION
+    assert config["trainer"]["max_epochs"] == 300
+    assert callback(config, "EarlyStopping")["patience"] == 6
+    scoring = callback(config, "EvaluationCallback")
+    assert scoring["metrics"] == ["id", "pid16", "pid32", "pid64", "pid128"]
+    assert (scoring["positives_only"], scoring["fill"]) == (True, "black")
+    assert {"labn", "rise", "lambda"} < set(callback(config, "ExplanationCallback")["explainers"])
+
+
+GUIDANCE = {
+    "kl_weight": 0.5,
+    "keep_ratio": 0.1,
+    "patch_size": 1,
+    "fill": "bias",
+    "source": "attention",
+    "mask_grad": "detached",
+    "direction": "original_masked",
+    "detach_target": False,
+    "branch_loss_on": "original",
+}
+
+
+@pytest.mark.parametrize("name", ["idrid", "magnetogram"])
+def test_accv_adds_guidance_and_the_bias_image_and_changes_nothing_else(name, monkeypatch, capsys):
+    plain = resolved(ROOT / f"configs/{name}_labn.yaml", monkeypatch, capsys)
+    guided = resolved(ROOT / f"configs/{name}_labn_accv22.yaml", monkeypatch, capsys)
+    guidance = guided["model"]["init_args"].pop("guidance")
+    assert {key: guidance[key] for key in GUIDANCE} == GUIDANCE
+    assert plain["model"]["init_args"].pop("guidance") is None
+    assert (callback(plain, "EvaluationCallback")["fill"], callback(guided, "EvaluationCallback")["fill"]) == (
+        "black",
+        "bias",
+    )
+    callback(guided, "EvaluationCallback")["fill"] = "black"
+    assert {**guided, "parts": None} == {**plain, "parts": None}
+
+
+@pytest.mark.parametrize(("name", "change"), [("b3", {"split": 3}), ("b13", {"split": 13}), ("theta0", {"theta": 0.0})])
+def test_an_ablation_changes_one_value(name, change, monkeypatch, capsys):
+    plain = resolved(ROOT / "configs/idrid_labn.yaml", monkeypatch, capsys)
+    other = resolved(ROOT / f"configs/idrid_ablation_{name}.yaml", monkeypatch, capsys)
+    plain["model"]["init_args"] |= change
+    assert {**other, "parts": None} == {**plain, "parts": None}
+
+
+def test_the_baselines_share_data_and_optimiser(monkeypatch, capsys):
+    plain = resolved(ROOT / "configs/idrid_labn.yaml", monkeypatch, capsys)
+    optimiser = ("class_weights", "lr", "head_lr", "weight_decay", "lr_factor", "lr_patience", "min_lr", "loss")
+    for name, class_path, special in (
+        ("lambda", "labn.modules.Classifier", {"backbone": "lambda_resnet50"}),
+        (
+            "abn",
+            "labn.modules.LABN",
+            {"backbone": "resnet50", "split": 13, "theta": 0.0, "gate": "residual", "branch": "abn"},
+        ),
+    ):
+        other = resolved(ROOT / f"configs/idrid_{name}.yaml", monkeypatch, capsys)
+        assert other["model"]["class_path"] == class_path
+        assert chosen(other, "model", special) == special
+        assert chosen(other, "model", optimiser) == chosen(plain, "model", optimiser)
+        assert other["data"] == plain["data"]
+        assert callback(other, "EvaluationCallback")["metrics"] == callback(plain, "EvaluationCallback")["metrics"]
+
+
+def test_every_published_row_has_a_configuration_that_scores_it(monkeypatch, capsys):
+    for table in published().values():
+        for row in table.rows:
+            config = resolved(ROOT / f"configs/{row.run}.yaml", monkeypatch, capsys)
+            assert row.explainer in callback(config, "ExplanationCallback")["explainers"]
+            assert set(table.metrics) <= set(callback(config, "EvaluationCallback")["metrics"])

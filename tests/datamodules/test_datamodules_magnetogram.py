@@ -1,4 +1,5 @@
 import csv
+import os
 import pickle
 from pathlib import Path
 
@@ -300,3 +301,27 @@ def test_both_readers_give_the_same_real_frames(data_root: Path, tmp_path: Path)
         other = real.dataset("test")[place[maps.sample_name("test", sample["index"]).split("/")[1]]]
         assert torch.equal(sample["image"], other["image"])
         assert (sample["label"], sample["group"]) == (other["label"], other["group"])
+
+
+def resident() -> float:
+    """Resident set of this process in MiB, pages of mapped files included."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the resident set from /proc")
+def test_memory_stays_flat_over_a_memory_map(tmp_path: Path) -> None:
+    """96 MiB of frames pass through the loader; a map that stayed open would keep them all resident."""
+    for year in range(2011, 2015):
+        np.lib.format.open_memmap(tmp_path / f"{year}.npy", mode="w+", dtype=np.uint8, shape=(192, 512, 512))
+        write_table(tmp_path / f"{year}.csv", [(f"{year}0101_{i}", 2 * (i % 2), year) for i in range(192)])
+    data = yearly(tmp_path, batch_size=8)
+    seen = []
+    for number, batch in enumerate(data.train_dataloader()):
+        assert batch["image"].shape == (8, 1, 32, 32)
+        if number in (8, 47):
+            seen.append(resident())
+    assert seen[1] - seen[0] < 24
+    held = np.load(tmp_path / "2011.npy", mmap_mode="r")
+    before = resident()
+    held.sum()
+    assert resident() - before > 30

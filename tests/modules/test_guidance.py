@@ -1,8 +1,13 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
+from labn.metrics import PatchInsertionDeletion
 from labn.modules.guidance import SaliencyGuidance, frozen_batchnorm, hard_mask, masked_images
+from labn.patches import patch_grid
+from labn.perturb import PerturbationEngine
 
 
 def maps(seed=0, size=(8, 8), count=3):
@@ -97,3 +102,31 @@ def test_deletion_steps_are_drawn_by_step_and_share():
     assert drawn == [guidance.deletes(step) for step in range(200)]
     assert 70 < sum(drawn) < 130
     assert not any(SaliencyGuidance().deletes(step) for step in range(50))
+
+
+@given(
+    size=st.sampled_from([(16, 16), (12, 20)]),
+    patch=st.sampled_from([1, 2, 4, 5]),
+    ratio=st.floats(0.01, 1.0),
+    levels=st.sampled_from([3, 10**6]),
+    seed=st.integers(0, 10**6),
+)
+def test_the_mask_is_the_insertion_metrics_mask_for_the_same_map_and_count(size, patch, ratio, levels, seed):
+    """What training keeps is what the metric shows at that count, ties and edge patches included."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(levels, (2, *size), generator=generator).double()
+    kept = hard_mask(values, patch, ratio)
+    patches = patch_grid(size, patch)[0] * patch_grid(size, patch)[1]
+    count = max(1, round(ratio * patches))
+    shown = []
+
+    def watching(images):
+        shown.append(images[:, 0] > 0)
+        return torch.zeros(len(images), 2, dtype=torch.float64)
+
+    metric = PatchInsertionDeletion(patch, step=count, ties="stable", fill="mean")
+    images = torch.ones(2, 1, *size, dtype=torch.float64)
+    engine = PerturbationEngine(nn.Identity(), images, forward=watching)
+    metric.score(nn.Identity(), images, values, torch.zeros(2, dtype=torch.long), torch.arange(2), cache=engine)
+    inputs = {tuple(mask.flatten().tolist()) for mask in torch.cat(shown)}
+    assert all(tuple(mask.flatten().tolist()) in inputs for mask in kept)

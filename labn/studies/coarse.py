@@ -1,0 +1,149 @@
+"""Coarse against fine: at which patch size does the score rank the exact mask above its coarse copies?
+
+The argument for patches (JSAI 2022, section 4.4) is that single pixels do not score fine maps fairly. Here the truth is
+known: `configs/coarse_fine.yaml` scores the exact lesion masks of synthetic images, dilated and blurred copies of them
+for every patch size, and this command reads its results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from labn.metrics.statistics import Interval, bootstrap_mean, paired_difference
+from labn.store import write_atomically
+
+PARTS = {"insertion": "insertion (higher is better)", "deletion": "deletion (lower is better)", "pid": "PID"}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The scores of one tested run: (explainer, metric) -> sample index -> value."""
+
+    values: dict[tuple[str, str], dict[int, float]]
+    explainers: tuple[str, ...]
+    patch_sizes: tuple[int, ...]
+
+    @classmethod
+    def read(cls, run: Path) -> Scored:
+        """The scores of `run/test/scores.csv`.
+
+        Raises:
+            FileNotFoundError: the run has not been tested.
+        """
+        path = run / "test" / "scores.csv"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} does not exist; run `cli.py test --config configs/coarse_fine.yaml` first."
+            )
+        values: dict[tuple[str, str], dict[int, float]] = {}
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                values.setdefault((row["explainer"], row["metric"]), {})[int(row["index"])] = float(row["value"])
+        sizes = {int(metric.removeprefix("insertion")) for _, metric in values if metric[9:].isdigit()}
+        return cls(values, tuple(dict.fromkeys(name for name, _ in values)), tuple(sorted(sizes)))
+
+    def column(self, explainer: str, part: str, size: int, suffix: str) -> dict[int, float]:
+        """Sample index -> insertion, deletion or PID of a map at a patch size."""
+        name = "id" if part == "pid" and size == 1 else f"{part}{size}"
+        return self.values[explainer, name + suffix]
+
+    def mean(self, explainer: str, part: str, size: int, suffix: str) -> Interval:
+        """Its mean over samples with the 95 % interval."""
+        return bootstrap_mean(list(self.column(explainer, part, size, suffix).values()))
+
+    def lead(self, fine: str, coarse: str, part: str, size: int, suffix: str) -> Interval:
+        """How far the fine map is ahead, over the same samples: deletion counts downwards."""
+        a, b = self.column(fine, part, size, suffix), self.column(coarse, part, size, suffix)
+        first, second = (b, a) if part == "deletion" else (a, b)
+        return paired_difference(list(first), list(first.values()), list(second), list(second.values()))
+
+
+def leads(scored: Scored, fine: str, coarse: Sequence[str], part: str, suffix: str) -> str:
+    """Markdown: how far the fine map is ahead of each coarse one; bold where the interval is above 0."""
+    lines = [f"| ahead of | {' | '.join(f'm = {m}' for m in scored.patch_sizes)} |"]
+    lines.append("|---" * (len(scored.patch_sizes) + 1) + "|")
+    for name in coarse:
+        cells = []
+        for size in scored.patch_sizes:
+            lead = scored.lead(fine, name, part, size, suffix)
+            mark = "**" if lead.low > 0 else ""
+            cells.append(f"{mark}{lead.mean:+.3f}{mark} [{lead.low:+.3f}, {lead.high:+.3f}]")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def verdict(scored: Scored, fine: str, coarse: Sequence[str], part: str, suffix: str) -> str:
+    """One sentence: patch sizes at which the fine map is ahead of every coarse one, and where it is behind."""
+    found = {size: [scored.lead(fine, name, part, size, suffix) for name in coarse] for size in scored.patch_sizes}
+    above = [str(size) for size, row in found.items() if all(lead.low > 0 for lead in row)]
+    below = [str(size) for size, row in found.items() if any(lead.high < 0 for lead in row)]
+    return (
+        f"{part}: {fine} is ahead of every coarse map (interval above 0) at m = {', '.join(above) or 'none'}; "
+        f"behind one of them (interval below 0) at m = {', '.join(below) or 'none'}."
+    )
+
+
+def figure(scored: Scored, suffix: str) -> Figure:
+    """Insertion, deletion and PID over the patch size, one line per map, with 95 % intervals over samples."""
+    drawn = Figure(figsize=(12, 3.8), layout="constrained")
+    axes = drawn.subplots(1, len(PARTS))
+    styles = {"d": "--", "b": ":"}
+    for axis, (part, title) in zip(axes, PARTS.items()):
+        for number, name in enumerate(scored.explainers):
+            points = [scored.mean(name, part, size, suffix) for size in scored.patch_sizes]
+            middle = [p.mean for p in points]
+            spread = [[p.mean - p.low for p in points], [p.high - p.mean for p in points]]
+            place = [2 ** (0.04 * (number - len(scored.explainers) / 2)) * size for size in scored.patch_sizes]
+            style = styles.get(name[0], "-")
+            axis.errorbar(
+                place, middle, yerr=spread, label=name, linestyle=style, marker="o", markersize=3, linewidth=1.2
+            )
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(scored.patch_sizes, [str(size) for size in scored.patch_sizes])
+        axis.set_xlabel("patch size m, pixels")
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+    drawn.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    return drawn
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    made = argparse.ArgumentParser(prog="cli.py coarse", description=(__doc__ or "").split("\n")[0])
+    made.add_argument("--run", type=Path, default=Path("runs/coarse_fine"), help="the tested run of coarse_fine.yaml")
+    made.add_argument("--fine", default="exact", help="name of the fine map")
+    made.add_argument("--coarse", nargs="+", help="names of the coarse ones; default all dilated and blurred ones")
+    made.add_argument("--ties", choices=["fraction", "stable"], default="fraction")
+    made.add_argument("--out", type=Path, help="the picture; default RUN/coarse_fine.png")
+    return made
+
+
+def main(argv: Sequence[str]) -> None:
+    """`python cli.py coarse`: print how far the fine map is ahead, and draw the scores over the patch size."""
+    arguments = parser().parse_args(argv)
+    scored = Scored.read(arguments.run)
+    coarse = arguments.coarse or [name for name in scored.explainers if name.startswith(("dilated", "blurred"))]
+    for name in (arguments.fine, *coarse):
+        if name not in scored.explainers:
+            parser().error(f"the run has no map {name!r}; it has {', '.join(scored.explainers)}.")
+    suffix = "" if arguments.ties == "fraction" else f"@{arguments.ties}"
+    for part in PARTS:
+        print(f"### {part}: {arguments.fine} ahead of\n\n{leads(scored, arguments.fine, coarse, part, suffix)}\n")
+    print("\n".join(verdict(scored, arguments.fine, coarse, part, suffix) for part in PARTS))
+    path = arguments.out or arguments.run / "coarse_fine.png"
+    save(figure(scored, suffix), path)
+    print(f"Drawn: {path}")
+
+
+def save(drawn: Figure, path: Path) -> None:
+    """Write a figure as PNG."""
+    buffer = io.BytesIO()
+    drawn.savefig(buffer, dpi=110, format="png")
+    write_atomically(path, buffer.getvalue())

@@ -1,0 +1,45 @@
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import binary_dilation, gaussian_filter
+from torch import nn
+
+from callbacks.session import describe
+from labn.explainers import TruthMap
+from labn.explainers.truth import disc
+
+IMAGES, TARGETS = torch.zeros(3, 2, 20, 24), torch.zeros(3, dtype=torch.long)
+
+
+def masks():
+    return torch.rand(3, 20, 24, generator=torch.Generator().manual_seed(0)) > 0.97
+
+
+def truth(given, **options):
+    return TruthMap(**options).given(given)(nn.Identity(), IMAGES, TARGETS)
+
+
+def test_the_exact_mask_is_the_mask():
+    assert torch.equal(truth(masks()), masks().float())
+
+
+def test_dilation_is_by_a_disc():
+    expected = np.stack([binary_dilation(mask, disc(3).numpy() > 0) for mask in masks().numpy()])
+    assert torch.equal(truth(masks(), dilation=3), torch.from_numpy(expected).float())
+
+
+def test_blur_is_gaussian():
+    blurred = [gaussian_filter(mask, 2.0, mode="constant", truncate=4.0) for mask in masks().double().numpy()]
+    torch.testing.assert_close(
+        truth(masks(), blur=2.0).double(), torch.from_numpy(np.stack(blurred)), atol=1e-6, rtol=0
+    )
+
+
+def test_masks_are_needed_and_do_not_enter_the_settings():
+    with pytest.raises(ValueError, match="TruthMap needs the ground-truth masks of these images"):
+        TruthMap()(nn.Identity(), IMAGES, TARGETS)
+    with pytest.raises(ValueError, match="TruthMap needs the ground-truth masks"):
+        truth(masks()[:2])
+    with pytest.raises(ValueError, match="must not be negative"):
+        TruthMap(dilation=-1)
+    assert describe(TruthMap(2).given(masks())) == describe(TruthMap(2))

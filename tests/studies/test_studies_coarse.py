@@ -1,0 +1,45 @@
+import pytest
+from run_folders import write_run
+
+from labn.studies.coarse import Scored, figure, main, verdict
+
+
+def scores(exact, coarse, sizes=(1, 4)):
+    values = {}
+    for place, size in enumerate(sizes):
+        for name, base in (("exact", exact[place]), ("dilated 2", coarse[place])):
+            column = [base + 0.001 * i for i in range(6)]
+            pid = "id" if size == 1 else f"pid{size}"
+            values |= {(name, f"insertion{size}"): column, (name, f"deletion{size}"): [1 - x for x in column]}
+            values[name, pid] = [2 * x - 1 for x in column]
+    return values
+
+
+def test_where_the_fine_map_is_ahead_and_where_behind(tmp_path, capsys):
+    write_run(tmp_path, scores(exact=(0.4, 0.9), coarse=(0.6, 0.5)))
+    scored = Scored.read(tmp_path)
+    assert scored.patch_sizes == (1, 4)
+    assert scored.lead("exact", "dilated 2", "deletion", 4, "").mean == pytest.approx(0.4)
+    for part in ("insertion", "deletion", "pid"):
+        text = verdict(scored, "exact", ["dilated 2"], part, "")
+        assert "(interval above 0) at m = 4; behind one of them (interval below 0) at m = 1" in text
+    main(["--run", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "| dilated 2 | -0.400 [-0.400, -0.400] | **+0.800** [+0.800, +0.800] |" in out
+    assert (tmp_path / "coarse_fine.png").stat().st_size > 10_000
+
+
+def test_the_figure_has_a_line_per_map_and_a_panel_per_part(tmp_path):
+    write_run(tmp_path, scores((0.4, 0.9), (0.6, 0.5)))
+    drawn = figure(Scored.read(tmp_path), "")
+    assert [axis.get_title().split()[0] for axis in drawn.axes] == ["insertion", "deletion", "PID"]
+    assert [len(axis.containers) for axis in drawn.axes] == [2, 2, 2]
+
+
+def test_problems_are_named(tmp_path, capsys):
+    with pytest.raises(FileNotFoundError, match=r"scores\.csv does not exist; run `cli\.py test"):
+        main(["--run", str(tmp_path)])
+    write_run(tmp_path, scores((0.4, 0.9), (0.6, 0.5)))
+    with pytest.raises(SystemExit):
+        main(["--run", str(tmp_path), "--fine", "sharp"])
+    assert "the run has no map 'sharp'; it has exact, dilated 2" in capsys.readouterr().err

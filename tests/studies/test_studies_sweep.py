@@ -1,0 +1,98 @@
+import json
+
+import pytest
+
+from labn.studies.sweep import STATE, Sweep, main, run
+
+
+class Recorder:
+    """Stands for the command line: keeps the words, leaves a checkpoint, fails or stops where told to."""
+
+    def __init__(self, folder, fails=(), stops=()):
+        self.folder, self.calls, self.fails, self.stops = folder, [], list(fails), list(stops)
+
+    def __call__(self, words, log):
+        self.calls.append(words)
+        place = (words[0], int(log.parent.name.removeprefix("seed=")))
+        if words[0] == "fit":
+            (log.parent / "checkpoints").mkdir(exist_ok=True)
+            (log.parent / "checkpoints" / "last.ckpt").touch()
+        if place in self.stops:
+            self.stops.remove(place)
+            raise KeyboardInterrupt
+        return 1 if place in self.fails else 0
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    for name in ("a.yaml", "score.yaml"):
+        (tmp_path / name).write_text("model: {}\n")
+    return Sweep((str(tmp_path / "a.yaml"),), (str(tmp_path / "score.yaml"),), (38, 39), tmp_path / "runs", ("--x=1",))
+
+
+def test_every_seed_is_trained_and_tested_in_its_own_folder(sweep):
+    recorder = Recorder(sweep.folder)
+    run(sweep, recorder)
+    assert [call[0] for call in recorder.calls] == ["fit", "test", "fit", "test"]
+    fit, test = recorder.calls[2:]
+    assert {"--seed_everything=39", "--data.init_args.seed=39", f"--run_dir={sweep.folder / 'seed=39'}", "--x=1"} < set(
+        fit
+    )
+    assert not any("score.yaml" in word for word in fit)
+    assert any("score.yaml" in word for word in test)
+    assert "--ckpt_path=best" in test
+    assert "--ckpt_path=last" not in fit
+
+
+def test_an_interrupted_sweep_goes_on_where_it_was(sweep):
+    recorder = Recorder(sweep.folder, stops=[("fit", 39)])
+    with pytest.raises(KeyboardInterrupt):
+        run(sweep, recorder)
+    again = Recorder(sweep.folder)
+    run(sweep, again)
+    assert [(call[0], "--ckpt_path=last" in call) for call in again.calls] == [("fit", True), ("test", False)]
+    third = Recorder(sweep.folder)
+    run(sweep, third)
+    assert third.calls == []
+
+
+def test_a_failed_command_names_its_log_and_is_tried_again(sweep):
+    with pytest.raises(RuntimeError, match=r"test of .*seed=38 ended with status 1; .*test\.log"):
+        run(sweep, Recorder(sweep.folder, fails=[("test", 38)]))
+    again = Recorder(sweep.folder)
+    run(sweep, again)
+    assert [call[0] for call in again.calls] == ["test", "fit", "test"]
+
+
+def test_other_settings_are_not_mixed_into_a_trained_folder(sweep, tmp_path):
+    run(sweep, Recorder(sweep.folder))
+    (tmp_path / "score.yaml").write_text("other: {}\n")
+    again = Recorder(sweep.folder)
+    run(sweep, again)
+    assert [call[0] for call in again.calls] == ["test", "test"]
+    (tmp_path / "a.yaml").write_text("model: {lr: 1}\n")
+    with pytest.raises(ValueError, match="seed=38 was trained with other arguments or configuration files"):
+        run(sweep, Recorder(sweep.folder))
+
+
+def test_the_state_says_what_is_done(sweep):
+    run(sweep, Recorder(sweep.folder))
+    state = json.loads((sweep.run_dir(38) / STATE).read_text())
+    assert state["fit"]["done"]
+    assert state["test"]["signature"]["words"] == sweep.words("test", 38)
+
+
+def test_the_folder_is_named_after_the_experiment(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "parts").mkdir()
+    for name in ("exp.yaml", "parts/reduced.yaml"):
+        (tmp_path / name).write_text("{}\n")
+    seen = []
+    monkeypatch.setattr("labn.studies.sweep.run", seen.append)
+    main(
+        ["--config", "exp.yaml", "--config", "parts/reduced.yaml", "--seeds", "1", "2", "--", "--trainer.max_epochs=1"]
+    )
+    (sweep,) = seen
+    assert str(sweep.folder) == "runs/exp"
+    assert sweep.seeds == (1, 2)
+    assert sweep.options == ("--trainer.max_epochs=1",)

@@ -1,0 +1,65 @@
+import pytest
+from run_folders import write_run
+
+from labn.studies.table import PaperTable, Row, Runs, main, markdown, published
+
+TABLE = PaperTable("A paper", ("id", "pid16"), (Row("LABN", "labn", "labn", (0.1, 0.2), (0.01, 0.02)),))
+
+
+def test_mean_and_deviation_are_over_seeds(tmp_path):
+    write_run(tmp_path / "labn" / "seed=38", {("labn", "id"): [0.1, 0.3], ("labn", "id@official"): [0.5, 0.7]})
+    write_run(tmp_path / "labn" / "seed=39", {("labn", "id"): [0.3, 0.5]})
+    text = markdown(TABLE, tmp_path, ["paper", "official"])
+    lines = text.splitlines()
+    assert lines[4] == "| LABN | published | 0.100 ± 0.010 | 0.200 ± 0.020 |"
+    # means of the runs .2 and .4: .3 with deviation .1414; means of the samples .2 and .4
+    assert lines[5] == "| | ours, paper | 0.300 ± 0.141 [0.200, 0.400] | – |"
+    assert lines[6].startswith("| | ours, official | 0.600 [0.500, 0.700] | – |")
+    assert "LABN: 2 run(s), 2 samples" in lines[-1]
+
+
+def test_groups_are_drawn_whole(tmp_path):
+    column = {("labn", "id"): [0.0, 0.0, 1.0, 1.0]}
+    write_run(tmp_path / "a", column)
+    write_run(tmp_path / "b", column, group=[7, 7, 9, 9])
+    alone, by_day = (Runs.read(tmp_path / name).interval("labn", "id") for name in "ab")
+    assert (by_day.low, by_day.high) == (0.0, 1.0)
+    assert alone.mean == by_day.mean == 0.5
+    assert Runs.read(tmp_path / "b").groups == {"s0": 7, "s1": 7, "s2": 9, "s3": 9}
+
+
+def test_runs_on_different_data_are_not_averaged(tmp_path):
+    for seed, data in ((38, "d"), (39, "e")):
+        write_run(tmp_path / "labn" / f"seed={seed}", {("labn", "id"): [0.1]}, data=data)
+    with pytest.raises(ValueError, match="scored on different data or with other settings"):
+        markdown(TABLE, tmp_path, ["paper"])
+
+
+def test_a_missing_run_says_how_to_make_it(tmp_path):
+    text = markdown(TABLE, tmp_path, ["paper"])
+    assert "| | ours, paper | – | – |" in text
+    assert "not run; python cli.py sweep --config configs/labn.yaml --seeds 38 39 40 41 42" in text
+
+
+def test_the_published_tables_hold_together():
+    tables = published()
+    for table in tables.values():
+        for row in table.rows:
+            assert len(row.mean) == len(table.metrics)
+            assert len(row.sd) in (0, len(table.metrics))
+            assert row.explainer in {"labn", "rise", "lambda"}
+    ablation, main_table = tables["jsai2022-ablation"], tables["jsai2022-idrid"]
+    assert ablation.rows[1].mean == main_table.rows[2].mean
+    assert {row.name for row in main_table.rows} == {"RISE", "Lambda attention", "LABN"}
+    assert tables["accv2022-idrid"].rows[2].mean == (0.431, 0.458, 0.473, 0.470, 0.455)
+    assert tables["jsai2022-defn"].rows[2].mean == (0.044, 0.311, 0.489, 0.523, 0.556)
+
+
+def test_the_command_prints_the_tables_asked_for(tmp_path, capsys):
+    main(["jsai2022-defn", "--runs", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert out.count("## ") == 1
+    assert "| Lambda attention | published | 0.374 ± 0.080 |" in out
+    with pytest.raises(SystemExit):
+        main(["unknown"])
+    assert "there is no table 'unknown'; the tables are jsai2022-idrid" in capsys.readouterr().err
