@@ -80,7 +80,7 @@ class ForecastSkill(SampleRows):
         labels = rows["label"].long()
         table = contingency(labels, rows["prediction"], self.positive)
         columns = torch.cat([table, rows["brier"][:, None], one_hot(labels, self.num_classes).double()], dim=1)
-        bounds = {}
+        bounds: dict[str, Tensor] = {}
         for name, statistic in STATISTICS.items():
             found = bootstrap_sums(columns, statistic, groups=rows["group"].long(), n_resamples=self.n_resamples)
             bounds |= {f"{name}_low": torch.tensor(found.low), f"{name}_high": torch.tensor(found.high)}

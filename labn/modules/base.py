@@ -106,19 +106,23 @@ class ClassificationModule(CheckedModule):
         accuracy.update(logits.detach(), batch["label"])
         self.log(f"{stage}/loss", loss_mean, on_step=False, on_epoch=True, prog_bar=True, batch_size=size)
         self.log(f"{stage}/accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=True, batch_size=size)
-        if self.num_classes > TOP:
-            error = self.epoch_top5_error[f"{stage}_"]
-            assert isinstance(error, Metric)
-            error.update(top_error(logits.detach(), batch["label"]))
-            self.log(f"{stage}/top{TOP}_error", error, on_step=False, on_epoch=True, batch_size=size)
-        if stage != "train":
-            skill = self.skill[f"{stage}_"]
-            assert isinstance(skill, ForecastSkill)
-            skill.update(logits, batch["label"], batch["index"], batch.get("group"))
+        self._watch(logits.detach(), batch, stage)
         for name, value in terms.items():
             if name != "loss" and stage == "train":
                 self.log(f"{stage}/{name}", value.detach(), on_step=False, on_epoch=True, batch_size=size)
         return terms["loss"]
+
+    def _watch(self, logits: Tensor, batch: dict[str, Tensor], stage: str) -> None:
+        """The top-5 error where there are classes enough, and on held-out data the rows of the skill scores."""
+        if self.num_classes > TOP:
+            error = self.epoch_top5_error[f"{stage}_"]
+            assert isinstance(error, Metric)
+            error.update(top_error(logits, batch["label"]))
+            self.log(f"{stage}/top{TOP}_error", error, on_step=False, on_epoch=True, batch_size=len(logits))
+        if stage != "train":
+            skill = self.skill[f"{stage}_"]
+            assert isinstance(skill, ForecastSkill)
+            skill.update(logits, batch["label"], batch["index"], batch.get("group"))
 
     def on_validation_epoch_end(self) -> None:
         """Log the skill on the validation split."""
