@@ -1,4 +1,4 @@
-"""The command line: `python cli.py {fit,validate,test} --config configs/<experiment>.yaml`, `compare` and `explain`."""
+"""The command line: `python cli.py {fit,validate,test} --config configs/<experiment>.yaml`, and COMMANDS."""
 
 from __future__ import annotations
 
@@ -27,9 +27,8 @@ import labn.explainers
 import labn.modules
 from datamodules.files import image_files
 from datamodules.sources import FileSource, Record
-from labn import studies
 from labn.allocator import keep_freed_memory
-from labn.commands import compare, explain
+from labn.commands import coarse, compare, explain, sweep, table
 from labn.preprocessing import Preprocessing
 from labn.store import write_atomically
 
@@ -187,6 +186,9 @@ def read_picture(path: Path, wanted: Preprocessing) -> np.ndarray:
 COMMANDS: dict[str, tuple[ModuleType, Callable[[argparse.Namespace], None]]] = {
     "compare": (compare, compare.run),
     "explain": (explain, lambda options: explain.run(options, read_picture, image_files)),
+    "sweep": (sweep, sweep.run),
+    "table": (table, table.run),
+    "coarse": (coarse, coarse.run),
 }
 """Commands without a trainer: what declares their arguments, and what runs them."""
 
@@ -214,8 +216,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     if words and words[0] in COMMANDS:
         run_command(words[0], words[1:])
         return
-    if words and words[0] in studies.COMMANDS:
-        return studies.COMMANDS[words[0]](words[1:])
     # sys.argv stays as it is: the launcher of further ranks starts them with it, and they expand their own parts.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     keep_freed_memory()
@@ -230,7 +230,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser_kwargs={"epilog": f"Also: {', '.join(COMMANDS)}; see `python cli.py compare --help` and so on."},
         args=words,
         auto_configure_optimizers=False,
-        parser_kwargs={"description": f"Further commands, each with its own --help: {', '.join(studies.COMMANDS)}."},
     )
 
 

@@ -1,5 +1,8 @@
-"""Commands that need no trainer: `compare` and `explain`; `cli.py` gives them their place on the command line."""
+"""Commands that need no trainer; `cli.py` gives them their place on the command line.
 
-from labn.commands import compare, explain
+Each module has SUMMARY, DETAILS, `add_arguments(parser)` and `run(options)`.
+"""
 
-__all__ = ["compare", "explain"]
+from labn.commands import coarse, compare, explain, sweep, table
+
+__all__ = ["coarse", "compare", "explain", "sweep", "table"]

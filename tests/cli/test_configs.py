@@ -7,7 +7,7 @@ import pytest
 import yaml
 from command_line import call_main
 
-from labn.studies.table import published
+from labn.commands.table import published
 
 ROOT = Path(__file__).parents[2]
 PARSED = {}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,12 @@ from matplotlib.figure import Figure
 from labn.metrics.statistics import Interval, bootstrap_mean, paired_difference
 from labn.store import write_atomically
 
+SUMMARY = "Coarse against fine: at which patch size does the score rank the exact mask above its coarse copies?"
+DETAILS = """\
+Reads the results of:
+
+  python cli.py test --config configs/coarse_fine.yaml --ckpt_path runs/quickstart/checkpoints/best.ckpt
+"""
 PARTS = {"insertion": "insertion (higher is better)", "deletion": "deletion (lower is better)", "pid": "PID"}
 
 
@@ -46,42 +53,43 @@ class Scored:
         with path.open(newline="") as file:
             for row in csv.DictReader(file):
                 values.setdefault((row["explainer"], row["metric"]), {})[int(row["index"])] = float(row["value"])
-        sizes = {int(metric.removeprefix("insertion")) for _, metric in values if metric[9:].isdigit()}
+        found = [re.fullmatch(r"insertion(\d+)", metric) for _, metric in values]
+        sizes = {int(match[1]) for match in found if match}
         return cls(values, tuple(dict.fromkeys(name for name, _ in values)), tuple(sorted(sizes)))
 
-    def column(self, explainer: str, part: str, size: int, suffix: str) -> dict[int, float]:
+    def column(self, explainer: str, part: str, size: int) -> dict[int, float]:
         """Sample index -> insertion, deletion or PID of a map at a patch size."""
         name = "id" if part == "pid" and size == 1 else f"{part}{size}"
-        return self.values[explainer, name + suffix]
+        return self.values[explainer, name]
 
-    def mean(self, explainer: str, part: str, size: int, suffix: str) -> Interval:
+    def mean(self, explainer: str, part: str, size: int) -> Interval:
         """Its mean over samples with the 95 % interval."""
-        return bootstrap_mean(list(self.column(explainer, part, size, suffix).values()))
+        return bootstrap_mean(list(self.column(explainer, part, size).values()))
 
-    def lead(self, fine: str, coarse: str, part: str, size: int, suffix: str) -> Interval:
+    def lead(self, fine: str, coarse: str, part: str, size: int) -> Interval:
         """How far the fine map is ahead, over the same samples: deletion counts downwards."""
-        a, b = self.column(fine, part, size, suffix), self.column(coarse, part, size, suffix)
+        a, b = self.column(fine, part, size), self.column(coarse, part, size)
         first, second = (b, a) if part == "deletion" else (a, b)
         return paired_difference(list(first), list(first.values()), list(second), list(second.values()))
 
 
-def leads(scored: Scored, fine: str, coarse: Sequence[str], part: str, suffix: str) -> str:
+def leads(scored: Scored, fine: str, coarse: Sequence[str], part: str) -> str:
     """Markdown: how far the fine map is ahead of each coarse one; bold where the interval is above 0."""
     lines = [f"| ahead of | {' | '.join(f'm = {m}' for m in scored.patch_sizes)} |"]
     lines.append("|---" * (len(scored.patch_sizes) + 1) + "|")
     for name in coarse:
         cells = []
         for size in scored.patch_sizes:
-            lead = scored.lead(fine, name, part, size, suffix)
+            lead = scored.lead(fine, name, part, size)
             mark = "**" if lead.low > 0 else ""
             cells.append(f"{mark}{lead.mean:+.3f}{mark} [{lead.low:+.3f}, {lead.high:+.3f}]")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def verdict(scored: Scored, fine: str, coarse: Sequence[str], part: str, suffix: str) -> str:
+def verdict(scored: Scored, fine: str, coarse: Sequence[str], part: str) -> str:
     """One sentence: patch sizes at which the fine map is ahead of every coarse one, and where it is behind."""
-    found = {size: [scored.lead(fine, name, part, size, suffix) for name in coarse] for size in scored.patch_sizes}
+    found = {size: [scored.lead(fine, name, part, size) for name in coarse] for size in scored.patch_sizes}
     above = [str(size) for size, row in found.items() if all(lead.low > 0 for lead in row)]
     below = [str(size) for size, row in found.items() if any(lead.high < 0 for lead in row)]
     return (
@@ -90,14 +98,14 @@ def verdict(scored: Scored, fine: str, coarse: Sequence[str], part: str, suffix:
     )
 
 
-def figure(scored: Scored, suffix: str) -> Figure:
+def figure(scored: Scored) -> Figure:
     """Insertion, deletion and PID over the patch size, one line per map, with 95 % intervals over samples."""
     drawn = Figure(figsize=(12, 3.8), layout="constrained")
     axes = drawn.subplots(1, len(PARTS))
     styles = {"d": "--", "b": ":"}
     for axis, (part, title) in zip(axes, PARTS.items()):
         for number, name in enumerate(scored.explainers):
-            points = [scored.mean(name, part, size, suffix) for size in scored.patch_sizes]
+            points = [scored.mean(name, part, size) for size in scored.patch_sizes]
             middle = [p.mean for p in points]
             spread = [[p.mean - p.low for p in points], [p.high - p.mean for p in points]]
             place = [2 ** (0.04 * (number - len(scored.explainers) / 2)) * size for size in scored.patch_sizes]
@@ -114,31 +122,31 @@ def figure(scored: Scored, suffix: str) -> Figure:
     return drawn
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
-    made = argparse.ArgumentParser(prog="cli.py coarse", description=(__doc__ or "").split("\n")[0])
-    made.add_argument("--run", type=Path, default=Path("runs/coarse_fine"), help="the tested run of coarse_fine.yaml")
-    made.add_argument("--fine", default="exact", help="name of the fine map")
-    made.add_argument("--coarse", nargs="+", help="names of the coarse ones; default all dilated and blurred ones")
-    made.add_argument("--ties", choices=["fraction", "stable"], default="fraction")
-    made.add_argument("--out", type=Path, help="the picture; default RUN/coarse_fine.png")
-    return made
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("--run", type=Path, default=Path("runs/coarse_fine"), help="tested run of coarse_fine.yaml")
+    parser.add_argument("--fine", default="exact", help="name of the fine map")
+    parser.add_argument("--coarse", nargs="+", help="names of the coarse ones; default all dilated and blurred ones")
+    parser.add_argument("--out", type=Path, help="the picture; default RUN/coarse_fine.png")
 
 
-def main(argv: Sequence[str]) -> None:
-    """`python cli.py coarse`: print how far the fine map is ahead, and draw the scores over the patch size."""
-    arguments = parser().parse_args(argv)
-    scored = Scored.read(arguments.run)
-    coarse = arguments.coarse or [name for name in scored.explainers if name.startswith(("dilated", "blurred"))]
-    for name in (arguments.fine, *coarse):
+def run(options: argparse.Namespace) -> None:
+    """Print how far the fine map is ahead, and draw the scores over the patch size.
+
+    Raises:
+        FileNotFoundError: the run has not been tested.
+        ValueError: the run has no map of a name.
+    """
+    scored = Scored.read(options.run)
+    coarse = options.coarse or [name for name in scored.explainers if name.startswith(("dilated", "blurred"))]
+    for name in (options.fine, *coarse):
         if name not in scored.explainers:
-            parser().error(f"the run has no map {name!r}; it has {', '.join(scored.explainers)}.")
-    suffix = "" if arguments.ties == "fraction" else f"@{arguments.ties}"
+            raise ValueError(f"{options.run} has no map {name!r}; it has {', '.join(scored.explainers)}.")
     for part in PARTS:
-        print(f"### {part}: {arguments.fine} ahead of\n\n{leads(scored, arguments.fine, coarse, part, suffix)}\n")
-    print("\n".join(verdict(scored, arguments.fine, coarse, part, suffix) for part in PARTS))
-    path = arguments.out or arguments.run / "coarse_fine.png"
-    save(figure(scored, suffix), path)
+        print(f"### {part}: {options.fine} ahead of\n\n{leads(scored, options.fine, coarse, part)}\n")
+    print("\n".join(verdict(scored, options.fine, coarse, part) for part in PARTS))
+    path = options.out or options.run / "coarse_fine.png"
+    save(figure(scored), path)
     print(f"Drawn: {path}")
 
 

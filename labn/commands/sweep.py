@@ -7,13 +7,20 @@ import hashlib
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from labn.store import write_atomically
 
+SUMMARY = "Fit and test a configuration once per seed, in RUN_DIR/seed=N/."
+DETAILS = """\
+The same command again skips what is finished and resumes what was interrupted. All words behind `--` go to both
+commands:
+
+  python cli.py sweep --config configs/idrid_labn.yaml --seeds 38 39 40 41 42 -- --wandb=disabled
+"""
 STATE = "sweep.json"
 Runner = Callable[[list[str], Path], int]
 
@@ -59,7 +66,7 @@ def start(words: list[str], log: Path) -> int:
         return subprocess.run([sys.executable, "-m", "cli", *words], stdout=file, stderr=file, check=False).returncode
 
 
-def run(sweep: Sweep, runner: Runner = start) -> None:
+def run_all(sweep: Sweep, runner: Runner = start) -> None:
     """Train and test every seed; what is finished is left alone, what was interrupted goes on.
 
     Args:
@@ -68,7 +75,7 @@ def run(sweep: Sweep, runner: Runner = start) -> None:
 
     Raises:
         ValueError: a folder was trained with other arguments or other configuration files.
-        RuntimeError: a command failed; the log is named.
+        ChildProcessError: a command failed; the log is named.
     """
     for seed in sweep.seeds:
         folder = sweep.run_dir(seed)
@@ -95,7 +102,7 @@ def _step(sweep: Sweep, step: str, seed: int, folder: Path, runner: Runner) -> N
     log = folder / f"{step}.log"
     print(f"{folder}: {step} ... ({log})", flush=True)
     if status := runner([*wanted["words"], *_checkpoint(step, folder)], log):
-        raise RuntimeError(f"{step} of {folder} ended with status {status}; its last lines are in {log}.")
+        raise ChildProcessError(f"{step} of {folder} ended with status {status}; its last lines are in {log}.")
     state[step]["done"] = True
     write_atomically(path, json.dumps(state, indent=1).encode())
 
@@ -106,26 +113,18 @@ def _checkpoint(step: str, folder: Path) -> list[str]:
     return ["--ckpt_path=last"] if (folder / "checkpoints" / "last.ckpt").exists() else []
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
-    made = argparse.ArgumentParser(
-        prog="cli.py sweep",
-        description="fit and test a configuration once per seed, in RUN_DIR/seed=N/. The same command again skips what "
-        "is finished and resumes what was interrupted.",
-        epilog="All words behind `--` go to both commands, e.g. -- --trainer.max_epochs=3 --wandb=disabled",
-    )
-    made.add_argument("--config", action="append", required=True, help="as of fit; may come several times")
-    made.add_argument("--test_config", action="append", default=[], help="read by the test only, after --config")
-    made.add_argument("--seeds", type=int, nargs="+", required=True, help="the papers used five: 38 39 40 41 42")
-    made.add_argument("--run_dir", type=Path, help="default runs/<last configuration outside parts/>")
-    made.add_argument("options", nargs="*", help="further words of fit and test, behind --")
-    return made
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("--config", action="append", required=True, help="as of fit; may come several times")
+    parser.add_argument("--test_config", action="append", default=[], help="read by the test only, after --config")
+    parser.add_argument("--seeds", type=int, nargs="+", required=True, help="the papers used five: 38 39 40 41 42")
+    parser.add_argument("--run_dir", type=Path, help="default runs/<last configuration outside parts/>")
+    parser.add_argument("options", nargs="*", help="further words of fit and test, behind --")
 
 
-def main(argv: Sequence[str]) -> None:
-    """`python cli.py sweep --config X.yaml --seeds 38 39 40 [-- ...]`."""
-    arguments = parser().parse_args(argv)
-    named = [Path(file) for file in arguments.config if Path(file).parent.name != "parts"]
-    folder = arguments.run_dir or Path("runs") / (named[-1].stem if named else "default")
-    files = tuple(arguments.config), tuple(arguments.test_config)
-    run(Sweep(*files, tuple(arguments.seeds), folder, tuple(arguments.options)))
+def run(options: argparse.Namespace) -> None:
+    """Train and test every seed; as `run_all` for the raised errors."""
+    named = [Path(file) for file in options.config if Path(file).parent.name != "parts"]
+    folder = options.run_dir or Path("runs") / (named[-1].stem if named else "default")
+    files = tuple(options.config), tuple(options.test_config)
+    run_all(Sweep(*files, tuple(options.seeds), folder, tuple(options.options)))

@@ -16,6 +16,11 @@ import yaml
 
 from labn.metrics.statistics import Interval, bootstrap_mean
 
+SUMMARY = "Print a table of the LABN papers from the runs, the published numbers above ours."
+DETAILS = """\
+A cell of ours is: mean ± standard deviation over seeds [95 % interval over samples of the seeds' mean]. The runs
+are those of `cli.py sweep`, in RUNS/<experiment>/seed=*, or a single run in RUNS/<experiment>.
+"""
 PUBLISHED = Path(__file__).with_name("published.yaml")
 VARIANTS = {"paper": "", "official": "@official", "stable": "@stable"}
 Scores = dict[tuple[str, str], dict[str, float]]
@@ -179,26 +184,22 @@ def described(runs: Runs, row: Row, folder: Path) -> str:
     return f"{len(runs.folders)} run(s), {max(samples, default=0)} samples ({folder / row.run}, {row.explainer})"
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command's arguments."""
-    made = argparse.ArgumentParser(
-        prog="cli.py table",
-        description="A table of the papers from the runs: mean ± standard deviation over seeds [95 %% interval over "
-        "samples of the seeds' mean], the published number above.",
-    )
-    made.add_argument("names", nargs="*", help=f"of {', '.join(published())}; default all of them")
-    made.add_argument("--runs", type=Path, default=Path("runs"), help="folder that holds the run folders")
-    made.add_argument("--protocols", nargs="+", choices=list(VARIANTS), default=["paper", "official"])
-    made.add_argument("--metrics", nargs="+", help="columns; default the paper's")
-    return made
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(published())}; default all of them")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder that holds the run folders")
+    parser.add_argument("--protocols", nargs="+", choices=list(VARIANTS), default=["paper", "official"])
+    parser.add_argument("--metrics", nargs="+", help="columns; default the paper's")
 
 
-def main(argv: Sequence[str]) -> None:
-    """`python cli.py table [NAME ...] [--runs runs]`."""
-    arguments = parser().parse_args(argv)
-    unknown = [name for name in arguments.names if name not in published()]
-    if unknown:
-        parser().error(f"there is no table {unknown[0]!r}; the tables are {', '.join(published())}.")
-    for name in arguments.names or published():
-        text = markdown(published()[name], arguments.runs, arguments.protocols, arguments.metrics)
+def run(options: argparse.Namespace) -> None:
+    """Print the tables.
+
+    Raises:
+        ValueError: there is no table of a name, or runs do not belong together.
+    """
+    for name in options.names or published():
+        if name not in published():
+            raise ValueError(f"there is no table {name!r}; the tables are {', '.join(published())}.")
+        text = markdown(published()[name], options.runs, options.protocols, options.metrics)
         print(f"## {name}\n\n{text}\n")

@@ -1,7 +1,8 @@
 import pytest
+from command_line import call_main
 from run_folders import write_run
 
-from labn.studies.table import PaperTable, Row, Runs, main, markdown, published
+from labn.commands.table import PaperTable, Row, Runs, markdown, published
 
 TABLE = PaperTable("A paper", ("id", "pid16"), (Row("LABN", "labn", "labn", (0.1, 0.2), (0.01, 0.02)),))
 
@@ -56,10 +57,10 @@ def test_the_published_tables_hold_together():
 
 
 def test_the_command_prints_the_tables_asked_for(tmp_path, capsys):
-    main(["jsai2022-defn", "--runs", str(tmp_path)])
+    call_main(["table", "jsai2022-defn", "--runs", str(tmp_path)])
     out = capsys.readouterr().out
     assert out.count("## ") == 1
     assert "| Lambda attention | published | 0.374 ± 0.080 |" in out
     with pytest.raises(SystemExit):
-        main(["unknown"])
+        call_main(["table", "unknown"])
     assert "there is no table 'unknown'; the tables are jsai2022-idrid" in capsys.readouterr().err

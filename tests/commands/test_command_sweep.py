@@ -1,8 +1,9 @@
 import json
 
 import pytest
+from command_line import call_main
 
-from labn.studies.sweep import STATE, Sweep, main, run
+from labn.commands.sweep import STATE, Sweep, run_all
 
 
 class Recorder:
@@ -32,7 +33,7 @@ def sweep(tmp_path):
 
 def test_every_seed_is_trained_and_tested_in_its_own_folder(sweep):
     recorder = Recorder(sweep.folder)
-    run(sweep, recorder)
+    run_all(sweep, recorder)
     assert [call[0] for call in recorder.calls] == ["fit", "test", "fit", "test"]
     fit, test = recorder.calls[2:]
     assert {"--seed_everything=39", "--data.init_args.seed=39", f"--run_dir={sweep.folder / 'seed=39'}", "--x=1"} < set(
@@ -47,36 +48,36 @@ def test_every_seed_is_trained_and_tested_in_its_own_folder(sweep):
 def test_an_interrupted_sweep_goes_on_where_it_was(sweep):
     recorder = Recorder(sweep.folder, stops=[("fit", 39)])
     with pytest.raises(KeyboardInterrupt):
-        run(sweep, recorder)
+        run_all(sweep, recorder)
     again = Recorder(sweep.folder)
-    run(sweep, again)
+    run_all(sweep, again)
     assert [(call[0], "--ckpt_path=last" in call) for call in again.calls] == [("fit", True), ("test", False)]
     third = Recorder(sweep.folder)
-    run(sweep, third)
+    run_all(sweep, third)
     assert third.calls == []
 
 
 def test_a_failed_command_names_its_log_and_is_tried_again(sweep):
-    with pytest.raises(RuntimeError, match=r"test of .*seed=38 ended with status 1; .*test\.log"):
-        run(sweep, Recorder(sweep.folder, fails=[("test", 38)]))
+    with pytest.raises(ChildProcessError, match=r"test of .*seed=38 ended with status 1; .*test\.log"):
+        run_all(sweep, Recorder(sweep.folder, fails=[("test", 38)]))
     again = Recorder(sweep.folder)
-    run(sweep, again)
+    run_all(sweep, again)
     assert [call[0] for call in again.calls] == ["test", "fit", "test"]
 
 
 def test_other_settings_are_not_mixed_into_a_trained_folder(sweep, tmp_path):
-    run(sweep, Recorder(sweep.folder))
+    run_all(sweep, Recorder(sweep.folder))
     (tmp_path / "score.yaml").write_text("other: {}\n")
     again = Recorder(sweep.folder)
-    run(sweep, again)
+    run_all(sweep, again)
     assert [call[0] for call in again.calls] == ["test", "test"]
     (tmp_path / "a.yaml").write_text("model: {lr: 1}\n")
     with pytest.raises(ValueError, match="seed=38 was trained with other arguments or configuration files"):
-        run(sweep, Recorder(sweep.folder))
+        run_all(sweep, Recorder(sweep.folder))
 
 
 def test_the_state_says_what_is_done(sweep):
-    run(sweep, Recorder(sweep.folder))
+    run_all(sweep, Recorder(sweep.folder))
     state = json.loads((sweep.run_dir(38) / STATE).read_text())
     assert state["fit"]["done"]
     assert state["test"]["signature"]["words"] == sweep.words("test", 38)
@@ -88,10 +89,9 @@ def test_the_folder_is_named_after_the_experiment(tmp_path, monkeypatch):
     for name in ("exp.yaml", "parts/reduced.yaml"):
         (tmp_path / name).write_text("{}\n")
     seen = []
-    monkeypatch.setattr("labn.studies.sweep.run", seen.append)
-    main(
-        ["--config", "exp.yaml", "--config", "parts/reduced.yaml", "--seeds", "1", "2", "--", "--trainer.max_epochs=1"]
-    )
+    monkeypatch.setattr("labn.commands.sweep.run_all", seen.append)
+    files = ["--config", "exp.yaml", "--config", "parts/reduced.yaml"]
+    call_main(["sweep", *files, "--seeds", "1", "2", "--", "--trainer.max_epochs=1"])
     (sweep,) = seen
     assert str(sweep.folder) == "runs/exp"
     assert sweep.seeds == (1, 2)

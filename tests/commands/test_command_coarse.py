@@ -1,10 +1,11 @@
 import pytest
+from command_line import call_main
 from run_folders import write_run
 
-from labn.studies.coarse import Scored, figure, main, verdict
+from labn.commands.coarse import Scored, figure, verdict
 
 
-def scores(exact, coarse, sizes=(1, 4)):
+def scores(exact, coarse, sizes=(1, 16)):
     values = {}
     for place, size in enumerate(sizes):
         for name, base in (("exact", exact[place]), ("dilated 2", coarse[place])):
@@ -18,12 +19,12 @@ def scores(exact, coarse, sizes=(1, 4)):
 def test_where_the_fine_map_is_ahead_and_where_behind(tmp_path, capsys):
     write_run(tmp_path, scores(exact=(0.4, 0.9), coarse=(0.6, 0.5)))
     scored = Scored.read(tmp_path)
-    assert scored.patch_sizes == (1, 4)
-    assert scored.lead("exact", "dilated 2", "deletion", 4, "").mean == pytest.approx(0.4)
+    assert scored.patch_sizes == (1, 16)
+    assert scored.lead("exact", "dilated 2", "deletion", 16).mean == pytest.approx(0.4)
     for part in ("insertion", "deletion", "pid"):
-        text = verdict(scored, "exact", ["dilated 2"], part, "")
-        assert "(interval above 0) at m = 4; behind one of them (interval below 0) at m = 1" in text
-    main(["--run", str(tmp_path)])
+        text = verdict(scored, "exact", ["dilated 2"], part)
+        assert "(interval above 0) at m = 16; behind one of them (interval below 0) at m = 1" in text
+    call_main(["coarse", "--run", str(tmp_path)])
     out = capsys.readouterr().out
     assert "| dilated 2 | -0.400 [-0.400, -0.400] | **+0.800** [+0.800, +0.800] |" in out
     assert (tmp_path / "coarse_fine.png").stat().st_size > 10_000
@@ -31,15 +32,16 @@ def test_where_the_fine_map_is_ahead_and_where_behind(tmp_path, capsys):
 
 def test_the_figure_has_a_line_per_map_and_a_panel_per_part(tmp_path):
     write_run(tmp_path, scores((0.4, 0.9), (0.6, 0.5)))
-    drawn = figure(Scored.read(tmp_path), "")
+    drawn = figure(Scored.read(tmp_path))
     assert [axis.get_title().split()[0] for axis in drawn.axes] == ["insertion", "deletion", "PID"]
     assert [len(axis.containers) for axis in drawn.axes] == [2, 2, 2]
 
 
 def test_problems_are_named(tmp_path, capsys):
-    with pytest.raises(FileNotFoundError, match=r"scores\.csv does not exist; run `cli\.py test"):
-        main(["--run", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        call_main(["coarse", "--run", str(tmp_path)])
+    assert "scores.csv does not exist; run `cli.py test" in capsys.readouterr().err
     write_run(tmp_path, scores((0.4, 0.9), (0.6, 0.5)))
     with pytest.raises(SystemExit):
-        main(["--run", str(tmp_path), "--fine", "sharp"])
-    assert "the run has no map 'sharp'; it has exact, dilated 2" in capsys.readouterr().err
+        call_main(["coarse", "--run", str(tmp_path), "--fine", "sharp"])
+    assert "has no map 'sharp'; it has exact, dilated 2" in capsys.readouterr().err
