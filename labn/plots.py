@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from labn.report.charts import Panel
 
 
+PER_ROW = 8
+OUTLIERS = 0.005  # share of the pixels
+
+
 def displayable(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
     """A normalised image (C, H, W) as (H, W, 3) or grey (H, W) floats in [0, 1]."""
     m, s = (torch.tensor(v, dtype=torch.float32, device=image.device)[:, None, None] for v in (mean, std))
@@ -22,10 +26,14 @@ def displayable(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> n
 
 
 def color_scale(heat: np.ndarray) -> tuple[float, float, str]:
-    """Limits and colour map: symmetric red-blue for signed maps, from the minimum upwards for the others."""
+    """Limits and colour map: symmetric red-blue for signed maps, from the minimum upwards for the others.
+
+    The limits of a signed map leave its `OUTLIERS` largest absolute values out: a gradient has a few pixels that would
+    make all others look like zero.
+    """
     low, high = float(heat.min()), float(heat.max())
     if low < 0:
-        bound = max(-low, high)
+        bound = float(np.quantile(np.abs(heat), 1 - OUTLIERS)) or max(-low, high)
         return -bound, bound, "RdBu_r"
     return (low, high, "inferno") if high > low else (low - 0.5, low + 0.5, "inferno")
 
@@ -33,7 +41,9 @@ def color_scale(heat: np.ndarray) -> tuple[float, float, str]:
 def overlay_figure(
     image: np.ndarray, maps: dict[str, np.ndarray], mask: np.ndarray | None = None, title: str = ""
 ) -> Figure:
-    """One row: the picture (ground-truth outline in green), then every map over the greyed picture, with colour bars.
+    """The picture (ground-truth outline in green), then every map over the greyed picture, with colour bars.
+
+    One row holds up to `PER_ROW` of them.
 
     Args:
         image: (H, W, 3) or (H, W) in [0, 1].
@@ -41,8 +51,13 @@ def overlay_figure(
         mask: (H, W) bool, where it is known.
         title: of the whole figure.
     """
-    figure = Figure(figsize=(2.4 * (len(maps) + 1), 2.9), layout="constrained")
-    axes = figure.subplots(1, len(maps) + 1, squeeze=False)[0]
+    rows = -(-(len(maps) + 1) // PER_ROW)
+    columns = -(-(len(maps) + 1) // rows)
+    figure = Figure(figsize=(2.4 * columns, 2.6 * rows + 0.3), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False).flatten()
+    axes = grid[: len(maps) + 1]
+    for unused in grid[len(axes) :]:
+        unused.set_axis_off()
     grey = image if image.ndim == 2 else image @ np.array([0.299, 0.587, 0.114])
     axes[0].imshow(image, cmap="gray", vmin=0, vmax=1)
     axes[0].set_title("image", fontsize=9)

@@ -1,0 +1,28 @@
+"""Pictures of maps: rows of panels, and limits that a few pixels do not decide."""
+
+import numpy as np
+import pytest
+
+from labn.plots import PER_ROW, color_scale, overlay_figure
+
+
+@pytest.mark.parametrize(("maps", "rows"), [(1, 1), (PER_ROW - 1, 1), (PER_ROW, 2), (2 * PER_ROW, 3)])
+def test_many_maps_go_into_several_rows(maps, rows):
+    heats = {f"method {n}": np.full((4, 5), float(n)) for n in range(maps)}
+    figure = overlay_figure(np.zeros((4, 5, 3)), heats)
+    panels = [axis for axis in figure.axes if axis.get_title()]
+    assert [axis.get_title() for axis in panels] == ["image", *heats]
+    assert panels[0].get_gridspec().nrows == rows
+    assert panels[0].get_gridspec().ncols <= PER_ROW
+
+
+def test_signed_limits_leave_outliers_out():
+    heat = np.linspace(-1, 1, 1000).reshape(20, 50)
+    heat[0, 0] = -500.0
+    low, high, colors = color_scale(heat)
+    assert (low, colors) == (-high, "RdBu_r")
+    assert 0.98 < high < 1.0
+    lonely = np.zeros((20, 50))
+    lonely[3, 3] = -2.0
+    assert color_scale(lonely)[:2] == (-2.0, 2.0)
+    assert color_scale(np.full((2, 2), 3.0)) == (2.5, 3.5, "inferno")
