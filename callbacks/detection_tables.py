@@ -7,22 +7,53 @@ import io
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from labn.detection_plots import DetectionRow, detection_figure
 from labn.explainers.detection import DetectionPassage
 from labn.metrics.statistics import bootstrap_mean
 from labn.models.detectors import Detections
 
-DETECTIONS = ("split", "index", "name", "detection", "class", "score", "x1", "y1", "x2", "y2", "prior", "source")
+DETECTIONS = (
+    "split",
+    "index",
+    "name",
+    "detection",
+    "class",
+    "score",
+    "x1",
+    "y1",
+    "x2",
+    "y2",
+    "prior",
+    "source",
+    "overlap",
+)
 SCORES = ("split", "index", "name", "detection", "explainer", "metric", "value")
 SUMMARY = ("explainer", "metric", "mean", "ci_low", "ci_high", "n")
 
 
-def detection_rows(found: Detections, passage: DetectionPassage, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """One row of `detections.csv` per detection; `source` counts the source maps from 0."""
-    columns = (found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), found.priors.tolist())
+def detection_rows(
+    found: Detections, passage: DetectionPassage, classes: Sequence[str], truth: tuple[Tensor, Tensor]
+) -> list[dict[str, Any]]:
+    """One row of `detections.csv` per detection; `source` counts the source maps from 0.
+
+    `overlap` is the largest intersection over union with an object of the same class, 0 without any: a false detection
+    has a small one. `truth` holds boxes (m, 4) in pixels and object classes (m,), 0 the first.
+    """
+    boxes, labels = (part.to(found.boxes.device) for part in truth)
+    same = found.labels[:, None] == labels[None] + 1
+    overlaps = torch.cat([box_iou(found.boxes, boxes) * same, found.boxes.new_zeros(len(found), 1)], 1).amax(1)
+    columns = (
+        found.boxes.tolist(),
+        found.scores.tolist(),
+        found.labels.tolist(),
+        found.priors.tolist(),
+        overlaps.tolist(),
+    )
     return [
         {
             "detection": number,
@@ -31,8 +62,9 @@ def detection_rows(found: Detections, passage: DetectionPassage, classes: Sequen
             **dict(zip(("x1", "y1", "x2", "y2"), box)),
             "prior": prior,
             "source": passage.layout.unit(prior).source,
+            "overlap": overlap,
         }
-        for number, (box, score, label, prior) in enumerate(zip(*columns))
+        for number, (box, score, label, prior, overlap) in enumerate(zip(*columns))
     ]
 
 

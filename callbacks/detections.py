@@ -132,9 +132,12 @@ class DetectionCallback(pl.Callback):
         network = network_of(pl_module)
         for row, index in enumerate(batch["index"].tolist()):
             if index in self._chosen:
-                self._image(trainer, network, batch["image"][row].float(), index, split)
+                truth = (batch["boxes"][row], batch["labels"][row])
+                self._image(trainer, network, batch["image"][row].float(), truth, index, split)
 
-    def _image(self, trainer: pl.Trainer, network: Any, image: Tensor, index: int, split: str) -> None:
+    def _image(
+        self, trainer: pl.Trainer, network: Any, image: Tensor, truth: tuple[Tensor, Tensor], index: int, split: str
+    ) -> None:
         assert self._folder is not None
         data = trainer.datamodule  # type: ignore[attr-defined]
         name, classes = data.sample_name(split, index), ["background", *data.class_names]
@@ -145,7 +148,7 @@ class DetectionCallback(pl.Callback):
         ]
         maps = self.crp.ask(passage, questions).maps.view(len(found), len(self.tasks), *passage.size)
         head = {"split": split, "index": index, "name": name}
-        rows = [head | row for row in detection_rows(found, passage, classes)]
+        rows = [head | row for row in detection_rows(found, passage, classes, truth)]
         measured = self.scores(self.crp, passage, found, index) if self.scores and trainer.state.fn != "fit" else []
         shown = displayable(image, data.mean, data.std)
         heats = [dict(zip(self.tasks, heat.cpu().numpy())) for heat in maps]

@@ -80,7 +80,7 @@ class CRP(Explainer):
         batchnorm: `fold` it into the convolutions, or `pass` relevance through.
         eps, eps_mode, low, high: see `labn.lrp.Config`.
         score_threshold, nms_threshold, top_k: what counts as a detection, see `Thresholds`.
-        chunk_size: maps per backward sweep; None: 8 on a CPU, else all. The maps do not depend on it.
+        chunk_size: maps per backward sweep; None: 4 on a CPU, else all. The maps do not depend on it.
     """
 
     def __init__(

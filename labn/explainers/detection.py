@@ -130,7 +130,7 @@ class DetectionPassage:
             NotImplementedError: a layer on the way has no rule; the message names it.
             ValueError: `until` does not lie below a start.
         """
-        size = chunk_size or (8 if self.image.device.type == "cpu" else max(len(starts), 1))
+        size = chunk_size or (4 if self.image.device.type == "cpu" else max(len(starts), 1))
         # Starts at the same layer share a sweep, so that no zeros are sent through the layers above it.
         order = sorted(range(len(starts)), key=lambda n: starts[n].window.value)
         parts = [self._sweep([starts[n] for n in order[i : i + size]], until) for i in range(0, len(order), size)]

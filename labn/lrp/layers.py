@@ -88,7 +88,10 @@ class Layer:
             return s @ weight
         if self._is_pointwise() and s.is_contiguous(memory_format=torch.channels_last):
             return torch.matmul(s.permute(0, 2, 3, 1), weight.flatten(1)).permute(0, 3, 1, 2)
-        like = a if len(a) == len(s) else torch.empty((len(s), *a.shape[1:]), dtype=s.dtype, device=s.device)
+        like = a
+        if len(a) != len(s):
+            shape = (len(s), *a.shape[1:])
+            like = torch.empty(shape, dtype=s.dtype, device=s.device, memory_format=self.memory_format)
         settings = [_spread(self.options[name], weight.ndim - 2) for name in ("stride", "padding", "dilation")]
         unpadded = [0] * (weight.ndim - 2)
         gradients = torch.ops.aten.convolution_backward(

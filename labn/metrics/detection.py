@@ -104,6 +104,33 @@ class DetectionScores:
         )
 
 
+def similarity_by_layer(crp: CRP, passage: DetectionPassage, prior: int, labels: tuple[int, int]) -> dict[str, float]:
+    """How alike the relevance of two classes is at the input of every convolution, from the head down to the pixels.
+
+    Under plain propagation the difference between classes fades from layer to layer; under the contrast it stays
+    (CRP, IJCNN 2019).
+
+    Args:
+        crp: with the contrast, or `without_contrast`.
+        passage: of an image.
+        prior: the default box.
+        labels: two class channels.
+
+    Returns:
+        Module name -> cosine of the two relevances at its input, top layer first; `pixels` last.
+    """
+    starts = [crp.start(passage, Question(prior, "class", label)) for label in labels]
+    top = starts[0].window.value
+    graph = passage.passage.graph
+    reached = graph.reach({top})
+    names = {n.inputs[0]: n.call.module for n in graph.nodes.values() if n.kind == "linear" and n.index in reached}
+    layers = [index for index in sorted(names, reverse=True) if 0 < index < top]
+    found = {"head": map_similarity(*(s.relevance[None] for s in starts))}
+    found |= {names[index]: map_similarity(*passage.maps(starts, until=index).split(1)) for index in layers}
+    found["pixels"] = map_similarity(*passage.maps(starts).split(1))
+    return {name: float(value) for name, value in found.items()}
+
+
 def _rows(explainer: str, metric: str, values: Tensor) -> Iterator[Score]:
     for number, value in enumerate(values.tolist()):
         yield Score(number, explainer, metric, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -12,9 +13,11 @@ from safetensors.torch import load_file
 from small_voc import write_voc
 
 from callbacks import DetectionCallback
+from callbacks.detection_tables import detection_rows
 from datamodules import VOC
 from labn.explainers import CRP
 from labn.metrics.detection import DetectionScores
+from labn.models.detectors import Detections, Layout
 from labn.modules import SSD
 
 pytest.importorskip("pycocotools")
@@ -56,6 +59,7 @@ def test_a_test_leaves_maps_pictures_and_scores(tmp_path):
     found = rows(stage / "detections.csv")
     assert [(r["index"], r["name"], r["detection"]) for r in found] == [("0", "e", "0"), ("0", "e", "1")]
     assert {r["class"] for r in found} <= {"cat", "dog"}
+    assert all(0 <= float(r["overlap"]) <= 1 for r in found)
     stored = load_file(stage / "detections" / "000000.safetensors")
     assert stored["maps"].shape == (2, 2, 300, 300)
     assert stored["priors"].tolist() == [int(r["prior"]) for r in found]
@@ -74,6 +78,24 @@ def test_a_test_leaves_maps_pictures_and_scores(tmp_path):
     values = [float(r["value"]) for r in scores if (r["explainer"], r["metric"]) == ("crp", "mass")]
     assert float(summary["crp", "mass"]["mean"]) == pytest.approx(sum(values) / 2)
     assert summary["crp", "mass"]["n"] == "2"
+
+
+def test_false_detections_overlap_no_object_of_their_class():
+    layout = Layout(((1, 1),), (3,))
+    found = Detections(
+        torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 10], [50, 50, 60, 60]]),
+        torch.tensor([0.9, 0.8, 0.7]),
+        torch.tensor([1, 2, 1]),
+        torch.tensor([0, 1, 2]),
+    )
+    truth = (torch.tensor([[0.0, 0, 10, 5]]), torch.tensor([0]))
+    made = detection_rows(found, SimpleNamespace(layout=layout), ["background", "cat", "dog"], truth)
+    assert [row["overlap"] for row in made] == pytest.approx([0.5, 0, 0])
+    assert [row["class"] for row in made] == ["cat", "dog", "cat"]
+    nothing = (torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    assert (
+        detection_rows(found, SimpleNamespace(layout=layout), ["background", "cat", "dog"], nothing)[0]["overlap"] == 0
+    )
 
 
 def test_validation_while_fitting_and_images_without_detection(tmp_path):

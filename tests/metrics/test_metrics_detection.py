@@ -11,7 +11,7 @@ from torch import nn
 
 from labn.explainers import CRP
 from labn.explainers.crp import Question
-from labn.metrics.detection import DetectionScores, runner_up, without_contrast
+from labn.metrics.detection import DetectionScores, runner_up, similarity_by_layer, without_contrast
 from labn.metrics.functional.detection import map_similarity, removal_curves
 from labn.models.detectors import COORDINATES, Unit
 
@@ -88,6 +88,21 @@ def test_the_plain_rival_is_the_same_explainer_without_contrast():
     plain = without_contrast(crp)
     assert (plain.contrast_at, plain.others, plain.config) == ("none", 2, crp.config)
     assert crp.contrast_at == "source"
+
+
+def test_similarity_by_layer_starts_at_the_head_and_ends_at_the_pixels():
+    detector = tiny()
+    crp = CRP()
+    passage = crp.passage(detector, picture(detector))
+    found = similarity_by_layer(crp, passage, 150, (1, 2))
+    assert list(found) == ["head", "high.0", "low.3", "pixels"]
+    maps = [crp.start(passage, Question(150, "class", k)) for k in (1, 2)]
+    assert found["head"] == pytest.approx(float(map_similarity(*(m.relevance[None] for m in maps))))
+    pixels = passage.maps(maps)
+    assert found["pixels"] == pytest.approx(float(torch.cosine_similarity(*pixels.flatten(1), dim=0)))
+    plain = similarity_by_layer(without_contrast(crp), passage, 150, (1, 2))
+    assert plain["pixels"] > plain["head"]
+    assert plain["pixels"] > found["pixels"]
 
 
 def test_the_runner_up_is_another_object_class():
