@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import itertools
 import os
 import sys
@@ -93,6 +94,9 @@ class LabnCLI(LightningCLI):
             help="Folder of checkpoints, logs and results; default runs/<last configuration outside parts/>.",
         )
         parser.add_argument(
+            "--imports", type=list[str], default=[], help="Modules of your own to import first, such as a new metric."
+        )
+        parser.add_argument(
             "--wandb", type=str, default="offline", help="Weights & Biases: offline, online or disabled."
         )
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
@@ -102,6 +106,8 @@ class LabnCLI(LightningCLI):
         config = self.config[self.subcommand]
         run_dir = Path(config.run_dir or Path("runs") / self._experiment())
         config.run_dir = str(run_dir)
+        for name in config.imports:
+            importlib.import_module(name)
         # They are read by now, and their paths mean nothing beside the resolved configuration in the run folder.
         config.parts = []
         config.trainer.default_root_dir = str(run_dir)

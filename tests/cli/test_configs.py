@@ -39,6 +39,19 @@ def test_every_experiment_parses_and_prints_itself(path, tmp_path, monkeypatch, 
     assert {**again, "parts": None} == {**config, "parts": None}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_every_experiment_runs(path, tmp_path, monkeypatch, request):
+    """One batch of training, validation and test, on small images."""
+    if path.stem != "quickstart":
+        request.getfixturevalue("data_root")
+    monkeypatch.chdir(ROOT)
+    small = ["--data.init_args.image_size=64", "--data.init_args.batch_size=2", "--trainer.accelerator=cpu"]
+    quick = ["--trainer.fast_dev_run=true", "--trainer.enable_progress_bar=false", f"--run_dir={tmp_path}"]
+    call_main(["fit", "--config", str(path), *small, *quick])
+    call_main(["test", "--config", str(path), "--config", "configs/parts/score_on_cpu.yaml", *small, *quick])
+
+
 def callback(config, name):
     return next(c for c in config["trainer"]["callbacks"] if c["class_path"].endswith(name)).get("init_args", {})
 

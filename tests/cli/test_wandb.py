@@ -52,13 +52,13 @@ def test_the_offline_run_holds_pictures_and_numbers(tmp_path):
     found = records(folder)
     for key, mean in summary(tmp_path).items():
         assert found[key] == pytest.approx(mean, abs=1e-6)
-    assert found["maps/test"]["count"] == 8
-    assert {f"curves/test/pid16{variant}" for variant in ("", "@stable", "@official")} <= found.keys()
+    assert found["maps/test/count"] == 8
+    assert {f"curves/test/pid16{variant}/count" for variant in ("", "@stable", "@official")} <= found.keys()
     for path in (folder / "files" / "media" / "images").rglob("*.png"):
         with Image.open(path) as picture:
             assert max(picture.size) <= 1600
     media = folder / "files"
-    table = json.loads((media / found["samples/test"]["path"]).read_text())
+    table = json.loads((media / found["samples/test/path"]).read_text())
     assert len(table["data"]) == 8
     columns = {name: place for place, name in enumerate(table["columns"])}
     with open(tmp_path / "test" / "scores.csv", newline="") as file:

@@ -9,6 +9,7 @@ from small_stage import CLASSES, EXPLAINERS, HOSTILE, METRICS, curves, make_stag
 from labn.report import RunInfo, read_stage, render, run_report
 
 COUNT = 24
+TIMEOUT = 300_000  # milliseconds; only a page that hangs ever waits so long
 PICTURE = "#cards .card:first-child canvas.map[data-drawn]"
 CHECKSUM = """canvas => {
   const data = canvas.getContext('2d').getImageData(0, 0, canvas.width, canvas.height).data;
@@ -30,6 +31,7 @@ def folder(tmp_path_factory):
 def page(browser, folder):
     """An open report; afterwards nothing may have been complained about or asked for."""
     opened = browser.new_page(viewport={"width": 1280, "height": 900})
+    opened.set_default_timeout(TIMEOUT)
     complaints, requests = [], []
     opened.on("console", lambda message: complaints.append(message.text))
     opened.on("pageerror", lambda error: complaints.append(str(error)))
@@ -96,7 +98,8 @@ def test_the_slider_changes_picture_and_number(page):
         assert float(page.inner_text("#insertion-probability")) == pytest.approx(insertion[step], abs=6e-4)
         assert float(page.inner_text("#deletion-probability")) == pytest.approx(deletion[step], abs=6e-4)
         assert f"step {step} of 4" in page.get_attribute("#player-step", "aria-valuetext")
-        page.wait_for_timeout(150)
+        for name in ("insertion", "deletion"):
+            page.wait_for_selector(f"#player-{name}[data-step='{step}']")
         seen.append(tuple(page.eval_on_selector(f"#player-{name}", CHECKSUM) for name in ("insertion", "deletion")))
     # Patches move at points 0 to 3: the picture is whole, or gone, at the last two.
     assert all(a != b for a, b in pairwise(seen[:4]))
@@ -151,6 +154,7 @@ def test_everything_has_a_name_for_screen_readers(page):
 @pytest.mark.parametrize("width", [1280, 390])
 def test_both_schemes_are_readable_and_nothing_sticks_out(browser, folder, scheme, width):
     page = browser.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+    page.set_default_timeout(TIMEOUT)
     page.goto((folder / "report.html").as_uri())
     page.wait_for_selector("html[data-ready]")
     assert page.evaluate("document.documentElement.scrollWidth") == width

@@ -36,6 +36,7 @@ const compose = async (canvas, card, method, step, moved, fill) => {
   canvas.width = width;
   canvas.height = height;
   canvas.getContext("2d").putImageData(shown, 0, 0);
+  canvas.dataset.step = step;
 };
 
 const svgElement = (tag, attributes) => {

@@ -1,0 +1,182 @@
+"""Every command of the README is executed by a test or by `.ci/run`, and its worked examples work."""
+
+import csv
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import timm
+import torch
+from command_line import ROOT, TINY, call_main, environment
+from safetensors.torch import save_file
+
+README = (ROOT / "README.md").read_text()
+SMALL = [word for word in TINY if "n_" not in word] + ["--trainer.max_epochs=1"]
+PICTURES = [*SMALL, "--data.init_args.image_size=64", "--data.init_args.batch_size=4"]
+
+HERE = {
+    "python cli.py fit --config configs/quickstart.yaml": TINY,
+    "python cli.py test --config configs/quickstart.yaml --ckpt_path best": TINY,
+    "python cli.py fit --config configs/quickstart.yaml --seed_everything 43 --run_dir runs/seed43": TINY,
+    "python cli.py test --config configs/quickstart.yaml --run_dir runs/seed43 --ckpt_path best": TINY,
+    "python cli.py compare runs/quickstart runs/seed43 --out compared": [],
+    "python cli.py explain --image my/picture.jpg --ckpt runs/quickstart/checkpoints/best.ckpt "
+    "--method labn gradcam": [],
+    "python cli.py explain --image my/pictures/cat --model timm/resnet18 --weights resnet18.safetensors "
+    "--method lrp c3lrp gradcam": ["--image_size=64"],
+    "python cli.py fit --config configs/quickstart.yaml --data datamodules.ImageFolder "
+    "--data.init_args.root my/pictures --data.init_args.image_size 224 --run_dir runs/mine": PICTURES,
+    "python cli.py test --config runs/mine/fit.yaml --run_dir runs/mine --ckpt_path best": PICTURES,
+    "python cli.py fit --config my_run.yaml": SMALL,
+    "python cli.py test --config my_run.yaml --ckpt_path best": SMALL,
+}
+"""Executed below, in this order, with arguments that make them small."""
+
+ELSEWHERE = {
+    "python3 -m venv .venv": ".ci/run",
+    "pip install -q -e .": ".ci/run",
+    "pip install -q -e '.[test]'": ".ci/run",
+    "python -m pytest -q -n auto": ".ci/run",
+    "python cli.py fit --config configs/idrid_labn.yaml": "tests/cli/test_configs.py::test_every_experiment_runs",
+    "python cli.py test --config configs/idrid_labn.yaml --ckpt_path best": (
+        "tests/cli/test_configs.py::test_every_experiment_runs"
+    ),
+    "python cli.py fit --config configs/idrid_labn_resnet50.yaml --trainer.max_epochs 4": (
+        "tests/cli/test_configs.py::test_every_experiment_runs"
+    ),
+    "python cli.py test --config configs/idrid_labn_resnet50.yaml --config configs/parts/score_on_cpu.yaml "
+    "--ckpt_path best": "tests/cli/test_configs.py::test_every_experiment_runs",
+    "python cli.py fit --config configs/idrid_labn.yaml --trainer.max_epochs 5": (
+        "tests/cli/test_configs.py::test_every_experiment_runs"
+    ),
+    "python cli.py fit --config configs/idrid_labn.yaml --config configs/parts/ddp.yaml": (
+        "tests/test_readme.py::test_lines_for_several_nodes_parse"
+    ),
+    "python cli.py test --config configs/quickstart.yaml --config configs/parts/ddp_cpu.yaml --ckpt_path best": (
+        "tests/ddp/test_ranks.py::test_two_processes_write_the_rows_of_one"
+    ),
+    "torchrun --nproc_per_node 2 cli.py test --config configs/quickstart.yaml --config configs/parts/ddp_cpu.yaml "
+    "--ckpt_path best": "tests/test_readme.py::test_torchrun_writes_the_same_rows",
+    "torchrun --nnodes 2 --node_rank 0 --nproc_per_node 4 --master_addr node0 --master_port 29500 cli.py fit "
+    "--config configs/idrid_labn.yaml --config configs/parts/ddp.yaml --trainer.num_nodes 2 --trainer.devices 4": (
+        "tests/test_readme.py::test_lines_for_several_nodes_parse"
+    ),
+    "srun python cli.py fit --config configs/idrid_labn.yaml --config configs/parts/ddp.yaml "
+    "--trainer.num_nodes 2 --trainer.devices 4": "tests/test_readme.py::test_lines_for_several_nodes_parse",
+}
+"""Executed by another test, on the same configuration in small, or by `.ci/run`."""
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands():
+    """Every command of the bash blocks, without comments, as `shlex` writes it."""
+    found = []
+    for line in "".join(blocks("bash")).splitlines():
+        words = shlex.split(line, comments=True)
+        words = [word.removeprefix(".venv/bin/") for word in words]
+        while words:
+            end = words.index("&&") if "&&" in words else len(words)
+            found.append(shlex.join(words[:end]))
+            words = words[end + 1 :]
+    return found
+
+
+def test_every_command_is_executed_somewhere():
+    assert sorted(set(commands())) == sorted({*HERE, *ELSEWHERE})
+    for where in set(ELSEWHERE.values()):
+        file, _, name = where.partition("::")
+        assert not name or f"def {name}(" in (ROOT / file).read_text()
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "grep -m1" in script
+    assert "README.md" in script
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder as a new user has it: the project's configurations, own pictures, weights, and the README's files."""
+    folder = tmp_path_factory.mktemp("hour")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    noise = np.random.default_rng(0)
+    for label, light in (("cat", 200), ("dog", 60)):
+        (folder / "my" / "pictures" / label).mkdir(parents=True)
+        for number in range(12 if label == "dog" else 10):
+            picture = noise.integers(0, light, (50, 60, 3), dtype=np.uint8)
+            cv2.imwrite(str(folder / "my" / "pictures" / label / f"{number}.jpg"), picture)
+    shutil.copy(folder / "my" / "pictures" / "cat" / "0.jpg", folder / "my" / "picture.jpg")
+    torch.manual_seed(0)
+    save_file(timm.create_model("resnet18", num_classes=3).state_dict(), folder / "resnet18.safetensors")
+    for text in [*blocks("python"), *blocks("yaml")]:
+        if named := re.match(r"# (my_\w+\.(py|yaml))\n", text):
+            (folder / named[1]).write_text(text)
+    assert len(list(folder.glob("my_*"))) == 4
+    return folder
+
+
+@pytest.mark.slow
+def test_a_new_users_hour(workplace, monkeypatch):
+    """The commands in the README's order, in one folder."""
+    monkeypatch.chdir(workplace)
+    monkeypatch.syspath_prepend(str(workplace))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(workplace / "cache"))
+    ordered = [command for command in dict.fromkeys(commands()) if command in HERE]
+    for command in ordered:
+        call_main([*shlex.split(command)[2:], *HERE[command]])
+    for run in ("quickstart", "seed43", "mine", "my_run"):
+        assert (workplace / "runs" / run / "test" / "report.html").is_file()
+    table = (workplace / "compared" / "table.md").read_text()
+    assert " ± " in table
+    assert (workplace / "explained" / "picture.png").is_file()
+    assert (workplace / "explained" / "maps" / "0.safetensors").is_file()
+    with open(workplace / "runs" / "my_run" / "test" / "summary.csv", newline="") as file:
+        own = {r["explainer"]: float(r["mean"]) for r in csv.DictReader(file) if r["metric"] == "compactness"}
+    # Nothing positive; about a fifth of uniform noise; a tenth of a constant.
+    assert own["centre"] == 0
+    assert own["random"] == pytest.approx(0.19, abs=0.01)
+    assert own["constant"] == pytest.approx(0.1, abs=0.01)
+
+
+@pytest.mark.slow
+def test_torchrun_writes_the_same_rows(tmp_path):
+    words = ["cli.py", "test", "--config", "configs/quickstart.yaml"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    tables = []
+    for name, command in (
+        ("one", [sys.executable, *words]),
+        ("two", [*start, *words, "--config", "configs/parts/ddp_cpu.yaml"]),
+    ):
+        done = subprocess.run(
+            [*command, *TINY, f"--run_dir={tmp_path / name}"],
+            cwd=ROOT,
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        tables.append((tmp_path / name / "test" / "predictions.csv").read_text().splitlines())
+    assert [line.split(",")[:4] for line in tables[0]] == [line.split(",")[:4] for line in tables[1]]
+
+
+@pytest.mark.parametrize("command", [c for c, where in ELSEWHERE.items() if where.endswith("nodes_parse")])
+def test_lines_for_several_nodes_parse(command, monkeypatch, capsys):
+    """There is one machine here, without GPU: configuration and arguments are read, nothing is started."""
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command)
+    with pytest.raises(SystemExit) as ended:
+        call_main([*words[words.index("cli.py") + 1 :], "--print_config"])
+    assert ended.value.code == 0
+    assert "strategy: ddp" in capsys.readouterr().out
+
+
+def test_the_files_named_in_the_readme_exist():
+    for name in set(re.findall(r"`((?:configs|tests)/[\w/.]+\.(?:yaml|py))`", README)):
+        assert Path(ROOT, name).is_file(), name
