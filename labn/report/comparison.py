@@ -22,7 +22,8 @@ GRIDS = ("x", "insertion", "deletion")
 def comparison_report(found: Comparison, title: str = "Comparison", max_bytes: int = 36_000_000) -> Report:
     """Put together the page of a comparison; its gallery shows the first network of every row."""
     rows = list(dict.fromkeys(found.row_name(label, explainer) for label, explainer, _ in found.columns))
-    values = list(dict.fromkeys(metric for _, _, metric in found.columns))
+    present = [metric for _, _, metric in found.columns]
+    values = list(dict.fromkeys([*(name for name in found.asked if name in present), *present]))
     curves = merged_curves(found)
     cards = thin(merged_cards(found), max_bytes)
     return Report(

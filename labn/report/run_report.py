@@ -63,7 +63,7 @@ def run_report(results: StageResults, info: RunInfo) -> Report:
         training_more=training_panels({name: v for name, v in training.items() if name not in plain}),
         cards=kept,
         columns=results.explainers,
-        metrics=results.value_names,
+        metrics=gallery_metrics(results),
         scores=sample_scores(results, kept),
         class_names=info.class_names,
         player=player,
@@ -100,11 +100,16 @@ def cell_of(row: dict[str, str], mean: str) -> Cell:
     return Cell(float(row[mean]), float(row["ci_low"]), float(row["ci_high"]), int(row["n"]))
 
 
+def gallery_metrics(results: StageResults) -> list[str]:
+    """All values, those that were asked for by name first: the first one stands under every map of the gallery."""
+    return list(dict.fromkeys([*results.headline, *results.value_names]))
+
+
 def sample_scores(results: StageResults, cards: list[Card]) -> dict[str, dict[str, list[float | None]]]:
     """Per sample name and explainer the values of all metrics, exactly as in `scores.csv`."""
     return {
         card["name"]: {
-            explainer: [results.scores.get((explainer, m), {}).get(card["index"]) for m in results.value_names]
+            explainer: [results.scores.get((explainer, m), {}).get(card["index"]) for m in gallery_metrics(results)]
             for explainer in results.explainers
         }
         for card in cards

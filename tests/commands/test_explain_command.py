@@ -144,3 +144,10 @@ def test_help_is_readable(command, capsys):
     text = capsys.readouterr().out
     assert "example" in text
     assert max(len(line) for line in text.splitlines()) <= 130
+
+
+def test_the_main_help_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        call_main(["--help"])
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("fit", "validate", "test", "compare", "explain"))

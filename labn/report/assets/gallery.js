@@ -32,11 +32,12 @@ const selected = () => {
 
 const mapFigure = (card, method) => {
   const entry = card.maps[method];
-  const metric = byId("sort-metric").value;
-  const value = report.metrics.includes(metric) ? scoreOf(card, method, metric) : null;
+  const sortedBy = byId("sort-metric").value;
+  const metric = report.metrics.includes(sortedBy) ? sortedBy : report.metrics[0];
   const caption = element("figcaption", {}, element("b", { textContent: method }));
-  if (report.metrics.includes(metric)) {
-    caption.append(element("br"), `${metric} `, element("span", { className: "score", textContent: short(value) }));
+  if (metric) {
+    const value = short(scoreOf(card, method, metric));
+    caption.append(element("br"), `${metric} `, element("span", { className: "score", textContent: value }));
   }
   const figure = element("figure", {});
   figure.dataset.method = method;

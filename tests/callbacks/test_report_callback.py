@@ -1,0 +1,54 @@
+"""The report that a trainer writes."""
+
+import csv
+import json
+import re
+
+import pytest
+from test_callbacks import data, network, trainer
+
+from callbacks import EvaluationCallback, ExplanationCallback, MapLogger, ReportCallback
+
+EXPLAINERS = {"gradcam": None, "random": None}
+
+
+def page_data(folder):
+    text = (folder / "report.html").read_text()
+    return json.loads(re.search(r'id="report-data">(.*?)</script>', text, re.DOTALL)[1])
+
+
+def test_the_page_holds_every_sample_with_its_scores(tmp_path):
+    score = EvaluationCallback(["pid16", "auroc"], metric_options={"step": 3}, positives_only=True)
+    # First in the list: its page is written when the tables are there all the same.
+    callbacks = [ReportCallback(), ExplanationCallback(EXPLAINERS), score, MapLogger(max_images=1)]
+    trainer(tmp_path, *callbacks).test(network(), data(), verbose=False)
+    found = page_data(tmp_path / "test")
+    assert [card["index"] for card in found["cards"]] == list(range(7))
+    assert found["metrics"][:2] == ["pid16", "auroc"]
+    with open(tmp_path / "test" / "scores.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            place = found["metrics"].index(row["metric"])
+            assert found["scores"][row["name"]][row["explainer"]][place] == float(row["value"])
+    playable = {card["index"] for card in found["cards"] if "curves" in card}
+    assert playable == {card["index"] for card in found["cards"] if card["label"] == 1}
+    assert found["player"]["metric"] == "pid16"
+    assert not (tmp_path / "test" / "cards").exists()
+
+
+def test_it_works_alone_and_keeps_to_its_limit(tmp_path):
+    trainer(tmp_path, ReportCallback(explainers=EXPLAINERS, max_images=3)).test(network(), data(), verbose=False)
+    found = page_data(tmp_path / "test")
+    assert [card["index"] for card in found["cards"]] == [0, 3, 6]
+    assert found["player"] is None
+    assert set(found["cards"][0]["maps"]) == set(EXPLAINERS)
+
+
+def test_every_validation_has_its_page(tmp_path):
+    callback = ReportCallback(explainers={"random": None}, val_images=2)
+    trainer(tmp_path, callback, max_epochs=2, num_sanity_val_steps=1).fit(network(), data())
+    assert [len(page_data(tmp_path / "val" / f"epoch=00{n}")["cards"]) for n in (0, 1)] == [2, 2]
+
+
+def test_limits_must_be_positive():
+    with pytest.raises(ValueError, match="max_images is 0"):
+        ReportCallback(max_images=0)

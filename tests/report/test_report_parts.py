@@ -1,0 +1,79 @@
+"""Curves, bands, charts and training logs, against closed forms."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from labn.report.caveats import caveats
+from labn.report.charts import HEIGHT, WIDTH, Panel, Series, nice_ticks
+from labn.report.curves import GRID, band, curve_panels, on_grid
+from labn.report.results import StageResults
+from labn.report.training import read_training, training_panels
+
+
+@given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
+def test_ticks_are_few_evenly_spaced_and_inside(low, width):
+    ticks = nice_ticks(low, low + width)
+    assert 2 <= len(ticks) <= 7
+    assert low - width * 1e-6 <= ticks[0] <= ticks[-1] <= low + width * (1 + 1e-6)
+    assert np.allclose(np.diff(ticks), ticks[1] - ticks[0], rtol=1e-3)
+
+
+def test_ticks_of_epochs_are_whole():
+    assert nice_ticks(0, 2, least=1.0) == [0, 1, 2]
+
+
+def test_curves_meet_on_one_grid():
+    x = np.array([[0.0, 0.5, 1.0], [0.0, 0.25, 1.0]])
+    y = np.array([[0.0, 1.0, 1.0], [0.0, 1.0, 1.0]])
+    curves = on_grid(x, y)
+    assert curves.shape == (2, len(GRID))
+    assert curves[0, 25] == pytest.approx(0.5)
+    assert curves[1, 25] == 1
+
+
+def test_the_band_of_equal_curves_has_no_width_and_that_of_two_has_both():
+    mean, low, high = band(np.tile(GRID, (5, 1)))
+    assert np.allclose([low, high], mean)
+    mean, low, high = band(np.stack([np.zeros(3), np.ones(3)]))
+    assert np.allclose([mean, low, high], [[0.5] * 3, [0.0] * 3, [1.0] * 3])
+
+
+def test_panels_hold_the_means_in_the_order_of_the_table():
+    x = np.tile([0.0, 1.0], (2, 1))
+    lines = {"x": x, "insertion": np.array([[0, 1.0], [0, 0.5]]), "deletion": 1 - x}
+    curves = {f"a/pid16/{name}": values for name, values in lines.items()}
+    insertion, deletion = curve_panels(curves, ["none", "a"], "pid16")
+    assert [(s.name, s.place) for s in insertion.series] == [("a", 1)]
+    assert insertion.series[0].y[-1] == 0.75
+    assert deletion.title == "pid16: deletion"
+
+
+def test_lines_stay_inside_their_frame():
+    wave = np.array([3.0, -2.0, np.nan, 7.0])
+    (line,) = Panel("t", "x", "y", (Series("s", 0, np.arange(4.0), wave, wave - 1, wave + 1),)).lines
+    assert len(line.dots) == 3
+    assert all(0 <= float(x) <= WIDTH and 0 <= float(y) <= HEIGHT for x, y in line.dots)
+    assert line.band.startswith("M")
+    assert line.band.endswith("Z")
+
+
+def test_logs_of_a_resumed_run_are_one_curve(tmp_path):
+    for name, rows in (("fit", ["0,,2.0", "1,,1.0"]), ("fit-1", ["1,,1.5", "2,0.5,"])):
+        (tmp_path / "logs" / name).mkdir(parents=True)
+        text = "\n".join(["epoch,val/loss,train/loss", *rows])
+        (tmp_path / "logs" / name / "metrics.csv").write_text(text + "\n")
+    values = read_training(tmp_path)
+    assert values == {"train/loss": {0: 2.0, 1: 1.5}, "val/loss": {2: 0.5}}
+    (panel,) = training_panels(values)
+    assert [line.name for line in panel.series] == ["train", "val"]
+    assert read_training(tmp_path / "nowhere") == {}
+
+
+def test_a_high_probability_of_the_bare_fill_is_said(tmp_path):
+    scores = {("a", "fill_probability"): {0: 0.4, 1: 0.6}, ("a", "pid16@official"): {0: 0.1}}
+    notes = caveats(StageResults(tmp_path, scores, manifest={"settings": {"n_steps": 10, "precision": "bf16"}}))
+    for words in ("mean probability of 0.500", "a constant map scores high", "n_steps = 10", "bf16"):
+        assert any(words in note for note in notes)
+    assert caveats(StageResults(tmp_path)) == []
