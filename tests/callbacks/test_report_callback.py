@@ -19,8 +19,8 @@ def page_data(folder):
 
 def test_the_page_holds_every_sample_with_its_scores(tmp_path):
     score = EvaluationCallback(["pid16", "auroc"], metric_options={"step": 3}, positives_only=True)
-    # First in the list: its page is written when the tables are there all the same.
-    callbacks = [ReportCallback(), ExplanationCallback(EXPLAINERS), score, MapLogger(max_images=1)]
+    # Before the scores in the list: its page is written when the tables are there all the same.
+    callbacks = [ExplanationCallback(EXPLAINERS), ReportCallback(), score, MapLogger(max_images=1)]
     trainer(tmp_path, *callbacks).test(network(), data(), verbose=False)
     found = page_data(tmp_path / "test")
     assert [card["index"] for card in found["cards"]] == list(range(7))

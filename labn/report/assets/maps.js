@@ -66,7 +66,7 @@ const drawCard = async (canvas, card, entry, strength) => {
   if (drawings.get(canvas) !== turn) return;
   canvas.width = picture.naturalWidth;
   canvas.height = picture.naturalHeight;
-  const context = canvas.getContext("2d");
+  const context = canvas.getContext("2d", { willReadFrequently: true });
   context.filter = entry ? "grayscale(1)" : "none";
   context.drawImage(picture, 0, 0);
   context.filter = "none";

@@ -35,7 +35,7 @@ const compose = async (canvas, card, method, step, moved, fill) => {
   }
   canvas.width = width;
   canvas.height = height;
-  canvas.getContext("2d").putImageData(shown, 0, 0);
+  canvas.getContext("2d", { willReadFrequently: true }).putImageData(shown, 0, 0);
   canvas.dataset.step = step;
 };
 
