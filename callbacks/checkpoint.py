@@ -24,9 +24,9 @@ class RunCheckpoint(ModelCheckpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep what pictures the network expects, so that the file can be used alone."""
-        data = getattr(trainer, "datamodule", None)
-        if hasattr(data, "preprocessing"):
-            checkpoint[KEY] = data.preprocessing().plain()
+        preprocessing = getattr(getattr(trainer, "datamodule", None), "preprocessing", None)
+        if preprocessing is not None:
+            checkpoint[KEY] = preprocessing().plain()
 
 
 class BestCheckpoint(RunCheckpoint):

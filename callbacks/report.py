@@ -156,7 +156,7 @@ class ReportCallback(ExplainingCallback):
             split_size=len(data.labels(session.split)),
             figures=stage_figures(trainer, session.split),
             notes=data.notes,
-            player=metric and player_facts(metric, data.image_size),
+            player=None if metric is None else player_facts(metric, data.image_size),
             max_bytes=int(self.max_megabytes * 1e6),
         )
         page = render(run_report(read_stage(session.store.folder), info))

@@ -7,8 +7,6 @@ import io
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 
@@ -48,8 +46,7 @@ def log_results(logger: WandbLogger, folder: Path, split: str, overlays: list[Pa
 
 def capped(data: bytes, side: int = MAX_SIDE) -> Image.Image:
     """A PNG as a picture whose longer side is at most `side` pixels."""
-    pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[..., ::-1]
-    picture = Image.fromarray(np.ascontiguousarray(pixels))
+    picture = Image.open(io.BytesIO(data)).convert("RGB")
     picture.thumbnail((side, side))
     return picture
 

@@ -102,7 +102,7 @@ def _differences(found: Comparison) -> Iterator[tuple[str, str, str, Interval]]:
     for metric in found.asked:
         rows = [(label, explainer) for label, explainer, name in found.columns if name == metric]
         for first, second in itertools.combinations(rows, 2):
-            a, b = (found.columns[(*row, metric)] for row in (first, second))
+            a, b = (found.columns[label, explainer, metric] for label, explainer in (first, second))
             places = list(range(len(a)))
             interval = paired_difference(places, list(a.values()), places, [b[name] for name in a])
             yield found.row_name(*first), found.row_name(*second), metric, interval

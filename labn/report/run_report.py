@@ -143,7 +143,9 @@ def shared_fills(cards: list[Card], player: dict[str, Any] | None) -> tuple[list
 
 def made_with(manifest: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """Hashes, settings, arguments and versions of a manifest, as groups of (name, value)."""
-    hashes = [(name, str(manifest[name])) for name in ("checkpoint", "network", "data", "split") if name in manifest]
+    hashes: list[tuple[str, str]] = [
+        (name, str(manifest[name])) for name in ("checkpoint", "network", "data", "split") if name in manifest
+    ]
     groups = [("Hashes", hashes)]
     for title, key in (("Explainers", "explainers"), ("Settings of the metrics", "settings"), ("Versions", "versions")):
         groups.append((title, [(name, _plain(value)) for name, value in manifest.get(key, {}).items()]))
