@@ -1,4 +1,4 @@
-"""The target layer of the smallest model of every timm family: found, or refused with a sentence.
+"""The target layer of the smallest model of every timm family: found, refused with a sentence, or skipped for its size.
 
 Run by hand: `python tests/benchmarks/timm_target_layers.py [family ...]` (some minutes on one core). One line per
 family, then a summary; nothing is downloaded.
@@ -20,6 +20,7 @@ from labn.explainers.layers import named_layer, search_target_layer
 
 SIZES = ("test", "atto", "femto", "pico", "zepto", "xxs", "nano", "xxtiny", "xtiny", "xs", "tiny", "mini", "small")
 CANDIDATES = 3
+LARGEST = 200_000_000  # parameters; a larger model is named and not built
 
 
 def by_name(name: str) -> tuple[int, float, int]:
@@ -30,16 +31,20 @@ def by_name(name: str) -> tuple[int, float, int]:
     return word, float(number[0]) if number else 1e9, len(name)
 
 
+def parameters(name: str) -> int:
+    """Number of parameters of a model, counted without allocating any; 0 where it cannot be built like that."""
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(name, pretrained=False)
+    except (RuntimeError, NotImplementedError, TypeError, AssertionError, ValueError):
+        return 0
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def smallest(family: str) -> str:
     """Name of the family's model with the fewest parameters, counted without allocating any, among the likely ones."""
-    sizes = {}
-    for name in sorted(timm.list_models(module=family), key=by_name)[:CANDIDATES]:
-        try:
-            with torch.device("meta"):
-                model = timm.create_model(name, pretrained=False)
-        except (RuntimeError, NotImplementedError, TypeError, AssertionError, ValueError):
-            continue  # cannot be built without data; another one of the family can
-        sizes[name] = sum(parameter.numel() for parameter in model.parameters())
+    names = sorted(timm.list_models(module=family), key=by_name)[:CANDIDATES]
+    sizes = {name: size for name in names if (size := parameters(name))}  # another one of the family can be built
     return min(sizes, key=lambda name: sizes[name]) if sizes else min(timm.list_models(module=family), key=by_name)
 
 
@@ -50,7 +55,9 @@ def picture(model: nn.Module) -> Tensor:
 
 
 def look(name: str) -> tuple[str, str]:
-    """("found", layer and shape), ("refused", sentence) or ("failed", error)."""
+    """("found", layer and shape), ("refused", sentence), ("skipped", size) or ("failed", error)."""
+    if (size := parameters(name)) > LARGEST:
+        return "skipped", f"{size:,} parameters"
     model = timm.create_model(name, pretrained=False).eval()
     image = picture(model)
     try:
