@@ -29,7 +29,7 @@ import labn.modules
 from datamodules.files import image_files
 from datamodules.sources import FileSource, Record
 from labn.allocator import keep_freed_memory
-from labn.commands import coarse, compare, explain, sweep, table
+from labn.commands import coarse, compare, doctor, explain, sweep, table
 from labn.preprocessing import Preprocessing
 from labn.store import write_atomically
 
@@ -191,6 +191,7 @@ def read_picture(path: Path, wanted: Preprocessing) -> np.ndarray:
 
 COMMANDS: dict[str, tuple[ModuleType, Callable[[argparse.Namespace], None]]] = {
     "compare": (compare, compare.run),
+    "doctor": (doctor, doctor.run),
     "explain": (explain, lambda options: explain.run(options, read_picture, image_files)),
     "sweep": (sweep, sweep.run),
     "table": (table, table.run),

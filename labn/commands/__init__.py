@@ -3,6 +3,6 @@
 Each module has SUMMARY, DETAILS, `add_arguments(parser)` and `run(options)`.
 """
 
-from labn.commands import coarse, compare, explain, sweep, table
+from labn.commands import coarse, compare, doctor, explain, sweep, table
 
-__all__ = ["coarse", "compare", "explain", "sweep", "table"]
+__all__ = ["coarse", "compare", "doctor", "explain", "sweep", "table"]

@@ -1,0 +1,156 @@
+"""`python cli.py doctor`: is this machine ready, and if not, what to do."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
+from torch import nn
+
+SUMMARY = "Check versions, GPU, disk and data folders, and run a self-test of a few seconds."
+DETAILS = """\
+Every line is `ok`, `note` (works without it) or `FAIL`, with what to do. Exit status 1 if anything failed.
+
+example:
+  python cli.py doctor --run_dir runs
+"""
+
+MALWARE = {"lightning": ("2.6.2", "2.6.3")}
+SAME = ("opencv-python", "opencv-python-headless")
+LITTLE_DISK = 5e9
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report: `status` is ok, note or FAIL."""
+
+    status: str
+    text: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("--run_dir", type=Path, default=Path("runs"), help="folder for results (default: runs)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print every finding.
+
+    Raises:
+        SystemExit: with status 1, where something failed.
+    """
+    findings = [*versions(), *pairs(), *accelerators(), disk(options.run_dir), data_folder(), self_test()]
+    for finding in findings:
+        print(f"{finding.status:<5}{finding.text}")
+    if any(finding.status == "FAIL" for finding in findings):
+        raise SystemExit(1)
+
+
+def versions(wanted: Sequence[str] | None = None, installed: Callable[[str], str] = version) -> Iterable[Finding]:
+    """Python and the packages that the project requires: present, new enough, no release that is known to be bad."""
+    python = platform.python_version()
+    yield Finding("ok" if Version(python) >= Version("3.10") else "FAIL", f"Python {python} (3.10 or newer)")
+    if wanted is None:
+        try:
+            wanted = requires("labn") or []
+        except PackageNotFoundError:
+            yield Finding("note", "labn runs from its source tree; what it requires is not checked: pip install -e .")
+            return
+    for requirement in map(Requirement, wanted):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            yield package(requirement, installed)
+
+
+def package(requirement: Requirement, installed: Callable[[str], str]) -> Finding:
+    """One required package."""
+    try:
+        found = installed(requirement.name)
+    except PackageNotFoundError:
+        return Finding(
+            "FAIL", f"{requirement.name} is missing: pip install '{requirement.name}{requirement.specifier}'"
+        )
+    text = f"{requirement.name} {found}"
+    if found in MALWARE.get(requirement.name, ()):
+        return Finding("FAIL", f"{text} carried malware: remove it, pip install '{requirement}'")
+    if not requirement.specifier.contains(found, prereleases=True):
+        return Finding("FAIL", f"{text} does not fit {requirement.specifier}: pip install '{requirement}'")
+    return Finding("ok", text)
+
+
+def pairs(installed: Callable[[str], str] = version) -> Iterable[Finding]:
+    """Packages that must fit each other: torchvision's operators load, both OpenCV packages are the same version."""
+    try:
+        importlib.import_module("torchvision.ops").nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
+        yield Finding("ok", "torchvision fits torch")
+    except (ImportError, RuntimeError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        yield Finding("FAIL", f"torchvision does not fit torch ({reason}): install both from the same place")
+    try:
+        found = {name: installed(name) for name in SAME}
+    except PackageNotFoundError:
+        return
+    if len(set(found.values())) > 1:
+        listed = " and ".join(f"{name} {number}" for name, number in found.items())
+        yield Finding("FAIL", f"{listed} write the same cv2: install one version of both")
+
+
+def accelerators() -> Iterable[Finding]:
+    """Every GPU with its memory, or a note that there is none."""
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        yield Finding("ok", f"GPU {index}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    if not torch.cuda.is_available():
+        yield Finding("note", f"no GPU: everything runs on the CPU ({os.cpu_count()} cores), slowly")
+
+
+def disk(folder: Path) -> Finding:
+    """Whether results can be written to `folder`, or to the nearest folder above it that exists, and how much fits."""
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    if not os.access(there, os.W_OK):
+        return Finding("FAIL", f"{there} cannot be written to: choose another folder with --run_dir")
+    free = shutil.disk_usage(there).free
+    text = f"{free / 1e9:.0f} GB free for {folder}"
+    return Finding("ok", text) if free > LITTLE_DISK else Finding("note", f"{text}: checkpoints and maps need more")
+
+
+def data_folder() -> Finding:
+    """What LABN_DATA holds; the quickstart needs nothing of it."""
+    folder = Path(os.environ.get("LABN_DATA", "../shared/data"))
+    if not folder.is_dir():
+        return Finding("note", f"LABN_DATA: {folder} is not there; only configs/quickstart*.yaml run without data")
+    names = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    return Finding("ok", f"LABN_DATA: {folder} holds {', '.join(names) or 'no folder'}")
+
+
+def self_test() -> Finding:
+    """Explain and score two random pictures with a small network, where the right answers are known."""
+    from labn import evaluate, explain
+
+    start = time.perf_counter()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, 32, 32, generator=generator)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+    options = {"metrics": ["pid16"], "mean": None, "std": None}
+    try:
+        targets = torch.tensor([0, 2])
+        maps = explain(model, images, method="gradcam", targets=targets).maps
+        evaluate(model, images, maps, targets=targets, **options)
+        constant = evaluate(model, images, torch.ones(2, 32, 32), targets=targets, **options)["pid16"]
+    except Exception as error:
+        return Finding("FAIL", f"self-test: {type(error).__name__}: {error}")
+    if maps.shape != (2, 32, 32) or constant.abs().max() > 1e-6:
+        return Finding("FAIL", f"self-test: a constant map scores {constant.tolist()} instead of 0")
+    return Finding("ok", f"self-test: explained and scored two pictures in {time.perf_counter() - start:.1f} s")
