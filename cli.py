@@ -166,6 +166,8 @@ def wandb_logger(run_dir: Path, mode: str) -> Logger | None:
 
     None, with a warning, where there is no working package: everything is in the run folder all the same.
     """
+    # Pictures of tables wait there for `wandb sync`; the default is a folder of the user's, apart from the run.
+    os.environ.setdefault("WANDB_DATA_DIR", str((run_dir / "wandb").absolute()))
     for offline in (True,) if mode == "offline" else (False, True):
         try:
             logger = WandbLogger(project="labn", name=run_dir.name, save_dir=run_dir, offline=offline)

@@ -3,6 +3,7 @@
 import csv
 import json
 import struct
+from pathlib import Path
 
 import pytest
 from command_line import run
@@ -28,17 +29,18 @@ def journal(data, block=32768):
 
 
 def records(folder):
-    """History of an offline run, key -> last value, as `wandb sync` would send it."""
+    """History of an offline run, key -> last value, and the files of its tables, name -> path: what is synced."""
     from wandb.proto import wandb_internal_pb2
 
     (path,) = folder.glob("*.wandb")
-    found = {}
+    found, files = {}, {}
     for data in journal(path.read_bytes()):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         for item in record.history.item:
             found["/".join(item.nested_key) or item.key] = json.loads(item.value_json)
-    return found
+        files |= {entry.path: Path(entry.local_path) for entry in record.artifact.manifest.contents}
+    return found, files
 
 
 def summary(run_dir):
@@ -49,7 +51,7 @@ def summary(run_dir):
 def test_the_offline_run_holds_pictures_and_numbers(tmp_path):
     run("test", "--wandb=offline", run_dir=tmp_path)
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
-    found = records(folder)
+    found, files = records(folder)
     for key, mean in summary(tmp_path).items():
         assert found[key] == pytest.approx(mean, abs=1e-6)
     assert found["maps/test/count"] == 8
@@ -57,14 +59,17 @@ def test_the_offline_run_holds_pictures_and_numbers(tmp_path):
     for path in (folder / "files" / "media" / "images").rglob("*.png"):
         with Image.open(path) as picture:
             assert max(picture.size) <= 1600
-    media = folder / "files"
-    table = json.loads((media / found["samples/test/path"]).read_text())
+    assert found["samples/test/nrows"] == 8
+    table = json.loads(files["samples/test.table.json"].read_text())
     assert len(table["data"]) == 8
     columns = {name: place for place, name in enumerate(table["columns"])}
     with open(tmp_path / "test" / "scores.csv", newline="") as file:
         scores = {(int(r["index"]), r["explainer"], r["metric"]): float(r["value"]) for r in csv.DictReader(file)}
     for row in table["data"]:
-        assert (media / row[columns["maps"]]["path"]).is_file()
+        picture = files[row[columns["maps"]]["path"]]
+        assert picture.is_relative_to(tmp_path)
+        with Image.open(picture) as shown:
+            assert min(shown.size) > 100
         assert row[columns["labn/auroc"]] == scores.get((row[0], "labn", "auroc"))
 
 
