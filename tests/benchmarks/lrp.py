@@ -1,6 +1,7 @@
 """Cost of relevance propagation in units of gradient x input of the same network, measured in the same run.
 
     python tests/benchmarks/lrp.py [--batches 1 16] [--rounds 6] [--threads 1] [--side 224] [--device cpu]
+        [--memory] [--only "ratio, z+" block]
 
 Bars for a ResNet-50 at 224 px: ratio with z+ <= 1.5, block <= 1.05, epsilon <= 1.3, and no more extra memory than
 gradient x input needs plus the prepared weights. The unit is the best of gradient x input in both memory formats.
@@ -116,10 +117,10 @@ def _peak(name: str, side: int, batch: int, queue: multiprocessing.Queue) -> Non
     queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
 
 
-def memory(side: int, batch: int) -> None:
+def memory(side: int, batch: int, names: list[str]) -> None:
     """Growth of the peak resident set over a batch-1 call, each in a process of its own."""
     context = multiprocessing.get_context("spawn")
-    for name in (*UNITS, *CONFIGS):
+    for name in names:
         queue: multiprocessing.Queue = context.Queue()
         process = context.Process(target=_peak, args=(name, side, batch, queue))
         process.start()
@@ -135,15 +136,18 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--memory", action="store_true", help="also the peak memory of each, in its own process")
+    parser.add_argument("--only", nargs="+", help="methods to measure beside gradient x input; default all")
     options = parser.parse_args()
+    names = [*UNITS, *(options.only or [*CONFIGS, "zennit epsilon-plus"])]
     torch.set_num_threads(options.threads)
     print(f"{platform.machine()} {platform.processor()}, {options.threads} threads, torch {torch.__version__}")
     print("| batch | method | median CPU | CPU ratio | wall ratio | bar |\n|---|---|---|---|---|---|")
     for batch in options.batches:
         calls = contestants(options.side, batch, options.device)
+        calls = {name: call for name, call in calls.items() if name in names}
         report(batch, measure(calls, options.rounds, options.device), clock=0 if options.device == "cpu" else 1)
     if options.memory:
-        memory(options.side, max(options.batches))
+        memory(options.side, max(options.batches), [name for name in names if name in (*UNITS, *CONFIGS)])
 
 
 if __name__ == "__main__":
