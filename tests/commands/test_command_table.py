@@ -48,11 +48,15 @@ def test_the_published_tables_hold_together():
         for row in table.rows:
             assert len(row.mean) == len(table.metrics)
             assert len(row.sd) in (0, len(table.metrics))
-            assert row.explainer in {"labn", "rise", "lambda"}
+            assert row.explainer in {"labn", "rise", "lambda", "gradcam", "lrp_simple", "abn", "c3lrp"}
     ablation, main_table = tables["jsai2022-ablation"], tables["jsai2022-idrid"]
     assert ablation.rows[1].mean == main_table.rows[2].mean
     assert {row.name for row in main_table.rows} == {"RISE", "Lambda attention", "LABN"}
     assert tables["accv2022-idrid"].rows[2].mean == (0.431, 0.458, 0.473, 0.470, 0.455)
+    assert {row.name: row.mean[2] for row in tables["jsai2024-cub"].rows} == {
+        "RISE": 0.328, "Grad-CAM": 0.310, "LRP": 0.011, "ABN": 0.207, "C3-LRP": 0.668,
+    }  # fmt: skip
+    assert all(abs(i - d - both) < 0.0021 for i, d, both in (row.mean for row in tables["jsai2024-cub"].rows))
     assert tables["jsai2022-defn"].rows[2].mean == (0.044, 0.311, 0.489, 0.523, 0.556)
 
 
