@@ -49,7 +49,9 @@ def _named(run: Run) -> bool:
 
 
 def _notes(found: Comparison) -> list[str]:
-    notes = [note for run in found.runs for note in caveats(run.results)]
+    each = {run.folder.name: caveats(run.results) for run in found.runs}
+    shared = [note for note in next(iter(each.values())) if all(note in other for other in each.values())]
+    notes = shared + [f"{name}: {note}" for name, own in each.items() for note in own if note not in shared]
     notes += [f"{metric}: {n} samples that not every row has were left out." for metric, n in found.left_out.items()]
     if any(row.seeds > 1 for row in found.rows):
         notes.append("± is the standard deviation over seeds; intervals are over samples, of the mean over seeds.")
