@@ -17,6 +17,7 @@ from torchmetrics.detection import MeanAveragePrecision
 
 from labn.models.checkpoints import load_backbone
 from labn.models.detectors import Detections, Predictions, Thresholds, detect, ssd300
+from labn.models.detectors.torchvision_ssd import SSD300_SIDE
 from labn.modules.base import CheckedModule
 
 Parameters = Iterator[nn.Parameter]
@@ -75,7 +76,14 @@ class SSD(CheckedModule):
         self.precision = nn.ModuleDict({stage: average_precision() for stage in ("val_", "test_")})
 
     def forward(self, images: Tensor) -> Predictions:
-        """Raw predictions for normalised images (B, 3, 300, 300)."""
+        """Raw predictions for normalised images (B, 3, 300, 300).
+
+        Raises:
+            ValueError: the images have another size, which the default boxes are not made for.
+        """
+        if images.shape[-2:] != (SSD300_SIDE, SSD300_SIDE):
+            size = " x ".join(map(str, images.shape[-2:]))
+            raise ValueError(f"images are {size} pixels; SSD300 needs 300 x 300: set data.init_args.image_size to 300.")
         return self.network(images.contiguous(memory_format=self.memory_format))
 
     def detections(self, images: Tensor) -> list[Detections]:

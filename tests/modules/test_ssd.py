@@ -88,6 +88,11 @@ def test_bad_settings():
         slim(width=0)
 
 
+def test_images_of_another_size_are_refused():
+    with pytest.raises(ValueError, match="images are 64 x 96 pixels; SSD300 needs 300 x 300"):
+        slim()(torch.zeros(1, 3, 64, 96))
+
+
 def test_weights_of_a_file_are_taken(tmp_path, capsys):
     module = slim()
     torch.save(module.network.model.state_dict(), tmp_path / "given.pth")
