@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -77,12 +78,21 @@ class VOC(ImageDataModule):
             cache_images=cache_images,
             cache_dir=cache_dir,
         )
-        self.root = data_root(name, root)
+        self._place = (name, root)
         self.image_sets = {split: split for split in SPLITS} | (image_sets or {})
         if unknown := self.image_sets.keys() - set(SPLITS):
             raise ValueError(f"image_sets has the split {unknown.pop()!r}; splits are {', '.join(SPLITS)}.")
         self.on_bad_box, self.min_visibility = on_bad_box, min_visibility
         self._classes = classes
+
+    @cached_property
+    def root(self) -> Path:
+        """The data set's folder.
+
+        Raises:
+            FileNotFoundError: it does not exist.
+        """
+        return data_root(*self._place)
 
     @cached_property
     def class_names(self) -> list[str]:  # type: ignore[override]
