@@ -154,7 +154,7 @@ def test_a_new_users_hour(workplace, monkeypatch):
 @pytest.mark.slow
 def test_torchrun_writes_the_same_rows(tmp_path):
     words = ["cli.py", "test", "--config", "configs/quickstart.yaml"]
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     tables = []
     for name, command in (
         ("one", [sys.executable, *words]),
