@@ -89,8 +89,8 @@ def mask_uri(mask: Array, side: int) -> str:
 def map_entry(heat: Array, side: int) -> dict[str, Any]:
     """A map (H, W) as levels v of 0..254, with the limits that they stand for: low + (high - low) v / 254.
 
-    Limits are those of the reduced map, symmetric around 0 where it is signed (`labn.plots.color_scale`), so that
-    the colour bar is in the map's own units.
+    Limits are those of the reduced map, symmetric around 0 and without its outliers where it is signed
+    (`labn.plots.color_scale`), so that the colour bar is in the map's own units; values beyond them are cut.
     """
     small = shrink(heat.astype(np.float32), side)
     low, high, colors = color_scale(small)

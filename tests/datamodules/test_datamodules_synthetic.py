@@ -18,7 +18,7 @@ def painted() -> ArraySource:
 
 def test_lesions_are_small_and_only_in_the_positive_class(painted: ArraySource) -> None:
     assert painted.masks is not None
-    share = painted.masks.mean((1, 2))
+    share = np.stack(painted.masks).mean((1, 2))
     assert (share[painted.labels == 0] == 0).all()
     assert (share[painted.labels == 1] > 0.005).all()
     assert share.max() <= 0.03
@@ -83,8 +83,8 @@ def test_colours_do_not_tell_the_classes_apart(painted: ArraySource, strength: f
     test = ArraySource.preloaded(PaintedSource(FundusPainter(64), 0, "test", 400))
     for features in (histograms, lambda images: np.sort(images.mean(-1).reshape(len(images), -1), 1)[:, ::8]):
         classifier = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000))
-        classifier.fit(features(painted.images), painted.labels)
-        assert classifier.score(features(test.images), test.labels) < 0.65
+        classifier.fit(features(np.stack(painted.images)), painted.labels)
+        assert classifier.score(features(np.stack(test.images)), test.labels) < 0.65
 
 
 def test_images_depend_on_seed_split_and_index_alone() -> None:
