@@ -12,11 +12,11 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 import torchvision
@@ -110,11 +110,17 @@ def _peak(name: str, side: int, batch: int, queue: multiprocessing.Queue) -> Non
     torch.set_num_threads(1)
     calls = contestants(side, 1, "cpu")
     calls[name]()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_mib()
     contestants_at_size = contestants(side, batch, "cpu")
     for _ in range(2):
         contestants_at_size[name]()
-    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    queue.put(peak_mib() - before)
+
+
+def peak_mib() -> float:
+    """Largest resident set of this process; `ru_maxrss` would be the parent's, where that was larger."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
 
 def memory(side: int, batch: int, names: list[str]) -> None:
