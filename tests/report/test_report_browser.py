@@ -134,8 +134,10 @@ def test_shown_numbers_are_those_of_the_tables(page, folder):
         cells = page.locator(f"#summary-table tbody tr:nth-child({place + 1}) td").all_inner_texts()
         numbers = [[float(rows[explainer, m][c]) for c in ("mean", "ci_low", "ci_high")] for m in METRICS]
         assert cells == [f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in numbers]
-    page.locator("#cards .card").nth(2).locator("summary").click()
-    scores = page.locator("#cards .card").nth(2).locator("td").all_inner_texts()
+    card = page.locator("#cards .card").nth(2)
+    card.locator("summary").click()
+    card.locator("td").first.wait_for()  # rows are made when the card opens
+    scores = card.locator("td").all_inner_texts()
     assert scores == [f"{value(explainer, metric, 2):.3f}" for explainer in EXPLAINERS for metric in METRICS]
     assert page.locator("#cards h3").nth(2).inner_text() == sample_name(2)
 
