@@ -85,6 +85,12 @@ class ExplainingCallback(pl.Callback):
             raise MisconfigurationException(
                 f"{type(self).__name__} has nothing to explain: give it explainers, or add an ExplanationCallback."
             )
+        listed = callbacks_of(trainer)
+        if self in listed and listed.index(self) < listed.index(owners[0]):
+            raise MisconfigurationException(
+                f"{type(self).__name__} stands before {type(owners[0]).__name__}, which has the explainers; "
+                "list it after that one in trainer.callbacks."
+            )
         if self.explainers and self is not owners[0]:
             raise MisconfigurationException(
                 f"{type(self).__name__} and {type(owners[0]).__name__} both have explainers; "

@@ -204,6 +204,11 @@ def test_a_map_logger_alone_needs_explainers(tmp_path):
     assert len(list((tmp_path / "test" / "overlays").glob("*.png"))) == 1
 
 
+def test_a_callback_before_the_one_with_explainers_is_refused(tmp_path):
+    with pytest.raises(MisconfigurationException, match="MapLogger stands before ExplanationCallback"):
+        trainer(tmp_path, MapLogger(), ExplanationCallback({"labn": None})).test(network(), data(), verbose=False)
+
+
 def test_two_owners_are_refused(tmp_path):
     pair = [ExplanationCallback({"labn": None}), MapLogger(explainers={"random": None})]
     with pytest.raises(MisconfigurationException, match="both have explainers"):
