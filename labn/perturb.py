@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from labn.counter import sample_integers
 from labn.inference import evaluating, logits_of, matching
-from labn.prepare import CPU_CHUNK, Form, Prepared, prepare
+from labn.prepare import Form, Prepared, cpu_chunk, prepare
 
 GPU_CHUNKS = (32, 256)  # first size, doubled up to the second
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
@@ -30,10 +30,10 @@ def check_precision(name: str) -> None:
 class ChunkSize:
     """How many inputs go through the model at once: doubled while that works, halved on out-of-memory."""
 
-    def __init__(self, size: int | None, device_type: str) -> None:
+    def __init__(self, size: int | None, images: Tensor) -> None:
         if size is not None and size < 1:
             raise ValueError(f"chunk_size must be at least 1, got {size}.")
-        automatic = (CPU_CHUNK, CPU_CHUNK) if device_type == "cpu" else GPU_CHUNKS
+        automatic = (cpu_chunk(images),) * 2 if images.device.type == "cpu" else GPU_CHUNKS
         self.size, self._largest = automatic if size is None else (size, size)
 
     def succeeded(self, size: int) -> None:
@@ -66,8 +66,8 @@ class PerturbationEngine:
         model: any module that returns logits or an object with `.logits`; run in eval mode and never changed.
         images: (B, C, H, W), normalised; they decide device and dtype.
         indices: (B,) int64 positions in the data set, kept for those who need per-sample randomness; None: 0..B-1.
-        chunk_size: inputs per forward; None: 8 on the CPU, found by doubling on a GPU. Halved on out-of-memory. The
-            logits do not depend on it (up to rounding).
+        chunk_size: inputs per forward; None: by the images' size on the CPU, found by doubling on a GPU. Halved on
+            out-of-memory. The logits do not depend on it (up to rounding).
         fold: whether the BatchNorm-folded copy of `labn.prepare` may be used.
         precision: "fp32" (the images' own dtype) or "bf16" (autocast).
         forward: `images (k, C, H, W) -> logits` called in place of the model, which is then neither copied nor folded.
@@ -94,7 +94,7 @@ class PerturbationEngine:
         self.images = images.detach()
         self.indices = torch.arange(len(images)) if indices is None else indices
         self.forwards = self.reused = 0
-        self._chunk = ChunkSize(chunk_size, images.device.type)
+        self._chunk = ChunkSize(chunk_size, images)
         self._autocast = PRECISIONS[precision]
         self._prepared = Prepared(Form())
         if forward is None:

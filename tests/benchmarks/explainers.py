@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from labn.explainers import RISE, AblationCAM, explainer_by_name
 from labn.explainers.score_cam import ScoreCAM
 from labn.explainers.tail import Tail
-from labn.perturb import CPU_CHUNK
-from labn.prepare import prepare
+from labn.prepare import cpu_chunk, prepare
 
 SIZE = 224
 GRADCAM_FAMILY = ("cam", "gradcam", "gradcam++", "xgradcam", "amg")
@@ -57,7 +56,7 @@ def forwards(model: nn.Module, count: int, batch: int) -> None:
 def rise(model: nn.Module, image: Tensor, masks: int) -> Pair:
     """RISE with `masks` masks and one class."""
     folded = prepare(model, image).copy or model
-    return lambda: forwards(folded, masks, CPU_CHUNK), lambda: RISE(masks)(model, image, torch.tensor([1])), 1.05
+    return lambda: forwards(folded, masks, cpu_chunk(image)), lambda: RISE(masks)(model, image, torch.tensor([1])), 1.05
 
 
 def gradcam_like(name: str, model: nn.Module, image: Tensor, batch: int) -> Pair:
@@ -76,7 +75,7 @@ def scorecam(model: nn.Module, image: Tensor, layer: str) -> Pair:
     folded = prepare(model, image).copy or model
     explainer = ScoreCAM(layer)
     count = shapes[0] + 2  # the image itself and the baseline
-    return lambda: forwards(folded, count, CPU_CHUNK), lambda: explainer(model, image, torch.tensor([1])), 1.06
+    return lambda: forwards(folded, count, cpu_chunk(image)), lambda: explainer(model, image, torch.tensor([1])), 1.06
 
 
 def ablationcam(model: nn.Module, image: Tensor, layer: str) -> Pair:
