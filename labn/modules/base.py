@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import Accuracy, MeanMetric, Metric
 
 from labn.metrics.forecast import ForecastSkill
+from labn.models.checkpoints import LoadReport
 from labn.modules.losses import WeightedCrossEntropy
 
 CONFUSION_CLASSES = 10  # a confusion matrix of more classes is no reading for a log
@@ -64,6 +65,7 @@ class ClassificationModule(CheckedModule):
         super().__init__()
         self.memory_format = torch.contiguous_format
         self.num_classes = num_classes
+        self.random_weights: tuple[str, ...] = ()
         self.epoch_loss = nn.ModuleDict({stage: MeanMetric() for stage in ("train_", "val_", "test_")})
         self.epoch_accuracy = nn.ModuleDict(
             {s: Accuracy(task="multiclass", num_classes=num_classes) for s in ("train_", "val_", "test_")}
@@ -75,8 +77,36 @@ class ClassificationModule(CheckedModule):
         """Run the network on (B, C, H, W) normalised images."""
         return self.network(images.contiguous(memory_format=self.memory_format))
 
+    def note_random_weights(self, report: LoadReport | None) -> None:
+        """Print what a file of weights gave, and remember the network's parameters that it left random (None: all)."""
+        names = [name for name, _ in self.network.named_parameters()]
+        if report is not None:
+            print(report)
+        self.random_weights = tuple(name for name in names if report is None or name in report.fresh)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See `CheckedModule`; a checkpoint brings every weight."""
+        super().on_load_checkpoint(checkpoint)
+        self.random_weights = ()
+
+    def on_validation_start(self) -> None:
+        """Refuse to validate random weights."""
+        self._refuse_random_weights()
+
+    def on_test_start(self) -> None:
+        """Refuse to test random weights."""
+        self._refuse_random_weights()
+
+    def _refuse_random_weights(self) -> None:
+        if self.random_weights:
+            raise ValueError(
+                f"{len(self.random_weights)} weights of {self.hparams['backbone']} (first: {self.random_weights[0]}) "
+                "are random: give --ckpt_path, or a backbone_ckpt that has them all."
+            )
+
     def on_fit_start(self) -> None:
         """Train in channels_last, which convolutions and lambda layers run faster in; the values are the same."""
+        self.random_weights = ()
         self.memory_format = torch.channels_last
         self.network.to(memory_format=torch.channels_last)
 

@@ -82,42 +82,14 @@ class Classifier(ClassificationModule):
         self.network = build_network(
             backbone, num_classes=num_classes, in_channels=in_channels, **(backbone_options or {})
         )
-        self.random_weights = tuple(name for name, _ in self.network.named_parameters())
-        if weights:
-            report = load_backbone(self.network, weights)
-            print(report)
-            self.random_weights = tuple(name for name in self.random_weights if name in report.fresh)
+        report = load_backbone(self.network, weights) if weights else None
+        self.note_random_weights(report)
         self.criterion = make_loss(loss, class_weights, num_classes)
 
     def losses(self, batch: dict[str, Tensor], stage: str) -> tuple[dict[str, Tensor], Tensor]:
         """Cross entropy (or its one-hot form) of the logits."""
         logits = logits_of(self(batch["image"]))
         return {"loss": self.criterion(logits, batch["label"])}, logits
-
-    def on_fit_start(self) -> None:
-        """From here on every weight is a trained one."""
-        super().on_fit_start()
-        self.random_weights = ()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See `ClassificationModule`; a checkpoint brings every weight."""
-        super().on_load_checkpoint(checkpoint)
-        self.random_weights = ()
-
-    def on_validation_start(self) -> None:
-        """Refuse to validate random weights."""
-        self._refuse_random_weights()
-
-    def on_test_start(self) -> None:
-        """Refuse to test random weights."""
-        self._refuse_random_weights()
-
-    def _refuse_random_weights(self) -> None:
-        if self.random_weights:
-            raise ValueError(
-                f"{len(self.random_weights)} weights of {self.hparams['backbone']} (first: {self.random_weights[0]}) "
-                "are random: give --ckpt_path, or a backbone_ckpt that has them all."
-            )
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW, faster for what is new to a given backbone (head, CBAM), with the plateau schedule."""

@@ -57,8 +57,8 @@ class ResNetLRP(ClassificationModule):
         super().__init__(num_classes)
         self.save_hyperparameters()
         self.network = build_network(backbone, num_classes=num_classes, in_channels=in_channels)
-        if backbone_ckpt is not None:
-            print(load_classifier(self.network, os.path.expandvars(backbone_ckpt)))
+        report = load_classifier(self.network, os.path.expandvars(backbone_ckpt)) if backbone_ckpt else None
+        self.note_random_weights(report)
         self.criterion = make_loss("ce", None, num_classes)
 
     def losses(self, batch: dict[str, Tensor], stage: str) -> tuple[dict[str, Tensor], Tensor]:

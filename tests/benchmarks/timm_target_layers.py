@@ -6,6 +6,7 @@ family, then a summary; nothing is downloaded.
 
 from __future__ import annotations
 
+import multiprocessing
 import re
 import sys
 import warnings
@@ -75,19 +76,23 @@ def look(name: str) -> tuple[str, str]:
     return "found", f"{layer} {tuple(shapes[0][1:])}"
 
 
+def examine(family: str) -> tuple[str, str, str]:
+    """Name of the family's smallest model and what `look` says of it."""
+    torch.manual_seed(0)
+    name = smallest(family)
+    return name, *look(name)
+
+
 def main() -> None:
-    """Print what is found for every family."""
+    """Print what is found for every family, each in a process of its own, whose memory goes with it."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    torch.manual_seed(0)
+    families = [family for family in sys.argv[1:] or timm.list_modules() if timm.list_models(module=family)]
     outcomes: Counter[str] = Counter()
-    for family in sys.argv[1:] or timm.list_modules():
-        if not timm.list_models(module=family):
-            continue
-        name = smallest(family)
-        outcome, detail = look(name)
-        outcomes[outcome] += 1
-        print(f"{outcome:8} {family:22} {name:36} {detail}", flush=True)
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        for family, (name, outcome, detail) in zip(families, pool.imap(examine, families)):
+            outcomes[outcome] += 1
+            print(f"{outcome:8} {family:22} {name:36} {detail}", flush=True)
     print(", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common()))
 
 

@@ -40,6 +40,10 @@ def test_starts_from_given_weights_with_a_fresh_classifier(weights, monkeypatch,
     assert all(torch.equal(own[name], state[name].half().to(own[name].dtype)) for name in taken)
     assert own["fc.weight"].shape == (3, 512)
     assert "2 fresh" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"2 weights of resnet18 \(first: fc.weight\) are random: give --ckpt_path"):
+        module.on_test_start()
+    module.on_fit_start()
+    module.on_test_start()
 
 
 @pytest.mark.parametrize(
