@@ -6,6 +6,7 @@ batches below 16. The operators are those that `torch.compile` emits when it fre
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +25,25 @@ def can_pack(probe: Tensor, dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and operators._is_mkldnn_bf16_supported())
 
 
+class PackedKernel:
+    """A convolution's weights in the blocked layout, ready to be applied; inference only.
+
+    Args:
+        weight: (C_out, C_in / groups, kH, kW), float32 or bfloat16.
+        geometry: padding, stride, dilation and groups.
+        input_size: (N, C, H, W) that the layout is chosen for; other sizes work.
+    """
+
+    def __init__(self, weight: Tensor, geometry: tuple[Any, ...], input_size: Sequence[int]) -> None:
+        self.geometry = geometry
+        self.packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, list(input_size))
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(N, C, H, W) -> (N, C_out, H_out, W_out), in the weights' dtype."""
+        convolve = torch.ops.mkldnn._convolution_pointwise
+        return convolve(x, self.packed, bias, *self.geometry, "none", [], "")
+
+
 class PackedConv2d(nn.Module):
     """A `Conv2d` with fixed, packed weights, for inference.
 
@@ -36,16 +56,14 @@ class PackedConv2d(nn.Module):
     def __init__(self, conv: nn.Conv2d, input_size: tuple[int, ...], dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype
-        self.geometry: tuple[Any, ...] = (conv.padding, conv.stride, conv.dilation, conv.groups)
-        weight = conv.weight.detach().to(dtype)
+        geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
         # Plain attributes: the packed layout supports none of what is done with parameters.
-        self.packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *self.geometry, input_size)
+        self.kernel = PackedKernel(conv.weight.detach().to(dtype), geometry, input_size)
         self.bias = None if conv.bias is None else conv.bias.detach().to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, C_out, H_out, W_out) in the layer's dtype."""
-        convolve = torch.ops.mkldnn._convolution_pointwise
-        return convolve(x.to(self.dtype), self.packed, self.bias, *self.geometry, "none", [], "")
+        return self.kernel(x.to(self.dtype), self.bias)
 
 
 def pack_convolutions(model: nn.Module, probe: Tensor, batch: int, dtype: torch.dtype) -> None:

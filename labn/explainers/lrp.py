@@ -23,7 +23,7 @@ class LRP(Explainer):
             BatchNorm they want `batchnorm="fold"`.
         eps, eps_mode, alpha, beta, gamma, low, high: see `labn.lrp.Config`.
         init: relevance at the target's logit: its softmax `probability`, the `logit`, or `one`.
-        chunk_size: images per pass; None: 8 on a CPU, else the whole batch. The maps do not depend on it.
+        chunk_size: images per pass; None: by their size on a CPU, else the whole batch. The maps do not depend on it.
         postprocess: names of `labn.postprocess` applied to the map in the order given: `c1c`, `c3`, `hq8`, ...
     """
 

@@ -14,6 +14,7 @@ from labn.lrp.forward import Passage, run_forward
 from labn.lrp.initial import Initial, initial_relevance
 from labn.lrp.ledger import Entry, Ledger, joined
 from labn.lrp.plan import check, plan_for
+from labn.prepare import cpu_chunk
 
 
 @dataclass(frozen=True)
@@ -111,13 +112,13 @@ def relevance(
         init: relevance at the target's logit, see `initial_relevance`; or a function of logits and targets that gives
             the relevance (B, K) of all logits, such as `labn.lrp.Contrast`.
         report: add the account of every layer: what arrived, what went on, what eps, dead units and biases kept.
-        chunk_size: images per pass; the result does not depend on it. None: 8 on a CPU, whose allocator hands larger
-            activations back to the system each time, else all.
+        chunk_size: images per pass; the result does not depend on it. None: by their size on a CPU (`cpu_chunk`), whose
+            allocator hands larger activations back to the system each time, else all.
 
     Raises:
         NotImplementedError: a layer has no rule; the message names it.
     """
-    size = chunk_size or (8 if images.device.type == "cpu" else len(images))
+    size = chunk_size or (cpu_chunk(images) if images.device.type == "cpu" else len(images))
     targets = targets.to(images.device)
     with explaining(model, images.device.type):
         model = matching(model, images)

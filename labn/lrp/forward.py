@@ -85,7 +85,7 @@ def _linear(run: _Run, node: Node) -> Tensor:
     takes_part = run.takes_part(node)
     keeps_output = takes_part and rule_name(node, run.config) in USES_OUTPUT
     folded = run.config.folded or not keeps_output
-    z = layer.apply(a, layer.prepared("weight", folded), layer.offset(folded))
+    z = layer.apply(a, "weight", folded, layer.offset(folded))
     if takes_part:
         run.kept[node.index] = (a, z if keeps_output else None)
     if folded or layer.norm is None:

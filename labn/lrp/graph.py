@@ -166,8 +166,8 @@ def _is_non_negative(node: Node, graph: Graph) -> bool:
     return False
 
 
-def use_channels_last(graph: Graph) -> None:
-    """Let the 2-D convolutions keep their prepared weights in channels-last order."""
+def use_fastest(graph: Graph, packs: bool) -> None:
+    """Let the 2-D convolutions keep their prepared weights in channels-last order, or packed."""
     for node in graph.nodes.values():
         if node.layer is not None and node.layer.operation == "conv2d":
-            node.layer.memory_format = torch.channels_last
+            node.layer.memory_format, node.layer.packs = torch.channels_last, packs

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from labn.lrp.record import Call
+from labn.packing import PackedKernel
 
 # Weights made from the layer's own, by name; `plus` and `minus` are the clamped parts, `flat` is all ones.
 PARTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -49,6 +50,7 @@ class Layer:
         options: stride, padding, dilation and groups of a convolution.
         norm: the following BatchNorm; `folded` weights are w * scale and bias * scale + shift.
         memory_format: of prepared 4-D weights.
+        packs: whether a convolution keeps its weights packed (see `labn.packing`), for both directions.
     """
 
     operation: str
@@ -57,19 +59,24 @@ class Layer:
     options: dict[str, Any]
     norm: Norm | None = None
     memory_format: torch.memory_format = torch.contiguous_format
+    packs: bool = False
     _prepared: dict[tuple[str, bool], Tensor] = field(default_factory=dict, repr=False)
+    _packed: dict[tuple[str, bool, bool], PackedKernel] = field(default_factory=dict, repr=False)
 
     def prepared(self, part: str, folded: bool) -> Tensor:
         """The weight's `part` (a key of PARTS or `gamma:<value>`), with BatchNorm folded in or not; made once, kept."""
-        folded = folded and self.norm is not None
-        key = (part, folded)
+        key = (part, folded and self.norm is not None)
         if key not in self._prepared:
-            base = self.weight * self._per_output(self.norm.scale) if folded and self.norm else self.weight
-            made = _part(part)(base)
+            made = self._made(*key)
             if made is self.weight:
                 return made
-            self._prepared[key] = made.contiguous(memory_format=self.memory_format) if made.ndim == 4 else made
+            self._prepared[key] = made
         return self._prepared[key]
+
+    def _made(self, part: str, folded: bool) -> Tensor:
+        base = self.weight * self._per_output(self.norm.scale) if folded and self.norm else self.weight
+        made = _part(part)(base)
+        return made if made is self.weight or made.ndim != 4 else made.contiguous(memory_format=self.memory_format)
 
     def offset(self, folded: bool) -> Tensor | None:
         """The bias (out,), after folding if asked; None where there is none."""
@@ -78,12 +85,23 @@ class Layer:
         shift = self.norm.shift
         return shift if self.bias is None else self.bias * self.norm.scale + shift
 
-    def apply(self, a: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """z = W a + b for inputs a (B, in, ...)."""
-        return getattr(F, self.operation)(a, weight, bias, **self.options)
+    def apply(self, a: Tensor, part: str, folded: bool = False, bias: Tensor | None = None) -> Tensor:
+        """z = rho(W) a + b for inputs a (B, in, ...), with the weight's `part` as in `prepared`."""
+        if not self.packs:
+            return getattr(F, self.operation)(a, self.prepared(part, folded), bias, **self.options)
+        if a.requires_grad and torch.is_grad_enabled():
+            result: Tensor = _Packed.apply(a, bias, self, part, folded)
+            return result
+        key = (part, folded and self.norm is not None, False)
+        if key not in self._packed:
+            self._packed[key] = PackedKernel(self._made(*key[:2]), self._geometry(), a.shape)
+        return self._packed[key](a, bias)
 
-    def adjoint(self, s: Tensor, weight: Tensor, a: Tensor) -> Tensor:
-        """W^T s: the gradient at the inputs a (B, in, ...), whose values do not matter; s may have another batch."""
+    def adjoint(self, s: Tensor, part: str, folded: bool, a: Tensor) -> Tensor:
+        """rho(W)^T s: the gradient at inputs like a (B, in, ...), whatever their values; s may have another batch."""
+        if self.packs and self._is_reversible():
+            return self._packed_adjoint(part, folded and self.norm is not None, s)(s)
+        weight = self.prepared(part, folded)
         if self.operation == "linear":
             return s @ weight
         if self._is_pointwise() and s.is_contiguous(memory_format=torch.channels_last):
@@ -92,18 +110,40 @@ class Layer:
         if len(a) != len(s):
             shape = (len(s), *a.shape[1:])
             like = torch.empty(shape, dtype=s.dtype, device=s.device, memory_format=self.memory_format)
-        settings = [_spread(self.options[name], weight.ndim - 2) for name in ("stride", "padding", "dilation")]
+        padding, stride, dilation, groups = self._geometry()
         unpadded = [0] * (weight.ndim - 2)
         gradients = torch.ops.aten.convolution_backward(
-            s, like, weight, None, *settings, False, unpadded, self.options["groups"], [True, False, False]
+            s, like, weight, None, stride, padding, dilation, False, unpadded, groups, [True, False, False]
         )
         return gradients[0]
 
+    def _packed_adjoint(self, part: str, folded: bool, s: Tensor) -> PackedKernel:
+        """Without stride the transpose is the convolution with the turned kernel, in and out exchanged."""
+        key = (part, folded, True)
+        if key not in self._packed:
+            turned = self._made(part, folded).flip(2, 3).transpose(0, 1).contiguous(memory_format=self.memory_format)
+            rest = [k - 1 - p for k, p in zip(self.weight.shape[2:], self._geometry()[0])]
+            self._packed[key] = PackedKernel(turned, (rest, [1, 1], [1, 1], 1), s.shape)
+        return self._packed[key]
+
+    def _geometry(self) -> tuple[list[int], list[int], list[int], int]:
+        """Padding, stride and dilation per axis, and the groups."""
+        padding, stride, dilation = (
+            _spread(self.options[name], self.weight.ndim - 2) for name in ("padding", "stride", "dilation")
+        )
+        return padding, stride, dilation, self.options["groups"]
+
+    def _is_reversible(self) -> bool:
+        padding, stride, dilation, groups = self._geometry()
+        fits = all(p < k for p, k in zip(padding, self.weight.shape[2:]))
+        return fits and groups == 1 and stride == dilation == [1, 1]
+
     def _is_pointwise(self) -> bool:
         """A 1x1 convolution, whose transpose is a plain matrix product over the pixels (faster on a CPU)."""
-        if self.operation != "conv2d" or self.weight.shape[2:] != (1, 1) or self.options["groups"] != 1:
+        if self.operation != "conv2d" or self.weight.shape[2:] != (1, 1):
             return False
-        return _spread(self.options["stride"], 2) == [1, 1] and _spread(self.options["padding"], 2) == [0, 0]
+        padding, stride, _, groups = self._geometry()
+        return groups == 1 and stride == [1, 1] and padding == [0, 0]
 
     def per_channel(self, vector: Tensor) -> Tensor:
         """Shape a vector (out,) so that it broadcasts over this layer's outputs."""
@@ -111,6 +151,21 @@ class Layer:
 
     def _per_output(self, vector: Tensor) -> Tensor:
         return vector.view(-1, *[1] * (self.weight.ndim - 1))
+
+
+class _Packed(torch.autograd.Function):
+    """A packed convolution with the gradient at its input."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, bias: Tensor | None, layer: Layer, part: str, folded: bool) -> Tensor:
+        ctx.save_for_backward(a)
+        ctx.choice = (layer, part, folded)
+        return layer.apply(a.detach(), part, folded, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *s: Tensor) -> tuple[Tensor | None, ...]:
+        layer, part, folded = ctx.choice
+        return layer.adjoint(s[0], part, folded, *ctx.saved_tensors), None, None, None, None
 
 
 def _part(name: str) -> Callable[[Tensor], Tensor]:

@@ -15,11 +15,12 @@ from labn.lrp.backward import BACKWARD
 from labn.lrp.blocks import with_regions
 from labn.lrp.config import Config
 from labn.lrp.forward import run_forward
-from labn.lrp.graph import Graph, build, use_channels_last
+from labn.lrp.graph import Graph, build, use_fastest
 from labn.lrp.layers import Layer
 from labn.lrp.record import record
 from labn.lrp.region import PIECEWISE_LINEAR, carrying_in
 from labn.lrp.residual import Junction, junction_of
+from labn.packing import can_pack
 
 KEPT_SHAPES = 4
 
@@ -103,7 +104,7 @@ def _make(model: nn.Module, images: Tensor, layers: dict[tuple[object, ...], Lay
         if node.layer is not None:
             node.layer = layers.setdefault(_identity_of(node.layer), node.layer)
     if images.device.type == "cpu":
-        use_channels_last(graph)
+        use_fastest(graph, can_pack(images, images.dtype))
     junctions = {i: junction_of(n, graph) for i, n in graph.nodes.items() if n.kind == "sum" and len(n.inputs) == 2}
     return Plan(graph, with_regions(graph), junctions)
 

@@ -99,7 +99,7 @@ def _evaluate(node: Node, values: dict[int, Tensor], biases: list[Tensor] | None
 
 def _linear(node: Node, values: dict[int, Tensor]) -> Tensor:
     assert node.layer is not None
-    return node.layer.apply(values[node.inputs[0]], node.layer.prepared("weight", True), node.layer.offset(True))
+    return node.layer.apply(values[node.inputs[0]], "weight", True, node.layer.offset(True))
 
 
 _AFFINE: dict[str, Callable[[Node, dict[int, Tensor]], Tensor]] = {"linear": _linear}
@@ -107,7 +107,7 @@ _AFFINE: dict[str, Callable[[Node, dict[int, Tensor]], Tensor]] = {"linear": _li
 
 def _clamped_linear(node: Node, values: dict[int, Tensor]) -> Tensor:
     assert node.layer is not None
-    return node.layer.apply(values[node.inputs[0]], node.layer.prepared("plus", True))
+    return node.layer.apply(values[node.inputs[0]], "plus", True)
 
 
 def _clamped_norm(node: Node, values: dict[int, Tensor]) -> Tensor:

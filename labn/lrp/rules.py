@@ -38,17 +38,13 @@ class Step:
     config: Config
     ledger: Ledger | None = None
 
-    def weight(self, part: str) -> Tensor:
-        """Prepared weights, see `layers.PARTS`."""
-        return self.layer.prepared(part, self.config.folded)
-
     def apply(self, a: Tensor, part: str) -> Tensor:
-        """sum_i a_i rho(w_ij), without bias."""
-        return self.layer.apply(a, self.weight(part))
+        """sum_i a_i rho(w_ij), without bias; the parts are those of `layers.PARTS`."""
+        return self.layer.apply(a, part, self.config.folded)
 
     def adjoint(self, s: Tensor, part: str) -> Tensor:
         """sum_j rho(w_ij) s_j."""
-        return self.layer.adjoint(s, self.weight(part), self.a)
+        return self.layer.adjoint(s, part, self.config.folded, self.a)
 
     def divide(self, z: Tensor, r: Tensor | None = None) -> Tensor:
         """s = R / (z + e)."""
