@@ -18,6 +18,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torchvision
@@ -79,32 +80,44 @@ def score(model: nn.Module, patch_size: int, steps: int, variant: str) -> tuple[
     return timed(work), torch.cat([curves[0].insertion, curves[0].deletion])
 
 
-def compare(model: nn.Module, patch_size: int, steps: int, rounds: int) -> dict[str, list[Clock]]:
-    """Ratios to the limit in their own round; and the limit and the largest differences between the curves, printed."""
+def ratios_to_limit(
+    model: nn.Module, calls: dict[str, Callable[[], Clock]], rounds: int, n: int = 64
+) -> dict[str, list[Clock]]:
+    """Seconds per forward of every call over those of the fastest plain forward (printed) in the same round."""
     forms = {
         torch.contiguous_format: model,
         torch.channels_last: copy.deepcopy(model).to(memory_format=torch.channels_last),
     }
+    limits: list[dict[str, Clock]] = []
+    taken: dict[str, list[Clock]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        before = plain_forwards(forms, n)
+        there = {name: call() for name, call in calls.items()}
+        back = {name: calls[name]() for name in reversed(calls)}
+        after = plain_forwards(forms, n)
+        limits.append({name: mean([before[name], after[name]]) for name in before})
+        for name in calls:
+            taken[name].append(mean([there[name], back[name]]))
+    fastest = min(limits[0], key=lambda name: statistics.median(limit[name][0] for limit in limits))
+    print(f"    fastest plain forward: {fastest}")
+    bounds = [limit[fastest] for limit in limits]
+    return {name: [(c / cpu, w / wall) for (c, w), (cpu, wall) in zip(taken[name], bounds)] for name in calls}
+
+
+def compare(model: nn.Module, patch_size: int, steps: int, rounds: int) -> dict[str, list[Clock]]:
+    """Ratios to the limit in their own round, by variant; the largest differences between the curves are printed."""
+    curves: dict[str, Tensor] = {}
+
+    def call(variant: str) -> Clock:
+        clock, curves[variant] = score(model, patch_size, steps, variant)
+        return clock
+
     for variant in VARIANTS:
         score(model, patch_size, 4, variant)  # warm up; prepares the model
-    limits: list[dict[str, Clock]] = []
-    engine: list[dict[str, Clock]] = []
-    curves = {}
-    for _ in range(rounds):
-        clocks: dict[str, list[Clock]] = {variant: [] for variant in VARIANTS}
-        before = plain_forwards(forms, 64)
-        for variant in [*VARIANTS, *reversed(VARIANTS)]:
-            clock, curves[variant] = score(model, patch_size, steps, variant)
-            clocks[variant].append(clock)
-        after = plain_forwards(forms, 64)
-        limits.append({name: mean([before[name], after[name]]) for name in before})
-        engine.append({variant: mean(values) for variant, values in clocks.items()})
-    fastest = min(limits[0], key=lambda name: statistics.median(limit[name][0] for limit in limits))
+    found = ratios_to_limit(model, {variant: partial(call, variant) for variant in VARIANTS}, rounds)
     error = {v: (curves[v] - curves["plain"]).abs().max().item() for v in VARIANTS}
-    print(f"    fastest plain forward: {fastest}")
     print(f"    largest curve difference to plain: folded {error['folded']:.1e}, bf16 {error['bf16']:.1e}")
-    pairs = list(zip(engine, limits))
-    return {v: [(e[v][0] / limit[fastest][0], e[v][1] / limit[fastest][1]) for e, limit in pairs] for v in VARIANTS}
+    return found
 
 
 def mean(values: list[Clock]) -> Clock:
