@@ -4,7 +4,7 @@
 
 The limit is that of `insertion_deletion.py`: the plain forward with the lowest median over memory formats and batch
 sizes, measured in every round before and after the metrics, which run in the order A B B A on a prepared model. Needed
-are two forwards per image for average drop (and percent increase, which shares them), and six for all percentages in all
+are two forwards per image for average drop (and percent increase, which shares them), six for all percentages in all
 three forms. Process CPU time decides (the machine may be shared), wall time stands beside it. Bar: plain <= 1.05.
 """
 
