@@ -18,6 +18,7 @@ os.environ.setdefault("LABN_DATA", "../shared/data")
 
 import lightning.pytorch as pl
 import numpy as np
+import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
@@ -30,6 +31,8 @@ from datamodules.files import image_files
 from datamodules.sources import FileSource, Record
 from labn.allocator import keep_freed_memory
 from labn.commands import coarse, compare, doctor, explain, sweep, table
+from labn.models.checkpoints import own_data, read_checkpoint
+from labn.modules.plain_checkpoints import PlainCheckpointIO, refuse_foreign_classes
 from labn.preprocessing import Preprocessing
 from labn.store import write_atomically
 
@@ -81,8 +84,12 @@ class LabnCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, without `predict`: what a model predicts is in `predictions.csv` of a test."""
-        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name != "predict"}
+        """Lightning's, without `predict`: what a model predicts is in `predictions.csv` of a test.
+
+        Nor is there a `weights_only`: checkpoints are always read as plain data, see `PlainCheckpointIO`.
+        """
+        known = LightningCLI.subcommands()
+        return {name: {*skipped, "weights_only"} for name, skipped in known.items() if name != "predict"}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add this project's own arguments and tie the number of classes to the data."""
@@ -119,7 +126,20 @@ class LabnCLI(LightningCLI):
         config = self.config[self.subcommand]
         if config.trainer.get("logger") in (None, True) and not config.trainer.get("fast_dev_run"):
             kwargs["logger"] = default_loggers(Path(config.run_dir), config.wandb, str(self.subcommand))
+        given = self.config_init[self.subcommand].trainer.get("plugins") or []
+        kwargs["plugins"] = [PlainCheckpointIO(), *(given if isinstance(given, list) else [given])]
         return super().instantiate_trainer(**kwargs)
+
+    def _parse_ckpt_path(self) -> None:
+        """Let Lightning take a checkpoint's hyper-parameters over, once they are seen to name no foreign class."""
+        config = self.config.get(self.config.get("subcommand") or "") or {}
+        path = config.get("ckpt_path")
+        if not path or not Path(path).is_file():
+            return
+        content = read_checkpoint(path)
+        refuse_foreign_classes(path, content, {str((config.get("model") or {}).get("class_path"))})
+        with torch.serialization.safe_globals(own_data(Path(path))):
+            super()._parse_ckpt_path()
 
     def _experiment(self) -> str:
         files = [Path(str(file)) for file in self.config[self.subcommand].get("config") or []]

@@ -5,13 +5,12 @@ from __future__ import annotations
 import importlib
 import pickle
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from labn.models.lambda_layer import LambdaLayer
@@ -161,20 +160,48 @@ def _read(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals(_own_classes(path)):
+        with torch.serialization.safe_globals(own_data(path)):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as tensors only: {str(error).splitlines()[0]}") from error
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} cannot be read as tensors only: {_named_code(path, error)}") from error
+    # A file that was made to do harm can end the reader in any way; there is no list of its errors.
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"{path} cannot be read as tensors only: {reason}") from error
 
 
-def _own_classes(path: Path) -> list[Any]:
-    """Classes of this package that a Lightning checkpoint names among its hyper-parameters."""
+def _named_code(path: Path, error: Exception) -> str:
+    names = ", ".join(sorted(set(_globals_of(path)) - {f"{c.__module__}.{c.__qualname__}" for c in own_data(path)}))
+    if names:
+        return f"it names code to run ({names}), which is refused; ask for a file of plain tensors."
+    return str(error).splitlines()[0]
+
+
+def _globals_of(path: Path) -> list[str]:
+    """Names beyond PyTorch's own that a checkpoint wants called or built."""
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except ValueError:  # an old, non-zip file: nothing to allow
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (ValueError, pickle.UnpicklingError):  # an old file that is no archive: nothing to allow
         return []
-    own = [name.rpartition(".") for name in names if name.startswith("labn.")]
-    return [getattr(importlib.import_module(module), name) for module, _, name in own]
+
+
+def own_data(path: Path) -> list[Any]:
+    """Dataclasses of this package that a checkpoint names, such as the options of saliency guidance.
+
+    Nothing else of the package: a pickle may call whatever it is allowed to name, with arguments of its own, so that
+    a function that writes files must not be among it, nor what a module has merely imported.
+    """
+    found = []
+    for name in _globals_of(path):
+        module, _, attribute = name.rpartition(".")
+        if module.startswith("labn."):
+            try:
+                thing = getattr(importlib.import_module(module), attribute, None)
+            except ImportError:
+                continue
+            if isinstance(thing, type) and is_dataclass(thing) and thing.__module__ == module:
+                found.append(thing)
+    return found
 
 
 def _refuse_other_architecture(

@@ -1,0 +1,129 @@
+"""Checkpoints of strangers: nothing that they name runs, and one sentence says so."""
+
+import os
+import pickle
+
+import pytest
+import torch
+from command_line import TINY, call_main
+
+import labn.store
+from labn.models.checkpoints import own_data, read_checkpoint
+from labn.modules.guidance import SaliencyGuidance
+from labn.modules.plain_checkpoints import PlainCheckpointIO, refuse_foreign_classes
+from labn.modules.restore import restore
+
+QUICKSTART = ["--config", "configs/quickstart.yaml", *TINY]
+
+
+class Touch:
+    """Makes a file when it is unpickled: a stand-in for harm."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+class OwnFunction:
+    """Calls a function of this package."""
+
+    def __reduce__(self):
+        return labn.store.digest, ("harm",)
+
+
+def save(payload, path):
+    """A Lightning checkpoint with a payload."""
+    torch.save({"state_dict": {"a": torch.ones(1)}, "epoch": 1, "hyper_parameters": {"x": payload}}, path)
+
+
+@pytest.mark.parametrize("read", [read_checkpoint, restore, PlainCheckpointIO().load_checkpoint])
+def test_no_reader_runs_what_a_pickle_names(tmp_path, read):
+    path, marker = tmp_path / "evil.ckpt", tmp_path / "marker"
+    save(Touch(marker), path)
+    with pytest.raises(ValueError, match=r"evil\.ckpt cannot be read .*names code to run \(posix\.mkdir\), .*refused"):
+        read(path)
+    assert not marker.exists()
+    torch.load(path, weights_only=False)
+    assert marker.exists(), "the payload is none"
+
+
+def test_functions_of_this_package_are_not_called_either(tmp_path, monkeypatch):
+    called = []
+
+    def digest(*things):
+        called.append(things)
+
+    digest.__module__, digest.__qualname__ = "labn.store", "digest"
+    monkeypatch.setattr(labn.store, "digest", digest)
+    save(OwnFunction(), tmp_path / "evil.ckpt")
+    with pytest.raises(ValueError, match=r"names code to run \(labn\.store\.digest\)"):
+        read_checkpoint(tmp_path / "evil.ckpt")
+    assert not called
+    torch.load(tmp_path / "evil.ckpt", weights_only=False)
+    assert called == [("harm",)], "the payload is none"
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "fit last"])
+def test_no_command_runs_what_a_checkpoint_names(tmp_path, monkeypatch, request, command):
+    monkeypatch.chdir(request.config.rootpath)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    (tmp_path / "checkpoints").mkdir()
+    path, marker = tmp_path / "checkpoints" / "last.ckpt", tmp_path / "marker"
+    save(Touch(marker), path)
+    command, _, named = command.partition(" ")
+    with pytest.raises(ValueError, match=r"last\.ckpt .* names code to run"):
+        call_main([command, *QUICKSTART, f"--run_dir={tmp_path}", f"--ckpt_path={named or path}"])
+    assert not marker.exists()
+
+
+def test_hyper_parameters_build_no_foreign_class(tmp_path, monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+    harm = {"class_path": "logging.FileHandler", "init_args": {"filename": str(tmp_path / "marker")}}
+    arguments = {"_class_path": "labn.modules.LABN", "network_options": {"deep": [harm]}}
+    path = tmp_path / "last.ckpt"
+    torch.save({"state_dict": {"a": torch.ones(1)}, "hyper_parameters": arguments}, path)
+    with pytest.raises(ValueError, match=r"last\.ckpt asks for the class logging\.FileHandler, which neither"):
+        call_main(["test", *QUICKSTART, f"--run_dir={tmp_path}", f"--ckpt_path={path}"])
+    assert not (tmp_path / "marker").exists()
+
+
+def test_a_class_that_the_configuration_names_is_allowed():
+    content = {"hyper_parameters": {"_class_path": "mine.Net", "guidance": {"class_path": "labn.modules.Own"}}}
+    refuse_foreign_classes("a.ckpt", content, {"mine.Net"})
+    refuse_foreign_classes("a.ckpt", {"hyper_parameters": None}, ())
+    refuse_foreign_classes("a.ckpt", [1], ())
+    with pytest.raises(ValueError, match=r"a\.ckpt asks for the class mine\.Net"):
+        refuse_foreign_classes("a.ckpt", content, ())
+
+
+def test_weights_alone_are_no_checkpoint_to_test(tmp_path):
+    torch.save({"a": torch.ones(1)}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"weights\.pt is no checkpoint of `cli\.py fit`; weights alone"):
+        PlainCheckpointIO().load_checkpoint(tmp_path / "weights.pt")
+    with pytest.raises(FileNotFoundError, match="local"):
+        PlainCheckpointIO().load_checkpoint("http://localhost:1/a.ckpt")
+
+
+def test_options_of_this_package_survive(tmp_path):
+    torch.save({"guidance": SaliencyGuidance(patch_size=4)}, tmp_path / "a.ckpt")
+    assert own_data(tmp_path / "a.ckpt") == [SaliencyGuidance]
+    assert read_checkpoint(tmp_path / "a.ckpt")["guidance"] == SaliencyGuidance(patch_size=4)
+
+
+def test_an_old_pickle_is_refused_too(tmp_path):
+    marker = tmp_path / "marker"
+    (tmp_path / "old.pt").write_bytes(pickle.dumps(Touch(marker), protocol=2))
+    with pytest.raises(ValueError, match=r"old\.pt cannot be read as tensors only"):
+        read_checkpoint(tmp_path / "old.pt")
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("cut", [0, 1, 40, 500, -10])
+def test_a_cut_checkpoint_is_named(tmp_path, cut):
+    torch.save({"state_dict": {"a": torch.ones(100)}}, tmp_path / "a.ckpt")
+    whole = (tmp_path / "a.ckpt").read_bytes()
+    (tmp_path / "a.ckpt").write_bytes(whole[:cut])
+    with pytest.raises(ValueError, match=r"a\.ckpt cannot be read as tensors only: .+"):
+        read_checkpoint(tmp_path / "a.ckpt")
