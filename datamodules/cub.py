@@ -195,8 +195,8 @@ class CUB(ImageDataModule):
 
     def _build(self) -> dict[Split, Source]:
         root = data_root("cub10", self.root)
-        test, notes_test = readable(self._records(root, training=False), self.on_bad_image)
-        train, notes_train = readable(self._records(root, training=True), self.on_bad_image)
+        test, notes_test = readable(self._records(root, training=False), self.on_bad_image, [root])
+        train, notes_train = readable(self._records(root, training=True), self.on_bad_image, [root])
         train, notes_copies = without_copies(train, test)
         train, val, notes_groups = split_off(train, self.val_fraction, self.split_seed)
         self._notes = [*notes_test, *notes_train, *notes_copies, *notes_groups]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
+
+from labn.reading import inside, read_text
 
 Value = TypeVar("Value")
 Box = tuple[float, float, float, float]
@@ -58,7 +61,7 @@ def _flag(rest: list[str]) -> bool:
 
 def _box(rest: list[str]) -> Box:
     x, y, width, height = map(float, rest)
-    if not (width > 0 and height > 0):
+    if not (width > 0 and height > 0 and all(map(math.isfinite, (x, y, width, height)))):
         raise ValueError("no area")
     return x, y, width, height
 
@@ -73,7 +76,7 @@ def read_column(file: Path, parse: Callable[[list[str]], Value], wanted: str) ->
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist; `root` must hold CUB-200-2011 in its own layout.")
     column: Column[Value] = Column(file, {}, {})
-    for line, text in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for line, text in enumerate(read_text(file).splitlines(), start=1):
         if not (words := text.split()):
             continue
         try:
@@ -99,9 +102,9 @@ def read_birds(root: Path) -> list[Bird]:
 
     Raises:
         FileNotFoundError: a list is missing.
-        ValueError: the lists disagree: an image without label, split or box, an entry for an image that is not listed,
-            a class that is not in `classes.txt`, or an image in the folder of another class than its label; the
-            message names file and line.
+        ValueError: a path that leaves the folder `images`, or the lists disagree: an image without label, split or box,
+            an entry for an image that is not listed, a class that is not in `classes.txt`, or an image in the folder of
+            another class than its label; the message names file and line.
     """
     names = read_classes(root)
     images = read_column(root / "images.txt", _text, "an image number and a path")
@@ -113,7 +116,8 @@ def read_birds(root: Path) -> list[Bird]:
     others: tuple[Column[Any], ...] = (labels, training, boxes)
     for other in others:
         _same_images(images, other)
-    for number in images.values:
+    for number, name in images.values.items():
+        inside(root / "images", name, images.where(number))
         _right_folder(number, images, labels, names)
     return [
         Bird(path, labels.values[n], training.values[n], boxes.values[n], boxes.where(n))

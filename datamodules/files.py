@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import stat
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,12 +13,20 @@ from typing import Any
 
 import cv2
 import numpy as np
+from PIL import Image
 
 Array = np.ndarray[Any, Any]
 Box = tuple[float, float, float, float]
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
+MAX_PIXELS = 2**27
+"""Of one image: a few bytes can promise more pixels than there is memory."""
+MAX_ASPECT = 256
+"""Longer side over shorter: bringing the shorter side to a given size multiplies the longer one too."""
+MAX_BYTES = 2**31
+"""Of one image file."""
 
 
 class BadImageError(ValueError):
@@ -47,35 +57,71 @@ def data_root(name: str, root: str | os.PathLike[str] | None = None) -> Path:
 
 
 def check_image(path: Path) -> str | None:
-    """Why `path` cannot be a whole image, or None: looks at the first and last bytes only, decodes nothing.
+    """Why `path` cannot be a whole image, or None: looks at its header and last bytes only, decodes nothing.
 
     A JPEG must end with its end-of-image marker and a PNG with its IEND chunk, either within the last KiB, which
     catches what interrupted copies leave behind.
     """
     try:
-        size = path.stat().st_size
+        size = _regular_size(path)
         with path.open("rb") as file:
             head = file.read(16)
             file.seek(max(0, size - 1024))
             tail = file.read()
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    if head.startswith(_JPEG):
-        return None if b"\xff\xd9" in tail else "is truncated (no end-of-image marker)"
-    if head.startswith(_PNG):
-        return None if b"IEND" in tail else "is truncated (no IEND chunk)"
-    return None if cv2.haveImageReader(os.fspath(path)) else "is not an image"
+    if head.startswith(_JPEG) and b"\xff\xd9" not in tail:
+        return "is truncated (no end-of-image marker)"
+    if head.startswith(_PNG) and b"IEND" not in tail:
+        return "is truncated (no IEND chunk)"
+    return refused_size(path)
+
+
+def _regular_size(path: Path) -> int:
+    """Bytes of a file. Raises `OSError` for what is none, such as a pipe, which would never end, and for a huge one."""
+    info = path.stat()
+    if not stat.S_ISREG(info.st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    if info.st_size > MAX_BYTES:
+        raise OSError(errno.EFBIG, f"larger than {MAX_BYTES} bytes", path)
+    return info.st_size
+
+
+def refused_size(path: Path) -> str | None:
+    """Why the size that an image's header promises is refused, or None; no pixel is decoded."""
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            width, height = image.size
+    except Image.DecompressionBombError:
+        return f"promises more than {MAX_PIXELS} pixels"
+    # Its readers of headers end in many ways on a damaged file.
+    except Exception:
+        return "is not an image"
+    if width * height > MAX_PIXELS:
+        return f"promises {width} x {height} pixels, more than {MAX_PIXELS}"
+    if not 0 < max(width, height) <= MAX_ASPECT * min(width, height):
+        return f"has {width} x {height} pixels; the longer side may be {MAX_ASPECT} times the shorter at most"
+    return None
 
 
 def read_image(path: Path, channels: int = 3) -> Array:
     """Decode to (H,W,channels) uint8, RGB or grey; alpha is dropped, 16-bit values are divided by 256.
 
     Raises:
-        BadImageError: the file cannot be decoded.
+        BadImageError: the file is missing, promises a huge size, or cannot be decoded.
     """
     flag = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR
-    data = np.fromfile(path, dtype=np.uint8)
-    image = cv2.imdecode(data, flag) if data.size else None
+    try:
+        _regular_size(path)
+        data = np.fromfile(path, dtype=np.uint8)
+    except OSError as error:
+        raise BadImageError(f"Image {path} cannot be read ({error.strerror}); put it back or replace it.") from error
+    if reason := refused_size(path):
+        raise BadImageError(f"Image {path} {reason}; replace it, or set on_bad_image: skip.")
+    try:
+        image = cv2.imdecode(data, flag)
+    except cv2.error:
+        image = None
     if image is None:
         raise BadImageError(f"Image {path} cannot be decoded; replace it, or set on_bad_image: skip.")
     return image[..., None] if channels == 1 else np.ascontiguousarray(image[..., ::-1])

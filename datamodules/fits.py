@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.files import Array, BadImageError
+from datamodules.files import MAX_ASPECT, MAX_PIXELS, Array, BadImageError
 
 _BLOCK, _CARD = 2880, 80
+_MAX_BLOCKS = 1024
 _TYPES = {8: "u1", 16: ">i2", 32: ">i4", 64: ">i8", -32: ">f4", -64: ">f8"}
 MAGIC = b"SIMPLE  ="
 
@@ -22,7 +23,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     """
     cards: dict[str, Any] = {}
     with path.open("rb") as file:
-        while True:
+        for _ in range(_MAX_BLOCKS):
             block = file.read(_BLOCK)
             if not cards and not block.startswith(MAGIC):
                 raise BadImageError(f"Image {path} is not a FITS file.")
@@ -34,6 +35,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
                     return cards, file.tell()
                 if card[8:10] == "= ":
                     cards[card[:8].rstrip()] = _value(card[10:])
+    raise BadImageError(f"Image {path} has a FITS header of more than {_MAX_BLOCKS} blocks.")
 
 
 def _value(text: str) -> bool | int | float | str:
@@ -63,6 +65,21 @@ def keyword(header: dict[str, Any], name: str, path: Path) -> Any:
     return header[name]
 
 
+def _whole(header: dict[str, Any], name: str, path: Path) -> int:
+    value = keyword(header, name, path)
+    if type(value) is not int:
+        raise BadImageError(f"Image {path}: FITS keyword {name} is {value!r}; it must be a whole number.")
+    return value
+
+
+def _real(header: dict[str, Any], name: str, path: Path) -> float:
+    """BZERO or BSCALE, whose defaults change nothing."""
+    value = header.get(name, {"BZERO": 0.0, "BSCALE": 1.0}[name])
+    if type(value) not in (int, float):
+        raise BadImageError(f"Image {path}: FITS keyword {name} is {value!r}; it must be a number.")
+    return float(value)
+
+
 def image_layout(path: Path) -> tuple[dict[str, Any], int, tuple[int, int], np.dtype[Any]]:
     """Header, offset of the pixels, (height, width) and stored type of the primary image; no pixel is read.
 
@@ -71,12 +88,14 @@ def image_layout(path: Path) -> tuple[dict[str, Any], int, tuple[int, int], np.d
         ValueError: a keyword is missing.
     """
     header, offset = read_header(path)
-    kind = _TYPES.get(int(keyword(header, "BITPIX", path)))
+    kind = _TYPES.get(_whole(header, "BITPIX", path))
     if keyword(header, "NAXIS", path) != 2 or kind is None:
         raise BadImageError(
             f"Image {path} has no two-dimensional primary image (compressed ones lie in an extension: unpack it)."
         )
-    shape = int(keyword(header, "NAXIS2", path)), int(keyword(header, "NAXIS1", path))
+    shape = _whole(header, "NAXIS2", path), _whole(header, "NAXIS1", path)
+    if min(shape) < 1 or shape[0] * shape[1] > MAX_PIXELS or max(shape) > MAX_ASPECT * min(shape):
+        raise BadImageError(f"Image {path} promises {shape[1]} x {shape[0]} pixels, which no image of the Sun has.")
     stored = np.dtype(kind)
     if path.stat().st_size < offset + shape[0] * shape[1] * stored.itemsize:
         raise BadImageError(f"Image {path} is truncated (its header promises {shape[1]} x {shape[0]} pixels).")
@@ -98,10 +117,11 @@ def read_fits(path: Path, low: float, high: float) -> Array:
         ValueError: likewise.
     """
     header, offset, shape, kind = image_layout(path)
+    zero, scale = (_real(header, name, path) for name in ("BZERO", "BSCALE"))
     stored = np.fromfile(path, dtype=kind, count=shape[0] * shape[1], offset=offset)
     values = stored.astype(np.float64)
     if "BLANK" in header and kind.kind != "f":
         values[stored == header["BLANK"]] = np.nan
-    values = header.get("BZERO", 0.0) + header.get("BSCALE", 1.0) * values
-    grey = np.clip((values - low) / (high - low), 0.0, 1.0) * 255.0
+    with np.errstate(over="ignore", invalid="ignore"):
+        grey = np.clip((zero + scale * values - low) / (high - low), 0.0, 1.0) * 255.0
     return np.rint(np.nan_to_num(grey, nan=0.0)).astype(np.uint8).reshape(shape)[::-1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from datamodules.files import Array
+from labn.reading import Line, read_rows, read_table
 
 FLAGS = ("none", "C", "M", "X")
 POSITIVE = 2  # from this flag on: a flare of class M or above
@@ -20,11 +20,19 @@ _DATE = re.compile(r"(?<!\d)((?:19|20)\d\d)([-._/]?)([01]\d)\2([0-3]\d)(?=\D|$|\
 
 @dataclass(frozen=True)
 class Frame:
-    """One row of a label table: the frame's name, its flag (an index of FLAGS), its date where a column gives it."""
+    """One row of a label table.
+
+    Attributes:
+        name: of the frame.
+        flag: an index of FLAGS.
+        day: its date, where a column gives it.
+        where: file and line.
+    """
 
     name: str
     flag: int
     day: date | None
+    where: str
 
 
 @dataclass(frozen=True)
@@ -62,26 +70,23 @@ def read_flares(path: Path, columns: Columns) -> list[Frame]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"Label file {path} does not exist.")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        header = [name.strip() for name in reader.fieldnames or []]
-        for argument, column in (("image", columns.image), ("flag", columns.flag), ("time", columns.time)):
-            if column is not None and column not in header:
-                raise ValueError(f"{path} has no column '{column}' (columns.{argument}); it has {', '.join(header)}.")
-        reader.fieldnames = header
-        return [_frame(row, columns, f"{path}, line {line}") for line, row in enumerate(reader, start=2)]
+    header = next(iter(read_rows(path)), (1, []))[1]
+    for argument, column in (("image", columns.image), ("flag", columns.flag), ("time", columns.time)):
+        if column is not None and column not in header:
+            raise ValueError(f"{path} has no column '{column}' (columns.{argument}); it has {', '.join(header)}.")
+    return [_frame(row, columns) for row in read_table(path)]
 
 
-def _frame(row: dict[str, str], columns: Columns, where: str) -> Frame:
-    name, flag = ((row[column] or "").strip() for column in (columns.image, columns.flag))
+def _frame(row: Line, columns: Columns) -> Frame:
+    name, flag, where = row[columns.image], row[columns.flag], row.where
     if flag not in {"0", "1", "2", "3"}:
-        raise ValueError(f"{where}: flag '{flag}' of '{name}' must be 0 (none), 1 (C), 2 (M) or 3 (X).")
+        raise ValueError(f"{where}: flag {flag!r} of {name!r} must be 0 (none), 1 (C), 2 (M) or 3 (X).")
     if columns.time is None:
-        return Frame(name, int(flag), None)
-    day = date_in(row[columns.time] or "")
+        return Frame(name, int(flag), None, where)
+    day = date_in(row[columns.time])
     if day is None:
-        raise ValueError(f"{where}: column '{columns.time}' holds '{row[columns.time]}', which has no date.")
-    return Frame(name, int(flag), day)
+        raise ValueError(f"{where}: column '{columns.time}' holds {row[columns.time]!r}, which has no date.")
+    return Frame(name, int(flag), day, where)
 
 
 def day_numbers(days: Sequence[date | None], frames_per_day: int) -> Array:

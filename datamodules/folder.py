@@ -172,7 +172,8 @@ class ImageFolder(ImageDataModule):
                 f"{folder} has other class folders than training: {', '.join(self.class_names)} are needed."
             )
         records = [r for label, name in enumerate(self.class_names) for r in self._class(folder / name, part, label)]
-        good, notes = readable(records, self.on_bad_image)
+        roots = [self.root] if self.mask_root is None else [self.root, self.mask_root]
+        good, notes = readable(records, self.on_bad_image, roots)
         self._notes += notes
         return good
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import glob
 import os
 from collections import defaultdict
 from pathlib import Path
@@ -13,6 +13,7 @@ from datamodules.files import data_root, image_files
 from datamodules.sources import FileSource, Record, Source
 from datamodules.splits import readable, split_off, without_copies
 from datamodules.transforms import PUBLISHED, Augmentation
+from labn.reading import inside, read_table
 
 _GRADING, _SEGMENTATION = "B. Disease Grading", "A. Segmentation"
 _IMAGES = "1. Original Images"
@@ -37,26 +38,17 @@ def read_grades(path: Path) -> dict[str, int]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"Label file {path} does not exist.")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = [[cell.strip() for cell in row] for row in csv.reader(file)]
-    header = rows[0] if rows else []
-    for column in ("Image name", "Retinopathy grade"):
-        if column not in header:
-            raise ValueError(f"{path} has no column '{column}'; its first line must name the columns.")
-    name, grade = header.index("Image name"), header.index("Retinopathy grade")
     grades: dict[str, int] = {}
-    for line, row in enumerate(rows[1:], start=2):
-        if any(row):
-            cells = [*row, "", ""]
-            _add_grade(grades, cells[name], cells[grade], f"{path}, line {line}")
+    for line in read_table(path, ("Image name", "Retinopathy grade")):
+        _add_grade(grades, line["Image name"], line["Retinopathy grade"], line.where)
     return grades
 
 
 def _add_grade(grades: dict[str, int], name: str, grade: str, where: str) -> None:
     if name in grades:
-        raise ValueError(f"{where}: image '{name}' has a row already; every image needs exactly one.")
+        raise ValueError(f"{where}: image {name!r} has a row already; every image needs exactly one.")
     if grade not in {"0", "1", "2", "3", "4"}:
-        raise ValueError(f"{where}: retinopathy grade '{grade}' of image '{name}' must be an integer from 0 to 4.")
+        raise ValueError(f"{where}: retinopathy grade {grade!r} of image {name!r} must be an integer from 0 to 4.")
     grades[name] = int(grade)
 
 
@@ -70,7 +62,7 @@ def match(images: list[Path], grades: dict[str, int], csv_path: Path) -> list[tu
     folder = images[0].parent if images else "the image folder"
     if missing := [name for name in grades if name not in by_name]:
         raise ValueError(
-            f"{csv_path} has a row for '{missing[0]}', but {folder} has no such image ({len(missing)} such rows)."
+            f"{csv_path} has a row for {missing[0]!r}, but {folder} has no such image ({len(missing)} such rows)."
         )
     if unlabelled := [path for path in images if path.stem not in grades]:
         raise ValueError(f"Image {unlabelled[0]} has no row in {csv_path} ({len(unlabelled)} such images).")
@@ -87,11 +79,11 @@ def lesion_masks(root: Path) -> dict[tuple[str, str], tuple[Path, ...]]:
     found: dict[tuple[str, str], list[Path]] = defaultdict(list)
     if not table.is_file():
         return {}
-    with table.open(newline="", encoding="utf-8-sig") as file:
-        for row in csv.DictReader(file):
-            folder = root / _SEGMENTATION / "2. All Segmentation Groundtruths" / row["segmentation set"]
-            masks = [p for kind in _LESIONS for p in (folder / kind).glob(f"{row['segmentation image']}_*")]
-            found[row["grading set"], row["grading image"]] += sorted(masks)
+    truths = root / _SEGMENTATION / "2. All Segmentation Groundtruths"
+    for row in read_table(table, ("segmentation set", "segmentation image", "grading set", "grading image")):
+        image = inside(truths, f"{row['segmentation set']}/{row['segmentation image']}", row.where)
+        masks = [p for kind in _LESIONS for p in (image.parent / kind).glob(f"{glob.escape(image.name)}_*")]
+        found[row["grading set"], row["grading image"]] += sorted(masks)
     return {key: tuple(paths) for key, paths in found.items()}
 
 
@@ -174,8 +166,8 @@ class IDRiD(ImageDataModule):
     def _build(self) -> dict[Split, Source]:
         root = data_root("idrid", self.root)
         masks = lesion_masks(root) if self.masks else {}
-        test, notes_test = readable(self._records(root, "test", masks), self.on_bad_image)
-        train, notes_train = readable(self._records(root, "train", masks), self.on_bad_image)
+        test, notes_test = readable(self._records(root, "test", masks), self.on_bad_image, [root])
+        train, notes_train = readable(self._records(root, "train", masks), self.on_bad_image, [root])
         train, notes_copies = without_copies(train, test)
         train, val, notes_groups = split_off(train, self.val_fraction, self.split_seed)
         self._notes = [*notes_test, *notes_train, *notes_copies, *notes_groups]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import re
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from datamodules.base import ImageDataModule, OnBadImage, Split
 from datamodules.files import data_root, image_files
 from datamodules.sources import FileSource, Record, Source
 from datamodules.splits import readable
+from labn.reading import read_rows
 
 _SYNSET = re.compile(r"n\d{8}")
 
@@ -67,11 +67,11 @@ def by_table(files: list[Path], argument: str) -> list[int]:
     path = Path(os.path.expandvars(argument))
     if not path.is_file():
         raise FileNotFoundError(f"class_rule is 'csv:{argument}'; there is no such file.")
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        rows = {Path(row[0]).stem: (row[1].split() or [""])[0] for row in list(csv.reader(file))[1:] if len(row) > 1}
+    table = [(line, row) for line, row in read_rows(path)[1:] if len(row) > 1]
+    rows = {Path(row[0]).stem: (f"{path}, line {line}", (row[1].split() or [""])[0]) for line, row in table}
     if missing := [image for image in files if image.stem not in rows]:
         raise ValueError(f"Image {missing[0]} has no row in {path} ({len(missing)} such images).")
-    return [class_of(rows[image.stem], f"{path}, row of {image.stem}") for image in files]
+    return [class_of(word, where) for where, word in (rows[image.stem] for image in files)]
 
 
 RULES: dict[str, Callable[[list[Path], str], list[int]]] = {
@@ -139,6 +139,6 @@ class ImageNet(ImageDataModule):
             raise ValueError(f"{folder} holds neither images nor folders of images.")
         labels = self._rule(files, self._argument)
         records = [Record(str(f.relative_to(folder)), label, f) for f, label in zip(files, labels)]
-        records, self._notes = readable(records, self.on_bad_image)
+        records, self._notes = readable(records, self.on_bad_image, [root])
         source = FileSource(records, self.image_size, shorter=self.shorter)
         return {"val": source, "test": source}

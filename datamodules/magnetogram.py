@@ -18,6 +18,7 @@ from datamodules.sources import Record, Source
 from datamodules.splits import readable
 from datamodules.sun import PictureSource, Preparation, YearSource, bad_picture, check_frames, is_fits
 from datamodules.transforms import PUBLISHED, Augmentation
+from labn.reading import inside
 
 
 class Magnetogram(ImageDataModule):
@@ -157,11 +158,16 @@ class Magnetogram(ImageDataModule):
         table = root / str(self.labels_file)
         folder = root / self.pictures
         frames = read_flares(table, self.columns)
-        records = [Record(f.name, int(c), folder / f.name) for f, c in zip(frames, self._classes(frames))]
-        for record in records:
+        paths = [inside(folder, frame.name, frame.where) for frame in frames]
+        records = [Record(f.name, int(c), path) for f, c, path in zip(frames, self._classes(frames), paths)]
+        seen: set[str] = set()
+        for record, frame in zip(records, frames):
             if not record.path.is_file():
-                raise FileNotFoundError(f"{table} has a row for '{record.name}', but {folder} has no such picture.")
-        good, notes = readable(records, self.on_bad_image, bad_picture)
+                raise FileNotFoundError(f"{frame.where}: {folder} has no picture {record.name!r}.")
+            if record.name in seen:
+                raise ValueError(f"{frame.where}: {record.name!r} has a row already; every picture needs exactly one.")
+            seen.add(record.name)
+        good, notes = readable(records, self.on_bad_image, [root, folder], bad_picture)
         self._notes += notes
         known = {frame.name: frame.day for frame in frames}
         days = {record.name: known[record.name] or self._date(record.path) for record in good}

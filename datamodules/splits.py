@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -11,14 +13,24 @@ import numpy as np
 from datamodules.base import OnBadImage
 from datamodules.files import BadImageError, identical_groups
 from datamodules.sources import Record, bad_file
+from labn.reading import leads_out
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 def readable(
-    records: Sequence[AnyRecord], on_bad_image: OnBadImage, check: Callable[[AnyRecord], str | None] = bad_file
+    records: Sequence[AnyRecord],
+    on_bad_image: OnBadImage,
+    roots: Sequence[Path],
+    check: Callable[[AnyRecord], str | None] = bad_file,
 ) -> tuple[list[AnyRecord], list[str]]:
-    """Check all files cheaply; `check` gives a sentence about a bad one.
+    """Check all files cheaply.
+
+    Args:
+        records: images with their masks.
+        on_bad_image: "stop" or "skip".
+        roots: folders of the data set; a link that leaves all of them is bad.
+        check: gives a sentence about a bad file.
 
     Returns:
         The good records and a note for each bad one.
@@ -27,8 +39,9 @@ def readable(
         BadImageError: a file is bad and `on_bad_image` is "stop".
     """
     good, notes = [], []
+    real_roots = [os.path.realpath(root) for root in roots]
     for record in records:
-        reason = check(record)
+        reason = _foreign_link(record, real_roots) or check(record)
         if reason and on_bad_image == "stop":
             raise BadImageError(f"{reason[:-1]}: replace it, or set on_bad_image: skip to leave the sample out.")
         if reason:
@@ -36,6 +49,13 @@ def readable(
         else:
             good.append(record)
     return good, notes
+
+
+def _foreign_link(record: Record, real_roots: Sequence[str]) -> str | None:
+    for path in (record.path, *record.masks):
+        if all(leads_out(path, root) for root in real_roots):
+            return f"Image {path} is a link that leaves the data folder {real_roots[0]}."
+    return None
 
 
 def without_copies(records: Sequence[AnyRecord], held_out: Sequence[Record]) -> tuple[list[AnyRecord], list[str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules.files import Array, BadImageError, read_image, squash
+from datamodules.files import MAX_ASPECT, MAX_PIXELS, Array, BadImageError, read_image, squash
 from datamodules.fits import MAGIC, image_layout, read_fits
 from datamodules.sources import FileSource, Record, Source, bad_file
 
@@ -74,7 +74,7 @@ class YearSource(Source):
     def load(self, index: int) -> tuple[Array, None]:
         """See `Source.load`."""
         file, row = self.rows[index]
-        frame = np.array(np.load(self.files[file], mmap_mode="r")[row])
+        frame = np.array(np.load(self.files[file], mmap_mode="r", allow_pickle=False)[row])
         return self.preparation(frame), None
 
 
@@ -88,11 +88,17 @@ def check_frames(path: Path, rows: int) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; every year of the splits needs its .npy and its .csv.")
     try:
-        frames = np.load(path, mmap_mode="r")
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path} is not a whole .npy array ({error}).") from error
+        frames = np.lib.format.open_memmap(path, mode="r")
+    # A damaged header ends the reader in many ways.
+    except Exception as error:
+        raise ValueError(f"{path} is not a whole .npy array of numbers ({error}).") from error
     if frames.dtype != np.uint8 or frames.ndim != 3:
         raise ValueError(f"{path} holds {frames.dtype} of shape {frames.shape}; it must be uint8 (n, height, width).")
+    if (
+        not 0 < max(frames.shape[1:]) <= MAX_ASPECT * min(frames.shape[1:])
+        or frames.shape[1] * frames.shape[2] > MAX_PIXELS
+    ):
+        raise ValueError(f"{path} holds frames of {frames.shape[1]} x {frames.shape[2]} pixels, which no image has.")
     if len(frames) != rows:
         raise ValueError(f"{path} has {len(frames)} frames but {path.with_suffix('.csv')} has {rows} rows.")
 

@@ -18,6 +18,7 @@ from datamodules.sources import FileSource, Record, Source
 from datamodules.splits import readable
 from datamodules.transforms import Augmentation
 from datamodules.voc_files import Annotation, read_annotation
+from labn.reading import inside, read_text
 
 DETECTION = Augmentation(vertical_flip=0.0, rotation=0.0, crop_scale=(0.5, 1.0), erasing=0.0)
 
@@ -112,7 +113,12 @@ class VOC(ImageDataModule):
         path = self.root / "ImageSets" / "Main" / f"{name}.txt"
         if not path.is_file():
             raise FileNotFoundError(f"Image list {path} does not exist; set image_sets to lists that do.")
-        return [line.split()[0] for line in path.read_text().splitlines() if line.strip()]
+        lines = [(n, text.split()[0]) for n, text in enumerate(read_text(path).splitlines(), start=1) if text.strip()]
+        if not lines:
+            raise ValueError(f"Image list {path} is empty; every split needs an image.")
+        for number, word in lines:
+            inside(self.root / "Annotations", f"{word}.xml", f"{path}, line {number}")
+        return [word for _, word in lines]
 
     @cached_property
     def _annotations(self) -> dict[str, Annotation]:
@@ -143,7 +149,7 @@ class VOC(ImageDataModule):
         sources: dict[Split, Source] = {}
         for split in SPLITS:
             records = [self._record(name, images) for name in self._lists[split]]
-            good, notes = readable(records, self.on_bad_image)
+            good, notes = readable(records, self.on_bad_image, [self.root])
             self._notes += notes
             sources[split] = VOCSource(good, self.image_size, [self._objects[r.name] for r in good])
         return sources

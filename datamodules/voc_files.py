@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import xml.etree.ElementTree as ElementTree
 from dataclasses import dataclass, replace
 from pathlib import Path
+from xml.parsers import expat
+
+from datamodules.files import MAX_PIXELS
 
 Pixels = tuple[float, float, float, float]
+MAX_XML = 2**24
+"""Bytes of one annotation."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +46,15 @@ def read_annotation(path: Path, on_bad_box: str = "stop") -> Annotation:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: broken XML (the message has file and line), a missing or non-numeric field, or a box outside.
+        ValueError: broken XML or a document type (the message has file and line), a missing or non-numeric field, or a
+            box outside.
     """
     if not path.is_file():
         raise FileNotFoundError(f"Annotation {path} does not exist.")
-    try:
-        root = ElementTree.parse(path).getroot()
-    except ElementTree.ParseError as error:
-        line, column = error.position
-        reason = str(error).split(":")[0]
-        raise ValueError(f"{path}, line {line}, column {column}: broken XML ({reason}); repair the file.") from error
+    root = _parsed(path)
     size = int(_number(root, "size/width", str(path))), int(_number(root, "size/height", str(path)))
+    if min(size) < 1:
+        raise ValueError(f"{path}: size is {size[0]} x {size[1]}; width and height must be at least one pixel.")
     objects: list[Annotated] = []
     notes: list[str] = []
     for place, item in enumerate(root.iter("object"), start=1):
@@ -58,6 +62,29 @@ def read_annotation(path: Path, on_bad_box: str = "stop") -> Annotation:
         objects += [found] if found else []
         notes += [note] if note else []
     return Annotation(size[0], size[1], tuple(objects), tuple(notes))
+
+
+def _parsed(path: Path) -> ElementTree.Element:
+    """The root element; a document type, with which a few lines become gigabytes or name other files, is refused."""
+    if path.stat().st_size > MAX_XML:
+        raise ValueError(f"{path} is larger than {MAX_XML} bytes; no annotation of one image is.")
+    data = path.read_bytes()
+    first = expat.ParserCreate()
+
+    def refuse(*_: object) -> None:
+        raise ValueError(
+            f"{path}, line {first.CurrentLineNumber}: it declares a document type (DOCTYPE), which annotations do not "
+            "need and this project does not read; remove it."
+        )
+
+    first.StartDoctypeDeclHandler = refuse
+    try:
+        first.Parse(data, True)
+        return ElementTree.fromstring(data)
+    except (expat.ExpatError, ElementTree.ParseError) as error:
+        line, column = (error.lineno, error.offset) if isinstance(error, expat.ExpatError) else error.position
+        reason = str(error).split(":")[0]
+        raise ValueError(f"{path}, line {line}, column {column}: broken XML ({reason}); repair the file.") from error
 
 
 def _checked(
@@ -90,6 +117,9 @@ def _object(item: ElementTree.Element, where: str) -> Annotated:
 def _number(element: ElementTree.Element, field: str, where: str) -> float:
     text = element.findtext(field)
     try:
-        return float(text or "")
-    except ValueError as error:
-        raise ValueError(f"{where}: {field} is {text!r}; it must be a number of pixels.") from error
+        value = float(text or "")
+    except ValueError:
+        value = math.nan
+    if not abs(value) <= MAX_PIXELS:
+        raise ValueError(f"{where}: {field} is {(text or '')[:100]!r}; it must be a number of pixels.")
+    return value

@@ -23,6 +23,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from labn.reading import read_arrays, read_json
+
 FORMAT = 1
 """Raised when old result folders can no longer be read."""
 
@@ -135,7 +137,7 @@ class ResultStore:
         path = self.folder / "identity.json"
         mine = {"format": FORMAT, **identity}
         if self.folder.exists() and any(self.folder.iterdir()):
-            theirs = json.loads(path.read_text()) if path.exists() else None
+            theirs = _identity(path)
             if theirs != mine:
                 aside = next(a for n in range(1, 10_000) if not (a := Path(f"{self.folder}.old-{n}")).exists())
                 self.folder.rename(aside)
@@ -248,10 +250,17 @@ class ResultStore:
         return set.intersection(*per_metric.values()) if per_metric else set()
 
 
+def _identity(path: Path) -> dict[str, Any] | None:
+    """What made the results of a folder; None where that is not known, so that they are moved aside."""
+    try:
+        return read_json(path, dict)
+    except (OSError, ValueError):
+        return None
+
+
 def read_part(path: Path) -> ScorePart:
-    """Read one score part; nothing in it is executed (`allow_pickle=False`)."""
-    with np.load(path, allow_pickle=False) as file:
-        arrays = {name: file[name] for name in file.files}
+    """Read one score part; nothing in it is executed."""
+    arrays = read_arrays(path)
 
     def group(prefix: str) -> dict[str, np.ndarray]:
         return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}

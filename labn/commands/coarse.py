@@ -8,7 +8,6 @@ for every patch size, and this command reads its results.
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import re
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from labn.metrics.statistics import Interval, bootstrap_mean, paired_difference
+from labn.reading import read_table
 from labn.store import write_atomically
 
 SUMMARY = "Coarse against fine: at which patch size does the score rank the exact mask above its coarse copies?"
@@ -50,9 +50,9 @@ class Scored:
                 f"{path} does not exist; run `cli.py test --config configs/coarse_fine.yaml` first."
             )
         values: dict[tuple[str, str], dict[int, float]] = {}
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                values.setdefault((row["explainer"], row["metric"]), {})[int(row["index"])] = float(row["value"])
+        for row in read_table(path, ("index", "explainer", "metric", "value")):
+            column = values.setdefault((row["explainer"], row["metric"]), {})
+            column[row.number("index", int)] = row.number("value", float)
         found = [re.fullmatch(r"insertion(\d+)", metric) for _, metric in values]
         sizes = {int(match[1]) for match in found if match}
         return cls(values, tuple(dict.fromkeys(name for name, _ in values)), tuple(sorted(sizes)))

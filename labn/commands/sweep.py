@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from labn.reading import read_json
 from labn.store import write_atomically
 
 SUMMARY = "Fit and test a configuration once per seed, in RUN_DIR/seed=N/."
@@ -86,7 +87,7 @@ def run_all(sweep: Sweep, runner: Runner = start) -> None:
 
 def _step(sweep: Sweep, step: str, seed: int, folder: Path, runner: Runner) -> None:
     path = folder / STATE
-    state = json.loads(path.read_text()) if path.exists() else {}
+    state = read_json(path, dict) if path.exists() else {}
     wanted, known = sweep.signature(step, seed), state.get(step, {})
     same = known.get("signature") == wanted
     if same and known.get("done"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 import yaml
 
 from labn.metrics.statistics import Interval, bootstrap_mean
+from labn.reading import read_json, read_table
 
 SUMMARY = "Print a table of the LABN papers from the runs, the published numbers above ours."
 DETAILS = """\
@@ -114,24 +114,20 @@ class Runs:
         return bootstrap_mean([mean(column[name] for column in columns) for name in names], groups=groups)
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def _scores(run: Path) -> Scores:
     found: Scores = {}
-    for row in _rows(run / "test" / "scores.csv"):
-        found.setdefault((row["explainer"], row["metric"]), {})[row["name"]] = float(row["value"])
+    for row in read_table(run / "test" / "scores.csv", ("name", "explainer", "metric", "value")):
+        found.setdefault((row["explainer"], row["metric"]), {})[row["name"]] = row.number("value", float)
     return found
 
 
 def _groups(run: Path) -> dict[str, int]:
-    return {row["name"]: int(row["group"]) for row in _rows(run / "test" / "predictions.csv") if "group" in row}
+    rows = read_table(run / "test" / "predictions.csv", ("name",))
+    return {row["name"]: row.number("group", int) for row in rows if "group" in row.cells}
 
 
 def _conditions(run: Path) -> dict[str, Any]:
-    manifest = json.loads((run / "test" / "maps" / "manifest.json").read_text())
+    manifest = read_json(run / "test" / "maps" / "manifest.json", dict)
     return {name: manifest.get(name) for name in ("data", "split", "target", "settings")}
 
 

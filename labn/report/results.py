@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from labn.reading import Line, read_arrays, read_json, read_table
 from labn.report.cards import Card
+from labn.results import PAIRED, SUMMARY
 
 CARDS = "cards.json"
 
@@ -62,38 +63,33 @@ def read_stage(folder: Path) -> StageResults:
 
     Raises:
         FileNotFoundError: the folder does not exist.
+        ValueError: a file in it is damaged; the message names it and the line.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a results folder; run `test` or `validate` first.")
     scores: dict[tuple[str, str], dict[int, float]] = {}
-    rows = _rows(folder / "scores.csv")
+    rows = _lines(folder / "scores.csv", ("index", "name", "explainer", "metric", "value"))
     for row in rows:
-        scores.setdefault((row["explainer"], row["metric"]), {})[int(row["index"])] = float(row["value"])
+        scores.setdefault((row["explainer"], row["metric"]), {})[row.number("index", int)] = row.number("value", float)
     return StageResults(
         folder=folder,
         scores=scores,
-        names={int(row["index"]): row["name"] for row in rows},
-        summary=_rows(folder / "summary.csv"),
-        paired=_rows(folder / "paired.csv"),
+        names={row.number("index", int): row["name"] for row in rows},
+        summary=[line.cells for line in _lines(folder / "summary.csv", SUMMARY)],
+        paired=[line.cells for line in _lines(folder / "paired.csv", PAIRED)],
         curves=_arrays(folder / "curves.npz"),
         manifest=_json(folder / "maps" / "manifest.json", {}),
         cards=_json(folder / CARDS, []),
     )
 
 
-def _rows(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+def _lines(path: Path, columns: Sequence[str]) -> list[Line]:
+    return read_table(path, columns) if path.exists() else []
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
-    if not path.exists():
-        return {}
-    with np.load(path, allow_pickle=False) as file:
-        return {name: file[name] for name in file.files}
+    return read_arrays(path) if path.exists() else {}
 
 
 def _json(path: Path, default: Any) -> Any:
-    return json.loads(path.read_text()) if path.exists() else default
+    return read_json(path, type(default)) if path.exists() else default

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from labn.reading import read_table
 from labn.report.charts import Panel, Series
 
 STAGES = ("train", "val")
@@ -24,11 +24,10 @@ def read_training(run_dir: Path) -> dict[str, dict[int, float]]:
     # A resumed fit logs to fit-1, fit-2, ...: later ones win.
     files = sorted((run_dir / "logs").glob("fit*/metrics.csv"), key=lambda p: (len(p.parent.name), p.parent.name))
     for path in files:
-        with path.open(newline="") as file:
-            for row in csv.DictReader(file):
-                for name, text in row.items():
-                    if text and "/" in name and row.get("epoch"):
-                        values.setdefault(name, {})[int(row["epoch"])] = float(text)
+        for row in read_table(path):
+            for name, text in row.cells.items():
+                if text and "/" in name and row.cells.get("epoch"):
+                    values.setdefault(name, {})[row.number("epoch", int)] = row.number(name, float)
     return values
 
 

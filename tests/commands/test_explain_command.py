@@ -71,7 +71,7 @@ def test_a_folder_with_a_timm_model_and_its_weights(pictures, tmp_path, capsys):
     (tmp_path / "names.txt").write_text("ant\nbee\ncat\ndog\nelk\n")
     command = ["explain", f"--image={pictures}", "--model=timm/resnet18", f"--weights={tmp_path / 'w.safetensors'}"]
     command += ["--image_size=64", f"--class_names={tmp_path / 'names.txt'}", "--target=cat", f"--out={tmp_path}"]
-    with pytest.warns(UserWarning, match=r"broken\.jpg cannot be decoded"):
+    with pytest.warns(UserWarning, match=r"broken\.jpg is not an image"):
         call_main([*command, "--device=cpu", "--method", "lrp", "c3lrp", "gradcam"])
     assert "explained cat" in capsys.readouterr().out
     for name in ("a", "b"):

@@ -54,7 +54,7 @@ def test_other_bad_files_are_found(tmp_path: Path) -> None:
     assert check_image(tmp_path / "empty.jpg") == "is not an image"
     assert "cannot be read" in str(check_image(tmp_path / "absent.jpg"))
     for name in ("text.jpg", "empty.jpg"):
-        with pytest.raises(BadImageError, match=f"{name} cannot be decoded"):
+        with pytest.raises(BadImageError, match=f"{name} is not an image; replace it"):
             read_image(tmp_path / name)
 
 
@@ -130,9 +130,9 @@ def test_bad_images_stop_or_are_skipped_and_reported(tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_text("nothing")
     every = [Record("good", 0, tmp_path / "good.png"), Record("bad", 1, tmp_path / "bad.png")]
     with pytest.raises(BadImageError, match=r"bad\.png is not an image: replace it, or set on_bad_image: skip"):
-        readable(every, "stop")
-    good, notes = readable(every, "skip")
+        readable(every, "stop", [tmp_path])
+    good, notes = readable(every, "skip", [tmp_path])
     assert [r.name for r in good] == ["good"]
     assert "skipped bad" in notes[0]
     masked = [Record("masked", 0, tmp_path / "good.png", (tmp_path / "bad.png",))]
-    assert readable(masked, "skip")[0] == []
+    assert readable(masked, "skip", [tmp_path])[0] == []

@@ -94,7 +94,7 @@ def test_an_image_without_class_is_named(flat: Path) -> None:
         ImageNet(flat).labels("test")
     table = flat / "labels.csv"
     table.write_text("name,class\nn01440764_0,1000\nn01530575_1,2\nn15075141_2,3\nholiday,4\n")
-    with pytest.raises(ValueError, match=r"labels.csv, row of n01440764_0: '1000' must be one of the 1000 synsets"):
+    with pytest.raises(ValueError, match=r"labels.csv, line 2: '1000' must be one of the 1000 synsets"):
         ImageNet(flat, class_rule=f"csv:{table}").labels("test")
     table.write_text("name,class\nn01440764_0,1\nn01530575_1,2\n")
     with pytest.raises(ValueError, match=r"holiday.png has no row in .*labels.csv \(2 such images\)"):

@@ -268,7 +268,7 @@ def test_problems_of_pictures_are_named(pictures: Path) -> None:
     with pytest.raises(BadImageError, match=r"frame2\.fits has no two-dimensional primary image"):
         by_pictures(pictures).setup("fit")
     fits.unlink()
-    with pytest.raises(FileNotFoundError, match=r"has a row for 'frame2\.fits', but .*img has no such picture"):
+    with pytest.raises(FileNotFoundError, match=r"labels\.csv, line 7: .*img has no picture 'frame2\.fits'"):
         by_pictures(pictures).setup("fit")
 
 

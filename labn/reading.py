@@ -1,0 +1,181 @@
+"""Files from elsewhere: read so that a broken or hostile one ends with a sentence that names file and line."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+Value = TypeVar("Value")
+
+MAX_TEXT = 2**31
+"""Bytes: larger tables, lists and manifests are refused instead of read into memory."""
+MAX_ARRAYS = 2**34
+"""Bytes that the arrays of one `.npz` may unpack to."""
+_OUTSIDE = re.compile(r"^[\\/]|^[A-Za-z]:|(^|[\\/])\.\.([\\/]|$)|[\x00-\x1f]")
+
+
+def inside(root: Path, name: str, where: str) -> Path:
+    """`root / name`, where that lies in `root`, also once links are followed.
+
+    Args:
+        root: a folder.
+        name: a path as a table or list gives it.
+        where: file and line, for the message.
+
+    Raises:
+        ValueError: `name` is empty, absolute, holds `..` or control characters, is too long for a file name, or leads
+            out of `root` through a link.
+    """
+    if not name.strip() or _OUTSIDE.search(name) or any(len(os.fsencode(part)) > 255 for part in name.split("/")):
+        shown = name if len(name) <= 100 else f"{name[:100]}..."
+        raise ValueError(f"{where}: {shown!r} must be a path inside {root}, without '..' and not absolute.")
+    if leads_out(root / name, os.path.realpath(root)):
+        raise ValueError(f"{where}: {name!r} is a link that leaves {root}; put the file itself there.")
+    return root / name
+
+
+def leads_out(path: Path, real_root: str) -> bool:
+    """Whether `path` lies outside of `real_root` (a path without links) once links are followed."""
+    real = os.path.realpath(path)
+    return real != real_root and not real.startswith(real_root.rstrip(os.sep) + os.sep)
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file, with or without a byte order mark.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is too large, or no UTF-8 (the message names the line).
+    """
+    if path.stat().st_size > MAX_TEXT:
+        raise ValueError(f"{path} is larger than {MAX_TEXT} bytes; no table or list of this project is.")
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {line}: byte {data[error.start]:#04x} is no UTF-8; save it as UTF-8.") from None
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row of a table.
+
+    Attributes:
+        where: `<file>, line <n>`.
+        cells: column -> text without spaces around it; empty where the row is too short.
+    """
+
+    where: str
+    cells: dict[str, str]
+
+    def __getitem__(self, column: str) -> str:
+        return self.cells[column]
+
+    def number(self, column: str, kind: Callable[[str], Value]) -> Value:
+        """A cell as `int` or `float`.
+
+        Raises:
+            ValueError: it is none.
+        """
+        try:
+            return kind(self.cells[column])
+        except (ValueError, OverflowError):
+            what = "a whole number" if kind is int else "a number"
+            raise ValueError(f"{self.where}: {column} is {self.cells[column][:100]!r}; it must be {what}.") from None
+
+
+def read_rows(path: Path) -> list[tuple[int, list[str]]]:
+    """Line number and cells (without spaces around them) of every row of a CSV file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: no UTF-8, or no CSV; the message names the line.
+    """
+    reader = csv.reader(io.StringIO(read_text(path), newline=""))
+    rows: list[tuple[int, list[str]]] = []
+    try:
+        for row in reader:
+            rows.append((reader.line_num, [cell.strip() for cell in row]))
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num}: no CSV ({error}).") from None
+    return rows
+
+
+def read_table(path: Path, columns: Sequence[str] = ()) -> list[Line]:
+    """The rows of a CSV file whose first line names the columns; empty rows are left out.
+
+    Args:
+        path: the file.
+        columns: those that it must have.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: no UTF-8, no CSV, or a column is missing; the message names the line.
+    """
+    rows = read_rows(path)
+    header = rows[0][1] if rows else []
+    for column in columns:
+        if column not in header:
+            raise ValueError(
+                f"{path} has no column '{column}' in its first line, only {', '.join(header) or 'nothing'}."
+            )
+    width = len(header)
+    return [
+        Line(f"{path}, line {number}", dict(zip(header, [*row[:width], *[""] * (width - len(row))])))
+        for number, row in rows[1:]
+        if any(row)
+    ]
+
+
+def read_json(path: Path, kind: type[Value]) -> Value:
+    """A JSON file that holds a `dict` or a `list`.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no JSON, or holds something else; the message names the line.
+    """
+    try:
+        content: Any = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: no JSON ({error.msg}).") from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply; no file of this project is.") from None
+    if not isinstance(content, kind):
+        raise ValueError(f"{path} holds a {type(content).__name__}; it must hold a {kind.__name__}.")
+    return content
+
+
+def read_arrays(path: Path, limit: int = MAX_ARRAYS) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz`; nothing in it is executed, and it is not unpacked if it says that it is huge.
+
+    Args:
+        path: the file.
+        limit: bytes that all arrays together may take.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: no whole archive of plain arrays, or a huge one.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > limit:
+            raise ValueError(f"it unpacks to {size} bytes, more than {limit}")
+        with np.load(path, allow_pickle=False) as file:
+            return {name: np.asarray(file[name]) for name in file.files}
+    except OSError:
+        raise
+    # zipfile, zlib and NumPy's reader of headers end in many ways on a damaged file.
+    except Exception as error:
+        raise ValueError(f"{path} is no whole archive of arrays ({error or type(error).__name__}).") from error

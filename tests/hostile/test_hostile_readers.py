@@ -1,0 +1,294 @@
+"""Data from strangers: bombs, tricks with paths and entities, and random damage end with a sentence."""
+
+import os
+import struct
+import tracemalloc
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fuzzing import (
+    TARGETS,
+    Fuzzer,
+    Opened,
+    picture,
+    small,
+    write_cub,
+    write_folder,
+    write_idrid,
+    write_sun,
+    write_years,
+)
+from small_voc import annotation, write_voc, xml
+
+from datamodules import CUB, VOC, IDRiD, ImageFolder, Magnetogram
+from datamodules.files import MAX_PIXELS, BadImageError, check_image, read_image
+from datamodules.fits import image_layout
+from datamodules.flares import Columns
+from datamodules.voc_files import MAX_XML, read_annotation
+from labn.reading import inside, read_arrays, read_json, read_table
+
+ROUNDS = 12
+YEARS = {"train_years": [2015], "val_years": [2016], "test_years": [2017]}
+
+
+@pytest.fixture(scope="module")
+def opened():
+    return Opened()
+
+
+@pytest.mark.parametrize("name", list(TARGETS))
+def test_damaged_files_end_with_a_documented_error(tmp_path, opened, name):
+    outcomes = Fuzzer(name, tmp_path, opened).run(f"short.{n}" for n in range(ROUNDS))
+    assert outcomes.total() == ROUNDS
+
+
+def png(width, height, rows=1):
+    """A PNG that promises width x height grey pixels and holds few bytes."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 9)) + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "message"),
+    [
+        (30_000, 30_000, "promises more than"),
+        (12_000, 12_000, rf"promises 12000 x 12000 pixels, more than {MAX_PIXELS}"),
+        (2**31 - 1, 2**31 - 1, "promises more than"),
+        (100_000, 1, "longer side may be 256 times the shorter"),
+        (1, 257, "longer side may be 256 times the shorter"),
+    ],
+)
+def test_an_image_that_promises_too_much_is_not_unpacked(tmp_path, width, height, message):
+    path = tmp_path / "bomb.png"
+    path.write_bytes(png(width, height))
+    tracemalloc.start()
+    with pytest.raises(BadImageError, match=rf"bomb\.png .*{message}"):
+        read_image(path)
+    assert message.split(" ")[0] in str(check_image(path))
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "content", [b"GIF89a" + bytes(40), b"#!/bin/sh\n", b"%PDF-1.7\n", b"PK\x03\x04" + bytes(60), b""]
+)
+def test_content_that_is_no_image_is_refused_whatever_its_name(tmp_path, content):
+    (tmp_path / "a.jpg").write_bytes(content)
+    assert check_image(tmp_path / "a.jpg") == "is not an image"
+    with pytest.raises(BadImageError, match=r"a\.jpg is not an image"):
+        read_image(tmp_path / "a.jpg")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    assert check_image(tmp_path / "a.png") == "cannot be read (not a regular file)"
+    with pytest.raises(BadImageError, match="not a regular file"):
+        read_image(tmp_path / "a.png")
+
+
+def test_a_picture_of_another_format_than_its_name_is_read(tmp_path):
+    picture(tmp_path / "a.png")
+    (tmp_path / "a.png").rename(tmp_path / "a.JPEG")
+    assert check_image(tmp_path / "a.JPEG") is None
+    assert read_image(tmp_path / "a.JPEG").shape == (24, 24, 3)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["/etc/passwd", "../a", "a/../../b", "..", "\\\\host\\a", "..\\a", "C:\\a", "", "  ", "a\0b", "a\nb", "x" * 300],
+)
+def test_paths_that_leave_the_folder(tmp_path, name):
+    with pytest.raises(ValueError, match=r"list\.txt, line 3: .* must be a path inside .*, without '\.\.'"):
+        inside(tmp_path, name, "list.txt, line 3")
+
+
+@pytest.mark.parametrize("name", ["a.png", "b/a.png", "..a.png", "a..b", "b/...", "C3.png"])
+def test_paths_that_stay(tmp_path, name):
+    assert inside(tmp_path, name, "list") == tmp_path / name
+
+
+def test_links_may_stay_in_the_folder_but_not_leave_it(tmp_path):
+    root = tmp_path / "data"
+    (root / "real").mkdir(parents=True)
+    (root / "in").symlink_to(root / "real")
+    (root / "out").symlink_to(tmp_path)
+    (root / "loop").symlink_to(root / "loop")
+    (tmp_path / "linked").symlink_to(root)
+    assert inside(tmp_path / "linked", "in/a.png", "list")
+    with pytest.raises(
+        ValueError, match=r"list, line 1: 'out/a\.png' is a link that leaves .*data; put the file itself"
+    ):
+        inside(root, "out/a.png", "list, line 1")
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+def cub_list(root):
+    write_cub(root)
+    edit(root / "images.txt", "001.Bird/bird_0_2.png", "001.Bird/../../secret.png")
+    return small(CUB, resize=8), r"images\.txt, line 3: '001\.Bird/\.\./\.\./secret\.png' must be a path inside"
+
+
+def voc_list(root):
+    write_voc(root)
+    edit(root / "ImageSets" / "Main" / "val.txt", "d", "../../secret")
+    return small(VOC), r"val\.txt, line 1: '\.\./\.\./secret\.xml' must be a path inside"
+
+
+def sun_table(root):
+    write_sun(root)
+    edit(root / "labels.csv", "sun_2016.png", "/etc/secret.png")
+    read = small(Magnetogram, **YEARS, labels="labels.csv", columns=Columns(time="when"))
+    return read, r"labels\.csv, line 5: '/etc/secret\.png' must be a path inside"
+
+
+def idrid_table(root):
+    write_idrid(root)
+    edit(root / "segmentation_to_grading.csv", "a. Training Set,IDRiD_01", "../..,IDRiD_01")
+    return small(
+        IDRiD, cache_images=False
+    ), r"segmentation_to_grading\.csv, line 2: '\.\./\.\./IDRiD_01' must be a path"
+
+
+def linked_image(root):
+    write_folder(root)
+    picture(root.parent / "secret.png")
+    (root / "ant" / "9.png").symlink_to(root.parent / "secret.png")
+    return small(ImageFolder), r"ant/9\.png is a link that leaves the data folder"
+
+
+@pytest.mark.parametrize("trick", [cub_list, voc_list, sun_table, idrid_table, linked_image])
+def test_tricks_with_paths_name_file_and_line(tmp_path, trick):
+    (tmp_path / "data").mkdir()
+    read, message = trick(tmp_path / "data")
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / "data")
+
+
+LAUGHS = '<!DOCTYPE a [<!ENTITY a "ha">' + "".join(
+    f'<!ENTITY {b} "{f"&{a};" * 10}">' for a, b in zip("abcdefghi", "bcdefghij")
+)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16"])
+@pytest.mark.parametrize(
+    "start",
+    [LAUGHS + "]>", '<!DOCTYPE a [<!ENTITY j SYSTEM "file:///etc/passwd">]>', '<!DOCTYPE a SYSTEM "http://x/y.dtd">'],
+)
+def test_entities_of_xml_are_refused(tmp_path, start, encoding):
+    write_voc(tmp_path / "voc")
+    path = annotation(tmp_path / "voc", "a")
+    path.write_bytes(("\n" + start + xml([("&j;", (1, 1, 9, 9))])).lstrip().encode(encoding))
+    with pytest.raises(ValueError, match=r"a\.xml, line 1: it declares a document type"):
+        read_annotation(path)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", "9" * 500, "", "1_0_0", "0x10"])
+@pytest.mark.parametrize("field", ["width", "xmax"])
+def test_numbers_of_xml_that_are_no_pixels(tmp_path, field, value):
+    path = tmp_path / "a.xml"
+    path.write_text(xml([("cat", (1, 1, 9, 9))]))
+    old = {"width": "<width>60<", "xmax": "<xmax>9<"}[field]
+    edit(path, old, f"{old.partition('>')[0]}>{value}<")
+    if value == "1_0_0":
+        value = ""
+        edit(path, "1_0_0", "")
+    with pytest.raises(ValueError, match=rf"a\.xml.*{field}.* must be a number of pixels"):
+        read_annotation(path)
+
+
+def test_a_huge_annotation_is_not_read(tmp_path):
+    with (tmp_path / "a.xml").open("wb") as file:
+        file.truncate(MAX_XML + 1)
+    with pytest.raises(ValueError, match=r"a\.xml is larger than"):
+        read_annotation(tmp_path / "a.xml")
+
+
+@pytest.mark.parametrize(
+    ("cards", "message"),
+    [
+        ({"NAXIS1": "-4"}, "promises -4 x 8 pixels"),
+        ({"NAXIS1": "99999999", "NAXIS2": "99999999"}, "promises 99999999 x 99999999 pixels"),
+        ({"BITPIX": "'a'"}, "BITPIX is 'a'; it must be a whole number"),
+        ({"NAXIS1": "8.5"}, "NAXIS1 is 8.5; it must be a whole number"),
+    ],
+)
+def test_fits_headers_that_lie(tmp_path, cards, message):
+    write_sun(tmp_path)
+    path = tmp_path / "2015.fits"
+    data = path.read_bytes()
+    for name, value in cards.items():
+        start = data.index(name.ljust(8).encode())
+        data = data[:start] + f"{name:8}= {value:>20}".ljust(80).encode() + data[start + 80 :]
+    path.write_bytes(data)
+    with pytest.raises(BadImageError, match=rf"2015\.fits.*{message}"):
+        image_layout(path)
+
+
+@pytest.mark.parametrize("make", ["objects", "archive", "huge", "flat"])
+def test_arrays_of_frames_that_are_none(tmp_path, make):
+    write_years(tmp_path)
+    path = tmp_path / "2016.npy"
+    if make == "objects":
+        np.save(path, np.array([{"a": 1}] * 4), allow_pickle=True)
+    elif make == "archive":
+        np.savez(tmp_path / "x.npz", a=np.zeros(3))
+        (tmp_path / "x.npz").rename(path)
+    elif make == "huge":
+        data = path.read_bytes()
+        path.write_bytes(data.replace(b"(4, 16, 16)", b"(4, 10**9,)"))
+    else:
+        np.save(path, np.zeros((4, 1, 300), np.uint8))
+    with pytest.raises(ValueError, match=r"2016\.npy (is not a whole|holds frames of 1 x 300)"):
+        small(Magnetogram, **YEARS)(tmp_path)
+
+
+def test_arrays_that_unpack_to_too_much_or_are_pickles(tmp_path):
+    np.savez_compressed(tmp_path / "bomb.npz", a=np.zeros(2**21))
+    assert (tmp_path / "bomb.npz").stat().st_size < 2**16
+    with pytest.raises(
+        ValueError, match=r"bomb\.npz is no whole archive of arrays \(it unpacks to 16777\d+ bytes, more than"
+    ):
+        read_arrays(tmp_path / "bomb.npz", limit=2**20)
+    assert read_arrays(tmp_path / "bomb.npz", limit=2**25)["a"].shape == (2**21,)
+    np.savez(tmp_path / "pickled.npz", a=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(
+        ValueError, match=r"pickled\.npz is no whole archive of arrays \(Object arrays cannot be loaded"
+    ):
+        read_arrays(tmp_path / "pickled.npz")
+
+
+def test_tables_and_manifests_name_the_line(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"index,value\n1,2\n3,\xff\n")
+    with pytest.raises(ValueError, match=r"a\.csv, line 3: byte 0xff is no UTF-8"):
+        read_table(tmp_path / "a.csv")
+    (tmp_path / "a.csv").write_text("index,value\n1,2\n3,x\n")
+    with pytest.raises(ValueError, match=r"a\.csv, line 3: value is 'x'; it must be a number"):
+        [row.number("value", float) for row in read_table(tmp_path / "a.csv")]
+    (tmp_path / "a.csv").write_text('index,value\n1,"' + "x" * 200_000 + '"\n')
+    with pytest.raises(ValueError, match=r"a\.csv, line 2: no CSV \(field larger than field limit"):
+        read_table(tmp_path / "a.csv")
+    (tmp_path / "a.csv").write_text("index\n")
+    with pytest.raises(ValueError, match=r"a\.csv has no column 'name'"):
+        read_table(tmp_path / "a.csv", ("name",))
+    for text, message in (("{\n,", "line 2: no JSON"), ("[" * 100_000, "nested too deeply"), ("[1]", "holds a list")):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.raises(ValueError, match=rf"a\.json.*{message}"):
+            read_json(tmp_path / "a.json", dict)
+
+
+def test_a_missing_image_is_named(tmp_path):
+    with pytest.raises(BadImageError, match=r"gone\.png cannot be read \(No such file or directory\)"):
+        read_image(Path(tmp_path / "gone.png"))
