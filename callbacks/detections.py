@@ -21,7 +21,8 @@ from labn.metrics.detection import DetectionScores
 from labn.plots import displayable
 from labn.report import render
 from labn.report.detections import detection_card, detection_report
-from labn.store import file_name, write_atomically
+from labn.shards import file_name
+from labn.store import write_atomically
 
 
 class DetectionCallback(pl.Callback):

@@ -88,11 +88,6 @@ class EvaluationCallback(ExplainingCallback):
         self._bias = describe(bias)
         common = {**shared, "bias": self._bias, **self.engine_options, "chunk_size": None}
         self.keys = {name: digest(name, describe(common)) for name in self.names}
-        self.done = {
-            (explainer, name): session.store.scored(explainer, key, {name: self.keys[name]})
-            for explainer, key in session.keys.items()
-            for name in self.names
-        }
         self.from_disk = 0
         share = -(-len(session.subset or ()) // trainer.world_size)
         session.expect(share * len(session.explainers))
@@ -101,7 +96,8 @@ class EvaluationCallback(ExplainingCallback):
         """Score the batch, explainer by explainer, with the metrics whose values are not on disk yet."""
         numbers = set(batch.indices.tolist())
         for explainer in session.explainers:
-            missing = [name for name in self.names if not numbers <= self.done[explainer, name]]
+            done = session.store.scored(explainer, session.keys[explainer], self.keys, numbers)
+            missing = [name for name in self.names if not numbers <= done[name]]
             if missing:
                 session.store.add_scores(self._score(session, batch, explainer, missing))
             else:

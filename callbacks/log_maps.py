@@ -13,7 +13,8 @@ from callbacks.base import ExplainingCallback
 from callbacks.session import Batch, Session, evenly_spaced
 from callbacks.wandb_results import log_results
 from labn.plots import displayable, overlay_figure
-from labn.store import file_name, write_atomically
+from labn.shards import file_name
+from labn.store import write_atomically
 
 
 class MapLogger(ExplainingCallback):

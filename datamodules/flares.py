@@ -70,7 +70,7 @@ def read_flares(path: Path, columns: Columns) -> list[Frame]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"Label file {path} does not exist.")
-    header = next(iter(read_rows(path)), (1, []))[1]
+    header = next(read_rows(path), (1, []))[1]
     for argument, column in (("image", columns.image), ("flag", columns.flag), ("time", columns.time)):
         if column is not None and column not in header:
             raise ValueError(f"{path} has no column '{column}' (columns.{argument}); it has {', '.join(header)}.")

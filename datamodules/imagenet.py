@@ -67,7 +67,7 @@ def by_table(files: list[Path], argument: str) -> list[int]:
     path = Path(os.path.expandvars(argument))
     if not path.is_file():
         raise FileNotFoundError(f"class_rule is 'csv:{argument}'; there is no such file.")
-    table = [(line, row) for line, row in read_rows(path)[1:] if len(row) > 1]
+    table = [(line, row) for line, row in list(read_rows(path))[1:] if len(row) > 1]
     rows = {Path(row[0]).stem: (f"{path}, line {line}", (row[1].split() or [""])[0]) for line, row in table}
     if missing := [image for image in files if image.stem not in rows]:
         raise ValueError(f"Image {missing[0]} has no row in {path} ({len(missing)} such images).")

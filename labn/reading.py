@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import csv
-import io
 import json
 import os
 import re
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -95,25 +94,28 @@ class Line:
             raise ValueError(f"{self.where}: {column} is {self.cells[column][:100]!r}; it must be {what}.") from None
 
 
-def read_rows(path: Path) -> list[tuple[int, list[str]]]:
-    """Line number and cells (without spaces around them) of every row of a CSV file.
+def read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
+    """Line number and cells (without spaces around them) of every row of a CSV file, one at a time.
 
     Raises:
         OSError: it cannot be read.
         ValueError: no UTF-8, or no CSV; the message names the line.
     """
-    reader = csv.reader(io.StringIO(read_text(path), newline=""))
-    rows: list[tuple[int, list[str]]] = []
-    try:
-        for row in reader:
-            rows.append((reader.line_num, [cell.strip() for cell in row]))
-    except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num}: no CSV ({error}).") from None
-    return rows
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file)
+        try:
+            for row in reader:
+                yield reader.line_num, [cell.strip() for cell in row]
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: no CSV ({error}).") from None
+        except UnicodeDecodeError:
+            # The text is decoded in advance; only reading it whole tells the line.
+            read_text(path)
+            raise
 
 
-def read_table(path: Path, columns: Sequence[str] = ()) -> list[Line]:
-    """The rows of a CSV file whose first line names the columns; empty rows are left out.
+def read_table(path: Path, columns: Sequence[str] = ()) -> Iterator[Line]:
+    """The rows of a CSV file whose first line names the columns, one at a time; empty rows are left out.
 
     Args:
         path: the file.
@@ -124,18 +126,16 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> list[Line]:
         ValueError: no UTF-8, no CSV, or a column is missing; the message names the line.
     """
     rows = read_rows(path)
-    header = rows[0][1] if rows else []
+    _, header = next(rows, (1, []))
     for column in columns:
         if column not in header:
             raise ValueError(
                 f"{path} has no column '{column}' in its first line, only {', '.join(header) or 'nothing'}."
             )
     width = len(header)
-    return [
-        Line(f"{path}, line {number}", dict(zip(header, [*row[:width], *[""] * (width - len(row))])))
-        for number, row in rows[1:]
-        if any(row)
-    ]
+    for number, row in rows:
+        if any(row):
+            yield Line(f"{path}, line {number}", dict(zip(header, [*row[:width], *[""] * (width - len(row))])))
 
 
 def read_json(path: Path, kind: type[Value]) -> Value:

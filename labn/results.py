@@ -11,20 +11,23 @@ import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from labn.metrics.statistics import Interval, bootstrap_mean, paired_difference
-from labn.store import ResultStore, ScorePart, write_atomically
+from labn.scratch import Stored, blocks, scratch, write_npz
+from labn.store import ResultStore, ScorePart, write_atomically, written_atomically
 
 SCORES = ("split", "index", "name", "label", "target", "explainer", "metric", "value")
 SUMMARY = ("explainer", "metric", "mean", "ci_low", "ci_high", "n")
 PAIRED = ("explainer_a", "explainer_b", "metric", "difference", "ci_low", "ci_high", "n")
 PREDICTIONS = ("split", "index", "name", "label", "prediction", "probability")
 COUNTS = ("explainer", "metric", "kind", "count")
+LINES = ("x", "insertion", "deletion")
 PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "numpy")
 
 
@@ -56,38 +59,76 @@ class Plan:
         return {n for m, (key, names) in self.metrics.items() if part.keys.get(m) == key for n in names}
 
 
-@dataclass
 class Table:
-    """Values per explainer and metric: `values[explainer][metric][index]`, and what is known per sample."""
+    """Values per sample, explainer and metric, on disk, and what is known per sample.
 
-    values: dict[str, dict[str, dict[int, float]]]
-    samples: dict[int, dict[str, float]]
-    targets: dict[tuple[str, int], int]
+    Args:
+        plan: what belongs into it.
+        folder: where the values lie while the table lives; None keeps them in memory.
+
+    Attributes:
+        index: (S,) int64 samples of the plan, in order.
+        seen: (S,) bool, whether a part has the sample.
+        facts: `label`, `prediction` (S,) int64 and `probability` (S,) float64.
+        targets: explainer -> (S,) int64.
+        values: (S, C) float64, NaN where there is none; a column for every explainer and value.
+    """
+
+    def __init__(self, plan: Plan, folder: Path | None = None) -> None:
+        self.index = np.array(sorted(plan.samples), dtype=np.int64)
+        size = len(self.index)
+        pairs = itertools.product(plan.explainers, plan.value_names)
+        self._places = {pair: place for place, pair in enumerate(pairs)}
+        self.seen = np.zeros(size, dtype=bool)
+        kinds = {"label": np.int64, "prediction": np.int64, "probability": np.float64}
+        self.facts: dict[str, np.ndarray] = {name: np.zeros(size, kind) for name, kind in kinds.items()}
+        self.targets = {name: np.zeros(size, dtype=np.int64) for name in plan.explainers}
+        self.values = scratch((size, len(self._places)), np.float64, folder)
+        for rows in blocks(size):
+            self.values[rows] = np.nan
+
+    def add(self, part: ScorePart, accepted: set[str]) -> None:
+        """Take the accepted values of a part over; a sample that was scored twice counts once."""
+        places, rows = rows_of(self.index, part.index)
+        self.seen[places] = True
+        for name, column in self.facts.items():
+            column[places] = getattr(part, name)[rows]
+        self.targets[part.explainer][places] = part.target[rows]
+        for name in accepted & part.values.keys():
+            cells = places, np.full(len(places), self._places[part.explainer, name])
+            known = self.values[cells]
+            self.values[cells] = np.where(np.isnan(known), part.values[name][rows], known)
 
     def column(self, explainer: str, metric: str) -> dict[int, float]:
         """Sample index -> value, in order of the index."""
-        return dict(sorted(self.values[explainer].get(metric, {}).items()))
+        values = np.asarray(self.values[:, self._places[explainer, metric]])
+        there = np.flatnonzero(~np.isnan(values))
+        return dict(zip(self.index[there].tolist(), values[there].tolist()))
+
+    def rows(self) -> Iterator[tuple[int, int, str, str, int, int, float]]:
+        """Place, index, explainer, metric, label, target and value, by sample, explainer and metric."""
+        for block in blocks(len(self.index)):
+            held = np.asarray(self.values[block]).tolist()
+            for place, cells in enumerate(held, start=block.start):
+                index, label = int(self.index[place]), int(self.facts["label"][place])
+                for (explainer, metric), value in zip(self._places, cells):
+                    if not math.isnan(value):
+                        yield place, index, explainer, metric, label, int(self.targets[explainer][place]), value
 
 
-def collect(parts: Iterable[ScorePart], plan: Plan) -> Table:
-    """Read the accepted values of all parts; a sample that was scored twice counts once."""
-    table = Table({name: {} for name in plan.explainers}, {}, {})
+def rows_of(index: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Places in the sorted `index` of those of `wanted` that are in it, and their places in `wanted`."""
+    places = np.minimum(np.searchsorted(index, wanted), max(len(index) - 1, 0))
+    rows = np.flatnonzero(index[places] == wanted) if len(index) else np.zeros(0, dtype=np.int64)
+    return places[rows], rows
+
+
+def collect(parts: Iterable[ScorePart], plan: Plan, folder: Path | None = None) -> Table:
+    """Read the accepted values of all parts; of each part no more than this stays in memory."""
+    table = Table(plan, folder)
     for part in parts:
-        accepted = plan.accepted(part)
-        for row, index in enumerate(part.index.tolist()):
-            if index not in plan.samples:
-                continue
-            if accepted:
-                table.samples[index] = {
-                    "label": int(part.label[row]),
-                    "prediction": int(part.prediction[row]),
-                    "probability": float(part.probability[row]),
-                }
-                table.targets[part.explainer, index] = int(part.target[row])
-            for name in accepted & part.values.keys():
-                value = float(part.values[name][row])
-                if not math.isnan(value):
-                    table.values[part.explainer].setdefault(name, {}).setdefault(index, value)
+        if accepted := plan.accepted(part):
+            table.add(part, accepted)
     return table
 
 
@@ -130,50 +171,89 @@ def compare(table: Table, plan: Plan, groups: Groups = None) -> dict[tuple[str, 
 def csv_bytes(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
     """Rows as CSV; floats with all their digits."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows([repr(v) if isinstance(v, float) else v for v in row] for row in rows)
+    write_rows(text, header, rows)
     return text.getvalue().encode()
 
 
-def score_rows(table: Table, plan: Plan, split: str, sample_name: Callable[[int], str]) -> Iterator[tuple[Any, ...]]:
+def write_rows(text: TextIO, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write rows as CSV, one by one."""
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([repr(v) if isinstance(v, float) else v for v in row] for row in rows)
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table that may be larger than memory; the file appears when it is whole."""
+    with written_atomically(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        write_rows(text, header, rows)
+        text.detach()
+
+
+def score_rows(table: Table, split: str, sample_name: Callable[[int], str]) -> Iterator[tuple[Any, ...]]:
     """Rows of `scores.csv`, sorted by sample, explainer and metric."""
-    for index, explainer, metric in itertools.product(sorted(table.samples), plan.explainers, plan.value_names):
-        value = table.values[explainer].get(metric, {}).get(index)
-        if value is not None:
-            label, target = table.samples[index]["label"], table.targets[explainer, index]
-            yield split, index, sample_name(index), label, target, explainer, metric, value
+    for _, index, explainer, metric, label, target, value in table.rows():
+        yield split, index, sample_name(index), label, target, explainer, metric, value
 
 
-def predictions(table: Table, split: str, sample_name: Callable[[int], str], groups: Groups) -> bytes:
-    """`predictions.csv`: one row per explained sample, with its group where there are groups."""
-    header = PREDICTIONS if groups is None else (*PREDICTIONS, "group")
-    rows = (
-        (split, index, sample_name(index), *sample.values(), *([] if groups is None else [groups[index]]))
-        for index, sample in sorted(table.samples.items())
-    )
-    return csv_bytes(header, rows)
+def prediction_rows(
+    table: Table, split: str, sample_name: Callable[[int], str], groups: Groups
+) -> Iterator[tuple[Any, ...]]:
+    """Rows of `predictions.csv`: one per explained sample, with its group where there are groups."""
+    for place in np.flatnonzero(table.seen).tolist():
+        index = int(table.index[place])
+        facts = [column[place].item() for column in table.facts.values()]
+        yield split, index, sample_name(index), *facts, *([] if groups is None else [groups[index]])
 
 
-def stacked_curves(parts: Iterable[ScorePart], plan: Plan) -> dict[str, np.ndarray]:
-    """Arrays `<explainer>/<metric>/{index,x,insertion,deletion}`, rows sorted by sample index."""
-    rows: dict[tuple[str, str], dict[int, list[np.ndarray]]] = {}
-    for part in parts:
-        for metric, (key, _) in plan.metrics.items():
-            known = plan.explainers.get(part.explainer) == part.key and part.keys.get(metric) == key
+class Curves:
+    """Insertion and deletion curves of all samples, on disk until they are written sample by sample.
+
+    Args:
+        plan: what belongs into them.
+        folder: where they lie meanwhile; None keeps them in memory.
+    """
+
+    def __init__(self, plan: Plan, folder: Path | None = None) -> None:
+        self.plan, self.folder = plan, folder
+        self.index = np.array(sorted(plan.samples), dtype=np.int64)
+        self._lines: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+        self._seen: dict[tuple[str, str], np.ndarray] = {}
+
+    def add(self, part: ScorePart) -> None:
+        """Keep the curves that the present explainers and metrics made."""
+        for metric, (key, _) in self.plan.metrics.items():
+            known = self.plan.explainers.get(part.explainer) == part.key and part.keys.get(metric) == key
             if known and f"{metric}/x" in part.curves:
-                lines = [part.curves[f"{metric}/{name}"] for name in ("index", "x", "insertion", "deletion")]
-                entries = rows.setdefault((part.explainer, metric), {})
-                entries.update({int(line[0]): list(line[1:]) for line in zip(*lines) if int(line[0]) in plan.samples})
-    arrays = {}
-    for (explainer, metric), entries in rows.items():
-        if not entries:
-            continue
-        order = sorted(entries)
-        arrays[f"{explainer}/{metric}/index"] = np.array(order)
-        for place, name in enumerate(("x", "insertion", "deletion")):
-            arrays[f"{explainer}/{metric}/{name}"] = np.stack([entries[index][place] for index in order])
-    return arrays
+                self._add(part, metric)
+
+    def _add(self, part: ScorePart, metric: str) -> None:
+        places, rows = rows_of(self.index, part.curves[f"{metric}/index"])
+        own = part.explainer, metric
+        for line in LINES:
+            curve = part.curves[f"{metric}/{line}"]
+            if line not in self._lines.setdefault(own, {}):
+                self._lines[own][line] = scratch((len(self.index), *curve.shape[1:]), curve.dtype, self.folder)
+            self._lines[own][line][places] = curve[rows]
+        self._seen.setdefault(own, np.zeros(len(self.index), dtype=bool))[places] = True
+
+    def arrays(self) -> Iterator[Stored]:
+        """`<explainer>/<metric>/{index,x,insertion,deletion}` as `write_npz` wants them."""
+        for (explainer, metric), seen in self._seen.items():
+            places = np.flatnonzero(seen)
+            if not len(places):
+                continue
+            start = f"{explainer}/{metric}"
+            yield f"{start}/index", (len(places),), self.index.dtype, [self.index[places]]
+            for line, held in self._lines[explainer, metric].items():
+                rows = (held[places[block]] for block in blocks(len(places)))
+                yield f"{start}/{line}", (len(places), *held.shape[1:]), held.dtype, rows
+
+
+def _streamed(parts: Iterable[ScorePart], curves: Curves) -> Iterator[ScorePart]:
+    for part in parts:
+        curves.add(part)
+        yield part
 
 
 def write_results(
@@ -197,23 +277,22 @@ def write_results(
     Returns:
         (explainer, value) -> mean and interval, as in `summary.csv`.
     """
-    store.refresh()
-    parts = store.parts()
-    table = collect(parts, plan)
+    curves = Curves(plan, store.folder)
+    table = collect(_streamed(store.parts(), curves), plan, store.folder)
+    write_csv(store.folder / "scores.csv", SCORES, score_rows(table, split, sample_name))
     summary, pairs = summarise(table, plan, groups), compare(table, plan, groups)
-    write_atomically(store.folder / "scores.csv", csv_bytes(SCORES, score_rows(table, plan, split, sample_name)))
     rows = ((*key, i.mean, i.low, i.high, i.n) for key, i in summary.items())
-    write_atomically(store.folder / "summary.csv", csv_bytes(SUMMARY, rows))
+    write_csv(store.folder / "summary.csv", SUMMARY, rows)
     differences = ((*pair, i.mean, i.low, i.high, i.n) for pair, i in pairs.items())
-    write_atomically(store.folder / "paired.csv", csv_bytes(PAIRED, differences))
+    write_csv(store.folder / "paired.csv", PAIRED, differences)
     if plan.counted:
-        write_atomically(store.folder / "counts.csv", csv_bytes(COUNTS, count_rows(table, plan)))
-    write_atomically(store.folder / "predictions.csv", predictions(table, split, sample_name, groups))
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **stacked_curves(parts, plan))  # type: ignore[arg-type]
-    write_atomically(store.folder / "curves.npz", buffer.getvalue())
+        write_csv(store.folder / "counts.csv", COUNTS, count_rows(table, plan))
+    header = PREDICTIONS if groups is None else (*PREDICTIONS, "group")
+    write_csv(store.folder / "predictions.csv", header, prediction_rows(table, split, sample_name, groups))
+    with written_atomically(store.folder / "curves.npz") as file:
+        write_npz(file, curves.arrays())
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-    manifest = {**manifest, "versions": versions, "samples": len(table.samples)}
+    manifest = {**manifest, "versions": versions, "samples": int(table.seen.sum())}
     write_atomically(store.folder / "maps" / "manifest.json", json.dumps(manifest, indent=1, default=str).encode())
     return summary
 

@@ -8,25 +8,30 @@ of what made them (explainer and metric arguments), and a reader takes only thos
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-from urllib.parse import quote, unquote
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from labn.reading import read_arrays, read_json
+from labn.shards import ShardIndex, shard_name
 
-FORMAT = 1
+FORMAT = 2
 """Raised when old result folders can no longer be read."""
+MAPS, SCORES = ".safetensors", ".npz"
+MAX_PART = 2**31
+"""Bytes that the arrays of one score part may take."""
 
 
 def digest(*things: Any) -> str:
@@ -66,23 +71,25 @@ def _public(name: str) -> bool:
     return not name.startswith("_") and name != "training"
 
 
-def file_name(name: str) -> str:
-    """`name` of an explainer as the first, dot-free field of a file name."""
-    return quote(name, safe="+-").replace(".", "%2E")
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader sees either nothing or the whole file."""
+@contextmanager
+def written_atomically(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which gets the name `path` once the block has ended well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
+    """Write `data` to `path` so that a reader sees either nothing or the whole file."""
+    with written_atomically(path) as file:
+        file.write(data)
 
 
 @dataclass
@@ -125,8 +132,8 @@ class ResultStore:
     def __init__(self, folder: str | Path, rank: int = 0) -> None:
         self.folder = Path(folder)
         self.rank = rank
-        self._parts: list[ScorePart] | None = None
-        self._maps: dict[tuple[str, str], dict[int, tuple[Path, int]]] | None = None
+        self._maps: ShardIndex | None = None
+        self._scores: ShardIndex | None = None
 
     def prepare(self, identity: dict[str, str]) -> None:
         """Make the folder ready (rank zero): results of another checkpoint or other data are moved aside.
@@ -152,45 +159,21 @@ class ResultStore:
 
     def add_maps(self, explainer: str, key: str, indices: Tensor, maps: Tensor) -> None:
         """Save maps (n, H, W) of the samples `indices` (n,) as one shard."""
-        folder = self.folder / "maps"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{file_name(explainer)}.{key}.{int(indices[0]):07d}.r{self.rank}.safetensors"
-        temporary = path.with_name(f".{path.name}.tmp")
-        save_file({"index": indices.cpu(), "maps": maps.cpu().contiguous()}, temporary)
-        os.replace(temporary, path)
-        if self._maps is not None:
-            self._maps.setdefault((explainer, key), {}).update(
-                {int(i): (path, n) for n, i in enumerate(indices.tolist())}
-            )
+        name = shard_name(explainer, key, indices.tolist(), f"r{self.rank}{MAPS}")
+        data = save({"index": indices.cpu(), "maps": maps.cpu().contiguous()})
+        write_atomically(self.folder / "maps" / name, data)
 
     def maps(self, explainer: str, key: str, indices: Iterable[int]) -> dict[int, Tensor]:
-        """Saved maps (H, W) of those of `indices` that are on disk."""
-        table = self._map_table().get((explainer, key), {})
-        shards: dict[Path, list[tuple[int, int]]] = {}
-        for index in indices:
-            if index in table:
-                path, row = table[index]
-                shards.setdefault(path, []).append((index, row))
-        found: dict[int, Tensor] = {}
-        for path, rows in shards.items():
-            with safe_open(path, framework="pt") as file:
-                stored = file.get_tensor("maps")
-            found.update({index: stored[row] for index, row in rows})
-        return found
-
-    def _map_table(self) -> dict[tuple[str, str], dict[int, tuple[Path, int]]]:
+        """Saved maps (H, W) of those of `indices` that were on disk at the first call (or at `refresh`)."""
+        wanted, found = set(indices), dict[int, Tensor]()
         if self._maps is None:
-            self._maps = {}
-            for path in sorted((self.folder / "maps").glob("*.safetensors")):
-                explainer, key = map(unquote, path.name.split(".")[:2])
-                try:
-                    with safe_open(path, framework="pt") as file:
-                        rows = file.get_tensor("index").tolist()
-                except Exception as error:
-                    warnings.warn(f"{path} is damaged ({error}); its maps are computed again.", stacklevel=2)
-                    continue
-                self._maps.setdefault((explainer, key), {}).update({i: (path, n) for n, i in enumerate(rows)})
-        return self._maps
+            self._maps = ShardIndex(self.folder / "maps", MAPS)
+        for path in self._maps.holding(explainer, key, wanted):
+            try:
+                found |= read_maps(path, wanted)
+            except Exception as error:
+                warnings.warn(f"{path} is damaged ({error}); its maps are computed again.", stacklevel=2)
+        return found
 
     # Scores
 
@@ -208,46 +191,71 @@ class ResultStore:
         arrays |= {f"value/{name}": value for name, value in part.values.items()}
         arrays |= {f"key/{name}": np.array(value) for name, value in part.keys.items()}
         arrays |= {f"curve/{name}": value for name, value in part.curves.items()}
-        folder = self.folder / "parts"
-        folder.mkdir(parents=True, exist_ok=True)
-        tag = digest(part.key, part.keys, part.index.tolist())
-        path = folder / f"{file_name(part.explainer)}.{int(part.index[0]):07d}.{tag}.r{self.rank}.npz"
-        temporary = path.with_name(f".{path.name}.tmp.npz")
-        np.savez_compressed(temporary, **arrays)
-        os.replace(temporary, path)
-        if self._parts is not None:
-            self._parts.append(part)
+        rest = f"{digest(part.keys, part.index.tolist())}.r{self.rank}{SCORES}"
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)
+        name = shard_name(part.explainer, part.key, part.index.tolist(), rest)
+        write_atomically(self.folder / "parts" / name, buffer.getbuffer())
 
-    def parts(self) -> list[ScorePart]:
-        """Every whole score part in the folder, of all ranks and earlier runs."""
-        if self._parts is None:
-            self._parts = []
-            for path in sorted((self.folder / "parts").glob("*.npz")):
-                if path.name.startswith("."):
-                    continue
-                try:
-                    self._parts.append(read_part(path))
-                except Exception as error:
-                    warnings.warn(f"{path} is damaged ({error}); its scores are computed again.", stacklevel=2)
-        return self._parts
+    def parts(self) -> Iterator[ScorePart]:
+        """Every whole score part in the folder, of all ranks and earlier runs, one at a time."""
+        for path in ShardIndex(self.folder / "parts", SCORES).all():
+            part = self._part(path)
+            if part is not None:
+                yield part
+
+    def _part(self, path: Path) -> ScorePart | None:
+        try:
+            return read_part(path)
+        except Exception as error:
+            warnings.warn(f"{path} is damaged ({error}); its scores are computed again.", stacklevel=2)
+            return None
+
+    def scored(
+        self, explainer: str, key: str, metric_keys: dict[str, str], indices: Iterable[int]
+    ) -> dict[str, set[int]]:
+        """Metric -> those of `indices` that were scored on disk at the first call (or at `refresh`).
+
+        Args:
+            explainer: its name.
+            key: digest of its arguments.
+            metric_keys: metric -> digest of its arguments.
+            indices: samples to ask for.
+        """
+        wanted = set(indices)
+        done: dict[str, set[int]] = {name: set() for name in metric_keys}
+        if self._scores is None:
+            self._scores = ShardIndex(self.folder / "parts", SCORES)
+        for path in self._scores.holding(explainer, key, wanted):
+            part = self._part(path)
+            for name, value in metric_keys.items():
+                if part is not None and (part.explainer, part.key, part.keys.get(name)) == (explainer, key, value):
+                    done[name] |= wanted.intersection(part.index.tolist())
+        return done
 
     def refresh(self) -> None:
-        """Forget what was read, so that the next call sees what other ranks have written."""
-        self._parts = None
-        self._maps = None
+        """Forget what was listed, so that the next call sees what other ranks have written."""
+        self._maps = self._scores = None
 
-    def scored(self, explainer: str, key: str, metric_keys: dict[str, str]) -> set[int]:
-        """Samples for which every metric of `metric_keys` (name -> digest) is on disk for this explainer."""
-        per_metric = {
-            name: {
-                int(i)
-                for part in self.parts()
-                if (part.explainer, part.key, part.keys.get(name)) == (explainer, key, value)
-                for i in part.index
-            }
-            for name, value in metric_keys.items()
-        }
-        return set.intersection(*per_metric.values()) if per_metric else set()
+
+def read_maps(path: Path, wanted: set[int]) -> dict[int, Tensor]:
+    """Sample index -> map (H, W), of those of a shard that are wanted; nothing in it is executed.
+
+    Raises:
+        ValueError: the shard holds no (n,) integer `index` with as many (n, H, W) floating-point `maps`.
+    """
+    with safe_open(path, framework="pt") as file:
+        if set(file.keys()) != {"index", "maps"}:
+            raise ValueError(f"it holds {', '.join(file.keys())} instead of index and maps")
+        index, stored = file.get_tensor("index"), file.get_slice("maps")
+        shape = tuple(stored.get_shape())
+        if index.ndim != 1 or index.dtype != torch.int64 or len(shape) != 3 or shape[0] != len(index):
+            raise ValueError(f"{tuple(index.shape)} indices and maps of shape {shape}")
+        rows = {int(i): n for n, i in enumerate(index.tolist()) if i in wanted}
+        maps = file.get_tensor("maps") if rows else None
+        if maps is not None and not maps.is_floating_point():
+            raise ValueError(f"maps of type {maps.dtype}")
+    return {} if maps is None else {i: maps[n] for i, n in rows.items()}
 
 
 def _identity(path: Path) -> dict[str, Any] | None:
@@ -259,8 +267,13 @@ def _identity(path: Path) -> dict[str, Any] | None:
 
 
 def read_part(path: Path) -> ScorePart:
-    """Read one score part; nothing in it is executed."""
-    arrays = read_arrays(path)
+    """Read one score part; nothing in it is executed.
+
+    Raises:
+        ValueError: it is damaged, or its arrays do not belong together.
+    """
+    arrays = read_arrays(path, MAX_PART)
+    _refuse_unequal(arrays)
 
     def group(prefix: str) -> dict[str, np.ndarray]:
         return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
@@ -277,3 +290,18 @@ def read_part(path: Path) -> ScorePart:
         keys={name: str(value) for name, value in group("key/").items()},
         curves=group("curve/"),
     )
+
+
+def _refuse_unequal(arrays: dict[str, np.ndarray]) -> None:
+    """Stop unless columns are (n,) numbers, and curves have as many rows as their own index."""
+    count, columns = len(arrays["index"]), ("index", "label", "target", "prediction", "probability")
+    for name, value in arrays.items():
+        kinds = "iu" if name in columns[:-1] or name.endswith("/index") else "iuf"
+        if name in columns or name.startswith("value/"):
+            right = value.shape == (count,)
+        elif name.startswith("curve/"):
+            right = value.ndim > 0 and len(value) == len(arrays.get(f"{name.rpartition('/')[0]}/index", value))
+        else:
+            continue
+        if not right or value.dtype.kind not in kinds:
+            raise ValueError(f"{name} has shape {value.shape} and type {value.dtype}")

@@ -216,7 +216,7 @@ def read_store(root: Path) -> None:
     store = ResultStore(root / "test")
     store.maps("a", "k", range(12))
     for explainer in ("gradcam", "-lrp"):
-        store.scored(explainer, explainer, {"pid16": "pid16"})
+        store.scored(explainer, explainer, {"pid16": "pid16"}, range(6))
     list(store.parts())
 
 

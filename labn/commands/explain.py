@@ -23,7 +23,8 @@ from labn.modules.restore import restore
 from labn.plots import displayable, overlay_figure
 from labn.preprocessing import Preprocessing
 from labn.results import csv_bytes
-from labn.store import file_name, write_atomically
+from labn.shards import file_name
+from labn.store import write_atomically
 
 Reader = Callable[[Path, Preprocessing], np.ndarray]
 """Picture file -> (size, size, C) uint8."""

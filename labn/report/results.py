@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,13 +68,15 @@ def read_stage(folder: Path) -> StageResults:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a results folder; run `test` or `validate` first.")
     scores: dict[tuple[str, str], dict[int, float]] = {}
-    rows = _lines(folder / "scores.csv", ("index", "name", "explainer", "metric", "value"))
-    for row in rows:
-        scores.setdefault((row["explainer"], row["metric"]), {})[row.number("index", int)] = row.number("value", float)
+    names: dict[int, str] = {}
+    for row in _lines(folder / "scores.csv", ("index", "name", "explainer", "metric", "value")):
+        index = row.number("index", int)
+        scores.setdefault((row["explainer"], row["metric"]), {})[index] = row.number("value", float)
+        names[index] = row["name"]
     return StageResults(
         folder=folder,
         scores=scores,
-        names={row.number("index", int): row["name"] for row in rows},
+        names=names,
         summary=[line.cells for line in _lines(folder / "summary.csv", SUMMARY)],
         paired=[line.cells for line in _lines(folder / "paired.csv", PAIRED)],
         curves=_arrays(folder / "curves.npz"),
@@ -83,8 +85,8 @@ def read_stage(folder: Path) -> StageResults:
     )
 
 
-def _lines(path: Path, columns: Sequence[str]) -> list[Line]:
-    return read_table(path, columns) if path.exists() else []
+def _lines(path: Path, columns: Sequence[str]) -> Iterator[Line]:
+    return read_table(path, columns) if path.exists() else iter(())
 
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:

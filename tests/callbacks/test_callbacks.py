@@ -150,7 +150,7 @@ def test_new_metrics_reuse_the_maps_and_old_scores(tmp_path):
         trainer(tmp_path, explain, score).test(module, data(), verbose=False)
     assert counted._seen == []
     assert {r["metric"] for r in rows(tmp_path / "test")} >= {"pid16", "auroc"}
-    assert len(ResultStore(tmp_path / "test").parts()) == 6
+    assert len(list(ResultStore(tmp_path / "test").parts())) == 6
 
 
 def test_another_threshold_is_another_network(tmp_path):

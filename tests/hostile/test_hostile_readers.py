@@ -258,9 +258,7 @@ def test_arrays_of_frames_that_are_none(tmp_path, make):
 def test_arrays_that_unpack_to_too_much_or_are_pickles(tmp_path):
     np.savez_compressed(tmp_path / "bomb.npz", a=np.zeros(2**21))
     assert (tmp_path / "bomb.npz").stat().st_size < 2**16
-    with pytest.raises(
-        ValueError, match=r"bomb\.npz is no whole archive of arrays \(it unpacks to 16777\d+ bytes, more than"
-    ):
+    with pytest.raises(ValueError, match=r"bomb\.npz is no whole archive of arrays \(it unpacks to \d+ bytes"):
         read_arrays(tmp_path / "bomb.npz", limit=2**20)
     assert read_arrays(tmp_path / "bomb.npz", limit=2**25)["a"].shape == (2**21,)
     np.savez(tmp_path / "pickled.npz", a=np.array([{"a": 1}], dtype=object))
@@ -273,16 +271,16 @@ def test_arrays_that_unpack_to_too_much_or_are_pickles(tmp_path):
 def test_tables_and_manifests_name_the_line(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"index,value\n1,2\n3,\xff\n")
     with pytest.raises(ValueError, match=r"a\.csv, line 3: byte 0xff is no UTF-8"):
-        read_table(tmp_path / "a.csv")
+        list(read_table(tmp_path / "a.csv"))
     (tmp_path / "a.csv").write_text("index,value\n1,2\n3,x\n")
     with pytest.raises(ValueError, match=r"a\.csv, line 3: value is 'x'; it must be a number"):
         [row.number("value", float) for row in read_table(tmp_path / "a.csv")]
     (tmp_path / "a.csv").write_text('index,value\n1,"' + "x" * 200_000 + '"\n')
     with pytest.raises(ValueError, match=r"a\.csv, line 2: no CSV \(field larger than field limit"):
-        read_table(tmp_path / "a.csv")
+        list(read_table(tmp_path / "a.csv"))
     (tmp_path / "a.csv").write_text("index\n")
     with pytest.raises(ValueError, match=r"a\.csv has no column 'name'"):
-        read_table(tmp_path / "a.csv", ("name",))
+        list(read_table(tmp_path / "a.csv", ("name",)))
     for text, message in (("{\n,", "line 2: no JSON"), ("[" * 100_000, "nested too deeply"), ("[1]", "holds a list")):
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(ValueError, match=rf"a\.json.*{message}"):

@@ -6,7 +6,8 @@ from scoring_models import Additive, even
 
 from labn.metrics import ErrorAnalysis, PatchInsertionDeletion, metric_by_name
 from labn.metrics.functional import KINDS, ErrorThresholds, count_errors, kinds_of_error, region_shares
-from labn.results import Plan, Table, count_rows
+from labn.results import Plan, collect, count_rows
+from labn.store import ScorePart
 
 BOX = torch.zeros(8, 8, dtype=torch.bool)
 BOX[2:6, 2:6] = True
@@ -99,9 +100,11 @@ def test_counts_of_the_tables_are_those_of_the_metric():
     metric = metric_by_name("errors", n_steps=4, n_failures=2, mean=None, std=None)
     metric.update(model, images, maps, labels, indices, masks=BOX.expand(4, 8, 8))
     found, values = metric.per_sample()
-    columns = {name: dict(zip(found.tolist(), column.tolist())) for name, column in values.items()}
+    columns = {name: column.double().numpy() for name, column in values.items()}
+    index = found.numpy()
+    part = ScorePart("a", "key", index, index, index, index, index / 4.0, columns, {"errors": "digest"})
     plan = Plan({"a": "key"}, {"errors": ("digest", metric.names)}, frozenset(range(4)), {"errors": metric.reduce})
-    rows = list(count_rows(Table({"a": columns}, {}, {}), plan))
+    rows = list(count_rows(collect([part], plan), plan))
     assert rows == [("a", "errors", kind, int(count)) for kind, count in metric.compute().items()]
     assert rows[0][-1] == 2
 
