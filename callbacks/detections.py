@@ -117,12 +117,12 @@ class DetectionCallback(pl.Callback):
         """Explain the chosen images of a test batch."""
         self._batch(trainer, pl_module, batch, "test")
 
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the tables."""
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the tables, when the module has logged its figures."""
         self._finish(trainer, "val")
 
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the tables."""
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the tables, when the module has logged its figures."""
         self._finish(trainer, "test")
 
     # What

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, default_collate
 
 from datamodules.bias import cached, channel_statistics, default_cache_dir, pixel_mean
+from datamodules.loaders import EvaluationLoader
 from datamodules.samplers import BalancedSampler, ShuffledSampler, UnrepeatedDistributedSampler
 from datamodules.sources import ArraySource, ImageDataset, Source
 from datamodules.transforms import Augmentation, Transform
@@ -226,8 +227,10 @@ class ImageDataModule(LightningDataModule):
         """Samples of a dataset as one batch."""
         return default_collate(samples)
 
-    def _loader(self, dataset: ImageDataset, sampler: Sampler, drop_last: bool = False) -> DataLoader:
-        return DataLoader(
+    def _loader(
+        self, dataset: ImageDataset, sampler: Sampler, drop_last: bool = False, kind: type[DataLoader] = DataLoader
+    ) -> DataLoader:
+        return kind(
             dataset,
             batch_size=self.batch_size,
             sampler=sampler,
@@ -251,16 +254,24 @@ class ImageDataModule(LightningDataModule):
     def eval_dataloader(self, split: Split) -> DataLoader:
         """This rank's share of a split, in order, not augmented; over all ranks every sample comes exactly once.
 
+        A rank beyond the number of samples has no batch.
+
         Raises:
-            ValueError: there are more processes than samples.
+            ValueError: there are more processes than samples, and the module does not say that it copes with a rank
+                without a batch.
         """
         dataset, (world, rank) = self.dataset(split), self._ranks()
-        if len(dataset) < world:
-            # Lightning calls no hook on a process without a batch; the others would wait for it at the next barrier.
+        if len(dataset) < world and not self._module_copes():
+            # The module logs in its steps, so the others would wait forever for a process without a batch.
             raise ValueError(
-                f"Split {split} has {len(dataset)} images for {world} processes; use at most {len(dataset)} processes."
+                f"Split {split} has {len(dataset)} images for {world} processes; use at most {len(dataset)} processes, "
+                "or a module that logs when an epoch ends and sets allow_zero_length_dataloader_with_multiple_devices."
             )
-        return self._loader(dataset, UnrepeatedDistributedSampler(dataset, world, rank))
+        return self._loader(dataset, UnrepeatedDistributedSampler(dataset, world, rank), kind=EvaluationLoader)
+
+    def _module_copes(self) -> bool:
+        module = getattr(self.trainer, "lightning_module", None)
+        return bool(getattr(module, "allow_zero_length_dataloader_with_multiple_devices", False))
 
     def val_dataloader(self) -> DataLoader:
         """Loader of the validation split, see `eval_dataloader`."""

@@ -78,9 +78,13 @@ class SampleRows(Metric):
     def __init__(self, names: Sequence[str], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.names = tuple(names)
-        # Flat float64 rows in one state: a rank without samples then contributes an empty tensor of the same kind.
-        self.set_dtype(torch.float64)
+        # Flat rows in one state: a rank without samples then contributes an empty tensor of the same kind.
         self.add_state("rows", [], dist_reduce_fx="cat")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the rows, also of those that an empty rank contributes; a move to a device does not change it."""
+        return torch.float64
 
     def append(self, indices: Tensor, scores: dict[str, Tensor]) -> None:
         """Keep the values of a batch: one (B,) tensor per name."""

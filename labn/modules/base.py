@@ -13,10 +13,12 @@ from torchmetrics import Accuracy, MeanMetric, Metric
 from labn.metrics.forecast import ForecastSkill
 from labn.models.checkpoints import LoadReport
 from labn.modules.losses import WeightedCrossEntropy
+from labn.modules.ranks import synchronise_buffers
 
 CONFUSION_CLASSES = 10  # a confusion matrix of more classes is no reading for a log
 RESAMPLES = 10_000
 TOP = 5
+SHOWN = {f"{stage}/{name}" for stage in ("train", "val", "test") for name in ("loss", "accuracy")}  # in progress bars
 
 
 def top_error(logits: Tensor, labels: Tensor) -> Tensor:
@@ -25,11 +27,26 @@ def top_error(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class CheckedModule(pl.LightningModule):
-    """A module that remembers the epoch of a loaded checkpoint and refuses one of another architecture."""
+    """A module that remembers the epoch of a loaded checkpoint and refuses one of another architecture.
+
+    A rank may have no validation or test batch: epoch values are collectives of `log_epoch`, in the hooks at an
+    epoch's end, and not of the steps.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.loaded_epoch: int | None = None
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+
+    def on_validation_start(self) -> None:
+        """Give every rank the running statistics of rank zero; a collective."""
+        synchronise_buffers(self.trainer.strategy.model)
+
+    def log_epoch(self, name: str, metric: Metric, prog_bar: bool = False) -> None:
+        """Log a metric's value over all ranks and reset it; a collective, for the hooks at an epoch's end."""
+        value = metric.compute()
+        metric.reset()
+        self.log(name, value.float(), prog_bar=prog_bar, sync_dist=False, rank_zero_only=False)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another architecture with one sentence instead of a list of every tensor."""
@@ -126,41 +143,47 @@ class ClassificationModule(CheckedModule):
         """Accumulate the test loss and accuracy."""
         self._step(batch, "test")
 
+    def epoch_metrics(self, stage: str) -> dict[str, Metric]:
+        """What an epoch of `stage` logs: name -> metric, updated in the steps."""
+        metrics = {"loss": self.epoch_loss, "accuracy": self.epoch_accuracy}
+        if self.num_classes > TOP:
+            metrics[f"top{TOP}_error"] = self.epoch_top5_error
+        return {f"{stage}/{name}": kinds[f"{stage}_"] for name, kinds in metrics.items()}  # type: ignore[misc]
+
     def _step(self, batch: dict[str, Tensor], stage: str) -> Tensor:
         terms, logits = self.losses(batch, stage)
-        size = len(logits)
-        loss_mean, accuracy = self.epoch_loss[f"{stage}_"], self.epoch_accuracy[f"{stage}_"]
-        assert isinstance(loss_mean, Metric)
-        assert isinstance(accuracy, Metric)
-        loss_mean.update(terms["loss"].detach(), weight=self.criterion.normaliser(batch["label"]))
-        accuracy.update(logits.detach(), batch["label"])
-        self.log(f"{stage}/loss", loss_mean, on_step=False, on_epoch=True, prog_bar=True, batch_size=size)
-        self.log(f"{stage}/accuracy", accuracy, on_step=False, on_epoch=True, prog_bar=True, batch_size=size)
-        self._watch(logits.detach(), batch, stage)
-        for name, value in terms.items():
-            if name != "loss" and stage == "train":
-                self.log(f"{stage}/{name}", value.detach(), on_step=False, on_epoch=True, batch_size=size)
+        self._update(terms["loss"].detach(), logits.detach(), batch, stage)
+        if stage == "train":
+            values: dict[str, Metric | Tensor] = {f"train/{name}": value.detach() for name, value in terms.items()}
+            for name, value in {**values, **self.epoch_metrics(stage)}.items():
+                shown = name in SHOWN
+                self.log(name, value, on_step=False, on_epoch=True, prog_bar=shown, batch_size=len(logits))
         return terms["loss"]
 
-    def _watch(self, logits: Tensor, batch: dict[str, Tensor], stage: str) -> None:
-        """The top-5 error where there are classes enough, and on held-out data the rows of the skill scores."""
+    def _update(self, loss: Tensor, logits: Tensor, batch: dict[str, Tensor], stage: str) -> None:
+        """Loss, accuracy, the top-5 error where there are classes enough, on held-out data the rows of the skill."""
+        labels, metrics = batch["label"], self.epoch_metrics(stage)
+        metrics[f"{stage}/loss"].update(loss, weight=self.criterion.normaliser(labels))
+        metrics[f"{stage}/accuracy"].update(logits, labels)
         if self.num_classes > TOP:
-            error = self.epoch_top5_error[f"{stage}_"]
-            assert isinstance(error, Metric)
-            error.update(top_error(logits, batch["label"]))
-            self.log(f"{stage}/top{TOP}_error", error, on_step=False, on_epoch=True, batch_size=len(logits))
+            metrics[f"{stage}/top{TOP}_error"].update(top_error(logits, labels))
         if stage != "train":
             skill = self.skill[f"{stage}_"]
             assert isinstance(skill, ForecastSkill)
-            skill.update(logits, batch["label"], batch["index"], batch.get("group"))
+            skill.update(logits, labels, batch["index"], batch.get("group"))
 
     def on_validation_epoch_end(self) -> None:
-        """Log the skill on the validation split."""
-        self._log_skill("val")
+        """Log the means and the skill on the validation split."""
+        self._log_epoch("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log the skill on the test split, with intervals where samples come in groups."""
-        self._log_skill("test")
+        """Log the means and the skill on the test split, with intervals where samples come in groups."""
+        self._log_epoch("test")
+
+    def _log_epoch(self, stage: Literal["val", "test"]) -> None:
+        for name, metric in self.epoch_metrics(stage).items():
+            self.log_epoch(name, metric, prog_bar=name in SHOWN)
+        self._log_skill(stage)
 
     def _log_skill(self, stage: Literal["val", "test"]) -> None:
         skill, data = self.skill[f"{stage}_"], getattr(self._trainer, "datamodule", None)

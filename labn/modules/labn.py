@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, Metric
 
 from labn.fills import make_fill
 from labn.models.attention_branch import AttentionBranchNetwork, BranchOutput, gate_health
@@ -18,6 +18,8 @@ from labn.modules.base import ClassificationModule
 from labn.modules.guidance import SaliencyGuidance, attention_maps, frozen_batchnorm, input_gradient, masked_images
 from labn.modules.losses import make_loss
 from labn.modules.optim import on_plateau, parameter_groups
+
+GATE = ("open", "empty")
 
 
 class LABN(ClassificationModule):
@@ -101,7 +103,7 @@ class LABN(ClassificationModule):
         self.branch_weight = branch_weight
         self.guidance = guidance
         self.bias_image: Tensor | None = None
-        self.gate = nn.ModuleDict({f"{s}_{v}": MeanMetric() for s in ("train", "val") for v in ("open", "empty")})
+        self.gate = nn.ModuleDict({f"{s}_{v}": MeanMetric() for s in ("train", "val") for v in GATE})
 
     def train(self, mode: bool = True) -> LABN:
         """Switch modes; a frozen feature extractor keeps its running statistics."""
@@ -171,15 +173,18 @@ class LABN(ClassificationModule):
         terms = {"kl": guidance.divergence(target, masked.logits[:count]), "map_mean": output.attention.mean()}
         return terms, replace(masked, branch_logits=masked.branch_logits[:count])
 
+    def epoch_metrics(self, stage: str) -> dict[str, Metric]:
+        """Those of every classifier, and while fitting the health of the gate."""
+        gates = {} if stage == "test" else {f"gate/{stage}_{v}": self.gate[f"{stage}_{v}"] for v in GATE}
+        return {**super().epoch_metrics(stage), **gates}  # type: ignore[dict-item]
+
     def _watch_gate(self, attention: Tensor, stage: str) -> None:
         if stage == "test":
             return
-        health = gate_health(attention.detach(), self.network.theta)
-        for name, value in zip(("open", "empty"), health):
+        for name, value in zip(GATE, gate_health(attention.detach(), self.network.theta)):
             metric = self.gate[f"{stage}_{name}"]
             assert isinstance(metric, MeanMetric)
             metric.update(value, weight=len(attention))
-            self.log(f"gate/{stage}_{name}", metric, on_step=False, on_epoch=True, batch_size=len(attention))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW in the groups of JSAI 2022, table 1, with the plateau schedule on the validation loss."""

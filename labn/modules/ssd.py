@@ -12,14 +12,15 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric
-from torchmetrics.detection import MeanAveragePrecision
+from torchmetrics import MeanMetric, Metric
 
+from labn.metrics.average_precision import AveragePrecision
 from labn.models.checkpoints import load_backbone
 from labn.models.detectors import Detections, Predictions, Thresholds, detect, ssd300
 from labn.models.detectors.torchvision_ssd import SSD300_SIDE
 from labn.modules.base import CheckedModule
 
+LOSSES = ("classification", "localisation", "loss")
 Parameters = Iterator[nn.Parameter]
 OPTIMIZERS: dict[str, Callable[[Parameters, float, float], Optimizer]] = {
     "sgd": lambda parameters, lr, decay: SGD(parameters, lr=lr, momentum=0.9, weight_decay=decay),
@@ -72,8 +73,9 @@ class SSD(CheckedModule):
         if ckpt is not None:
             print(load_backbone(self.network, os.path.expandvars(ckpt)))
         self.thresholds = Thresholds(score_threshold, nms_threshold, top_k=top_k)
-        self.epoch_loss = nn.ModuleDict({stage: MeanMetric() for stage in ("train_", "val_", "test_")})
-        self.precision = nn.ModuleDict({stage: average_precision() for stage in ("val_", "test_")})
+        stages = ("train", "val", "test")
+        self.epoch_losses = nn.ModuleDict({f"{stage}_{name}": MeanMetric() for stage in stages for name in LOSSES})
+        self.precision = nn.ModuleDict({stage: AveragePrecision() for stage in ("val_", "test_")})
 
     def forward(self, images: Tensor) -> Predictions:
         """Raw predictions for normalised images (B, 3, 300, 300).
@@ -107,7 +109,10 @@ class SSD(CheckedModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One optimisation step on a batch."""
         terms, _ = self.losses(batch)
-        self._log_losses("train", terms, len(batch["image"]))
+        size = len(batch["image"])
+        for name, mean in self.epoch_metrics("train").items():
+            mean.update(terms[name.split("/")[1]].detach(), weight=size)
+            self.log(name, mean, on_step=False, on_epoch=True, prog_bar=name == "train/loss", batch_size=size)
         return terms["loss"]
 
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -120,38 +125,41 @@ class SSD(CheckedModule):
 
     def _evaluate(self, stage: str, batch: dict[str, Any]) -> None:
         terms, predictions = self.losses(batch)
-        self._log_losses(stage, terms, len(batch["image"]))
+        for name, mean in self.epoch_metrics(stage).items():
+            mean.update(terms[name.split("/")[1]].detach(), weight=len(batch["image"]))
         size = (batch["image"].shape[-2], batch["image"].shape[-1])
         found = detect(self.network, predictions, size, self.thresholds)
         metric = self.precision[f"{stage}_"]
-        assert isinstance(metric, MeanAveragePrecision)
-        metric.update([as_predictions(d) for d in found], as_targets(batch))
+        assert isinstance(metric, AveragePrecision)
+        metric.update([as_predictions(d) for d in found], as_targets(batch), batch["index"])
 
-    def _log_losses(self, stage: str, terms: dict[str, Tensor], size: int) -> None:
-        mean = self.epoch_loss[f"{stage}_"]
-        assert isinstance(mean, MeanMetric)
-        mean.update(terms["loss"].detach(), weight=size)
-        self.log(f"{stage}/loss", mean, on_step=False, on_epoch=True, prog_bar=True, batch_size=size)
-        for name in ("classification", "localisation"):
-            self.log(f"{stage}/{name}", terms[name].detach(), on_step=False, on_epoch=True, batch_size=size)
+    def epoch_metrics(self, stage: str) -> dict[str, Metric]:
+        """What an epoch of `stage` logs of the losses: name -> mean over images."""
+        return {f"{stage}/{name}": self.epoch_losses[f"{stage}_{name}"] for name in LOSSES}  # type: ignore[misc]
 
     def on_validation_epoch_end(self) -> None:
-        """Log the average precision of the validation split."""
-        self._log_precision("val")
+        """Log losses and average precision of the validation split."""
+        self._log_epoch("val")
 
     def on_test_epoch_end(self) -> None:
-        """Log the average precision of the test split."""
-        self._log_precision("test")
+        """Log losses and average precision of the test split."""
+        self._log_epoch("test")
 
-    def _log_precision(self, stage: str) -> None:
+    def _log_epoch(self, stage: str) -> None:
+        for name, mean in self.epoch_metrics(stage).items():
+            self.log_epoch(name, mean, prog_bar=name.endswith("/loss"))
         metric = self.precision[f"{stage}_"]
-        assert isinstance(metric, MeanAveragePrecision)
+        assert isinstance(metric, AveragePrecision)
         found = metric.compute()
         metric.reset()
         names = class_names_of(self)
-        self.log(f"{stage}/map50", found["map"], prog_bar=True)
-        for number, value in zip(found["classes"].flatten().tolist(), found["map_per_class"].flatten()):
-            self.log(f"{stage}/ap50_{names[number]}", value)
+        values = {
+            f"ap50_{names[n]}": value
+            for n, value in zip(found["classes"].view(-1).tolist(), found["map_per_class"].view(-1))
+        }
+        for name, value in {"map50": found["map"], **values}.items():
+            # Every rank has computed the same value.
+            self.log(f"{stage}/{name}", value, prog_bar=name == "map50", sync_dist=False, rank_zero_only=False)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The optimiser with warm-up and cosine decay over all steps of the run."""
@@ -165,13 +173,6 @@ class SSD(CheckedModule):
             return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup)))
 
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
-
-
-def average_precision() -> MeanAveragePrecision:
-    """Average precision at an overlap of .5, overall and per class."""
-    metric = MeanAveragePrecision(iou_thresholds=[0.5], class_metrics=True)
-    metric.warn_on_many_detections = False  # of up to 200 per image the best 100 count, as in COCO
-    return metric
 
 
 def as_predictions(found: Detections) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from small_data import write_image
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from datamodules import IDRiD, ImageDataModule, ImageFolder, SyntheticFundus
 from datamodules.bias import cached
@@ -93,13 +94,40 @@ def test_ranks_share_samples_with_unchanged_pixels(make: Make) -> None:
             assert sorted(seen) == sorted(expected)
 
 
-def test_more_processes_than_samples_are_refused_before_they_hang(make: Make) -> None:
-    data = make()
-    count = len(data.labels("test"))
-    data.trainer = SimpleNamespace(world_size=count + 1, global_rank=0)  # type: ignore[assignment]
-    message = f"Split test has {count} images for {count + 1} processes; use at most {count} processes"
+def ranks_of(make: Make, world: int, copes: bool) -> list[DataLoader]:
+    """The test loader of every rank, under a module that does or does not cope with a rank without a batch."""
+    loaders = []
+    for rank in range(world):
+        data = make()
+        module = SimpleNamespace(allow_zero_length_dataloader_with_multiple_devices=copes)
+        data.trainer = SimpleNamespace(world_size=world, global_rank=rank, lightning_module=module)  # type: ignore[assignment]
+        loaders.append(data.test_dataloader())
+    return loaders
+
+
+def test_a_rank_without_samples_goes_through_an_epoch_without_batches(make: Make) -> None:
+    count = len(make().labels("test"))
+    loaders = ranks_of(make, count + 2, copes=True)
+    assert [[i for batch in loader for i in batch["index"].tolist()] for loader in loaders] == [
+        *([i] for i in range(count)),
+        [],
+        [],
+    ]
+    assert [len(loader) for loader in loaders] == [1] * (count + 2)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_rank_announces_the_batches_of_rank_zero(make: Make, world: int) -> None:
+    loaders = ranks_of(make, world, copes=False)
+    assert {len(loader) for loader in loaders} == {len(list(loaders[0]))}
+    assert all(len(list(loader)) <= len(loader) for loader in loaders)
+
+
+def test_more_processes_than_samples_are_refused_under_a_module_that_logs_in_its_steps(make: Make) -> None:
+    count = len(make().labels("test"))
+    message = f"Split test has {count} images for {count + 1} processes; use at most {count} processes, or a module"
     with pytest.raises(ValueError, match=message):
-        data.test_dataloader()
+        ranks_of(make, count + 1, copes=False)
 
 
 def test_train_ranks_are_disjoint_and_equally_long(make: Make) -> None:

@@ -76,7 +76,8 @@ def _rank(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
     shard = list(range(N)) if rank == 0 else []
-    torch.save(updated(make("pid"), shard).compute(), f"{folder}/{rank}.pt")
+    metric = make("pid").to("cpu")  # as a trainer moves it, after which torchmetrics has forgotten the states' dtype
+    torch.save(updated(metric, shard).compute(), f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 

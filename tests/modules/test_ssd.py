@@ -67,7 +67,7 @@ def test_perfect_detections_have_precision_one():
         for b, labels in zip(batch["boxes"], batch["labels"])
     ]
     metric = module.precision["val_"]
-    metric.update([as_predictions(d) for d in truth], as_targets(batch))
+    metric.update([as_predictions(d) for d in truth], as_targets(batch), torch.arange(len(truth)))
     assert float(metric.compute()["map"]) == pytest.approx(1.0)
     metric.reset()
     found = run.test(module, loader(), verbose=False)[0]
