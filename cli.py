@@ -29,8 +29,9 @@ import labn.explainers
 import labn.modules
 from datamodules.files import image_files
 from datamodules.sources import FileSource, Record
+from datamodules.tar_files import write_shards
 from labn.allocator import keep_freed_memory
-from labn.commands import coarse, compare, doctor, explain, sweep, table
+from labn.commands import coarse, compare, doctor, explain, shards, sweep, table
 from labn.models.checkpoints import own_data, read_checkpoint
 from labn.modules.plain_checkpoints import PlainCheckpointIO, refuse_foreign_classes
 from labn.preprocessing import Preprocessing
@@ -211,10 +212,29 @@ def read_picture(path: Path, wanted: Preprocessing) -> np.ndarray:
     return source.load(0)[0]
 
 
+def data_of(paths: Sequence[Path]) -> pl.LightningDataModule:
+    """The data module of configurations, of which later ones win, as in the other commands.
+
+    Raises:
+        ValueError: they name none, or with arguments that it does not have.
+    """
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(pl.LightningDataModule, "data")
+    config = None
+    for file in (part for path in paths for part in with_parts(path)):
+        content = yaml.safe_load(file.read_text())
+        if isinstance(content, dict) and "data" in content:
+            config = parser.parse_object({"data": content["data"]}, config)
+    if config is None:
+        raise ValueError(f"--config {' '.join(map(str, paths))} names no data module under `data:`.")
+    return parser.instantiate_classes(config).data
+
+
 COMMANDS: dict[str, tuple[ModuleType, Callable[[argparse.Namespace], None]]] = {
     "compare": (compare, compare.run),
     "doctor": (doctor, doctor.run),
     "explain": (explain, lambda options: explain.run(options, read_picture, image_files)),
+    "shards": (shards, lambda options: shards.run(options, data_of, write_shards)),
     "sweep": (sweep, sweep.run),
     "table": (table, table.run),
     "coarse": (coarse, coarse.run),

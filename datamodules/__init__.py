@@ -8,6 +8,7 @@ from datamodules.idrid import IDRiD
 from datamodules.imagenet import ImageNet
 from datamodules.magnetogram import Magnetogram
 from datamodules.synthetic import SyntheticFundus
+from datamodules.tar_shards import TarShards
 from datamodules.transforms import Augmentation
 from datamodules.voc import VOC
 
@@ -22,4 +23,5 @@ __all__ = [
     "ImageNet",
     "Magnetogram",
     "SyntheticFundus",
+    "TarShards",
 ]

@@ -136,6 +136,11 @@ class ImageDataModule(LightningDataModule):
         path = self.cache_dir / f"statistics_{self.fingerprint('train')}.safetensors"
         return cached(path, lambda: channel_statistics(self.source("train")))
 
+    @property
+    def splits(self) -> list[Split]:
+        """The splits that this data set has."""
+        return [split for split in SPLITS if split in self._sources]
+
     def source(self, split: Split) -> Source:
         """Names, labels and pixels of a split.
 

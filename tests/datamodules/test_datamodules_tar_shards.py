@@ -1,0 +1,197 @@
+"""Tar shards give what the data module that wrote them gives, sample by sample, and every damage is named."""
+
+import json
+import shutil
+import tarfile
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+from command_line import call_main
+from fuzzing import YEARS, picture, write_years
+
+from datamodules import Augmentation, ImageFolder, Magnetogram, SyntheticFundus, TarShards
+from datamodules.tar_files import MANIFEST, write_shards
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Two classes of nine pictures with regions, and their shards of four samples each."""
+    root = tmp_path_factory.mktemp("pictures")
+    for n, name in enumerate(("ant", "bee")):
+        for m in range(9):
+            picture(root / "data" / name / f"{m}.png", 20 * n + m, side=20 + m)
+            picture(root / "masks" / name / f"{m}.png", 40 + m, side=20 + m)
+    settings = {"image_size": 16, "mean": [0.5] * 3, "std": [0.25] * 3, "augmentation": Augmentation()}
+    folder = ImageFolder(root / "data", mask_root=root / "masks", **settings)
+    write_shards(folder, root / "shards", 4)
+    return folder, root / "shards"
+
+
+@pytest.fixture
+def shards(pictures, tmp_path):
+    """A copy to damage."""
+    return shutil.copytree(pictures[1], tmp_path / "shards")
+
+
+def same(first, second):
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert torch.equal(torch.as_tensor(value), torch.as_tensor(second[name])), name
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_samples_are_those_of_the_folder(pictures, split):
+    folder, data = pictures[0], TarShards(pictures[1], augmentation=Augmentation())
+    assert data.class_names == folder.class_names
+    assert data.positive_classes == folder.positive_classes
+    assert data.preprocessing() == folder.preprocessing()
+    assert data.source(split).names == folder.source(split).names
+    assert torch.equal(data.labels(split), folder.labels(split))
+    for augment in (False, True):
+        for index in range(len(folder.labels(split))):
+            key = (index, 3) if augment else index
+            same(folder.dataset(split, augment)[key], data.dataset(split, augment)[key])
+    assert data.fingerprint(split) != folder.fingerprint(split)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loaders_give_the_batches_of_the_folder(pictures, workers):
+    folder, data = pictures[0], TarShards(pictures[1], batch_size=2, num_workers=workers, augmentation=Augmentation())
+    folder.batch_size = 2
+    for mine, theirs in (
+        (data.test_dataloader(), folder.test_dataloader()),
+        (data.train_dataloader(), folder.train_dataloader()),
+    ):
+        batches = list(mine), list(theirs)
+        assert len(batches[0]) == len(batches[1]) > 0
+        for first, second in zip(*batches):
+            same(first, second)
+
+
+def test_groups_and_grey_frames(tmp_path):
+    (tmp_path / "sun").mkdir()
+    write_years(tmp_path / "sun")
+    sun = Magnetogram(tmp_path / "sun", image_size=8, **YEARS)
+    write_shards(sun, tmp_path / "shards", 3)
+    data = TarShards(tmp_path / "shards")
+    assert data.channels == 1
+    assert torch.equal(data.groups("test"), sun.groups("test"))
+    for index in range(4):
+        same(sun.dataset("test")[index], data.dataset("test")[index])
+
+
+def test_an_address_is_read_by_ranges(pictures):
+    memory = fsspec.filesystem("memory")
+    memory.put(str(pictures[1]), "/labn-shards", recursive=True)
+    here, there = TarShards(pictures[1]), TarShards("memory://labn-shards")
+    for index in range(len(here.labels("test"))):
+        same(here.dataset("test")[index], there.dataset("test")[index])
+    memory.rm("/labn-shards", recursive=True)
+    with pytest.raises(FileNotFoundError, match=r"memory://labn-shards/shards\.json does not exist; write the shards"):
+        TarShards("memory://labn-shards")
+
+
+def test_tar_files_are_plain_and_reproducible(pictures, tmp_path):
+    write_shards(pictures[0], tmp_path, 4)
+    for path in pictures[1].glob("*.tar"):
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes()
+    with tarfile.open(tmp_path / "train-00001.tar") as tar:
+        names = tar.getnames()
+    assert names[:3] == ["000000004.png", "000000004.mask.png", "000000004.cls"]
+
+
+def test_a_sample_reads_its_own_bytes_only(pictures, monkeypatch):
+    data = TarShards(pictures[1])
+    source = data.source("train")
+    read = []
+    fetch = source.fetch
+    monkeypatch.setattr(source, "fetch", lambda *span: read.append(span) or fetch(*span))
+    source.load(5)
+    assert read == [
+        ("train-00001.tar", *(int(s) for s in (x["offset"], x["offset"] + x["size"])))
+        for x in (source.image[5], source.mask[5])
+    ]
+
+
+def cut(root):
+    path = root / "test-00000.tar"
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def flip(root):
+    with np.load(root / "test.index.npz") as index:
+        place = int(index["image"][0]["offset"]) + 30
+    data = bytearray((root / "test-00000.tar").read_bytes())
+    data[place] ^= 1
+    (root / "test-00000.tar").write_bytes(data)
+
+
+def change(**changes):
+    def work(root):
+        content = json.loads((root / MANIFEST).read_text())
+        (root / MANIFEST).write_text(json.dumps(content | changes))
+
+    return work
+
+
+def index(**changes):
+    def work(root):
+        with np.load(root / "test.index.npz") as file:
+            arrays = dict(file)
+        np.savez(root / "test.index.npz", **arrays | {name: made(arrays[name]) for name, made in changes.items()})
+
+    return work
+
+
+def moved(spans):
+    spans["shard"] += 9
+    return spans
+
+
+DAMAGE = {
+    "manifest": (lambda root: (root / MANIFEST).unlink(), FileNotFoundError, r"shards\.json does not exist; write"),
+    "nonsense": (lambda root: (root / MANIFEST).write_text("{"), ValueError, r"shards\.json, line 1: no JSON"),
+    "format": (change(format=9), ValueError, r"shards\.json is of another format than 1"),
+    "field": (change(mean=None), ValueError, r"shards\.json: mean is None"),
+    "split": (change(splits={"test": {}}), ValueError, r"shards\.json: the entry of test is damaged"),
+    "index": (lambda root: (root / "test.index.npz").unlink(), FileNotFoundError, r"test\.index\.npz does not exist"),
+    "length": (index(label=lambda a: a[:-1]), ValueError, r"test\.index\.npz: label is not an array of \d+ entries"),
+    "pointer": (index(image=moved), ValueError, r"test\.index\.npz: image points outside of the \d shards"),
+    "names": (index(name=lambda a: np.repeat(a[:1], len(a))), ValueError, r"test\.index\.npz: a name comes twice"),
+    "shard": (
+        lambda root: (root / "test-00000.tar").unlink(),
+        FileNotFoundError,
+        r"test-00000\.tar does not exist, but",
+    ),
+    "cut": (cut, ValueError, r"test-00000\.tar is truncated \(2000 of \d+ bytes\); copy it again"),
+    "flip": (flip, ValueError, r"test-00000\.tar, sample 0: bytes \d+ to \d+ are not what was written"),
+}
+
+
+@pytest.mark.parametrize("kind", list(DAMAGE))
+def test_damage_is_named(shards, kind):
+    harm, error, message = DAMAGE[kind]
+    harm(shards)
+    with pytest.raises(error, match=message):
+        TarShards(shards).source("test").load(0)
+
+
+def test_shards_of_no_samples_are_refused(pictures, tmp_path):
+    with pytest.raises(ValueError, match="samples_per_shard is 0"):
+        write_shards(pictures[0], tmp_path, 0)
+
+
+def test_the_command_writes_what_a_configuration_names(tmp_path, monkeypatch, request, capsys):
+    monkeypatch.chdir(request.config.rootpath)
+    small = tmp_path / "small.yaml"
+    small.write_text("data:\n  init_args: {n_train: 6, n_val: 2, n_test: 4}\n")
+    call_main(["shards", "--config", "configs/quickstart.yaml", str(small), f"--out={tmp_path / 'out'}"])
+    assert "test, 4 samples in 1 shards" in capsys.readouterr().out
+    data, painted = TarShards(tmp_path / "out"), SyntheticFundus(n_train=6, n_val=2, n_test=4)
+    for number in range(4):
+        same(painted.dataset("test")[number], data.dataset("test")[number])
+    with pytest.raises(SystemExit):
+        call_main(["shards", "--config", "configs/parts/trainer.yaml", f"--out={tmp_path}"])
+    assert "names no data module under `data:`" in capsys.readouterr().err
