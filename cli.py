@@ -27,6 +27,7 @@ import callbacks
 import datamodules
 import labn.explainers
 import labn.modules
+from callbacks.strategies import refuse_sharded
 from datamodules.files import image_files
 from datamodules.sources import FileSource, Record
 from datamodules.tar_files import write_shards
@@ -119,6 +120,9 @@ class LabnCLI(LightningCLI):
         # They are read by now, and their paths mean nothing beside the resolved configuration in the run folder.
         config.parts = []
         config.trainer.default_root_dir = str(run_dir)
+        # Before the trainer is built, which would first ask for a GPU or a package that such a strategy needs.
+        strategy = config.trainer.strategy
+        refuse_sharded(strategy if isinstance(strategy, str) else strategy.class_path)
         if config.get("ckpt_path") in CHECKPOINTS:
             config.ckpt_path = find_checkpoint(run_dir, config.ckpt_path)
 

@@ -9,9 +9,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from callbacks.session import Batch, Session, evenly_spaced
+from callbacks.strategies import refuse_sharded
 from labn.explainers import Explainer, explainer_by_name
-
-SHARDED = ("fsdp", "model_parallel", "deepspeed")
 
 
 class ExplainingCallback(pl.Callback):
@@ -74,12 +73,7 @@ class ExplainingCallback(pl.Callback):
                 f"{type(self).__name__} needs gradients at validation and test end: "
                 "set trainer.inference_mode to false."
             )
-        name = type(trainer.strategy).__name__.lower()
-        if any(word.replace("_", "") in name for word in SHARDED):
-            raise MisconfigurationException(
-                f"{type(self).__name__} needs whole parameters on every rank; {type(trainer.strategy).__name__} "
-                "shards them. Set trainer.strategy to ddp."
-            )
+        refuse_sharded(type(trainer.strategy).__name__)
         owners = [c for c in callbacks_of(trainer) if isinstance(c, ExplainingCallback) and c.explainers]
         if not owners:
             raise MisconfigurationException(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from callbacks.detection_tables import DETECTIONS, SCORES, SUMMARY, as_csv, detection_rows, draw, packed, summarise
 from callbacks.session import epoch_of, evenly_spaced, network_of
+from callbacks.strategies import refuse_sharded
 from labn.explainers.crp import CRP, TASKS, Question, Task
 from labn.metrics.detection import DetectionScores
 from labn.plots import displayable
@@ -66,7 +67,8 @@ class DetectionCallback(pl.Callback):
     # When
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a trainer whose loops forbid gradients."""
+        """Refuse a trainer whose loops forbid gradients, and one that shards parameters."""
+        refuse_sharded(type(trainer.strategy).__name__)
         if any(loop.inference_mode for loop in (trainer.validate_loop, trainer.test_loop)):
             raise MisconfigurationException(
                 "DetectionCallback needs gradients at validation and test end: set trainer.inference_mode to false."

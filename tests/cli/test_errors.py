@@ -6,6 +6,7 @@ from command_line import TINY, call_main
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 QUICKSTART = ["--config", "configs/quickstart.yaml", *TINY]
+PARTS = "lightning.pytorch.strategies"
 
 
 @pytest.fixture
@@ -32,6 +33,25 @@ def test_the_run_folder_is_the_experiment_not_its_parts(tmp_path, monkeypatch, r
 def test_inference_mode_is_refused_before_anything_runs(tmp_path):
     with pytest.raises(MisconfigurationException, match=r"set trainer.inference_mode to false"):
         call_main(["test", *QUICKSTART, f"--run_dir={tmp_path}", "--trainer.inference_mode=true"])
+
+
+@pytest.mark.usefixtures("root")
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "fsdp",
+        "fsdp_cpu_offload",
+        "deepspeed_stage_3",
+        *(f"{PARTS}.{n}" for n in ("FSDPStrategy", "ModelParallelStrategy")),
+    ],
+)
+def test_sharded_strategies_are_refused_with_what_to_use(tmp_path, strategy):
+    name = strategy.rsplit(".", 1)[-1]
+    with pytest.raises(
+        MisconfigurationException, match=rf"^trainer\.strategy is .*{name}, .*set trainer.strategy to ddp"
+    ):
+        call_main(["fit", *QUICKSTART, f"--run_dir={tmp_path}", f"--trainer.strategy={strategy}"])
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("root")
