@@ -106,8 +106,8 @@ def evaluate(
         several values and gives each under its own name.
 
     Raises:
-        ValueError: an unknown metric, maps, masks or boxes that do not fit the images, or a metric that needs masks or
-            an explainer and gets none; before anything is scored.
+        ValueError: an unknown metric, no image, maps, masks or boxes that do not fit the images, or a metric that needs
+            masks or an explainer and gets none; before anything is scored.
         TypeError: a setting that no metric knows.
     """
     built = {name: metric_by_name(name, **_normalisation(images, mean, std), **settings) for name in metrics}
@@ -130,6 +130,8 @@ def _normalisation(
     images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> dict[str, Sequence[float] | None]:
     """The settings `mean` and `std`; ImageNet's defaults need images of three channels."""
+    if not len(images):
+        raise ValueError("images holds no image; give at least one.")
     if images.shape[1] != len(IMAGENET_MEAN) and (mean is IMAGENET_MEAN or std is IMAGENET_STD):
         raise ValueError(
             f"images have {images.shape[1]} channels; give mean and std as they were normalised (None: not at all)."

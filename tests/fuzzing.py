@@ -22,8 +22,9 @@ import numpy as np
 from small_stage import make_stage
 from small_voc import write_voc
 
-from datamodules import CUB, VOC, IDRiD, ImageFolder, ImageNet, Magnetogram
+from datamodules import CUB, VOC, IDRiD, ImageFolder, ImageNet, Magnetogram, SyntheticFundus, TarShards
 from datamodules.flares import Columns
+from datamodules.tar_files import write_shards
 from labn.report import read_stage
 from labn.report.training import read_training
 from labn.store import ResultStore
@@ -187,7 +188,12 @@ def write_folder(root: Path) -> None:
             picture(root / name / f"{m}{suffix}", 10 * n + m, side=16)
 
 
-def write_shards(root: Path) -> None:
+def write_tar(root: Path) -> None:
+    """Painted pictures with their lesions in tar shards."""
+    write_shards(SyntheticFundus(n_train=4, n_val=2, n_test=2, image_size=48), root, 3)
+
+
+def write_results(root: Path) -> None:
     """Maps and scores of a test."""
     make_stage(root, count=6)
     store = ResultStore(root / "test")
@@ -241,12 +247,13 @@ TARGETS = {
         ("*.csv",),
     ),
     "images": Target(write_folder, small(ImageFolder, val_fraction=0.3, test_fraction=0.3), ("*/*.*",)),
+    "tar": Target(write_tar, lambda root: read_images(TarShards(root)), ("shards.json", "*.npz", "*.tar")),
     "stage": Target(
         lambda root: make_stage(root, count=4),
         lambda root: (read_stage(root / "test"), read_training(root)),
         ("test/*.csv", "test/*.json", "test/maps/*.json", "test/*.npz", "logs/fit/*.csv"),
     ),
-    "store": Target(write_shards, read_store, ("test/maps/*.safetensors", "test/parts/*.npz")),
+    "store": Target(write_results, read_store, ("test/maps/*.safetensors", "test/parts/*.npz")),
 }
 """Every reader of files from elsewhere."""
 
