@@ -32,14 +32,12 @@ def test_any_shape_and_patch_size_scores_within_bounds_or_is_refused(height, wid
         torch.randn(2, height, width, generator=generator),
     )
     maps = maps.round() if ties else maps
-    try:
-        scores = evaluate(
-            Bright(), images, maps, targets=torch.tensor([0, 1]), metrics=[f"pid{patch}"], mean=None, std=None
-        )
-    except ValueError as error:
-        assert patch > min(height, width), error
-        assert "\n" not in str(error)
+    given_to = Bright(), images, maps, torch.tensor([0, 1]), [f"pid{patch}"]
+    if patch > min(height, width):
+        with pytest.raises(ValueError, match=rf"patch_size must be from 1 to {min(height, width)} .*, got {patch}\.$"):
+            evaluate(*given_to, mean=None, std=None)
         return
+    scores = evaluate(*given_to, mean=None, std=None)
     value = scores[f"pid{patch}"]
     assert value.shape == (2,)
     assert ((value >= -1) & (value <= 1)).all()
