@@ -6,6 +6,7 @@ import argparse
 import importlib
 import itertools
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -21,26 +22,31 @@ import numpy as np
 import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import callbacks
 import datamodules
 import labn.explainers
 import labn.modules
+from callbacks.checkpoint import BEST, LAST, RunCheckpointIO, find_checkpoint, has_last
 from callbacks.strategies import refuse_sharded
 from datamodules.files import image_files
 from datamodules.sources import FileSource, Record
 from datamodules.tar_files import write_shards
 from labn.allocator import keep_freed_memory
 from labn.commands import coarse, compare, doctor, explain, shards, sweep, table
+from labn.faults import explained
 from labn.models.checkpoints import own_data, read_checkpoint
-from labn.modules.plain_checkpoints import PlainCheckpointIO, refuse_foreign_classes
+from labn.modules.plain_checkpoints import refuse_foreign_classes
 from labn.preprocessing import Preprocessing
-from labn.store import write_atomically
+from labn.slurm import requeue_on_signal, restarted
+from labn.store import check_writable, write_atomically
 
 __all__ = ["LabnCLI", "callbacks", "datamodules", "labn", "main"]
 
-CHECKPOINTS = ("best", "last")
+CHECKPOINTS = (BEST, LAST)
 
 
 def expand_parts(argv: Sequence[str]) -> list[str]:
@@ -123,6 +129,11 @@ class LabnCLI(LightningCLI):
         # Before the trainer is built, which would first ask for a GPU or a package that such a strategy needs.
         strategy = config.trainer.strategy
         refuse_sharded(strategy if isinstance(strategy, str) else strategy.class_path)
+        if not config.trainer.get("fast_dev_run"):
+            check_writable(run_dir, "--run_dir")
+        if self.subcommand == "fit" and config.get("ckpt_path") is None and restarted() and has_last(run_dir):
+            config.ckpt_path = LAST
+            rank_zero_info(f"SLURM has queued this job again: fit goes on from the last checkpoint in {run_dir}.")
         if config.get("ckpt_path") in CHECKPOINTS:
             config.ckpt_path = find_checkpoint(run_dir, config.ckpt_path)
 
@@ -132,7 +143,7 @@ class LabnCLI(LightningCLI):
         if config.trainer.get("logger") in (None, True) and not config.trainer.get("fast_dev_run"):
             kwargs["logger"] = default_loggers(Path(config.run_dir), config.wandb, str(self.subcommand))
         given = self.config_init[self.subcommand].trainer.get("plugins") or []
-        kwargs["plugins"] = [PlainCheckpointIO(), *(given if isinstance(given, list) else [given])]
+        kwargs["plugins"] = [RunCheckpointIO(), *(given if isinstance(given, list) else [given])]
         return super().instantiate_trainer(**kwargs)
 
     def _parse_ckpt_path(self) -> None:
@@ -152,18 +163,6 @@ class LabnCLI(LightningCLI):
         return experiments[-1].stem if experiments else "default"
 
 
-def find_checkpoint(run_dir: Path, which: str) -> str:
-    """Path of the `best` or `last` checkpoint of a run.
-
-    Raises:
-        FileNotFoundError: the run has none.
-    """
-    path = run_dir / "checkpoints" / f"{which}.ckpt"
-    if not path.is_file():
-        raise FileNotFoundError(f"--ckpt_path {which}: {path} does not exist; run fit with this configuration first.")
-    return str(path)
-
-
 def unused_version(folder: Path, command: str) -> str:
     """`fit`, `fit-1`, ...: the first that no earlier run has filled, because Lightning would empty it."""
     names = itertools.chain([command], (f"{command}-{n}" for n in itertools.count(1)))
@@ -180,7 +179,7 @@ def default_loggers(run_dir: Path, wandb_mode: str, command: str) -> list[Logger
         raise ValueError(f"--wandb is {wandb_mode!r}; it must be offline, online or disabled.")
     run_dir.mkdir(parents=True, exist_ok=True)
     loggers: list[Logger] = [
-        CSVLogger(save_dir=run_dir, name="logs", version=unused_version(run_dir / "logs", command))
+        callbacks.RunLogger(save_dir=run_dir, name="logs", version=unused_version(run_dir / "logs", command))
     ]
     wandb = None if wandb_mode == "disabled" else wandb_logger(run_dir, wandb_mode)
     return loggers if wandb is None else [*loggers, wandb]
@@ -269,6 +268,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     if words and words[0] in COMMANDS:
         run_command(words[0], words[1:])
         return
+    requeue_on_signal()
+    try:
+        train_or_evaluate(words)
+    except SIGTERMException as error:
+        # Lightning's own exit status would say that all went well.
+        print("Terminated; the same command (fit: with --ckpt_path last) goes on from here.", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGTERM) from error
+    except RuntimeError as error:
+        better = explained(error, getattr(rank_zero_only, "rank", 0))
+        if better is None:
+            raise
+        raise better from error
+
+
+def train_or_evaluate(words: list[str]) -> None:
+    """Run a command that has a trainer."""
     # sys.argv stays as it is: the launcher of further ranks starts them with it, and they expand their own parts.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     keep_freed_memory()

@@ -7,6 +7,7 @@ from callbacks.explain import ExplanationCallback
 from callbacks.health import GateWatch, RunProfile
 from callbacks.log_maps import MapLogger
 from callbacks.report import ReportCallback
+from callbacks.run_logger import RunLogger
 
 __all__ = [
     "BestCheckpoint",
@@ -17,5 +18,6 @@ __all__ = [
     "LastCheckpoint",
     "MapLogger",
     "ReportCallback",
+    "RunLogger",
     "RunProfile",
 ]

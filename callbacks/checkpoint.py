@@ -2,22 +2,115 @@
 
 from __future__ import annotations
 
+import io
+import os
+import struct
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from labn.modules.plain_checkpoints import PlainCheckpointIO
 from labn.preprocessing import KEY
+from labn.store import remove_leftovers, write_atomically
+
+BEST, LAST, PREVIOUS = "best", "last", "previous"
+INSTEAD: dict[str, tuple[str, ...]] = {BEST: (), LAST: (PREVIOUS,)}
+"""Checkpoints that can be named -> what takes their place when they are damaged."""
+
+
+def damage(path: Path) -> str | None:
+    """Why a checkpoint cannot be whole, None where it is: every record is read and compared with its checksum.
+
+    Loading alone compares no checksum, so that it finds a truncated file but no changed byte.
+    """
+    try:
+        with zipfile.ZipFile(path) as file:
+            bad = file.testzip()
+    except (OSError, zipfile.BadZipFile, RuntimeError, ValueError, EOFError, struct.error) as error:
+        return str(error)
+    return None if bad is None else f"{bad} does not have its checksum"
+
+
+def has_last(run_dir: Path) -> bool:
+    """Whether a run has a checkpoint to go on from."""
+    return any((run_dir / "checkpoints" / f"{name}.ckpt").is_file() for name in (LAST, *INSTEAD[LAST]))
+
+
+def find_checkpoint(run_dir: Path, which: str) -> str:
+    """Path of the whole `best` or `last` checkpoint of a run; where `last` is damaged, of the one before, saying so.
+
+    Raises:
+        FileNotFoundError: the run has none.
+        ValueError: all that it has is damaged.
+    """
+    folder = run_dir / "checkpoints"
+    wanted = folder / f"{which}.ckpt"
+    troubles = {path: damage(path) for path in (wanted, *(folder / f"{name}.ckpt" for name in INSTEAD[which]))}
+    reason = f"is damaged ({troubles[wanted]})" if wanted.is_file() else "is missing"
+    for path, trouble in troubles.items():
+        if trouble is None:
+            if path != wanted:
+                warnings.warn(f"{wanted} {reason}; going on from {path}, an epoch earlier.", stacklevel=2)
+            return str(path)
+    if not any(path.is_file() for path in troubles):
+        raise FileNotFoundError(f"--ckpt_path {which}: {wanted} does not exist; run fit with this configuration first.")
+    raise ValueError(
+        f"--ckpt_path {which}: {wanted} {reason}; give another checkpoint, or run fit without --ckpt_path."
+    )
+
+
+class RunCheckpointIO(PlainCheckpointIO):
+    """Writes a checkpoint beside its final name and renames it, and keeps what was `last` as `previous`.
+
+    Lightning's own writes to the system's temporary folder and moves the file from there, which between two file
+    systems is a copy: a process killed meanwhile leaves half a checkpoint under the final name.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Save whole or not at all.
+
+        Raises:
+            OSError: the folder cannot be written, or the disk is full.
+        """
+        if "://" in str(path) or storage_options is not None:
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        path = Path(path)
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        if path.stem == LAST and damage(path) is None:
+            keep_as(path, path.with_name(f"{PREVIOUS}{path.suffix}"))
+        write_atomically(path, buffer.getbuffer())
+
+
+def keep_as(path: Path, name: Path) -> None:
+    """Let `name` be what `path` is, at once; where the file system has no links `path` itself is renamed."""
+    link = name.with_name(f".{name.name}.{os.getpid()}.tmp")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)
+        os.replace(link, name)
+    except OSError:
+        os.replace(path, name)
 
 
 class RunCheckpoint(ModelCheckpoint):
     """Base of `BestCheckpoint` and `LastCheckpoint`: one file of a fixed name in `<run_dir>/checkpoints/`."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Place the checkpoint in the run folder, whatever the loggers do."""
+        """Place the checkpoint in the run folder, whatever the loggers do, and let it be written whole."""
         if self.dirpath is None:
             self.dirpath = str(Path(trainer.default_root_dir).absolute() / "checkpoints")
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+            trainer.strategy.checkpoint_io = RunCheckpointIO()
+        if trainer.is_global_zero and stage == "fit":
+            remove_leftovers(Path(self.dirpath))
         super().setup(trainer, pl_module, stage=stage)
 
     def on_save_checkpoint(
@@ -39,11 +132,11 @@ class BestCheckpoint(RunCheckpoint):
     """
 
     def __init__(self, monitor: str = "val/loss", mode: str = "min", **kwargs: Any) -> None:
-        super().__init__(filename="best", monitor=monitor, mode=mode, enable_version_counter=False, **kwargs)
+        super().__init__(filename=BEST, monitor=monitor, mode=mode, enable_version_counter=False, **kwargs)
 
 
 class LastCheckpoint(RunCheckpoint):
-    """Keep `last.ckpt`, every epoch, better or not.
+    """Keep `last.ckpt`, every epoch, better or not, and as `previous.ckpt` the one before.
 
     Lightning's own `save_last` writes only in epochs that were saved for another reason, such as being the best, so
     that a killed run would fall back to its best epoch.
@@ -51,4 +144,4 @@ class LastCheckpoint(RunCheckpoint):
     """
 
     def __init__(self) -> None:
-        super().__init__(filename="last", enable_version_counter=False)
+        super().__init__(filename=LAST, enable_version_counter=False)

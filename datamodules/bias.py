@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from datamodules.files import centre
 from datamodules.sources import Source
+from labn.store import write_atomically
 
 
 def default_cache_dir() -> Path:
@@ -51,19 +52,18 @@ def channel_statistics(source: Source) -> Tensor:
 
 
 def cached(path: Path, compute: Callable[[], Tensor]) -> Tensor:
-    """The tensor stored at `path`; computed and stored there (under a temporary name, then renamed) when absent.
+    """The tensor stored at `path`; computed and stored there where it is absent or damaged.
 
     A cache folder that cannot be written costs a warning and the saving, not the run.
     """
     if path.is_file():
-        return load_file(path)["value"]
+        try:
+            return load_file(path)["value"]
+        except SafetensorError as error:
+            warnings.warn(f"{path} is damaged ({error}); it is computed again.", stacklevel=2)
     value = compute()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        os.close(handle)
-        save_file({"value": value}, temporary)
-        os.replace(temporary, path)
+        write_atomically(path, save({"value": value}))
     except OSError as error:
-        warnings.warn(f"{path} cannot be written ({error}); pass a writable `cache_dir` to keep it.", stacklevel=2)
+        warnings.warn(f"{error.strerror} The place is data.init_args.cache_dir; the run goes on.", stacklevel=2)
     return value

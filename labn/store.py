@@ -7,13 +7,14 @@ of what made them (explainer and metric arguments), and a reader takes only thos
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -71,19 +72,64 @@ def _public(name: str) -> bool:
     return not name.startswith("_") and name != "training"
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+LEFTOVERS = ".*.tmp"
+"""What files are called while they are written; a killed process leaves its last one behind."""
+
+
+def unwritable(path: Path, error: OSError) -> OSError:
+    """An error of the same kind that names the file and says what would help."""
+    advice = (
+        "free some space and give the same command again"
+        if error.errno in FULL
+        else "make the folder writable, or give another one"
+    )
+    return OSError(error.errno, f"{path} cannot be written: {error.strerror or error}; {advice}.")
+
+
 @contextmanager
 def written_atomically(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which gets the name `path` once the block has ended well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """A file to write to, which gets the name `path` once the block has ended well.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full; nothing half-written stays.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def check_writable(folder: Path, argument: str) -> None:
+    """Fail at once, and not after the first epoch, where results cannot be written.
+
+    Raises:
+        OSError: `folder`, which `argument` names, cannot be made or written.
+    """
+    probe = folder / f".probe.{os.getpid()}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"whole")
+    except OSError as error:
+        raise unwritable(Path(f"{argument} {folder}"), error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            probe.unlink()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete what killed processes have left half-written in `folder` itself; nobody may be writing there."""
+    for path in folder.glob(LEFTOVERS):
+        path.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
@@ -143,7 +189,9 @@ class ResultStore:
         """
         path = self.folder / "identity.json"
         mine = {"format": FORMAT, **identity}
-        if self.folder.exists() and any(self.folder.iterdir()):
+        # Those in maps/ and parts/ are never read either, but looking for them would mean to list every shard.
+        remove_leftovers(self.folder)
+        if any(found.is_file() for found in self.folder.rglob("*")):
             theirs = _identity(path)
             if theirs != mine:
                 aside = next(a for n in range(1, 10_000) if not (a := Path(f"{self.folder}.old-{n}")).exists())

@@ -1,10 +1,12 @@
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
 import torch
 
-from labn.store import ResultStore, ScorePart, digest, weights_digest, write_atomically
+from labn.store import ResultStore, ScorePart, check_writable, digest, weights_digest, write_atomically
 
 
 def part(indices, explainer="labn", key="k", value=1.0):
@@ -88,6 +90,49 @@ def test_writing_leaves_no_half_file(tmp_path):
     write_atomically(path, b"22")
     assert path.read_bytes() == b"22"
     assert [p.name for p in path.parent.iterdir()] == ["b.json"]
+
+
+def test_a_full_disk_is_named_and_nothing_half_written_stays(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    store, path = ResultStore(tmp_path), tmp_path / "b.json"
+    ways = {
+        "b.json": lambda: write_atomically(path, b"1"),
+        "safetensors": lambda: store.add_maps("labn", "k", torch.tensor([0]), torch.zeros(1, 2, 2)),
+        "npz": lambda: store.add_scores(part([0])),
+    }
+    for name, write in ways.items():
+        with pytest.raises(OSError, match=rf"{name} cannot be written: No space left on device; free some space"):
+            write()
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"--run_dir .*file/run cannot be written: .*; make the folder writable"):
+        check_writable(tmp_path / "file" / "run", "--run_dir")
+    check_writable(tmp_path / "new" / "run", "--run_dir")
+    assert list((tmp_path / "new" / "run").iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_no_result_and_is_removed(tmp_path):
+    folder = tmp_path / "test"
+    (folder / "maps").mkdir(parents=True)
+    for path in (folder / ".identity.json.1.tmp", folder / "maps" / ".labn.k.0000000.r0.safetensors.1.tmp"):
+        path.write_bytes(b"half")
+    ResultStore(folder).prepare({"checkpoint": "a"})
+    assert not (tmp_path / "test.old-1").exists()
+    assert [p.name for p in folder.iterdir() if p.is_file()] == ["identity.json"]
+
+
+def test_a_damaged_identity_moves_the_results_aside(tmp_path):
+    folder = tmp_path / "test"
+    ResultStore(folder).prepare({"checkpoint": "a"})
+    (folder / "identity.json").write_text('{"check')
+    with pytest.warns(UserWarning, match=r"they are in .*test\.old-1"):
+        ResultStore(folder).prepare({"checkpoint": "a"})
 
 
 def test_digests_follow_content():

@@ -111,7 +111,8 @@ def _step(sweep: Sweep, step: str, seed: int, folder: Path, runner: Runner) -> N
 def _checkpoint(step: str, folder: Path) -> list[str]:
     if step == "test":
         return ["--ckpt_path=best"]
-    return ["--ckpt_path=last"] if (folder / "checkpoints" / "last.ckpt").exists() else []
+    saved = [folder / "checkpoints" / f"{name}.ckpt" for name in ("last", "previous")]
+    return ["--ckpt_path=last"] if any(path.exists() for path in saved) else []
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,6 +19,7 @@ CONFUSION_CLASSES = 10  # a confusion matrix of more classes is no reading for a
 RESAMPLES = 10_000
 TOP = 5
 SHOWN = {f"{stage}/{name}" for stage in ("train", "val", "test") for name in ("loss", "accuracy")}  # in progress bars
+NAMED = 8  # samples that a message names
 
 
 def top_error(logits: Tensor, labels: Tensor) -> Tensor:
@@ -63,6 +64,27 @@ class CheckedModule(pl.LightningModule):
                 f"{len(missing)} tensors missing, {len(foreign)} unknown, {len(shapes)} of another shape "
                 f"(first: {first}); use the configuration that it was trained with."
             )
+
+    def refuse_nan(self, loss: Tensor, batch: dict[str, Any], stage: Literal["train", "val", "test"]) -> None:
+        """Stop before a loss that is NaN or infinite reaches the weights, a mean or a checkpoint.
+
+        Raises:
+            ValueError: naming epoch, step and samples.
+        """
+        if bool(torch.isfinite(loss)):
+            return
+        data, indices = getattr(self._trainer, "datamodule", None), batch["index"].tolist()
+        names = [str(i) if data is None else data.sample_name(stage, i) for i in indices]
+        shown = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+        advice = (
+            "look at them and at the weights of the checkpoint"
+            if stage == "test"
+            else "lower the learning rates of model.init_args, or look at them, and go on with --ckpt_path last"
+        )
+        raise ValueError(
+            f"The {stage} loss is {float(loss)} in epoch {self.current_epoch}, step {self.global_step}, "
+            f"samples {shown}: {advice}."
+        )
 
 
 class ClassificationModule(CheckedModule):
@@ -150,8 +172,9 @@ class ClassificationModule(CheckedModule):
             metrics[f"top{TOP}_error"] = self.epoch_top5_error
         return {f"{stage}/{name}": kinds[f"{stage}_"] for name, kinds in metrics.items()}  # type: ignore[misc]
 
-    def _step(self, batch: dict[str, Tensor], stage: str) -> Tensor:
+    def _step(self, batch: dict[str, Tensor], stage: Literal["train", "val", "test"]) -> Tensor:
         terms, logits = self.losses(batch, stage)
+        self.refuse_nan(terms["loss"].detach(), batch, stage)
         self._update(terms["loss"].detach(), logits.detach(), batch, stage)
         if stage == "train":
             values: dict[str, Metric | Tensor] = {f"train/{name}": value.detach() for name, value in terms.items()}

@@ -109,6 +109,7 @@ class SSD(CheckedModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One optimisation step on a batch."""
         terms, _ = self.losses(batch)
+        self.refuse_nan(terms["loss"].detach(), batch, "train")
         size = len(batch["image"])
         for name, mean in self.epoch_metrics("train").items():
             mean.update(terms[name.split("/")[1]].detach(), weight=size)
@@ -123,8 +124,9 @@ class SSD(CheckedModule):
         """Accumulate losses and detections."""
         self._evaluate("test", batch)
 
-    def _evaluate(self, stage: str, batch: dict[str, Any]) -> None:
+    def _evaluate(self, stage: Literal["val", "test"], batch: dict[str, Any]) -> None:
         terms, predictions = self.losses(batch)
+        self.refuse_nan(terms["loss"].detach(), batch, stage)
         for name, mean in self.epoch_metrics(stage).items():
             mean.update(terms[name.split("/")[1]].detach(), weight=len(batch["image"]))
         size = (batch["image"].shape[-2], batch["image"].shape[-1])

@@ -24,7 +24,9 @@ def read_training(run_dir: Path) -> dict[str, dict[int, float]]:
     # A resumed fit logs to fit-1, fit-2, ...: later ones win.
     files = sorted((run_dir / "logs").glob("fit*/metrics.csv"), key=lambda p: (len(p.parent.name), p.parent.name))
     for path in files:
-        for row in read_table(path):
+        rows = list(read_table(path))
+        # What follows the last line break is the row that a killed process was writing.
+        for row in rows if path.read_bytes().endswith(b"\n") else rows[:-1]:
             for name, text in row.cells.items():
                 if text and "/" in name and row.cells.get("epoch"):
                     values.setdefault(name, {})[row.number("epoch", int)] = row.number(name, float)

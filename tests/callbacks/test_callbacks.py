@@ -250,7 +250,7 @@ def test_last_is_saved_in_every_epoch_and_best_in_the_best(tmp_path):
     epochs = {
         path.stem: torch.load(path, weights_only=False)["epoch"] for path in (tmp_path / "checkpoints").glob("*.ckpt")
     }
-    assert epochs == {"best": 0, "last": 2}
+    assert epochs == {"best": 0, "last": 2, "previous": 1}
 
 
 def test_evenly_spaced():

@@ -176,6 +176,15 @@ def test_bias_image_is_exact_and_read_back(make: Make, tmp_path: Path, monkeypat
     assert torch.equal(again.bias_image(), bias)
 
 
+def test_a_damaged_bias_file_is_computed_again(make: Make, tmp_path: Path) -> None:
+    wanted = make().bias_image()
+    (file,) = (tmp_path / "cache").glob("bias_*")
+    file.write_bytes(file.read_bytes()[:-50])
+    with pytest.warns(UserWarning, match=r"bias_.* is damaged \(.*\); it is computed again"):
+        assert torch.equal(make().bias_image(), wanted)
+    assert torch.equal(make().bias_image(), wanted)
+
+
 def test_other_data_has_another_fingerprint_and_bias_file(tmp_path: Path) -> None:
     for seed in (0, 1):
         SyntheticFundus(n_train=4, data_seed=seed, cache_dir=tmp_path).bias_image()

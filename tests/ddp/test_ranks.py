@@ -23,7 +23,7 @@ def rows(folder, name):
 
 
 def test_fit_on_two_processes_leaves_checkpoints_and_validation_results(trained):
-    assert {p.name for p in (trained / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {p.name for p in (trained / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt", "previous.ckpt"}
     assert (trained / "val" / "epoch=001" / "scores.csv").exists()
 
 

@@ -89,3 +89,16 @@ def test_options_reach_the_backbone():
 def test_top_error_counts_labels_outside_of_the_five_largest_logits():
     logits = torch.tensor([[6.0, 5, 4, 3, 2, 1], [6.0, 5, 4, 3, 2, 1], [1.0, 2, 3, 4, 5, 6]])
     assert top_error(logits, torch.tensor([4, 5, 0])).tolist() == [0, 1, 1]
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
+def test_a_loss_that_is_no_number_stops_before_it_does_harm(weights, stage):
+    module = Classifier("timm/resnet10t", 7, backbone_ckpt=str(weights))
+    with torch.no_grad():
+        module.network.fc.bias.fill_(torch.nan)
+    name = {"fit": "train", "validate": "val"}.get(stage, stage)
+    before = {key: value.clone() for key, value in module.state_dict().items() if "running" not in key}
+    with pytest.raises(ValueError, match=rf"The {name} loss is nan in epoch 0, step 0, samples 0, 1, 2, 3: "):
+        getattr(trainer(num_sanity_val_steps=0), stage)(module, loader())
+    after = module.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before if "weight" in k)

@@ -1,0 +1,64 @@
+"""The CSV log keeps whole rows through new columns, failures and kills."""
+
+import os
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.loggers import CSVLogger
+
+from callbacks import RunLogger
+from callbacks.run_logger import named
+from labn.report.training import read_training
+
+
+def log(logger):
+    logger.log_hyperparams({"lr": 0.1})
+    for epoch in range(3):
+        logger.log_metrics({"epoch": epoch, "train/loss": 1.0 / (epoch + 1)}, step=epoch)
+        logger.log_metrics({"epoch": epoch, "val/loss": 0.1 + epoch}, step=epoch)
+        logger.save()
+
+
+def test_the_file_is_lightnings_own(tmp_path):
+    for kind in (RunLogger, CSVLogger):
+        log(kind(save_dir=tmp_path, name=kind.__name__, version="fit"))
+    for file in ("metrics.csv", "hparams.yaml"):
+        mine, theirs = ((tmp_path / kind.__name__ / "fit" / file).read_text() for kind in (RunLogger, CSVLogger))
+        assert mine == theirs.replace("\r\n", "\n")
+
+
+def test_a_new_column_never_empties_the_file(tmp_path, monkeypatch):
+    logger = RunLogger(save_dir=tmp_path, name="logs", version="fit")
+    log(logger)
+    before = (tmp_path / "logs" / "fit" / "metrics.csv").read_bytes()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    logger.log_metrics({"epoch": 3, "val/accuracy": 0.5}, step=3)
+    with pytest.raises(KeyboardInterrupt):
+        logger.save()
+    assert (tmp_path / "logs" / "fit" / "metrics.csv").read_bytes() == before
+
+
+def test_a_cut_row_is_left_out_of_the_curves(tmp_path):
+    log(RunLogger(save_dir=tmp_path, name="logs", version="fit"))
+    path = tmp_path / "logs" / "fit" / "metrics.csv"
+    whole = read_training(tmp_path)
+    assert whole["val/loss"] == {0: 0.1, 1: 1.1, 2: 2.1}
+    text = path.read_text()
+    assert text.endswith("2.1\n")
+    for end in range(len(text) - 4, len(text)):
+        path.write_text(text[:end])
+        assert read_training(tmp_path)["val/loss"] == {0: 0.1, 1: 1.1}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_full_disk_is_named():
+    with (
+        pytest.raises(OSError, match=r"metrics\.csv cannot be written: No space left on device; free some space"),
+        named(Path("logs/fit/metrics.csv")),
+        open("/dev/full", "w") as file,
+    ):
+        file.write("1")
