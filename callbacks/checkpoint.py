@@ -7,19 +7,23 @@ import os
 import struct
 import warnings
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
 
+from callbacks.base import callbacks_of
 from labn.modules.plain_checkpoints import PlainCheckpointIO
 from labn.preprocessing import KEY
 from labn.store import remove_leftovers, write_atomically
 
 BEST, LAST, PREVIOUS = "best", "last", "previous"
+PLATEAUS = "due_plateau_steps"
 INSTEAD: dict[str, tuple[str, ...]] = {BEST: (), LAST: (PREVIOUS,)}
 """Checkpoints that can be named -> what takes their place when they are damaged."""
 
@@ -103,6 +107,8 @@ def keep_as(path: Path, name: Path) -> None:
 class RunCheckpoint(ModelCheckpoint):
     """Base of `BestCheckpoint` and `LastCheckpoint`: one file of a fixed name in `<run_dir>/checkpoints/`."""
 
+    _due: Sequence[float | None] = ()
+
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Place the checkpoint in the run folder, whatever the loggers do, and let it be written whole."""
         if self.dirpath is None:
@@ -116,10 +122,45 @@ class RunCheckpoint(ModelCheckpoint):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep what pictures the network expects, so that the file can be used alone."""
+        """Keep what pictures the network expects, so that the file can be used alone, and what a resumed fit needs."""
+        checkpoint[PLATEAUS] = due_plateaus(trainer)
         preprocessing = getattr(getattr(trainer, "datamodule", None), "preprocessing", None)
         if preprocessing is not None:
             checkpoint[KEY] = preprocessing().plain()
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Take over, for one callback of all, the steps of the schedules that are due."""
+        self._due = checkpoint.pop(PLATEAUS, [])
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Go on as if nothing had happened.
+
+        Lightning saves before the epoch's step of the plateau schedules and leaves that step out when it goes on, so
+        that the learning rate would fall an epoch late; and it forgets that early stopping had ended the run.
+        """
+        super().on_train_start(trainer, pl_module)
+        for config, value in zip(trainer.lr_scheduler_configs, self._due):
+            if value is not None:
+                pl_module.lr_scheduler_step(config.scheduler, value)
+        self._due = []
+        for callback in callbacks_of(trainer):
+            if isinstance(callback, EarlyStopping) and callback.wait_count >= max(callback.patience, 1):
+                trainer.should_stop = True
+                rank_zero_info(f"{callback.monitor} had not improved for {callback.wait_count} epochs: fit is over.")
+
+
+def due_plateaus(trainer: pl.Trainer) -> list[float | None]:
+    """Per scheduler, what its epoch's step is still to see, where the epoch is over but for that step; else None."""
+    progress = trainer.fit_loop.epoch_progress.current.state_dict()
+    over = progress["processed"] == progress["completed"] + 1
+    due = [
+        over and c.reduce_on_plateau and c.interval == "epoch" and (trainer.current_epoch + 1) % c.frequency == 0
+        for c in trainer.lr_scheduler_configs
+    ]
+    seen = [trainer.callback_metrics.get(c.monitor or "") for c in trainer.lr_scheduler_configs]
+    return [float(value) if wanted and value is not None else None for wanted, value in zip(due, seen)]
 
 
 class BestCheckpoint(RunCheckpoint):

@@ -191,7 +191,7 @@ class ResultStore:
         mine = {"format": FORMAT, **identity}
         # Those in maps/ and parts/ are never read either, but looking for them would mean to list every shard.
         remove_leftovers(self.folder)
-        if any(found.is_file() for found in self.folder.rglob("*")):
+        if any(found.is_file() and not found.match(LEFTOVERS) for found in self.folder.rglob("*")):
             theirs = _identity(path)
             if theirs != mine:
                 aside = next(a for n in range(1, 10_000) if not (a := Path(f"{self.folder}.old-{n}")).exists())

@@ -3,10 +3,14 @@
 import os
 import shutil
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from torch.utils.data import DataLoader, TensorDataset
 
-from callbacks.checkpoint import RunCheckpointIO, damage, find_checkpoint, has_last
+from callbacks.checkpoint import LastCheckpoint, RunCheckpointIO, damage, find_checkpoint, has_last
+from labn.modules.optim import on_plateau
 
 
 @pytest.fixture
@@ -110,3 +114,49 @@ def test_every_truncation_is_found(saved, tmp_path):
         assert damage(cut), size
     shutil.copy(saved / "checkpoints" / "last.ckpt", cut)
     assert damage(cut) is None
+
+
+class Falling(pl.LightningModule):
+    """A validation loss that never improves after the first epoch, and the rate that the schedule makes of it."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.rates = []
+
+    def training_step(self, batch, batch_idx):
+        return (self.weight * batch[0]).sum()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", 1.0)
+
+    def on_train_epoch_start(self):
+        self.rates.append(self.optimizers().param_groups[0]["lr"])
+
+    def configure_optimizers(self):
+        return on_plateau(torch.optim.SGD(self.parameters(), lr=1.0), factor=0.5, patience=0, min_lr=0.0)
+
+
+def train(folder, epochs, *callbacks, **options):
+    module, loader = Falling(), DataLoader(TensorDataset(torch.ones(4, 1)), batch_size=2)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = pl.Trainer(default_root_dir=folder, max_epochs=epochs, callbacks=[LastCheckpoint(), *callbacks], **quiet)
+    trainer.fit(module, loader, loader, **options)
+    return module.rates
+
+
+def test_a_resumed_fit_takes_the_step_of_the_schedule_that_was_due(tmp_path):
+    undisturbed = train(tmp_path / "whole", 5)
+    assert undisturbed == [1.0, 1.0, 0.5, 0.25, 0.125]
+    for cut in (1, 2, 3, 4):
+        folder = tmp_path / str(cut)
+        before = train(folder, cut)
+        assert before + train(folder, 5, ckpt_path=find_checkpoint(folder, "last")) == undisturbed
+
+
+def test_a_fit_that_had_stopped_early_does_not_go_on(tmp_path):
+    assert len(train(tmp_path, 9, EarlyStopping("val/loss", patience=2))) == 3
+    last = find_checkpoint(tmp_path, "last")
+    assert train(tmp_path, 9, EarlyStopping("val/loss", patience=2), ckpt_path=last) == []
+    # Lightning takes the patience from the checkpoint; without the callback nothing stops it.
+    assert len(train(tmp_path, 5, ckpt_path=last)) == 2

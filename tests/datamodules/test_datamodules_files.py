@@ -56,7 +56,7 @@ def test_other_bad_files_are_found(tmp_path: Path) -> None:
     for name in ("text.jpg", "empty.jpg"):
         with pytest.raises(BadImageError, match=f"{name} is not an image; replace it"):
             read_image(tmp_path / name)
-    with pytest.raises(BadImageError, match=r"absent.jpg cannot be read \(No such file or directory\); put it back or replace"):
+    with pytest.raises(BadImageError, match=r"absent.jpg cannot be read \(No such file.*\); put it back"):
         read_image(tmp_path / "absent.jpg")
 
 
