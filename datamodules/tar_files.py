@@ -115,7 +115,9 @@ def write_shards(data: ImageDataModule, folder: Path, samples_per_shard: int = 1
         "splits": splits,
         "class_names": list(data.class_names),
         "positive_classes": list(data.positive_classes),
-        **{name: getattr(data, name) for name in ("image_size", "channels", "crop", "shorter", "mean", "std")},
+        **{name: getattr(data, name) for name in ("image_size", "channels", "crop", "shorter")},
+        "mean": [float(value) for value in data.mean],
+        "std": [float(value) for value in data.std],
     }
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
     return manifest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import tempfile
 from dataclasses import dataclass
@@ -115,6 +116,12 @@ class TarShards(ImageDataModule):
         for name, kind in _FACTS.items():
             if not isinstance(facts.get(name), kind):
                 raise ValueError(f"{where}: {name} is {facts.get(name)!r}; write the shards again.")
+        channels, sizes = facts["channels"], (facts["channels"], facts["image_size"])
+        numbers = [*facts["mean"], *facts["std"]]
+        if channels not in (1, 3) or min(sizes) < 1 or len(facts["mean"]) != channels or len(facts["std"]) != channels:
+            raise ValueError(f"{where}: channels, image_size, mean and std do not fit; write the shards again.")
+        if not all(isinstance(number, float) and math.isfinite(number) for number in numbers) or min(facts["std"]) <= 0:
+            raise ValueError(f"{where}: mean and std must be numbers, std above 0; write the shards again.")
         if facts.get("format") != FORMAT or not set(facts["splits"]) <= set(SPLITS):
             raise ValueError(f"{where} is of another format than {FORMAT}; write the shards again.")
         return facts

@@ -151,6 +151,8 @@ def read_json(path: Path, kind: type[Value]) -> Value:
         raise ValueError(f"{path}, line {error.lineno}: no JSON ({error.msg}).") from None
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply; no file of this project is.") from None
+    except ValueError as error:  # not UTF-8, which names the file, or a number of thousands of digits
+        raise error if str(path) in str(error) else ValueError(f"{path}: no JSON ({error}).") from None
     if not isinstance(content, kind):
         raise ValueError(f"{path} holds a {type(content).__name__}; it must hold a {kind.__name__}.")
     return content

@@ -8,10 +8,9 @@ import fsspec
 import numpy as np
 import pytest
 import torch
-from command_line import call_main
 from fuzzing import YEARS, picture, write_years
 
-from datamodules import Augmentation, ImageFolder, Magnetogram, SyntheticFundus, TarShards
+from datamodules import Augmentation, ImageFolder, Magnetogram, TarShards
 from datamodules.tar_files import MANIFEST, write_shards
 
 
@@ -155,6 +154,8 @@ DAMAGE = {
     "nonsense": (lambda root: (root / MANIFEST).write_text("{"), ValueError, r"shards\.json, line 1: no JSON"),
     "format": (change(format=9), ValueError, r"shards\.json is of another format than 1"),
     "field": (change(mean=None), ValueError, r"shards\.json: mean is None"),
+    "statistics": (change(std=[0.5]), ValueError, r"shards\.json: channels, image_size, mean and std do not fit"),
+    "number": (change(std=[0.0, 1.0, 1.0]), ValueError, r"shards\.json: mean and std must be numbers, std above 0"),
     "split": (change(splits={"test": {}}), ValueError, r"shards\.json: the entry of test is damaged"),
     "index": (lambda root: (root / "test.index.npz").unlink(), FileNotFoundError, r"test\.index\.npz does not exist"),
     "length": (index(label=lambda a: a[:-1]), ValueError, r"test\.index\.npz: label is not an array of \d+ entries"),
@@ -181,17 +182,3 @@ def test_damage_is_named(shards, kind):
 def test_shards_of_no_samples_are_refused(pictures, tmp_path):
     with pytest.raises(ValueError, match="samples_per_shard is 0"):
         write_shards(pictures[0], tmp_path, 0)
-
-
-def test_the_command_writes_what_a_configuration_names(tmp_path, monkeypatch, request, capsys):
-    monkeypatch.chdir(request.config.rootpath)
-    small = tmp_path / "small.yaml"
-    small.write_text("data:\n  init_args: {n_train: 6, n_val: 2, n_test: 4}\n")
-    call_main(["shards", "--config", "configs/quickstart.yaml", str(small), f"--out={tmp_path / 'out'}"])
-    assert "test, 4 samples in 1 shards" in capsys.readouterr().out
-    data, painted = TarShards(tmp_path / "out"), SyntheticFundus(n_train=6, n_val=2, n_test=4)
-    for number in range(4):
-        same(painted.dataset("test")[number], data.dataset("test")[number])
-    with pytest.raises(SystemExit):
-        call_main(["shards", "--config", "configs/parts/trainer.yaml", f"--out={tmp_path}"])
-    assert "names no data module under `data:`" in capsys.readouterr().err

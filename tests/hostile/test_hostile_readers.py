@@ -281,7 +281,12 @@ def test_tables_and_manifests_name_the_line(tmp_path):
     (tmp_path / "a.csv").write_text("index\n")
     with pytest.raises(ValueError, match=r"a\.csv has no column 'name'"):
         list(read_table(tmp_path / "a.csv", ("name",)))
-    for text, message in (("{\n,", "line 2: no JSON"), ("[" * 100_000, "nested too deeply"), ("[1]", "holds a list")):
+    for text, message in (
+        ("{\n,", "line 2: no JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        ("9" * 5000, "no JSON"),
+        ("[1]", "holds a list"),
+    ):
         (tmp_path / "a.json").write_text(text)
         with pytest.raises(ValueError, match=rf"a\.json.*{message}"):
             read_json(tmp_path / "a.json", dict)
