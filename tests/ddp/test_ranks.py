@@ -1,4 +1,4 @@
-"""The same command on one and on two processes writes the same results."""
+"""The same command on one and on several processes writes the same results, also with a rank that has no sample."""
 
 import csv
 
@@ -6,14 +6,15 @@ import pytest
 from command_line import run
 
 TWO = ["--config", "configs/parts/ddp_cpu.yaml"]
+THREE = [*TWO, "--trainer.devices=3"]
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run folder with a checkpoint, trained on two processes with every callback on."""
+    """A run folder with a checkpoint, trained with every callback on; one of three processes has no validation data."""
     folder = tmp_path_factory.mktemp("trained")
-    run("fit", *TWO, run_dir=folder)
+    run("fit", *THREE, "--data.init_args.n_val=2", run_dir=folder)
     return folder
 
 
@@ -22,20 +23,22 @@ def rows(folder, name):
         return list(csv.DictReader(file))
 
 
-def test_fit_on_two_processes_leaves_checkpoints_and_validation_results(trained):
+def test_fit_leaves_checkpoints_and_validation_results(trained):
     assert {p.name for p in (trained / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt", "previous.ckpt"}
-    assert (trained / "val" / "epoch=001" / "scores.csv").exists()
+    for epoch in (0, 1):
+        with open(trained / "val" / f"epoch={epoch:03d}" / "predictions.csv", newline="") as file:
+            assert [row["index"] for row in csv.DictReader(file)] == ["0", "1"]
 
 
-@pytest.mark.parametrize("images", [13, 12])
-def test_two_processes_write_the_rows_of_one(trained, tmp_path, images):
+@pytest.mark.parametrize(("images", "processes"), [(13, TWO), (2, THREE)])
+def test_processes_write_the_rows_of_one(trained, tmp_path, images, processes):
     checkpoint = f"--ckpt_path={trained / 'checkpoints' / 'best.ckpt'}"
     size = f"--data.init_args.n_test={images}"
     run("test", checkpoint, size, run_dir=tmp_path / "one")
-    run("test", *TWO, checkpoint, size, run_dir=tmp_path / "two")
-    one, two = (rows(tmp_path / name, "scores.csv") for name in ("one", "two"))
-    seen = [rows(tmp_path / name, "predictions.csv") for name in ("one", "two")]
+    run("test", *processes, checkpoint, size, run_dir=tmp_path / "many")
+    one, many = (rows(tmp_path / name, "scores.csv") for name in ("one", "many"))
+    seen = [rows(tmp_path / name, "predictions.csv") for name in ("one", "many")]
     assert [[int(row["index"]) for row in each] for each in seen] == [list(range(images))] * 2
     assert len({row["index"] for row in one}) == images // 2
-    assert [{**row, "value": None} for row in one] == [{**row, "value": None} for row in two]
-    assert all(float(a["value"]) == pytest.approx(float(b["value"]), abs=1e-6) for a, b in zip(one, two))
+    assert [{**row, "value": None} for row in one] == [{**row, "value": None} for row in many]
+    assert all(float(a["value"]) == pytest.approx(float(b["value"]), abs=1e-6) for a, b in zip(one, many))

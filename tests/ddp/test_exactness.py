@@ -1,0 +1,141 @@
+"""Every explainer and every metric gives the same rows on any number of ranks and nodes, in any batches and chunks."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import socket
+import subprocess
+import sys
+
+import every_network
+import pytest
+import yaml
+from command_line import ROOT, environment
+from every_network import HERE, METRICS, NETWORKS, TABLES, callbacks, run_all, write_configs
+
+from labn.explainers import EXPLAINERS
+from labn.metrics.names import REGISTRY
+
+pytest.importorskip("pycocotools")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+DDP = "--trainer.strategy=ddp"
+
+# Batches of one size give the same digits. In others the matrix products add up in another order (a single row is a
+# product of its own kind), which moves logits and maps in their last float32 digits: by less than 1e-6, times a hundred
+# in percent. Values that depend on the order of pixels alone may jump further where two pixels of a map are equal but
+# for such digits and change places; that is rare, and one place in a curve.
+ROUNDING = 1e-6
+SWAP, SWAPPED_SHARE = 1e-4, 0.01
+PERCENT = ("average_drop", "percent_increase")
+ORDER = re.compile(r"(errors_)?id|(insertion|deletion)1|pctin_\w+|randomisation|auroc|rank")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Configurations of three networks, and the results of one process with batches of three in `one`."""
+    folder = tmp_path_factory.mktemp("every")
+    write_configs(folder)
+    run_here(folder, "one")
+    return folder
+
+
+def run_here(folder, name, *more):
+    with pytest.MonkeyPatch.context() as context:
+        context.chdir(ROOT)
+        run_all(folder, name, *more)
+
+
+def rows(folder, run, network):
+    with open(folder / run / network / "test" / TABLES[network], newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def check(folder, run, networks=tuple(NETWORKS), tolerance=ROUNDING):
+    """The rows of `run` are those of `one`, to the last digit where `tolerance` is 0."""
+    for network in networks:
+        one, other = rows(folder, "one", network), rows(folder, run, network)
+        assert [{**row, "value": None} for row in one] == [{**row, "value": None} for row in other]
+        pairs = [(a, b, abs(float(a["value"]) - float(b["value"]))) for a, b in zip(one, other)]
+        far = [pair for pair in pairs if pair[2] > tolerance * (100 if pair[0].get("metric") in PERCENT else 1)]
+        swaps = [pair for pair in far if tolerance and ORDER.fullmatch(pair[0].get("metric", "")) and pair[2] <= SWAP]
+        assert [pair for pair in far if pair not in swaps] == []
+        assert len(swaps) <= SWAPPED_SHARE * len(one)
+
+
+def test_nothing_is_left_out(folder):
+    """A new explainer or metric has to be put into `every_network` to be checked here."""
+    assert {name for names in NETWORKS.values() for name in names} == set(EXPLAINERS)
+    assert all(any(re.fullmatch(entry.pattern, name) for name in METRICS) for entry in REGISTRY)
+    for network, names in NETWORKS.items():
+        found = rows(folder, "one", network)
+        assert {row["index"] for row in found} == set("012345")
+        assert set(names) <= {row["explainer"] for row in found}
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_batches(folder, size):
+    run = f"batches of {size}"
+    run_here(folder, run, f"--data.init_args.batch_size={size}")
+    check(folder, run)
+
+
+def test_chunks(folder, tmp_path):
+    """Five inputs per forward in the metrics and in every explainer that has chunks, of batches of four."""
+    for network in NETWORKS:
+        config = yaml.safe_load((folder / f"{network}.yaml").read_text())
+        config["trainer"]["callbacks"] = callbacks(network, chunk=5)
+        (tmp_path / f"{network}.yaml").write_text(yaml.safe_dump(config))
+    run_here(tmp_path, "chunks", "--data.init_args.batch_size=4")
+    (folder / "chunks").symlink_to(tmp_path / "chunks")
+    check(folder, "chunks")
+
+
+def launch(*words, nodes=1, processes=1):
+    """`torchrun` of every node, on this machine; ends when all have."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path = os.pathsep.join([str(ROOT), str(HERE), str(HERE.parent)])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc_per_node={processes}"]
+    torchrun += ["--master_addr=127.0.0.1", f"--master_port={port}"]
+    launchers = [
+        subprocess.Popen(
+            [*torchrun, f"--node_rank={node}", *map(str, words)],
+            cwd=ROOT,
+            env={**environment(), "PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in range(nodes)
+    ]
+    try:
+        said = [launcher.communicate(timeout=300)[0] for launcher in launchers]
+    finally:
+        for launcher in launchers:
+            launcher.kill()
+    assert [launcher.returncode for launcher in launchers] == [0] * nodes, "\n".join(said)[-6000:]
+
+
+def everywhere(folder, run, processes, *more):
+    """Test every network on so many processes of this machine."""
+    settings = [f"--trainer.devices={processes}", DDP, *more]
+    launch(every_network.__file__, folder, run, *settings, processes=processes)
+
+
+def test_two_processes_with_loader_workers_give_the_same_digits(folder):
+    everywhere(folder, "two", 2, "--data.init_args.num_workers=2")
+    check(folder, "two", tolerance=0)
+
+
+def test_three_processes(folder):
+    everywhere(folder, "three", 3)
+    check(folder, "three")
+
+
+def test_two_nodes_give_the_same_digits(folder):
+    config, run_dir = folder / "residual.yaml", folder / "nodes" / "residual"
+    launch("cli.py", "test", f"--config={config}", f"--run_dir={run_dir}", "--trainer.num_nodes=2", DDP, nodes=2)
+    check(folder, "nodes", ["residual"], tolerance=0)
