@@ -1,0 +1,49 @@
+"""Things that go wrong on purpose, where the environment says so."""
+
+import os
+import signal
+
+import torch
+
+from datamodules import ImageFolder
+from labn.explainers import Explainer
+from labn.modules import LABN
+
+
+class Hungry(Explainer):
+    """Asks for more memory than there is, on the rank that LABN_TEST_HUNGRY names."""
+
+    def attribute(self, model, images, targets, indices):
+        if os.environ.get("LABN_TEST_HUNGRY") == os.environ.get("RANK", "0"):
+            torch.empty(2**55)
+        return images[:, 0] * (1 + indices[:, None, None])
+
+
+class Nervous(LABN):
+    """Loses its weights at step LABN_TEST_NAN, gets LABN_TEST_SIGNALS at step LABN_TEST_AT."""
+
+    def training_step(self, batch, batch_idx):
+        if self.global_step == int(os.environ.get("LABN_TEST_NAN", -1)):
+            with torch.no_grad():
+                self.network.head.weight.fill_(torch.nan)
+        if self.global_step == int(os.environ.get("LABN_TEST_AT", -1)):
+            for name in os.environ["LABN_TEST_SIGNALS"].split():
+                os.kill(os.getpid(), signal.Signals[name])
+        return super().training_step(batch, batch_idx)
+
+
+class Vanishing(ImageFolder):
+    """The last picture of the test goes away when the first one is read, where LABN_TEST_VANISH is set."""
+
+    def _build(self):
+        sources = super()._build()
+        test = sources["test"]
+        load = test.load
+
+        def load_once(index):
+            if index == 0 and "LABN_TEST_VANISH" in os.environ:
+                test.records[-1].path.rename(os.environ["LABN_TEST_VANISH"])
+            return load(index)
+
+        test.load = load_once
+        return sources

@@ -1,0 +1,195 @@
+"""Bad days: each fault ends with the right sentence, leaves nothing half-written, and is gone when the command is given
+again: the finished run equals one that nothing happened to, bit for bit. W&B out of reach is in `cli/test_wandb.py`,
+kills of the command started in the ordinary way in `cli/test_resume.py`.
+"""
+
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from forked import ROOT
+from run_contents import broken_files, contents, differences
+
+pytestmark = pytest.mark.slow
+
+
+def copy_of(bench, tmp_path):
+    """A finished run, free to be injured."""
+    return shutil.copytree(bench.finished()[0], tmp_path / "run")
+
+
+def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(bench, tmp_path):
+    run_dir = copy_of(bench, tmp_path)
+    last = run_dir / "checkpoints" / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-1000])
+    (process,) = bench.fit(run_dir, "--ckpt_path=last")
+    assert f"{last} is damaged" in process.output
+    assert "previous.ckpt, an epoch earlier" in process.output
+    bench.equals_undisturbed(run_dir)
+
+
+def test_truncated_maps_and_scores_are_computed_again(bench, tmp_path):
+    run_dir = copy_of(bench, tmp_path)
+    victims = [sorted((run_dir / "test" / kind).glob("labn.*"))[0] for kind in ("maps", "parts")]
+    for path in victims:
+        path.write_bytes(path.read_bytes()[:-30])
+    (process,) = bench.test(run_dir)
+    for path, what in zip(victims, ("maps", "scores")):
+        assert f"{path} is damaged" in process.output
+        assert f"its {what} are computed again" in process.output
+    bench.equals_undisturbed(run_dir)
+
+
+def test_a_loss_that_is_nan_stops_before_a_checkpoint_has_it(bench, tmp_path):
+    run_dir = tmp_path / "run"
+    (process,) = bench.fit(run_dir, environment={"LABN_TEST_NAN": "6"}, check=False)
+    assert process.poll() == 1
+    assert "ValueError: The train loss is nan in epoch 1, step 6, samples train_" in process.output
+    assert broken_files(run_dir) == []
+    bench.fit(run_dir, "--ckpt_path=last")
+    bench.test(run_dir)
+    bench.equals_undisturbed(run_dir)
+
+
+def test_no_memory_on_one_rank_ends_both_and_says_which(bench, tmp_path):
+    run_dir = shutil.copytree(bench.finished(ranks=2)[0], tmp_path / "run")
+    shutil.rmtree(run_dir / "test")
+    ranks = bench.test(run_dir, ranks=2, environment={"LABN_TEST_HUNGRY": "1"}, check=False)
+    assert [rank.poll() for rank in ranks] == [1, 1]
+    assert "Rank 1 is out of memory" in ranks[1].output
+    assert "lower data.init_args.batch_size" in ranks[1].output
+    assert "Rank 0 has lost another process, whose own message says why" in ranks[0].output
+    assert broken_files(run_dir) == []
+    assert not (run_dir / "test" / "scores.csv").exists()
+    bench.test(run_dir, ranks=2)
+    bench.equals_undisturbed(run_dir, ranks=2)
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Environment of a job of one task, with a `scontrol` that writes down how it is called."""
+    tool = tmp_path / "bin" / "scontrol"
+    tool.parent.mkdir()
+    tool.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    ids = {"JOB_ID": "17", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "NNODES": "1"}
+    job = {f"SLURM_{name}": value for name, value in {**ids, "JOB_NAME": "train", "NTASKS_PER_NODE": "1"}.items()}
+    return {**job, "PATH": f"{tool.parent}:{os.environ['PATH']}"}
+
+
+def test_a_preempted_slurm_job_is_queued_again_and_goes_on(bench, tmp_path, slurm):
+    run_dir = tmp_path / "run"
+    signals = {"LABN_TEST_AT": "6", "LABN_TEST_SIGNALS": "SIGUSR1 SIGTERM"}
+    (process,) = bench.fit(run_dir, environment={**slurm, **signals}, check=False)
+    assert process.poll() == 128 + signal.SIGTERM
+    assert "SLURM job 17 is queued again; it will go on from the last whole epoch" in process.output
+    assert "Terminated; the same command" in process.output
+    assert (tmp_path / "calls").read_text() == "requeue 17\n"
+    assert not list(run_dir.glob("hpc_ckpt*"))
+    (process,) = bench.fit(run_dir, environment={**slurm, "SLURM_RESTART_COUNT": "1"})
+    assert f"fit goes on from the last checkpoint in {run_dir}" in process.output
+    bench.test(run_dir, environment={**slurm, "SLURM_RESTART_COUNT": "1"})
+    bench.equals_undisturbed(run_dir)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Ten test pictures, and some to train on, in files."""
+    noise = np.random.default_rng(0)
+    for split, count in (("train", 4), ("val", 2), ("test", 5)):
+        for name in ("a", "b"):
+            folder = tmp_path / "pictures" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                cv2.imwrite(str(folder / f"{number}.png"), noise.integers(0, 255, (48, 48, 3), dtype=np.uint8))
+    return tmp_path / "pictures"
+
+
+def test_a_picture_that_vanishes_is_named_and_nothing_is_lost(bench, tmp_path, pictures):
+    data = tmp_path / "data.yaml"
+    options = {"root": str(pictures), "image_size": 48, "batch_size": 4, "mean": [0.5] * 3, "std": [0.25] * 3}
+    metrics = "{class_path: callbacks.EvaluationCallback, init_args: {metrics: [pid16]}}"
+    explainers = "{class_path: callbacks.ExplanationCallback, init_args: {explainers: {labn: }}}"
+    callbacks = f"[{{class_path: callbacks.BestCheckpoint}}, {explainers}, {metrics}, callbacks.ReportCallback]"
+    data.write_text(
+        f"data: {{class_path: faulty.Vanishing, init_args: {options}}}\ntrainer: {{callbacks: {callbacks}}}"
+    )
+    for run_dir in ("whole", "cut"):
+        bench.fit(tmp_path / run_dir / "run", "--config", str(data), "--trainer.max_epochs=1")
+    bench.test(tmp_path / "whole" / "run", "--config", str(data))
+    run_dir, gone = tmp_path / "cut" / "run", tmp_path / "gone.png"
+    (process,) = bench.test(run_dir, "--config", str(data), environment={"LABN_TEST_VANISH": str(gone)}, check=False)
+    assert process.poll() == 1
+    lost = pictures / "test" / "b" / "4.png"
+    assert f"Image {lost} cannot be read (No such file or directory); put it back" in process.output
+    assert broken_files(run_dir) == []
+    gone.rename(lost)
+    (process,) = bench.test(run_dir, "--config", str(data))
+    assert "Took the scores of" in process.output
+    assert differences(contents(run_dir), contents(tmp_path / "whole" / "run")) == []
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A small disk of its own, `run` on it."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "labn-test", place], capture_output=True, text=True
+    )
+    if mount.returncode:
+        pytest.skip(f"a small disk cannot be mounted here: {mount.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def fill(disk, left):
+    """Leave `left` bytes."""
+    (disk / "filler").write_bytes(b"x" * (shutil.disk_usage(disk).free - left))
+    return disk / "filler"
+
+
+def test_a_full_disk_is_named_and_all_is_whole(bench, disk):
+    run_dir = disk / "run"
+    for step in (bench.fit, bench.test):
+        filler = fill(disk, 100_000)
+        (process,) = step(run_dir, check=False)
+        assert process.poll() == 1
+        told = process.output.splitlines()[-1]
+        assert str(run_dir) in told
+        assert "cannot be written: No space left on device; free some space" in told
+        assert broken_files(run_dir) == []
+        filler.unlink()
+        step(run_dir)
+    bench.equals_undisturbed(run_dir)
+
+
+def test_a_read_only_folder_is_refused_at_once(bench, disk):
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    for step in (bench.fit, bench.test):
+        (process,) = step(disk / "run", check=False)
+        assert process.poll() == 1
+        told = process.output.splitlines()[-1]
+        assert f"--run_dir {disk / 'run'} cannot be written: Read-only file system; make the folder writable" in told
+
+
+def test_a_few_kills(tmp_path):
+    """The short form of the hundred kills in the README."""
+    done = subprocess.run(
+        [sys.executable, "tests/benchmarks/kills.py", "--kills=4", "--seed=1", "--patience=2", "--ranks=2"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 kills in" in done.stdout
+    assert "0 faults" in done.stdout
+    assert not list(Path(tmp_path).glob("labn-kills-*"))
