@@ -130,6 +130,7 @@ class ClassificationModule(CheckedModule):
 
     def on_validation_start(self) -> None:
         """Refuse to validate random weights."""
+        super().on_validation_start()
         self._refuse_random_weights()
 
     def on_test_start(self) -> None:
