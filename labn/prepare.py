@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from labn.fold import fold_batchnorm
 from labn.inference import evaluating, logits_of, matching
 from labn.packing import can_pack, pack_convolutions
+from labn.state import state_key
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +49,6 @@ _PREPARED: WeakKeyDictionary[nn.Module, dict[Hashable, tuple[Hashable, Prepared]
 def cpu_chunk(images: Tensor) -> int:
     """Batch size for many forwards of images (B, C, H, W) on the CPU: 4 at 224 pixels, 32 at 64, 1 at 512."""
     return max(1, min(CPU_CHUNK, CPU_PIXELS // (images.shape[-2] * images.shape[-1])))
-
-
-def state_key(model: nn.Module) -> Hashable:
-    """Changes whenever a parameter or buffer is replaced or modified in place."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return tuple((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
 
 
 def _forms(model: nn.Module, probe: Tensor, fold: bool) -> Iterator[Form]:
@@ -124,8 +119,8 @@ def prepare(model: nn.Module, images: Tensor, *, fold: bool = True, dtype: torch
     """The fastest form of `model` that gives its probabilities to 1e-4 on one seeded probe input.
 
     The choice depends on the machine, the weights and the images' shape, device and dtype, never on their content, so
-    every rank chooses alike. It is made once per model and again after its weights have changed (in place or by
-    replacement; not through `.data`, which leaves no trace).
+    every rank chooses alike. It is made once per model and again after its weights, modules, hooks or plain attributes
+    have changed (see `labn.state`; a change through `.data` leaves no trace).
 
     Args:
         model: any module that returns logits or an object with `.logits`; not changed.

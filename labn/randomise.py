@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from labn.prepare import state_key
+from labn.state import state_key
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
 

@@ -128,6 +128,33 @@ def test_a_copy_is_made_once_and_again_after_any_training_step(probe):
             assert torch.allclose(after.copy(probe), model(probe), atol=1e-12)
 
 
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.activation, self.scale = nn.Conv2d(3, 4, 3), nn.ReLU(), 1.0
+
+    def forward(self, x):
+        return self.activation(self.conv(x)).mean((2, 3)) * self.scale
+
+
+def test_a_copy_is_made_again_after_edits_of_settings_modules_and_hooks(probe):
+    edits = {
+        "setting": lambda model: setattr(model, "scale", 10.0),
+        "module": lambda model: setattr(model, "activation", nn.Sigmoid()),
+        "hook": lambda model: model.activation.register_forward_hook(lambda *arguments: arguments[-1] * 0.5),
+        "pre-hook": lambda model: model.conv.register_forward_pre_hook(lambda _, inputs: (inputs[0] + 1,)),
+    }
+    for name, edit in edits.items():
+        model = Scaled().double()
+        before = prepare(model, probe)
+        edit(model)
+        after = prepare(model, probe)
+        assert after.copy is not before.copy, name
+        with torch.no_grad():
+            assert torch.allclose(after.copy(probe), model(probe), atol=1e-12), name
+            assert not torch.allclose(before.copy(probe), model(probe), atol=1e-3), name
+
+
 def _optimiser_step(model: nn.Module) -> None:
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)

@@ -24,10 +24,14 @@ PARTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @dataclass
 class Norm:
-    """A BatchNorm in eval mode as y = scale * x + shift: scale = g / sqrt(v + e), shift = beta - m * scale."""
+    """A BatchNorm in eval mode as y = scale * x + shift: scale = g / sqrt(v + e), shift = beta - m * scale.
+
+    `source` names the tensors that these were made from, so that the same BatchNorm is known again.
+    """
 
     scale: Tensor
     shift: Tensor
+    source: tuple[object, ...] = ()
 
     @classmethod
     def of(cls, call: Call) -> Norm:
@@ -37,7 +41,8 @@ class Norm:
         mean, variance, epsilon = given["running_mean"], given["running_var"], given.get("eps", 1e-5)
         gain, offset = given.get("weight"), given.get("bias")
         scale = torch.rsqrt(variance + epsilon) * (1 if gain is None else gain)
-        return cls(scale, (0 if offset is None else offset) - mean * scale)
+        source = tuple(None if t is None else t.data_ptr() for t in (mean, variance, gain, offset))
+        return cls(scale, (0 if offset is None else offset) - mean * scale, (*source, epsilon))
 
 
 @dataclass

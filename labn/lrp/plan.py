@@ -21,6 +21,7 @@ from labn.lrp.record import record
 from labn.lrp.region import PIECEWISE_LINEAR, carrying_in
 from labn.lrp.residual import Junction, junction_of
 from labn.packing import can_pack
+from labn.state import structure_key, version_of
 
 KEPT_SHAPES = 4
 
@@ -66,8 +67,8 @@ _stores: WeakKeyDictionary[nn.Module, _Store] = WeakKeyDictionary()
 def plan_for(model: nn.Module, images: Tensor) -> Plan:
     """The plan of `model` for images of this shape; weights prepared for an earlier call are used again.
 
-    Whether the model is still the same is seen from its modules, and from address, version counter, first and last
-    value of every parameter and buffer (edits through `.data` leave no trace in the version counter).
+    Whether the model is still the same is seen from its modules (`labn.state.structure_key`), and from address, version
+    counter, first and last value of every parameter and buffer (edits through `.data` leave no trace in the counter).
     """
     state = _state_of(model)
     store = _stores.get(model)
@@ -87,10 +88,10 @@ def plan_for(model: nn.Module, images: Tensor) -> Plan:
 
 def _state_of(model: nn.Module) -> tuple[object, ...]:
     tensors = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
-    addresses = tuple((t.data_ptr(), t._version) for t in tensors)
+    addresses = tuple((t.data_ptr(), version_of(t)) for t in tensors)
     ends = [t.as_strided((2,), (_last(t),)).double() for t in tensors if t.is_floating_point() and t.numel()]
     samples = tuple(torch.cat(ends).tolist()) if ends else ()
-    return tuple((id(m), type(m)) for m in model.modules()), addresses, samples
+    return structure_key(model), addresses, samples
 
 
 def _last(tensor: Tensor) -> int:
@@ -110,7 +111,7 @@ def _make(model: nn.Module, images: Tensor, layers: dict[tuple[object, ...], Lay
 
 
 def _identity_of(layer: Layer) -> tuple[object, ...]:
-    norm = None if layer.norm is None else (layer.norm.scale.data_ptr(), layer.norm.shift.data_ptr())
+    norm = None if layer.norm is None else layer.norm.source
     return (layer.operation, layer.weight.data_ptr(), str(layer.options), norm)
 
 

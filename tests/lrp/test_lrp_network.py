@@ -10,7 +10,7 @@ from lrp_nets import images, plain, seeded, small_resnet
 from timm.models.vgg import VGG
 from torch import nn
 
-from labn.lrp import Config, relevance
+from labn.lrp import Config, plan, relevance
 
 RESIDUALS = ["ratio", "symmetric", "block", "ratio_down", "symmetric_down", "signed", "duplicate"]
 
@@ -149,7 +149,18 @@ def test_nothing_about_the_model_changes():
     assert not any(m._forward_pre_hooks for m in net.modules())
 
 
-@pytest.mark.parametrize("edit", ["step", "data", "replace", "activation"])
+def test_prepared_weights_serve_every_image_size():
+    """Neither the number of layers nor of their kept weights grows with the sizes seen."""
+    net, targets = torchvision.models.resnet18(num_classes=3).eval(), torch.tensor([0])
+    sizes = []
+    for side in (32, 33, 40, 48, 56, 64):
+        relevance(net, torch.randn(1, 3, side, side), targets)
+        layers = plan._stores[net].layers.values()
+        sizes.append((len(layers), sum(len(layer._prepared) + len(layer._packed) for layer in layers)))
+    assert set(sizes) == {sizes[0]}
+
+
+@pytest.mark.parametrize("edit", ["step", "data", "replace", "activation", "hook"])
 def test_prepared_weights_follow_the_model(edit):
     """A second call sees new weights, also those written through `.data`, which leaves the version counter alone."""
     net, x, targets = plain(biased=True), images(), torch.tensor([0, 1])
@@ -161,6 +172,8 @@ def test_prepared_weights_follow_the_model(edit):
             net[0].weight.data.mul_(torch.linspace(0.5, 2, 4, dtype=torch.float64).view(4, 1, 1, 1))
         elif edit == "replace":
             net[7] = seeded(nn.Linear(5, 6), 9)
+        elif edit == "hook":
+            net[0].register_forward_hook(lambda *arguments: arguments[-1] * torch.linspace(0.5, 2, 4).view(4, 1, 1))
         else:
             net[1] = nn.Identity()
     new = relevance(net, x, targets).relevance
