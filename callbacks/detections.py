@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +34,7 @@ class DetectionCallback(pl.Callback):
     `boxes`, `scores`, `labels`, `priors`) and `overlays/<index>-<name>.png`; all together `detections.csv` and, with
     `scores`, `detection_scores.csv` and `detection_summary.csv` (means over detections with 95 % intervals that draw
     whole images), and `report.html`. An image without detection leaves a picture and no row. Pictures also go to
-    Weights & Biases.
+    Weights & Biases. Everything is computed anew: what an earlier run has left of these in the folder is removed first.
 
     Args:
         crp: the explainer; its thresholds say what is a detection. None: defaults with a score threshold of .3.
@@ -86,6 +87,9 @@ class DetectionCallback(pl.Callback):
         self._folder = Path(trainer.strategy.broadcast(str(root))) / stage
         size = len(trainer.datamodule.source(split))  # type: ignore[attr-defined]
         self._chosen = set(evenly_spaced(size, self.val_images if fitting else self.test_images))
+        if trainer.is_global_zero:
+            remove_results(self._folder)
+        trainer.strategy.barrier("labn-detections-opened")
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose folder and images."""
@@ -200,3 +204,15 @@ class DetectionCallback(pl.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger):
                 logger.log_image(f"detections/{split}", paths, caption=[Path(p).stem for p in paths])
+
+
+def remove_results(folder: Path) -> None:
+    """Remove the detections of an earlier run, which may be those of other weights, thresholds or images.
+
+    `report.html` stays: it is always written anew, and other callbacks write it too.
+    """
+    for name in ("detections", "overlays"):
+        if (folder / name).exists():
+            shutil.rmtree(folder / name)
+    for name in ("detections.csv", "detection_scores.csv", "detection_summary.csv"):
+        (folder / name).unlink(missing_ok=True)

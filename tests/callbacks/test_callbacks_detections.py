@@ -80,6 +80,27 @@ def test_a_test_leaves_maps_pictures_and_scores(tmp_path):
     assert summary["crp", "mass"]["n"] == "2"
 
 
+def test_a_second_test_keeps_nothing_of_the_first(tmp_path):
+    """One image less and no scores: tables, pictures and tensors are those of the second run alone."""
+    root = write_voc(tmp_path / "voc")
+    (root / "ImageSets" / "Main" / "test.txt").write_text("e\nd\n")
+    data, stage = VOC(root, batch_size=1), tmp_path / "run" / "test"
+    settings = {"tasks": ["class"], "top": 1}
+    scores = DetectionScores(fractions=(0, 0.1))
+    first = DetectionCallback(CRP(score_threshold=0.0), **settings, scores=scores)
+    trainer(tmp_path / "run", first).test(module(), data, verbose=False)
+    assert {r["index"] for r in rows(stage / "detection_scores.csv")} == {"0", "1"}
+    (stage / "scores.csv").write_text("of another callback")
+    second = DetectionCallback(CRP(score_threshold=0.0), **settings)
+    trainer(tmp_path / "run", second, limit_test_batches=1).test(module(), data, verbose=False)
+    assert [r["index"] for r in rows(stage / "detections.csv")] == ["0"]
+    assert [path.name for path in (stage / "overlays").iterdir()] == ["000000-e.png"]
+    assert {path.stem for path in (stage / "detections").iterdir()} == {"000000"}
+    assert not list(stage.glob("detection_s*.csv"))
+    assert "d #1" not in (stage / "report.html").read_text()
+    assert (stage / "scores.csv").exists()
+
+
 def test_false_detections_overlap_no_object_of_their_class():
     layout = Layout(((1, 1),), (3,))
     found = Detections(
