@@ -19,7 +19,7 @@ from callbacks.detection_tables import DETECTIONS, SCORES, SUMMARY, as_csv, dete
 from callbacks.session import epoch_of, evenly_spaced, network_of
 from callbacks.strategies import refuse_sharded
 from labn.explainers.crp import CRP, TASKS, Question, Task
-from labn.metrics.detection import DetectionScores
+from labn.metrics.detection import DetectionScores, check_contrast
 from labn.plots import displayable
 from labn.report import render
 from labn.report.detections import detection_card, detection_report
@@ -43,7 +43,10 @@ class DetectionCallback(pl.Callback):
         val_images: images explained at validation end while fitting, evenly spaced over the split.
         test_images: images explained at test end and by `validate`; None explains all.
         every_n_epochs: explain every n-th validation epoch while fitting; 0 never does.
-        scores: measures the maps at test end; None does not.
+        scores: measures the maps at test end, of a `crp` with contrast; None does not.
+
+    Raises:
+        ValueError: an unknown task, or scores of a `crp` without contrast.
     """
 
     def __init__(
@@ -59,6 +62,8 @@ class DetectionCallback(pl.Callback):
         if unknown := set(tasks) - set(TASKS):
             raise ValueError(f"tasks has {unknown.pop()!r}; it must be some of {', '.join(TASKS)}.")
         self.crp = crp or CRP(score_threshold=0.3)
+        if scores is not None:
+            check_contrast(self.crp)
         self.tasks, self.top = tuple(tasks), top
         self.val_images, self.test_images, self.every_n_epochs = val_images, test_images, every_n_epochs
         self.scores = scores

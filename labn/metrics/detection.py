@@ -55,11 +55,16 @@ class DetectionScores:
         """All scores of the detections of one image; none for no detection.
 
         Args:
-            crp: with its class contrast on.
+            crp: with its class contrast on; the shifts are of its maps for right/down/wider/taller, whatever its
+                `direction`.
             passage: of the image.
             found: the detections to score.
             index: of the image in its data set, the source of the random maps.
+
+        Raises:
+            ValueError: `crp` has no class contrast.
         """
+        check_contrast(crp)
         if not len(found):
             return []
         return [*self._classes(crp, passage, found, index), *self._coordinates(crp, passage, found)]
@@ -85,8 +90,9 @@ class DetectionScores:
 
     def _coordinates(self, crp: CRP, passage: DetectionPassage, found: Detections) -> Iterator[Score]:
         priors, labels = found.priors.tolist(), found.labels.tolist()
+        method = positive(crp)
         for number, task in enumerate(COORDINATES):
-            maps = crp.ask(passage, [Question(p, task) for p in priors]).maps
+            maps = method.ask(passage, [Question(p, task) for p in priors]).maps
             for name, heat in (("crp", maps), ("-crp", -maps)):
                 curves = self._curves(passage, heat, priors, labels)
                 yield from _rows(name, f"shift_{task}", curves.mean_shift(torch.full((len(priors),), number)))
@@ -141,6 +147,26 @@ def without_contrast(crp: CRP) -> CRP:
     plain = copy.copy(crp)
     plain.contrast_at = "none"
     return plain
+
+
+def positive(crp: CRP) -> CRP:
+    """The same explainer asked for right, down, wider and taller."""
+    turned = copy.copy(crp)
+    turned.direction = "positive"
+    return turned
+
+
+def check_contrast(crp: CRP) -> None:
+    """Refuse an explainer without contrast, whose rows `crp` and `lrp` would be the same.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if crp.contrast_at == "none":
+        raise ValueError(
+            "contrast_at of crp is 'none', so the rows crp and lrp would be identical; set it to source or output, or "
+            "leave scores out."
+        )
 
 
 def runner_up(passage: DetectionPassage, prior: int, label: int) -> int:

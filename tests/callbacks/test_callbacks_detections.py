@@ -136,5 +136,7 @@ def test_every_n_epochs_and_bad_settings(tmp_path):
     assert not (tmp_path / "run" / "val").exists()
     with pytest.raises(ValueError, match="tasks has 'left'; it must be some of class, cx, cy, w, h"):
         DetectionCallback(tasks=["left"])
+    with pytest.raises(ValueError, match="contrast_at of crp is 'none'"):
+        DetectionCallback(CRP(contrast_at="none"), scores=DetectionScores())
     with pytest.raises(MisconfigurationException, match=r"set trainer\.inference_mode to false"):
         trainer(tmp_path / "run", DetectionCallback(), inference_mode=True).test(module(), data, verbose=False)

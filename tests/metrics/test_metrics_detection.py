@@ -83,6 +83,27 @@ def test_all_scores_of_an_image():
     assert DetectionScores()(crp, passage, found.best(0)) == []
 
 
+@pytest.mark.parametrize("direction", ["negative", "predicted"])
+def test_shifts_are_towards_right_down_wider_taller_in_any_direction(direction):
+    detector = tiny(dtype=torch.float32)
+    image = picture(detector, dtype=torch.float32)
+    scores = DetectionScores(fractions=(0, 0.1))
+    passage = CRP().passage(detector, image)
+    found = passage.detections(CRP().thresholds).best(3)
+    assert bool((passage.predictions.offsets[0, found.priors] < 0).any())
+    turned = CRP(direction=direction)
+    assert scores(turned, turned.passage(detector, image), found) == scores(CRP(), passage, found)
+    assert turned.direction == direction
+
+
+def test_without_contrast_there_is_nothing_to_compare():
+    detector = tiny(dtype=torch.float32)
+    crp = CRP(contrast_at="none")
+    passage = crp.passage(detector, picture(detector, dtype=torch.float32))
+    with pytest.raises(ValueError, match="contrast_at of crp is 'none', so the rows crp and lrp would be identical"):
+        DetectionScores()(crp, passage, passage.detections(crp.thresholds).best(0))
+
+
 def test_the_plain_rival_is_the_same_explainer_without_contrast():
     crp = CRP(others=2, first_layer="flat")
     plain = without_contrast(crp)
