@@ -71,7 +71,7 @@ def card(index, count, explainers=EXPLAINERS):
     return make_card(picture, maps) | {"steps": steps, "fills": [fill, fill]}
 
 
-def make_stage(run_dir, count=24, shift=0.0, seed=42, explainers=EXPLAINERS, **manifest):
+def make_stage(run_dir, count=24, shift=0.0, seed=42, explainers=EXPLAINERS, groups=None, **manifest):
     """A run folder with `fit.yaml`, a training log and `test/`; returns `test/`."""
     folder = run_dir / "test"
     store = ResultStore(folder)
@@ -89,7 +89,7 @@ def make_stage(run_dir, count=24, shift=0.0, seed=42, explainers=EXPLAINERS, **m
         "settings": {"fill": "black", "positives_only": False, "chunk_size": 8},
         **manifest,
     }
-    write_results(store, plan, "test", sample_name, facts)
+    write_results(store, plan, "test", sample_name, facts, groups)
     cards = [card(index, count, explainers) for index in range(count)]
     write_atomically(folder / "cards.json", json.dumps(cards).encode())
     config = {"seed_everything": seed, "model": {"class_path": "M"}, "trainer": {"max_epochs": 3}, "data": {}}

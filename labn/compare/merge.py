@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ class Row:
         label: of the run.
         explainer: name of the method.
         metric: name of the value.
-        interval: mean over samples of the means over seeds, with the interval over samples.
+        interval: mean over samples of the means over seeds, with the interval over samples, whole groups drawn.
         std: standard deviation of the seeds' means (n - 1); None where there is one seed.
         seeds: number of trained networks.
     """
@@ -50,6 +50,7 @@ class Comparison:
         paired: (first, second, metric, interval of the difference), first and second as `row_name` gives them.
         left_out: metric -> number of samples that not every row has.
         asked: values that the runs were asked for by name, and the probability of the bare fill.
+        groups: sample name -> group, where samples are not independent; None where they are.
     """
 
     runs: list[Run]
@@ -58,6 +59,11 @@ class Comparison:
     paired: list[tuple[str, str, str, Interval]]
     left_out: dict[str, int]
     asked: list[str]
+    groups: dict[str, int] | None
+
+    def groups_of(self, names: Iterable[str]) -> list[int] | None:
+        """Groups of the samples, as intervals draw them; None where samples are drawn singly."""
+        return None if self.groups is None else [self.groups[name] for name in names]
 
     def row_name(self, label: str, explainer: str) -> str:
         """How a row is called: by its method, and by its run where there are several."""
@@ -80,7 +86,7 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
     asked = list(dict.fromkeys([name for run in runs for name in run.results.headline]))
     names = _common_names(seeds)
     left_out = {m: n for m, n in ((m, _missing(seeds, m, common)) for m, common in names.items()) if n}
-    columns, rows = {}, []
+    found = Comparison(runs, {}, [], [], left_out, asked, _groups(runs))
     for (label, explainer, metric), networks in seeds.items():
         if len(networks) != (expected := len({run.checkpoint for run in runs if run.label == label})):
             raise ValueError(
@@ -89,11 +95,11 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
             )
         common = names[metric]
         means = {name: statistics.fmean(column[name] for column in networks.values()) for name in common}
-        columns[label, explainer, metric] = means
+        found.columns[label, explainer, metric] = means
         own = [statistics.fmean(column[name] for name in common) for column in networks.values()]
         std = statistics.stdev(own) if len(own) > 1 else None
-        rows.append(Row(label, explainer, metric, bootstrap_mean(list(means.values())), std, len(own)))
-    found = Comparison(runs, columns, rows, [], left_out, asked)
+        interval = bootstrap_mean(list(means.values()), groups=found.groups_of(common))
+        found.rows.append(Row(label, explainer, metric, interval, std, len(own)))
     found.paired.extend(_differences(found))
     return found
 
@@ -103,8 +109,9 @@ def _differences(found: Comparison) -> Iterator[tuple[str, str, str, Interval]]:
         rows = [(label, explainer) for label, explainer, name in found.columns if name == metric]
         for first, second in itertools.combinations(rows, 2):
             a, b = (found.columns[label, explainer, metric] for label, explainer in (first, second))
-            places = list(range(len(a)))
-            interval = paired_difference(places, list(a.values()), places, [b[name] for name in a])
+            places, groups = list(range(len(a))), found.groups_of(a)
+            whole = None if groups is None else dict(enumerate(groups))
+            interval = paired_difference(places, list(a.values()), places, [b[name] for name in a], groups=whole)
             yield found.row_name(*first), found.row_name(*second), metric, interval
 
 
@@ -123,6 +130,22 @@ def _by_seed(runs: Sequence[Run]) -> dict[tuple[str, str, str], dict[str, Column
                         f"network says {column[name]}; give them labels of their own (LABEL=RUN)."
                     )
     return merged
+
+
+def _groups(runs: Sequence[Run]) -> dict[str, int] | None:
+    """Sample name -> group of all runs, which agree on them; None where they have no groups."""
+    if runs[0].results.groups is None:
+        return None
+    found: dict[str, int] = {}
+    for run in runs:
+        for index, name in run.results.names.items():
+            group = (run.results.groups or {})[index]
+            if found.setdefault(name, group) != group:
+                raise ValueError(
+                    f"{run.folder}: {name} is in group {group}, another run says {found[name]}; test both again with "
+                    "one data module."
+                )
+    return found
 
 
 def _common_names(seeds: dict[tuple[str, str, str], dict[str, Column]]) -> dict[str, list[str]]:
@@ -147,6 +170,8 @@ def _check_protocol(first: Run, other: Run) -> None:
     a, b = first.results.manifest, other.results.manifest
     for key, meaning in (("data", "data"), ("split", "split"), ("target", "explained class")):
         _refuse(first, other, meaning, a.get(key), b.get(key))
+    there = ["missing" if run.results.groups is None else "there" for run in (first, other)]
+    _refuse(first, other, "the column 'group' of predictions.csv", *there)
     mine, theirs = a.get("settings", {}), b.get("settings", {})
     for name in dict.fromkeys([*mine, *theirs]):
         if name not in IGNORED:

@@ -25,11 +25,14 @@ def _subset(results: StageResults, split_size: int | None) -> Iterator[str]:
     explained = results.manifest.get("samples", 0)
     if split_size and explained and explained < split_size:
         yield f"Only {explained} of the {split_size} samples were explained and scored, evenly spaced over the split."
-    counts = [int(row["n"]) for row in results.summary]
+    counts, what, over = [int(row["n"]) for row in results.summary], "samples", "the samples"
+    if results.groups is not None:
+        counts = [len({results.groups[index] for index in column}) for column in results.scores.values()]
+        what, over = "groups of samples", "whole groups of samples"
     if counts and min(counts) < FEW:
-        yield f"Some values rest on {min(counts)} samples: intervals of so few are too narrow."
+        yield f"Some values rest on {min(counts)} {what}: intervals of so few are too narrow."
     if counts:
-        yield "Intervals are 95 % bootstrap intervals over the samples, not over seeds."
+        yield f"Intervals are 95 % bootstrap intervals over {over}, not over seeds."
 
 
 def _protocols(results: StageResults) -> Iterator[str]:

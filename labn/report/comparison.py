@@ -54,7 +54,8 @@ def _notes(found: Comparison) -> list[str]:
     notes = shared + [f"{name}: {note}" for name, own in each.items() for note in own if note not in shared]
     notes += [f"{metric}: {n} samples that not every row has were left out." for metric, n in found.left_out.items()]
     if any(row.seeds > 1 for row in found.rows):
-        notes.append("± is the standard deviation over seeds; intervals are over samples, of the mean over seeds.")
+        over = "samples" if found.groups is None else "whole groups of samples"
+        notes.append(f"± is the standard deviation over seeds; intervals are over {over}, of the mean over seeds.")
         notes.append("Gallery: maps and predictions of the first seed of every row; scores are means over seeds.")
     return list(dict.fromkeys(notes))
 
@@ -83,8 +84,12 @@ def _paired(found: Comparison, rows: list[str]) -> list[Table]:
 
 
 def merged_curves(found: Comparison) -> dict[str, np.ndarray]:
-    """Arrays `<row>/<metric>/{x,insertion,deletion}` over the common samples: means over seeds, on one grid."""
+    """Arrays `<row>/<metric>/{x,insertion,deletion}` over the common samples: means over seeds, on one grid.
+
+    With groups also `<row>/<metric>/group`.
+    """
     stacks: dict[str, list[np.ndarray]] = {}
+    groups: dict[str, np.ndarray] = {}
     for run in _one_folder_per_network(found.runs):
         names = run.results.names
         for key in (k.removesuffix("/index") for k in run.results.curves if k.endswith("/index")):
@@ -97,11 +102,13 @@ def merged_curves(found: Comparison) -> dict[str, np.ndarray]:
             if common is None or not all(name in place for name in common):
                 continue
             chosen = [place[name] for name in common]
-            x = run.results.curves[f"{key}/x"][chosen]
+            x, row = run.results.curves[f"{key}/x"][chosen], f"{found.row_name(run.label, explainer)}/{metric}"
             for line in GRIDS:
                 own = on_grid(x, x if line == "x" else run.results.curves[f"{key}/{line}"][chosen])
-                stacks.setdefault(f"{found.row_name(run.label, explainer)}/{metric}/{line}", []).append(own)
-    return {key: np.mean(stack, axis=0) for key, stack in stacks.items()}
+                stacks.setdefault(f"{row}/{line}", []).append(own)
+            if (drawn := found.groups_of(common)) is not None:
+                groups[f"{row}/group"] = np.array(drawn)
+    return {key: np.mean(stack, axis=0) for key, stack in stacks.items()} | groups
 
 
 def _one_folder_per_network(runs: Iterable[Run]) -> list[Run]:

@@ -24,9 +24,10 @@ class StageResults:
         folder: the stage's folder.
         scores: (explainer, metric) -> sample index -> value, as in `scores.csv`.
         names: sample index -> name.
+        groups: sample index -> group, where samples are not independent; None where they are.
         summary: rows of `summary.csv`.
         paired: rows of `paired.csv`.
-        curves: arrays of `curves.npz`.
+        curves: arrays of `curves.npz`; with groups also `<explainer>/<metric>/group`, (n,) int64.
         manifest: explainer arguments, settings, hashes and versions.
         cards: records of the gallery.
     """
@@ -34,6 +35,7 @@ class StageResults:
     folder: Path
     scores: dict[tuple[str, str], dict[int, float]] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
+    groups: dict[int, int] | None = None
     summary: list[dict[str, str]] = field(default_factory=list)
     paired: list[dict[str, str]] = field(default_factory=list)
     curves: dict[str, np.ndarray] = field(default_factory=dict)
@@ -73,13 +75,15 @@ def read_stage(folder: Path) -> StageResults:
         index = row.number("index", int)
         scores.setdefault((row["explainer"], row["metric"]), {})[index] = row.number("value", float)
         names[index] = row["name"]
+    groups = _groups(folder / "predictions.csv", names)
     return StageResults(
         folder=folder,
         scores=scores,
         names=names,
+        groups=groups,
         summary=[line.cells for line in _lines(folder / "summary.csv", SUMMARY)],
         paired=[line.cells for line in _lines(folder / "paired.csv", PAIRED)],
-        curves=_arrays(folder / "curves.npz"),
+        curves=_with_groups(folder / "curves.npz", groups),
         manifest=_json(folder / "maps" / "manifest.json", {}),
         cards=_json(folder / CARDS, []),
     )
@@ -89,8 +93,31 @@ def _lines(path: Path, columns: Sequence[str]) -> Iterator[Line]:
     return read_table(path, columns) if path.exists() else iter(())
 
 
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    return read_arrays(path) if path.exists() else {}
+def _groups(path: Path, names: dict[int, str]) -> dict[int, int] | None:
+    """Sample index -> group from `predictions.csv`; None where it has no such column."""
+    rows = [row for row in _lines(path, ("index",)) if "group" in row.cells]
+    if not rows:
+        return None
+    # The kind int64 refuses what no array of groups could hold.
+    groups = {row.number("index", int): int(row.number("group", np.int64)) for row in rows}
+    for index, name in names.items():
+        if index not in groups:
+            raise ValueError(f"{path} has no group for {name} (index {index}), which scores.csv has; test again.")
+    return groups
+
+
+def _with_groups(path: Path, groups: dict[int, int] | None) -> dict[str, np.ndarray]:
+    arrays = read_arrays(path) if path.exists() else {}
+    if groups is None:
+        return arrays
+    for key in [name.removesuffix("/index") for name in arrays if name.endswith("/index")]:
+        drawn = [groups.get(index) for index in arrays[f"{key}/index"].ravel().tolist()]
+        if None in drawn:
+            raise ValueError(
+                f"{path} has a curve of {key} for a sample that predictions.csv has no group for; test again."
+            )
+        arrays[f"{key}/group"] = np.array(drawn, dtype=np.int64)
+    return arrays
 
 
 def _json(path: Path, default: Any) -> Any:

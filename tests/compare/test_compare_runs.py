@@ -12,6 +12,8 @@ from small_stage import HOSTILE, make_stage, value
 
 from labn.commands import compare
 from labn.compare import compare_runs, latex_table, markdown_table, open_runs, paired_csv, table_csv
+from labn.report.comparison import comparison_report, merged_curves
+from labn.report.curves import curve_panels
 
 
 def rows(data):
@@ -98,6 +100,51 @@ def test_what_does_not_belong_together_is_refused(seeds, tmp_path, change, messa
     edit_manifest(tmp_path / "seed2" / "test", **change)
     with pytest.raises(ValueError, match=message):
         compare_runs(open_runs(seeds[:2]))
+
+
+DAYS = {index: 736000 + index // 6 for index in range(24)}
+
+
+def bounds(lines, key):
+    return {tuple(r[k] for k in key): (float(r["ci_low"]), float(r["ci_high"])) for r in lines}
+
+
+def test_whole_groups_are_drawn_as_in_the_tables_of_the_run(tmp_path):
+    folder = make_stage(tmp_path / "run", groups=DAYS)
+    found = compare_runs(open_runs([str(tmp_path / "run")]))
+    summary, paired = (rows((folder / f"{name}.csv").read_bytes()) for name in ("summary", "paired"))
+    assert bounds(rows(table_csv(found)), ("explainer", "metric")) == bounds(summary, ("explainer", "metric"))
+    ours = bounds(rows(paired_csv(found)), ("row_a", "row_b", "metric"))
+    theirs = bounds(paired, ("explainer_a", "explainer_b", "metric"))
+    assert ours == {pair: pytest.approx(interval) for pair, interval in theirs.items()}
+    make_stage(tmp_path / "single")
+    single = compare_runs(open_runs([str(tmp_path / "single")]))
+    assert all(a.interval.low != b.interval.low for a, b in zip(found.rows, single.rows))
+
+
+def test_the_page_draws_bands_and_says_intervals_over_groups(tmp_path):
+    for seed in (1, 2):
+        make_stage(tmp_path / f"seed{seed}", seed=seed, groups=DAYS)
+    found = compare_runs(open_runs([str(tmp_path / f"seed{seed}") for seed in (1, 2)]))
+    curves = merged_curves(found)
+    assert curves["gradcam/pid16/group"].tolist() == list(DAYS.values())
+    # A day has every kind of curve twice: whole days are all alike, single samples are not.
+    insertion, _ = curve_panels(curves, ["gradcam"], "pid16")
+    assert np.allclose(insertion.series[0].high, insertion.series[0].low)
+    notes = comparison_report(found).caveats
+    assert any("rest on 4 groups of samples" in note for note in notes)
+    assert any("bootstrap intervals over whole groups of samples" in note for note in notes)
+    assert any("intervals are over whole groups of samples, of the mean over seeds" in note for note in notes)
+
+
+def test_runs_that_disagree_on_groups_are_refused(tmp_path):
+    make_stage(tmp_path / "days", groups=DAYS)
+    make_stage(tmp_path / "none")
+    make_stage(tmp_path / "other", groups=DAYS | {3: 1})
+    with pytest.raises(ValueError, match=r"differ in the column 'group' of predictions\.csv: there and missing"):
+        compare_runs(open_runs([str(tmp_path / "days"), str(tmp_path / "none")]))
+    with pytest.raises(ValueError, match=r"is in group 1, another run says 736000"):
+        compare_runs(open_runs([str(tmp_path / "days"), str(tmp_path / "other")]))
 
 
 def test_speed_settings_do_not_matter(seeds, tmp_path):

@@ -1,14 +1,17 @@
 """Curves, bands, charts and training logs, against closed forms."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from small_stage import make_stage
 
 from labn.report.caveats import caveats
 from labn.report.charts import HEIGHT, WIDTH, Panel, Series, nice_ticks
 from labn.report.curves import GRID, band, curve_panels, on_grid
-from labn.report.results import StageResults
+from labn.report.results import StageResults, read_stage
 from labn.report.training import read_training, training_panels
 
 
@@ -40,6 +43,20 @@ def test_the_band_of_equal_curves_has_no_width_and_that_of_two_has_both():
     assert np.allclose([mean, low, high], [[0.5] * 3, [0.0] * 3, [1.0] * 3])
 
 
+def test_the_band_of_groups_is_that_of_their_means_and_wider_than_that_of_samples():
+    days = np.arange(8.0)[:, None] * [1.0, -2.0]
+    mean, low, high = band(np.repeat(days, 24, axis=0), np.repeat(np.arange(8) + 736000, 24))
+    assert np.allclose([mean, low, high], band(days))
+    _, narrow, wide = band(np.repeat(days, 24, axis=0))
+    assert ((wide - narrow) < (high - low) / 3).all()
+
+
+def test_the_band_of_groups_weighs_samples():
+    # Three samples of one group and one of another: drawn with means 0, 1/4 and 1.
+    mean, low, high = band(np.array([[0.0], [0.0], [1.0], [0.0]]), np.array([5, 5, 9, 5]))
+    assert (mean.item(), low.item(), high.item()) == (0.25, 0.0, 1.0)
+
+
 def test_panels_hold_the_means_in_the_order_of_the_table():
     x = np.tile([0.0, 1.0], (2, 1))
     lines = {"x": x, "insertion": np.array([[0, 1.0], [0, 0.5]]), "deletion": 1 - x}
@@ -69,6 +86,36 @@ def test_logs_of_a_resumed_run_are_one_curve(tmp_path):
     (panel,) = training_panels(values)
     assert [line.name for line in panel.series] == ["train", "val"]
     assert read_training(tmp_path / "nowhere") == {}
+
+
+def test_groups_are_read_with_the_curves_and_said(tmp_path):
+    folder = make_stage(tmp_path, 8, groups={index: 7 + index // 4 for index in range(8)})
+    results = read_stage(folder)
+    assert results.groups == {index: 7 + index // 4 for index in range(8)}
+    assert results.curves["-lrp/pid16/group"].tolist() == [7] * 4 + [8] * 4
+    notes = caveats(results)
+    assert "Some values rest on 2 groups of samples: intervals of so few are too narrow." in notes
+    assert "Intervals are 95 % bootstrap intervals over whole groups of samples, not over seeds." in notes
+    plain = read_stage(make_stage(tmp_path / "plain", 8))
+    assert plain.groups is None
+    assert "gradcam/pid16/group" not in plain.curves
+    assert "Intervals are 95 % bootstrap intervals over the samples, not over seeds." in caveats(plain)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("test,1,image_001,1,1,0.5,", "predictions.csv, line 3: group is ''"),
+        ("test,1,image_001,1,1,0.5,1" + "0" * 30, "predictions.csv, line 3: group is '10000"),
+        ("", "predictions.csv has no group for image_001"),
+    ],
+)
+def test_a_damaged_group_is_named(tmp_path, line, message):
+    path = make_stage(tmp_path, 4, groups=dict.fromkeys(range(4), 7)) / "predictions.csv"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:2], line, *lines[3:]]) + "\n")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_stage(path.parent)
 
 
 def test_a_high_probability_of_the_bare_fill_is_said(tmp_path):
