@@ -49,9 +49,9 @@ def _named(run: Run) -> bool:
 
 
 def _notes(found: Comparison) -> list[str]:
-    each = {run.folder.name: caveats(run.results) for run in found.runs}
-    shared = [note for note in next(iter(each.values())) if all(note in other for other in each.values())]
-    notes = shared + [f"{name}: {note}" for name, own in each.items() for note in own if note not in shared]
+    each = [(f"{run.label} ({run.folder.name})", caveats(run.results)) for run in found.runs]
+    shared = [note for note in each[0][1] if all(note in other for _, other in each)]
+    notes = shared + [f"{name}: {note}" for name, own in each for note in own if note not in shared]
     notes += [f"{metric}: {n} samples that not every row has were left out." for metric, n in found.left_out.items()]
     if any(row.seeds > 1 for row in found.rows):
         over = "samples" if found.groups is None else "whole groups of samples"

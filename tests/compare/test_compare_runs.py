@@ -175,6 +175,18 @@ def test_the_tables_are_markdown_and_latex(seeds):
     assert latex.startswith(r"\begin{tabular}{llrr}")
 
 
+def test_the_caveats_of_equally_named_folders_are_all_there(tmp_path):
+    runs = [tmp_path / name / "seed=38" for name in ("a", "b")]
+    for run, network in zip(runs, ("x", "y")):
+        make_stage(run, 4, checkpoint=network)
+    path = runs[0] / "test" / "summary.csv"
+    path.write_text(path.read_text().replace(",4\n", ",3\n"))
+    notes = comparison_report(compare_runs(open_runs([str(run) for run in runs]))).caveats
+    few = "Some values rest on {} samples: intervals of so few are too narrow."
+    assert f"a/seed=38 (seed=38): {few.format(3)}" in notes
+    assert f"b/seed=38 (seed=38): {few.format(4)}" in notes
+
+
 def test_the_command_writes_everything(seeds, tmp_path, capsys):
     import argparse
 
