@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -175,13 +176,15 @@ def _files(given: Sequence[Path], list_pictures: Lister) -> list[Path]:
 
 def _readable(files: Sequence[Path], preprocessing: Preprocessing, read: Reader) -> Iterator[tuple[Path, str, Tensor]]:
     """Path, a name that is unique among the files, and normalised image; what cannot be read is warned about."""
-    taken: dict[str, int] = {}
+    taken: set[str] = set()
     for path in files:
         try:
             image = preprocessing.normalise(read(path, preprocessing))
         except ValueError as error:
             warnings.warn(f"{error} It is skipped.", stacklevel=2)
             continue
-        name = file_name(path.stem)
-        taken[name] = taken.get(name, 0) + 1
-        yield path, name if taken[name] == 1 else f"{name}-{taken[name]}", image
+        stem = file_name(path.stem)
+        numbered = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+        name = next(name for name in numbered if name not in taken)
+        taken.add(name)
+        yield path, name, image

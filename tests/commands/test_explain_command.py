@@ -65,6 +65,21 @@ def test_maps_and_class_are_those_of_the_library(pictures, checkpoint, tmp_path,
     assert (int(row["class"]), row["class_name"], row["explained"]) == (predicted, name, name)
 
 
+def test_no_picture_overwrites_the_outputs_of_another(checkpoint, tmp_path):
+    files = [tmp_path / name for name in ("x/a.png", "y/a.png", "a-2.png")]
+    for shade, path in enumerate(files):
+        path.parent.mkdir(exist_ok=True)
+        cv2.imwrite(str(path), np.full((60, 60, 3), 60 * shade, dtype=np.uint8))
+    command = ["explain", "--image", *map(str, files), f"--ckpt={checkpoint}", f"--out={tmp_path / 'out'}"]
+    call_main([*command, "--method=random", "--device=cpu"])
+    network, preprocessing = restore(checkpoint)
+    for number, (path, name) in enumerate(zip(files, ("a", "a-2", "a-2-2"))):
+        image = preprocessing.normalise(read_picture(path, preprocessing))[None]
+        expected = explain(network, image, "random", 0, indices=torch.tensor([number])).maps[0]
+        assert torch.equal(load_file(tmp_path / "out" / "maps" / f"{name}.safetensors")["random"], expected)
+        assert (tmp_path / "out" / f"{name}.png").exists()
+
+
 def test_a_folder_with_a_timm_model_and_its_weights(pictures, tmp_path, capsys):
     torch.manual_seed(0)
     save_file(timm.create_model("resnet18", num_classes=5).state_dict(), tmp_path / "w.safetensors")
