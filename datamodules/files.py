@@ -7,13 +7,13 @@ import hashlib
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 Array = np.ndarray[Any, Any]
 Box = tuple[float, float, float, float]
@@ -102,6 +102,27 @@ def refused_size(path: Path) -> str | None:
     if not 0 < max(width, height) <= MAX_ASPECT * min(width, height):
         return f"has {width} x {height} pixels; the longer side may be {MAX_ASPECT} times the shorter at most"
     return None
+
+
+def oriented_size(path: Path) -> tuple[int, int]:
+    """(width, height) of an image as `read_image` gives it, its EXIF orientation applied; no pixel is decoded.
+
+    `path` must have passed `refused_size`.
+    """
+    base = ExifTags.Base
+    with Image.open(path, formats=_FORMATS) as image:
+        (width, height), tags = image.size, _tags(image)
+        if image.format == "TIFF":  # whose size some versions of Pillow turn themselves
+            width, height = tags.get(base.ImageWidth, width), tags.get(base.ImageLength, height)
+    return (height, width) if tags.get(base.Orientation) in range(5, 9) else (width, height)
+
+
+def _tags(image: Image.Image) -> Mapping[int, Any]:
+    # Metadata may be damaged in any way; decoding ignores it then.
+    try:
+        return dict(image.getexif())
+    except Exception:
+        return {}
 
 
 def read_image(path: Path, channels: int = 3) -> Array:

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from datamodules.base import SPLITS, ImageDataModule, OnBadImage, Split
 from datamodules.boxes import BoxDataset, BoxTransform, Objects, collate_boxes
-from datamodules.files import SUFFIXES, data_root
+from datamodules.files import SUFFIXES, data_root, oriented_size
 from datamodules.sources import FileSource, Record, Source
 from datamodules.splits import readable
 from datamodules.transforms import Augmentation
@@ -151,6 +151,8 @@ class VOC(ImageDataModule):
             records = [self._record(name, images) for name in self._lists[split]]
             good, notes = readable(records, self.on_bad_image, [self.root])
             self._notes += notes
+            for record in good:
+                self._check_size(record)
             sources[split] = VOCSource(good, self.image_size, [self._objects[r.name] for r in good])
         return sources
 
@@ -158,6 +160,16 @@ class VOC(ImageDataModule):
         if name not in images:
             raise FileNotFoundError(f"Image {self.root / 'JPEGImages' / name}.jpg of the image lists does not exist.")
         return Record(name, largest(self._objects[name]), images[name])
+
+    def _check_size(self, record: Record) -> None:
+        """Boxes are scaled by the annotation's size, so an image of another size would get them in wrong places."""
+        file, found = self._annotations[record.name], oriented_size(record.path)
+        if found != (file.width, file.height):
+            raise ValueError(
+                f"Annotation {self.root / 'Annotations' / record.name}.xml is of {file.width} x {file.height} pixels, "
+                f"but image {record.path} has {found[0]} x {found[1]} (as its EXIF orientation turns it); make them "
+                "agree."
+            )
 
     def objects(self, split: Split) -> list[Objects]:
         """The objects of every sample of a split, in order."""

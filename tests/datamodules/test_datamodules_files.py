@@ -3,6 +3,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import ExifTags, Image
 from small_data import write_image
 
 from datamodules.files import (
@@ -11,6 +12,7 @@ from datamodules.files import (
     crop,
     data_root,
     identical_groups,
+    oriented_size,
     read_image,
     read_mask,
     squash,
@@ -35,6 +37,23 @@ def test_whole_images_pass_the_check(tmp_path: Path, suffix: str) -> None:
     write_image(path, 0)
     assert check_image(path) is None
     assert read_image(path).shape == (40, 60, 3)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(9))
+def test_the_header_gives_the_size_that_is_read(tmp_path: Path, suffix: str, orientation: int) -> None:
+    path, exif = tmp_path / f"image.{suffix}", Image.Exif()
+    if orientation:
+        exif[ExifTags.Base.Orientation] = orientation
+    Image.new("RGB", (60, 40)).save(path, exif=exif)
+    height, width = read_image(path).shape[:2]
+    assert oriented_size(path) == (width, height) == ((40, 60) if orientation > 4 else (60, 40))
+
+
+def test_damaged_metadata_turn_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "image.jpg"
+    Image.new("RGB", (60, 40)).save(path, exif=b"Exif\0\0XX" + bytes(30))
+    assert oriented_size(path) == read_image(path).shape[1::-1] == (60, 40)
 
 
 @pytest.mark.parametrize(("suffix", "reason"), [("jpg", "end-of-image"), ("png", "IEND")])

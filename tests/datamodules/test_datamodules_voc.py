@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from PIL import ExifTags, Image
 from small_voc import annotation, write_voc, xml
 
 from datamodules import VOC, Augmentation
@@ -115,6 +116,23 @@ def test_a_box_outside_the_image(root):
     annotation(root, "b").write_text(xml([("dog", (71, 1, 80, 40))]))
     with pytest.raises(ValueError, match="reaches outside"):
         module(root, on_bad_box="clip").labels("train")
+
+
+@pytest.mark.filterwarnings("ignore:.*without area")
+def test_an_annotation_must_have_the_size_of_its_image(root):
+    annotation(root, "b").write_text(xml([("dog", (1, 1, 60, 40))], size=(120, 80)))
+    with pytest.raises(ValueError, match=r"b\.xml is of 120 x 80 pixels, but image .*b\.jpg has 60 x 40"):
+        module(root).labels("train")
+    image = root / "JPEGImages" / "b.jpg"
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGB", (80, 120)).save(image, exif=exif)
+    assert module(root).objects("train")[1].boxes.tolist() == [[0, 0, 0.5, 0.5]]
+    image.write_bytes(b"")
+    assert "skipped b" in module(root, on_bad_image="skip").report()
+    annotation(root, "b").write_text(xml([], size=(60, 0)))
+    with pytest.raises(ValueError, match=r"b\.xml: size is 60 x 0; width and height must be at least one pixel"):
+        module(root).labels("train")
 
 
 def test_what_is_missing_is_named(root):
