@@ -66,7 +66,8 @@ def read_flares(path: Path, columns: Columns) -> list[Frame]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a column is missing, a flag is not an integer from 0 to 3, or a time column holds no date.
+        ValueError: a column is missing, a flag is not an integer from 0 to 3, a time column holds no date, or a frame
+            has two rows.
     """
     if not path.is_file():
         raise FileNotFoundError(f"Label file {path} does not exist.")
@@ -74,7 +75,16 @@ def read_flares(path: Path, columns: Columns) -> list[Frame]:
     for argument, column in (("image", columns.image), ("flag", columns.flag), ("time", columns.time)):
         if column is not None and column not in header:
             raise ValueError(f"{path} has no column '{column}' (columns.{argument}); it has {', '.join(header)}.")
-    return [_frame(row, columns) for row in read_table(path)]
+    frames: dict[str, Frame] = {}
+    for row in read_table(path):
+        frame = _frame(row, columns)
+        if frame.name in frames:
+            raise ValueError(
+                f"{frame.where}: {frame.name!r} has a row already ({frames[frame.name].where}); every frame needs "
+                "exactly one."
+            )
+        frames[frame.name] = frame
+    return list(frames.values())
 
 
 def _frame(row: Line, columns: Columns) -> Frame:

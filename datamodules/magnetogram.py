@@ -160,13 +160,9 @@ class Magnetogram(ImageDataModule):
         frames = read_flares(table, self.columns)
         paths = [inside(folder, frame.name, frame.where) for frame in frames]
         records = [Record(f.name, int(c), path) for f, c, path in zip(frames, self._classes(frames), paths)]
-        seen: set[str] = set()
         for record, frame in zip(records, frames):
             if not record.path.is_file():
                 raise FileNotFoundError(f"{frame.where}: {folder} has no picture {record.name!r}.")
-            if record.name in seen:
-                raise ValueError(f"{frame.where}: {record.name!r} has a row already; every picture needs exactly one.")
-            seen.add(record.name)
         good, notes = readable(records, self.on_bad_image, [root, folder], bad_picture)
         self._notes += notes
         known = {frame.name: frame.day for frame in frames}

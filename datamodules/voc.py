@@ -116,9 +116,16 @@ class VOC(ImageDataModule):
         lines = [(n, text.split()[0]) for n, text in enumerate(read_text(path).splitlines(), start=1) if text.strip()]
         if not lines:
             raise ValueError(f"Image list {path} is empty; every split needs an image.")
+        seen: dict[str, int] = {}
         for number, word in lines:
             inside(self.root / "Annotations", f"{word}.xml", f"{path}, line {number}")
-        return [word for _, word in lines]
+            if word in seen:
+                raise ValueError(
+                    f"{path}, line {number}: {word!r} stands in line {seen[word]} already; every image needs exactly "
+                    "one line."
+                )
+            seen[word] = number
+        return list(seen)
 
     @cached_property
     def _annotations(self) -> dict[str, Annotation]:

@@ -135,6 +135,12 @@ def test_an_annotation_must_have_the_size_of_its_image(root):
         module(root).labels("train")
 
 
+def test_an_image_listed_twice_is_named_with_its_lines(root):
+    (root / "ImageSets" / "Main" / "train.txt").write_text("a\nb\n\na\n")
+    with pytest.raises(ValueError, match=r"train\.txt, line 4: 'a' stands in line 1 already; every image needs"):
+        module(root).labels("train")
+
+
 def test_what_is_missing_is_named(root):
     path = annotation(root, "b")
     path.write_text(xml([("dog", (1, 1, 9, 9))]).replace("<xmin>1</xmin>", "<xmin>one</xmin>"))
