@@ -144,11 +144,19 @@ class ClassificationModule(CheckedModule):
                 "are random: give --ckpt_path, or a backbone_ckpt that has them all."
             )
 
+    def setup(self, stage: str) -> None:
+        """Train in channels_last, which convolutions and lambda layers run faster in; the values are the same.
+
+        Here and not in `on_fit_start`: the first gradients that DDP reduces are laid out as the parameters were when it
+        was made, and those of kernels above 1x1 come out permuted where the layout has changed since.
+        """
+        if stage == "fit":
+            self.memory_format = torch.channels_last
+            self.network.to(memory_format=torch.channels_last)
+
     def on_fit_start(self) -> None:
-        """Train in channels_last, which convolutions and lambda layers run faster in; the values are the same."""
+        """From here on every weight is a trained one."""
         self.random_weights = ()
-        self.memory_format = torch.channels_last
-        self.network.to(memory_format=torch.channels_last)
 
     def losses(self, batch: dict[str, Tensor], stage: str) -> tuple[dict[str, Tensor], Tensor]:
         """Loss terms of a batch (with key `loss`, the one that is minimised) and the logits (B, K)."""

@@ -92,10 +92,11 @@ class SSD(CheckedModule):
         """Detections of every image, with the index of their default box."""
         return detect(self.network, self(images), (images.shape[-2], images.shape[-1]), self.thresholds)
 
-    def on_fit_start(self) -> None:
-        """Train in channels_last, which convolutions run faster in; the values are the same."""
-        self.memory_format = torch.channels_last
-        self.network.to(memory_format=torch.channels_last)
+    def setup(self, stage: str) -> None:
+        """Train in channels_last, which convolutions run faster in; why here, see `ClassificationModule`."""
+        if stage == "fit":
+            self.memory_format = torch.channels_last
+            self.network.to(memory_format=torch.channels_last)
 
     def losses(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], Predictions]:
         """`classification`, `localisation` and their sum `loss`; and the predictions they are of."""
