@@ -35,7 +35,8 @@ class VOC(ImageDataModule):
         root: the data set's folder; None takes `$LABN_DATA/<name>`.
         name: folder of the data set in `$LABN_DATA`.
         classes: names of the object classes, in order; None finds them (sorted) in the annotations of all splits.
-        image_sets: split -> name of its list in ImageSets/Main, without `.txt`.
+        image_sets: split -> name of its list in ImageSets/Main, without `.txt`. Validation and test may share images,
+            training shares none with them.
         on_bad_box: for a box that reaches outside its image: "stop" raises, "clip" cuts it and reports it.
         min_visibility: training objects of which a crop leaves less than this share are dropped.
         image_size, mean, std, batch_size, num_workers, seed, drop_last, augmentation, on_bad_image, cache_images,
@@ -107,7 +108,16 @@ class VOC(ImageDataModule):
 
     @cached_property
     def _lists(self) -> dict[Split, list[str]]:
-        return {split: self._list(self.image_sets[split]) for split in SPLITS}
+        lists = {split: self._list(self.image_sets[split]) for split in SPLITS}
+        training = set(lists["train"])
+        for split in ("val", "test"):
+            if shared := [name for name in lists[split] if name in training]:
+                raise ValueError(
+                    f"image_sets: train ({self.image_sets['train']}.txt) and {split} ({self.image_sets[split]}.txt) of "
+                    f"{self.root / 'ImageSets' / 'Main'} both list {shared[0]!r} ({len(shared)} such images); give "
+                    "lists that share none."
+                )
+        return lists
 
     def _list(self, name: str) -> list[str]:
         path = self.root / "ImageSets" / "Main" / f"{name}.txt"

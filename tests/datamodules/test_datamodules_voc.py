@@ -141,6 +141,14 @@ def test_an_image_listed_twice_is_named_with_its_lines(root):
         module(root).labels("train")
 
 
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_training_shares_no_image_with_what_scores_it(root, split):
+    (root / "ImageSets" / "Main" / "mixed.txt").write_text("d\nb\n")
+    with pytest.raises(ValueError, match=rf"train \(train\.txt\) and {split} \(mixed\.txt\) of .* both list 'b' \(1 "):
+        module(root, image_sets={split: "mixed"}).labels("train")
+    assert module(root, image_sets={"test": "val"}).source("test").names == ["d"]
+
+
 def test_what_is_missing_is_named(root):
     path = annotation(root, "b")
     path.write_text(xml([("dog", (1, 1, 9, 9))]).replace("<xmin>1</xmin>", "<xmin>one</xmin>"))
