@@ -49,7 +49,7 @@ ELSEWHERE = {
         "tests/test_readme.py::test_lines_for_several_nodes_parse"
     ),
     "python cli.py test --config configs/quickstart.yaml --config configs/parts/ddp_cpu.yaml --ckpt_path best": (
-        "tests/ddp/test_ranks.py::test_two_processes_write_the_rows_of_one"
+        "tests/ddp/test_ranks.py::test_processes_write_the_rows_of_one"
     ),
     "torchrun --nproc_per_node 2 cli.py test --config configs/quickstart.yaml --config configs/parts/ddp_cpu.yaml "
     "--ckpt_path best": "tests/test_readme.py::test_torchrun_writes_the_same_rows",
