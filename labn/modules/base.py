@@ -28,16 +28,30 @@ def top_error(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class CheckedModule(pl.LightningModule):
-    """A module that remembers the epoch of a loaded checkpoint and refuses one of another architecture.
+    """A module that remembers the epoch of a loaded checkpoint, refuses one of another architecture, and trains in
+    channels_last: subclasses set `network` and give it images in `memory_format`.
 
     A rank may have no validation or test batch: epoch values are collectives of `log_epoch`, in the hooks at an
     epoch's end, and not of the steps.
     """
 
+    network: nn.Module
+
     def __init__(self) -> None:
         super().__init__()
+        self.memory_format = torch.contiguous_format
         self.loaded_epoch: int | None = None
         self.allow_zero_length_dataloader_with_multiple_devices = True
+
+    def setup(self, stage: str) -> None:
+        """Train in channels_last, which convolutions and lambda layers run faster in; the values are the same.
+
+        Here and not in `on_fit_start`: the first gradients that DDP reduces are laid out as the parameters were when it
+        was made, and those of kernels above 1x1 come out permuted where the layout has changed since.
+        """
+        if stage == "fit":
+            self.memory_format = torch.channels_last
+            self.network.to(memory_format=torch.channels_last)
 
     def on_validation_start(self) -> None:
         """Give every rank the running statistics of rank zero; a collective."""
@@ -97,12 +111,10 @@ class ClassificationModule(CheckedModule):
     (`<stage>/confusion/<true>_<predicted>`), the test their 95 % intervals too where the data has groups.
     """
 
-    network: nn.Module
     criterion: WeightedCrossEntropy
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
-        self.memory_format = torch.contiguous_format
         self.num_classes = num_classes
         self.random_weights: tuple[str, ...] = ()
         self.epoch_loss = nn.ModuleDict({stage: MeanMetric() for stage in ("train_", "val_", "test_")})
@@ -143,16 +155,6 @@ class ClassificationModule(CheckedModule):
                 f"{len(self.random_weights)} weights of {self.hparams['backbone']} (first: {self.random_weights[0]}) "
                 "are random: give --ckpt_path, or a backbone_ckpt that has them all."
             )
-
-    def setup(self, stage: str) -> None:
-        """Train in channels_last, which convolutions and lambda layers run faster in; the values are the same.
-
-        Here and not in `on_fit_start`: the first gradients that DDP reduces are laid out as the parameters were when it
-        was made, and those of kernels above 1x1 come out permuted where the layout has changed since.
-        """
-        if stage == "fit":
-            self.memory_format = torch.channels_last
-            self.network.to(memory_format=torch.channels_last)
 
     def on_fit_start(self) -> None:
         """From here on every weight is a trained one."""

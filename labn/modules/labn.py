@@ -113,7 +113,7 @@ class LABN(ClassificationModule):
         return self
 
     def setup(self, stage: str) -> None:
-        """See `ClassificationModule`; and fetch the bias image once, where guidance fills with it."""
+        """See `CheckedModule`; and fetch the bias image once, where guidance fills with it."""
         super().setup(stage)
         if stage == "fit" and self.guidance is not None and self.guidance.fill == "bias" and self.bias_image is None:
             self.bias_image = self.trainer.datamodule.bias_image()  # type: ignore[attr-defined]

@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
@@ -17,7 +16,7 @@ from torchmetrics import MeanMetric, Metric
 from labn.metrics.average_precision import AveragePrecision
 from labn.models.checkpoints import load_backbone
 from labn.models.detectors import Detections, Predictions, Thresholds, detect, ssd300
-from labn.models.detectors.torchvision_ssd import SSD300_SIDE
+from labn.models.detectors.torchvision_ssd import SSD300_SIDE, TorchvisionSSD
 from labn.modules.base import CheckedModule
 
 LOSSES = ("classification", "localisation", "loss")
@@ -50,6 +49,8 @@ class SSD(CheckedModule):
         top_k: detections per image.
     """
 
+    network: TorchvisionSSD
+
     def __init__(
         self,
         num_classes: int = 20,
@@ -68,7 +69,6 @@ class SSD(CheckedModule):
         self.save_hyperparameters()
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer is {optimizer!r}; it must be one of {', '.join(OPTIMIZERS)}.")
-        self.memory_format = torch.contiguous_format
         self.network = ssd300(num_classes + 1, width, batchnorm)
         if ckpt is not None:
             print(load_backbone(self.network, os.path.expandvars(ckpt)))
@@ -91,12 +91,6 @@ class SSD(CheckedModule):
     def detections(self, images: Tensor) -> list[Detections]:
         """Detections of every image, with the index of their default box."""
         return detect(self.network, self(images), (images.shape[-2], images.shape[-1]), self.thresholds)
-
-    def setup(self, stage: str) -> None:
-        """Train in channels_last, which convolutions run faster in; why here, see `ClassificationModule`."""
-        if stage == "fit":
-            self.memory_format = torch.channels_last
-            self.network.to(memory_format=torch.channels_last)
 
     def losses(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], Predictions]:
         """`classification`, `localisation` and their sum `loss`; and the predictions they are of."""
