@@ -6,7 +6,7 @@ from collections.abc import Hashable
 
 from torch import Tensor, nn
 
-PLAIN = (bool, int, float, str)
+PLAIN = (bool, int, float, str, type(None))
 
 
 def version_of(tensor: Tensor) -> int:
@@ -38,4 +38,8 @@ def _hooks(module: nn.Module) -> list[Hashable]:
 def _settings(module: nn.Module) -> list[tuple[str, Hashable]]:
     """Public attributes that `forward` may read; the training flag is none, everything runs in eval mode."""
     found = vars(module).items()
-    return [(k, v) for k, v in found if isinstance(v, PLAIN) and not k.startswith("_") and k != "training"]
+    return [(k, v) for k, v in found if _is_plain(v) and not k.startswith("_") and k != "training"]
+
+
+def _is_plain(value: object) -> bool:
+    return all(map(_is_plain, value)) if isinstance(value, tuple) else isinstance(value, PLAIN)

@@ -140,6 +140,7 @@ class Scaled(nn.Module):
 def test_a_copy_is_made_again_after_edits_of_settings_modules_and_hooks(probe):
     edits = {
         "setting": lambda model: setattr(model, "scale", 10.0),
+        "setting of a layer": lambda model: setattr(model.conv, "padding", (2, 2)),
         "module": lambda model: setattr(model, "activation", nn.Sigmoid()),
         "hook": lambda model: model.activation.register_forward_hook(lambda *arguments: arguments[-1] * 0.5),
         "pre-hook": lambda model: model.conv.register_forward_pre_hook(lambda _, inputs: (inputs[0] + 1,)),
