@@ -23,7 +23,9 @@ class PatchInsertionDeletion(FilledMetric):
     Patches are ordered by the map's maximum inside. Insertion shows the image's first n patches on the fill b, deletion
     the image without them: i_n = p on A_n, b elsewhere; d_n = b on A_n, p elsewhere. The curves are the probability of
     a class over the fraction of patches moved; the area is the trapezoid's. PID lies in [-1, 1]; an uninformative map
-    expects 0 under `protocol="paper"`, and more than 0 under `"official"`, whose figures do not compare across m.
+    expects 0 under `protocol="paper"` (exactly where the step divides the number of patches; a shorter last step weighs
+    insertion's end less than deletion's beginning), and more than 0 under `"official"`, whose figures do not compare
+    across m.
 
     `compute()` gives the means of `insertion`, `deletion`, `pid` and `fill_probability` (of the bare fill: on a
     two-class model it can be anything). `score` names its values for files: `pid16`, `insertion16@official`, ... and
