@@ -45,7 +45,10 @@ def _protocols(results: StageResults) -> Iterator[str]:
     if any("@stable" in name for name in names):
         yield "@stable orders tied patches by position; without a suffix tied patches enter together."
     if any(name.startswith(("pid", "id")) for name in names):
-        yield "PID is insertion minus deletion area; a map without information expects 0, nearly so where the last step is shorter."
+        yield (
+            "PID is insertion minus deletion area; a map without information expects 0 "
+            "(nearly, where the last step is shorter)."
+        )
 
 
 def _fill(results: StageResults) -> Iterator[str]:
