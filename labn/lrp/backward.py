@@ -75,7 +75,9 @@ def _linear(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
     a, z = state.passage.kept[node.index]
     before = state.passage.graph.nodes.get(node.inputs[0])
     assert node.layer is not None
-    step = Step(node.layer, a, z, r, before is not None and before.non_negative, config, state.ledger)
+    many = len(a) == 1 < len(r) and state.ledger is None
+    kept = state.passage.denominators.setdefault(node.index, {}) if many else None
+    step = Step(node.layer, a, z, r, before is not None and before.non_negative, config, state.ledger, kept)
     return [RULES[rule_name(node, config)](step)]
 
 

@@ -24,6 +24,7 @@ class Passage:
         graph, junctions, config: what was run and how.
         logits: (B, K).
         kept: by node index, what the backward step of its kind needs.
+        denominators: by node index and part of the contributions, what several sweeps of many relevances divide by.
     """
 
     graph: Graph
@@ -31,6 +32,7 @@ class Passage:
     config: Config
     logits: Tensor
     kept: dict[int, Any] = field(default_factory=dict)
+    denominators: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
 
 @dataclass

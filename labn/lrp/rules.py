@@ -28,6 +28,7 @@ class Step:
         r: (T, out, ...) relevance at its output; T = B, or any T when B = 1.
         non_negative: a >= 0 is known.
         config, ledger: choices, and the account to fill in (None: not wanted).
+        denominators: z + e by part, kept by the forward pass where many relevances meet one input (None: not kept).
     """
 
     layer: Layer
@@ -37,6 +38,7 @@ class Step:
     non_negative: bool
     config: Config
     ledger: Ledger | None = None
+    denominators: dict[str, Tensor] | None = None
 
     def apply(self, a: Tensor, part: str) -> Tensor:
         """sum_i a_i rho(w_ij), without bias; the parts are those of `layers.PARTS`."""
@@ -49,6 +51,15 @@ class Step:
     def divide(self, z: Tensor, r: Tensor | None = None) -> Tensor:
         """s = R / (z + e)."""
         return divide(self.r if r is None else r, z, self.config, self.ledger)
+
+    def share(self, part: str, z: Callable[[], Tensor], r: Tensor) -> Tensor:
+        """`divide` by the z of a part of the contributions, which is made at its first use only."""
+        if self.denominators is None:
+            return self.divide(z(), r)
+        if part not in self.denominators:
+            made = z()
+            self.denominators[part] = stabiliser(made, self.config).add_(made)
+        return r / self.denominators[part]
 
 
 def stabiliser(z: Tensor, config: Config) -> Tensor:
@@ -92,8 +103,9 @@ def zplus(step: Step) -> Tensor:
     """R_i = sum_j (a_i w_ij)+ R_j / sum_i' (a_i' w_i'j)+, the bias left out (alpha-beta with 1 and 0)."""
     if not step.non_negative:
         return _signed_part(step, step.r, "plus", "minus")
-    s = _divide_positive(step, step.apply(step.a, "plus"))
-    return step.adjoint(s, "plus").mul_(step.a) if len(s) == len(step.a) else step.adjoint(s, "plus") * step.a
+    if len(step.r) != len(step.a):
+        return _signed_part(step, step.r, "plus", "minus")
+    return step.adjoint(_divide_positive(step, step.apply(step.a, "plus")), "plus").mul_(step.a)
 
 
 def alphabeta(step: Step) -> Tensor:
@@ -158,15 +170,15 @@ def _book_bias(step: Step, s: Tensor, part: str) -> None:
 def _signed_part(step: Step, r: Tensor, same: str, other: str) -> Tensor:
     """Share r by (a w)+ for `same`='plus', by (a w)- for 'minus': a+ meets `same` weights and a- the `other` ones."""
     if step.non_negative:
-        return step.a * step.adjoint(step.divide(step.apply(step.a, same), r), same)
+        return step.a * step.adjoint(step.share(same, lambda: step.apply(step.a, same), r), same)
     up, down = step.a.clamp(min=0), step.a.clamp(max=0)
-    s = step.divide(step.apply(up, same) + step.apply(down, other), r)
+    s = step.share(same, lambda: step.apply(up, same) + step.apply(down, other), r)
     return up * step.adjoint(s, same) + down * step.adjoint(s, other)
 
 
 def _divide_positive(step: Step, z: Tensor) -> Tensor:
     """`divide` for a fresh z >= 0: in place where no account is kept."""
-    if step.ledger is not None or len(step.r) != len(z):
+    if step.ledger is not None:
         return step.divide(z)
     if step.config.eps_mode == "absolute":
         return torch.div(step.r, z.add_(step.config.eps), out=z)
