@@ -32,7 +32,8 @@ class SSD(CheckedModule):
 
     Batches are those of `datamodules.VOC`. Class channel 0 is the background, so object class c is channel c + 1.
     Validation and test log `<stage>/loss`, `<stage>/map50` (average precision at an overlap of .5, averaged over
-    classes, with COCO's interpolation at 101 points) and `<stage>/ap50_<class>`.
+    classes, with COCO's interpolation at 101 points) and `<stage>/ap50_<class>` of the classes that the split has boxes
+    of (`map50` is NaN where it has none at all).
 
     Args:
         num_classes: object classes, without background; taken from the data module on the command line.
@@ -153,8 +154,10 @@ class SSD(CheckedModule):
         values = {
             f"ap50_{names[n]}": value
             for n, value in zip(found["classes"].view(-1).tolist(), found["map_per_class"].view(-1))
+            if value >= 0  # -1: the split has no box of this class
         }
-        for name, value in {"map50": found["map"], **values}.items():
+        overall = found["map"].where(found["map"] >= 0, math.nan)
+        for name, value in {"map50": overall, **values}.items():
             # Every rank has computed the same value.
             self.log(f"{stage}/{name}", value, prog_bar=name == "map50", sync_dist=False, rank_zero_only=False)
 

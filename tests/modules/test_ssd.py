@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -73,6 +75,18 @@ def test_perfect_detections_have_precision_one():
     found = run.test(module, loader(), verbose=False)[0]
     assert found["test/map50"] < 0.5
     assert set(found) >= {"test/ap50_0", "test/ap50_1", "test/loss"}
+
+
+def test_a_class_without_a_box_has_no_precision():
+    samples = [sample(2), {**sample(4), "boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}]
+    samples[1]["difficult"] = torch.zeros(0, dtype=torch.bool)
+    module = slim(score_threshold=0.01)
+    found = trainer().test(module, DataLoader(samples, batch_size=2, collate_fn=collate_boxes), verbose=False)[0]
+    assert "test/ap50_0" in found
+    assert "test/ap50_1" not in found
+    empty = trainer().test(module, DataLoader(samples[1:], collate_fn=collate_boxes), verbose=False)[0]
+    assert math.isnan(empty["test/map50"])
+    assert not any(name.startswith("test/ap50") for name in empty)
 
 
 def test_detections_and_thresholds():
