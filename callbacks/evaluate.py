@@ -37,7 +37,7 @@ class EvaluationCallback(ExplainingCallback):
             papers' choice for IDRiD).
         chunk_size: perturbed inputs per forward; None finds it.
         fold: use the copy of the network with BatchNorm folded where it is exact.
-        precision: of the perturbed forwards, `fp32` or `bf16`.
+        precision: of the perturbed forwards, `fp32` or `bf16`; predictions are always made in full precision.
         baselines: add the maps that know nothing, `random` and `constant`, to every table: they expose a biased
             protocol at once.
         kwargs: arguments of `ExplainingCallback`.

@@ -154,7 +154,7 @@ class Session:
             return None
         images, labels, indices = (raw[name][rows] for name in ("image", "label", "index"))
         engine = PerturbationEngine(self.network, images.float(), indices=indices, **self.engine_options)
-        probabilities = engine.original().softmax(dim=1)
+        probabilities = self._unperturbed(engine, images.float()).softmax(dim=1)
         predictions = probabilities.argmax(dim=1)
         return Batch(
             images=images.float(),
@@ -167,6 +167,12 @@ class Session:
             probabilities=probabilities,
             engine=engine,
         )
+
+    def _unperturbed(self, engine: PerturbationEngine, images: Tensor) -> Tensor:
+        """Logits of the images in full precision, whatever that of the perturbed forwards."""
+        if self.engine_options.get("precision", "fp32") == "fp32":
+            return engine.original()
+        return PerturbationEngine(self.network, images, **{**self.engine_options, "precision": "fp32"}).original()
 
     def maps(self, batch: Batch, name: str) -> Tensor:
         """Maps (n, H, W) of the explainer `name` for the batch: from memory, from disk, or computed and saved."""

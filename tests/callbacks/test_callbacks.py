@@ -106,6 +106,17 @@ def test_summary_agrees_with_scores(tmp_path):
     assert float(pair["difference"]) == pytest.approx(expected, abs=1e-12)
 
 
+def test_predictions_do_not_depend_on_the_precision_of_scoring(tmp_path):
+    found = []
+    for precision in ("fp32", "bf16"):
+        options = {"metric_options": {"step": 3}, "precision": precision}
+        callback = EvaluationCallback(["pid16"], explainers={"random": None}, **options)
+        trainer(tmp_path / precision, callback).test(network(), data(), verbose=False)
+        found.append([rows(tmp_path / precision / "test", name) for name in ("predictions.csv", "scores.csv")])
+    assert found[0][0] == found[1][0]
+    assert found[0][1] != found[1][1]
+
+
 def test_positives_only_leaves_no_row_of_a_negative(tmp_path):
     callback = EvaluationCallback(
         ["pid16", "mass"], explainers={"random": None}, positives_only=True, metric_options={"step": 3}
