@@ -47,6 +47,7 @@ examples:
   python cli.py explain --image a.jpg --ckpt runs/quickstart/checkpoints/best.ckpt --method labn gradcam
   python cli.py explain --image my/pictures --model resnet50d --weights resnet50d.safetensors --method lrp c3lrp
 """
+OVERLAYS = "overlays"
 PREDICTIONS = ("file", "class", "class_name", "confidence", "explained")
 
 
@@ -76,11 +77,13 @@ def run(options: argparse.Namespace, read: Reader, list_pictures: Lister) -> Non
 
     Raises:
         FileNotFoundError: a picture, folder or file of weights does not exist.
-        ValueError: an unknown method, class or model, or no picture that can be read.
+        ValueError: an unknown method, class or model, no picture that can be read, or one that would be overwritten.
     """
     for method in options.method:
         explainer_by_name(method)
     files = _files(options.image, list_pictures)
+    if any(path.resolve().parent == (options.out / OVERLAYS).resolve() for path in files):
+        raise ValueError(f"--out is {options.out}, where overlays would replace pictures that --image names.")
     network, preprocessing = load_network(options)
     network = network.to(options.device)
     target = None if options.target is None else class_number(options.target, preprocessing)
@@ -92,7 +95,7 @@ def run(options: argparse.Namespace, read: Reader, list_pictures: Lister) -> Non
     if not rows:
         raise ValueError("None of the pictures can be read; see the warnings above.")
     write_atomically(options.out / "predictions.csv", csv_bytes(PREDICTIONS, rows))
-    print(f"{options.out}: overlays, maps/ and predictions.csv of {len(rows)} pictures")
+    print(f"{options.out}: overlays/, maps/ and predictions.csv of {len(rows)} pictures")
 
 
 def load_network(options: argparse.Namespace) -> tuple[nn.Module, Preprocessing]:
@@ -160,7 +163,7 @@ def _explain(
     )
     picture = io.BytesIO()
     figure.savefig(picture, dpi=120, format="png")
-    write_atomically(options.out / f"{name}.png", picture.getvalue())
+    write_atomically(options.out / OVERLAYS / f"{name}.png", picture.getvalue())
     write_atomically(options.out / "maps" / f"{name}.safetensors", safetensors.torch.save(maps))
     return predicted, names[0], confidence, names[1]
 

@@ -59,7 +59,7 @@ def test_maps_and_class_are_those_of_the_library(pictures, checkpoint, tmp_path,
         expected = explain(network, image, method, predicted, indices=torch.tensor([0])).maps[0]
         assert torch.equal(maps[method], expected)
     assert torch.equal(maps["-labn"], -maps["labn"])
-    assert cv2.imread(str(tmp_path / "a.png")).shape[1] > 1000
+    assert cv2.imread(str(tmp_path / "overlays" / "a.png")).shape[1] > 1000
     with (tmp_path / "predictions.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
     assert (int(row["class"]), row["class_name"], row["explained"]) == (predicted, name, name)
@@ -77,7 +77,19 @@ def test_no_picture_overwrites_the_outputs_of_another(checkpoint, tmp_path):
         image = preprocessing.normalise(read_picture(path, preprocessing))[None]
         expected = explain(network, image, "random", 0, indices=torch.tensor([number])).maps[0]
         assert torch.equal(load_file(tmp_path / "out" / "maps" / f"{name}.safetensors")["random"], expected)
-        assert (tmp_path / "out" / f"{name}.png").exists()
+        assert (tmp_path / "out" / "overlays" / f"{name}.png").exists()
+
+
+def test_no_picture_is_replaced_by_its_overlay(checkpoint, tmp_path, capsys):
+    picture = tmp_path / "overlays" / "a.png"
+    picture.parent.mkdir()
+    cv2.imwrite(str(picture), np.zeros((60, 60, 3), dtype=np.uint8))
+    before = picture.read_bytes()
+    command = ["explain", f"--image={picture}", f"--ckpt={checkpoint}", "--method=random", "--device=cpu"]
+    with pytest.raises(SystemExit):
+        call_main([*command, f"--out={tmp_path}"])
+    assert "overlays would replace pictures that --image names" in capsys.readouterr().err
+    assert picture.read_bytes() == before
 
 
 def test_a_folder_with_a_timm_model_and_its_weights(pictures, tmp_path, capsys):
