@@ -7,7 +7,7 @@ import os
 import struct
 import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from labn.preprocessing import KEY
 from labn.store import remove_leftovers, write_atomically
 
 BEST, LAST, PREVIOUS = "best", "last", "previous"
-PLATEAUS = "due_plateau_steps"
+PLATEAUS, ROW = "due_plateau_steps", "row_of_the_epoch"
 INSTEAD: dict[str, tuple[str, ...]] = {BEST: (), LAST: (PREVIOUS,)}
 """Checkpoints that can be named -> what takes their place when they are damaged."""
 
@@ -43,7 +43,17 @@ def damage(path: Path) -> str | None:
 
 def has_last(run_dir: Path) -> bool:
     """Whether a run has a checkpoint to go on from."""
-    return any((run_dir / "checkpoints" / f"{name}.ckpt").is_file() for name in (LAST, *INSTEAD[LAST]))
+    return any(path.is_file() for path in last_paths(run_dir))
+
+
+def is_last(run_dir: Path, path: str | Path | None) -> bool:
+    """Whether `path` is the checkpoint from which a fit of this run goes on by itself."""
+    return path is not None and Path(path).absolute() in [last.absolute() for last in last_paths(run_dir)]
+
+
+def last_paths(run_dir: Path) -> list[Path]:
+    """`last.ckpt` and what takes its place."""
+    return [run_dir / "checkpoints" / f"{name}.ckpt" for name in (LAST, *INSTEAD[LAST])]
 
 
 def find_checkpoint(run_dir: Path, which: str) -> str:
@@ -108,6 +118,7 @@ class RunCheckpoint(ModelCheckpoint):
     """Base of `BestCheckpoint` and `LastCheckpoint`: one file of a fixed name in `<run_dir>/checkpoints/`."""
 
     _due: Sequence[float | None] = ()
+    _row: Mapping[str, float] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Place the checkpoint in the run folder, whatever the loggers do, and let it be written whole."""
@@ -123,7 +134,7 @@ class RunCheckpoint(ModelCheckpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Keep what pictures the network expects, so that the file can be used alone, and what a resumed fit needs."""
-        checkpoint[PLATEAUS] = due_plateaus(trainer)
+        checkpoint[PLATEAUS], checkpoint[ROW] = due_plateaus(trainer), row_of_epoch(trainer)
         preprocessing = getattr(getattr(trainer, "datamodule", None), "preprocessing", None)
         if preprocessing is not None:
             checkpoint[KEY] = preprocessing().plain()
@@ -131,8 +142,16 @@ class RunCheckpoint(ModelCheckpoint):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take over, for one callback of all, the steps of the schedules that are due."""
-        self._due = checkpoint.pop(PLATEAUS, [])
+        """Take over, for one callback of all, the steps of the schedules and the row of the log that are due."""
+        self._due, self._row = checkpoint.pop(PLATEAUS, []), checkpoint.pop(ROW, {})
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Log what a process that was killed after it had saved may have lost; where it has not, it is there twice."""
+        row, self._row = dict(self._row), {}
+        # The trainer's own count of steps is restored later.
+        step = int(row.pop("step", 0))
+        for logger in trainer.loggers if row else []:
+            logger.log_metrics(row, step=step)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on as if nothing had happened.
@@ -151,10 +170,27 @@ class RunCheckpoint(ModelCheckpoint):
                 rank_zero_info(f"{callback.monitor} had not improved for {callback.wait_count} epochs: fit is over.")
 
 
+def epoch_is_over(trainer: pl.Trainer) -> bool:
+    """Whether the epoch is over but for the steps of its schedules and the row of the log, which come after a save."""
+    progress = trainer.fit_loop.epoch_progress.current.state_dict()
+    return bool(progress["processed"] == progress["completed"] + 1)
+
+
+def row_of_epoch(trainer: pl.Trainer) -> dict[str, float]:
+    """What Lightning will log of the epoch that is over; empty within an epoch, where later rows will tell.
+
+    Values of the validation are in the log by then.
+    """
+    results = trainer._results
+    if results is None or not epoch_is_over(trainer):
+        return {}
+    logged = {name: float(value) for name, value in results.metrics(on_step=False)["log"].items()}
+    return {**logged, "epoch": trainer.current_epoch, "step": trainer.global_step - 1} if logged else {}
+
+
 def due_plateaus(trainer: pl.Trainer) -> list[float | None]:
     """Per scheduler, what its epoch's step is still to see, where the epoch is over but for that step; else None."""
-    progress = trainer.fit_loop.epoch_progress.current.state_dict()
-    over = progress["processed"] == progress["completed"] + 1
+    over = epoch_is_over(trainer)
     due = [
         over and c.reduce_on_plateau and c.interval == "epoch" and (trainer.current_epoch + 1) % c.frequency == 0
         for c in trainer.lr_scheduler_configs
@@ -185,4 +221,4 @@ class LastCheckpoint(RunCheckpoint):
     """
 
     def __init__(self) -> None:
-        super().__init__(filename=LAST, enable_version_counter=False)
+        super().__init__(filename=LAST, enable_version_counter=False, save_on_train_epoch_end=True)

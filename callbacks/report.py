@@ -158,6 +158,8 @@ class ReportCallback(ExplainingCallback):
             notes=data.notes,
             player=None if metric is None else player_facts(metric, data.image_size),
             max_bytes=int(self.max_megabytes * 1e6),
+            epoch=trainer.current_epoch if trainer.state.fn == "fit" else None,
+            command=trainer.state.fn.value if trainer.state.fn else "test",
         )
         page = render(run_report(read_stage(session.store.folder), info))
         write_atomically(session.store.folder / "report.html", page.encode())

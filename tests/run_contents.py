@@ -77,8 +77,7 @@ def contents(run_dir):
         found |= {f"{name}/curves/{k}": v.tobytes() for k, v in arrays((stage / "curves.npz").read_bytes()).items()}
         found |= {f"{name}/{path.name}": path.read_bytes() for path in (stage / "overlays").glob("*.png")}
         found |= {f"{name}/{k}": v for k, v in stored_maps(stage / "maps").items()}
-        # A validation's page also shows what had been logged by then, to which an attempt that was killed adds.
-        found[f"{name}/report.html"] = name.parts[0] == "val" or shown((stage / "report.html").read_text())
+        found[f"{name}/report.html"] = shown((stage / "report.html").read_text())
     for path in sorted((run_dir / "checkpoints").glob("*.ckpt")):
         saved = torch.load(path, weights_only=False)
         kept = ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step")
@@ -106,8 +105,8 @@ def serialised(thing):
 
 
 def shown(text):
-    """A report without what names this run: its folder, and the checkpoint that it was told to go on from."""
-    return re.sub(r"(ckpt_path|run_dir|default_root_dir): .*", r"\1:", text)
+    """A report without the place where its run lies."""
+    return re.sub(r"(run_dir|default_root_dir): .*|(?<=ckpt_path: ).*(?=/checkpoints/)", r"\1", text)
 
 
 def differences(a, b):

@@ -28,6 +28,9 @@ class RunInfo:
         notes: what the data module left out, and why.
         player: metric that the player steps through, with its patch and image size; None: no player.
         max_bytes: limit of the gallery.
+        epoch: the training is shown up to the end of the one before, so that the page of a validation is the same
+            whatever an attempt that was killed had logged after it; None: all of it.
+        command: that makes the page.
     """
 
     title: str
@@ -38,12 +41,19 @@ class RunInfo:
     notes: tuple[str, ...] = ()
     player: dict[str, Any] | None = None
     max_bytes: int = 36_000_000
+    epoch: int | None = None
+    command: str = "test"
+
+    @property
+    def configs(self) -> list[Path]:
+        """Resolved configurations of the training and of the command, whatever other commands have left."""
+        return [self.run_dir / f"{name}.yaml" for name in dict.fromkeys(("fit", self.command))]
 
 
 def run_report(results: StageResults, info: RunInfo) -> Report:
     """Put together the report of a results folder."""
     charted = {m: curve_panels(results.curves, results.explainers, m) for m in curve_metrics(results.curves)}
-    training = read_training(info.run_dir)
+    training = read_training(info.run_dir, info.epoch)
     plain = {name: values for name, values in training.items() if name.count("/") == 1}
     cards = with_curves(results, info.player)
     kept = thin(cards, info.max_bytes)
@@ -68,7 +78,7 @@ def run_report(results: StageResults, info: RunInfo) -> Report:
         class_names=info.class_names,
         player=player,
         made_with=made_with(results.manifest),
-        configs=[(path.name, path.read_text()) for path in sorted(info.run_dir.glob("*.yaml"))],
+        configs=[(path.name, path.read_text()) for path in info.configs if path.is_file()],
     )
 
 

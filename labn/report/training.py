@@ -15,10 +15,14 @@ ELSEWHERE = ("test", "profile")
 """Logged groups that are no curve over epochs."""
 
 
-def read_training(run_dir: Path) -> dict[str, dict[int, float]]:
+def read_training(run_dir: Path, before: int | None = None) -> dict[str, dict[int, float]]:
     """Logged value -> epoch -> its last value in it, over all `fit` logs of the run (a resumed run has several).
 
     Empty where the run has no CSV log.
+
+    Args:
+        run_dir: the run folder.
+        before: leave this epoch and later ones out, which an attempt that was killed may have begun; None: take all.
     """
     values: dict[str, dict[int, float]] = {}
     # A resumed fit logs to fit-1, fit-2, ...: later ones win.
@@ -29,8 +33,10 @@ def read_training(run_dir: Path) -> dict[str, dict[int, float]]:
         for row in rows if path.read_bytes().endswith(b"\n") else rows[:-1]:
             for name, text in row.cells.items():
                 if text and "/" in name and row.cells.get("epoch"):
-                    values.setdefault(name, {})[row.number("epoch", int)] = row.number(name, float)
-    return values
+                    epoch = row.number("epoch", int)
+                    if before is None or epoch < before:
+                        values.setdefault(name, {})[epoch] = row.number(name, float)
+    return {name: dict(sorted(epochs.items())) for name, epochs in values.items()}
 
 
 def training_panels(values: Mapping[str, Mapping[int, float]]) -> list[Panel]:

@@ -20,7 +20,10 @@ class Hungry(Explainer):
 
 
 class Nervous(LABN):
-    """Loses its weights at step LABN_TEST_NAN, gets LABN_TEST_SIGNALS at step LABN_TEST_AT."""
+    """Loses its weights at step LABN_TEST_NAN, gets LABN_TEST_SIGNALS at step LABN_TEST_AT.
+
+    It is killed at the end of epoch LABN_TEST_UNLOGGED, after the checkpoint and before the row of the log.
+    """
 
     def training_step(self, batch, batch_idx):
         if self.global_step == int(os.environ.get("LABN_TEST_NAN", -1)):
@@ -30,6 +33,11 @@ class Nervous(LABN):
             for name in os.environ["LABN_TEST_SIGNALS"].split():
                 os.kill(os.getpid(), signal.Signals[name])
         return super().training_step(batch, batch_idx)
+
+    def lr_scheduler_step(self, scheduler, metric):
+        if self.current_epoch == int(os.environ.get("LABN_TEST_UNLOGGED", -1)):
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().lr_scheduler_step(scheduler, metric)
 
 
 class Vanishing(ImageFolder):

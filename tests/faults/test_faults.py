@@ -17,6 +17,8 @@ import pytest
 from forked import ROOT
 from run_contents import broken_files, contents, differences
 
+from labn.report.training import read_training
+
 pytestmark = pytest.mark.slow
 
 
@@ -44,6 +46,18 @@ def test_truncated_maps_and_scores_are_computed_again(bench, tmp_path):
     for path, what in zip(victims, ("maps", "scores")):
         assert f"{path} is damaged" in process.output
         assert f"its {what} are computed again" in process.output
+    bench.equals_undisturbed(run_dir)
+
+
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_a_row_of_the_log_that_was_not_written_any_more_is_in_the_curves(bench, tmp_path, epoch):
+    run_dir = tmp_path / "run"
+    (process,) = bench.fit(run_dir, environment={"LABN_TEST_UNLOGGED": str(epoch)}, check=False)
+    assert process.poll() == -signal.SIGKILL
+    assert epoch not in read_training(run_dir).get("train/loss", {})
+    bench.fit(run_dir, "--ckpt_path=last")
+    assert list(read_training(run_dir)["train/loss"]) == [0, 1, 2]
+    bench.test(run_dir)
     bench.equals_undisturbed(run_dir)
 
 

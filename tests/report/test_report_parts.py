@@ -85,6 +85,7 @@ def test_logs_of_a_resumed_run_are_one_curve(tmp_path):
     assert values == {"train/loss": {0: 2.0, 1: 1.5}, "val/loss": {2: 0.5}}
     (panel,) = training_panels(values)
     assert [line.name for line in panel.series] == ["train", "val"]
+    assert read_training(tmp_path, before=2) == {"train/loss": {0: 2.0, 1: 1.5}}
     assert read_training(tmp_path / "nowhere") == {}
 
 
