@@ -20,9 +20,8 @@ os.environ.setdefault("LABN_DATA", "../shared/data")
 import lightning.pytorch as pl
 import numpy as np
 import torch
-import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -30,8 +29,9 @@ import callbacks
 import datamodules
 import labn.explainers
 import labn.modules
-from callbacks.checkpoint import BEST, LAST, RunCheckpointIO, find_checkpoint, has_last
+from callbacks.checkpoint import BEST, LAST, RunCheckpointIO, find_checkpoint, has_last, is_last
 from callbacks.strategies import refuse_sharded
+from callbacks.wandb_logger import RunWandbLogger, first_line
 from datamodules.files import image_files
 from datamodules.sources import FileSource, Record
 from datamodules.tar_files import write_shards
@@ -41,6 +41,7 @@ from labn.faults import explained
 from labn.models.checkpoints import own_data, read_checkpoint
 from labn.modules.plain_checkpoints import refuse_foreign_classes
 from labn.preprocessing import Preprocessing
+from labn.reading import read_yaml
 from labn.slurm import requeue_on_signal, restarted
 from labn.store import check_writable, write_atomically
 
@@ -56,6 +57,7 @@ def expand_parts(argv: Sequence[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: a part does not exist.
+        ValueError: a part is no YAML, or unfolds into a huge one.
     """
     expanded: list[str] = []
     waiting = [word for arg in argv for word in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
@@ -72,19 +74,25 @@ def with_parts(path: Path) -> list[Path]:
     """`path` behind all the files that it names under `parts:`, depth first."""
     if not path.is_file():
         raise FileNotFoundError(f"--config {path} is not a file.")
-    content = yaml.safe_load(path.read_text())
+    content = read_yaml(path)
     parts = (content.get("parts") if isinstance(content, dict) else None) or []
     return [p for part in parts for p in with_parts(path.parent / part)] + [path]
 
 
 class RunConfigCallback(SaveConfigCallback):
-    """Write the resolved configuration to `<run_dir>/<subcommand>.yaml`, whatever the loggers do."""
+    """Write the resolved configuration to `<run_dir>/<subcommand>.yaml`, whatever the loggers do.
+
+    It is that of the run and not of the attempt: a fit that goes on from its own last checkpoint does not name it.
+    """
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Save once per command, on rank zero."""
         if trainer.is_global_zero and trainer.state.fn and not getattr(trainer, "fast_dev_run", False):
-            text = self.parser.dump(self.config, skip_none=False)
-            write_atomically(Path(trainer.default_root_dir) / f"{trainer.state.fn.value}.yaml", text.encode())
+            config, run_dir = self.config.clone(), Path(trainer.default_root_dir)
+            if trainer.state.fn == "fit" and is_last(run_dir, config.get("ckpt_path")):
+                config.ckpt_path = None
+            text = self.parser.dump(config, skip_none=False)
+            write_atomically(run_dir / f"{trainer.state.fn.value}.yaml", text.encode())
 
 
 class LabnCLI(LightningCLI):
@@ -194,13 +202,14 @@ def wandb_logger(run_dir: Path, mode: str) -> Logger | None:
     os.environ.setdefault("WANDB_DATA_DIR", str((run_dir / "wandb").absolute()))
     for offline in (True,) if mode == "offline" else (False, True):
         try:
-            logger = WandbLogger(project="labn", name=run_dir.name, save_dir=run_dir, offline=offline)
+            logger = RunWandbLogger(project="labn", name=run_dir.name, save_dir=run_dir, offline=offline)
             _ = logger.experiment
             return logger
         except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             instead = "everything is" if offline else "logging offline, everything is"
-            warnings.warn(f"Weights & Biases is not available ({reason}); {instead} in {run_dir}.", stacklevel=2)
+            warnings.warn(
+                f"Weights & Biases is not available ({first_line(error)}); {instead} in {run_dir}.", stacklevel=2
+            )
     return None
 
 
@@ -225,7 +234,7 @@ def data_of(paths: Sequence[Path]) -> pl.LightningDataModule:
     parser.add_subclass_arguments(pl.LightningDataModule, "data")
     config = None
     for file in (part for path in paths for part in with_parts(path)):
-        content = yaml.safe_load(file.read_text())
+        content = read_yaml(file)
         if isinstance(content, dict) and "data" in content:
             config = parser.parse_object({"data": content["data"]}, config)
     if config is None:

@@ -82,6 +82,8 @@ class MapLogger(ExplainingCallback):
             try:
                 log_results(logger, session.store.folder, session.split, paths, trainer.state.fn != "fit")
             except Exception as error:
+                if getattr(logger, "lost", False):  # which has said so
+                    continue
                 warnings.warn(
                     f"Weights & Biases did not take the results ({error}); they are in {session.store.folder}.",
                     stacklevel=2,

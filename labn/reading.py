@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import yaml
 
 Value = TypeVar("Value")
 
@@ -20,6 +22,8 @@ MAX_TEXT = 2**31
 """Bytes: larger tables, lists and manifests are refused instead of read into memory."""
 MAX_ARRAYS = 2**34
 """Bytes that the arrays of one `.npz` may unpack to."""
+MAX_YAML, MAX_NODES = 2**24, 100_000
+"""Bytes and values (aliases unfolded) of a configuration."""
 _OUTSIDE = re.compile(r"^[\\/]|^[A-Za-z]:|(^|[\\/])\.\.([\\/]|$)|[\x00-\x1f]")
 
 
@@ -49,15 +53,19 @@ def leads_out(path: Path, real_root: str) -> bool:
     return real != real_root and not real.startswith(real_root.rstrip(os.sep) + os.sep)
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, limit: int = MAX_TEXT) -> str:
     """A UTF-8 file, with or without a byte order mark.
+
+    Args:
+        path: the file.
+        limit: bytes that it may have.
 
     Raises:
         OSError: it cannot be read.
         ValueError: it is too large, or no UTF-8 (the message names the line).
     """
-    if path.stat().st_size > MAX_TEXT:
-        raise ValueError(f"{path} is larger than {MAX_TEXT} bytes; no table or list of this project is.")
+    if path.stat().st_size > limit:
+        raise ValueError(f"{path} is larger than {limit} bytes; no such file of this project is.")
     data = path.read_bytes()
     try:
         return data.decode("utf-8-sig")
@@ -156,6 +164,52 @@ def read_json(path: Path, kind: type[Value]) -> Value:
     if not isinstance(content, kind):
         raise ValueError(f"{path} holds a {type(content).__name__}; it must hold a {kind.__name__}.")
     return content
+
+
+def read_yaml(path: Path, limit: int | None = None) -> Any:
+    """A YAML file of plain values; nothing in it is executed, and aliases are counted before they are followed.
+
+    Ten lines of ten aliases each stand for 10^9 values, which whoever copies the content would hold.
+
+    Args:
+        path: the file.
+        limit: values that it may hold where every alias is written out; MAX_NODES by default.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no YAML (the message names the line), or huge.
+    """
+    limit = MAX_NODES if limit is None else limit
+    try:
+        loader = yaml.SafeLoader(read_text(path, MAX_YAML))
+        node = loader.get_single_node()
+        if _unfolded(node, {}) > limit:
+            raise ValueError(
+                f"{path} holds more than {limit} values where its aliases (*name) are written out; write a smaller one."
+            )
+        return None if node is None else loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
+        raise ValueError(f"{path}{line}: no YAML ({error.problem}).") from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply, or an alias in it stands for itself.") from None
+    except (yaml.YAMLError, ValueError) as error:  # a character that is none, or a date that is none
+        raise error if str(path) in str(error) else ValueError(f"{path}: no YAML ({first_line(error)}).") from None
+
+
+def _unfolded(node: yaml.Node | None, sizes: dict[int, int]) -> int:
+    """Values of a node where aliases are written out; each node is looked at once."""
+    if node is None or isinstance(node, yaml.ScalarNode):
+        return 1
+    if id(node) not in sizes:
+        below = itertools.chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
+        sizes[id(node)] = 1 + sum(_unfolded(child, sizes) for child in below)
+    return sizes[id(node)]
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in a line; its kind where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def read_arrays(path: Path, limit: int = MAX_ARRAYS) -> dict[str, np.ndarray]:

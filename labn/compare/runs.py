@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from labn.reading import read_yaml
 from labn.report.results import StageResults, read_stage
 from labn.store import digest
 
@@ -86,7 +85,7 @@ def _open(path: Path, stage: str) -> Run:
         )
     run_dir = next((p for p in [folder, *folder.parents][:4] if any(p.glob("*.yaml"))), folder.parent)
     config = run_dir / "fit.yaml"
-    content = yaml.safe_load(config.read_text()) if config.is_file() else None
+    content = read_yaml(config) if config.is_file() else None
     return Run(run_dir.name, run_dir, read_stage(folder), content or {})
 
 

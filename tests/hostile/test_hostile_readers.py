@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command_line import call_main
 from fuzzing import (
     TARGETS,
     Fuzzer,
@@ -20,6 +21,8 @@ from fuzzing import (
     write_sun,
     write_years,
 )
+from hypothesis import given
+from hypothesis import strategies as st
 from small_voc import annotation, write_voc, xml
 
 from datamodules import CUB, VOC, IDRiD, ImageFolder, Magnetogram
@@ -27,7 +30,7 @@ from datamodules.files import MAX_PIXELS, BadImageError, check_image, read_image
 from datamodules.fits import image_layout
 from datamodules.flares import Columns
 from datamodules.voc_files import MAX_XML, read_annotation
-from labn.reading import inside, read_arrays, read_json, read_table
+from labn.reading import inside, read_arrays, read_json, read_table, read_yaml
 
 ROUNDS = 12
 YEARS = {"train_years": [2015], "val_years": [2016], "test_years": [2017]}
@@ -295,3 +298,54 @@ def test_tables_and_manifests_name_the_line(tmp_path):
 def test_a_missing_image_is_named(tmp_path):
     with pytest.raises(BadImageError, match=r"gone\.png cannot be read \(No such file or directory\)"):
         read_image(Path(tmp_path / "gone.png"))
+
+
+def laughs(levels, width=10, link="[{}]"):
+    """Every level is `width` times the one before, by aliases."""
+    lines = ["a0: &a0 [x, y]" if link == "[{}]" else "a0: &a0 {x: 1, y: 2}"]
+    for n in range(1, levels + 1):
+        lines.append(f"a{n}: &a{n} " + link.format(", ".join([f"*a{n - 1}"] * width)))
+    return "\n".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (laughs(9), r"a\.yaml holds more than 100000 values where its aliases \(\*name\) are written out"),
+        (laughs(9, link="{{<<: [{}]}}"), r"a\.yaml holds more than 100000 values"),
+        ("a: &a [*a]", r"a\.yaml is nested too deeply, or an alias in it stands for itself"),
+        ("[" * 5000, r"a\.yaml is nested too deeply"),
+        ("a: 1\nb: ]", r"a\.yaml, line 2: no YAML"),
+        ("a: !!python/object/apply:os.getcwd []", r"a\.yaml, line 1: no YAML \(could not determine a constructor"),
+        ("a: 2020-99-99", r"a\.yaml: no YAML \(month must be"),
+        ("a: \x07", r"a\.yaml: no YAML"),
+    ],
+)
+def test_a_configuration_that_would_unfold_is_refused(tmp_path, text, message):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_yaml(tmp_path / "a.yaml")
+
+
+@given(levels=st.integers(0, 3), width=st.integers(1, 4))
+def test_values_are_counted_as_if_written_out(tmp_path_factory, levels, width):
+    path = tmp_path_factory.mktemp("yaml") / "a.yaml"
+    path.write_text(laughs(levels, width))
+    sizes = [3]
+    for _ in range(levels):
+        sizes.append(1 + width * sizes[-1])
+    count = 1 + len(sizes) + sum(sizes)
+    assert read_yaml(path, count)["a0"] == ["x", "y"]
+    with pytest.raises(ValueError, match=f"more than {count - 1} values"):
+        read_yaml(path, count - 1)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_the_command_line_refuses_a_bomb_before_it_is_unfolded(tmp_path, monkeypatch, nested):
+    monkeypatch.setattr("labn.reading.MAX_NODES", 500)
+    bomb = tmp_path / "bomb.yaml"
+    bomb.write_text(laughs(3))
+    (tmp_path / "run.yaml").write_text("parts: [bomb.yaml]")
+    config = tmp_path / "run.yaml" if nested else bomb
+    with pytest.raises(ValueError, match=f"{bomb} holds more than 500 values"):
+        call_main(["fit", "--config", str(config)])
