@@ -30,7 +30,7 @@ class EvaluationCallback(ExplainingCallback):
     Args:
         metrics: names of metrics, such as `id`, `pid16`, `mass`.
         val_metrics: metrics scored at validation end while fitting; None takes all.
-        also: for every insertion-deletion metric its variants too: `stable`, `random`, `official`.
+        also: for every insertion-deletion metric its variants too: `stable`, `random`, `threshold`, `official`.
         metric_options: settings for all metrics that know them, such as `step` or `score_class`.
         fill: what removed pixels show: black, mean, bias, blur, uniform or image_mean.
         positives_only: score only samples of the data's positive classes in the metrics that perturb images (the

@@ -108,6 +108,7 @@ TIES: dict[str, Callable[[Tensor, int, Tensor | None], Tensor]] = {
     "fraction": _competition_ranks,
     "stable": _stable_ranks,
     "random": _random_ranks,
+    "threshold": _competition_ranks,
 }
 
 
@@ -117,7 +118,8 @@ def patch_ranks(values: Tensor, ties: str = "fraction", *, seed: int = 0, indice
     Args:
         values: (B, N) or (B, h, w) patch values.
         ties: "fraction": competition rank (the number of strictly greater values), so tied patches enter together;
-            "stable": raster order among ties; "random": an order drawn from (seed, sample index), as a check.
+            "threshold": the same; "stable": raster order among ties; "random": an order drawn from (seed, sample
+            index), as a check.
         seed: for "random".
         indices: (B,) int64 sample indices for "random"; without them all samples use index 0.
 

@@ -99,4 +99,4 @@ def test_unknown_options_are_named():
     with pytest.raises(ValueError, match="pooling must be one of"):
         patch_pool(torch.zeros(1, 4, 4), 2, "median")
     with pytest.raises(ValueError, match="ties must be one of"):
-        patch_ranks(torch.zeros(1, 4), "threshold")
+        patch_ranks(torch.zeros(1, 4), "together")

@@ -11,7 +11,7 @@ from torch import Tensor
 from labn.fills import FILLS, Channels
 from labn.metrics.base import ScoredBatch
 from labn.metrics.filled import FilledMetric, key_of
-from labn.metrics.functional.insertion_deletion import PROTOCOLS, InsertionDeletionCurves
+from labn.metrics.functional.insertion_deletion import PROTOCOLS, InsertionDeletionCurves, counted_fractions
 from labn.patches import POOLINGS, TIES, default_step, patch_grid, patch_pool, patch_ranks, ranks_to_pixels
 
 AREAS = ("insertion", "deletion", "pid", "fill_probability")
@@ -37,7 +37,8 @@ class PatchInsertionDeletion(FilledMetric):
         protocol: "paper", or "official" to reproduce the released code: thresholds, one patch too many, no point at
             n = 0, the last point repeated, equally spaced x whatever was moved. It needs square images that m divides.
         ties: "fraction": tied patches enter together and x is the fraction really moved; "stable": raster order;
-            "random": seeded order.
+            "random": seeded order; "threshold": together like "fraction", but x goes on by the nominal step, the
+            artefact of the released code alone: a constant map scores (1 - s / N) (p(c | x) - p(c | b)).
         fill: what removed pixels show, a name in `labn.fills.FILLS`.
         mean: per-channel mean that the images were normalised with; None: not at all.
         std: likewise the standard deviation.
@@ -126,7 +127,7 @@ class PatchInsertionDeletion(FilledMetric):
         insertion = self.of_class(engine.masked(pixel_ranks, counts, fill, "first", kept), classes)
         deletion = self.of_class(engine.masked(pixel_ranks, counts, deletion_fill, "rest", kept), classes)
         bare = self.of_class(engine.filled(fill)[kept, None], classes)[:, 0]
-        x = PROTOCOLS[self.protocol].x(ranks, counts)
+        x = (counted_fractions if self.ties == "threshold" else PROTOCOLS[self.protocol].x)(ranks, counts)
         return InsertionDeletionCurves(counts, x, insertion, deletion, bare)
 
     def score_batch(self, batch: ScoredBatch) -> dict[str, Tensor]:

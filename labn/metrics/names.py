@@ -47,6 +47,7 @@ _SUFFIXES: dict[str, dict[str, str]] = {
     "@official": {"protocol": "official"},
     "@stable": {"ties": "stable"},
     "@random": {"ties": "random"},
+    "@threshold": {"ties": "threshold"},
 }
 _PATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -68,7 +69,7 @@ def _percentage_in(match: re.Match[str]) -> dict[str, Any]:
     return {"percents": [int(match["q"])], "forms": [form or "logit"], "headline": form is None}
 
 
-_SUFFIX = r"(?P<suffix>@official|@stable|@random)?"
+_SUFFIX = r"(?P<suffix>@official|@stable|@random|@threshold)?"
 _FAMILY = r"(pid|insertion|deletion)(?P<m>[1-9]\d*)"
 _FAMILY_EXAMPLES = tuple(
     f"{stem}{m}{suffix}" for stem in ("pid", "insertion", "deletion") for m in _PATCH_SIZES for suffix in _SUFFIXES
@@ -99,8 +100,8 @@ def metric_by_name(name: str, **shared: Any) -> SampleMetric:
     """The metric of a name.
 
     Args:
-        name: `id`, `pid<m>`, `insertion<m>`, `deletion<m>`, each also with `@official`, `@stable` or
-            `@random` (a seeded order of ties);
+        name: `id`, `pid<m>`, `insertion<m>`, `deletion<m>`, each also with `@official`, `@stable`,
+            `@random` (a seeded order of ties) or `@threshold` (the released code's handling of ties alone);
             `fill_probability`; `average_drop`, `percent_increase`; `pctin_prob<q>`, `pctin_logit<q>`, `pctin_ratio<q>`
             for a percentage q, `pctin<q>` (the logit) and `pctin` (all three at 5, 10, 20, 25 and 50 from one curve);
             `mass`, `pointing`, `rank`, `auroc`, `errors`; `randomisation`, `sparseness`; and what else is registered.

@@ -125,6 +125,17 @@ class TestTies:
         assert curves.x[0].tolist() == [0, 4 / 16, 4 / 16, 1, 1, 1, 1, 1, 1]
         assert curves.insertion[0].tolist() == pytest.approx(curves.x[0].tolist(), abs=1e-10)
 
+    def test_a_threshold_moves_ties_together_and_x_by_the_step(self):
+        """Without ties nothing changes; a constant map scores all but the first step."""
+        metric = PatchInsertionDeletion(1, step=2, ties="threshold")
+        maps = distinct(0, 4, 4)
+        assert score(metric, self.model_of(4), white(4, 4), maps)["pid"].item() == pytest.approx(
+            score(PatchInsertionDeletion(1, step=2), self.model_of(4), white(4, 4), maps)["pid"].item(), abs=1e-12
+        )
+        curves = metric.curves(self.model_of(4), white(4, 4), torch.zeros(1, 4, 4), ONE, ONE)
+        assert curves.x[0].tolist() == [n / 16 for n in range(0, 17, 2)]
+        assert curves.areas()["pid"].item() == pytest.approx(1 - 2 / 16, abs=1e-10)
+
     @staticmethod
     def model_of(side):
         return Additive(even(side, side))

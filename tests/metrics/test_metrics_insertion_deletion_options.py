@@ -103,7 +103,7 @@ class TestErrors:
             ({"step": 0}, "above 0"),
             ({"protocol": "rise"}, "protocol must be one of"),
             ({"protocol": "official", "ties": "stable"}, "leave ties at"),
-            ({"ties": "threshold"}, "ties must be one of"),
+            ({"ties": "together"}, "ties must be one of"),
             ({"fill": "grey"}, "fill must be one of"),
             ({"score_class": "top"}, "score_class must be one of"),
             ({"pooling": "median"}, "pooling must be one of"),

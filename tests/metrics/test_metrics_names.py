@@ -7,7 +7,7 @@ from labn.metrics.names import REGISTRY
 
 NAMES = ["id", "pid4", "insertion2", "deletion2", "fill_probability", "mass", "pointing", "rank", "auroc"]
 NAMES += ["id@official", "pid4@official", "insertion2@stable", "id@stable", "deletion4@official", "pid2@random"]
-NAMES += ["errors_id"]
+NAMES += ["errors_id", "id@threshold"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -50,6 +50,11 @@ def kept_fractions(ranks: Tensor, counts: Tensor) -> Tensor:
     return torch.searchsorted(ordered, wanted).double() / ranks.shape[1]
 
 
+def counted_fractions(ranks: Tensor, counts: Tensor) -> Tensor:
+    """Fraction of patches that each count names, x = n / N, however many ties were moved with them; (B, K) float64."""
+    return (counts.to(ranks.device).double() / ranks.shape[1]).expand(len(ranks), -1)
+
+
 def nominal_fractions(ranks: Tensor, counts: Tensor) -> Tensor:
     """The released code's x axis: points equally spaced on [0, 1], whatever was really moved; (B, K) float64."""
     points = torch.linspace(0, 1, len(counts), dtype=torch.float64, device=ranks.device)
