@@ -75,7 +75,7 @@ class CRP(Explainer):
             `alpha2beta1`.
         direction: the statement is right/down/wider/taller (`positive`), its opposite (`negative`), or whichever was
             `predicted`.
-        first_layer: rule at the pixels: `input` (alpha1-beta0 on both signs), `zb`, `flat`, `ones` or `epsilon`.
+        first_layer: rule at the pixels: `input` (alpha1-beta0 on both signs), `zb`, `w2`, `flat`, `ones` or `epsilon`.
         pooling: `winner` takes all, or `average`.
         batchnorm: `fold` it into the convolutions, or `pass` relevance through.
         eps, eps_mode, low, high: see `labn.lrp.Config`.

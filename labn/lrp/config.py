@@ -12,7 +12,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 RuleName = Literal["simple", "epsilon", "zplus", "alphabeta", "gamma", "flat"]
-FirstName = Literal["ones", "zb", "input", "flat", "epsilon", "same"]
+FirstName = Literal["ones", "zb", "input", "flat", "w2", "epsilon", "same"]
 BlockWeights = Literal["signed", "zplus"]
 ResidualName = Literal["ratio", "symmetric", "block", "ratio_down", "symmetric_down", "signed", "duplicate"]
 
@@ -30,7 +30,7 @@ class Config:
         batchnorm: `pass` hands relevance through a BatchNorm unchanged, `fold` joins it to the layer before.
         pooling: max pooling, `winner` takes all or `average` over the same windows.
         first_layer: rule where the images enter: `ones` (activation replaced by 1), `zb` (pixel bounds), `input`
-            (z+ on both signs of the pixels), `flat`, `epsilon`, or `same` as the other layers.
+            (z+ on both signs of the pixels), `flat`, `w2` (squared weights), `epsilon`, or `same` as the other layers.
         eps, eps_mode: stabiliser, `relative` to the mean |z| of the sample's layer or `absolute`.
         alpha, beta, gamma: parameters of the rules so named, alpha - beta = 1.
         low, high: per channel, the bounds of normalised pixels for `zb`; None: black and white after ImageNet's
@@ -60,7 +60,7 @@ class Config:
             "block_weights": ("signed", "zplus"),
             "batchnorm": ("pass", "fold"),
             "pooling": ("winner", "average"),
-            "first_layer": ("ones", "zb", "input", "flat", "epsilon", "same"),
+            "first_layer": ("ones", "zb", "input", "flat", "w2", "epsilon", "same"),
             "eps_mode": ("relative", "absolute"),
         }
         for name, allowed in choices.items():

@@ -13,12 +13,13 @@ from torch import Tensor
 from labn.lrp.record import Call
 from labn.packing import PackedKernel
 
-# Weights made from the layer's own, by name; `plus` and `minus` are the clamped parts, `flat` is all ones.
+# Weights made from the layer's own, by name; `plus` and `minus` are clamped, `flat` is all ones, `square` w^2.
 PARTS: dict[str, Callable[[Tensor], Tensor]] = {
     "weight": lambda weight: weight,
     "plus": lambda weight: weight.clamp(min=0),
     "minus": lambda weight: weight.clamp(max=0),
     "flat": torch.ones_like,
+    "square": torch.square,
 }
 
 

@@ -134,6 +134,11 @@ def flat(step: Step) -> Tensor:
     return step.adjoint(step.divide(step.apply(ones, "flat")), "flat")
 
 
+def squared(step: Step) -> Tensor:
+    """The w^2 rule: R_i = sum_j w_ij^2 R_j / sum_i' w_i'j^2, whatever the pixels (Montavon et al. 2017)."""
+    return step.adjoint(step.divide(step.apply(torch.ones_like(step.a[:1]), "square")), "square")
+
+
 def ones(step: Step) -> Tensor:
     """z+ with the activation replaced by ones, so that the share does not depend on the pixels (ECCV 2024)."""
     return step.adjoint(step.divide(step.apply(torch.ones_like(step.a[:1]), "plus")), "plus")
@@ -149,7 +154,7 @@ def zb(step: Step) -> Tensor:
 
 RULES: dict[str, Callable[[Step], Tensor]] = {
     "simple": simple, "epsilon": epsilon, "zplus": zplus, "alphabeta": alphabeta, "gamma": gamma, "flat": flat,
-    "ones": ones, "zb": zb, "input": zplus,
+    "ones": ones, "zb": zb, "input": zplus, "w2": squared,
 }  # fmt: skip
 # These divide by what the layer made, so the forward pass keeps it.
 USES_OUTPUT = {"simple", "epsilon"}

@@ -31,7 +31,7 @@ def test_account_adds_up(rule, residual, batchnorm):
     assert adds_up(result) < 1e-9
 
 
-@pytest.mark.parametrize("first", ["ones", "zb", "input", "flat", "epsilon", "same"])
+@pytest.mark.parametrize("first", ["ones", "zb", "input", "flat", "w2", "epsilon", "same"])
 def test_account_adds_up_for_every_first_layer_rule(first):
     config = Config(first_layer=first, low=(-9.0,) * 3, high=(9.0,) * 3)
     result = relevance(small_resnet(1), images(2, 17), torch.tensor([1, 3]), config, report=True)

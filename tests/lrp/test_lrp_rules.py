@@ -55,6 +55,10 @@ def dense_zb(a, w, b, r):
     return share(w * a + 4 * w.clamp(min=0) - 3 * w.clamp(max=0), r)
 
 
+def dense_w2(a, w, b, r):
+    return share(w**2, r)
+
+
 DENSE = {
     "epsilon": dense_epsilon,
     "zplus": dense_zplus,
@@ -62,7 +66,14 @@ DENSE = {
     "gamma": dense_gamma,
     "flat": dense_flat,
 }
-FIRST = {"ones": dense_ones, "zb": dense_zb, "input": dense_zplus, "flat": dense_flat, "epsilon": dense_epsilon}
+FIRST = {
+    "ones": dense_ones,
+    "zb": dense_zb,
+    "input": dense_zplus,
+    "flat": dense_flat,
+    "w2": dense_w2,
+    "epsilon": dense_epsilon,
+}
 LAYERS = {
     "conv": (nn.Conv2d(3, 4, 3, stride=2, padding=1), (3, 6, 5)),
     "grouped": (nn.Conv2d(4, 6, 3, groups=2, dilation=2, padding=2), (4, 5, 5)),
