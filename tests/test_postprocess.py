@@ -203,7 +203,31 @@ def test_names_are_applied_in_order():
     assert apply(maps, []) is maps
 
 
+def test_options_stand_behind_the_name():
+    maps = random_maps(5) - 0.7
+    as_published = apply(maps, ["c1c:resolution=8, gain=3"])
+    assert torch.equal(as_published, c1c(maps, resolution=8, gain=3))
+    assert torch.equal(apply(maps, ["c3:outside=min,threshold=quantile,level=0.8"]), c3(
+        maps, outside="min", threshold="quantile", level=0.8
+    ))  # fmt: skip
+    assert torch.equal(apply(maps, ["hq4:mode=round"]), quantise(maps, 4, "round"))
+    assert torch.equal(apply(maps, ["normalise:sign=positive,percentile=90"]), normalise(maps, "positive", 90))
+
+
+def test_outside_at_the_minimum_ranks_last_in_a_signed_map():
+    maps = torch.full((1, 9, 9), -1.0)
+    maps[0, 2:7, 2:5], maps[0, 2:7, 5:7] = -0.5, 2.0
+    kept = maps > maps.mean()
+    assert apply(maps, ["c3"])[kept].min() < apply(maps, ["c3"])[~kept].max()
+    assert apply(maps, ["c3:outside=min"])[kept].min() > apply(maps, ["c3:outside=min"])[~kept].max()
+
+
 @pytest.mark.parametrize(("call", "message"), [
+    (lambda: check_names(["c3:holes=2"]), "option 'holes=2'; options are key=value of threshold, level"),
+    (lambda: check_names(["c3:outside"]), "option 'outside'"),
+    (lambda: check_names(["absolute:gain=2"]), "of none"),
+    (lambda: check_names(["c3:outside=max"]), "outside='max' is not one of"),
+    (lambda: check_names(["hq1"]), "levels must be at least 2"),
     (lambda: check_names(["c4"]), "'c4' is not one of c1c, c3"),
     (lambda: c3(torch.zeros(1, 1, 4, 4)), r"maps must be \(B, H, W\)"),
     (lambda: c3(torch.zeros(1, 4, 4), contour="second"), "contour='second'"),

@@ -24,7 +24,8 @@ class LRP(Explainer):
         eps, eps_mode, alpha, beta, gamma, low, high: see `labn.lrp.Config`.
         init: relevance at the target's logit: its softmax `probability`, the `logit`, or `one`.
         chunk_size: images per pass; None: by their size on a CPU, else the whole batch. The maps do not depend on it.
-        postprocess: names of `labn.postprocess` applied to the map in the order given: `c1c`, `c3`, `hq8`, ...
+        postprocess: names of `labn.postprocess` applied to the map in the order given: `c1c`, `c3`, `hq8`, ..., with
+            their options as in `c1c:resolution=28,gain=3`.
     """
 
     def __init__(
@@ -78,7 +79,9 @@ class LRP(Explainer):
 class C3LRP(LRP):
     """C3-LRP: residual blocks as one layer each, then contour and component of the map; `postprocess` is appended.
 
-    `postprocess=["hq8"]` gives the paper's quantised variant; other arguments are those of `LRP`.
+    `postprocess=["hq8"]` gives the paper's quantised variant; other arguments are those of `LRP`. The map is signed,
+    and what C3 cuts off becomes 0, above what it keeps below 0; `LRP(residual="block",
+    postprocess=["c3:outside=min"])` ranks it last.
     """
 
     def __init__(
