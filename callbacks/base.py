@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from callbacks.session import Batch, Session, evenly_spaced
+from callbacks.session import Batch, Session, check_target, evenly_spaced
 from callbacks.strategies import refuse_sharded
 from labn.explainers import Explainer, explainer_by_name
 
@@ -24,7 +24,8 @@ class ExplainingCallback(pl.Callback):
         val_images: images explained at validation end while fitting, evenly spaced over the split.
         test_images: images explained at test end and by `validate`; None explains all.
         every_n_epochs: explain every n-th validation epoch while fitting; 0 never does.
-        target: class explained per image, `label` or `prediction`.
+        target: class explained per image: `label`, `prediction`, `top<k>` (the k-th most probable one, `top1` being the
+            prediction), or the index of one class for all.
     """
 
     def __init__(
@@ -33,13 +34,12 @@ class ExplainingCallback(pl.Callback):
         val_images: int = 8,
         test_images: int | None = None,
         every_n_epochs: int = 1,
-        target: str = "label",
+        target: int | str = "label",
     ) -> None:
-        if target not in ("label", "prediction"):
-            raise ValueError(f"target is {target!r}; it must be label or prediction.")
+        check_target(target)
         self.explainers = {n: explainer_by_name(n) if e is None else e for n, e in (explainers or {}).items()}
         self.val_images, self.test_images = val_images, test_images
-        self.every_n_epochs, self.target = every_n_epochs, target
+        self.every_n_epochs, self.target = every_n_epochs, str(target)
         self._session: Session | None = None
 
     @property

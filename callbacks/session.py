@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
 import time
@@ -96,7 +97,7 @@ class Session:
 
     Args:
         explainers: name -> explainer, of all callbacks together.
-        target: class explained per image: `label` or `prediction`.
+        target: class explained per image, see `chosen_classes`.
         engine_options: arguments of `PerturbationEngine`.
     """
 
@@ -159,7 +160,7 @@ class Session:
         return Batch(
             images=images.float(),
             labels=labels,
-            targets=labels if self.target == "label" else predictions,
+            targets=chosen_classes(self.target, labels, probabilities),
             indices=indices,
             masks=raw["mask"][rows] if "mask" in raw else None,
             boxes=[raw["boxes"][n] for n in rows] if "boxes" in raw else None,
@@ -192,6 +193,34 @@ class Session:
             self.progress.advance(len(missing))
             self.progress.advance(len(numbers) - len(missing), computed=False)
         return batch.maps[name]
+
+
+def check_target(target: int | str) -> None:
+    """Raise ValueError unless `target` is a rule of `chosen_classes`."""
+    if re.fullmatch(r"label|prediction|top[1-9]\d*|\d+", str(target)) is None:
+        raise ValueError(f"target is {target!r}; it must be label, prediction, top<k> such as top2, or a class index.")
+
+
+def chosen_classes(target: str, labels: Tensor, probabilities: Tensor) -> Tensor:
+    """(n,) int64 classes to explain: `label`, `prediction`, `top<k>` (the k-th most probable one) or an index.
+
+    Args:
+        target: the rule.
+        labels: (n,) int64.
+        probabilities: (n, K).
+
+    Raises:
+        ValueError: a k above K, or no class of that index.
+    """
+    if target == "label":
+        return labels
+    place = {"prediction": "1"}.get(target, target.removeprefix("top"))
+    classes, by_rank = probabilities.shape[1], not target.isdigit()
+    if int(place) - by_rank >= classes:
+        raise ValueError(f"target is {target}; the network has {classes} classes.")
+    if by_rank:
+        return probabilities.topk(int(place), dim=1).indices[:, -1]
+    return torch.full_like(labels, int(place))
 
 
 def network_of(pl_module: pl.LightningModule) -> nn.Module:

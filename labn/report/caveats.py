@@ -73,3 +73,5 @@ def _settings(manifest: dict[str, Any]) -> Iterator[str]:
             yield f"Curves were sampled with {name} = {settings[name]} instead of the protocol's own."
     if manifest.get("target") == "prediction":
         yield "Maps explain the predicted class, which may be wrong; metrics score the class that the settings name."
+    elif manifest.get("target", "label") != "label":
+        yield f"Maps explain the class target = {manifest['target']}; metrics score the class that the settings name."

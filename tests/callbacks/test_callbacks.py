@@ -17,7 +17,7 @@ from callbacks import (
     LastCheckpoint,
     MapLogger,
 )
-from callbacks.session import evenly_spaced
+from callbacks.session import chosen_classes, evenly_spaced
 from datamodules import SyntheticFundus
 from labn.explainers import Explainer
 from labn.modules import LABN, Classifier, SaliencyGuidance
@@ -65,6 +65,25 @@ def trainer(folder, *callbacks, **options):
 def rows(folder, name="scores.csv"):
     with open(folder / name, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_classes_to_explain():
+    labels, odds = torch.tensor([2, 0]), torch.tensor([[0.5, 0.2, 0.3], [0.1, 0.6, 0.3]])
+    expected = {"label": [2, 0], "prediction": [0, 1], "top1": [0, 1], "top2": [2, 2], "top3": [1, 0], "1": [1, 1]}
+    for target, classes in expected.items():
+        assert chosen_classes(target, labels, odds).tolist() == classes
+    for target in ("top4", "3"):
+        with pytest.raises(ValueError, match=f"target is {target}; the network has 3 classes"):
+            chosen_classes(target, labels, odds)
+
+
+def test_a_given_class_is_explained(tmp_path):
+    explain = ExplanationCallback({"gradcam": None}, target=1)
+    score = EvaluationCallback(["sparseness"], baselines=False)
+    trainer(tmp_path, explain, score).test(network(), data(), verbose=False)
+    assert {row["target"] for row in rows(tmp_path / "test")} == {"1"}
+    with pytest.raises(ValueError, match="must be label, prediction, top<k> such as top2, or a class index"):
+        ExplanationCallback({"gradcam": None}, target="best")
 
 
 def test_every_sample_is_explained_once_and_scored_by_every_metric(tmp_path):
