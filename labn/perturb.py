@@ -278,6 +278,11 @@ class PerturbationEngine:
         return first if keep == "first" else self._all_pixels - first
 
     def _content_hashes(self, weights: Tensor) -> Tensor:
-        """Two independent linear hashes (B, 2) of the weights' bits."""
+        """Two independent linear hashes (B, 2) of the weights' bits.
+
+        Of round numbers, such as 0 and 1, only the highest bits are set; they are copied down first, as a product
+        modulo 2**64 would keep no more than 12 bits of them.
+        """
         bits = weights.double().contiguous().view(torch.int64).flatten(1)
+        bits = bits ^ (bits >> 40)
         return torch.stack([(bits * keys).sum(1) for keys in (self._pixel_keys, self._pixel_keys.roll(1))], 1)

@@ -125,6 +125,16 @@ def test_logits_do_not_depend_on_the_chunk(model, images, ranks, chunk_size):
     assert torch.allclose(one, PerturbationEngine(model, images).masked(ranks, COUNTS, 0.0), atol=1e-12)
 
 
+def test_soft_tells_binary_weights_apart():
+    """Of 20 000 binary masks each gets its own logits, none those of another mask."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.ones(1, 1, 8, 8, dtype=torch.float64)
+    weights = (torch.rand(20_000, 8, 8, generator=generator) < 0.5).double()
+    readout = nn.Sequential(nn.Flatten(), nn.Linear(64, 2, dtype=torch.float64)).requires_grad_(False)
+    found = PerturbationEngine(readout, images, chunk_size=4096).soft(weights, samples=torch.zeros(20_000).long())
+    assert torch.allclose(found, readout(weights[:, None]), atol=1e-12)
+
+
 def test_soft_weights_blend_image_and_fill_and_run_once(model, images):
     weights = torch.rand(2, 6, 6, dtype=torch.float64)
     engine = PerturbationEngine(model, images)
