@@ -107,7 +107,7 @@ class ClassificationModule(CheckedModule):
     Epoch values (`<stage>/loss`, `<stage>/accuracy`, and with more than five classes `<stage>/top5_error`, the share of
     samples whose class is not among the five most probable) are means over samples, not over batches, synchronised
     across ranks by torchmetrics, so that they do not depend on batch size or world size. Validation and test
-    also log the true skill statistic, the Brier skill score and the confusion matrix
+    also log the true skill statistic, the Brier skill score (each where it is defined) and the confusion matrix
     (`<stage>/confusion/<true>_<predicted>`), the test their 95 % intervals too where the data has groups.
     """
 
@@ -232,5 +232,7 @@ class ClassificationModule(CheckedModule):
             pairs = itertools.product(range(self.num_classes), repeat=2)
             values |= {f"confusion/{true}_{said}": confusion[true, said] for true, said in pairs}
         for name, value in values.items():
+            if value.isnan():
+                continue  # undefined: all samples are of one side, as where every class is positive
             # Every rank has computed the same value.
             self.log(f"{stage}/{name}", value.float(), sync_dist=False, rank_zero_only=False)

@@ -57,5 +57,15 @@ def test_an_epoch_starts_from_nothing(monkeypatch):
     assert logged["val/tss"] == -1.0
 
 
+def test_a_skill_that_is_undefined_is_not_logged(monkeypatch):
+    """Birds: every class is positive, so that there is nothing to tell apart."""
+    model, logged = module(monkeypatch, None)
+    model._trainer.datamodule.positive_classes = (0, 1, 2, 3)
+    feed(model, "val", LABELS, SAID, None)
+    model.on_validation_epoch_end()
+    assert "val/tss" not in logged
+    assert "val/brier_skill" in logged
+
+
 def test_checkpoints_hold_no_rows():
     assert not any("skill" in key for key in Classifier("lambda_resnet26").state_dict())
