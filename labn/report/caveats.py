@@ -42,6 +42,8 @@ def _protocols(results: StageResults) -> Iterator[str]:
             "@official is the released code, bug for bug: a constant map scores high under it, and its figures do not "
             "compare across patch sizes."
         )
+    if any("@threshold" in name for name in names):
+        yield "@threshold rewards ties: tied patches enter together, at the place of the first of them on the x axis."
     if any("@stable" in name for name in names):
         yield "@stable orders tied patches by position; without a suffix tied patches enter together."
     if any(name.startswith(("pid", "id")) for name in names):
