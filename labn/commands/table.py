@@ -22,7 +22,7 @@ A cell of ours is: mean ± standard deviation over seeds [95 % interval over sam
 are those of `cli.py sweep`, in RUNS/<experiment>/seed=*, or a single run in RUNS/<experiment>.
 """
 PUBLISHED = Path(__file__).with_name("published.yaml")
-VARIANTS = {"paper": "", "official": "@official", "stable": "@stable"}
+VARIANTS = {"paper": "", **{name: f"@{name}" for name in ("official", "stable", "random", "threshold")}}
 Scores = dict[tuple[str, str], dict[str, float]]
 
 
