@@ -25,10 +25,13 @@ class Gates(Protocol):
 
 
 class ParameterFreeGates:
-    """CBAM's gates without its weights: c = sigmoid(mean_ij F + max_ij F), s = sigmoid(mean_k F + max_k F).
+    """CBAM's gates without its weights: c = sigmoid(mean_ij F + max_ij F), s = sigmoid((mean_k F + max_k F) / 2).
+
+    CBAM adds up its two channel vectors behind the shared MLP, here the identity, but mixes its two spatial maps in
+    one convolution, here their mean.
 
     Args:
-        box: odd side of a box filter over the sum of the two spatial maps, in place of CBAM's convolution; 1 is none.
+        box: odd side of a box filter over the mean of the two spatial maps, in place of CBAM's window; 1 is none.
     """
 
     def __init__(self, box: int = 1) -> None:
@@ -42,7 +45,7 @@ class ParameterFreeGates:
 
     def spatial_gate(self, x: Tensor) -> Tensor:
         """(B, 1, h, w) in (0, 1)."""
-        pooled = x.mean(dim=1, keepdim=True) + x.amax(dim=1, keepdim=True)
+        pooled = (x.mean(dim=1, keepdim=True) + x.amax(dim=1, keepdim=True)) / 2
         return torch.sigmoid(F.avg_pool2d(pooled, self.box, stride=1, padding=self.box // 2, count_include_pad=False))
 
 

@@ -66,7 +66,7 @@ def reference(maps: Tensor, order: str, residual: bool, box: int = 1) -> Tensor:
         return torch.stack([torch.sigmoid(hat(f)[k].mean() + hat(f)[k].max()) for k in range(len(f))])[:, None, None]
 
     def spatial(f: Tensor) -> Tensor:
-        pooled = hat(f).mean(0) + hat(f).max(0).values
+        pooled = (hat(f).mean(0) + hat(f).max(0).values) / 2
         smooth = torch.empty_like(pooled)
         for i in range(pooled.shape[0]):
             for j in range(pooled.shape[1]):
