@@ -15,7 +15,10 @@ from labn.models.profile import profile
 
 
 class GateWatch(pl.Callback):
-    """Warn when the attention gate is open everywhere, closed everywhere, or empty for some images.
+    """Warn when the attention gate is closed everywhere, or open everywhere though its threshold is above 0.
+
+    A threshold of 0 (ABN, the ablation) never closes, so that it warrants no warning. Which share of the images has an
+    empty gate is logged as `gate/<stage>_empty`.
 
     The BatchNorm before the sigmoid has fresh running statistics at first, so in eval mode the gate is often closed
     until they settle; a gate that stays closed makes the prediction independent of the image.
@@ -23,13 +26,15 @@ class GateWatch(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look at the shares that the module logged this epoch."""
+        closes = float(getattr(network_of(pl_module), "theta", 0.0)) > 0
+        states = {0.0: ("closed", "Lower"), **({1.0: ("open", "Raise")} if closes else {})}
         for stage, mode in (("train", "train"), ("val", "eval")):
             opened = trainer.callback_metrics.get(f"gate/{stage}_open")
-            if opened is not None and (float(opened) == 0.0 or float(opened) == 1.0) and trainer.is_global_zero:
-                state = "open" if float(opened) else "closed"
+            if opened is not None and float(opened) in states and trainer.is_global_zero:
+                state, remedy = states[float(opened)]
                 warnings.warn(
                     f"Epoch {trainer.current_epoch}: the attention gate is {state} everywhere in {mode} mode; the map "
-                    "does not select anything. Lower theta or the branch's learning rate if this lasts.",
+                    f"does not select anything. {remedy} theta, or lower the branch's learning rate, if this lasts.",
                     stacklevel=2,
                 )
 

@@ -259,6 +259,16 @@ def test_a_closed_gate_is_warned_about(tmp_path):
         trainer(tmp_path, GateWatch(), max_epochs=1).fit(module, data())
 
 
+@pytest.mark.parametrize(("theta", "warned"), [(1e-9, True), (0.0, False)])
+def test_an_open_gate_is_warned_about_where_it_could_close(tmp_path, theta, warned, recwarn):
+    module = network()
+    module.network.theta = theta
+    trainer(tmp_path, GateWatch(), max_epochs=1).fit(module, data())
+    found = [str(w.message) for w in recwarn if "attention gate" in str(w.message)]
+    assert len(found) == 2 * warned
+    assert all("gate is open everywhere" in text and "Raise theta" in text for text in found)
+
+
 def test_last_is_saved_in_every_epoch_and_best_in_the_best(tmp_path):
     class Worse(LABN):
         def validation_step(self, batch, batch_idx):
