@@ -94,15 +94,19 @@ class EvaluationCallback(ExplainingCallback):
 
     def work(self, trainer: pl.Trainer, session: Session, batch: Batch) -> None:
         """Score the batch, explainer by explainer, with the metrics whose values are not on disk yet."""
-        numbers = set(batch.indices.tolist())
+        numbers, parts = set(batch.indices.tolist()), []
         for explainer in session.explainers:
             done = session.store.scored(explainer, session.keys[explainer], self.keys, numbers)
             missing = [name for name in self.names if not numbers <= done[name]]
             if missing:
-                session.store.add_scores(self._score(session, batch, explainer, missing))
+                parts.append(self._score(session, batch, explainer, missing))
             else:
                 self.from_disk += len(numbers)
             session.progress.advance(len(numbers), computed=bool(missing))
+        # An explainer takes forwards over from those before it, and what runs beside an input moves its last digits.
+        # So the last one is written first: whatever a kill leaves out is scored again in the same company.
+        for part in reversed(parts):
+            session.store.add_scores(part)
 
     def _score(self, session: Session, batch: Batch, explainer: str, names: list[str]) -> ScorePart:
         arguments = (session.network, batch.images, session.maps(batch, explainer), batch.targets, batch.indices)

@@ -183,6 +183,34 @@ def test_new_metrics_reuse_the_maps_and_old_scores(tmp_path):
     assert len(list(ResultStore(tmp_path / "test").parts())) == 6
 
 
+def test_a_batch_that_was_cut_is_scored_again_in_the_same_company(tmp_path, monkeypatch):
+    """The last explainer's scores are written first, so that those that are missing are never behind those on disk."""
+    explainers = {"labn": None, "gradcam": None}
+    names = [*explainers, "random", "constant"]
+
+    def test(folder):
+        score = EvaluationCallback(["pid16"], metric_options={"step": 3}, explainers=explainers)
+        trainer(folder, score).test(network(), data(), verbose=False)
+
+    test(tmp_path / "whole")
+    add, written = ResultStore.add_scores, []
+
+    def killed(store, part):
+        if len(written) == 6:
+            raise KeyboardInterrupt
+        written.append(part.explainer)
+        add(store, part)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ResultStore, "add_scores", killed)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            test(tmp_path / "cut")
+    assert written == [*names[::-1], *names[:1:-1]]
+    test(tmp_path / "cut")
+    for file in ("scores.csv", "summary.csv", "paired.csv"):
+        assert (tmp_path / "cut" / "test" / file).read_bytes() == (tmp_path / "whole" / "test" / file).read_bytes()
+
+
 def test_another_threshold_is_another_network(tmp_path):
     module = network()
     for theta in (0.3, 0.6):
