@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from labn.metrics.statistics import Interval, bootstrap_mean, paired_difference
+from labn.metrics.statistics import Interval, bootstrap_means
 from labn.scratch import Stored, blocks, scratch, write_npz
 from labn.store import ResultStore, ScorePart, write_atomically, written_atomically
 
@@ -71,7 +71,7 @@ class Table:
         seen: (S,) bool, whether a part has the sample.
         facts: `label`, `prediction` (S,) int64 and `probability` (S,) float64.
         targets: explainer -> (S,) int64.
-        values: (S, C) float64, NaN where there is none; a column for every explainer and value.
+        values: (C, S) float64, NaN where there is none; a row for every explainer and value.
     """
 
     def __init__(self, plan: Plan, folder: Path | None = None) -> None:
@@ -83,9 +83,9 @@ class Table:
         kinds = {"label": np.int64, "prediction": np.int64, "probability": np.float64}
         self.facts: dict[str, np.ndarray] = {name: np.zeros(size, kind) for name, kind in kinds.items()}
         self.targets = {name: np.zeros(size, dtype=np.int64) for name in plan.explainers}
-        self.values = scratch((size, len(self._places)), np.float64, folder)
+        self.values = scratch((len(self._places), size), np.float64, folder)
         for rows in blocks(size):
-            self.values[rows] = np.nan
+            self.values[:, rows] = np.nan
 
     def add(self, part: ScorePart, accepted: set[str]) -> None:
         """Take the accepted values of a part over; a sample that was scored twice counts once."""
@@ -95,20 +95,18 @@ class Table:
             column[places] = getattr(part, name)[rows]
         self.targets[part.explainer][places] = part.target[rows]
         for name in accepted & part.values.keys():
-            cells = places, np.full(len(places), self._places[part.explainer, name])
-            known = self.values[cells]
-            self.values[cells] = np.where(np.isnan(known), part.values[name][rows], known)
+            column = self.values[self._places[part.explainer, name]]
+            known = column[places]
+            column[places] = np.where(np.isnan(known), part.values[name][rows], known)
 
-    def column(self, explainer: str, metric: str) -> dict[int, float]:
-        """Sample index -> value, in order of the index."""
-        values = np.asarray(self.values[:, self._places[explainer, metric]])
-        there = np.flatnonzero(~np.isnan(values))
-        return dict(zip(self.index[there].tolist(), values[there].tolist()))
+    def column(self, explainer: str, metric: str) -> np.ndarray:
+        """(S,) values in order of the samples, NaN where there is none."""
+        return np.asarray(self.values[self._places[explainer, metric]])
 
     def rows(self) -> Iterator[tuple[int, int, str, str, int, int, float]]:
         """Place, index, explainer, metric, label, target and value, by sample, explainer and metric."""
         for block in blocks(len(self.index)):
-            held = np.asarray(self.values[block]).tolist()
+            held = np.asarray(self.values[:, block]).T.tolist()
             for place, cells in enumerate(held, start=block.start):
                 index, label = int(self.index[place]), int(self.facts["label"][place])
                 for (explainer, metric), value in zip(self._places, cells):
@@ -133,39 +131,48 @@ def collect(parts: Iterable[ScorePart], plan: Plan, folder: Path | None = None) 
 
 
 Groups = dict[int, int] | None
+Key = TypeVar("Key")
 
 
 def summarise(table: Table, plan: Plan, groups: Groups = None) -> dict[tuple[str, str], Interval]:
     """Mean and 95 % interval per explainer and value, over the samples that have it; `groups` are drawn whole."""
-    return {
-        (explainer, metric): bootstrap_mean(
-            list(column.values()), groups=None if groups is None else [groups[index] for index in column]
-        )
-        for explainer, metric in itertools.product(plan.explainers, plan.value_names)
-        if (column := table.column(explainer, metric))
-    }
+    pairs = itertools.product(plan.explainers, plan.value_names)
+    return _intervals(((pair, table.column(*pair)) for pair in pairs), _drawn(table, groups))
+
+
+def compare(table: Table, plan: Plan, groups: Groups = None) -> dict[tuple[str, str, str], Interval]:
+    """Paired difference a - b with its interval, for every pair of explainers and every value."""
+    triples = itertools.product(itertools.combinations(plan.explainers, 2), plan.value_names)
+    columns = (((a, b, name), table.column(a, name) - table.column(b, name)) for (a, b), name in triples)
+    return _intervals(columns, _drawn(table, groups))
+
+
+def _drawn(table: Table, groups: Groups) -> Tensor | None:
+    """(S,) groups of the samples, as intervals draw them; None where samples are drawn singly."""
+    return None if groups is None else torch.tensor([groups.get(i, -1) for i in table.index.tolist()])
+
+
+def _intervals(columns: Iterable[tuple[Key, np.ndarray]], groups: Tensor | None) -> dict[Key, Interval]:
+    """Name -> interval of those columns that hold a value."""
+    names: list[Key] = []
+
+    def present() -> Iterator[tuple[Tensor, Tensor | None]]:
+        for name, column in columns:
+            if not np.isnan(column).all():
+                names.append(name)
+                yield torch.from_numpy(np.array(column)), groups
+
+    intervals = list(bootstrap_means(present()))
+    return dict(zip(names, intervals))
 
 
 def count_rows(table: Table, plan: Plan) -> Iterator[tuple[str, str, str, int]]:
     """Rows of `counts.csv`: per explainer, what the metrics count over the samples that have all their values."""
     for explainer, (metric, reduce) in itertools.product(plan.explainers, plan.counted.items()):
-        columns = {name: table.column(explainer, name) for name in plan.metrics[metric][1]}
-        shared = sorted(set.intersection(*(set(column) for column in columns.values())))
-        values = {n: torch.tensor([c[i] for i in shared], dtype=torch.float64) for n, c in columns.items()}
-        for kind, count in reduce(values).items():
+        columns = {name: torch.from_numpy(np.array(table.column(explainer, name))) for name in plan.metrics[metric][1]}
+        shared = ~torch.stack(list(columns.values())).isnan().any(0)
+        for kind, count in reduce({name: column[shared] for name, column in columns.items()}).items():
             yield explainer, metric, kind, int(count)
-
-
-def compare(table: Table, plan: Plan, groups: Groups = None) -> dict[tuple[str, str, str], Interval]:
-    """Paired difference a - b with its interval, for every pair of explainers and every value."""
-    found = {}
-    for (a, b), metric in itertools.product(itertools.combinations(plan.explainers, 2), plan.value_names):
-        first, second = table.column(a, metric), table.column(b, metric)
-        if first.keys() & second.keys():
-            found[a, b, metric] = paired_difference(
-                list(first), list(first.values()), list(second), list(second.values()), groups=groups
-            )
-    return found
 
 
 def csv_bytes(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:

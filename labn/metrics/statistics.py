@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +23,7 @@ class Interval:
 
 def _group_sums(columns: Tensor, groups: Tensor | None) -> Tensor:
     """Sums (G, F) of the columns (n, F) over each cluster; without clusters every sample is one."""
-    if groups is None:
+    if groups is None or len(columns) == 0:
         return columns
     _, place = groups.unique(return_inverse=True)
     return columns.new_zeros(int(place.max()) + 1, columns.shape[1]).index_add(0, place, columns)
@@ -49,14 +49,55 @@ def bootstrap_mean(
     Returns:
         The interval; all NaN where no sample is left.
     """
+    options = {"n_resamples": n_resamples, "level": level, "seed": seed}
+    return next(bootstrap_means([(values, groups)], **options))  # type: ignore[arg-type]
+
+
+Numbers = Tensor | Sequence[float]
+Groups = Tensor | Sequence[int] | None
+
+
+def bootstrap_means(
+    columns: Iterable[tuple[Numbers, Groups]], *, n_resamples: int = 10_000, level: float = 0.95, seed: int = 0
+) -> Iterator[Interval]:
+    """`bootstrap_mean` of many columns, in order and digit for digit, where columns of one length share their draws.
+
+    Args:
+        columns: values and groups, see `bootstrap_mean`; as many of them are held at once as have 2^22 values.
+        n_resamples: number of resamples.
+        level: coverage of the intervals.
+        seed: of the generator, which starts anew for every column.
+    """
+    for held in _portions(_there(values, groups) for values, groups in columns):
+        tables = [torch.stack([values, torch.ones_like(values)], dim=1) for values, _ in held]
+        sums = [_group_sums(table, groups) for table, (_, groups) in zip(tables, held)]
+        resampled: dict[int, Tensor] = {}
+        for size in {len(own) for own in sums} - {0}:
+            same = [place for place, own in enumerate(sums) if len(own) == size]
+            drawn = _resampled_sums([sums[n] for n in same], n_resamples, torch.Generator().manual_seed(seed))
+            resampled |= zip(same, drawn)
+        for place, table in enumerate(tables):
+            nothing = Interval(torch.nan, torch.nan, torch.nan, 0)
+            yield _interval(table, _mean, resampled[place], level) if len(table) else nothing
+
+
+def _there(values: Numbers, groups: Groups) -> tuple[Tensor, Tensor | None]:
+    """Values that are not NaN, and their groups."""
     values = torch.as_tensor(values, dtype=torch.float64).cpu()
     there = ~values.isnan()
-    values = values[there]
-    groups = None if groups is None else torch.as_tensor(groups).cpu()[there]
-    if len(values) == 0:
-        return Interval(torch.nan, torch.nan, torch.nan, 0)
-    columns = torch.stack([values, torch.ones_like(values)], dim=1)
-    return bootstrap_sums(columns, _mean, groups=groups, n_resamples=n_resamples, level=level, seed=seed)
+    return values[there], None if groups is None else torch.as_tensor(groups).cpu()[there]
+
+
+def _portions(columns: Iterator[tuple[Tensor, Tensor | None]]) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
+    """Consecutive columns, of at most _BLOCK values together where there is more than one."""
+    held: list[tuple[Tensor, Tensor | None]] = []
+    for column in columns:
+        if held and sum(len(values) for values, _ in [*held, column]) > _BLOCK:
+            yield held
+            held = []
+        held.append(column)
+    if held:
+        yield held
 
 
 def _mean(sums: Tensor) -> Tensor:
@@ -84,21 +125,38 @@ def bootstrap_sums(
         seed: of the generator; equal input gives equal digits.
     """
     sums = _group_sums(columns.cpu(), None if groups is None else groups.cpu())
-    resampled = _resampled_sums(sums, n_resamples, torch.Generator().manual_seed(seed))
+    (resampled,) = _resampled_sums([sums], n_resamples, torch.Generator().manual_seed(seed))
+    return _interval(columns.cpu(), statistic, resampled, level)
+
+
+def _interval(columns: Tensor, statistic: Callable[[Tensor], Tensor], resampled: Tensor, level: float) -> Interval:
+    """The statistic of (n, F) columns, between percentiles of that of resampled sums (R, F), NaN left out."""
     bounds = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     low, high = torch.nanquantile(statistic(resampled), bounds).tolist()
     # The mean over samples themselves, not over sums of groups: the digits then do not depend on the grouping.
-    return Interval(float(statistic(columns.cpu().sum(0, keepdim=True))[0]), low, high, len(columns))
+    return Interval(float(statistic(columns.sum(0, keepdim=True))[0]), low, high, len(columns))
 
 
-def _resampled_sums(sums: Tensor, n_resamples: int, generator: torch.Generator) -> Tensor:
-    """Sums (n_resamples, F) of resampled clusters, a block of resamples at a time."""
-    size, resampled = len(sums), []
-    block = max(1, _BLOCK // size)
+def _resampled_sums(tables: Sequence[Tensor], n_resamples: int, generator: torch.Generator) -> list[Tensor]:
+    """Per table (G, F) the sums (n_resamples, F) of resampled clusters, the same for all; some resamples at once."""
+    size = len(tables[0])
+    block = min(max(1, _BLOCK // size), n_resamples)
+    resampled = [table.new_empty(n_resamples, table.shape[1]) for table in tables]
+    # Memory that is allocated anew for every column would take most of the time.
+    drawn, gathered = torch.empty(block, size, dtype=torch.int64), torch.empty(block * size, dtype=torch.float64)
     for start in range(0, n_resamples, block):
-        drawn = torch.randint(size, (min(block, n_resamples - start), size), generator=generator)
-        resampled.append(torch.stack([column[drawn].sum(1) for column in sums.unbind(1)], dim=1))
-    return torch.cat(resampled)
+        count = min(block, n_resamples - start)
+        torch.randint(size, (count, size), generator=generator, out=drawn[:count])
+        for table, sums in zip(tables, resampled):
+            for place, column in enumerate(table.unbind(1)):
+                # Where every cluster is one sample, counts add up to the same number in every resample, exactly.
+                if bool((column == 1).all()):
+                    sums[start : start + count, place] = float(size)
+                    continue
+                out = gathered[: count * size]
+                torch.index_select(column, 0, drawn[:count].view(-1), out=out)
+                sums[start : start + count, place] = out.view(count, size).sum(1)
+    return resampled
 
 
 def paired_difference(

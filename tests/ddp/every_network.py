@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from labn.explainers import EXPLAINERS
 from labn.inference import logits_of
-from labn.metrics.statistics import bootstrap_mean, paired_difference
+from labn.metrics.statistics import bootstrap_means
 from labn.modules.base import CheckedModule, ClassificationModule
 from labn.modules.losses import make_loss
 
@@ -171,9 +171,7 @@ def run_all(folder: Path, run: str, *more: str) -> None:
     from cli import main
 
     # The intervals of thousands of pairs would take most of the time, and are functions of the scores alone.
-    few = {"n_resamples": 2}
-    short = {"bootstrap_mean": partial(bootstrap_mean, **few), "paired_difference": partial(paired_difference, **few)}
-    with patch.multiple("labn.results", **short):
+    with patch("labn.results.bootstrap_means", partial(bootstrap_means, n_resamples=2)):
         for network in NETWORKS:
             words = ["test", "--config", str(folder / f"{network}.yaml"), f"--run_dir={folder / run / network}", *more]
             contextvars.copy_context().run(main, words)

@@ -2,8 +2,11 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from labn.metrics import bootstrap_mean, paired_difference
+from labn.metrics import bootstrap_mean, paired_difference, statistics
+from labn.metrics.statistics import bootstrap_means
 
 
 def normal(n, seed=0):
@@ -76,3 +79,29 @@ def test_paired_clusters():
     wide = paired_difference(range(100), steps, range(100), torch.zeros(100), groups=groups)
     narrow = paired_difference(range(100), steps, range(100), torch.zeros(100))
     assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
+
+
+@given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=6), grouped=st.booleans(), seed=st.integers(0, 9))
+def test_many_columns_have_the_digits_of_each_alone(sizes, grouped, seed):
+    columns = [normal(size, seed + n) for n, size in enumerate(sizes)]
+    for column in columns:
+        column[column > 1.5] = math.nan
+    groups = [torch.arange(size) // 3 if grouped else None for size in sizes]
+    options = {"n_resamples": 40, "seed": seed}
+    expected = [bootstrap_mean(c, groups=g, **options) for c, g in zip(columns, groups)]
+    assert repr(list(bootstrap_means(zip(columns, groups), **options))) == repr(expected)
+
+
+def test_what_is_held_at_once_changes_no_digit(monkeypatch):
+    columns = [(normal(size, size), None) for size in (5, 40, 40, 7, 40)]
+    expected = list(bootstrap_means(columns, n_resamples=50))
+    for block in (1, 45, 90, 1000):
+        monkeypatch.setattr(statistics, "_BLOCK", block)
+        assert list(bootstrap_means(columns, n_resamples=50)) == expected
+
+
+def test_the_draws_stay_what_they_were():
+    values = (torch.arange(200, dtype=torch.float64) * 0.61803398875).frac()
+    single, grouped = bootstrap_mean(values), bootstrap_mean(values, groups=torch.arange(200) // 7)
+    assert (single.low, single.high) == pytest.approx((0.45891130063609803, 0.5394542746815661), rel=1e-14)
+    assert (grouped.low, grouped.high) == pytest.approx((0.48085627508621115, 0.5180349187426405), rel=1e-14)
