@@ -161,8 +161,9 @@ class ReportCallback(ExplainingCallback):
             epoch=trainer.current_epoch if trainer.state.fn == "fit" else None,
             command=trainer.state.fn.value if trainer.state.fn else "test",
         )
-        page = render(run_report(read_stage(session.store.folder), info))
-        write_atomically(session.store.folder / "report.html", page.encode())
+        folder = session.store.folder
+        page = render(run_report(read_stage(folder, self._chosen, room=folder), info))
+        write_atomically(folder / "report.html", page.encode())
 
 
 def player_metric(trainer: pl.Trainer) -> PatchInsertionDeletion | None:

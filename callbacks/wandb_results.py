@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +33,15 @@ def log_results(logger: WandbLogger, folder: Path, split: str, overlays: list[Pa
         overlays: pictures to send, named `<index>-<name>.png`.
         table: send the table too; a table's key can be written only once, so not in every epoch.
     """
-    results = read_stage(folder)
     pictures = {int(path.name.split("-")[0]): capped(path.read_bytes()) for path in overlays}
+    results = read_stage(folder, pictures, room=folder)
     if pictures:
         logger.log_image(f"maps/{split}", list(pictures.values()), caption=[path.stem for path in overlays])
     for metric in curve_metrics(results.curves):
         buffer = io.BytesIO()
-        panels_figure(curve_panels(results.curves, results.explainers, metric)).savefig(buffer, dpi=100, format="png")
+        panels_figure(curve_panels(results.curves, results.explainers, metric, folder)).savefig(
+            buffer, dpi=100, format="png"
+        )
         logger.log_image(f"curves/{split}/{metric}", [capped(buffer.getvalue())])
     if table and pictures:
         logger.log_table(f"samples/{split}", *sample_table(results, pictures))
@@ -56,7 +59,7 @@ def sample_table(results: StageResults, pictures: dict[int, Image.Image]) -> tup
     import wandb
 
     columns = [(e, m) for e in results.explainers for m in results.headline if (e, m) in results.scores]
-    seen = _predictions(results.folder / "predictions.csv")
+    seen = _predictions(results.folder / "predictions.csv", pictures)
     rows = []
     for index, picture in pictures.items():
         known = seen.get(index, {})
@@ -67,8 +70,8 @@ def sample_table(results: StageResults, pictures: dict[int, Image.Image]) -> tup
     return [*header, *("/".join(key) for key in columns)], rows
 
 
-def _predictions(path: Path) -> dict[int, dict[str, str]]:
+def _predictions(path: Path, samples: Collection[int]) -> dict[int, dict[str, str]]:
     if not path.exists():
         return {}
     with path.open(newline="") as file:
-        return {int(row["index"]): row for row in csv.DictReader(file)}
+        return {int(row["index"]): row for row in csv.DictReader(file) if int(row["index"]) in samples}

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 import numpy as np
 import yaml
 
+from labn.scratch import blocks, scratch
+
 Value = TypeVar("Value")
 
 MAX_TEXT = 2**31
@@ -212,12 +214,13 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def read_arrays(path: Path, limit: int = MAX_ARRAYS) -> dict[str, np.ndarray]:
+def read_arrays(path: Path, limit: int = MAX_ARRAYS, room: Path | None = None) -> dict[str, np.ndarray]:
     """The arrays of an `.npz`; nothing in it is executed, and it is not unpacked if it says that it is huge.
 
     Args:
         path: the file.
         limit: bytes that all arrays together may take.
+        room: a folder on whose disk the arrays lie while they are in use; None: in memory.
 
     Raises:
         OSError: it cannot be read.
@@ -226,8 +229,11 @@ def read_arrays(path: Path, limit: int = MAX_ARRAYS) -> dict[str, np.ndarray]:
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
-        if size > limit:
-            raise ValueError(f"it unpacks to {size} bytes, more than {limit}")
+            if size > limit:
+                raise ValueError(f"it unpacks to {size} bytes, more than {limit}")
+            if room is not None:
+                names = archive.namelist()
+                return {name.removesuffix(".npy"): _mapped(archive, name, room) for name in names}
         with np.load(path, allow_pickle=False) as file:
             return {name: np.asarray(file[name]) for name in file.files}
     except OSError:
@@ -235,3 +241,21 @@ def read_arrays(path: Path, limit: int = MAX_ARRAYS) -> dict[str, np.ndarray]:
     # zipfile, zlib and NumPy's reader of headers end in many ways on a damaged file.
     except Exception as error:
         raise ValueError(f"{path} is no whole archive of arrays ({error or type(error).__name__}).") from error
+
+
+def _mapped(archive: zipfile.ZipFile, name: str, room: Path) -> np.ndarray:
+    """A member as `labn.scratch.write_npz` writes it, unpacked to disk block by block."""
+    with archive.open(name) as file:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError(f"{name} is of another version than this project's")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        if dtype.hasobject or fortran or not shape:
+            raise ValueError(f"{name} is no table of plain numbers")
+        wanted = int(np.prod(shape)) * dtype.itemsize
+        if wanted > archive.getinfo(name).file_size:
+            raise ValueError(f"{name} is shorter than its shape")
+        held = scratch(shape, dtype, room)
+        for rows in blocks(len(held)):
+            data = file.read(held[rows].nbytes)
+            held[rows] = np.frombuffer(data, dtype).reshape(held[rows].shape)
+        return held

@@ -27,7 +27,7 @@ def _subset(results: StageResults, split_size: int | None) -> Iterator[str]:
         yield f"Only {explained} of the {split_size} samples were explained and scored, evenly spaced over the split."
     counts, what, over = [int(row["n"]) for row in results.summary], "samples", "the samples"
     if results.groups is not None:
-        counts = [len({results.groups[index] for index in column}) for column in results.scores.values()]
+        counts = [len(total.groups) for total in results.totals.values()]
         what, over = "groups of samples", "whole groups of samples"
     if counts and min(counts) < FEW:
         yield f"Some values rest on {min(counts)} {what}: intervals of so few are too narrow."
@@ -54,9 +54,8 @@ def _protocols(results: StageResults) -> Iterator[str]:
 
 
 def _fill(results: StageResults) -> Iterator[str]:
-    found = [values for (_, metric), values in results.scores.items() if metric == "fill_probability"]
-    values = [value for column in found for value in column.values()]
-    mean = sum(values) / len(values) if values else 0.0
+    found = [total for (_, metric), total in results.totals.items() if metric == "fill_probability"]
+    mean = sum(total.sum for total in found) / max(sum(total.count for total in found), 1)
     if mean > FILL_LIMIT:
         yield (
             f"The bare fill alone has a mean probability of {mean:.3f}: insertion curves start there, which moves "

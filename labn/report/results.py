@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +16,42 @@ from labn.results import PAIRED, SUMMARY
 CARDS = "cards.json"
 
 
+@dataclass
+class Total:
+    """What is known of a column of scores as a whole.
+
+    Attributes:
+        count: samples that have a value.
+        sum: of their values.
+        groups: those that the samples belong to; empty where samples are independent.
+    """
+
+    count: int = 0
+    sum: float = 0.0
+    groups: set[int] = field(default_factory=set)
+
+
 @dataclass(frozen=True)
 class StageResults:
     """What lies in `<run_dir>/<stage>/`; parts that a run did not write are empty.
 
     Attributes:
         folder: the stage's folder.
-        scores: (explainer, metric) -> sample index -> value, as in `scores.csv`.
-        names: sample index -> name.
+        scores: (explainer, metric) -> sample index -> value, as in `scores.csv`, of the samples that were asked for.
+        totals: (explainer, metric) -> what is known of the column, over all samples.
+        names: sample index -> name, of the samples that were asked for.
         groups: sample index -> group, where samples are not independent; None where they are.
         summary: rows of `summary.csv`.
         paired: rows of `paired.csv`.
         curves: arrays of `curves.npz`; with groups also `<explainer>/<metric>/group`, (n,) int64.
         manifest: explainer arguments, settings, hashes and versions.
         cards: records of the gallery.
+        room: folder on whose disk large arrays lie meanwhile; None: in memory.
     """
 
     folder: Path
     scores: dict[tuple[str, str], dict[int, float]] = field(default_factory=dict)
+    totals: dict[tuple[str, str], Total] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
     groups: dict[int, int] | None = None
     summary: list[dict[str, str]] = field(default_factory=list)
@@ -41,6 +59,7 @@ class StageResults:
     curves: dict[str, np.ndarray] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
     cards: list[Card] = field(default_factory=list)
+    room: Path | None = None
 
     @property
     def explainers(self) -> list[str]:
@@ -60,8 +79,13 @@ class StageResults:
         return [name for name in dict.fromkeys(asked) if name in self.value_names]
 
 
-def read_stage(folder: Path) -> StageResults:
+def read_stage(folder: Path, samples: Collection[int] | None = None, room: Path | None = None) -> StageResults:
     """Read a results folder.
+
+    Args:
+        folder: of the stage.
+        samples: those whose scores and names are kept; None keeps all, which takes some 100 bytes per score.
+        room: a folder on whose disk the curves lie while they are in use; None: in memory.
 
     Raises:
         FileNotFoundError: the folder does not exist.
@@ -69,45 +93,49 @@ def read_stage(folder: Path) -> StageResults:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a results folder; run `test` or `validate` first.")
-    scores: dict[tuple[str, str], dict[int, float]] = {}
-    names: dict[int, str] = {}
+    results = StageResults(folder, groups=_groups(folder / "predictions.csv"), room=room)
     for row in _lines(folder / "scores.csv", ("index", "name", "explainer", "metric", "value")):
-        index = row.number("index", int)
-        scores.setdefault((row["explainer"], row["metric"]), {})[index] = row.number("value", float)
-        names[index] = row["name"]
-    groups = _groups(folder / "predictions.csv", names)
-    return StageResults(
-        folder=folder,
-        scores=scores,
-        names=names,
-        groups=groups,
+        _keep(results, row, samples)
+    return replace(
+        results,
         summary=[line.cells for line in _lines(folder / "summary.csv", SUMMARY)],
         paired=[line.cells for line in _lines(folder / "paired.csv", PAIRED)],
-        curves=_with_groups(folder / "curves.npz", groups),
+        curves=_with_groups(folder / "curves.npz", results.groups, room),
         manifest=_json(folder / "maps" / "manifest.json", {}),
         cards=_json(folder / CARDS, []),
     )
+
+
+def _keep(results: StageResults, row: Line, samples: Collection[int] | None) -> None:
+    """Count a row of `scores.csv`, and keep it where its sample is asked for."""
+    index, value, key = row.number("index", int), row.number("value", float), (row["explainer"], row["metric"])
+    total, column = results.totals.setdefault(key, Total()), results.scores.setdefault(key, {})
+    total.count, total.sum = total.count + 1, total.sum + value
+    if results.groups is not None:
+        if index not in results.groups:
+            path = results.folder / "predictions.csv"
+            raise ValueError(
+                f"{path} has no group for {row['name']} (index {index}), which scores.csv has; test again."
+            )
+        total.groups.add(results.groups[index])
+    if samples is None or index in samples:
+        column[index] = value
+        results.names[index] = row["name"]
 
 
 def _lines(path: Path, columns: Sequence[str]) -> Iterator[Line]:
     return read_table(path, columns) if path.exists() else iter(())
 
 
-def _groups(path: Path, names: dict[int, str]) -> dict[int, int] | None:
+def _groups(path: Path) -> dict[int, int] | None:
     """Sample index -> group from `predictions.csv`; None where it has no such column."""
-    rows = [row for row in _lines(path, ("index",)) if "group" in row.cells]
-    if not rows:
-        return None
     # The kind int64 refuses what no array of groups could hold.
-    groups = {row.number("index", int): int(row.number("group", np.int64)) for row in rows}
-    for index, name in names.items():
-        if index not in groups:
-            raise ValueError(f"{path} has no group for {name} (index {index}), which scores.csv has; test again.")
-    return groups
+    rows = (row for row in _lines(path, ("index",)) if "group" in row.cells)
+    return {row.number("index", int): int(row.number("group", np.int64)) for row in rows} or None
 
 
-def _with_groups(path: Path, groups: dict[int, int] | None) -> dict[str, np.ndarray]:
-    arrays = read_arrays(path) if path.exists() else {}
+def _with_groups(path: Path, groups: dict[int, int] | None, room: Path | None) -> dict[str, np.ndarray]:
+    arrays = read_arrays(path, room=room) if path.exists() else {}
     if groups is None:
         return arrays
     for key in [name.removesuffix("/index") for name in arrays if name.endswith("/index")]:

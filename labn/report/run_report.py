@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from labn.report.cards import Card
 from labn.report.caveats import caveats
 from labn.report.curves import curve_metrics, curve_panels
@@ -52,7 +54,9 @@ class RunInfo:
 
 def run_report(results: StageResults, info: RunInfo) -> Report:
     """Put together the report of a results folder."""
-    charted = {m: curve_panels(results.curves, results.explainers, m) for m in curve_metrics(results.curves)}
+    charted = {
+        m: curve_panels(results.curves, results.explainers, m, results.room) for m in curve_metrics(results.curves)
+    }
     training = read_training(info.run_dir, info.epoch)
     plain = {name: values for name, values in training.items() if name.count("/") == 1}
     cards = with_curves(results, info.player)
@@ -131,12 +135,15 @@ def with_curves(results: StageResults, player: dict[str, Any] | None) -> list[Ca
     if player is None:
         return results.cards
     found: dict[int, dict[str, Any]] = {}
+    shown = [card["index"] for card in results.cards]
     for explainer in results.explainers:
         key = f"{explainer}/{player['metric']}"
         if f"{key}/index" not in results.curves:
             continue
-        lines = [results.curves[f"{key}/{name}"].round(4).tolist() for name in ("x", "insertion", "deletion")]
-        for index, *values in zip(results.curves[f"{key}/index"].tolist(), *lines):
+        indices = results.curves[f"{key}/index"]
+        rows = np.flatnonzero(np.isin(indices, shown))
+        lines = [results.curves[f"{key}/{name}"][rows].round(4).tolist() for name in ("x", "insertion", "deletion")]
+        for index, *values in zip(indices[rows].tolist(), *lines):
             found.setdefault(index, {})[explainer] = dict(zip(("x", "insertion", "deletion"), values))
     playable = [card["index"] in found and bool(card.get("steps")) for card in results.cards]
     return [card | {"curves": found[card["index"]]} if ok else card for card, ok in zip(results.cards, playable)]

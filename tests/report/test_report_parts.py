@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from small_stage import make_stage
+from small_stage import CLASSES, PATCH, SIZE, make_stage
 
+from labn.report import RunInfo, curves, render, run_report
 from labn.report.caveats import caveats
 from labn.report.charts import HEIGHT, WIDTH, Panel, Series, nice_ticks
-from labn.report.curves import GRID, band, curve_panels, on_grid
-from labn.report.results import StageResults, read_stage
+from labn.report.curves import GRID, band, bands, curve_panels, on_grid
+from labn.report.results import StageResults, Total, read_stage
 from labn.report.training import read_training, training_panels
+from labn.scratch import scratch
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
@@ -57,6 +59,24 @@ def test_the_band_of_groups_weighs_samples():
     assert (mean.item(), low.item(), high.item()) == (0.25, 0.0, 1.0)
 
 
+def test_many_tables_on_disk_have_the_bands_of_each_alone(tmp_path, monkeypatch):
+    noise = np.random.default_rng(0)
+    x = np.sort(noise.random((60, 7)))
+    tables = [(on_grid(x[:n], noise.random((n, 7))), g) for n, g in ((60, None), (60, np.arange(60) // 7), (20, None))]
+    expected = [band(*table) for table in tables]
+    monkeypatch.setattr(curves, "_BLOCK", 900)
+    stored = []
+    for grid, groups in tables:
+        kept = scratch(grid.shape, float, tmp_path)
+        kept[:] = grid
+        stored.append((kept, groups))
+    for found, wanted in zip(bands(stored), expected):
+        np.testing.assert_allclose(found, wanted, rtol=1e-13)
+    y = noise.random((60, 7))
+    np.testing.assert_array_equal(on_grid(x, y, tmp_path), on_grid(x, y))
+    assert not list(tmp_path.iterdir())
+
+
 def test_panels_hold_the_means_in_the_order_of_the_table():
     x = np.tile([0.0, 1.0], (2, 1))
     lines = {"x": x, "insertion": np.array([[0, 1.0], [0, 0.5]]), "deletion": 1 - x}
@@ -87,6 +107,19 @@ def test_logs_of_a_resumed_run_are_one_curve(tmp_path):
     assert [line.name for line in panel.series] == ["train", "val"]
     assert read_training(tmp_path, before=2) == {"train/loss": {0: 2.0, 1: 1.5}}
     assert read_training(tmp_path / "nowhere") == {}
+
+
+@pytest.mark.parametrize("groups", [None, {index: index // 4 for index in range(24)}])
+def test_a_page_does_not_depend_on_what_is_kept_in_memory(tmp_path, groups):
+    folder = make_stage(tmp_path, groups=groups)
+    info = RunInfo("t", tmp_path, CLASSES, 24, {}, player={"metric": "pid16", "patch": PATCH, "size": [SIZE, SIZE]})
+    whole = read_stage(folder)
+    few = read_stage(folder, {card["index"] for card in whole.cards}, folder)
+    assert render(run_report(few, info)) == render(run_report(whole, info))
+    none = read_stage(folder, set(), folder)
+    assert (none.names, set(map(len, none.scores.values()))) == ({}, {0})
+    assert none.explainers == whole.explainers
+    assert caveats(none) == caveats(whole)
 
 
 def test_groups_are_read_with_the_curves_and_said(tmp_path):
@@ -120,8 +153,10 @@ def test_a_damaged_group_is_named(tmp_path, line, message):
 
 
 def test_a_high_probability_of_the_bare_fill_is_said(tmp_path):
-    scores = {("a", "fill_probability"): {0: 0.4, 1: 0.6}, ("a", "pid16@official"): {0: 0.1}}
-    notes = caveats(StageResults(tmp_path, scores, manifest={"settings": {"n_steps": 10, "precision": "bf16"}}))
+    totals = {("a", "fill_probability"): Total(2, 1.0), ("a", "pid16@official"): Total(1, 0.1)}
+    scores = {key: {} for key in totals}
+    manifest = {"settings": {"n_steps": 10, "precision": "bf16"}}
+    notes = caveats(StageResults(tmp_path, scores, totals, manifest=manifest))
     for words in ("mean probability of 0.500", "a constant map scores high", "n_steps = 10", "bf16"):
         assert any(words in note for note in notes)
     assert caveats(StageResults(tmp_path)) == []
