@@ -19,10 +19,12 @@ from labn.reading import read_json, read_table
 SUMMARY = "Print a table of the LABN papers from the runs, the published numbers above ours."
 DETAILS = """\
 A cell of ours is: mean ± standard deviation over seeds [95 % interval over samples of the seeds' mean]. The runs
-are those of `cli.py sweep`, in RUNS/<experiment>/seed=*, or a single run in RUNS/<experiment>.
+are those of `cli.py sweep`, in RUNS/<experiment>/seed=*, or a single run in RUNS/<experiment>. `accuracy` is that of
+the network on the explained samples.
 """
 PUBLISHED = Path(__file__).with_name("published.yaml")
 VARIANTS = {"paper": "", **{name: f"@{name}" for name in ("official", "stable", "random", "threshold")}}
+ACCURACY = "accuracy"  # of the network: the same for every method and protocol
 Scores = dict[tuple[str, str], dict[str, float]]
 
 
@@ -118,7 +120,9 @@ def _scores(run: Path) -> Scores:
     found: Scores = {}
     for row in read_table(run / "test" / "scores.csv", ("name", "explainer", "metric", "value")):
         found.setdefault((row["explainer"], row["metric"]), {})[row["name"]] = row.number("value", float)
-    return found
+    predictions = read_table(run / "test" / "predictions.csv", ("name", "label", "prediction"))
+    right = {row["name"]: float(row["label"] == row["prediction"]) for row in predictions}
+    return {**found, **{(explainer, ACCURACY): right for explainer, _ in found}}
 
 
 def _groups(run: Path) -> dict[str, int]:
@@ -164,7 +168,8 @@ def markdown(table: PaperTable, folder: Path, protocols: Sequence[str], metrics:
         lines.append(f"| {row.name} | published | {' | '.join(cells)} |")
         runs = Runs.read(folder / row.run)
         for protocol in protocols:
-            cells = [ours(runs, row.explainer, name + VARIANTS[protocol]) for name in columns]
+            names = [name if name == ACCURACY else name + VARIANTS[protocol] for name in columns]
+            cells = [ours(runs, row.explainer, name) for name in names]
             lines.append(f"| | ours, {protocol} | {' | '.join(cells)} |")
         notes.append(f"{row.name}: {described(runs, row, folder)}")
     return "\n".join([f"{table.source}.", "", *lines, "", *notes])
