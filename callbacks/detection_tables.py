@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -14,8 +15,9 @@ from torchvision.ops import box_iou
 
 from labn.detection_plots import DetectionRow, detection_figure
 from labn.explainers.detection import DetectionPassage
-from labn.metrics.statistics import bootstrap_mean
+from labn.metrics.statistics import bootstrap_mean, paired_difference
 from labn.models.detectors import Detections
+from labn.results import PAIRED, SUMMARY
 
 DETECTIONS = (
     "split",
@@ -33,7 +35,6 @@ DETECTIONS = (
     "overlap",
 )
 SCORES = ("split", "index", "name", "detection", "explainer", "metric", "value")
-SUMMARY = ("explainer", "metric", "mean", "ci_low", "ci_high", "n")
 
 
 def detection_rows(
@@ -99,6 +100,27 @@ def summarise(scores: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         interval = bootstrap_mean([value for _, value in pairs], groups=[index for index, _ in pairs])
         figures = (explainer, metric, interval.mean, interval.low, interval.high, interval.n)
         rows.append(dict(zip(SUMMARY, figures)))
+    return rows
+
+
+def pair(scores: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean of a - b over detections for every two explainers of a metric, with the interval of resampled images.
+
+    `random` is always b.
+    """
+    columns: dict[str, dict[str, dict[tuple[int, int], float]]] = {}
+    for row in scores:
+        column = columns.setdefault(row["metric"], {}).setdefault(row["explainer"], {})
+        column[row["index"], row["detection"]] = row["value"]
+    rows = []
+    for metric, found in columns.items():
+        keys = {key: number for number, key in enumerate(sorted(set().union(*found.values())))}
+        groups = {number: index for (index, _), number in keys.items()}
+        for a, b in itertools.combinations(sorted(found, key=lambda name: name == "random"), 2):
+            (ones, first), (twos, second) = (([keys[k] for k in found[n]], list(found[n].values())) for n in (a, b))
+            interval = paired_difference(ones, first, twos, second, groups=groups)
+            figures = (a, b, metric, interval.mean, interval.low, interval.high, interval.n)
+            rows.append(dict(zip(PAIRED, figures)))
     return rows
 
 

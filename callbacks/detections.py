@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from callbacks.detection_tables import DETECTIONS, SCORES, SUMMARY, as_csv, detection_rows, draw, packed, summarise
+from callbacks.detection_tables import DETECTIONS, SCORES, as_csv, detection_rows, draw, packed, pair, summarise
 from callbacks.session import epoch_of, evenly_spaced, network_of
 from callbacks.strategies import refuse_sharded
 from labn.explainers.crp import CRP, TASKS, Question, Task
@@ -23,6 +23,7 @@ from labn.metrics.detection import DetectionScores, check_contrast
 from labn.plots import displayable
 from labn.report import render
 from labn.report.detections import detection_card, detection_report
+from labn.results import PAIRED, SUMMARY
 from labn.shards import file_name
 from labn.store import write_atomically
 
@@ -32,9 +33,10 @@ class DetectionCallback(pl.Callback):
 
     In `<run_dir>/<stage>/` every explained image leaves `detections/<index>.safetensors` (`maps` (n, tasks, H, W),
     `boxes`, `scores`, `labels`, `priors`) and `overlays/<index>-<name>.png`; all together `detections.csv` and, with
-    `scores`, `detection_scores.csv` and `detection_summary.csv` (means over detections with 95 % intervals that draw
-    whole images), and `report.html`. An image without detection leaves a picture and no row. Pictures also go to
-    Weights & Biases. Everything is computed anew: what an earlier run has left of these in the folder is removed first.
+    `scores`, `detection_scores.csv`, `detection_summary.csv` (means over detections with 95 % intervals that draw
+    whole images) and `detection_paired.csv` (differences of two explainers), and `report.html`. An image without
+    detection leaves a picture and no row. Pictures also go to Weights & Biases. Everything is computed anew: what an
+    earlier run has left of these in the folder is removed first.
 
     Args:
         crp: the explainer; its thresholds say what is a detection. None: defaults with a score threshold of .3.
@@ -196,6 +198,7 @@ class DetectionCallback(pl.Callback):
         if scores:
             write_atomically(self._folder / "detection_scores.csv", as_csv(SCORES, scores))
             write_atomically(self._folder / "detection_summary.csv", as_csv(SUMMARY, summary))
+            write_atomically(self._folder / "detection_paired.csv", as_csv(PAIRED, pair(scores)))
         facts = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith(f"{split}/")}
         classes = ["background", *trainer.datamodule.class_names]  # type: ignore[attr-defined]
         title = f"{self._folder.parent.name}, {self._folder.name}: detections"
@@ -219,5 +222,5 @@ def remove_results(folder: Path) -> None:
     for name in ("detections", "overlays"):
         if (folder / name).exists():
             shutil.rmtree(folder / name)
-    for name in ("detections.csv", "detection_scores.csv", "detection_summary.csv"):
+    for name in ("detections.csv", "detection_scores.csv", "detection_summary.csv", "detection_paired.csv"):
         (folder / name).unlink(missing_ok=True)

@@ -36,10 +36,12 @@ class DetectionScores:
     - `mass`: share of positive relevance inside the detected box.
     - `confidence`: probability of the class, averaged while the most supporting patches are removed; lower is better.
     - `shift_<coordinate>`: how far the coordinate moves while the patches are removed that support right/down/wider/
-      taller most (in default-box sizes, or as log of the size): below 0 if the map means what it says.
-    - `shift_<coordinate>` of `-crp`: the same for the patches that contradict most: above 0.
+      taller most (in default-box sizes, or as log of the size).
+    - `shift_<coordinate>` of `-crp`: the same for the patches that contradict most.
 
-    Explainers are `crp`, `lrp` (alpha1-beta0 without contrast), `random` and, for the shifts, `-crp`.
+    Explainers are `crp`, `lrp` (alpha1-beta0 without contrast), `random` and, for the shifts, `-crp`. Boxes move
+    whatever is removed, mostly because regression has biases, so that a shift means something beside that of `random`
+    only: the map means what it says if that of `crp` lies below it and that of `-crp` above.
 
     Args:
         fractions, patch_size, chunk_size: see `removal_curves`; removed pixels show the mean colour.
@@ -87,6 +89,8 @@ class DetectionScores:
         for name, heat in (*maps.items(), ("random", noise)):
             curves = self._curves(passage, heat, priors, labels)
             yield from _rows(name, "confidence", curves.mean_confidence())
+        for task, shifts in zip(COORDINATES, curves.mean_shifts().T):
+            yield from _rows("random", f"shift_{task}", shifts)
 
     def _coordinates(self, crp: CRP, passage: DetectionPassage, found: Detections) -> Iterator[Score]:
         priors, labels = found.priors.tolist(), found.labels.tolist()
@@ -95,7 +99,7 @@ class DetectionScores:
             maps = method.ask(passage, [Question(p, task) for p in priors]).maps
             for name, heat in (("crp", maps), ("-crp", -maps)):
                 curves = self._curves(passage, heat, priors, labels)
-                yield from _rows(name, f"shift_{task}", curves.mean_shift(torch.full((len(priors),), number)))
+                yield from _rows(name, f"shift_{task}", curves.mean_shifts()[:, number])
 
     def _curves(self, passage: DetectionPassage, maps: Tensor, priors: list[int], labels: list[int]) -> RemovalCurves:
         return removal_curves(

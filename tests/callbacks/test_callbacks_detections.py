@@ -78,6 +78,13 @@ def test_a_test_leaves_maps_pictures_and_scores(tmp_path):
     values = [float(r["value"]) for r in scores if (r["explainer"], r["metric"]) == ("crp", "mass")]
     assert float(summary["crp", "mass"]["mean"]) == pytest.approx(sum(values) / 2)
     assert summary["crp", "mass"]["n"] == "2"
+    ends = ("explainer_a", "explainer_b", "metric")
+    paired = {tuple(r[k] for k in ends): r for r in rows(stage / "detection_paired.csv")}
+    assert {(a, b) for a, b, metric in paired if metric == "shift_cx"} == {
+        ("crp", "random"), ("-crp", "random"), ("crp", "-crp"),
+    }  # fmt: skip
+    means = [float(summary[e, "shift_w"]["mean"]) for e in ("crp", "-crp")]
+    assert float(paired["crp", "-crp", "shift_w"]["difference"]) == pytest.approx(means[0] - means[1])
 
 
 def test_a_second_test_keeps_nothing_of_the_first(tmp_path):

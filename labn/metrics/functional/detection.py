@@ -48,10 +48,9 @@ class RemovalCurves:
         """(T,) confidence averaged over the fractions above 0; low where the map found what the class rests on."""
         return self.confidence[:, self.fractions > 0].mean(1)
 
-    def mean_shift(self, coordinates: Tensor) -> Tensor:
-        """(T,) shift of each row's coordinate (T,) averaged over the fractions above 0."""
-        shifts = self.shifts[:, self.fractions > 0].mean(1)
-        return shifts.gather(1, coordinates[:, None]).squeeze(1)
+    def mean_shifts(self) -> Tensor:
+        """(T, 4) shift of every coordinate averaged over the fractions above 0."""
+        return self.shifts[:, self.fractions > 0].mean(1)
 
 
 def removal_curves(
