@@ -141,7 +141,7 @@ def test_a_new_users_hour(workplace, monkeypatch):
         assert (workplace / "runs" / run / "test" / "report.html").is_file()
     table = (workplace / "compared" / "table.md").read_text()
     assert " ± " in table
-    assert (workplace / "explained" / "picture.png").is_file()
+    assert (workplace / "explained" / "overlays" / "picture.png").is_file()
     assert (workplace / "explained" / "maps" / "0.safetensors").is_file()
     with open(workplace / "runs" / "my_run" / "test" / "summary.csv", newline="") as file:
         own = {r["explainer"]: float(r["mean"]) for r in csv.DictReader(file) if r["metric"] == "compactness"}
