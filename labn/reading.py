@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import os
 import re
 import zipfile
@@ -251,11 +252,14 @@ def _mapped(archive: zipfile.ZipFile, name: str, room: Path) -> np.ndarray:
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
         if dtype.hasobject or fortran or not shape:
             raise ValueError(f"{name} is no table of plain numbers")
-        wanted = int(np.prod(shape)) * dtype.itemsize
-        if wanted > archive.getinfo(name).file_size:
+        wanted = math.prod(shape) * dtype.itemsize
+        if not 0 <= wanted <= archive.getinfo(name).file_size:
             raise ValueError(f"{name} is shorter than its shape")
         held = scratch(shape, dtype, room)
         for rows in blocks(len(held)):
             data = file.read(held[rows].nbytes)
             held[rows] = np.frombuffer(data, dtype).reshape(held[rows].shape)
+        # The end has to be asked for, because only there the checksum is compared.
+        if file.read(1):
+            raise ValueError(f"{name} is longer than its shape")
         return held

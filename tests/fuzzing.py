@@ -25,6 +25,7 @@ from small_voc import write_voc
 from datamodules import CUB, VOC, IDRiD, ImageFolder, ImageNet, Magnetogram, SyntheticFundus, TarShards
 from datamodules.flares import Columns
 from datamodules.tar_files import write_shards
+from labn.reading import read_yaml
 from labn.report import read_stage
 from labn.report.training import read_training
 from labn.store import ResultStore
@@ -233,6 +234,14 @@ def small(kind: type, **options: object) -> Callable[[Path], None]:
     )
 
 
+def read_run(root: Path) -> None:
+    """Reads a run folder, with everything in memory and with its curves on disk."""
+    read_training(root)
+    read_yaml(root / "fit.yaml")
+    for room in (root, None):
+        read_stage(root / "test", room=room)
+
+
 YEARS = {"train_years": [2015], "val_years": [2016], "test_years": [2017]}
 PICTURES = {"labels": "labels.csv", "pictures": ".", "columns": Columns(time="when")}
 TARGETS = {
@@ -250,8 +259,8 @@ TARGETS = {
     "tar": Target(write_tar, lambda root: read_images(TarShards(root)), ("shards.json", "*.npz", "*.tar")),
     "stage": Target(
         lambda root: make_stage(root, count=4),
-        lambda root: (read_stage(root / "test"), read_training(root)),
-        ("test/*.csv", "test/*.json", "test/maps/*.json", "test/*.npz", "logs/fit/*.csv"),
+        read_run,
+        ("test/*.csv", "test/*.json", "test/maps/*.json", "test/*.npz", "logs/fit/*.csv", "fit.yaml"),
     ),
     "store": Target(write_results, read_store, ("test/maps/*.safetensors", "test/parts/*.npz")),
 }

@@ -30,6 +30,22 @@ def test_fit_leaves_checkpoints_and_validation_results(trained):
             assert [row["index"] for row in csv.DictReader(file)] == ["0", "1"]
 
 
+def last_logged(folder, command):
+    """Name -> its last value in the log of a command; what it cost depends on the machine."""
+    with open(folder / "logs" / command / "metrics.csv", newline="") as file:
+        values = {name: text for row in csv.DictReader(file) for name, text in row.items() if text}
+    return {name: float(text) for name, text in values.items() if name.split("/")[0] in ("val", "gate")}
+
+
+def test_fit_on_several_processes_logs_the_validation_of_one(trained):
+    run("validate", "--ckpt_path=last", "--data.init_args.n_val=2", run_dir=trained)
+    fitted, validated = (last_logged(trained, command) for command in ("fit", "validate"))
+    shared = fitted.keys() & validated.keys()
+    assert shared >= {"val/loss", "val/accuracy", "val/tss", "gate/val_open", "val/labn/pid16", "val/labn/mass"}
+    assert {name for name in fitted if "train" not in name} <= shared
+    assert {n: fitted[n] for n in shared} == pytest.approx({n: validated[n] for n in shared}, abs=1e-6)
+
+
 @pytest.mark.parametrize(("images", "processes"), [(13, TWO), (2, THREE)])
 def test_processes_write_the_rows_of_one(trained, tmp_path, images, processes):
     checkpoint = f"--ckpt_path={trained / 'checkpoints' / 'best.ckpt'}"

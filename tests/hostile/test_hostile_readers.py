@@ -31,6 +31,7 @@ from datamodules.fits import image_layout
 from datamodules.flares import Columns
 from datamodules.voc_files import MAX_XML, read_annotation
 from labn.reading import inside, read_arrays, read_json, read_table, read_yaml
+from labn.scratch import write_npz
 
 ROUNDS = 12
 YEARS = {"train_years": [2015], "val_years": [2016], "test_years": [2017]}
@@ -349,3 +350,27 @@ def test_the_command_line_refuses_a_bomb_before_it_is_unfolded(tmp_path, monkeyp
     config = tmp_path / "run.yaml" if nested else bomb
     with pytest.raises(ValueError, match=f"{bomb} holds more than 500 values"):
         call_main(["fit", "--config", str(config)])
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_arrays_are_whole_or_refused(tmp_path, on_disk):
+    room = tmp_path if on_disk else None
+    rows = np.random.default_rng(0).random((5000, 3), dtype=np.float32)
+    path = tmp_path / "a.npz"
+    with path.open("wb") as file:
+        write_npz(
+            file, [("a/x", rows.shape, rows.dtype, [rows[:4096], rows[4096:]]), ("i", (2,), np.dtype(int), [[1, 2]])]
+        )
+    found = read_arrays(path, room=room)
+    assert list(found) == ["a/x", "i"]
+    assert (found["a/x"] == rows).all()
+    assert isinstance(found["a/x"], np.memmap) == on_disk
+    data = bytearray(path.read_bytes())
+    data[30_000] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.npz is no whole archive of arrays"):
+        read_arrays(path, room=room)
+    np.savez(path, a=np.array([{}], dtype=object))
+    with pytest.raises(ValueError, match=r"a\.npz is no whole archive of arrays"):
+        read_arrays(path, room=room)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
