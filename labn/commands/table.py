@@ -181,8 +181,16 @@ def described(runs: Runs, row: Row, folder: Path) -> str:
         return (
             f"not run; python cli.py sweep --config configs/{row.run}.yaml --seeds 38 39 40 41 42 ({folder / row.run})"
         )
-    samples = [len(column) for s in runs.scores for (explainer, _), column in s.items() if explainer == row.explainer]
-    return f"{len(runs.folders)} run(s), {max(samples, default=0)} samples ({folder / row.run}, {row.explainer})"
+    samples = max(
+        (
+            len(column)
+            for scores in runs.scores
+            for (explainer, metric), column in scores.items()
+            if explainer == row.explainer and metric != ACCURACY
+        ),
+        default=0,
+    )
+    return f"{len(runs.folders)} run(s), {samples} scored samples ({folder / row.run}, {row.explainer})"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

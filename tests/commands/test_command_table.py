@@ -16,7 +16,7 @@ def test_mean_and_deviation_are_over_seeds(tmp_path):
     # means of the runs .2 and .4: .3 with deviation .1414; means of the samples .2 and .4
     assert lines[5] == "| | ours, paper | 0.300 ± 0.141 [0.200, 0.400] | – |"
     assert lines[6].startswith("| | ours, official | 0.600 [0.500, 0.700] | – |")
-    assert "LABN: 2 run(s), 2 samples" in lines[-1]
+    assert "LABN: 2 run(s), 2 scored samples" in lines[-1]
 
 
 def test_accuracy_is_the_networks_in_every_protocol(tmp_path):
