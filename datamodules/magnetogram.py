@@ -126,7 +126,7 @@ class Magnetogram(ImageDataModule):
         for split, source in sources.items():
             if not np.isin(source.labels, self.positive_classes).any():
                 raise ValueError(
-                    f"Split {split} has no frame of class M or above among {len(source)} "
+                    f"{root}: split {split} has no frame of class M or above among {len(source)} "
                     f"(years {', '.join(map(str, self.years[split]))}); give {split}_years a year that has some."
                 )
         return sources

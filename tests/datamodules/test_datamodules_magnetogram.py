@@ -162,7 +162,7 @@ def test_problems_of_a_year_are_named(years: Path, breaking, error: type[Excepti
 
 def test_a_split_without_positives_is_named(years: Path) -> None:
     write_table(years / "2013.csv", [(f"20130101_{i}.png", i % 2, 2013) for i in range(8)])
-    with pytest.raises(ValueError, match=r"Split val has no frame of class M or above among 8 \(years 2013\)"):
+    with pytest.raises(ValueError, match=r": split val has no frame of class M or above among 8 \(years 2013\)"):
         yearly(years).setup("fit")
 
 
