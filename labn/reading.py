@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import itertools
 import json
 import math
@@ -237,10 +238,10 @@ def read_arrays(path: Path, limit: int = MAX_ARRAYS, room: Path | None = None) -
                 return {name.removesuffix(".npy"): _mapped(archive, name, room) for name in names}
         with np.load(path, allow_pickle=False) as file:
             return {name: np.asarray(file[name]) for name in file.files}
-    except OSError:
-        raise
-    # zipfile, zlib and NumPy's reader of headers end in many ways on a damaged file.
+    # zipfile, zlib and NumPy's reader of headers end in many ways on a damaged file, such as a place before its start.
     except Exception as error:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         raise ValueError(f"{path} is no whole archive of arrays ({error or type(error).__name__}).") from error
 
 
