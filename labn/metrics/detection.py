@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torchvision.ops import box_area
 
 from labn.counter import sample_uniform
 from labn.explainers.crp import CRP, Question
@@ -34,7 +36,8 @@ class DetectionScores:
     - `similarity`: cosine of the maps for the detected class and for the next most probable object class; lower is more
       discriminative.
     - `mass`: share of positive relevance inside the detected box.
-    - `confidence`: probability of the class, averaged while the most supporting patches are removed; lower is better.
+    - `confidence`: probability of the class, averaged while the most supporting patches are removed (5 to 40 % of the
+      box's area, wherever they lie); lower is better.
     - `shift_<coordinate>`: how far the coordinate moves while the patches are removed that support right/down/wider/
       taller most (in default-box sizes, or as log of the size).
     - `shift_<coordinate>` of `-crp`: the same for the patches that contradict most.
@@ -44,7 +47,8 @@ class DetectionScores:
     only: the map means what it says if that of `crp` lies below it and that of `-crp` above.
 
     Args:
-        fractions, patch_size, chunk_size: see `removal_curves`; removed pixels show the mean colour.
+        fractions: of the detected box's area, see `removal_curves`; removed pixels show the mean colour.
+        patch_size, chunk_size: see `removal_curves`.
         seed: of the random maps.
     """
 
@@ -87,28 +91,28 @@ class DetectionScores:
         numbers = torch.arange(len(priors)) + 1000 * index
         noise = sample_uniform(self.seed, numbers, own[0].numel(), torch.float32).view_as(own)
         for name, heat in (*maps.items(), ("random", noise)):
-            curves = self._curves(passage, heat, priors, labels)
+            curves = self._curves(passage, heat, found)
             yield from _rows(name, "confidence", curves.mean_confidence())
         for task, shifts in zip(COORDINATES, curves.mean_shifts().T):
             yield from _rows("random", f"shift_{task}", shifts)
 
     def _coordinates(self, crp: CRP, passage: DetectionPassage, found: Detections) -> Iterator[Score]:
-        priors, labels = found.priors.tolist(), found.labels.tolist()
         method = positive(crp)
         for number, task in enumerate(COORDINATES):
-            maps = method.ask(passage, [Question(p, task) for p in priors]).maps
+            maps = method.ask(passage, [Question(p, task) for p in found.priors.tolist()]).maps
             for name, heat in (("crp", maps), ("-crp", -maps)):
-                curves = self._curves(passage, heat, priors, labels)
+                curves = self._curves(passage, heat, found)
                 yield from _rows(name, f"shift_{task}", curves.mean_shifts()[:, number])
 
-    def _curves(self, passage: DetectionPassage, maps: Tensor, priors: list[int], labels: list[int]) -> RemovalCurves:
+    def _curves(self, passage: DetectionPassage, maps: Tensor, found: Detections) -> RemovalCurves:
         return removal_curves(
             passage.detector,
             passage.image,
             maps,
-            priors,
-            labels,
+            found.priors.tolist(),
+            found.labels.tolist(),
             self.fractions,
+            (box_area(found.boxes) / math.prod(passage.size)).double().cpu(),
             patch_size=self.patch_size,
             chunk_size=self.chunk_size,
         )

@@ -48,6 +48,14 @@ def test_removal_by_hand():
     assert curves.mean_shifts()[0].tolist() == pytest.approx([-0.15, 0.15, -0.6, 0])
 
 
+def test_removal_is_a_share_of_each_rows_area():
+    detector = Brightness().double().eval()
+    image = torch.full((1, 3, 32, 32), 4.0, dtype=torch.float64)
+    areas = torch.tensor([1.0, 0.5], dtype=torch.float64)
+    curves = removal_curves(detector, image, torch.ones(2, 32, 32), [5, 5], [1, 1], (0, 0.25, 0.5), areas)
+    assert curves.shifts[:, :, 0].flatten().tolist() == pytest.approx([0, -0.1, -0.2, 0, -0.05, -0.1])
+
+
 def test_the_highest_patches_go_first():
     detector = Brightness().double().eval()
     image = torch.zeros(1, 3, 32, 32, dtype=torch.float64)

@@ -12,7 +12,7 @@ from labn.models.detectors import Detector
 from labn.patches import patch_pool, patch_ranks, ranks_to_pixels
 from labn.perturb import PerturbationEngine
 
-FRACTIONS = (0.0, 0.01, 0.02, 0.05, 0.1)
+FRACTIONS = (0.0, 0.05, 0.1, 0.2, 0.4)
 
 
 def map_similarity(first: Tensor, second: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ class RemovalCurves:
     """What T default boxes predict while the pixels that T maps rank highest are removed.
 
     Attributes:
-        fractions: (F,) float64, share of the image's patches removed.
+        fractions: (F,) float64, how much is removed, as a share of each row's area.
         confidence: (T, F) float64, softmax probability of each row's class.
         offsets: (T, F, 4) float64, regression outputs cx, cy, w, h of each row's default box.
         variances: (4,) of the box code.
@@ -60,6 +60,7 @@ def removal_curves(
     priors: Sequence[int],
     labels: Sequence[int],
     fractions: Sequence[float] = FRACTIONS,
+    areas: Tensor | float = 1.0,
     fill: Tensor | float = 0.0,
     patch_size: int = 4,
     chunk_size: int | None = None,
@@ -72,7 +73,9 @@ def removal_curves(
         maps: (T, H, W); a map of relevance for "right" ranks first what should keep the box to the right.
         priors: T default boxes.
         labels: T class channels.
-        fractions: ascending shares of all patches to remove, the first one 0.
+        fractions: ascending shares of `areas` to remove, the first one 0. The pixels may lie anywhere.
+        areas: (T,) shares of the image, for example of the detected boxes, so that a small object is not removed
+            altogether where a large one has lost a tenth; 1 is the whole image for every row.
         fill: what removed pixels show, broadcastable to the image; 0 is the mean colour after normalisation.
         patch_size: side of the patches in pixels; a patch is worth the sum of its relevance.
         chunk_size: images per forward.
@@ -94,7 +97,7 @@ def removal_curves(
     size = (image.shape[-2], image.shape[-1])
     values = patch_pool(maps.to(image), patch_size, "sum").flatten(1)
     ranks = ranks_to_pixels(patch_ranks(values, "stable"), patch_size, size)
-    counts = (wanted * values.shape[1]).round().long()
+    counts = (torch.as_tensor(areas, dtype=torch.float64).view(-1, 1) * wanted * values.shape[1]).round().long()
     samples = torch.zeros(rows, dtype=torch.long)
     found = engine.masked(ranks, counts, fill, keep="rest", samples=samples)
     found = found.unflatten(2, (rows, classes + 4))[torch.arange(rows), :, torch.arange(rows)].double().cpu()
