@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import itertools
 import os
@@ -12,7 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ.setdefault("LABN_DATA", "../shared/data")
@@ -37,7 +38,7 @@ from datamodules.sources import FileSource, Record
 from datamodules.tar_files import write_shards
 from labn.allocator import keep_freed_memory
 from labn.commands import coarse, compare, doctor, explain, shards, sweep, table
-from labn.faults import explained
+from labn.faults import config_sentence, explained, sentence_of
 from labn.models.checkpoints import own_data, read_checkpoint
 from labn.modules.plain_checkpoints import refuse_foreign_classes
 from labn.preprocessing import Preprocessing
@@ -77,6 +78,21 @@ def with_parts(path: Path) -> list[Path]:
     content = read_yaml(path)
     parts = (content.get("parts") if isinstance(content, dict) else None) or []
     return [p for part in parts for p in with_parts(path.parent / part)] + [path]
+
+
+class SentenceParser(LightningArgumentParser):
+    """Ends with one sentence about the mistake, instead of the usage of every option of a trainer."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what is wrong and leave with status 2, or raise where the caller wants that."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        sentence = config_sentence(message, [action.dest for action in parser._actions])
+        if "arguments are required" in message:
+            sentence = f"{sentence.rstrip('.')}; name a configuration, as in --config configs/quickstart.yaml."
+        program = parser.prog.replace(" [options]", "")
+        self.exit(2, f"{program}: {sentence} (`{program} --help` lists all options)\n")
 
 
 class RunConfigCallback(SaveConfigCallback):
@@ -277,6 +293,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if words and words[0] in COMMANDS:
         run_command(words[0], words[1:])
         return
+    known = [*LabnCLI.subcommands(), *COMMANDS]
+    if words and not words[0].startswith("-") and words[0] not in known:
+        near = difflib.get_close_matches(words[0], known, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ValueError(f"there is no command {words[0]!r}; {hint}The commands are {', '.join(known)}.")
     requeue_on_signal()
     try:
         train_or_evaluate(words)
@@ -304,11 +325,27 @@ def train_or_evaluate(words: list[str]) -> None:
         seed_everything_default=42,
         trainer_defaults={"inference_mode": False, "use_distributed_sampler": False},
         save_config_callback=RunConfigCallback,
+        parser_class=SentenceParser,
         parser_kwargs={"epilog": f"Also: {', '.join(COMMANDS)}; see `python cli.py compare --help` and so on."},
         args=words,
         auto_configure_optimizers=False,
     )
 
 
+def console() -> None:
+    """`main` for a terminal: an error that is meant for the user ends with its sentence and status 1.
+
+    What nobody foresaw keeps its traceback, and everything has one with `LABN_TRACEBACK=1` in the environment.
+    """
+    try:
+        main()
+    except Exception as error:
+        sentence = sentence_of(error)
+        if sentence is None or os.environ.get("LABN_TRACEBACK", "0") != "0":
+            raise
+        print(f"cli.py: {sentence}", file=sys.stderr)
+        sys.exit(1)
+
+
 if __name__ == "__main__":
-    main()
+    console()

@@ -65,7 +65,7 @@ def test_a_loss_that_is_nan_stops_before_a_checkpoint_has_it(bench, tmp_path):
     run_dir = tmp_path / "run"
     (process,) = bench.fit(run_dir, environment={"LABN_TEST_NAN": "6"}, check=False)
     assert process.poll() == 1
-    assert "ValueError: The train loss is nan in epoch 1, step 6, samples train_" in process.output
+    assert "The train loss is nan in epoch 1, step 6, samples train_" in process.output
     assert broken_files(run_dir) == []
     bench.fit(run_dir, "--ckpt_path=last")
     bench.test(run_dir)
