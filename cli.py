@@ -6,6 +6,7 @@ import argparse
 import difflib
 import importlib
 import itertools
+import logging
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ.setdefault("LABN_DATA", "../shared/data")
@@ -32,13 +33,14 @@ import labn.explainers
 import labn.modules
 from callbacks.checkpoint import BEST, LAST, RunCheckpointIO, find_checkpoint, has_last, is_last
 from callbacks.strategies import refuse_sharded
+from callbacks.terminal import SentenceParser, no_advertisement, say_figures
 from callbacks.wandb_logger import RunWandbLogger, first_line
 from datamodules.files import image_files
 from datamodules.sources import FileSource, Record
 from datamodules.tar_files import write_shards
 from labn.allocator import keep_freed_memory
 from labn.commands import coarse, compare, doctor, explain, shards, sweep, table
-from labn.faults import config_sentence, explained, sentence_of
+from labn.faults import explained, sentence_of
 from labn.models.checkpoints import own_data, read_checkpoint
 from labn.modules.plain_checkpoints import refuse_foreign_classes
 from labn.preprocessing import Preprocessing
@@ -58,8 +60,10 @@ def expand_parts(argv: Sequence[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: a part does not exist.
-        ValueError: a part is no YAML, or unfolds into a huge one.
+        ValueError: a part is no YAML, or unfolds into a huge one; or `--parts` is among the words.
     """
+    if any(word.split("=")[0] in ("--parts", "--parts+") for word in argv):
+        raise ValueError("--parts is a key of configuration files; on the command line, give the file with --config.")
     expanded: list[str] = []
     waiting = [word for arg in argv for word in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     for position, word in enumerate(waiting):
@@ -78,21 +82,6 @@ def with_parts(path: Path) -> list[Path]:
     content = read_yaml(path)
     parts = (content.get("parts") if isinstance(content, dict) else None) or []
     return [p for part in parts for p in with_parts(path.parent / part)] + [path]
-
-
-class SentenceParser(LightningArgumentParser):
-    """Ends with one sentence about the mistake, instead of the usage of every option of a trainer."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Say what is wrong and leave with status 2, or raise where the caller wants that."""
-        if not self.exit_on_error:
-            super().error(message, ex)
-        parser = getattr(ex, "subcommand_parser", None) or self
-        sentence = config_sentence(message, [action.dest for action in parser._actions])
-        if "arguments are required" in message:
-            sentence = f"{sentence.rstrip('.')}; name a configuration, as in --config configs/quickstart.yaml."
-        program = parser.prog.replace(" [options]", "")
-        self.exit(2, f"{program}: {sentence} (`{program} --help` lists all options)\n")
 
 
 class RunConfigCallback(SaveConfigCallback):
@@ -118,10 +107,11 @@ class LabnCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Lightning's, without `predict`: what a model predicts is in `predictions.csv` of a test.
 
-        Nor is there a `weights_only`: checkpoints are always read as plain data, see `PlainCheckpointIO`.
+        Nor is there a `weights_only`: checkpoints are always read as plain data, see `PlainCheckpointIO`; nor a
+        `verbose`: `say_figures` prints what the tables of the maps leave out.
         """
         known = LightningCLI.subcommands()
-        return {name: {*skipped, "weights_only"} for name, skipped in known.items() if name != "predict"}
+        return {name: {*skipped, "weights_only", "verbose"} for name, skipped in known.items() if name != "predict"}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add this project's own arguments and tie the number of classes to the data."""
@@ -147,8 +137,6 @@ class LabnCLI(LightningCLI):
         config.run_dir = str(run_dir)
         for name in config.imports:
             importlib.import_module(name)
-        # They are read by now, and their paths mean nothing beside the resolved configuration in the run folder.
-        config.parts = []
         config.trainer.default_root_dir = str(run_dir)
         # Before the trainer is built, which would first ask for a GPU or a package that such a strategy needs.
         strategy = config.trainer.strategy
@@ -169,6 +157,18 @@ class LabnCLI(LightningCLI):
         given = self.config_init[self.subcommand].trainer.get("plugins") or []
         kwargs["plugins"] = [RunCheckpointIO(), *(given if isinstance(given, list) else [given])]
         return super().instantiate_trainer(**kwargs)
+
+    def after_validate(self) -> None:
+        """Print the figures of the model."""
+        say_figures(self.trainer, "val")
+
+    def after_test(self) -> None:
+        """Print the figures of the model."""
+        say_figures(self.trainer, "test")
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        quiet = {"verbose": False} if subcommand in ("validate", "test") else {}
+        return {**super()._prepare_subcommand_kwargs(subcommand), **quiet}
 
     def _parse_ckpt_path(self) -> None:
         """Let Lightning take a checkpoint's hyper-parameters over, once they are seen to name no foreign class."""
@@ -316,6 +316,9 @@ def train_or_evaluate(words: list[str]) -> None:
     """Run a command that has a trainer."""
     # sys.argv stays as it is: the launcher of further ranks starts them with it, and they expand their own parts.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    # Between Lightning and torch; nobody who runs a command can do anything about it.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
     keep_freed_memory()
     LabnCLI(
         pl.LightningModule,
@@ -327,7 +330,8 @@ def train_or_evaluate(words: list[str]) -> None:
         save_config_callback=RunConfigCallback,
         parser_class=SentenceParser,
         parser_kwargs={"epilog": f"Also: {', '.join(COMMANDS)}; see `python cli.py compare --help` and so on."},
-        args=words,
+        # The parts are read by now, and their paths mean nothing in a configuration that is printed or kept.
+        args=[*words, "--parts=[]"] if "--config" in words or "-c" in words else words,
         auto_configure_optimizers=False,
     )
 

@@ -1,0 +1,46 @@
+"""What a command shows in the terminal beside its tables."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import NoReturn
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import LightningArgumentParser
+
+from callbacks.base import ExplainingCallback, callbacks_of
+from labn.faults import config_sentence
+
+
+class SentenceParser(LightningArgumentParser):
+    """Ends with one sentence about the mistake, instead of the usage of every option of a trainer."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Say what is wrong and leave with status 2, or raise where the caller wants that."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        sentence = config_sentence(message, [action.dest for action in parser._actions])
+        if "arguments are required" in message:
+            sentence = f"{sentence.rstrip('.')}; name a configuration, as in --config configs/quickstart.yaml."
+        program = parser.prog.replace(" [options]", "")
+        self.exit(2, f"{program}: {sentence} (`{program} --help` lists all options)\n")
+
+
+def say_figures(trainer: pl.Trainer, stage: str) -> None:
+    """Print what the model was measured to be, such as its accuracy, and where the report is; rank zero alone does."""
+    shown = [c for c in callbacks_of(trainer) if isinstance(c, ExplainingCallback)]
+    methods = {name for callback in shown for name in (*callback.explainers, *callback.extra_explainers)}
+    named = {tuple(key.split("/")): float(value) for key, value in trainer.callback_metrics.items()}
+    figures = {"/".join(k[1:]): v for k, v in named.items() if k[0] == stage and k[1] not in methods}
+    report = Path(trainer.default_root_dir) / stage / "report.html"
+    if trainer.is_global_zero:
+        print(f"\n{stage}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+        if report.exists():
+            print(f"Report: {report}")
+
+
+def no_advertisement(record: logging.LogRecord) -> bool:
+    """Whether a message of Lightning's is about the run, and not about another product of its makers."""
+    return "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()

@@ -1,0 +1,66 @@
+"""What a command prints: configurations that can be given back, and the figures of the model."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from command_line import call_main
+
+from callbacks import EvaluationCallback, ExplanationCallback
+from callbacks.terminal import no_advertisement, say_figures
+
+
+@pytest.fixture
+def root(monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+
+
+def printed(config, capsys):
+    with pytest.raises(SystemExit):
+        call_main(["fit", "--config", str(config), "--print_config", "--trainer.max_epochs=2"])
+    return capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("root")
+def test_a_printed_configuration_can_be_given_back_from_any_folder(tmp_path, capsys):
+    first = printed("configs/quickstart.yaml", capsys)
+    (tmp_path / "mine.yaml").write_text(first)
+    assert "max_epochs: 2" in first
+    assert printed(tmp_path / "mine.yaml", capsys) == first
+
+
+@pytest.mark.parametrize("word", ["--parts=x.yaml", "--parts", "--parts+=x.yaml"])
+def test_parts_on_the_command_line_are_refused_with_what_to_write(word):
+    with pytest.raises(ValueError, match="on the command line, give the file with --config"):
+        call_main(["fit", word, "x.yaml"])
+
+
+def trainer_of(folder, first):
+    logged = {"test/accuracy": 0.75, "test/ap/RBC": 0.5, "test/gradcam/pid16": 0.1, "test/random/pid16": 0.0}
+    shown = [ExplanationCallback(explainers={"gradcam": None}), EvaluationCallback(metrics=["pid16"])]
+    return SimpleNamespace(
+        callbacks=shown,
+        callback_metrics={name: torch.tensor(value) for name, value in {**logged, "val/accuracy": 0.5}.items()},
+        default_root_dir=str(folder),
+        is_global_zero=first,
+    )
+
+
+def test_figures_are_those_of_the_model_and_of_the_stage(tmp_path, capsys):
+    say_figures(trainer_of(tmp_path, True), "test")
+    assert capsys.readouterr().out.split("\n") == ["", "test: accuracy 0.75, ap/RBC 0.5", ""]
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "report.html").touch()
+    say_figures(trainer_of(tmp_path, True), "test")
+    assert capsys.readouterr().out.endswith(f"Report: {tmp_path / 'test' / 'report.html'}\n")
+
+
+def test_one_process_alone_says_them(tmp_path, capsys):
+    say_figures(trainer_of(tmp_path, False), "test")
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("text", "kept"), [("try installing [litlogger](x)", False), ("Seed set to 42", True)])
+def test_advertisements_are_left_out(text, kept):
+    assert no_advertisement(logging.LogRecord("x", logging.INFO, "", 0, text, (), None)) is kept
