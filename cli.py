@@ -33,7 +33,7 @@ import labn.explainers
 import labn.modules
 from callbacks.checkpoint import BEST, LAST, RunCheckpointIO, find_checkpoint, has_last, is_last
 from callbacks.strategies import refuse_sharded
-from callbacks.terminal import SentenceParser, no_advertisement, say_figures
+from callbacks.terminal import SentenceParser, no_advertisement, say_figures, say_taken_over
 from callbacks.wandb_logger import RunWandbLogger, first_line
 from datamodules.files import image_files
 from datamodules.sources import FileSource, Record
@@ -42,7 +42,7 @@ from labn.allocator import keep_freed_memory
 from labn.commands import coarse, compare, doctor, explain, shards, sweep, table
 from labn.faults import explained, sentence_of
 from labn.models.checkpoints import own_data, read_checkpoint
-from labn.modules.plain_checkpoints import refuse_foreign_classes
+from labn.modules.plain_checkpoints import refuse_foreign_classes, refuse_other_class
 from labn.preprocessing import Preprocessing
 from labn.reading import read_yaml
 from labn.slurm import requeue_on_signal, restarted
@@ -177,9 +177,12 @@ class LabnCLI(LightningCLI):
         if not path or not Path(path).is_file():
             return
         content = read_checkpoint(path)
-        refuse_foreign_classes(path, content, {str((config.get("model") or {}).get("class_path"))})
+        asked = config.get("model") or {}
+        refuse_foreign_classes(path, content, {str(asked.get("class_path"))})
+        refuse_other_class(path, content, asked.get("class_path"))
         with torch.serialization.safe_globals(own_data(Path(path))):
             super()._parse_ckpt_path()
+        say_taken_over(path, asked, self.config[self.config["subcommand"]].get("model") or {})
 
     def _experiment(self) -> str:
         files = [Path(str(file)) for file in self.config[self.subcommand].get("config") or []]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.base import ExplainingCallback, callbacks_of
 from labn.faults import config_sentence
@@ -39,6 +41,20 @@ def say_figures(trainer: pl.Trainer, stage: str) -> None:
         print(f"\n{stage}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
         if report.exists():
             print(f"Report: {report}")
+
+
+def say_taken_over(path: str, asked: Mapping[str, Any], built: Mapping[str, Any]) -> None:
+    """Name the settings of a model that a checkpoint's own replace; nothing is said where both agree.
+
+    Args:
+        path: the checkpoint.
+        asked: `model` of the configuration.
+        built: `model` with the checkpoint's settings in place.
+    """
+    mine, theirs = (dict((model.get("init_args") or {}).items()) for model in (asked, built))
+    other = [f"{k} {theirs[k]} (not {mine[k]})" for k in mine if k in theirs and str(mine[k]) != str(theirs[k])]
+    if other:
+        rank_zero_info(f"The model is built with the settings that {path} was trained with: {', '.join(other)}.")
 
 
 def no_advertisement(record: logging.LogRecord) -> bool:

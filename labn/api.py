@@ -55,9 +55,12 @@ def explain(
         arguments: of the explainer, as in `method="rise", n_masks=2000`.
 
     Raises:
-        ValueError: unknown method, targets out of range, or a model that the method does not fit.
-        TypeError: an argument that the method does not have, or any beside a ready explainer.
+        ValueError: unknown method, images that are no batch, targets out of range, or a model that the method does not
+            fit.
+        TypeError: images that are no tensor, an argument that the method does not have, or any beside a ready
+            explainer.
     """
+    _check_images(images)
     if not isinstance(method, str) and arguments:
         raise TypeError(f"a ready {type(method).__name__} takes no more arguments, got {', '.join(arguments)}.")
     explainer = explainer_by_name(method, **arguments) if isinstance(method, str) else method
@@ -108,8 +111,11 @@ def evaluate(
     Raises:
         ValueError: an unknown metric, no image, maps, masks or boxes that do not fit the images, or a metric that needs
             masks or an explainer and gets none; before anything is scored.
-        TypeError: a setting that no metric knows.
+        TypeError: a setting that no metric knows, images that are no tensor, or one name instead of a list.
     """
+    _check_images(images)
+    if isinstance(metrics, str):
+        raise TypeError(f"metrics is {metrics!r}; it must be a list of names, such as [{metrics!r}].")
     built = {name: metric_by_name(name, **_normalisation(images, mean, std), **settings) for name in metrics}
     places = torch.arange(len(images)) if indices is None else indices
     explainer = explainer_by_name(explainer) if isinstance(explainer, str) else explainer
@@ -124,6 +130,15 @@ def evaluate(
             found = metric.score_batch(batch)
             scores |= {key: found[value] for key, value in values_named(name, metric).items()}
     return {name: score.to(images.device) for name, score in scores.items()}
+
+
+def _check_images(images: Tensor) -> None:
+    """Refuse what is no batch of images, before a model fails on it in words of its own."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images must be a tensor (B, C, H, W), got {type(images).__name__}; see torch.from_numpy.")
+    if images.ndim != 4:
+        alone = "; a single image goes in as image[None]" if images.ndim == 3 else ""
+        raise ValueError(f"images must be (B, C, H, W), got {tuple(images.shape)}{alone}.")
 
 
 def _normalisation(

@@ -182,10 +182,24 @@ def test_nothing_is_mutated(model: Own, images: Tensor) -> None:
         (lambda m, x: explain(m, x[:, :2], "gradcam"), "images have 2 channels; Own expects 3"),
         (lambda m, x: evaluate(m, x, x[:, 0], metrics=["pid_16"]), "unknown metric 'pid_16'; near names: pid16"),
         (lambda m, x: evaluate(m, x, x[:, 0, :9]), "resize them"),
+        (lambda m, x: explain(m, x[0], "gradcam"), r"images must be \(B, C, H, W\), got .*; a single image goes in as"),
+        (lambda m, x: evaluate(m, x[0, 0], x[0, 0]), r"images must be \(B, C, H, W\), got \(\d+, \d+\)\.$"),
     ],
 )
 def test_one_sentence_for_bad_input(model: Own, images: Tensor, call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
+        call(model, images)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m, x: explain(m, x.numpy(), "gradcam"), r"images must be a tensor \(B, C, H, W\), got ndarray"),
+        (lambda m, x: evaluate(m, x, x[:, 0], metrics="pid16"), r"such as \['pid16'\]"),
+    ],
+)
+def test_one_sentence_for_what_is_of_another_type(model: Own, images: Tensor, call, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         call(model, images)
 
 

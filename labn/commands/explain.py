@@ -34,8 +34,8 @@ Lister = Callable[[Path], list[Path]]
 
 SUMMARY = "Explain single pictures with a trained or a given network."
 DETAILS = f"""\
-Prints class and confidence of every picture and writes to --out: <picture>.png (the picture with the map of every
-method beside it, with colour bars), maps/<picture>.safetensors (the raw maps by method, not normalised) and
+Prints class and confidence of every picture and writes to --out: overlays/<picture>.png (the picture with the map of
+every method beside it, with colour bars), maps/<picture>.safetensors (the raw maps by method, not normalised) and
 predictions.csv.
 
 The network is a checkpoint of this command line (--ckpt), which knows its own preprocessing and classes, or a
@@ -53,7 +53,9 @@ PREDICTIONS = ("file", "class", "class_name", "confidence", "explained")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("--image", nargs="+", type=Path, required=True, help="picture files or folders of them")
+    parser.add_argument(
+        "--image", nargs="+", type=Path, required=True, help="picture files or folders of them, without subfolders"
+    )
     parser.add_argument("--ckpt", type=Path, help="checkpoint of a run")
     parser.add_argument("--model", help="name of a torchvision or timm model")
     parser.add_argument("--weights", type=Path, help="file of the model's weights (.safetensors, .pt, .pth)")
@@ -173,7 +175,10 @@ def _files(given: Sequence[Path], list_pictures: Lister) -> list[Path]:
     for path in given:
         if not path.exists():
             raise FileNotFoundError(f"--image {path} does not exist.")
-        files += list_pictures(path) if path.is_dir() else [path]
+        found = list_pictures(path) if path.is_dir() else [path]
+        if not found:
+            raise FileNotFoundError(f"--image {path} holds no pictures of its own; its subfolders are not searched.")
+        files += found
     return files
 
 

@@ -174,7 +174,9 @@ def _named_code(path: Path, error: Exception) -> str:
     names = ", ".join(sorted(set(_globals_of(path)) - {f"{c.__module__}.{c.__qualname__}" for c in own_data(path)}))
     if names:
         return f"it names code to run ({names}), which is refused; ask for a file of plain tensors."
-    return str(error).splitlines()[0]
+    # The rest of torch's message advises to read the file without this protection.
+    reason = re.search(r"WeightsUnpickler error: (.*)", str(error))
+    return "it is damaged, or no checkpoint of PyTorch" + (f" ({reason[1].rstrip('. ')})." if reason else ".")
 
 
 def _globals_of(path: Path) -> list[str]:

@@ -56,6 +56,26 @@ def refuse_foreign_classes(path: Any, content: Any, allowed: Collection[str]) ->
             )
 
 
+def refuse_other_class(path: Any, content: Any, asked: str | None) -> None:
+    """Stop where a checkpoint's module would silently replace the one of the configuration.
+
+    Args:
+        path: the file, for the message.
+        content: what it holds.
+        asked: class path of the configuration's model.
+
+    Raises:
+        ValueError: the checkpoint holds a module of another class.
+    """
+    arguments = content.get("hyper_parameters") if isinstance(content, dict) else None
+    held = arguments.get("_class_path") if isinstance(arguments, dict) else None
+    if held and asked and str(held).rpartition(".")[2] != str(asked).rpartition(".")[2]:
+        raise ValueError(
+            f"{path} holds a {held}, but the configuration asks for a {asked}; use the configuration that it was "
+            "trained with."
+        )
+
+
 def _class_paths(thing: Any) -> Iterator[str]:
     if isinstance(thing, dict):
         for key, value in thing.items():

@@ -146,6 +146,13 @@ def test_bad_input_is_one_sentence(arguments, message, pictures, checkpoint, tmp
     assert message.replace("CKPT", str(checkpoint)).replace(".healthy", "(healthy") in capsys.readouterr().err
 
 
+def test_a_folder_without_pictures_of_its_own_is_named(pictures, checkpoint, tmp_path, capsys):
+    (tmp_path / "all" / "cat").mkdir(parents=True)
+    with pytest.raises(SystemExit):
+        call_main(["explain", f"--image={tmp_path / 'all'}", f"--ckpt={checkpoint}", "--method=random"])
+    assert f"{tmp_path / 'all'} holds no pictures of its own; its subfolders" in capsys.readouterr().err
+
+
 def test_weights_that_leave_something_random_are_refused(pictures, tmp_path, capsys):
     state = timm.create_model("resnet18", num_classes=5).state_dict()
     save_file({k: v for k, v in state.items() if not k.startswith("fc.")}, tmp_path / "headless.safetensors")

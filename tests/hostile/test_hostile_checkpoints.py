@@ -120,6 +120,13 @@ def test_an_old_pickle_is_refused_too(tmp_path):
     assert not marker.exists()
 
 
+def test_what_is_no_checkpoint_is_not_answered_with_advice_to_trust_it(tmp_path):
+    (tmp_path / "notes.md").write_text("# Notes\n")
+    with pytest.raises(ValueError, match=r"it is damaged, or no checkpoint of PyTorch \(.*\)\.$") as refused:
+        read_checkpoint(tmp_path / "notes.md")
+    assert "weights_only" not in str(refused.value)
+
+
 @pytest.mark.parametrize("cut", [0, 1, 40, 500, -10])
 def test_a_cut_checkpoint_is_named(tmp_path, cut):
     torch.save({"state_dict": {"a": torch.ones(100)}}, tmp_path / "a.ckpt")

@@ -1,0 +1,45 @@
+"""What a checkpoint says about the model against what the configuration says."""
+
+import pytest
+from command_line import TINY, call_main
+
+from callbacks.terminal import say_taken_over
+from labn.modules.plain_checkpoints import refuse_other_class
+
+HELD = {"hyper_parameters": {"_class_path": "labn.modules.LABN"}}
+
+
+def test_another_class_is_refused_with_both_names():
+    with pytest.raises(ValueError, match=r"a\.ckpt holds a labn\.modules\.LABN, but .* asks for a labn\.modules\.SSD"):
+        refuse_other_class("a.ckpt", HELD, "labn.modules.SSD")
+
+
+@pytest.mark.parametrize(
+    ("content", "asked"),
+    [(HELD, "labn.modules.LABN"), (HELD, "labn.modules.labn.LABN"), (HELD, None), ({}, "labn.modules.SSD"), (3, "x.Y")],
+)
+def test_the_same_class_and_what_names_none_pass(content, asked):
+    refuse_other_class("a.ckpt", content, asked)
+
+
+def test_settings_that_the_checkpoint_replaces_are_named(caplog):
+    asked = {"init_args": {"theta": 0.5, "backbone": "lambda_resnt", "lr": 1e-3}}
+    built = {"init_args": {"theta": 0.5, "backbone": "lambda_resnet", "lr": 1e-3, "num_classes": 2}}
+    with caplog.at_level("INFO"):
+        say_taken_over("a.ckpt", asked, asked)
+        say_taken_over("a.ckpt", asked, built)
+    (said,) = caplog.messages
+    assert said.endswith("a.ckpt was trained with: backbone lambda_resnet (not lambda_resnt).")
+
+
+def test_the_command_line_says_both(tmp_path, monkeypatch, request, caplog):
+    monkeypatch.chdir(request.config.rootpath)
+    run = ["--config", "configs/quickstart.yaml", *TINY, "--trainer.max_epochs=1", "--trainer.callbacks=[]"]
+    call_main(["fit", *run, f"--run_dir={tmp_path / 'a'}", "--trainer.callbacks+=callbacks.LastCheckpoint"])
+    (saved,) = (tmp_path / "a").rglob("last.ckpt")
+    again = ["test", *run, f"--run_dir={tmp_path / 'b'}", f"--ckpt_path={saved}"]
+    with caplog.at_level("INFO"):
+        call_main([*again, "--model.init_args.theta=0.25"])
+    assert "theta 0.5 (not 0.25)" in caplog.text
+    with pytest.raises(ValueError, match=r"holds a labn\.modules\.LABN, but the configuration asks for a"):
+        call_main([*again, "--model=labn.modules.Classifier", "--model.init_args.backbone=resnet18"])
