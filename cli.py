@@ -22,6 +22,7 @@ os.environ.setdefault("LABN_DATA", "../shared/data")
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
@@ -273,6 +274,22 @@ COMMANDS: dict[str, tuple[ModuleType, Callable[[argparse.Namespace], None]]] = {
 """Commands without a trainer: what declares their arguments, and what runs them."""
 
 
+DESCRIPTION = "Train image classifiers, explain their predictions with maps, and measure how good the maps are."
+EPILOG = "\n".join(
+    [
+        "commands without a trainer:",
+        *(f"    {name:<20}{module.SUMMARY}" for name, (module, _) in COMMANDS.items()),
+        "",
+        "python cli.py fit --config configs/quickstart.yaml",
+        "python cli.py test --config configs/quickstart.yaml --ckpt_path best",
+    ]
+)
+
+
+class MainHelp(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the list of commands."""
+
+
 def run_command(name: str, argv: Sequence[str]) -> None:
     """Run one of `COMMANDS`; bad input ends with one sentence and exit status 2."""
     module, work = COMMANDS[name]
@@ -332,7 +349,7 @@ def train_or_evaluate(words: list[str]) -> None:
         trainer_defaults={"inference_mode": False, "use_distributed_sampler": False},
         save_config_callback=RunConfigCallback,
         parser_class=SentenceParser,
-        parser_kwargs={"epilog": f"Also: {', '.join(COMMANDS)}; see `python cli.py compare --help` and so on."},
+        parser_kwargs={"description": DESCRIPTION, "epilog": EPILOG, "formatter_class": MainHelp},
         # The parts are read by now, and their paths mean nothing in a configuration that is printed or kept.
         args=[*words, "--parts=[]"] if "--config" in words or "-c" in words else words,
         auto_configure_optimizers=False,

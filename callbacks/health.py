@@ -67,7 +67,10 @@ class RunProfile(pl.Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         image = torch.zeros(data.channels, data.image_size, data.image_size, device=pl_module.device)
         figures = asdict(profile(network_of(pl_module), image, self.latency_rounds))
-        rank_zero_info("Network: " + ", ".join(f"{name} {value:,.4g}" for name, value in figures.items()))
+        rank_zero_info(
+            f"Network: {figures['parameters']:,.0f} parameters ({figures['trainable']:,.0f} trainable); per image "
+            f"{figures['flops'] / 1e9:.3g} GFLOPs and {figures['latency'] * 1e3:.3g} ms"
+        )
         for logger in trainer.loggers:
             logger.log_metrics({f"profile/{name}": value for name, value in figures.items()}, step=trainer.global_step)
         self._start = time.monotonic()

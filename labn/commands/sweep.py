@@ -83,6 +83,7 @@ def run_all(sweep: Sweep, runner: Runner = start) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for step in ("fit", "test"):
             _step(sweep, step, seed, folder, runner)
+    print(f"All seeds in one table: python cli.py compare {sweep.folder}/seed=*", flush=True)
 
 
 def _step(sweep: Sweep, step: str, seed: int, folder: Path, runner: Runner) -> None:

@@ -10,7 +10,7 @@ import torch
 from command_line import call_main
 from safetensors.torch import load_file, save_file
 
-from cli import read_picture
+from cli import COMMANDS, read_picture
 from datamodules import ImageFolder, SyntheticFundus
 from labn import explain
 from labn.modules import LABN
@@ -184,4 +184,5 @@ def test_the_main_help_names_every_command(capsys):
     with pytest.raises(SystemExit):
         call_main(["--help"])
     text = capsys.readouterr().out
-    assert all(name in text for name in ("fit", "validate", "test", "compare", "explain"))
+    assert all(name in text for name in ("fit", "validate", "test"))
+    assert all(f"    {name} " in text and module.SUMMARY in text for name, (module, _) in COMMANDS.items())
