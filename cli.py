@@ -338,6 +338,8 @@ def train_or_evaluate(words: list[str]) -> None:
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     # Between Lightning and torch; nobody who runs a command can do anything about it.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
+    # Means of maps' scores are those of all ranks already; a module's own figures (`val/loss`) still warn.
+    warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\('(val|test)/[^']+/")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
     keep_freed_memory()
     LabnCLI(
