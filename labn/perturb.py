@@ -6,6 +6,7 @@ not with the number of steps, and equal inputs run once, whichever metric or exp
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -137,7 +138,18 @@ class PerturbationEngine:
                     logits.append(result)
                     start += size
         self.forwards += n
-        return torch.cat(logits)
+        return self._told(torch.cat(logits))
+
+    def _told(self, logits: Tensor) -> Tensor:
+        """The logits, after a warning where some are NaN: no metric has a value for what rests on them."""
+        broken = int(logits.isnan().any(1).sum())
+        if broken:
+            warnings.warn(
+                f"{type(self._module).__name__} gives NaN for {broken} of {len(logits)} inputs made of the samples "
+                f"{self.indices.tolist()}; scores that rest on them are left out (see n in the tables).",
+                stacklevel=2,
+            )
+        return logits
 
     def _attempt(self, make_batch: Callable[[Tensor], Tensor], start: int, size: int) -> Tensor | None:
         """Logits of one chunk, or None where memory ran out and the chunk was halved."""

@@ -254,3 +254,16 @@ def test_it_works_inside_inference_mode_and_with_gradients_on(model, images, ran
     with torch.inference_mode():
         inside = PerturbationEngine(model, images).masked(ranks, COUNTS, 0.0)
     assert torch.equal(outside, inside)
+
+
+def test_logits_that_are_nan_are_told(images):
+    class Broken(nn.Module):
+        """NaN where the upper left pixel is hidden."""
+
+        def forward(self, x):
+            return torch.where(x[:, 0, 0, :1] == 0, torch.nan, x[:, 0, 0, :1]) + torch.ones(1, 2, dtype=x.dtype)
+
+    engine = PerturbationEngine(Broken(), images, indices=torch.tensor([26, 7]))
+    with pytest.warns(UserWarning, match=r"Broken gives NaN for 1 of 1 inputs made of the samples \[26, 7\]"):
+        engine.filled(0.0)
+    assert not engine.original().isnan().any()
