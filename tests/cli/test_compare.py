@@ -89,7 +89,7 @@ def test_given_weights_are_compared_on_imagenet_without_training(tmp_path, monke
     assert {explainer for explainer, _ in summary} == {"gradcam", "lrp", "random", "constant"}
     assert {row["n"] for row in summary.values()} == {"3"}
     assert float(summary["constant", "pid16"]["mean"]) == pytest.approx(0, abs=1e-6)
-    assert "test/top5_error" in capsys.readouterr().out
+    assert "top5_error 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["googlenet", "vgg19"])
