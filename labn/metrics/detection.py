@@ -43,8 +43,8 @@ class DetectionScores:
     - `shift_<coordinate>` of `-crp`: the same for the patches that contradict most.
 
     Explainers are `crp`, `lrp` (alpha1-beta0 without contrast), `random` and, for the shifts, `-crp`. Boxes move
-    whatever is removed, mostly because regression has biases, so that a shift means something beside that of `random`
-    only: the map means what it says if that of `crp` lies below it and that of `-crp` above.
+    whatever is removed, so that a shift means something beside that of `random` only: the map means what it says if
+    that of `crp` lies below it and that of `-crp` above.
 
     Args:
         fractions: of the detected box's area, see `removal_curves`; removed pixels show the mean colour.
