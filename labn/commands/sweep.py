@@ -32,6 +32,7 @@ class Sweep:
 
     Attributes:
         configs: configuration files of training and test, later ones overriding earlier ones.
+        fit_configs: further files that only training reads.
         test_configs: further files that only the test reads.
         seeds: one run each: initialisation, order of the training samples and augmentation; never the split.
         folder: holds `seed=<n>/`, each a run folder of its own.
@@ -39,6 +40,7 @@ class Sweep:
     """
 
     configs: tuple[str, ...]
+    fit_configs: tuple[str, ...]
     test_configs: tuple[str, ...]
     seeds: tuple[int, ...]
     folder: Path
@@ -48,16 +50,18 @@ class Sweep:
         """Run folder of a seed."""
         return self.folder / f"seed={seed}"
 
+    def files(self, step: str) -> tuple[str, ...]:
+        """Configuration files of `fit` or `test`, in the order in which they are read."""
+        return self.configs + (self.test_configs if step == "test" else self.fit_configs)
+
     def words(self, step: str, seed: int) -> list[str]:
         """Arguments of `fit` or `test` for a seed, without the checkpoint."""
-        files = self.configs + (self.test_configs if step == "test" else ())
         seeded = [f"--seed_everything={seed}", f"--data.init_args.seed={seed}", f"--run_dir={self.run_dir(seed)}"]
-        return [step, *(f"--config={file}" for file in files), *seeded, *self.options]
+        return [step, *(f"--config={file}" for file in self.files(step)), *seeded, *self.options]
 
     def signature(self, step: str, seed: int) -> dict[str, Any]:
         """What a finished step is known by: its arguments and the contents of the configuration files."""
-        files = self.configs + (self.test_configs if step == "test" else ())
-        contents = {file: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12] for file in files}
+        contents = {file: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12] for file in self.files(step)}
         return {"words": self.words(step, seed), "files": contents}
 
 
@@ -119,6 +123,7 @@ def _checkpoint(step: str, folder: Path) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("--config", action="append", required=True, help="as of fit; may come several times")
+    parser.add_argument("--fit_config", action="append", default=[], help="read by fit only, after --config")
     parser.add_argument("--test_config", action="append", default=[], help="read by the test only, after --config")
     parser.add_argument("--seeds", type=int, nargs="+", required=True, help="the papers used five: 38 39 40 41 42")
     parser.add_argument("--run_dir", type=Path, help="default runs/<last configuration outside parts/>")
@@ -129,5 +134,5 @@ def run(options: argparse.Namespace) -> None:
     """Train and test every seed; as `run_all` for the raised errors."""
     named = [Path(file) for file in options.config if Path(file).parent.name != "parts"]
     folder = options.run_dir or Path("runs") / (named[-1].stem if named else "default")
-    files = tuple(options.config), tuple(options.test_config)
+    files = tuple(options.config), tuple(options.fit_config), tuple(options.test_config)
     run_all(Sweep(*files, tuple(options.seeds), folder, tuple(options.options)))

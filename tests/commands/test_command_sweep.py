@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 from command_line import call_main
@@ -26,9 +27,11 @@ class Recorder:
 
 @pytest.fixture
 def sweep(tmp_path):
-    for name in ("a.yaml", "score.yaml"):
-        (tmp_path / name).write_text("model: {}\n")
-    return Sweep((str(tmp_path / "a.yaml"),), (str(tmp_path / "score.yaml"),), (38, 39), tmp_path / "runs", ("--x=1",))
+    files = {name: str(tmp_path / f"{name}.yaml") for name in ("a", "short", "score")}
+    for path in files.values():
+        Path(path).write_text("model: {}\n")
+    alone = (files["a"],), (files["short"],), (files["score"],)
+    return Sweep(*alone, (38, 39), tmp_path / "runs", ("--x=1",))
 
 
 def test_every_seed_is_trained_and_tested_in_its_own_folder(sweep):
@@ -39,8 +42,8 @@ def test_every_seed_is_trained_and_tested_in_its_own_folder(sweep):
     assert {"--seed_everything=39", "--data.init_args.seed=39", f"--run_dir={sweep.folder / 'seed=39'}", "--x=1"} < set(
         fit
     )
-    assert not any("score.yaml" in word for word in fit)
-    assert any("score.yaml" in word for word in test)
+    read = [[Path(word).stem for word in call if word.startswith("--config")] for call in (fit, test)]
+    assert read == [["a", "short"], ["a", "score"]]
     assert "--ckpt_path=best" in test
     assert "--ckpt_path=last" not in fit
 
