@@ -37,8 +37,42 @@ def matching(model: nn.Module, images: Tensor) -> nn.Module:
 
 
 @contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute in IEEE single precision, whatever training allows, restoring the settings afterwards.
+
+    cuDNN convolves in TensorFloat-32 (10 bits of mantissa) by default, and `torch.set_float32_matmul_precision` lowers
+    matrix products on GPU and CPU. Both change maps and scores in the third digit, and relevance is not conserved.
+    """
+    matmul = torch.get_float32_matmul_precision()
+    if matmul != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with _full_convolutions():
+            yield
+    finally:
+        if matmul != "highest":
+            torch.set_float32_matmul_precision(matmul)
+
+
+@contextmanager
+def _full_convolutions() -> Iterator[None]:
+    """TensorFloat-32 off in cuDNN, by the one of PyTorch's two interfaces that is in use: mixing them is an error."""
+    cudnn: Any = torch.backends.cudnn
+    off: Any
+    try:
+        settings, name, off, before = cudnn, "allow_tf32", False, cudnn.allow_tf32
+    except RuntimeError:
+        settings, name, off, before = cudnn.conv, "fp32_precision", "ieee", cudnn.conv.fp32_precision
+    setattr(settings, name, off)
+    try:
+        yield
+    finally:
+        setattr(settings, name, before)
+
+
+@contextmanager
 def evaluating(model: nn.Module, device_type: str = "cpu") -> Iterator[None]:
-    """Run `model` eagerly in eval mode, autocast off, restoring the train flag of every submodule afterwards.
+    """Run `model` eagerly in eval mode and full precision, restoring the train flag of every submodule afterwards.
 
     Hooks added after the first call of a compiled model do not fire while a gradient comes out all the same, so
     compiled code is bypassed here (`force_eager`). Gradient mode is left to the caller.
@@ -46,7 +80,8 @@ def evaluating(model: nn.Module, device_type: str = "cpu") -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.autocast(device_type, enabled=False), torch.compiler.set_stance("force_eager"):
+        eager = torch.compiler.set_stance("force_eager")
+        with full_precision(), torch.autocast(device_type, enabled=False), eager:
             yield
     finally:
         for module, training in flags:

@@ -3,6 +3,7 @@
 import contextvars
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -77,3 +78,30 @@ def run_and_kill(*arguments, when, timeout=300, **options):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+def launch(*words, nodes=1, processes=1):
+    """`torchrun` of every node, on this machine; ends when all have."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc_per_node={processes}"]
+    torchrun += ["--master_addr=127.0.0.1", f"--master_port={port}"]
+    launchers = [
+        subprocess.Popen(
+            [*torchrun, f"--node_rank={node}", *map(str, words)],
+            cwd=ROOT,
+            env={**environment(), "PYTHONPATH": path},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for node in range(nodes)
+    ]
+    try:
+        said = [launcher.communicate(timeout=300)[0] for launcher in launchers]
+    finally:
+        for launcher in launchers:
+            launcher.kill()
+    assert [launcher.returncode for launcher in launchers] == [0] * nodes, "\n".join(said)[-6000:]

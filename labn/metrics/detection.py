@@ -88,7 +88,7 @@ class DetectionScores:
             maps[name] = own
             yield from _rows(name, "similarity", map_similarity(own, rival))
             yield from _rows(name, "mass", relevance_mass(own, boxes))
-        numbers = torch.arange(len(priors)) + 1000 * index
+        numbers = torch.arange(len(priors), device=own.device) + 1000 * index
         noise = sample_uniform(self.seed, numbers, own[0].numel(), torch.float32).view_as(own)
         for name, heat in (*maps.items(), ("random", noise)):
             curves = self._curves(passage, heat, found)

@@ -91,10 +91,12 @@ def _there(values: Numbers, groups: Groups) -> tuple[Tensor, Tensor | None]:
 def _portions(columns: Iterator[tuple[Tensor, Tensor | None]]) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
     """Consecutive columns, of at most _BLOCK values together where there is more than one."""
     held: list[tuple[Tensor, Tensor | None]] = []
+    count = 0
     for column in columns:
-        if held and sum(len(values) for values, _ in [*held, column]) > _BLOCK:
+        count += len(column[0])
+        if held and count > _BLOCK:
             yield held
-            held = []
+            held, count = [], len(column[0])
         held.append(column)
     if held:
         yield held

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
-import socket
-import subprocess
-import sys
 
 import every_network
 import pytest
 import yaml
-from command_line import ROOT, environment
-from every_network import HERE, METRICS, NETWORKS, TABLES, callbacks, run_all, write_configs
+from command_line import ROOT, launch
+from every_network import METRICS, NETWORKS, TABLES, callbacks, run_all, write_configs
 
 from labn.explainers import EXPLAINERS
 from labn.metrics.names import REGISTRY
@@ -90,33 +86,6 @@ def test_chunks(folder, tmp_path):
     run_here(tmp_path, "chunks", "--data.init_args.batch_size=4")
     (folder / "chunks").symlink_to(tmp_path / "chunks")
     check(folder, "chunks")
-
-
-def launch(*words, nodes=1, processes=1):
-    """`torchrun` of every node, on this machine; ends when all have."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    path = os.pathsep.join([str(ROOT), str(HERE), str(HERE.parent)])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc_per_node={processes}"]
-    torchrun += ["--master_addr=127.0.0.1", f"--master_port={port}"]
-    launchers = [
-        subprocess.Popen(
-            [*torchrun, f"--node_rank={node}", *map(str, words)],
-            cwd=ROOT,
-            env={**environment(), "PYTHONPATH": path},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for node in range(nodes)
-    ]
-    try:
-        said = [launcher.communicate(timeout=300)[0] for launcher in launchers]
-    finally:
-        for launcher in launchers:
-            launcher.kill()
-    assert [launcher.returncode for launcher in launchers] == [0] * nodes, "\n".join(said)[-6000:]
 
 
 def everywhere(folder, run, processes, *more):

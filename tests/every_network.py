@@ -178,6 +178,6 @@ def run_all(folder: Path, run: str, *more: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1])]
+    sys.path[:0] = [str(HERE), str(HERE.parent)]
     os.environ["OMP_NUM_THREADS"] = "1"
     run_all(Path(sys.argv[1]), sys.argv[2], *sys.argv[3:])
