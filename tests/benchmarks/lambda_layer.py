@@ -1,6 +1,7 @@
 """Lambda layer against the Conv3d form: `python tests/benchmarks/lambda_layer.py [--threads 1 2] [--rounds 7]`.
 
-Ratios of process CPU time, ours / Conv3d, interleaved A B B A in one process, medians over the rounds.
+Ratios of process CPU time, ours / Conv3d, interleaved A B B A in one process, medians over the rounds; with
+`--device cuda` the columns of wall time are the ones to read.
 """
 
 from __future__ import annotations
@@ -36,21 +37,30 @@ class Conv3dLambda(LambdaLayer):
         return self.pool(result.reshape(x.shape))
 
 
+def now(device: torch.device) -> tuple[float, float]:
+    """CPU and wall seconds, once the device has finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.process_time(), time.perf_counter()
+
+
 def cost(layer: LambdaLayer, x: Tensor, grad: Tensor) -> tuple[float, float, float, float]:
     """CPU seconds of forward and of forward + backward, then wall seconds of both."""
-    wall, cpu = time.perf_counter(), time.process_time()
+    start = now(x.device)
     y = layer(x)
-    forward = time.process_time() - cpu, time.perf_counter() - wall
+    forward = now(x.device)
     torch.autograd.grad(y, [x, *layer.parameters()], grad)
-    return forward[0], time.process_time() - cpu, forward[1], time.perf_counter() - wall
+    end = now(x.device)
+    return forward[0] - start[0], end[0] - start[0], forward[1] - start[1], end[1] - start[1]
 
 
 def inference(layer: LambdaLayer, x: Tensor) -> float:
-    """CPU seconds of a forward without gradient."""
+    """Seconds of a forward without gradient: of the CPU, or wall seconds on another device."""
+    clock = 0 if x.device.type == "cpu" else 1
     with torch.no_grad():
-        start = time.process_time()
+        start = now(x.device)
         layer(x)
-        return time.process_time() - start
+        return now(x.device)[clock] - start[clock]
 
 
 def ratios(ours: Callable[[], list[float]], theirs: Callable[[], list[float]], rounds: int) -> list[float]:
@@ -67,7 +77,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
+    device = torch.device(arguments.device)
     machine = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
     print(f"{machine}, r=23, dk=16, 4 heads")
     print("threads  shape               formulation   forward  (wall)  no grad  fwd+bwd  (wall)   bar")
@@ -75,9 +87,9 @@ def main() -> None:
         torch.set_num_threads(threads)
         for shape, bar in SHAPES.items():
             torch.manual_seed(0)
-            ours, theirs = LambdaLayer(shape[1]), Conv3dLambda(shape[1])
+            ours, theirs = LambdaLayer(shape[1]).to(device), Conv3dLambda(shape[1]).to(device)
             theirs.load_state_dict(ours.state_dict())
-            x, grad = torch.randn(shape, requires_grad=True), torch.randn(shape)
+            x, grad = torch.randn(shape, device=device, requires_grad=True), torch.randn(shape, device=device)
             torch.testing.assert_close(ours(x), theirs(x), rtol=1e-3, atol=1e-4)
             f, s, fw, sw, n = ratios(
                 lambda: [*cost(ours, x, grad), inference(ours, x)],  # noqa: B023
