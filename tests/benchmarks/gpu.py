@@ -4,7 +4,8 @@
 
 Alone is the best batch size and memory format of the eager model, BatchNorm unfolded, in the precision of the line;
 the engines choose for themselves. Every round runs alone, engine, engine, alone; medians of wall time, after
-`torch.cuda.synchronize`. Bar: alone over engine <= 1.05. `fp32` is IEEE single precision in all lines. Training steps are those of LABN on the same backbone, batch 32, forward and backward.
+`torch.cuda.synchronize`. Bar: alone over engine <= 1.05. `fp32` is IEEE single precision in all lines.
+Training steps are those of LABN on the same backbone, batch 32, forward and backward.
 """
 
 from __future__ import annotations
