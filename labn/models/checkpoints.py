@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import pickle
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -25,13 +27,13 @@ RENAMES = {
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_backbone` did; printing it gives counts and names.
+    """What `load_backbone` did; printing it gives counts and names, whole modules as `<module>.*`.
 
     Attributes:
         path: the file.
         taken: names (of the model) of tensors that came from the file.
         fresh: names of tensors that the model kept as they were.
-        unused: names (of the file) that went nowhere, with the reason where a shape differs.
+        unused: names (of the file) that went nowhere, with the reason where the model has a tensor of that name.
     """
 
     path: str
@@ -41,9 +43,22 @@ class LoadReport:
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {len(self.taken)} tensors taken, {len(self.fresh)} fresh, {len(self.unused)} unused"]
-        for title, names in (("taken", self.taken), ("fresh", self.fresh), ("unused", self.unused)):
+        taken, fresh = _whole_modules(self.taken, self.fresh), _whole_modules(self.fresh, self.taken)
+        for title, names in (("taken", taken), ("fresh", fresh), ("unused", self.unused)):
             lines += [f"  {title}: {', '.join(names)}"] if names else []
         return "\n".join(lines)
+
+
+def _whole_modules(names: Iterable[str], others: Iterable[str]) -> list[str]:
+    """The names, those of a module of which nothing is among the others as one `<module>.*`."""
+    mixed = {module for name in others for module in _modules(name)}
+    short = (next((f"{module}.*" for module in _modules(name) if module not in mixed), name) for name in names)
+    return list(dict.fromkeys(short))
+
+
+def _modules(name: str) -> Iterator[str]:
+    """The modules around a tensor, the largest first: `a.b.c` is in `a` and `a.b`."""
+    return itertools.accumulate(name.split(".")[:-1], "{}.{}".format)
 
 
 def load_backbone(model: nn.Module, path: str | Path) -> LoadReport:
@@ -229,4 +244,6 @@ def _stale_statistics(model: nn.Module, fits: dict[str, Tensor]) -> list[str]:
 
 def _reason(source: tuple[str, Tensor], shape: tuple[int, ...] | None) -> str:
     name, tensor = source
+    if shape == tuple(tensor.shape):
+        return f"{name} (of another layer's output)"
     return name if shape is None else f"{name} {tuple(tensor.shape)} (fresh: {shape})"

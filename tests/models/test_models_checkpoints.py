@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from labn.models import AttentionBranchNetwork, build_network, load_backbone
-from labn.models.checkpoints import canonical, read_tensors
+from labn.models.checkpoints import LoadReport, canonical, read_tensors
 
 RESNET50 = Path(os.environ.get("LABN_DATA", "../shared/data")) / "imagenet" / "resnet50.safetensors"
 TINY = {"width": 4, "layers": (1, 2), "r": 3, "heads": 2, "dim_k": 3}
@@ -79,7 +79,14 @@ def test_classifier_of_another_size_stays_fresh(tmp_path):
     assert torch.equal(target.fc.weight, fresh)
     assert any("fc.weight (2, 32)" in text and "(5, 32)" in text for text in report.unused)
     assert str(report).splitlines()[0].endswith("2 fresh, 2 unused")
-    assert "fresh: fc.weight, fc.bias" in str(report)
+    assert "  fresh: fc.*\n" in str(report)
+
+
+def test_the_report_names_whole_modules():
+    report = LoadReport(
+        "w.pt", ("a.conv.weight", "a.conv.bias", "b.x.weight", "c.weight"), ("a.norm.weight", "c.bias"), ()
+    )
+    assert str(report).splitlines()[1:] == ["  taken: a.conv.*, b.*, c.weight", "  fresh: a.norm.*, c.bias"]
 
 
 def test_released_names_of_the_lambda_layer_and_float16(tmp_path):
