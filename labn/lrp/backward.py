@@ -72,12 +72,13 @@ def _unchanged(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
 
 def _linear(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
     config = state.passage.config
-    a, z = state.passage.kept[node.index]
-    before = state.passage.graph.nodes.get(node.inputs[0])
-    assert node.layer is not None
+    a, z, *made = state.passage.kept[node.index]
+    before = state.passage.graph.nodes.get(node.flow[0])
+    layer = made[0] if made else node.layer
+    assert layer is not None
     many = len(a) == 1 < len(r) and state.ledger is None
     kept = state.passage.denominators.setdefault(node.index, {}) if many else None
-    step = Step(node.layer, a, z, r, before is not None and before.non_negative, config, state.ledger, kept)
+    step = Step(layer, a, z, r, before is not None and before.non_negative, config, state.ledger, kept)
     return [RULES[rule_name(node, config)](step)]
 
 
@@ -156,11 +157,11 @@ def _region(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
 
 BACKWARD: dict[str, Callable[[_Sweep, Node, Tensor], list[Tensor]]] = {
     **dict.fromkeys(("norm", "relu", "identity", "pass", "rescale", "product"), _unchanged),
-    "linear": _linear,
+    **dict.fromkeys(("linear", "weighted"), _linear),
     "sum": _sum,
     "route": _route,
     "spread": _spread,
     "maxpool": _maxpool,
     "region": _region,
 }
-_BOOKED = {"linear", "sum", "spread", "maxpool", "region"}
+_BOOKED = {"linear", "weighted", "sum", "spread", "maxpool", "region"}

@@ -14,6 +14,7 @@ from labn.lrp.graph import Graph, Node
 from labn.lrp.region import RegionRun, evaluate_region, run_clamped, run_region
 from labn.lrp.residual import SHARES, Junction
 from labn.lrp.rules import USES_OUTPUT
+from labn.lrp.weighing import weighing
 
 
 @dataclass
@@ -95,6 +96,15 @@ def _linear(run: _Run, node: Node) -> Tensor:
     return torch.addcmul(layer.per_channel(layer.norm.shift), z, layer.per_channel(layer.norm.scale))
 
 
+def _weighted(run: _Run, node: Node) -> Tensor:
+    """Keep the values, the output if the rule divides by it, and the weights of these images."""
+    layer, a = weighing(node, run.values), run.values[node.flow[0]]
+    z, result = layer.run(a, run.config.folded)
+    if run.takes_part(node):
+        run.kept[node.index] = (a, z if rule_name(node, run.config) in USES_OUTPUT else None, layer)
+    return result
+
+
 def _relu(run: _Run, node: Node) -> Tensor:
     source = node.inputs[0]
     before = run.graph.nodes.get(source)
@@ -135,6 +145,7 @@ def _region(run: _Run, node: Node) -> Tensor:
 
 FORWARD: dict[str, Callable[[_Run, Node], Tensor]] = {
     "linear": _linear,
+    "weighted": _weighted,
     "relu": _relu,
     "sum": _sum,
     "route": _keep_inputs,

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from labn.lrp.cuts import cut_of
 from labn.lrp.layers import Layer, Norm, layer_of
 from labn.lrp.record import Call, Recording
 from labn.lrp.vocabulary import BOUNDED, CANONICAL, NON_NEGATIVE, SHAPED_LIKE, kind_of
@@ -21,8 +22,9 @@ class Node:
         call: what was recorded; its `index` names the value that this node makes.
         kind: see `vocabulary.kind_of`; `region` for several nodes that are differentiated as one.
         inputs: indices of all values read.
-        flow: the inputs that receive relevance (all of them, but for the gate of a product).
+        flow: the inputs that receive relevance (all of them, but for the gate of a product and what makes up weights).
         layer: weights, for kind `linear`.
+        norm: the BatchNorm that follows, for kind `weighted` (that of a linear layer is the layer's).
         first: no linear layer lies between this node and the images.
         non_negative: the values this node makes are known to be >= 0.
         consumers: how many nodes read the value.
@@ -34,6 +36,7 @@ class Node:
     inputs: tuple[int, ...]
     flow: tuple[int, ...]
     layer: Layer | None = None
+    norm: Norm | None = None
     first: bool = False
     non_negative: bool = False
     consumers: int = 0
@@ -94,6 +97,7 @@ def build(recording: Recording) -> Graph:
     for index in sorted(needed - {0}):
         nodes[index] = _node(calls[index], nodes, calls)
     graph = Graph(nodes, recording.logits, {name: i for name, i in recording.outputs.items() if i in nodes})
+    separate(graph.nodes, graph.logits)
     merge_norms(graph)
     annotate(graph)
     return graph
@@ -105,7 +109,7 @@ def _node(call: Call, nodes: dict[int, Node], calls: dict[int, Call]) -> Node:
     if kind == "product":
         carried = _carried(call, nodes, calls)
         kind, flow = ("opaque", flow) if carried is None else (kind, (carried,))
-    elif call.operation in SHAPED_LIKE:
+    elif kind == "weighted" or call.operation in SHAPED_LIKE:
         flow = flow[:1]
     layer = layer_of(call) if kind == "linear" else None
     return Node(call, kind, call.inputs, flow, layer)
@@ -133,15 +137,51 @@ def _is_bounded(index: int, nodes: dict[int, Node]) -> bool:
     return index in nodes and nodes[index].call.operation in BOUNDED
 
 
+def separate(nodes: dict[int, Node], logits: int) -> None:
+    """Take apart every linear layer whose output is only ever cut along its channels: one layer per piece.
+
+    Each piece (queries, keys, values) may then be joined to its own BatchNorm, and costs relevance no more than itself.
+    """
+    readers: dict[int, list[Node]] = defaultdict(list)
+    for node in nodes.values():
+        for source in node.inputs:
+            readers[source].append(node)
+    for node in [node for node in nodes.values() if node.kind == "linear"]:
+        made = [node]
+        while len(readers[made[-1].index]) == 1 and readers[made[-1].index][0].kind == "identity":
+            made.append(readers[made[-1].index][0])
+        pieces = _pieces(node, made[-1].index, readers[made[-1].index])
+        if pieces and logits not in {one.index for one in made}:
+            nodes.update(pieces)
+            for one in made:
+                del nodes[one.index]
+
+
+def _pieces(node: Node, source: int, readers: list[Node]) -> dict[int, Node]:
+    """The linear layers that make what `readers` cut out of the value `source`; empty if they do anything else."""
+    assert node.layer is not None
+    found = {}
+    for reader in readers:
+        rows = cut_of(reader.call, source, node.call.shape, node.layer.channel_axis) if reader.kind == "route" else None
+        if rows is None or node.layer.options.get("groups", 1) != 1:
+            return {}
+        call = replace(node.call, index=reader.index, shape=reader.call.shape)
+        found[reader.index] = replace(node, call=call, layer=node.layer.rows(rows))
+    return found
+
+
 def merge_norms(graph: Graph) -> None:
-    """Join every BatchNorm to the linear layer before it, where nothing else reads that layer's output."""
+    """Join every BatchNorm to the linear or weighted step before it, where nothing else reads that step's output."""
     readers = Counter(index for node in graph.nodes.values() for index in node.inputs)
     for index, node in list(graph.nodes.items()):
         before = graph.nodes.get(node.inputs[0]) if node.kind == "norm" else None
-        if before is None or before.kind != "linear" or before.layer is None or readers[before.index] != 1:
+        if before is None or before.kind not in ("linear", "weighted") or readers[before.index] != 1:
             continue
-        call = replace(before.call, index=index)
-        graph.nodes[index] = replace(before, call=call, layer=replace(before.layer, norm=Norm.of(node.call)))
+        call, norm = replace(before.call, index=index), Norm.of(node.call)
+        if before.layer is None:
+            graph.nodes[index] = replace(before, call=call, norm=norm)
+        else:
+            graph.nodes[index] = replace(before, call=call, layer=replace(before.layer, norm=norm))
         del graph.nodes[before.index]
         graph.outputs = {name: index if i == before.index else i for name, i in graph.outputs.items()}
 
@@ -153,7 +193,7 @@ def annotate(graph: Graph) -> None:
     for index, node in graph.nodes.items():
         node.consumers = readers[index] + (index == graph.logits)
         node.first = node.kind == "linear" and node.inputs[0] not in behind_linear
-        if node.kind == "linear" or any(i in behind_linear for i in node.flow):
+        if node.kind in ("linear", "weighted") or any(i in behind_linear for i in node.flow):
             behind_linear.add(index)
         node.non_negative = _is_non_negative(node, graph)
 

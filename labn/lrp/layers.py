@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +12,7 @@ from torch import Tensor
 
 from labn.lrp.record import Call
 from labn.packing import PackedKernel
-
-# Weights made from the layer's own, by name; `plus` and `minus` are clamped, `flat` is all ones, `square` w^2.
-PARTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "weight": lambda weight: weight,
-    "plus": lambda weight: weight.clamp(min=0),
-    "minus": lambda weight: weight.clamp(max=0),
-    "flat": torch.ones_like,
-    "square": torch.square,
-}
+from labn.weighted import part_of
 
 
 @dataclass
@@ -70,7 +62,7 @@ class Layer:
     _packed: dict[tuple[str, bool, bool], PackedKernel] = field(default_factory=dict, repr=False)
 
     def prepared(self, part: str, folded: bool) -> Tensor:
-        """The weight's `part` (a key of PARTS or `gamma:<value>`), with BatchNorm folded in or not; made once, kept."""
+        """The weight's `part` (see `labn.weighted.part_of`), with BatchNorm folded in or not; made once, kept."""
         key = (part, folded and self.norm is not None)
         if key not in self._prepared:
             made = self._made(*key)
@@ -81,7 +73,7 @@ class Layer:
 
     def _made(self, part: str, folded: bool) -> Tensor:
         base = self.weight * self._per_output(self.norm.scale) if folded and self.norm else self.weight
-        made = _part(part)(base)
+        made = part_of(part)(base)
         return made if made is self.weight or made.ndim != 4 else made.contiguous(memory_format=self.memory_format)
 
     def offset(self, folded: bool) -> Tensor | None:
@@ -96,8 +88,7 @@ class Layer:
         if not self.packs:
             return getattr(F, self.operation)(a, self.prepared(part, folded), bias, **self.options)
         if a.requires_grad and torch.is_grad_enabled():
-            result: Tensor = _Packed.apply(a, bias, self, part, folded)
-            return result
+            return transposable(self, a, part, folded, bias)
         key = (part, folded and self.norm is not None, False)
         if key not in self._packed:
             self._packed[key] = PackedKernel(self._made(*key[:2]), self._geometry(), a.shape)
@@ -151,6 +142,16 @@ class Layer:
         padding, stride, _, groups = self._geometry()
         return groups == 1 and stride == [1, 1] and padding == [0, 0]
 
+    def rows(self, kept: slice) -> Layer:
+        """The layer that makes these output channels only, without a BatchNorm; shares the weight's memory."""
+        bias = None if self.bias is None else self.bias[kept]
+        return Layer(self.operation, self.weight[kept], bias, self.options)
+
+    @property
+    def channel_axis(self) -> int:
+        """Which axis of the output has the channels."""
+        return -1 if self.operation == "linear" else 1
+
     def per_channel(self, vector: Tensor) -> Tensor:
         """Shape a vector (out,) so that it broadcasts over this layer's outputs."""
         return vector if self.operation == "linear" else vector.view(-1, *[1] * (self.weight.ndim - 2))
@@ -159,11 +160,25 @@ class Layer:
         return vector.view(-1, *[1] * (self.weight.ndim - 1))
 
 
-class _Packed(torch.autograd.Function):
-    """A packed convolution with the gradient at its input."""
+class Linear(Protocol):
+    """What a `Layer` and a `labn.lrp.weighing.Weighing` have in common."""
 
+    def apply(self, a: Tensor, part: str, folded: bool = False, bias: Tensor | None = None) -> Tensor:
+        """rho(W) a + b."""
+
+    def adjoint(self, s: Tensor, part: str, folded: bool, a: Tensor) -> Tensor:
+        """rho(W)^T s."""
+
+
+def transposable(layer: Linear, a: Tensor, part: str, folded: bool = False, bias: Tensor | None = None) -> Tensor:
+    """`layer.apply` with `layer.adjoint` as its gradient at the input, where autograd has none or a costly one."""
+    result: Tensor = _Transposable.apply(a, bias, layer, part, folded)
+    return result
+
+
+class _Transposable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, a: Tensor, bias: Tensor | None, layer: Layer, part: str, folded: bool) -> Tensor:
+    def forward(ctx: Any, a: Tensor, bias: Tensor | None, layer: Linear, part: str, folded: bool) -> Tensor:
         ctx.save_for_backward(a)
         ctx.choice = (layer, part, folded)
         return layer.apply(a.detach(), part, folded, bias)
@@ -172,16 +187,6 @@ class _Packed(torch.autograd.Function):
     def backward(ctx: Any, *s: Tensor) -> tuple[Tensor | None, ...]:
         layer, part, folded = ctx.choice
         return layer.adjoint(s[0], part, folded, *ctx.saved_tensors), None, None, None, None
-
-
-def _part(name: str) -> Callable[[Tensor], Tensor]:
-    if name.startswith("gamma:"):
-        gamma = float(name.removeprefix("gamma:"))
-        return lambda weight: weight + gamma * weight.clamp(min=0)
-    if name.startswith("gamma-:"):
-        gamma = float(name.removeprefix("gamma-:"))
-        return lambda weight: weight + gamma * weight.clamp(max=0)
-    return PARTS[name]
 
 
 def _spread(value: int | Sequence[int], dims: int) -> list[int]:

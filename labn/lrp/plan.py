@@ -112,7 +112,7 @@ def _make(model: nn.Module, images: Tensor, layers: dict[tuple[object, ...], Lay
 
 def _identity_of(layer: Layer) -> tuple[object, ...]:
     norm = None if layer.norm is None else layer.norm.source
-    return (layer.operation, layer.weight.data_ptr(), str(layer.options), norm)
+    return (layer.operation, layer.weight.data_ptr(), layer.weight.shape, str(layer.options), norm)
 
 
 def check(graph: Graph, config: Config, starts: set[int]) -> None:

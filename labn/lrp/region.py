@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from labn.lrp.graph import Node
-from labn.lrp.layers import Norm
+from labn.lrp.layers import Norm, transposable
 from labn.lrp.ledger import Ledger
 from labn.lrp.vjp import gradients
+from labn.lrp.weighing import weighing
 
 # What a region may contain: each of these is linear in its carried input once ReLU and max masks are fixed.
-PIECEWISE_LINEAR = {"linear", "norm", "relu", "identity", "pass", "route", "maxpool", "spread", "sum", "product"}
+PIECEWISE_LINEAR = {
+    "linear", "weighted", "norm", "relu", "identity", "pass", "route", "maxpool", "spread", "sum", "product",
+}  # fmt: skip
 
 
 @dataclass
@@ -84,14 +87,12 @@ def carrying_in(node: Node) -> set[int]:
 
 
 def _evaluate(node: Node, values: dict[int, Tensor], biases: list[Tensor] | None) -> Tensor:
-    if node.kind == "product":
-        gate = next(index for index in node.inputs if index not in node.flow)
-        return node.evaluate({**values, gate: values[gate].detach()})
+    values = {i: values[i] if i in node.flow else values[i].detach() for i in node.inputs}  # gates, weights
     value = _AFFINE.get(node.kind, Node.evaluate)(node, values)
-    if biases is None or node.kind not in ("linear", "norm", "pass") or not value.requires_grad:
+    if biases is None or node.kind not in ("linear", "weighted", "norm", "pass") or not value.requires_grad:
         return value
     constant = _AFFINE.get(node.kind, Node.evaluate)(
-        node, {i: torch.zeros_like(v) for i, v in values.items() if i in node.inputs}
+        node, {i: torch.zeros_like(v) if i in node.flow else v for i, v in values.items()}
     )
     biases.append(constant.detach().requires_grad_())
     return value - constant.detach() + biases[-1]
@@ -102,12 +103,20 @@ def _linear(node: Node, values: dict[int, Tensor]) -> Tensor:
     return node.layer.apply(values[node.inputs[0]], "weight", True, node.layer.offset(True))
 
 
-_AFFINE: dict[str, Callable[[Node, dict[int, Tensor]], Tensor]] = {"linear": _linear}
+def _weighted(node: Node, values: dict[int, Tensor]) -> Tensor:
+    return weighing(node, values).run(values[node.flow[0]], True)[1]
+
+
+_AFFINE: dict[str, Callable[[Node, dict[int, Tensor]], Tensor]] = {"linear": _linear, "weighted": _weighted}
 
 
 def _clamped_linear(node: Node, values: dict[int, Tensor]) -> Tensor:
     assert node.layer is not None
     return node.layer.apply(values[node.inputs[0]], "plus", True)
+
+
+def _clamped_weighted(node: Node, values: dict[int, Tensor]) -> Tensor:
+    return transposable(weighing(node, values), values[node.flow[0]], "plus", True)
 
 
 def _clamped_norm(node: Node, values: dict[int, Tensor]) -> Tensor:
@@ -123,6 +132,7 @@ def _without_constant(node: Node, values: dict[int, Tensor]) -> Tensor:
 
 _CLAMPED: dict[str, Callable[[Node, dict[int, Tensor]], Tensor]] = {
     "linear": _clamped_linear,
+    "weighted": _clamped_weighted,
     "norm": _clamped_norm,
     "pass": _without_constant,
 }

@@ -15,6 +15,7 @@ from torch import Tensor
 from labn.lrp.config import Config
 from labn.lrp.layers import Layer
 from labn.lrp.ledger import Ledger
+from labn.lrp.weighing import Weighing
 
 
 @dataclass
@@ -22,7 +23,7 @@ class Step:
     """One layer of one propagation.
 
     Attributes:
-        layer: weights and options.
+        layer: weights and options; of a product with weights per image, those of these images.
         a: (B, in, ...) what the layer was given.
         z: (B, out, ...) what it made before its BatchNorm (after it, when folded); None if no rule asked for it.
         r: (T, out, ...) relevance at its output; T = B, or any T when B = 1.
@@ -31,7 +32,7 @@ class Step:
         denominators: z + e by part, kept by the forward pass where many relevances meet one input (None: not kept).
     """
 
-    layer: Layer
+    layer: Layer | Weighing
     a: Tensor
     z: Tensor | None
     r: Tensor
@@ -41,7 +42,7 @@ class Step:
     denominators: dict[str, Tensor] | None = None
 
     def apply(self, a: Tensor, part: str) -> Tensor:
-        """sum_i a_i rho(w_ij), without bias; the parts are those of `layers.PARTS`."""
+        """sum_i a_i rho(w_ij), without bias; for the parts see `labn.weighted.part_of`."""
         return self.layer.apply(a, part, self.config.folded)
 
     def adjoint(self, s: Tensor, part: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ IDENTITY = {
 CONSTANT_NORM = {"normalize"}
 # Every output value is a copy of exactly one input value, so relevance follows the plain gradient.
 ROUTE = {
-    "flatten", "reshape", "view", "permute", "transpose", "movedim", "squeeze", "unsqueeze", "getitem", "select",
-    "narrow", "chunk", "split", "unbind", "cat", "concat", "concatenate", "stack", "expand",
+    "flatten", "unflatten", "reshape", "view", "permute", "transpose", "movedim", "squeeze", "unsqueeze", "getitem",
+    "select", "narrow", "chunk", "split", "unbind", "cat", "concat", "concatenate", "stack", "expand",
     "channel_shuffle", "pixel_shuffle", "roll", "flip",
 }  # fmt: skip
 # The second tensor only lends its shape or type.
@@ -56,6 +57,7 @@ _SIMPLE = {
     **dict.fromkeys(SPREAD, "spread"),
     "relu": "relu",
     "batch_norm": "norm",
+    "weighted": "weighted",
 }
 
 
@@ -70,6 +72,8 @@ def kind_of(call: Call) -> str:
     kind = _SIMPLE.get(name, "opaque")
     if kind in ("linear", "norm", "maxpool") and not _is_plain(call, kind):
         return "opaque"
+    if kind == "weighted" and not _is_linear(call):
+        return "opaque"
     return kind
 
 
@@ -80,6 +84,13 @@ def _arithmetic_kind(call: Call, name: str) -> str:
     if all(varying):
         return "sum" if name in SUM else "product" if name in PRODUCT else "opaque"
     return "pass" if varying[0] or name in SUM | PRODUCT else "opaque"
+
+
+def _is_linear(call: Call) -> bool:
+    """Whether the value of a `weighted` call varies, and is none of the constants."""
+    value, *rest = call.args
+    constants = replace(call, args=tuple(rest)).inputs
+    return isinstance(value, Ref) and value.index not in constants
 
 
 def _is_plain(call: Call, kind: str) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from labn.models.lambda_position import FORMULATIONS, position_path
+from labn.models.lambda_position import FORMULATIONS
+from labn.models.lambda_weights import LambdaWeights, apply_lambdas, content_lambdas
+from labn.weighted import weighted
 
 
 class LambdaLayer(nn.Module):
@@ -17,7 +19,8 @@ class LambdaLayer(nn.Module):
                               lambda_p[n,k,v] = sum_{u,m} E[k,u,m-n] V[u,v,m]     m in the r x r window around n
         Y[h,v,n] = sum_k Q[h,k,n] (lambda_c[k,v] + lambda_p[n,k,v] + b[k])
 
-    A forward leaves nothing behind on the module.
+    A forward leaves nothing behind on the module. Relevance propagation holds queries and keys constant and passes
+    relevance to the values, see `labn.models.lambda_weights.LambdaWeights`.
 
     Args:
         channels: d, channels in and out, a multiple of `heads`.
@@ -70,13 +73,8 @@ class LambdaLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Y of the class's equations, (B, d, H, W), average-pooled if the stride is 2."""
         query, key, value = self.project(x)
-        lambdas = self._content_lambda(key, value)
-        if self.position_bias is not None:
-            lambdas = lambdas + self.position_bias[:, None].to(lambdas.dtype)
-        content = _apply(lambdas, query)
-        window = self.position_weight.to(value.dtype)
-        position = position_path(query.to(value.dtype), window, value, self.formulation)
-        return self.pool((content + position).flatten(1, 2))
+        position = (self.position_weight, self.position_bias, self.dim_v, self.formulation)
+        return weighted(value, LambdaWeights, query, key, *position, self.pool)
 
     def content(self, x: Tensor) -> Tensor:
         """The content path alone, Y_c[h,v,n] = sum_k Q[h,k,n] lambda_c[k,v], (B, d, H, W), before any pooling.
@@ -84,7 +82,7 @@ class LambdaLayer(nn.Module):
         Its mean over channels is the papers' lambda attention map (JSAI 2022, section 4.2).
         """
         query, key, value = self.project(x)
-        return _apply(self._content_lambda(key, value), query).flatten(1, 2)
+        return apply_lambdas(content_lambdas(key, value), query).flatten(1, 2)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (B, heads, dim_k, H, W), keys (B, dim_u, dim_k, H, W), values (B, dim_u, dim_v, H, W).
@@ -103,14 +101,6 @@ class LambdaLayer(nn.Module):
 
     def _widths(self) -> list[int]:
         return [self.heads * self.dim_k, self.dim_k * self.dim_u, self.dim_v * self.dim_u]
-
-    def _content_lambda(self, key: Tensor, value: Tensor) -> Tensor:
-        return torch.einsum("bukij,buvij->bkv", key, value)
-
-
-def _apply(lambdas: Tensor, query: Tensor) -> Tensor:
-    """Apply lambdas (B, dk, dv), the same at every position, to queries (B, heads, dk, H, W): (B, heads, dv, H, W)."""
-    return (lambdas.mT.unsqueeze(1) @ query.flatten(3)).unflatten(3, query.shape[-2:])
 
 
 def _check(channels: int, heads: int, r: int, stride: int, formulation: str) -> None:

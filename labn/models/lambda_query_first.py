@@ -37,9 +37,9 @@ def query_first(query: Tensor, window: Tensor, value: Tensor) -> Tensor:
     return torch.cat(rows, dim=-2)
 
 
-def spans(size: int, reach: int) -> Iterator[Span]:
-    """Cut an axis into equal tiles of at most `TILE` queries, with the keys at most `reach` away."""
-    count = -(-size // TILE)
+def spans(size: int, reach: int, tile: int = TILE) -> Iterator[Span]:
+    """Cut an axis into equal tiles of at most `tile` queries, with the keys at most `reach` away."""
+    count = -(-size // tile)
     edges = [round(i * size / count) for i in range(count + 1)]
     for start, stop in pairwise(edges):
         yield Span(start, stop, max(0, start - reach), min(size, stop + reach))

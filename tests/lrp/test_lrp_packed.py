@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labn.lrp import Config, relevance
-from labn.lrp.layers import PARTS, Layer, Norm
+from labn.lrp.layers import Layer, Norm
 from labn.packing import can_pack
+from labn.weighted import PARTS
 
 pytestmark = pytest.mark.skipif(
     not can_pack(torch.zeros(1, 3, 8, 8), torch.float32), reason="this machine or build packs no convolutions"

@@ -10,6 +10,7 @@ from labn.models.lambda_convolution import fast_length
 from labn.models.lambda_layer import LambdaLayer
 from labn.models.lambda_position import FORMULATIONS, choose, position_path
 from labn.models.lambda_query_first import reachable_keys, spans
+from labn.models.lambda_weights import content_lambdas
 
 
 def dense_window(window: Tensor, height: int, width: int) -> Tensor:
@@ -168,7 +169,7 @@ def test_content_lambda_ignores_a_shift_of_the_key_logits_and_averages_constant_
     _, key, _ = layer.project(x)
     close(key.sum((-2, -1)), torch.ones(1, 1, 3, dtype=torch.float64))
     value = torch.tensor([0.3, -2.0], dtype=torch.float64).view(1, 1, 2, 1, 1).expand(1, 1, 2, 3, 3)
-    close(layer._content_lambda(key, value), torch.tensor([0.3, -2.0], dtype=torch.float64).expand(1, 3, 2))
+    close(content_lambdas(key, value), torch.tensor([0.3, -2.0], dtype=torch.float64).expand(1, 3, 2))
 
 
 @pytest.mark.parametrize("formulation", ["auto", *FORMULATIONS])
