@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -64,6 +65,10 @@ class Weights(ABC):
     @abstractmethod
     def adjoint(self, s: Tensor, part: str) -> Tensor:
         """rho(A)^T s, in the shape of a value; batches as in `apply`."""
+
+    def held(self) -> AbstractContextManager[None]:
+        """Entered while one rule asks for several parts; a subclass may keep there what they have in common."""
+        return nullcontext()
 
     def offset(self) -> Tensor | None:
         """b, in a shape that broadcasts over y; None where there is none."""

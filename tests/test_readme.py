@@ -1,6 +1,7 @@
 """Every command of the README is executed by a test or by `.ci/run`, and its worked examples work."""
 
 import csv
+import importlib
 import re
 import shlex
 import shutil
@@ -15,6 +16,9 @@ import timm
 import torch
 from command_line import ROOT, TINY, call_main, environment
 from safetensors.torch import save_file
+
+from labn import explain
+from labn.lrp import relevance
 
 README = (ROOT / "README.md").read_text()
 LESS = [*TINY, "--data.init_args.n_train=8", "--data.init_args.n_test=6", "--trainer.max_epochs=1"]
@@ -124,7 +128,7 @@ def workplace(tmp_path_factory):
     for text in [*blocks("python"), *blocks("yaml")]:
         if named := re.match(r"# (my_\w+\.(py|yaml))\n", text):
             (folder / named[1]).write_text(text)
-    assert len(list(folder.glob("my_*"))) == 4
+    assert len(list(folder.glob("my_*"))) == 5
     return folder
 
 
@@ -149,6 +153,23 @@ def test_a_new_users_hour(workplace, monkeypatch):
     assert own["centre"] == 0
     assert own["random"] == pytest.approx(0.19, abs=0.01)
     assert own["constant"] == pytest.approx(0.1, abs=0.01)
+
+
+def test_relevance_passes_a_users_own_attention(workplace, monkeypatch):
+    monkeypatch.syspath_prepend(str(workplace))
+    torch.manual_seed(0)
+    own = importlib.import_module("my_attention").Attention(16)
+    head = torch.nn.Sequential(
+        torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(16, 2)
+    )
+    stem = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.ReLU())
+    model, x = torch.nn.Sequential(stem, own, head).eval(), torch.randn(2, 3, 10, 10)
+    targets = torch.tensor([0, 1])
+    maps = explain(model, x, method="lrp", targets=targets).maps
+    report = relevance(model, x, targets, report=True)
+    assert torch.allclose(maps, report.relevance.sum(1))
+    assert torch.allclose(report.arrived + report.leaked, report.initial, atol=1e-6)
+    assert maps.abs().sum() > 0
 
 
 @pytest.mark.slow

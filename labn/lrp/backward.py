@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -79,7 +80,8 @@ def _linear(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
     many = len(a) == 1 < len(r) and state.ledger is None
     kept = state.passage.denominators.setdefault(node.index, {}) if many else None
     step = Step(layer, a, z, r, before is not None and before.non_negative, config, state.ledger, kept)
-    return [RULES[rule_name(node, config)](step)]
+    with made[0].weights.held() if made else nullcontext():
+        return [RULES[rule_name(node, config)](step)]
 
 
 def _sum(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:

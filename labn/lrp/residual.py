@@ -31,6 +31,7 @@ class Junction:
 
 def shares_by_size(f: Tensor, s: Tensor) -> Tensor:
     """|F| / (|F| + |S|), and 1/2 where both are zero."""
+    f, s = torch.broadcast_tensors(f, s)
     size = f.abs()
     return size.div_(s.abs().add_(size)).nan_to_num_(nan=0.5)
 

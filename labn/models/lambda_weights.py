@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from labn.models.lambda_position import position_path
-from labn.models.lambda_query_first import Span, spans
+from labn.models.lambda_window import PositionWeights
 from labn.weighted import Weights, part_of
-
-TILE = 7
 
 
 class LambdaWeights(Weights):
@@ -61,7 +60,7 @@ class LambdaWeights(Weights):
         """The sum of both paths with their weights changed; `flat` gives each value of a channel the weight 1."""
         query, key = self._content(part)
         content = apply_lambdas(content_lambdas(key, value), query)
-        whole = content if part == "flat" else content + _window_sum(self.query, self.window, value, part_of(part))
+        whole = content if part == "flat" else content + self._position.sum(value, part_of(part))
         return self.pool(whole.flatten(1, 2))
 
     def adjoint(self, s: Tensor, part: str) -> Tensor:
@@ -71,7 +70,11 @@ class LambdaWeights(Weights):
         lambdas = query.transpose(1, 2).flatten(2, 4) @ s.movedim(2, -1).flatten(1, 3)
         content = (key.transpose(2, 1).flatten(2).mT @ lambdas).mT
         content = content.unflatten(2, (key.shape[1], *s.shape[-2:])).transpose(1, 2)
-        return content if part == "flat" else content + _window_spread(self.query, self.window, s, part_of(part))
+        return content if part == "flat" else content + self._position.spread(s, part_of(part))
+
+    def held(self) -> AbstractContextManager[None]:
+        """The parts that a rule asks for have the products of queries and window in common."""
+        return self._position.held()
 
     def offset(self) -> Tensor | None:
         """sum_k Q[h,k,n] b[k], pooled and the same for the dv values of a head."""
@@ -79,6 +82,10 @@ class LambdaWeights(Weights):
             return None
         offset = self.pool(torch.einsum("bhkij,k->bhij", self.query, self.bias))
         return offset.repeat_interleave(self.dim_v, 1)
+
+    @cached_property
+    def _position(self) -> PositionWeights:
+        return PositionWeights(self.query, self.window)
 
     def _unpool(self, s: Tensor) -> Tensor:
         """The gradient of the pooling, linear in s (T, d, H', W')."""
@@ -101,52 +108,3 @@ def content_lambdas(key: Tensor, value: Tensor) -> Tensor:
 def apply_lambdas(lambdas: Tensor, query: Tensor) -> Tensor:
     """Apply lambdas (B, dk, dv), the same at every position, to queries (B, heads, dk, H, W): (B, heads, dv, H, W)."""
     return (lambdas.mT.unsqueeze(1) @ query.flatten(3)).unflatten(3, query.shape[-2:])
-
-
-def _window_sum(query: Tensor, window: Tensor, value: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """sum_{u,m} rho(P[h,n,u,m]) V[u,v,m], tile by tile of the queries n."""
-    last = value.movedim(2, -1)
-    result = query.new_empty(max(len(query), len(value)), query.shape[1], *query.shape[-2:], value.shape[2])
-    for row, column, weights in _tiles(query, window, change):
-        keys = last[:, :, row.first : row.last, column.first : column.last].flatten(1, 3)
-        shape = (query.shape[1], row.stop - row.start, column.stop - column.start)
-        result[:, :, row.start : row.stop, column.start : column.stop] = (weights @ keys).unflatten(1, shape)
-    return result.movedim(-1, 2)
-
-
-def _window_spread(query: Tensor, window: Tensor, s: Tensor, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """The transpose of `_window_sum`: sum_{h,n} rho(P[h,n,u,m]) s[h,v,n]."""
-    last = s.movedim(2, -1)
-    result = s.new_zeros(len(s), window.shape[1], *s.shape[-2:], s.shape[2])
-    for row, column, weights in _tiles(query, window, change):
-        part = last[:, :, row.start : row.stop, column.start : column.stop].flatten(1, 3)
-        shape = (window.shape[1], row.last - row.first, column.last - column.first)
-        reached = result[:, :, row.first : row.last, column.first : column.last]
-        reached += (weights.mT @ part).unflatten(1, shape)
-    return result.movedim(-1, 2)
-
-
-def _tiles(query: Tensor, window: Tensor, change: Callable[[Tensor], Tensor]) -> Iterator[tuple[Span, Span, Tensor]]:
-    """rho(P) between a tile's queries (h, n) and the keys (u, m) that they reach, (B, heads * n, du * m)."""
-    height, width = query.shape[-2:]
-    middle = window.shape[-1] // 2
-    reach = [min(middle, size - 1) for size in (height, width)]
-    inner = window[..., middle - reach[0] : middle + reach[0] + 1, middle - reach[1] : middle + reach[1] + 1]
-    for row in spans(height, reach[0], TILE):
-        for column in spans(width, reach[1], TILE):
-            queries = query[..., row.start : row.stop, column.start : column.stop].movedim(2, -1)
-            weights = change(queries @ inner.to(query.dtype).flatten(1)).unflatten(-1, inner.shape[1:])
-            placed = _place(weights)
-            up, left = (span.first - span.start + r for span, r in zip((row, column), reach))
-            placed = placed[..., up : up + row.last - row.first, left : left + column.last - column.first]
-            yield row, column, placed.flatten(4).flatten(1, 3)
-
-
-def _place(weights: Tensor) -> Tensor:
-    """Move the window (B, heads, a, b, du, r, s) of query (i, j) by (i, j): (B, heads, a, b, du, a+r-1, b+s-1)."""
-    _, _, rows, columns, _, r, s = weights.shape
-    canvas = weights.new_zeros(*weights.shape[:5], rows + r - 1, columns + s - 1)
-    strides = list(canvas.stride())
-    strides[2], strides[3] = strides[2] + strides[5], strides[3] + strides[6]
-    canvas.as_strided(weights.shape, strides).copy_(weights)
-    return canvas
