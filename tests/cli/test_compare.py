@@ -21,7 +21,6 @@ COMPARISONS = sorted({*CONFIGS.glob("**/*compare*.yaml"), *CONFIGS.glob("**/amg*
 OF_OTHERS = {"labn", "abn", "lambda", "rollout", "crp"}
 FORMS = {"rise_released"}
 BASELINES = {"random", "constant"}
-LRP_FAMILY = {"lrp", "c3lrp", "contrastive_lrp"}  # there is no rule for a lambda layer
 
 
 def explainers_of(path):
@@ -48,7 +47,7 @@ def test_every_method_for_a_plain_network_is_compared(name):
 
 @pytest.mark.parametrize("name", ["idrid_compare.yaml", "quickstart_compare.yaml", "parts/idrid_compare_on_cpu.yaml"])
 def test_every_method_for_a_lambda_network_is_compared(name):
-    expected = set(EXPLAINERS) - FORMS - BASELINES - LRP_FAMILY - {"abn", "rollout", "crp"} | {"-labn"}
+    expected = set(EXPLAINERS) - FORMS - BASELINES - {"abn", "rollout", "crp"} | {"-labn"}
     assert set(explainers_of(CONFIGS / name)) == expected
 
 
