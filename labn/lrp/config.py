@@ -22,7 +22,8 @@ class Config:
     """How relevance is propagated; the defaults are ratio splitting with z+ (ECCV 2024) with the bias left out.
 
     Attributes:
-        rule: rule of the convolutions.
+        rule: rule of the convolutions, and of values weighed by what the image makes, as in lambda layers, the weights
+            held constant (Ali et al., ICML 2022; see `labn.weighted`).
         linear_rule: rule of the fully connected layers; None: the same.
         residual: how a residual sum shares relevance between its branches.
         block_weights: under `residual="block"`, the block as it is (`signed`) or with BatchNorm folded, its weights
