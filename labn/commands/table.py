@@ -19,8 +19,8 @@ from labn.reading import read_json, read_table
 SUMMARY = "Print a table of the LABN papers from the runs, the published numbers above ours."
 DETAILS = """\
 A cell of ours is: mean ± standard deviation over seeds [95 % interval over samples of the seeds' mean]. The runs
-are those of `cli.py sweep`, in RUNS/<experiment>/seed=*, or a single run in RUNS/<experiment>. `accuracy` is that of
-the network on the explained samples.
+are those of `cli.py sweep`, in RUNS/<experiment>/seed=*, or a single run in RUNS/<experiment>. `accuracy` is what the
+last test logged: that of the network on the whole split, however many samples were explained.
 """
 PUBLISHED = Path(__file__).with_name("published.yaml")
 VARIANTS = {"paper": "", **{name: f"@{name}" for name in ("official", "stable", "random", "threshold")}}
@@ -80,11 +80,13 @@ class Runs:
     Attributes:
         folders: their run folders.
         scores: per run, (explainer, metric) -> sample name -> value.
+        accuracies: of the runs that logged theirs.
         groups: sample name -> group, where samples are not independent.
     """
 
     folders: tuple[Path, ...]
     scores: tuple[Scores, ...]
+    accuracies: tuple[float, ...]
     groups: dict[str, int]
 
     @classmethod
@@ -102,7 +104,8 @@ class Runs:
                 f"The runs of {folder} were scored on different data or with other settings; "
                 "test them again with the same configuration."
             )
-        return cls(folders, tuple(_scores(run) for run in folders), _groups(folders[0]) if folders else {})
+        accuracies = tuple(value for run in folders for value in _accuracy(run))
+        return cls(folders, tuple(map(_scores, folders)), accuracies, _groups(folders[0]) if folders else {})
 
     def values(self, explainer: str, metric: str) -> list[float]:
         """Mean over samples of every run that has the metric."""
@@ -120,9 +123,14 @@ def _scores(run: Path) -> Scores:
     found: Scores = {}
     for row in read_table(run / "test" / "scores.csv", ("name", "explainer", "metric", "value")):
         found.setdefault((row["explainer"], row["metric"]), {})[row["name"]] = row.number("value", float)
-    predictions = read_table(run / "test" / "predictions.csv", ("name", "label", "prediction"))
-    right = {row["name"]: float(row["label"] == row["prediction"]) for row in predictions}
-    return {**found, **{(explainer, ACCURACY): right for explainer, _ in found}}
+    return found
+
+
+def _accuracy(run: Path) -> list[float]:
+    """What the last test logged, in a list; none where nothing was."""
+    path, column = run / "logs" / "test" / "metrics.csv", f"test/{ACCURACY}"
+    rows = read_table(path) if path.exists() else ()
+    return [row.number(column, float) for row in rows if row.cells.get(column)][-1:]
 
 
 def _groups(run: Path) -> dict[str, int]:
@@ -136,11 +144,16 @@ def _conditions(run: Path) -> dict[str, Any]:
 
 
 def ours(runs: Runs, explainer: str, metric: str) -> str:
-    """`mean ± sd [low, high]`: over seeds, then the interval over samples; a dash without such a score."""
-    values = runs.values(explainer, metric)
+    """`mean ± sd [low, high]`: over seeds, then the interval over samples; a dash without such a score.
+
+    The accuracy has no interval: it is of the whole split, samples that were not explained included.
+    """
+    values = runs.accuracies if metric == ACCURACY else runs.values(explainer, metric)
     if not values:
         return "–"
     spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+    if metric == ACCURACY:
+        return f"{mean(values):.3f}{spread}"
     interval = runs.interval(explainer, metric)
     return f"{mean(values):.3f}{spread} [{interval.low:.3f}, {interval.high:.3f}]"
 
@@ -185,8 +198,8 @@ def described(runs: Runs, row: Row, folder: Path) -> str:
         (
             len(column)
             for scores in runs.scores
-            for (explainer, metric), column in scores.items()
-            if explainer == row.explainer and metric != ACCURACY
+            for (explainer, _), column in scores.items()
+            if explainer == row.explainer
         ),
         default=0,
     )

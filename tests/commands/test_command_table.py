@@ -19,13 +19,20 @@ def test_mean_and_deviation_are_over_seeds(tmp_path):
     assert "LABN: 2 run(s), 2 scored samples" in lines[-1]
 
 
-def test_accuracy_is_the_networks_in_every_protocol(tmp_path):
-    write_run(tmp_path / "labn", {("labn", "id"): [0.1, 0.3, 0.2, 0.4]})
-    path = tmp_path / "labn" / "test" / "predictions.csv"
-    path.write_text(path.read_text().replace("s2,1,1", "s2,1,0"))
+def test_accuracy_is_the_logged_one_of_the_whole_split(tmp_path):
+    for seed, logged in ((38, [0.2, 0.7]), (39, [0.9])):
+        write_run(tmp_path / "labn" / f"seed={seed}", {("labn", "id"): [0.1, 0.3]})
+        log = tmp_path / "labn" / f"seed={seed}" / "logs" / "test" / "metrics.csv"
+        log.parent.mkdir(parents=True)
+        log.write_text("step,test/loss,test/accuracy\n" + "".join(f"0,1.5,{value}\n0,,\n" for value in logged))
     lines = markdown(TABLE, tmp_path, ["paper", "official"], ["accuracy", "id"]).splitlines()
-    assert lines[5].startswith("| | ours, paper | 0.750 [")
-    assert lines[6].startswith("| | ours, official | 0.750 [")
+    assert lines[5].startswith("| | ours, paper | 0.800 ± 0.141 | 0.200")
+    assert lines[6] == "| | ours, official | 0.800 ± 0.141 | – |"
+
+
+def test_without_a_log_there_is_no_accuracy(tmp_path):
+    write_run(tmp_path / "labn", {("labn", "id"): [0.1, 0.3]})
+    assert markdown(TABLE, tmp_path, ["paper"], ["accuracy"]).splitlines()[5] == "| | ours, paper | – |"
 
 
 def test_groups_are_drawn_whole(tmp_path):
