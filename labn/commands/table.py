@@ -33,10 +33,10 @@ class Row:
     """A published row and the run that reproduces it.
 
     Attributes:
-        name: as printed in the paper.
+        name: as printed in the paper, or of the method.
         run: folder of the runs.
         explainer: method scored there.
-        mean: one number per metric.
+        mean: one number per metric; empty for a method that the paper does not have.
         sd: their standard deviations over runs, empty where none are printed.
     """
 
@@ -163,7 +163,13 @@ def printed(row: Row, place: int) -> str:
     return f"{row.mean[place]:.3f}" + (f" ± {row.sd[place]:.3f}" if row.sd else "")
 
 
-def markdown(table: PaperTable, folder: Path, protocols: Sequence[str], metrics: Sequence[str] | None = None) -> str:
+def markdown(
+    table: PaperTable,
+    folder: Path,
+    protocols: Sequence[str],
+    metrics: Sequence[str] | None = None,
+    everything: bool = False,
+) -> str:
     """The table as Markdown: per published row the paper's numbers, then ours in every protocol.
 
     Args:
@@ -171,21 +177,32 @@ def markdown(table: PaperTable, folder: Path, protocols: Sequence[str], metrics:
         folder: holds the run folders of all experiments.
         protocols: names of VARIANTS.
         metrics: columns; None takes the paper's. A column that the paper lacks has no published number.
+        everything: behind these, the other methods that the same runs scored.
     """
     columns = list(metrics or table.metrics)
     lines = [f"| | | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     notes = []
-    for row in table.rows:
-        places = [table.metrics.index(name) if name in table.metrics else None for name in columns]
-        cells = ["–" if place is None else printed(row, place) for place in places]
-        lines.append(f"| {row.name} | published | {' | '.join(cells)} |")
-        runs = Runs.read(folder / row.run)
+    runs = {row.run: Runs.read(folder / row.run) for row in table.rows}
+    others = [row for name, found in runs.items() for row in _unpublished(table, name, found)] if everything else []
+    for row in (*table.rows, *others):
+        if row.mean:
+            places = [table.metrics.index(name) if name in table.metrics else None for name in columns]
+            cells = ["–" if place is None else printed(row, place) for place in places]
+            lines.append(f"| {row.name} | published | {' | '.join(cells)} |")
         for protocol in protocols:
             names = [name if name == ACCURACY else name + VARIANTS[protocol] for name in columns]
-            cells = [ours(runs, row.explainer, name) for name in names]
-            lines.append(f"| | ours, {protocol} | {' | '.join(cells)} |")
-        notes.append(f"{row.name}: {described(runs, row, folder)}")
+            cells = [ours(runs[row.run], row.explainer, name) for name in names]
+            first = row.name if not row.mean and protocol == protocols[0] else ""
+            lines.append(f"| {first} | ours, {protocol} | {' | '.join(cells)} |".replace("|  |", "| |"))
+        notes.append(f"{row.name}: {described(runs[row.run], row, folder)}")
     return "\n".join([f"{table.source}.", "", *lines, "", *notes])
+
+
+def _unpublished(table: PaperTable, name: str, runs: Runs) -> list[Row]:
+    """Rows without numbers for the methods that the runs of an experiment scored and the paper does not have."""
+    known = {row.explainer for row in table.rows if row.run == name}
+    scored = dict.fromkeys(explainer for scores in runs.scores for explainer, _ in scores)
+    return [Row(f"`{explainer}` ({name})", name, explainer, (), ()) for explainer in scored if explainer not in known]
 
 
 def described(runs: Runs, row: Row, folder: Path) -> str:
@@ -212,6 +229,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder that holds the run folders")
     parser.add_argument("--protocols", nargs="+", choices=list(VARIANTS), default=["paper", "official"])
     parser.add_argument("--metrics", nargs="+", help="columns; default the paper's")
+    parser.add_argument("--all", action="store_true", help="also the methods that the paper does not have")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -223,5 +241,5 @@ def run(options: argparse.Namespace) -> None:
     for name in options.names or published():
         if name not in published():
             raise ValueError(f"there is no table {name!r}; the tables are {', '.join(published())}.")
-        text = markdown(published()[name], options.runs, options.protocols, options.metrics)
+        text = markdown(published()[name], options.runs, options.protocols, options.metrics, options.all)
         print(f"## {name}\n\n{text}\n")

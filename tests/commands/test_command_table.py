@@ -35,6 +35,15 @@ def test_without_a_log_there_is_no_accuracy(tmp_path):
     assert markdown(TABLE, tmp_path, ["paper"], ["accuracy"]).splitlines()[5] == "| | ours, paper | – |"
 
 
+def test_other_methods_of_the_same_runs_stand_below(tmp_path):
+    write_run(tmp_path / "labn", {("labn", "id"): [0.1, 0.3], ("gradcam", "id"): [0.5, 0.5]})
+    lines = markdown(TABLE, tmp_path, ["paper", "official"], everything=True).splitlines()
+    assert lines[4].startswith("| LABN | published |")
+    assert lines[7] == "| `gradcam` (labn) | ours, paper | 0.500 [0.500, 0.500] | – |"
+    assert lines[8] == "| | ours, official | – | – |"
+    assert "gradcam" not in markdown(TABLE, tmp_path, ["paper"])
+
+
 def test_groups_are_drawn_whole(tmp_path):
     column = {("labn", "id"): [0.0, 0.0, 1.0, 1.0]}
     write_run(tmp_path / "a", column)
