@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -40,34 +40,58 @@ def matching(model: nn.Module, images: Tensor) -> nn.Module:
 def full_precision() -> Iterator[None]:
     """Compute in IEEE single precision, whatever training allows, restoring the settings afterwards.
 
-    cuDNN convolves in TensorFloat-32 (10 bits of mantissa) by default, and `torch.set_float32_matmul_precision` lowers
-    matrix products on GPU and CPU. Both change maps and scores in the third digit, and relevance is not conserved.
+    cuDNN convolves in TensorFloat-32 (10 bits of mantissa) by default, and `torch.set_float32_matmul_precision` or the
+    newer `fp32_precision` lower matrix products and convolutions on GPU and CPU. They change maps and scores in the
+    third digit, and relevance is not conserved.
     """
-    matmul = torch.get_float32_matmul_precision()
-    if matmul != "highest":
-        torch.set_float32_matmul_precision("highest")
-    try:
-        with _full_convolutions():
-            yield
-    finally:
-        if matmul != "highest":
-            torch.set_float32_matmul_precision(matmul)
+    with ExitStack() as changed:
+        for read, write, full in _OLDER:
+            changed.enter_context(_older(read, write, full))
+        backends: Any = torch.backends
+        for device in (backends.cuda, backends.cudnn, backends.mkldnn):
+            for settings in (getattr(device, name, None) for name in ("matmul", "conv", "rnn")):
+                if getattr(settings, "fp32_precision", None) in ("tf32", "bf16"):
+                    changed.enter_context(_newer(settings))
+        yield
+
+
+_OLDER: tuple[tuple[Callable[[], Any], Callable[[Any], None], Any], ...] = (
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+    (
+        lambda: torch.backends.cudnn.allow_tf32,
+        lambda value: setattr(torch.backends.cudnn, "allow_tf32", value),
+        False,
+    ),
+)
 
 
 @contextmanager
-def _full_convolutions() -> Iterator[None]:
-    """TensorFloat-32 off in cuDNN, by the one of PyTorch's two interfaces that is in use: mixing them is an error."""
-    cudnn: Any = torch.backends.cudnn
-    off: Any
+def _older(read: Callable[[], Any], write: Callable[[Any], None], full: Any) -> Iterator[None]:
+    """A setting of PyTorch's older interface, left alone where the newer one contradicts it: reading it then fails."""
     try:
-        settings, name, off, before = cudnn, "allow_tf32", False, cudnn.allow_tf32
+        before = read()
     except RuntimeError:
-        settings, name, off, before = cudnn.conv, "fp32_precision", "ieee", cudnn.conv.fp32_precision
-    setattr(settings, name, off)
+        before = full
+    if before != full:
+        write(full)
     try:
         yield
     finally:
-        setattr(settings, name, before)
+        if before != full:
+            write(before)
+
+
+@contextmanager
+def _newer(settings: Any) -> Iterator[None]:
+    """One operation of one backend in the newer interface; what it inherits it inherits again afterwards."""
+    before = settings.fp32_precision
+    settings.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = "none"
+        if settings.fp32_precision != before:
+            settings.fp32_precision = before
 
 
 @contextmanager

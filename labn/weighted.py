@@ -64,7 +64,7 @@ class Weights(ABC):
 
     @abstractmethod
     def adjoint(self, s: Tensor, part: str) -> Tensor:
-        """rho(A)^T s, in the shape of a value; batches as in `apply`."""
+        """rho(A)^T s, in the shape of a value or of what it is broadcast to; batches as in `apply`."""
 
     def held(self) -> AbstractContextManager[None]:
         """Entered while one rule asks for several parts; a subclass may keep there what they have in common."""
@@ -79,7 +79,8 @@ class Dense(Weights):
     """A given as a tensor: y = weight @ value, as in attention.
 
     Args:
-        weight: (B, ..., outputs, inputs), met by values (B, ..., inputs, channels).
+        weight: (B, ..., outputs, inputs), met by values (B, ..., inputs, channels), which may be broadcast along the
+            axes in between (several heads of attention that share their values).
     """
 
     def __init__(self, weight: Tensor) -> None:

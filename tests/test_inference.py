@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from labn.inference import evaluating, full_precision
 
-cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+cudnn, mkldnn, matmul = torch.backends.cudnn, torch.backends.mkldnn, torch.backends.cuda.matmul
 
 
 def settings() -> tuple[str, ...]:
-    """What single precision means to cuDNN's convolutions and to matrix products on GPU and CPU."""
-    return cudnn.conv.fp32_precision, matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+    """What single precision means to convolutions, recurrent layers and matrix products on GPU and CPU."""
+    operations = (cudnn.conv, cudnn.rnn, matmul, mkldnn.conv, mkldnn.rnn, mkldnn.matmul)
+    return tuple(operation.fp32_precision for operation in operations)
 
 
 @pytest.fixture(autouse=True)
 def _restored():
     yield
+    for place in (torch.backends, cudnn, mkldnn, mkldnn.conv, mkldnn.rnn):
+        place.fp32_precision = "none"
     torch.set_float32_matmul_precision("highest")
     cudnn.allow_tf32 = True
 
@@ -43,6 +48,30 @@ def test_settings_of_the_newer_interface_are_restored_too() -> None:
     with full_precision():
         assert cudnn.conv.fp32_precision == "ieee"
     assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision) == ("ieee", "tf32")
+
+
+@pytest.mark.parametrize(
+    ("place", "precision"),
+    [(torch.backends, "tf32"), (cudnn, "tf32"), (matmul, "tf32"), (mkldnn, "bf16"), (mkldnn.conv, "bf16")],
+    ids=["everywhere", "gpu", "gpu's products", "cpu", "cpu's convolutions"],
+)
+def test_what_the_newer_interface_allows_is_not_used_either(place: Any, precision: str) -> None:
+    """Asking the older interface is then an error, of which a user must see nothing."""
+    place.fp32_precision = precision
+    before = settings()
+    assert precision in before
+    with full_precision():
+        assert not {"tf32", "bf16"} & {*settings()}
+    assert settings() == before
+
+
+def test_what_is_inherited_stays_so() -> None:
+    torch.backends.fp32_precision = "tf32"
+    matmul.fp32_precision = "none"
+    with full_precision():
+        assert matmul.fp32_precision == "ieee"
+    torch.backends.fp32_precision = "ieee"
+    assert matmul.fp32_precision == "ieee"
 
 
 def test_an_error_restores_them() -> None:

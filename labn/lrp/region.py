@@ -60,7 +60,8 @@ def evaluate_region(node: Node, values: dict[int, Tensor]) -> dict[int, Tensor]:
 def run_clamped(node: Node, values: dict[int, Tensor], inside: dict[int, Tensor]) -> RegionRun:
     """Run a region with clamped weights and without biases, as z+ does with a single layer.
 
-    Its output is then homogeneous in its input, so that x * d<s, y>/dx adds up to <s, y>. Gates keep their values.
+    Its output is then homogeneous in its input, so that x * d<s, y>/dx adds up to <s, y>. Gates keep their
+    values, as do the constants that weights are made from.
 
     Args:
         node: the region.
@@ -73,7 +74,8 @@ def run_clamped(node: Node, values: dict[int, Tensor], inside: dict[int, Tensor]
     with torch.enable_grad():
         for inner in node.inner:
             if inner.index in carrying:
-                clamped[inner.index] = _CLAMPED.get(inner.kind, Node.evaluate)(inner, clamped)
+                given = {i: (clamped if i in inner.flow else inside)[i] for i in inner.inputs}
+                clamped[inner.index] = _CLAMPED.get(inner.kind, Node.evaluate)(inner, given)
     return RegionRun(entry, clamped[node.index], {index: values[index] for index in node.inputs})
 
 

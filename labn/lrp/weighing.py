@@ -58,9 +58,10 @@ class Weighing:
         return z if bias is None else z + bias
 
     def adjoint(self, s: Tensor, part: str, folded: bool, a: Tensor) -> Tensor:
-        """rho(A)^T s, or rho(g A)^T s."""
+        """rho(A)^T s, or rho(g A)^T s, added up where one value of a (B, ...) met several weights by broadcasting."""
         terms = self._terms(part, folded)
-        return torch.stack([self._known(name).adjoint(_times(s, g), name) for name, g in terms]).sum(0)
+        r = torch.stack([self._known(name).adjoint(_times(s, g), name) for name, g in terms]).sum(0)
+        return r if r.shape[1:] == a.shape[1:] else r.sum_to_size(len(r), *a.shape[1:])
 
     def _terms(self, part: str, folded: bool) -> list[tuple[str, Tensor | None]]:
         """rho(g A) as a sum of g' rho'(A): channels with g >= 0, and those with g < 0, which turn signs."""

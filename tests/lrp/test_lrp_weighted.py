@@ -66,6 +66,59 @@ def test_attention_is_read_as_a_linear_layer_with_these_weights(rule, residual):
     assert torch.allclose(found.relevance, frozen.relevance, atol=1e-9 * scale)
 
 
+@pytest.mark.parametrize("rule", ["zplus", "epsilon"])
+def test_heads_that_share_their_values(rule):
+    """Broadcasting a value equals copying it: it gets what all of its copies get."""
+
+    class Heads(nn.Module):
+        def __init__(self, copied):
+            super().__init__()
+            self.query, self.value, self.copied = nn.Linear(4, 8), nn.Linear(4, 4), copied
+
+        def forward(self, x):
+            tokens = x.flatten(2).transpose(1, 2)
+            query = self.query(tokens).unflatten(2, (2, 4)).transpose(1, 2)
+            attention = (query @ tokens.transpose(1, 2).unsqueeze(1)).softmax(-1)
+            value = self.value(tokens).unsqueeze(1)
+            mixed = weighted(value.expand(-1, 2, -1, -1) if self.copied else value, Dense, attention)
+            return mixed.sum(1).transpose(1, 2).unflatten(2, x.shape[2:])
+
+    x, targets = images(2, 6), torch.tensor([1, 0])
+    found, wanted = (relevance(network(Heads(copied)), x, targets, Config(rule=rule)) for copied in (False, True))
+    assert torch.allclose(found.relevance, wanted.relevance, atol=1e-12)
+
+
+BESIDE = {
+    "weighted": lambda x, h, constant: weighted(x, Dense, constant) + h,
+    "product": lambda x, h, constant: x * constant + h,
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("block_weights", ["signed", "zplus"])
+def test_what_makes_weights_keeps_its_value_where_it_carries_relevance_too(name, block_weights):
+    """One value inside a block both carries relevance and is a constant: as if the constant had been given."""
+
+    class Middle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.frozen = nn.Conv2d(4, 4, 3, padding=1), None
+
+        def forward(self, x):
+            h = torch.relu(self.conv(x))
+            h = h.mean((2, 3), keepdim=True) if name == "product" else h
+            return BESIDE[name](x, h, h if self.frozen is None else self.frozen)
+
+    net, x = network(Middle()), images(1, 6)
+    config = Config(residual="block", block_weights=block_weights)
+    found = relevance(net, x, torch.tensor([1]), config, "one", report=True)
+    made = torch.relu(net.middle.conv(torch.relu(net.stem(x)))).detach()
+    net.middle.frozen = made.mean((2, 3), keepdim=True) if name == "product" else made
+    wanted = relevance(net, x, torch.tensor([1]), config, "one")
+    assert torch.allclose(found.relevance, wanted.relevance, atol=1e-12)
+    assert torch.allclose(found.arrived + found.leaked, found.initial, atol=1e-9)
+
+
 def test_signed_dense_weights_by_zplus():
     """R_m = sum_n (A_nm v_m)+ R_n / (sum_m' (A_nm' v_m')+ + e)."""
     generator = torch.Generator().manual_seed(0)
