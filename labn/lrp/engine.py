@@ -79,7 +79,7 @@ def backward(
 
     Raises:
         ValueError: T does not fit, or nothing reaches `until`.
-        KeyError: a module whose output is no longer visible (it does not exist, or was joined to another step).
+        KeyError: a module whose output is no longer visible (it does not exist, was joined to another step or taken apart).
         NotImplementedError: a layer on the way has no rule.
     """
     graph = passage.graph

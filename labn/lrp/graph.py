@@ -96,8 +96,8 @@ def build(recording: Recording) -> Graph:
     nodes: dict[int, Node] = {}
     for index in sorted(needed - {0}):
         nodes[index] = _node(calls[index], nodes, calls)
+    separate(nodes, recording.logits)
     graph = Graph(nodes, recording.logits, {name: i for name, i in recording.outputs.items() if i in nodes})
-    separate(graph.nodes, graph.logits)
     merge_norms(graph)
     annotate(graph)
     return graph

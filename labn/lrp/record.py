@@ -50,8 +50,12 @@ class Call:
 
     @property
     def operation(self) -> str:
-        """Name of the function without in-place and dunder underscores, such as `relu`, `add`, `iadd`, `conv2d`."""
-        return str(getattr(self.func, "__name__", self.func)).strip("_")
+        """Name of the function without in-place and dunder underscores, such as `relu`, `add`, `iadd`, `conv2d`; of an
+        attribute such as `mT` its own name.
+        """
+        name = str(getattr(self.func, "__name__", self.func))
+        named = getattr(self.func, "__self__", None) if name == "__get__" else self.func
+        return str(getattr(named, "__name__", name)).strip("_")
 
     @property
     def inputs(self) -> tuple[int, ...]:

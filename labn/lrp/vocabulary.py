@@ -20,9 +20,9 @@ IDENTITY = {
 CONSTANT_NORM = {"normalize"}
 # Every output value is a copy of exactly one input value, so relevance follows the plain gradient.
 ROUTE = {
-    "flatten", "unflatten", "reshape", "view", "permute", "transpose", "movedim", "squeeze", "unsqueeze", "getitem",
-    "select", "narrow", "chunk", "split", "unbind", "cat", "concat", "concatenate", "stack", "expand",
-    "channel_shuffle", "pixel_shuffle", "roll", "flip",
+    "flatten", "unflatten", "reshape", "view", "permute", "transpose", "T", "mT", "movedim", "squeeze", "unsqueeze",
+    "getitem", "select", "narrow", "chunk", "split", "split_with_sizes", "tensor_split", "unbind", "cat", "concat",
+    "concatenate", "stack", "expand", "channel_shuffle", "pixel_shuffle", "roll", "flip",
 }  # fmt: skip
 # The second tensor only lends its shape or type.
 SHAPED_LIKE = {"expand_as", "view_as", "reshape_as", "type_as"}

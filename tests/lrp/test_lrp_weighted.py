@@ -119,6 +119,18 @@ def test_what_makes_weights_keeps_its_value_where_it_carries_relevance_too(name,
     assert torch.allclose(found.arrived + found.leaked, found.initial, atol=1e-9)
 
 
+def test_transposes_by_attribute_are_known():
+    class Short(Attention):
+        def forward(self, x):
+            query, key, value = self.qkv(x.flatten(2).mT).chunk(3, -1)
+            mixed = weighted(value, self.dense, (query @ key.mT).softmax(-1))
+            return mixed.mT.unflatten(2, x.shape[2:])
+
+    x, targets = images(2, 6), torch.tensor([1, 0])
+    found, wanted = (relevance(network(middle), x, targets).relevance for middle in (Short(), Attention()))
+    assert torch.equal(found, wanted)
+
+
 def test_signed_dense_weights_by_zplus():
     """R_m = sum_n (A_nm v_m)+ R_n / (sum_m' (A_nm' v_m')+ + e)."""
     generator = torch.Generator().manual_seed(0)
@@ -184,6 +196,8 @@ class Cut(nn.Module):
 CUTS = {
     "chunk": lambda y: y.chunk(2, 1),
     "split": lambda y: y.contiguous().split([4, 4], dim=1),
+    "tensor_split": lambda y: y.tensor_split(2, 1),
+    "split_with_sizes": lambda y: torch.split_with_sizes(y, [4, 4], 1),
     "slices": lambda y: (y[:, :4], y[:, 4:]),
     "overlapping": lambda y: (y[:, 1:5], y.narrow(1, 4, 4)),
 }
@@ -204,6 +218,7 @@ def test_a_layer_for_several_things_is_taken_apart_where_it_is_only_cut(name, ba
     assert torch.allclose(result.arrived + result.leaked, result.initial, atol=1e-8)
     labels = [node.label for node in plan_for(net, x).graph.nodes.values() if node.kind == "linear"]
     assert sum("middle.both" in label for label in labels) == (2 if name in CUTS else 1)
+    assert ("middle.both" in plan_for(net, x).graph.outputs) is (name not in CUTS)
 
 
 def test_taken_apart_equals_two_layers():
