@@ -79,7 +79,8 @@ def backward(
 
     Raises:
         ValueError: T does not fit, or nothing reaches `until`.
-        KeyError: a module whose output is no longer visible (it does not exist, was joined to another step or taken apart).
+        KeyError: a module whose output is no longer visible (it does not exist, was joined to another step, or was
+            taken apart).
         NotImplementedError: a layer on the way has no rule.
     """
     graph = passage.graph
