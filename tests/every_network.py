@@ -12,6 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import yaml
+from every_explainer import SHORT
 from small_detectors import TinySSD
 from small_voc import annotation, write_voc, xml
 from torch import Tensor, nn
@@ -27,14 +28,6 @@ METRICS = ["id", "pid8@official", "insertion8@random", "deletion16@stable", "fil
 METRICS += ["randomisation", "sparseness", "average_drop", "percent_increase", "errors"]
 METRICS += ["mass", "pointing", "rank", "auroc"]
 PROPAGATION = ("lrp", "c3lrp", "contrastive_lrp")
-SHORT: dict[str, dict[str, Any]] = {
-    "rise": {"n_masks": 24},
-    "rise_released": {"n_masks": 24},
-    "smoothgradcam++": {"n_samples": 2},
-    "smoothgrad": {"n_samples": 3},
-    "integrated_gradients": {"n_steps": 3},
-    "occlusion": {"window": 12, "stride": 10},
-}
 NETWORKS: dict[str, tuple[str, ...]] = {
     "lambda": tuple(name for name in EXPLAINERS if name not in (*PROPAGATION, "crp")),
     "residual": PROPAGATION,
