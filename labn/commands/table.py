@@ -192,8 +192,8 @@ def markdown(
         for protocol in protocols:
             names = [name if name == ACCURACY else name + VARIANTS[protocol] for name in columns]
             cells = [ours(runs[row.run], row.explainer, name) for name in names]
-            first = row.name if not row.mean and protocol == protocols[0] else ""
-            lines.append(f"| {first} | ours, {protocol} | {' | '.join(cells)} |".replace("|  |", "| |"))
+            first = f" {row.name}" if not row.mean and protocol == protocols[0] else ""
+            lines.append(f"|{first} | ours, {protocol} | {' | '.join(cells)} |")
         notes.append(f"{row.name}: {described(runs[row.run], row, folder)}")
     return "\n".join([f"{table.source}.", "", *lines, "", *notes])
 
