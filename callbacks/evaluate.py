@@ -116,6 +116,7 @@ class EvaluationCallback(ExplainingCallback):
             "boxes": batch.boxes,
             "explainer": session.explainers[explainer],
             "cache": batch.engine,
+            "predictions": batch.predictions,
         }
         own = batch.labels[:, None]
         part = ScorePart(
@@ -134,8 +135,7 @@ class EvaluationCallback(ExplainingCallback):
             part.keys[name] = self.keys[name]
             if isinstance(metric, PatchInsertionDeletion):
                 curves = metric.curves(*arguments, **more)
-                kept = metric.included(batch.labels).cpu()
-                part.curves[f"{name}/index"] = batch.indices.cpu()[kept].numpy()
+                part.curves[f"{name}/index"] = batch.indices.cpu()[curves.samples.cpu()].numpy()
                 for line in ("x", "insertion", "deletion"):
                     part.curves[f"{name}/{line}"] = getattr(curves, line).cpu().numpy()
         return part

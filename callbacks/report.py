@@ -110,9 +110,12 @@ class ReportCallback(ExplainingCallback):
         """Give the scored samples what the player needs: when each patch moves, and what removed ones show."""
         steps = {name: metric.steps(heat, batch.indices).cpu().numpy() for name, heat in maps.items()}
         first = next(iter(maps.values()))
-        scored = ScoredBatch(session.network, batch.images, first, batch.targets, batch.indices)
+        scored = ScoredBatch(
+            session.network, batch.images, first, batch.targets, batch.indices,
+            labels=batch.labels, predictions=batch.predictions,
+        )  # fmt: skip
         fills = [metric.filling(scored, name).cpu() for name in (metric.fill, metric.deletion_fill)]
-        for row in set(metric.included(batch.labels).tolist()) & cards.keys():
+        for row in set(metric.included(scored).tolist()) & cards.keys():
             coarse = steps[next(iter(steps))][row].size <= FINE_GRID
             if coarse or cards[row]["index"] in self._fine:
                 cards[row]["steps"] = {name: steps_text(grid[row]) for name, grid in steps.items()}

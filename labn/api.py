@@ -84,6 +84,8 @@ def evaluate(
     mean: Sequence[float] | None = IMAGENET_MEAN,
     std: Sequence[float] | None = IMAGENET_STD,
     chunk_size: int | None = None,
+    fold: bool = True,
+    precision: str = "fp32",
     **settings: Any,
 ) -> dict[str, Tensor]:
     """Score maps with several metrics, which share their forwards.
@@ -102,6 +104,8 @@ def evaluate(
         mean: per-channel mean of the normalisation; None: the images were not normalised.
         std: likewise the standard deviation.
         chunk_size: images per forward; None lets the engine choose.
+        fold: whether the forwards may run on a BatchNorm-folded copy, where that is exact.
+        precision: of the forwards, "fp32" (the images' own) or "bf16".
         settings: for all metrics that know them, such as `fill="blur"`.
 
     Returns:
@@ -120,9 +124,14 @@ def evaluate(
     places = torch.arange(len(images)) if indices is None else indices
     explainer = explainer_by_name(explainer) if isinstance(explainer, str) else explainer
     with explained_channels(model, images):
-        engine = PerturbationEngine(model, images, indices=places, chunk_size=chunk_size)
-        chosen = engine.original().argmax(1) if targets is None else resolve_targets(model, images, targets)
-        batch = ScoredBatch(model, images, maps, chosen, places, labels, masks, boxes, explainer, engine)
+        how: dict[str, Any] = {"chunk_size": chunk_size, "fold": fold, "precision": precision}
+        engine = PerturbationEngine(model, images, indices=places, **how)
+        # Classes are those of the model as it is, whatever the precision of the forwards.
+        known = None if precision == "fp32" else resolve_targets(model, images)
+        if targets is None:
+            targets = engine.original().argmax(1) if known is None else known
+        chosen = resolve_targets(model, images, targets)
+        batch = ScoredBatch(model, images, maps, chosen, places, labels, masks, boxes, explainer, engine, known)
         for metric in built.values():
             metric.check(batch)
         scores: dict[str, Tensor] = {}

@@ -161,6 +161,21 @@ def test_labels_masks_and_settings_reach_the_metrics(model: Own, images: Tensor)
     assert not torch.allclose(blurred, evaluate(model, images, maps, [0, 1], ["pid8"])["pid8"])
 
 
+def test_how_the_forwards_run_reaches_the_engine(model: Own, images: Tensor) -> None:
+    maps = torch.rand(2, 32, 32, generator=torch.Generator().manual_seed(2))
+    seen: list[torch.dtype] = []
+    model.conv.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    full = evaluate(model, images, maps, [0, 1], ["pid8"], fold=False)["pid8"]
+    assert set(seen) == {torch.float32}
+    seen.clear()
+    reduced = evaluate(model, images, maps, [0, 1], ["pid8"], fold=False, precision="bf16")["pid8"]
+    assert set(seen) == {torch.float32, torch.bfloat16}  # the prediction, and everything else
+    assert torch.allclose(full, reduced, atol=0.01)
+    assert not torch.equal(full, reduced)
+    with pytest.raises(ValueError, match="precision must be one of"):
+        evaluate(model, images, maps, precision="fp8")
+
+
 def test_nothing_is_mutated(model: Own, images: Tensor) -> None:
     model.train()
     before, given = {k: v.clone() for k, v in model.state_dict().items()}, images.clone()

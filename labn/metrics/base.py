@@ -31,12 +31,13 @@ class ScoredBatch:
     boxes: Boxes | None = None
     explainer: Any = None
     cache: PerturbationEngine | None = None
+    predictions: Tensor | None = None
 
     def __post_init__(self) -> None:
         expected = (len(self.images), *self.images.shape[-2:])
         if self.maps.shape != expected:
             raise ValueError(f"maps must be {expected} to fit the images, got {tuple(self.maps.shape)}; resize them.")
-        for name in ("targets", "indices", "labels"):
+        for name in ("targets", "indices", "labels", "predictions"):
             given = getattr(self, name)
             if given is not None and given.shape != expected[:1]:
                 raise ValueError(f"{name} must have one entry per image {expected[:1]}, got {tuple(given.shape)}.")
@@ -52,6 +53,10 @@ class ScoredBatch:
     def true_labels(self) -> Tensor:
         """(B,) the labels on the images' device; the targets where no labels are given."""
         return (self.targets if self.labels is None else self.labels).to(self.images.device)
+
+    def predicted(self, engine: PerturbationEngine) -> Tensor:
+        """(B,) the predicted classes on the images' device; the engine's, in its precision, where none are given."""
+        return engine.original().argmax(-1) if self.predictions is None else self.predictions.to(self.images.device)
 
     def engine(self, **options: Any) -> PerturbationEngine:
         """`cache`, which must hold these images, or a new engine with `options`."""
@@ -136,6 +141,7 @@ class SampleMetric(SampleRows):
         boxes: Boxes | None = None,
         explainer: Any = None,
         cache: PerturbationEngine | None = None,
+        predictions: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Values of a batch, without touching the state.
 
@@ -150,6 +156,8 @@ class SampleMetric(SampleRows):
             boxes: per sample (n, 4) ground-truth boxes x1, y1, x2, y2 in pixels, where the data has them.
             explainer: what made the maps, for metrics that explain again.
             cache: the batch's perturbation engine, through which metrics share their forwards.
+            predictions: (B,) int64, the classes that the model predicts, where they are known already, in full
+                precision for example; None: they are computed where needed.
 
         Returns:
             One (B,) float64 tensor per entry of `names`; NaN: the sample is left out.
@@ -158,7 +166,8 @@ class SampleMetric(SampleRows):
             ValueError: a map is not finite (named by its index) or does not have the images' size, or what the metric
                 needs (masks, an explainer) is not given.
         """
-        batch = ScoredBatch(model, images, maps, targets, indices, labels, masks, boxes, explainer, cache)
+        more = (labels, masks, boxes, explainer, cache, predictions)
+        batch = ScoredBatch(model, images, maps, targets, indices, *more)
         self.check(batch)
         return self.score_batch(batch)
 

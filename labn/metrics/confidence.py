@@ -11,7 +11,7 @@ from torch import Tensor
 
 from labn.fills import Channels
 from labn.metrics.base import ScoredBatch
-from labn.metrics.filled import FilledMetric, key_of
+from labn.metrics.filled import FilledMetric, key_of, spread
 from labn.metrics.functional.confidence import confidence_drop, confidence_increase
 from labn.postprocess import unit_range
 
@@ -32,6 +32,7 @@ class ConfidenceChange(FilledMetric):
         mean: per-channel mean that the images were normalised with, for "pixel"; None: not at all.
         std: likewise the standard deviation.
         positives_only: leave out samples with label 0, which then cost no forward.
+        correct_only: leave out samples whose label is not the predicted class.
         score_class: "target" (the explained class; of explained predictions the papers' predicted class), "label" or
             "predicted".
         chunk_size: inputs per forward, see `labn.perturb.PerturbationEngine`; this and the next two shape the engine
@@ -48,6 +49,7 @@ class ConfidenceChange(FilledMetric):
         mean: Channels | None = None,
         std: Channels | None = None,
         positives_only: bool | Sequence[int] = False,
+        correct_only: bool = False,
         score_class: str = "target",
         chunk_size: int | None = None,
         fold: bool = True,
@@ -61,6 +63,7 @@ class ConfidenceChange(FilledMetric):
             mean,
             std,
             positives_only=positives_only,
+            correct_only=correct_only,
             score_class=score_class,
             chunk_size=chunk_size,
             fold=fold,
@@ -74,14 +77,14 @@ class ConfidenceChange(FilledMetric):
 
     def score_batch(self, batch: ScoredBatch) -> dict[str, Tensor]:
         """Values of a batch in percent."""
-        kept = self.included(batch.true_labels)
+        kept = self.included(batch)
         values = batch.images.new_empty(0)
         if len(kept):
             engine = batch.engine(**self.engine_options)
             weights = unit_range(batch.maps.to(batch.images)[kept])
             logits = torch.stack([engine.original(kept), engine.soft(weights, self.filling(batch), kept)], 1).double()
             values = self.compare(*self.of_class(logits, self.classes(batch, engine)[kept]).unbind(1))
-        return {self.name: self.spread(values, batch.true_labels)}
+        return {self.name: spread(values, kept, batch)}
 
 
 class AverageDrop(ConfidenceChange):

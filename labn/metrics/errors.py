@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -47,6 +48,7 @@ class ErrorAnalysis(SampleMetric):
         std: likewise the standard deviation.
         bias: image for `fill="bias"`.
         positives_only: leave out samples with label 0.
+        correct_only: leave out samples whose label is not the predicted class.
         score_class: class whose probability is read.
         seed: of the "uniform" fill.
         chunk_size: inputs per forward.
@@ -74,7 +76,8 @@ class ErrorAnalysis(SampleMetric):
         mean: Channels | None = None,
         std: Channels | None = None,
         bias: Tensor | None = None,
-        positives_only: bool = False,
+        positives_only: bool | Sequence[int] = False,
+        correct_only: bool = False,
         score_class: str = "label",
         seed: int = 0,
         chunk_size: int | None = None,
@@ -97,6 +100,7 @@ class ErrorAnalysis(SampleMetric):
             std=std,
             bias=bias,
             positives_only=positives_only,
+            correct_only=correct_only,
             score_class=score_class,
             seed=seed,
             chunk_size=chunk_size,

@@ -21,7 +21,7 @@ PROBABILITIES: dict[str, Callable[[Tensor], Tensor]] = {
 SCORE_CLASSES: dict[str, Callable[[ScoredBatch, PerturbationEngine], Tensor]] = {
     "label": lambda batch, engine: batch.true_labels,
     "target": lambda batch, engine: batch.targets.to(batch.images.device),
-    "predicted": lambda batch, engine: engine.original().argmax(-1),
+    "predicted": lambda batch, engine: batch.predicted(engine),
 }
 
 
@@ -30,6 +30,13 @@ def key_of(argument: str, value: str, options: Mapping[str, object]) -> str:
     if value not in options:
         raise ValueError(f"{argument} must be one of {sorted(options)}, got {value!r}.")
     return value
+
+
+def spread(values: Tensor, kept: Tensor, batch: ScoredBatch) -> Tensor:
+    """Values (S, ...) of the samples at `kept` as (B, ...) float64, NaN for the others of the batch."""
+    full = values.new_full((len(batch.images), *values.shape[1:]), torch.nan, dtype=torch.float64)
+    full[kept.to(values.device)] = values.double()
+    return full
 
 
 class FilledMetric(SampleMetric):
@@ -42,6 +49,7 @@ class FilledMetric(SampleMetric):
         std: likewise the standard deviation.
         bias: (C, H, W) image in pixel space [0, 1], for `fill="bias"`.
         positives_only: leave out samples with label 0, which then cost no forward; a list of classes scores those.
+        correct_only: leave out samples whose label is not the predicted class.
         score_class: "label" (the true class), "target" (the explained one) or "predicted".
         probability: "softmax", "sigmoid" or "logit".
         seed: of the "uniform" fill and of random ties.
@@ -59,6 +67,7 @@ class FilledMetric(SampleMetric):
         std: Channels | None = None,
         bias: Tensor | None = None,
         positives_only: bool | Sequence[int] = False,
+        correct_only: bool = False,
         score_class: str = "label",
         probability: str = "softmax",
         seed: int = 0,
@@ -72,22 +81,19 @@ class FilledMetric(SampleMetric):
         self.fill_options = FillOptions(mean, std, bias, seed=seed)
         self.score_class = key_of("score_class", score_class, SCORE_CLASSES)
         self.probability = key_of("probability", probability, PROBABILITIES)
-        self.positives_only, self.seed = positives_only, seed
+        self.positives_only, self.correct_only, self.seed = positives_only, correct_only, seed
         self.engine_options = {"chunk_size": chunk_size, "fold": fold, "precision": precision}
 
-    def included(self, labels: Tensor) -> Tensor:
+    def included(self, batch: ScoredBatch) -> Tensor:
         """(S,) int64 positions of the batch's samples that are scored."""
+        labels = batch.true_labels
         if isinstance(self.positives_only, bool):
             keep = labels > 0 if self.positives_only else torch.ones_like(labels, dtype=torch.bool)
         else:
             keep = torch.isin(labels, torch.tensor(list(self.positives_only), device=labels.device))
+        if self.correct_only and bool(keep.any()):
+            keep &= labels == batch.predicted(batch.engine(**self.engine_options))
         return keep.nonzero().squeeze(1)
-
-    def spread(self, values: Tensor, labels: Tensor) -> Tensor:
-        """Values (S, ...) of the scored samples as (B, ...) float64, NaN for those left out."""
-        full = values.new_full((len(labels), *values.shape[1:]), torch.nan, dtype=torch.float64)
-        full[self.included(labels.to(values.device))] = values.double()
-        return full
 
     def classes(self, batch: ScoredBatch, engine: PerturbationEngine) -> Tensor:
         """(B,) the class of each sample whose probability is scored."""
@@ -127,7 +133,8 @@ class FillProbability(FilledMetric):
         mean: Channels | None = None,
         std: Channels | None = None,
         bias: Tensor | None = None,
-        positives_only: bool = False,
+        positives_only: bool | Sequence[int] = False,
+        correct_only: bool = False,
         score_class: str = "label",
         probability: str = "softmax",
         seed: int = 0,
@@ -136,15 +143,17 @@ class FillProbability(FilledMetric):
         precision: str = "fp32",
         **kwargs: Any,
     ) -> None:
-        options = (fill, mean, std, bias, positives_only, score_class, probability, seed, chunk_size, fold, precision)
-        super().__init__(["fill_probability"], *options, **kwargs)
+        super().__init__(
+            ["fill_probability"], fill, mean, std, bias, positives_only, correct_only, score_class, probability, seed,
+            chunk_size, fold, precision, **kwargs,
+        )  # fmt: skip
 
     def score_batch(self, batch: ScoredBatch) -> dict[str, Tensor]:
         """One forward per batch where the fill does not depend on the image."""
-        kept = self.included(batch.true_labels)
+        kept = self.included(batch)
         values = batch.images.new_empty(0)
         if len(kept):
             engine = batch.engine(**self.engine_options)
             logits = engine.filled(self.filling(batch))[kept, None]
             values = self.of_class(logits, self.classes(batch, engine)[kept])[:, 0]
-        return {"fill_probability": self.spread(values, batch.true_labels)}
+        return {"fill_probability": spread(values, kept, batch)}

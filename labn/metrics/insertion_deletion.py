@@ -10,11 +10,11 @@ from torch import Tensor
 
 from labn.fills import FILLS, Channels
 from labn.metrics.base import ScoredBatch
-from labn.metrics.filled import FilledMetric, key_of
-from labn.metrics.functional.insertion_deletion import PROTOCOLS, InsertionDeletionCurves, counted_fractions
+from labn.metrics.filled import FilledMetric, key_of, spread
+from labn.metrics.functional.insertion_deletion import AREAS, PROTOCOLS, InsertionDeletionCurves, counted_fractions
 from labn.patches import POOLINGS, TIES, default_step, patch_grid, patch_pool, patch_ranks, ranks_to_pixels
 
-AREAS = ("insertion", "deletion", "pid", "fill_probability")
+VALUES = ("insertion", "deletion", "pid", "fill_probability")
 
 
 class PatchInsertionDeletion(FilledMetric):
@@ -43,12 +43,14 @@ class PatchInsertionDeletion(FilledMetric):
         mean: per-channel mean that the images were normalised with; None: not at all.
         std: likewise the standard deviation.
         positives_only: leave out samples with label 0; a list of classes scores those.
+        correct_only: leave out samples whose label is not the predicted class.
         bias: (C, H, W) image in pixel space [0, 1], for `fill="bias"`.
         score_class: "label" (the true class), "target" (the explained one) or "predicted".
         pooling: "max", "mean" or "sum" over a patch.
         n_steps: number of steps instead of `step`: step = ceil(N / n_steps).
         deletion_fill: another fill for deletion (RISE: `fill="blur"`, `deletion_fill="mean"`); None: the same.
         probability: "softmax", "sigmoid" or "logit".
+        area: of a curve, "trapezoid" or "mean" of its points.
         seed: of the "uniform" fill and of "random" ties.
         chunk_size: inputs per forward; see `labn.perturb.PerturbationEngine`. This and the next two shape the engine
             that is made where `cache` is not given.
@@ -69,12 +71,14 @@ class PatchInsertionDeletion(FilledMetric):
         mean: Channels | None = None,
         std: Channels | None = None,
         positives_only: bool | Sequence[int] = False,
+        correct_only: bool = False,
         bias: Tensor | None = None,
         score_class: str = "label",
         pooling: str = "max",
         n_steps: int | None = None,
         deletion_fill: str | None = None,
         probability: str = "softmax",
+        area: str = "trapezoid",
         seed: int = 0,
         chunk_size: int | None = None,
         fold: bool = True,
@@ -84,8 +88,10 @@ class PatchInsertionDeletion(FilledMetric):
         suffix = f"@{protocol}" if protocol != "paper" else f"@{ties}" if ties != "fraction" else ""
         stems = (f"insertion{patch_size}", f"deletion{patch_size}", "id" if patch_size == 1 else f"pid{patch_size}")
         names = [*(stem + suffix for stem in stems), "fill_probability"]
-        options = (fill, mean, std, bias, positives_only, score_class, probability, seed, chunk_size, fold, precision)
-        super().__init__(names, *options, **kwargs)
+        super().__init__(
+            names, fill, mean, std, bias, positives_only, correct_only, score_class, probability, seed, chunk_size,
+            fold, precision, **kwargs,
+        )  # fmt: skip
         given = [number for number in (step, n_steps, patch_size) if number is not None]
         if len(given) == 3 or min(given) < 1:
             raise ValueError(f"give step or n_steps, not both, and above 0: {step=}, {n_steps=}, {patch_size=}.")
@@ -95,6 +101,7 @@ class PatchInsertionDeletion(FilledMetric):
         self.protocol = key_of("protocol", protocol, PROTOCOLS)
         self.ties = key_of("ties", ties, TIES)
         self.pooling = key_of("pooling", pooling, POOLINGS)
+        self.area = key_of("area", area, AREAS)
         self.deletion_fill = key_of("deletion_fill", deletion_fill or fill, FILLS)
 
     def counts(self, size: tuple[int, int]) -> Tensor:
@@ -107,7 +114,7 @@ class PatchInsertionDeletion(FilledMetric):
         return PROTOCOLS[self.protocol].counts(rows * columns, step)
 
     def curves(self, *args: Any, **kwargs: Any) -> InsertionDeletionCurves:
-        """Curves of the S = len(included(labels)) scored samples; arguments as in `score`.
+        """Curves of the S scored samples; arguments as in `score`.
 
         After `score` with the same `cache` they cost no forward.
         """
@@ -115,10 +122,10 @@ class PatchInsertionDeletion(FilledMetric):
 
     def _curves(self, batch: ScoredBatch) -> InsertionDeletionCurves:
         images, size = batch.images, (batch.images.shape[-2], batch.images.shape[-1])
-        counts, kept = self.counts(size), self.included(batch.true_labels)
+        counts, kept = self.counts(size), self.included(batch)
         if len(kept) == 0:
             nothing = images.new_zeros(0, len(counts), dtype=torch.float64)
-            return InsertionDeletionCurves(counts, nothing, nothing, nothing, nothing[:, 0])
+            return InsertionDeletionCurves(kept, counts, nothing, nothing, nothing, nothing[:, 0])
         engine = batch.engine(**self.engine_options)
         classes = self.classes(batch, engine)[kept]
         ranks = self._ranks(batch.maps.to(images.device)[kept], batch.indices.to(images.device)[kept])
@@ -128,16 +135,13 @@ class PatchInsertionDeletion(FilledMetric):
         deletion = self.of_class(engine.masked(pixel_ranks, counts, deletion_fill, "rest", kept), classes)
         bare = self.of_class(engine.filled(fill)[kept, None], classes)[:, 0]
         x = (counted_fractions if self.ties == "threshold" else PROTOCOLS[self.protocol].x)(ranks, counts)
-        return InsertionDeletionCurves(counts, x, insertion, deletion, bare)
+        return InsertionDeletionCurves(kept, counts, x, insertion, deletion, bare)
 
     def score_batch(self, batch: ScoredBatch) -> dict[str, Tensor]:
         """Areas of a batch by their names in files."""
-        return self.values(self._curves(batch), batch.true_labels)
-
-    def values(self, curves: InsertionDeletionCurves, labels: Tensor) -> dict[str, Tensor]:
-        """The dict of `score` from curves that are already there; `labels` (B,) as given to `curves`."""
-        areas = curves.areas()
-        return {name: self.spread(areas[area], labels) for name, area in zip(self.names, AREAS)}
+        curves = self._curves(batch)
+        areas = curves.areas(self.area)
+        return {name: spread(areas[value], curves.samples, batch) for name, value in zip(self.names, VALUES)}
 
     def steps(self, maps: Tensor, indices: Tensor) -> Tensor:
         """First point k of the curve at which each patch has moved: (B, rows, columns) int64; K where it never does.
@@ -153,7 +157,7 @@ class PatchInsertionDeletion(FilledMetric):
 
     def compute(self) -> dict[str, Tensor]:
         """Means `insertion`, `deletion`, `pid` and `fill_probability` over the samples that are scored, float64."""
-        return dict(zip(AREAS, super().compute().values()))
+        return dict(zip(VALUES, super().compute().values()))
 
     def _ranks(self, maps: Tensor, indices: Tensor) -> Tensor:
         values = patch_pool(maps, self.patch_size, self.pooling)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from labn.fills import Channels
 from labn.metrics.base import ScoredBatch
-from labn.metrics.filled import FilledMetric, key_of
+from labn.metrics.filled import FilledMetric, key_of, spread
 from labn.metrics.functional.confidence import percent_counts
 from labn.patches import patch_ranks, ranks_to_pixels
 
@@ -38,6 +38,7 @@ class PercentageIn(FilledMetric):
         std: likewise the standard deviation.
         bias: (C, H, W) image in pixel space [0, 1], for `fill="bias"`.
         positives_only: leave out samples with label 0, which then cost no forward.
+        correct_only: leave out samples whose label is not the predicted class.
         score_class: "label" (as the insertion curve), "target" or "predicted".
         seed: of the "uniform" fill.
         chunk_size: inputs per forward, see `labn.perturb.PerturbationEngine`; this and the next two shape the engine
@@ -59,6 +60,7 @@ class PercentageIn(FilledMetric):
         std: Channels | None = None,
         bias: Tensor | None = None,
         positives_only: bool | Sequence[int] = False,
+        correct_only: bool = False,
         score_class: str = "label",
         seed: int = 0,
         chunk_size: int | None = None,
@@ -72,17 +74,17 @@ class PercentageIn(FilledMetric):
         stems = {form: "pctin" if headline and form == "logit" else f"pctin_{form}" for form in self.forms}
         names = [f"{stems[form]}{percent:g}" for form in self.forms for percent in self.percents]
         super().__init__(
-            names, fill, mean, std, bias, positives_only, score_class, "softmax", seed, chunk_size, fold, precision,
-            **kwargs,
+            names, fill, mean, std, bias, positives_only, correct_only, score_class, "softmax", seed, chunk_size, fold,
+            precision, **kwargs,
         )  # fmt: skip
 
     def score_batch(self, batch: ScoredBatch) -> dict[str, Tensor]:
         """Values of a batch by their names in files."""
-        kept = self.included(batch.true_labels)
+        kept = self.included(batch)
         columns = batch.images.new_empty(0, len(self.names))
         if len(kept):
             columns = self._columns(batch, kept)
-        return dict(zip(self.names, self.spread(columns, batch.true_labels).unbind(1)))
+        return dict(zip(self.names, spread(columns, kept, batch).unbind(1)))
 
     def _columns(self, batch: ScoredBatch, kept: Tensor) -> Tensor:
         """(S, len(names)) values of the scored samples."""

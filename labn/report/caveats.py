@@ -67,6 +67,10 @@ def _settings(manifest: dict[str, Any]) -> Iterator[str]:
     settings = manifest.get("settings", {})
     if settings.get("positives_only"):
         yield "Insertion and deletion are scored on positive samples only (label above 0)."
+    if settings.get("correct_only"):
+        yield "Metrics that perturb images are scored on correctly classified samples only."
+    if settings.get("area", "trapezoid") != "trapezoid":
+        yield "Areas are means of the curves' points."
     if settings.get("precision", "fp32") != "fp32":
         yield f"Perturbed inputs ran in {settings['precision']}."
     for name in ("n_steps", "step"):

@@ -144,6 +144,20 @@ def test_positives_only_leaves_no_row_of_a_negative(tmp_path):
     assert {r["label"] for r in rows(tmp_path / "test") if r["metric"] == "pid16"} == {"1"}
 
 
+def test_correct_only_scores_what_the_predictions_file_calls_right(tmp_path):
+    options = {"metric_options": {"step": 3, "correct_only": True}, "precision": "bf16"}
+    callback = EvaluationCallback(["pid16", "mass"], explainers={"random": None}, **options)
+    trainer(tmp_path, callback).test(network(), data(), verbose=False)
+    predictions = rows(tmp_path / "test", "predictions.csv")
+    right = {r["index"] for r in predictions if r["label"] == r["prediction"]}
+    assert 0 < len(right) < len(predictions)
+    assert {r["index"] for r in rows(tmp_path / "test") if r["metric"] == "pid16"} == right
+    assert not {r["index"] for r in rows(tmp_path / "test") if r["metric"] == "mass"} <= right
+    with np.load(tmp_path / "test" / "curves.npz") as curves:
+        (key,) = (k for k in curves if k.startswith("random/pid16/") and k.endswith("index"))
+        assert {str(i) for i in curves[key]} == right
+
+
 def test_positives_only_means_the_positive_classes_of_the_data(tmp_path):
     callback = EvaluationCallback(["pid16"], explainers={"random": None}, positives_only=True)
     healthy = data()

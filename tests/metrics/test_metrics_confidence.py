@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from scoring_models import Additive, Constant, Wavy, distinct, even, white
 
 from labn import evaluate
-from labn.metrics import AverageDrop, PatchInsertionDeletion, PercentageIn, PercentIncrease, metric_by_name
+from labn.metrics import (
+    AverageDrop,
+    FillProbability,
+    PatchInsertionDeletion,
+    PercentageIn,
+    PercentIncrease,
+    metric_by_name,
+)
 from labn.metrics.functional import confidence_drop, confidence_increase, percent_counts
 from labn.perturb import PerturbationEngine
 
@@ -179,6 +186,16 @@ def test_positives_only_leaves_samples_out_and_costs_nothing_for_them():
         assert engine.forwards == (2 if isinstance(metric, AverageDrop) else 6)
         nobody = metric.score(model, images, maps, TARGETS, INDICES, labels=labels * 0)
         assert all(values.isnan().all() for values in nobody.values())
+
+
+def test_correct_only_leaves_out_what_is_predicted_wrongly():
+    (images, maps), model = batch(), Wavy(16)
+    labels = torch.tensor([0, 1, 2])
+    right = model(images).argmax(1) == labels
+    assert 0 < right.sum() < 3
+    for metric in (AverageDrop(correct_only=True), PercentageIn(correct_only=True), FillProbability(correct_only=True)):
+        found = metric.score(model, images, maps, TARGETS, INDICES, labels=labels)
+        assert all(values.isfinite().tolist() == right.tolist() for values in found.values())
 
 
 @pytest.mark.parametrize("name", ["average_drop", "percent_increase", "pctin_ratio20"])

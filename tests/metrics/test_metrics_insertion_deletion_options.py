@@ -45,6 +45,36 @@ class TestOptions:
         nobody = score(metric, model, engine.images, self.maps, labels * 0)
         assert all(value.isnan().all() for value in nobody.values())
 
+    def test_correct_only_leaves_out_what_is_predicted_wrongly(self):
+        model, one = Wavy(16), torch.ones_like(ONE)
+        right = model(self.images).argmax(-1)
+        labels = right.clone()
+        labels[1] = (labels[1] + 1) % 3
+        metric = PatchInsertionDeletion(2, correct_only=True, fold=False)
+        engine = PerturbationEngine(model, self.images, fold=False)
+        values = score(metric, model, self.images, self.maps, labels, cache=engine)
+        assert values["pid"].isnan().tolist() == [False, True, False]
+        assert engine.forwards == 3 + 1 + 2 * 2 * 3  # images, the bare fill, both curves of two in between
+        curves = metric.curves(model, self.images, self.maps, labels, torch.arange(3))
+        assert curves.samples.tolist() == [0, 2]
+        everybody = score(PatchInsertionDeletion(2), model, self.images, self.maps, labels)["pid"]
+        assert torch.allclose(values["pid"][[0, 2]], everybody[[0, 2]])
+        given = score(metric, model, self.images, self.maps, labels, predictions=labels)
+        assert torch.allclose(given["pid"], everybody)
+        positives = PatchInsertionDeletion(2, correct_only=True, positives_only=[int(right[2])])
+        kept = score(positives, model, self.images, self.maps, labels)["pid"].isfinite()
+        assert kept.tolist() == [bool(right[0] == right[2]), False, True]
+        assert score(metric, model, self.images[:1], self.maps[:1], right[:1] + one)["pid"].isnan().all()
+
+    def test_area_as_mean_of_the_points(self):
+        """Linear p, N = 16 in steps of 5: the points lie at 0, 5, 10, 15 and 16 of 16, whose mean is 9.2 / 16."""
+        model, images, maps = Additive(even(4, 4)), white(4, 4), self.maps[:1]
+        trapezoid = score(PatchInsertionDeletion(1, step=5), model, images, maps)
+        assert trapezoid["insertion"].item() == pytest.approx(0.5)
+        mean = score(PatchInsertionDeletion(1, step=5, area="mean"), model, images, maps)
+        assert mean["insertion"].item() == pytest.approx(9.2 / 16)
+        assert mean["pid"].item() == pytest.approx(2.4 / 16)
+
     def test_another_fill_for_deletion(self):
         model, images = Wavy(16), self.images[:1]
         metric = PatchInsertionDeletion(2, fill="blur", deletion_fill="mean")
@@ -106,6 +136,7 @@ class TestErrors:
             ({"ties": "together"}, "ties must be one of"),
             ({"fill": "grey"}, "fill must be one of"),
             ({"score_class": "top"}, "score_class must be one of"),
+            ({"area": "sum"}, "area must be one of"),
             ({"pooling": "median"}, "pooling must be one of"),
             ({"probability": "odds"}, "probability must be one of"),
         ],

@@ -61,6 +61,11 @@ def nominal_fractions(ranks: Tensor, counts: Tensor) -> Tensor:
     return points.expand(len(ranks), -1)
 
 
+def mean_height(curves: Tensor, x: Tensor) -> Tensor:
+    """The mean of a curve's points, wherever they lie on the x axis; arguments and result as `trapezoid_area`."""
+    return curves.double().mean(1)
+
+
 def trapezoid_area(curves: Tensor, x: Tensor) -> Tensor:
     """Area under curves, sum_k (y_k + y_(k+1)) / 2 * (x_(k+1) - x_k).
 
@@ -75,6 +80,9 @@ def trapezoid_area(curves: Tensor, x: Tensor) -> Tensor:
     if curves.shape[1] == 1:
         return curves[:, 0]
     return torch.trapezoid(curves, x.to(curves), dim=1)
+
+
+AREAS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"trapezoid": trapezoid_area, "mean": mean_height}
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,7 @@ class InsertionDeletionCurves:
     """Curves of S samples at K points.
 
     Attributes:
+        samples: (S,) int64, positions of the scored samples in their batch.
         counts: (K,) int64, nominal number of patches moved.
         x: (S, K) float64, the x axis in [0, 1].
         insertion: (S, K) probabilities as patches of the image appear on the fill, most important first.
@@ -100,14 +109,20 @@ class InsertionDeletionCurves:
         fill_probability: (S,) probability of the bare fill.
     """
 
+    samples: Tensor
     counts: Tensor
     x: Tensor
     insertion: Tensor
     deletion: Tensor
     fill_probability: Tensor
 
-    def areas(self) -> dict[str, Tensor]:
-        """`insertion`, `deletion`, `pid` = their difference (JSAI 2022, eq. 7), `fill_probability`: (S,) float64."""
-        insertion, deletion = trapezoid_area(self.insertion, self.x), trapezoid_area(self.deletion, self.x)
+    def areas(self, area: str = "trapezoid") -> dict[str, Tensor]:
+        """`insertion`, `deletion`, `pid` = their difference (JSAI 2022, eq. 7), `fill_probability`: (S,) float64.
+
+        Args:
+            area: a name in `AREAS`: "trapezoid", or "mean" of the points.
+        """
+        measure = AREAS[area]
+        insertion, deletion = measure(self.insertion, self.x), measure(self.deletion, self.x)
         fill = self.fill_probability.double()
         return {"insertion": insertion, "deletion": deletion, "pid": insertion - deletion, "fill_probability": fill}
