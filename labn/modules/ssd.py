@@ -27,13 +27,22 @@ OPTIMIZERS: dict[str, Callable[[Parameters, float, float], Optimizer]] = {
 }
 
 
+class MatchedMean(MeanMetric):
+    """Mean over matched default boxes: their numbers are the weights, and without any it is 0, as SSD's loss is."""
+
+    def compute(self) -> Tensor:
+        """The mean over all updates and ranks."""
+        return self.mean_value / self.weight.clamp(min=1)
+
+
 class SSD(CheckedModule):
     """Train SSD300 with a VGG-16 trunk on images with boxes; logs losses and mean average precision.
 
     Batches are those of `datamodules.VOC`. Class channel 0 is the background, so object class c is channel c + 1.
     Validation and test log `<stage>/loss`, `<stage>/map50` (average precision at an overlap of .5, averaged over
     classes, with COCO's interpolation at 101 points) and `<stage>/ap50_<class>` of the classes that the split has boxes
-    of (`map50` is NaN where it has none at all).
+    of (`map50` is NaN where it has none at all). Losses are over the matched default boxes of the whole epoch, so that
+    those of validation and test do not depend on the batch size.
 
     Args:
         num_classes: object classes, without background; taken from the data module on the command line.
@@ -75,7 +84,7 @@ class SSD(CheckedModule):
             print(load_backbone(self.network, os.path.expandvars(ckpt)))
         self.thresholds = Thresholds(score_threshold, nms_threshold, top_k=top_k)
         stages = ("train", "val", "test")
-        self.epoch_losses = nn.ModuleDict({f"{stage}_{name}": MeanMetric() for stage in stages for name in LOSSES})
+        self.epoch_losses = nn.ModuleDict({f"{stage}_{name}": MatchedMean() for stage in stages for name in LOSSES})
         self.precision = nn.ModuleDict({stage: AveragePrecision() for stage in ("val_", "test_")})
 
     def forward(self, images: Tensor) -> Predictions:
@@ -94,7 +103,7 @@ class SSD(CheckedModule):
         return detect(self.network, self(images), (images.shape[-2], images.shape[-1]), self.thresholds)
 
     def losses(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], Predictions]:
-        """`classification`, `localisation` and their sum `loss`; and the predictions they are of."""
+        """`classification`, `localisation`, their sum `loss`, how many boxes `matched`; and the predictions."""
         images = batch["image"]
         raw = self(images)
         predictions = Predictions(raw.classes.float(), raw.offsets.float(), raw.grids)
@@ -108,7 +117,7 @@ class SSD(CheckedModule):
         self.refuse_nan(terms["loss"].detach(), batch, "train")
         size = len(batch["image"])
         for name, mean in self.epoch_metrics("train").items():
-            mean.update(terms[name.split("/")[1]].detach(), weight=size)
+            mean.update(terms[name.split("/")[1]].detach(), weight=terms["matched"])
             self.log(name, mean, on_step=False, on_epoch=True, prog_bar=name == "train/loss", batch_size=size)
         return terms["loss"]
 
@@ -124,7 +133,7 @@ class SSD(CheckedModule):
         terms, predictions = self.losses(batch)
         self.refuse_nan(terms["loss"].detach(), batch, stage)
         for name, mean in self.epoch_metrics(stage).items():
-            mean.update(terms[name.split("/")[1]].detach(), weight=len(batch["image"]))
+            mean.update(terms[name.split("/")[1]].detach(), weight=terms["matched"])
         size = (batch["image"].shape[-2], batch["image"].shape[-1])
         found = detect(self.network, predictions, size, self.thresholds)
         metric = self.precision[f"{stage}_"]
@@ -132,7 +141,7 @@ class SSD(CheckedModule):
         metric.update([as_predictions(d) for d in found], as_targets(batch), batch["index"])
 
     def epoch_metrics(self, stage: str) -> dict[str, Metric]:
-        """What an epoch of `stage` logs of the losses: name -> mean over images."""
+        """What an epoch of `stage` logs of the losses: name -> mean over matched boxes."""
         return {f"{stage}/{name}": self.epoch_losses[f"{stage}_{name}"] for name in LOSSES}  # type: ignore[misc]
 
     def on_validation_epoch_end(self) -> None:

@@ -29,8 +29,8 @@ def sample(index: int) -> dict[str, object]:
     return {"image": image, "label": kind, "index": index, "boxes": box, **flags}
 
 
-def loader(count: int = 4) -> DataLoader:
-    return DataLoader([sample(i) for i in range(count)], batch_size=2, collate_fn=collate_boxes)
+def loader(count: int = 4, batch_size: int = 2) -> DataLoader:
+    return DataLoader([sample(i) for i in range(count)], batch_size=batch_size, collate_fn=collate_boxes)
 
 
 def trainer(epochs: int = 1) -> pl.Trainer:
@@ -61,6 +61,14 @@ def test_the_loss_falls_and_the_precision_is_logged():
     assert 0 <= float(logged["val/map50"]) <= 1
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_the_loss_of_an_epoch_does_not_depend_on_the_batch_size(batch_size):
+    whole = trainer().test(slim(), loader(4, 4), verbose=False)[0]
+    parts = trainer().test(slim(), loader(4, batch_size), verbose=False)[0]
+    for name in ("loss", "classification", "localisation"):
+        assert parts[f"test/{name}"] == pytest.approx(whole[f"test/{name}"], rel=1e-5)
+
+
 def test_perfect_detections_have_precision_one():
     module, run = slim(), trainer()
     batch = next(iter(loader()))
@@ -86,6 +94,7 @@ def test_a_class_without_a_box_has_no_precision():
     assert "test/ap50_1" not in found
     empty = trainer().test(module, DataLoader(samples[1:], collate_fn=collate_boxes), verbose=False)[0]
     assert math.isnan(empty["test/map50"])
+    assert empty["test/loss"] == 0
     assert not any(name.startswith("test/ap50") for name in empty)
 
 

@@ -78,7 +78,7 @@ class TorchvisionSSD(Detector):
             labels: per image (n,) int64 class channels, without background.
 
         Returns:
-            `classification` and `localisation`, scalars.
+            `classification` and `localisation`, scalars, and the number of default boxes `matched` that they are over.
         """
         priors = corners(self.default_boxes(size, predictions.grids, predictions.offsets))
         nothing = priors.new_full((len(priors),), -1, dtype=torch.int64)
@@ -86,7 +86,9 @@ class TorchvisionSSD(Detector):
         targets = [{"boxes": b, "labels": k} for b, k in zip(boxes, labels)]
         outputs = {"cls_logits": predictions.classes, "bbox_regression": predictions.offsets}
         found = self.model.compute_loss(targets, outputs, [priors] * len(boxes), matched)
-        return {"classification": found["classification"], "localisation": found["bbox_regression"]}
+        number = sum((match >= 0).sum() for match in matched)
+        terms = {"classification": found["classification"], "localisation": found["bbox_regression"]}
+        return {**terms, "matched": torch.as_tensor(number)}
 
 
 def _last_convolution(module: nn.Module) -> str:
