@@ -29,7 +29,7 @@ METRICS += ["randomisation", "sparseness", "average_drop", "percent_increase", "
 METRICS += ["mass", "pointing", "rank", "auroc"]
 PROPAGATION = ("lrp", "c3lrp", "contrastive_lrp")
 NETWORKS: dict[str, tuple[str, ...]] = {
-    "lambda": tuple(name for name in EXPLAINERS if name not in (*PROPAGATION, "crp")),
+    "lambda": tuple(name for name in EXPLAINERS if name != "crp"),
     "residual": PROPAGATION,
     "detector": ("crp",),
 }

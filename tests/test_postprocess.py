@@ -144,6 +144,18 @@ def test_options_change_what_they_say():
     assert threshold(maps[0], Options(threshold="quantile", level=0.9)) == pytest.approx(float(maps[0].quantile(0.9)))
 
 
+@given(st.integers(0, 99), st.floats(-1e-7, 1e-7))
+def test_what_rounding_leaves_of_a_sum_of_zero_decides_nothing(seed, rest):
+    """A contrastive map: positive and negative relevance cancel, dead pixels are exactly zero."""
+    one = random_maps(seed, count=1)[0]
+    one[:12] = 0
+    one[12:] -= one[12:].mean()
+    moved = one.clone()
+    moved[12:] += rest * one.abs().mean()
+    assert threshold(one, Options()) == threshold(moved, Options()) == 0
+    assert threshold(one + 0.1, Options()) == pytest.approx(0.1)
+
+
 def test_otsu_splits_two_populations():
     one = torch.cat([torch.full((10, 20), 1.0), torch.full((10, 20), 5.0)]) + 0.1 * torch.rand(20, 20)
     found = threshold(one, Options(threshold="otsu"))

@@ -12,13 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SUMS_TO_ZERO = 1e-5  # of the sum of absolute values: float32 maps of relevance for one class against others leave less
+
 
 @dataclass(frozen=True)
 class Options:
     """How a region is chosen; the papers leave these open, the defaults are this project's.
 
     Attributes:
-        threshold: foreground exceeds the map's `mean`, `otsu`'s threshold, its `quantile`, or an `absolute` level.
+        threshold: foreground exceeds the map's `mean` (0 where a signed map sums to zero up to rounding), `otsu`'s
+            threshold, its `quantile`, or an `absolute` level.
         level: the quantile in [0, 1], or the absolute level; unused by the other two.
         contour: of the filled outer contours (always 8-connected) the `largest` one, the one that holds the map's
             maximum (`contains_max`), or the `first` one OpenCV returns (an order that changes with its version).
@@ -66,6 +69,13 @@ def threshold(one: Tensor, options: Options) -> float:
     return _THRESHOLDS[options.threshold](one, options.level)
 
 
+def _mean(one: Tensor, level: float) -> float:
+    values = one.double()
+    mean = float(values.mean())
+    # The sign of what rounding leaves of a sum of zero would decide over every pixel that is exactly 0.
+    return mean if abs(mean) > SUMS_TO_ZERO * float(values.abs().mean()) else 0.0
+
+
 def _otsu(one: Tensor, level: float) -> float:
     low, high = float(one.min()), float(one.max())
     if low == high:
@@ -76,7 +86,7 @@ def _otsu(one: Tensor, level: float) -> float:
 
 
 _THRESHOLDS: dict[str, Callable[[Tensor, float], float]] = {
-    "mean": lambda one, level: float(one.mean(dtype=torch.float64)),
+    "mean": _mean,
     "otsu": _otsu,
     "quantile": lambda one, level: float(np.quantile(one.detach().cpu().numpy(), level)),
     "absolute": lambda one, level: level,
