@@ -25,7 +25,7 @@ from labn.modules.losses import make_loss
 
 HERE = Path(__file__).parent
 METRICS = ["id", "pid8@official", "insertion8@random", "deletion16@stable", "fill_probability", "pctin", "pctin_prob10"]
-METRICS += ["randomisation", "sparseness", "average_drop", "percent_increase", "errors"]
+METRICS += ["randomisation", "sparseness", "average_drop", "percent_increase", "adcc", "errors"]
 METRICS += ["mass", "pointing", "rank", "auroc"]
 PROPAGATION = ("lrp", "c3lrp", "contrastive_lrp")
 NETWORKS: dict[str, tuple[str, ...]] = {

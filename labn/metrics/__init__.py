@@ -1,7 +1,7 @@
 """Metrics of explanations: `torchmetrics.Metric` classes over the functions of `labn.metrics.functional`."""
 
 from labn.metrics.base import SampleMetric
-from labn.metrics.confidence import AverageDrop, PercentIncrease
+from labn.metrics.confidence import ADCC, AverageDrop, PercentIncrease
 from labn.metrics.errors import ErrorAnalysis
 from labn.metrics.filled import FillProbability
 from labn.metrics.forecast import ForecastSkill
@@ -14,6 +14,7 @@ from labn.metrics.sparseness import Sparseness
 from labn.metrics.statistics import Interval, bootstrap_mean, bootstrap_sums, paired_difference
 
 __all__ = [
+    "ADCC",
     "AverageDrop",
     "ErrorAnalysis",
     "FillProbability",

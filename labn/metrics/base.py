@@ -67,6 +67,12 @@ class ScoredBatch:
         return self.cache
 
 
+def need_explainer(batch: ScoredBatch, metric: str, why: str) -> None:
+    """Raise ValueError unless the batch says what made its maps."""
+    if batch.explainer is None:
+        raise ValueError(f"metric {metric!r} {why}: it needs explainer=, as made the maps.")
+
+
 class SampleRows(Metric):
     """State of one row (index, values) per sample, merged to the same digits on any number of ranks.
 

@@ -1,4 +1,4 @@
-"""Average drop and percent increase: what the class's probability does when the image is seen through its map."""
+"""Average drop, percent increase and ADCC: what becomes of the class when the image is seen through its map."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from labn.fills import Channels
-from labn.metrics.base import ScoredBatch
+from labn.metrics.base import ScoredBatch, need_explainer
 from labn.metrics.filled import FilledMetric, key_of, spread
-from labn.metrics.functional.confidence import confidence_drop, confidence_increase
+from labn.metrics.functional.confidence import adcc, confidence_drop, confidence_increase
+from labn.metrics.functional.similarity import correlation
 from labn.postprocess import unit_range
 
 # What is multiplied by the map, and so what its zeros show.
@@ -41,7 +42,7 @@ class ConfidenceChange(FilledMetric):
         precision: "fp32" or "bf16".
     """
 
-    name: ClassVar[str]
+    names_of_values: ClassVar[tuple[str, ...]]
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class ConfidenceChange(FilledMetric):
     ) -> None:
         fill = MASK_SPACES[key_of("mask_space", mask_space, MASK_SPACES)]
         super().__init__(
-            [self.name],
+            self.names_of_values,
             fill,
             mean,
             std,
@@ -71,38 +72,70 @@ class ConfidenceChange(FilledMetric):
             **kwargs,
         )
 
+    def confidences(self, batch: ScoredBatch, kept: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Y and O, each (S,) float64, of the S samples at `kept` and the weights E (S, H, W)."""
+        engine = batch.engine(**self.engine_options)
+        logits = torch.stack([engine.original(kept), engine.soft(weights, self.filling(batch), kept)], 1).double()
+        whole, shown = self.of_class(logits, self.classes(batch, engine)[kept]).unbind(1)
+        return whole, shown
+
     @abstractmethod
-    def compare(self, whole: Tensor, shown: Tensor) -> Tensor:
-        """Y (S,) and O (S,), float64 -> the metric's value (S,)."""
+    def values(self, batch: ScoredBatch, kept: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+        """The metric's values, each (S,) float64, one per name; arguments as for `confidences`."""
 
     def score_batch(self, batch: ScoredBatch) -> dict[str, Tensor]:
-        """Values of a batch in percent."""
+        """Values of a batch by their names in files."""
         kept = self.included(batch)
-        values = batch.images.new_empty(0)
+        columns: tuple[Tensor, ...] = (batch.images.new_empty(0),) * len(self.names)
         if len(kept):
-            engine = batch.engine(**self.engine_options)
-            weights = unit_range(batch.maps.to(batch.images)[kept])
-            logits = torch.stack([engine.original(kept), engine.soft(weights, self.filling(batch), kept)], 1).double()
-            values = self.compare(*self.of_class(logits, self.classes(batch, engine)[kept]).unbind(1))
-        return {self.name: spread(values, kept, batch)}
+            columns = self.values(batch, kept, unit_range(batch.maps.to(batch.images)[kept]))
+        return {name: spread(column, kept, batch) for name, column in zip(self.names, columns)}
 
 
 class AverageDrop(ConfidenceChange):
     """Average Drop, 100 max(0, Y - O) / Y per sample; `labn.metrics.functional.confidence_drop`."""
 
     higher_is_better = False
-    name = "average_drop"
+    names_of_values = ("average_drop",)
 
-    def compare(self, whole: Tensor, shown: Tensor) -> Tensor:
-        """`confidence_drop`."""
-        return confidence_drop(whole, shown)
+    def values(self, batch: ScoredBatch, kept: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+        """In percent."""
+        return (confidence_drop(*self.confidences(batch, kept, weights)),)
 
 
 class PercentIncrease(ConfidenceChange):
     """Increase in Confidence, 100 where O > Y, per sample; `labn.metrics.functional.confidence_increase`."""
 
-    name = "percent_increase"
+    names_of_values = ("percent_increase",)
 
-    def compare(self, whole: Tensor, shown: Tensor) -> Tensor:
-        """`confidence_increase`."""
-        return confidence_increase(whole, shown)
+    def values(self, batch: ScoredBatch, kept: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+        """In percent."""
+        return (confidence_increase(*self.confidences(batch, kept, weights)),)
+
+
+class ADCC(ConfidenceChange):
+    """Average Drop, Coherency, Complexity (Poppi et al., CVPR Workshops 2021, section 3), per sample and in [0, 1].
+
+    F is what the explainer gives for the image seen through its map, E * x, brought to [0, 1] as E is. Then
+    `adcc_coherency` is (1 + r) / 2 with Pearson's correlation r of E and F, `adcc_complexity` the mean of E, and `adcc`
+    the harmonic mean of coherency, 1 - complexity and 1 - drop, the drop being `AverageDrop`'s as a share.
+
+    A map that does not depend on the image, such as `random`, is perfectly coherent. Each sample costs one explanation
+    beside the two forwards.
+    """
+
+    names_of_values = ("adcc", "adcc_coherency", "adcc_complexity")
+
+    def check(self, batch: ScoredBatch) -> None:
+        """An explainer is needed."""
+        need_explainer(batch, "adcc", "explains the images seen through their maps")
+
+    def values(self, batch: ScoredBatch, kept: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+        """One explanation of the scored samples."""
+        seen = torch.lerp(self.filling(batch), batch.images[kept], weights.unsqueeze(1))
+        targets, indices = (values[kept.to(values.device)] for values in (batch.targets, batch.indices))
+        maps = batch.explainer(batch.model, seen, targets, indices)
+        coherency = (1 + correlation(weights, unit_range(maps.to(weights)))) / 2
+        complexity = weights.double().mean((1, 2))
+        drop = confidence_drop(*self.confidences(batch, kept, weights)) / 100
+        return adcc(coherency, complexity, drop), coherency, complexity

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from labn.metrics.base import SampleMetric
-from labn.metrics.confidence import AverageDrop, PercentIncrease
+from labn.metrics.confidence import ADCC, AverageDrop, PercentIncrease
 from labn.metrics.errors import ErrorAnalysis
 from labn.metrics.filled import FillProbability
 from labn.metrics.insertion_deletion import PatchInsertionDeletion
@@ -85,7 +85,9 @@ REGISTRY: list[MetricEntry] = [
     MetricEntry(_PERCENTAGE, PercentageIn, _percentage_in, _PERCENTAGE_EXAMPLES),
     MetricEntry(r"randomisation", Randomisation, _nothing, ("randomisation",)),
     MetricEntry(r"sparseness", Sparseness, _nothing, ("sparseness",)),
-    *(MetricEntry(m.name, m, _nothing, (m.name,)) for m in (AverageDrop, PercentIncrease)),
+    MetricEntry(r"average_drop", AverageDrop, _nothing, ("average_drop",)),
+    MetricEntry(r"percent_increase", PercentIncrease, _nothing, ("percent_increase",)),
+    MetricEntry(r"adcc", ADCC, _nothing, ("adcc",)),
     MetricEntry(r"errors", ErrorAnalysis, _nothing, ("errors",)),
     *(MetricEntry(m.name, m, _nothing, (m.name,)) for m in (RelevanceMass, PointingGame, RelevanceRank, MapAUROC)),
 ]
@@ -102,8 +104,9 @@ def metric_by_name(name: str, **shared: Any) -> SampleMetric:
     Args:
         name: `id`, `pid<m>`, `insertion<m>`, `deletion<m>`, each also with `@official`, `@stable`,
             `@random` (a seeded order of ties) or `@threshold` (the released code's handling of ties alone);
-            `fill_probability`; `average_drop`, `percent_increase`; `pctin_prob<q>`, `pctin_logit<q>`, `pctin_ratio<q>`
-            for a percentage q, `pctin<q>` (the logit) and `pctin` (all three at 5, 10, 20, 25 and 50 from one curve);
+            `fill_probability`; `average_drop`, `percent_increase`, `adcc`; `pctin_prob<q>`, `pctin_logit<q>`,
+            `pctin_ratio<q>` for a percentage q, `pctin<q>` (the logit) and `pctin` (all three at 5, 10, 20, 25 and 50
+            from one curve);
             `mass`, `pointing`, `rank`, `auroc`, `errors`; `randomisation`, `sparseness`; and what else is registered.
         shared: settings for all metrics, such as `mean`, `std`, `fill`; each metric takes those it knows.
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from labn.metrics.base import SampleMetric, ScoredBatch
+from labn.metrics.base import SampleMetric, ScoredBatch, need_explainer
 from labn.metrics.functional.similarity import rank_correlation
 from labn.randomise import randomised_copies
 
@@ -40,10 +40,7 @@ class Randomisation(SampleMetric):
 
     def check(self, batch: ScoredBatch) -> None:
         """An explainer is needed."""
-        if batch.explainer is None:
-            raise ValueError(
-                "metric 'randomisation' explains a randomised copy of the model: it needs explainer=, as made the maps."
-            )
+        need_explainer(batch, "randomisation", "explains a randomised copy of the model")
 
     def score_batch(self, batch: ScoredBatch) -> dict[str, Tensor]:
         """Values of a batch: one explanation per stage."""

@@ -1,13 +1,17 @@
 """Average drop, percent increase and percentage in, against their equations written out per sample."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import hmean
 from scoring_models import Additive, Constant, Wavy, distinct, even, white
 
 from labn import evaluate
+from labn.explainers import ConstantMap, RandomMap
 from labn.metrics import (
+    ADCC,
     AverageDrop,
     FillProbability,
     PatchInsertionDeletion,
@@ -15,7 +19,7 @@ from labn.metrics import (
     PercentIncrease,
     metric_by_name,
 )
-from labn.metrics.functional import confidence_drop, confidence_increase, percent_counts
+from labn.metrics.functional import adcc, confidence_drop, confidence_increase, percent_counts
 from labn.perturb import PerturbationEngine
 
 INDICES = torch.arange(3)
@@ -80,7 +84,7 @@ def test_what_a_map_without_information_gets():
     hidden = AverageDrop().score(model, white(4, 4), torch.ones(1, 4, 4), one, one)["average_drop"]
     assert hidden.item() == pytest.approx(100)  # a constant map is brought to 0 and shows nothing
     for metric in (AverageDrop(), PercentIncrease()):
-        assert metric.score(Constant([0.3, 1.0]), white(4, 4), distinct(0, 4, 4), one, one)[metric.name].item() == 0
+        assert metric.score(Constant([0.3, 1.0]), white(4, 4), distinct(0, 4, 4), one, one)[metric.names[0]].item() == 0
 
 
 def test_the_explained_class_is_scored_or_the_label_or_the_prediction():
@@ -186,6 +190,56 @@ def test_positives_only_leaves_samples_out_and_costs_nothing_for_them():
         assert engine.forwards == (2 if isinstance(metric, AverageDrop) else 6)
         nobody = metric.score(model, images, maps, TARGETS, INDICES, labels=labels * 0)
         assert all(values.isnan().all() for values in nobody.values())
+
+
+def seen_twice(model, images, targets, indices):
+    """An explainer: the squares of the pixels plus the sample's target and index times their cubes."""
+    return ((images**2) + (targets + indices).view(-1, 1, 1, 1) * images**3)[:, 0]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 999), st.sampled_from(["normalised", "pixel"]))
+def test_adcc_restated(seed, mask_space):
+    (images, _), model, mean, std = batch(seed), Wavy(16, seed), 0.3, 0.6
+    indices = torch.tensor([4, 0, 2])
+    maps = seen_twice(model, images, TARGETS, indices)
+    metric = ADCC(mask_space=mask_space, mean=[mean], std=[std])
+    found = metric.score(model, images, maps, TARGETS, indices, explainer=seen_twice)
+    drops = AverageDrop(mask_space=mask_space, mean=[mean], std=[std]).score(model, images, maps, TARGETS, indices)
+    for k, (image, one) in enumerate(zip(images, maps)):
+        e = (one - one.min()) / (one.max() - one.min())
+        shown = e * image if mask_space == "normalised" else (e * (image * std + mean) - mean) / std
+        again = seen_twice(model, shown[None], TARGETS[k : k + 1], indices[k : k + 1])[0]
+        coherency = (1 + np.corrcoef(e.flatten(), again.flatten())[0, 1]) / 2
+        drop = drops["average_drop"][k].item() / 100
+        assert found["adcc_coherency"][k].item() == pytest.approx(coherency, abs=1e-9)
+        assert found["adcc_complexity"][k].item() == pytest.approx(e.mean().item())
+        assert found["adcc"][k].item() == pytest.approx(hmean([coherency, 1 - e.mean().item(), 1 - drop]), abs=1e-9)
+
+
+def test_adcc_of_maps_that_do_not_depend_on_the_image():
+    (images, _), model = batch(), Wavy(16)
+    for explainer, complexity in ((RandomMap(), 0.5), (ConstantMap(), 0.0)):
+        maps = explainer(model, images, TARGETS, INDICES)
+        found = ADCC().score(model, images, maps, TARGETS, INDICES, explainer=explainer)
+        assert torch.allclose(found["adcc_coherency"], torch.ones(3, dtype=torch.float64))
+        assert found["adcc_complexity"].mean().item() == pytest.approx(complexity, abs=0.1)
+        assert ((found["adcc"] >= 0) & (found["adcc"] <= 1)).all()
+    assert adcc(torch.tensor(0.0), torch.tensor(0.5), torch.tensor(0.5)) == 0
+    assert adcc(torch.tensor(1.0), torch.tensor(0.0), torch.tensor(0.0)) == 1
+
+
+def test_adcc_of_some_samples_is_that_of_all():
+    (images, _), model = batch(), Wavy(16)
+    maps = seen_twice(model, images, TARGETS, INDICES)
+    labels, more = torch.tensor([1, 0, 1]), {"explainer": seen_twice}
+    whole = ADCC().score(model, images, maps, TARGETS, INDICES, labels=labels, **more)
+    part = ADCC(positives_only=True).score(model, images, maps, TARGETS, INDICES, labels=labels, **more)
+    for name, values in part.items():
+        assert values.isnan().tolist() == [False, True, False]
+        assert torch.allclose(values[::2], whole[name][::2])
+    with pytest.raises(ValueError, match="'adcc' explains the images seen through their maps: it needs explainer="):
+        ADCC().score(model, images, maps, TARGETS, INDICES)
 
 
 def test_correct_only_leaves_out_what_is_predicted_wrongly():

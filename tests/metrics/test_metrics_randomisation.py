@@ -12,7 +12,7 @@ from torch import nn
 from labn import evaluate
 from labn.explainers import ConstantMap, Gradient, RandomMap, explainer_by_name
 from labn.metrics import Randomisation
-from labn.metrics.functional import midranks, rank_correlation
+from labn.metrics.functional import correlation, midranks, rank_correlation
 from labn.randomise import randomised_copies
 
 TARGETS, INDICES = torch.tensor([0, 2]), torch.arange(2)
@@ -45,6 +45,19 @@ def test_rank_correlation_is_spearmans(seed):
     for value, a, b in zip(rank_correlation(first, second), first, second):
         assert value.item() == pytest.approx(stats.spearmanr(a.flatten(), b.flatten()).statistic, abs=1e-12)
         assert midranks(a.reshape(1, -1))[0].tolist() == stats.rankdata(a.flatten()).tolist()
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 999))
+def test_correlation_is_pearsons(seed):
+    generator = torch.Generator().manual_seed(seed)
+    first, second = (torch.randn(2, 5, 6, generator=generator, dtype=torch.float64) for _ in range(2))
+    for value, a, b in zip(correlation(first, second), first, second):
+        assert value.item() == pytest.approx(stats.pearsonr(a.flatten(), b.flatten()).statistic, abs=1e-9)
+    tenth = torch.full((1, 7, 9), 0.1, dtype=torch.float64)  # whose mean is another number
+    assert correlation(tenth, 3 * tenth).item() == 1
+    assert correlation(tenth, torch.rand(1, 7, 9, generator=generator)).item() == 0
+    assert correlation(tenth, tenth / 0).isnan().item()
 
 
 def test_rank_correlation_of_constant_and_broken_maps():

@@ -1,7 +1,7 @@
 """The mathematics of the metrics as plain functions of tensors."""
 
 from labn.metrics.functional.complexity import gini_index
-from labn.metrics.functional.confidence import confidence_drop, confidence_increase, percent_counts
+from labn.metrics.functional.confidence import adcc, confidence_drop, confidence_increase, percent_counts
 from labn.metrics.functional.errors import (
     KINDS,
     ErrorThresholds,
@@ -24,15 +24,17 @@ from labn.metrics.functional.localisation import (
     relevance_mass,
     relevance_rank,
 )
-from labn.metrics.functional.similarity import midranks, rank_correlation
+from labn.metrics.functional.similarity import correlation, midranks, rank_correlation
 
 __all__ = [
     "KINDS",
     "ErrorThresholds",
     "InsertionDeletionCurves",
+    "adcc",
     "boxes_to_masks",
     "confidence_drop",
     "confidence_increase",
+    "correlation",
     "count_errors",
     "gini_index",
     "kept_fractions",

@@ -29,6 +29,21 @@ def confidence_increase(whole: Tensor, shown: Tensor) -> Tensor:
     return 100 * (shown > whole).to(whole.dtype)
 
 
+def adcc(coherency: Tensor, complexity: Tensor, drop: Tensor) -> Tensor:
+    """Harmonic mean of coherency, 1 - complexity and 1 - drop (Poppi et al., CVPR Workshops 2021), 0 where one is 0.
+
+    Args:
+        coherency: any shape, in [0, 1].
+        complexity: the same shape, in [0, 1].
+        drop: the same shape, a share in [0, 1], not in percent.
+
+    Returns:
+        The same shape, in [0, 1].
+    """
+    terms = torch.stack([coherency, 1 - complexity, 1 - drop]).clamp(min=0)
+    return 3 / (1 / terms).sum(0)
+
+
 def percent_counts(pixels: int, percents: Sequence[float]) -> Tensor:
     """(K,) int64 numbers of pixels that each percentage of `pixels` stands for: rounded, at least one.
 

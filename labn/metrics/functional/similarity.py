@@ -1,4 +1,4 @@
-"""How alike two maps order the pixels."""
+"""How alike two maps are."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def midranks(values: Tensor) -> Tensor:
     return (below + not_above + 1).double() / 2
 
 
-def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
-    """Spearman's rank correlation of the pixels of two maps: the correlation of their midranks (Spearman 1904).
+def correlation(first: Tensor, second: Tensor) -> Tensor:
+    """Pearson's correlation of the pixels of two maps.
 
     Args:
         first: (B, H, W).
@@ -23,14 +23,37 @@ def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
     Returns:
         (B,) float64 in [-1, 1]. Where a map is constant the coefficient has no value: 1 if both are, else 0. NaN where
         a map holds a value that is not finite.
+
+    Raises:
+        ValueError: the maps differ in size.
     """
+    a, b = _flat(first, second)
+    return _correlation(a, b)
+
+
+def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
+    """Spearman's rank correlation of the pixels of two maps: the correlation of their midranks (Spearman 1904).
+
+    Arguments, result and errors as for `correlation`.
+    """
+    a, b = _flat(first, second)
+    finite = a.isfinite().all(1) & b.isfinite().all(1)
+    return torch.where(finite, _correlation(midranks(a), midranks(b)), torch.nan)
+
+
+def _flat(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     if first.shape != second.shape:
         raise ValueError(f"the maps must have one size, got {tuple(first.shape)} and {tuple(second.shape)}.")
-    flat = [maps.double().flatten(1).contiguous() for maps in (first, second)]
-    a, b = (ranks - ranks.mean(1, keepdim=True) for ranks in map(midranks, flat))
+    return first.double().flatten(1).contiguous(), second.double().flatten(1).contiguous()
+
+
+def _correlation(first: Tensor, second: Tensor) -> Tensor:
+    """Of the rows of (B, P) float64."""
+    # A constant row has a deviation of 0 from its first value, but not always from its mean.
+    a, b = (values - values[:, :1] for values in (first, second))
+    a, b = (values - values.mean(1, keepdim=True) for values in (a, b))
     a_square, b_square = a.square().sum(1), b.square().sum(1)
     scale = (a_square * b_square).sqrt()
     both_constant = (a_square + b_square == 0).double()
     value = torch.where(scale > 0, (a * b).sum(1) / torch.where(scale > 0, scale, 1), both_constant)
-    finite = torch.stack([maps.isfinite().all(1) for maps in flat]).all(0)
-    return torch.where(finite, value.clamp(-1, 1), torch.nan)
+    return torch.where(scale.isfinite(), value.clamp(-1, 1), torch.nan)
