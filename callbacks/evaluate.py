@@ -13,7 +13,7 @@ from callbacks.session import Batch, Session, describe
 from labn.explainers import Explainer, explainer_by_name
 from labn.metrics.base import SampleMetric
 from labn.metrics.insertion_deletion import PatchInsertionDeletion
-from labn.metrics.names import metric_by_name, values_named
+from labn.metrics.names import check_settings, metric_by_name, values_named
 from labn.results import Plan, summary_table, write_results
 from labn.store import ScorePart, digest
 
@@ -64,8 +64,10 @@ class EvaluationCallback(ExplainingCallback):
         self.settings = {"fill": fill, "positives_only": positives_only, **(metric_options or {})}
         self.chunk_size, self.fold, self.precision = chunk_size, fold, precision
         self.metrics: dict[str, SampleMetric] = {}
-        for name in {*self.test_names, *self.val_names}:
+        names = list(dict.fromkeys([*self.test_names, *self.val_names]))
+        for name in names:
             metric_by_name(name, mean=None, std=None, bias=None, **self.settings)
+        check_settings(names, metric_options or {})
 
     @property
     def engine_options(self) -> dict[str, Any]:

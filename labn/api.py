@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from labn.explainers.base import Explainer, explained_channels
 from labn.explainers.names import explainer_by_name
 from labn.explainers.targets import Targets, resolve_targets
 from labn.metrics.base import Boxes, ScoredBatch
-from labn.metrics.names import metric_by_name, values_named
+from labn.metrics.names import check_settings, metric_by_name, values_named
 from labn.perturb import PerturbationEngine
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -51,7 +51,8 @@ def explain(
         images: (B, C, H, W), normalised as the model expects; they decide device and dtype.
         method: a name of `labn.explainers.EXPLAINERS`, a leading `-` negating its map; or a ready explainer.
         targets: None, every image's predicted class; an integer, one class for all; or (B,) classes.
-        indices: (B,) int64 positions in a data set, from which random methods take their randomness per sample.
+        indices: (B,) int64 positions in a data set, from which random methods take their randomness per sample; None:
+            the same for all.
         arguments: of the explainer, as in `method="rise", n_masks=2000`.
 
     Raises:
@@ -115,14 +116,18 @@ def evaluate(
     Raises:
         ValueError: an unknown metric, no image, maps, masks or boxes that do not fit the images, or a metric that needs
             masks or an explainer and gets none; before anything is scored.
-        TypeError: a setting that no metric knows, images that are no tensor, or one name instead of a list.
+        TypeError: a setting that none of the metrics knows or that their names say already, images that are no tensor,
+            or one name instead of a list.
     """
     _check_images(images)
     if isinstance(metrics, str):
         raise TypeError(f"metrics is {metrics!r}; it must be a list of names, such as [{metrics!r}].")
+    check_settings(metrics, settings)
     built = {name: metric_by_name(name, **_normalisation(images, mean, std), **settings) for name in metrics}
     places = torch.arange(len(images)) if indices is None else indices
-    explainer = explainer_by_name(explainer) if isinstance(explainer, str) else explainer
+    maker = explainer_by_name(explainer) if isinstance(explainer, str) else explainer
+    # Without indices `explain` gave random methods none either.
+    again = maker if maker is None or indices is not None else _without_indices(maker)
     with explained_channels(model, images):
         how: dict[str, Any] = {"chunk_size": chunk_size, "fold": fold, "precision": precision}
         engine = PerturbationEngine(model, images, indices=places, **how)
@@ -131,7 +136,7 @@ def evaluate(
         if targets is None:
             targets = engine.original().argmax(1) if known is None else known
         chosen = resolve_targets(model, images, targets)
-        batch = ScoredBatch(model, images, maps, chosen, places, labels, masks, boxes, explainer, engine, known)
+        batch = ScoredBatch(model, images, maps, chosen, places, labels, masks, boxes, again, engine, known)
         for metric in built.values():
             metric.check(batch)
         scores: dict[str, Tensor] = {}
@@ -139,6 +144,10 @@ def evaluate(
             found = metric.score_batch(batch)
             scores |= {key: found[value] for key, value in values_named(name, metric).items()}
     return {name: score.to(images.device) for name, score in scores.items()}
+
+
+def _without_indices(explainer: Explainer) -> Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]:
+    return lambda model, images, targets, indices: explainer(model, images, targets)
 
 
 def _check_images(images: Tensor) -> None:

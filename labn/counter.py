@@ -22,15 +22,17 @@ def splitmix64(counter: Tensor) -> Tensor:
     return mixed ^ _shift_right(mixed, 31)
 
 
-def sample_integers(seed: int, indices: Tensor, count: int) -> Tensor:
-    """Random int64 (B, count) that depend on (seed, sample index, position) only.
+def sample_integers(seed: int, indices: Tensor, count: int, stream: int = 0) -> Tensor:
+    """Random int64 (B, count) that depend on (seed, stream, sample index, position) only.
 
     Args:
         seed: any integer.
         indices: (B,) int64, positions of the samples in their data set.
         count: numbers per sample.
+        stream: keeps uses of one seed independent of each other.
     """
-    key = splitmix64(splitmix64(torch.full_like(indices, seed)) + indices)
+    start = splitmix64(torch.full_like(indices, seed)) + stream
+    key = splitmix64((splitmix64(start) if stream else start) + indices)
     position = torch.arange(1, count + 1, device=indices.device)
     return splitmix64(key[:, None] + position)
 

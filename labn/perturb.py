@@ -92,6 +92,8 @@ class PerturbationEngine:
         if images.ndim != 4 or not images.is_floating_point():
             raise ValueError(f"images must be floating (B, C, H, W), got {tuple(images.shape)} {images.dtype}.")
         check_precision(precision)
+        if precision == "bf16" and images.dtype == torch.float64:
+            raise ValueError("precision='bf16' is autocast, which leaves float64 alone: give float32 images, or fp32.")
         self.images = images.detach()
         self.indices = torch.arange(len(images)) if indices is None else indices
         self.forwards = self.reused = 0

@@ -18,7 +18,7 @@ from labn.state import state_key
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = 1e-4  # largest difference in probability on the probe input
+TOLERANCE = 1e-4  # largest difference in probability, and in logits relative to the largest, on the probe input
 CPU_PIXELS = 4 * 224**2  # in one forward on the CPU: fewer waste calls, more outgrow the caches
 CPU_CHUNK = 32  # but never more images than this
 _PROBE_SEED = 0
@@ -75,25 +75,32 @@ def _build(model: nn.Module, probe: Tensor, form: Form, dtype: torch.dtype) -> n
 
 
 def _try(model: nn.Module, probe: Tensor, form: Form, expected: Tensor) -> Prepared | None:
-    """The form's copy if it gives the expected probabilities on the probe."""
+    """The form's copy if it gives the expected logits on the probe."""
     name = type(model).__name__
     try:
         built = _build(model, probe, form, probe.dtype)
         if built is None:
             return None
-        found = logits_of(built(probe.contiguous(memory_format=form.memory_format))).softmax(-1)
+        found = logits_of(built(probe.contiguous(memory_format=form.memory_format)))
     except Exception as error:  # whatever a user's model does when copied or run this way, it still runs as it is
         log.info("%s does not run as %s (%s).", name, form, error)
         return None
-    difference = (found - expected).abs().max().item()
+    difference = _difference(found, expected)
     if difference <= TOLERANCE:
         return Prepared(form, built if form.copied else None)
-    log.warning("%s: %s changes the probabilities by %.1e, so another form is taken.", name, form, difference)
+    log.warning("%s: %s changes the answer by %.1e, so another form is taken.", name, form, difference)
     return None
 
 
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """The larger of the differences in probability and in logits, which saturated or single ones show alone."""
+    probability = (found.softmax(-1) - expected.softmax(-1)).abs().max().item()
+    logits = (found - expected).abs().max().item()
+    return max(probability, logits / max(expected.abs().max().item(), torch.finfo(expected.dtype).tiny))
+
+
 def _choose(model: nn.Module, probe: Tensor, fold: bool) -> Prepared:
-    expected = logits_of(model(probe)).softmax(-1)
+    expected = logits_of(model(probe))
     for form in _forms(model, probe, fold):
         prepared = _try(model, probe, form, expected)
         if prepared is not None:
@@ -116,7 +123,7 @@ def _prepare(model: nn.Module, images: Tensor, fold: bool, dtype: torch.dtype) -
 
 
 def prepare(model: nn.Module, images: Tensor, *, fold: bool = True, dtype: torch.dtype | None = None) -> Prepared:
-    """The fastest form of `model` that gives its probabilities to 1e-4 on one seeded probe input.
+    """The fastest form of `model` that gives its probabilities and logits to 1e-4 on one seeded probe input.
 
     The choice depends on the machine, the weights and the images' shape, device and dtype, never on their content, so
     every rank chooses alike. It is made once per model and again after its weights, modules, hooks or plain attributes

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from labn.explainers import EXPLAINERS
 from labn.inference import logits_of
 from labn.metrics.statistics import bootstrap_means
+from labn.modules import LABN
 from labn.modules.base import CheckedModule, ClassificationModule
 from labn.modules.losses import make_loss
 
@@ -48,6 +49,13 @@ class Residual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         low = self.stem(x)
         return self.head(self.pool(self.relu(self.norm(self.conv(low)) + low)).flatten(1))
+
+
+class UntrainedLABN(LABN):
+    """A LABN that may be tested with the weights it was made with."""
+
+    def on_test_start(self) -> None:
+        """Nothing is refused."""
 
 
 class ResidualModule(ClassificationModule):
@@ -91,7 +99,7 @@ def config(network: str, folder: Path, images: int) -> dict[str, Any]:
     backbone = {"layers": [1, 1], "width": 4, "stem_width": 4, "r": 3}
     models: dict[str, Any] = {
         "lambda": {
-            "class_path": "labn.modules.LABN",
+            "class_path": "every_network.UntrainedLABN",
             "init_args": {
                 "backbone": "lambda_resnet",
                 "split": 1,

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import timm
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from labn import Explanation, evaluate, explain
-from labn.explainers import GradCAM
+from labn.explainers import GradCAM, explainer_by_name
 from labn.metrics import metric_by_name
 
 ROOT = Path(__file__).parents[1]
@@ -159,6 +160,25 @@ def test_labels_masks_and_settings_reach_the_metrics(model: Own, images: Tensor)
     assert torch.allclose(as_labelled, evaluate(model, images, maps, [1, 0], ["pid8"])["pid8"])
     blurred = evaluate(model, images, maps, [0, 1], ["pid8"], fill="blur")["pid8"]
     assert not torch.allclose(blurred, evaluate(model, images, maps, [0, 1], ["pid8"])["pid8"])
+
+
+@pytest.mark.parametrize("method", ["random", "smoothgrad"])
+def test_evaluate_explains_again_as_explain_did(model: Own, images: Tensor, method: str) -> None:
+    again: list[Tensor] = []
+    ready = explainer_by_name(method)
+    with patch.object(type(ready), "attribute", spy(type(ready).attribute, again)):
+        for indices in (None, torch.tensor([3, 5])):
+            result = explain(model, images, method, indices=indices)
+            evaluate(model, images, result.maps, result.targets, ["randomisation"], explainer=ready, indices=indices)
+    assert again == [None, None, [3, 5], [3, 5]]
+
+
+def spy(function, seen: list) -> object:
+    def attribute(self, model, images, targets, indices):
+        seen.append(None if indices is None else indices.tolist())
+        return function(self, model, images, targets, indices)
+
+    return attribute
 
 
 def test_how_the_forwards_run_reaches_the_engine(model: Own, images: Tensor) -> None:

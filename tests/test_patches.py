@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from labn.fills import make_fill
 from labn.patches import default_step, patch_grid, patch_pool, patch_ranks, ranks_to_pixels, top_patches
 
 REDUCE = {"max": lambda p: p.max(), "mean": lambda p: p.mean(), "sum": lambda p: p.sum()}
@@ -59,6 +60,25 @@ def test_random_ties_keep_the_order_of_values_and_depend_on_seed_and_index_only(
     assert not ranks[0].equal(ranks[1])
     assert ranks[1:2].equal(patch_ranks(values[1:2], "random", seed=1, indices=indices[1:2]))
     assert not ranks.equal(patch_ranks(values, "random", seed=2, indices=indices))
+
+
+def test_random_ties_are_not_the_noise_of_the_uniform_fill():
+    """Else a constant map would move the fill's brightest pixels first."""
+    indices = torch.arange(50)
+    ranks = patch_ranks(torch.zeros(50, 64), "random", seed=0, indices=indices)
+    images = torch.rand(50, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    noise = make_fill("uniform", images, indices=indices, seed=0).flatten(1)
+    order = noise.argsort(1, descending=True).argsort(1)
+    together = torch.stack([ranks.flatten(), order.flatten()]).double().corrcoef()[0, 1]
+    assert abs(together) < 0.06  # three standard errors of 3200 places are .053
+
+
+@pytest.mark.parametrize("pooling", ["max", "mean", "sum"])
+def test_equal_patches_stay_tied_also_at_the_edge(pooling):
+    pooled = patch_pool(torch.full((1, 10, 10), 0.1), 4, pooling)
+    assert len(pooled[0, :2, :2].unique()) == 1
+    if pooling != "sum":
+        assert len(pooled.unique()) == 1
 
 
 @settings(max_examples=20, deadline=None)

@@ -104,6 +104,18 @@ def test_a_convolution_whose_output_is_also_read_elsewhere_stays_unfolded_with_a
     assert "another form is taken" in caplog.text
 
 
+@pytest.mark.parametrize(("channels", "offset"), [(1, 0.0), (4, 80.0)])
+def test_probabilities_that_are_all_one_do_not_hide_a_wrong_copy(probe, channels, offset):
+    """One logit, or saturated ones: the softmax says nothing of what folding has changed."""
+    model = settle(Behind(after=lambda norm, conv: (norm + 3 * conv)[:, :channels]).double())
+    head = nn.Linear(channels, channels, bias=True, dtype=torch.float64)
+    nn.init.eye_(head.weight)
+    nn.init.zeros_(head.bias)
+    head.bias.data[0] = offset
+    with torch.no_grad():
+        assert not prepare(nn.Sequential(model, head).eval(), probe).form.folded
+
+
 def test_a_model_that_needs_the_default_memory_format_gets_it(probe):
     class Viewing(nn.Module):
         def forward(self, x):

@@ -156,6 +156,20 @@ def test_what_rounding_leaves_of_a_sum_of_zero_decides_nothing(seed, rest):
     assert threshold(one + 0.1, Options()) == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("value", [0.1, 0.3, -0.7, 0.0])
+def test_nothing_exceeds_the_mean_of_a_constant_map(value):
+    for side in (7, 10, 32, 50):
+        for dtype in (torch.float32, torch.float64):
+            one = torch.full((side, side), value, dtype=dtype)
+            assert not (one > threshold(one, Options())).any()
+
+
+def test_maps_in_bfloat16_are_cut_like_others():
+    maps = random_maps(3).bfloat16()
+    for name in ("c3", "c1c", "c3:threshold=quantile", "c1c:threshold=otsu"):
+        assert torch.equal(apply(maps, [name]) != 0, apply(maps.double(), [name]) != 0)
+
+
 def test_otsu_splits_two_populations():
     one = torch.cat([torch.full((10, 20), 1.0), torch.full((10, 20), 5.0)]) + 0.1 * torch.rand(20, 20)
     found = threshold(one, Options(threshold="otsu"))
@@ -237,6 +251,7 @@ def test_outside_at_the_minimum_ranks_last_in_a_signed_map():
 @pytest.mark.parametrize(("call", "message"), [
     (lambda: check_names(["c3:holes=2"]), "option 'holes=2'; options are key=value of threshold, level"),
     (lambda: check_names(["c3:outside"]), "option 'outside'"),
+    (lambda: check_names(["c1c:contour=first"]), "option 'contour=first'"),
     (lambda: check_names(["absolute:gain=2"]), "of none"),
     (lambda: check_names(["c3:outside=max"]), "outside='max' is not one of"),
     (lambda: check_names(["hq1"]), "levels must be at least 2"),

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from labn.explainers.cam import GradCAM
 from labn.explainers.features import gradient_features
+from labn.inference import evaluating, matching
 from labn.models.cbam import CBAM
 
 
@@ -126,8 +127,16 @@ class AttentionMapGuided(GradCAM):
 
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
         """(B, h, w) attended sum at the layer's resolution."""
-        gates = self._gates(model)
-        layer = self.layer(model, images)
+        gates, layer = self._gates(model), self.layer(model, images)
+        if not isinstance(gates, nn.Module):
+            return self._attended_sum(gates, layer, model, images, targets)
+        own = matching(gates, images)
+        with evaluating(own, images.device.type):
+            return self._attended_sum(own, layer, model, images, targets)  # type: ignore[arg-type]
+
+    def _attended_sum(
+        self, gates: Gates, layer: nn.Module, model: nn.Module, images: Tensor, targets: Tensor
+    ) -> Tensor:
         if self.apply_to == "activation":
             seen = gradient_features(model, layer, images, targets, lambda maps: self._attend(gates, maps))
             return self.weigh(self.weights(seen.activations, seen.slopes), seen.activations)

@@ -19,7 +19,9 @@ def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Bring maps (B, h, w) to (B, H, W), bilinearly (`align_corners=False`): the one place where maps are resized."""
     if maps.shape[-2:] == torch.Size(size):
         return maps
-    return F.interpolate(maps.unsqueeze(1), size=size, mode="bilinear", align_corners=False).squeeze(1)
+    # In float64, so that what is flat stays flat: rounding within a plateau would order its pixels.
+    wide = maps.double().unsqueeze(1)
+    return F.interpolate(wide, size=size, mode="bilinear", align_corners=False).squeeze(1).to(maps.dtype)
 
 
 def check_inputs(images: Tensor, targets: Tensor) -> None:

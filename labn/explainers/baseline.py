@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from labn.explainers.base import Explainer
+from labn.explainers.base import Explainer, Targets
 
 
 class RandomMap(Explainer):
@@ -47,6 +47,10 @@ class Negated(Explainer):
 
     def __init__(self, explainer: Explainer) -> None:
         self.explainer = explainer
+
+    def choose_targets(self, model: nn.Module, images: Tensor, targets: Targets) -> Tensor:
+        """As the method that is negated."""
+        return self.explainer.choose_targets(model, images, targets)
 
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
         """(B, H, W) negated maps."""

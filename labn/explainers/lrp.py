@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -84,32 +84,8 @@ class C3LRP(LRP):
     postprocess=["c3:outside=min"])` ranks it last.
     """
 
-    def __init__(
-        self,
-        rule: RuleName = "zplus",
-        init: Literal["probability", "logit", "one"] = "probability",
-        first_layer: FirstName = "ones",
-        postprocess: Sequence[str] = (),
-        linear_rule: RuleName | None = None,
-        pooling: Literal["winner", "average"] = "winner",
-        eps: float = 1e-9,
-        eps_mode: Literal["relative", "absolute"] = "relative",
-        chunk_size: int | None = None,
-        block_weights: BlockWeights = "signed",
-    ) -> None:
-        super().__init__(
-            residual="block",
-            rule=rule,
-            init=init,
-            first_layer=first_layer,
-            postprocess=["c3", *postprocess],
-            linear_rule=linear_rule,
-            pooling=pooling,
-            eps=eps,
-            eps_mode=eps_mode,
-            chunk_size=chunk_size,
-            block_weights=block_weights,
-        )
+    def __init__(self, postprocess: Sequence[str] = (), **kwargs: Any) -> None:
+        super().__init__(residual="block", postprocess=["c3", *postprocess], **kwargs)
 
 
 class ContrastiveLRP(LRP):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,11 +120,32 @@ def metric_by_name(name: str, **shared: Any) -> SampleMetric:
     for setting in shared:
         if not any(setting in entry.parameters for entry in REGISTRY):
             raise TypeError(f"no metric has a setting {setting!r}.")
+    entry, arguments = _entry_of(name)
+    known = {key: value for key, value in shared.items() if key in entry.parameters}
+    return entry.metric(**{**known, **arguments})
+
+
+def check_settings(names: Sequence[str], settings: Iterable[str]) -> None:
+    """Raise TypeError for a setting without effect: none of these metrics knows it, or their names say it already.
+
+    Args:
+        names: as for `metric_by_name`.
+        settings: names of constructor arguments.
+    """
+    entries = [_entry_of(name) for name in names]
+    for setting in settings:
+        takers = [arguments for entry, arguments in entries if setting in entry.parameters]
+        if all(setting in arguments for arguments in takers):
+            why = "say it by their names" if takers else "have no such setting"
+            raise TypeError(f"{setting!r} would do nothing: the metrics {', '.join(names)} {why}.")
+
+
+def _entry_of(name: str) -> tuple[MetricEntry, dict[str, Any]]:
+    """The family that a name belongs to, and the arguments that the name says."""
     for entry in REGISTRY:
         match = re.fullmatch(entry.pattern, name)
         if match:
-            known = {key: value for key, value in shared.items() if key in entry.parameters}
-            return entry.metric(**{**known, **entry.arguments(match)})
+            return entry, entry.arguments(match)
     examples = [example for entry in REGISTRY for example in entry.examples]
     near = difflib.get_close_matches(name, examples, n=5, cutoff=0.4) or examples
     raise ValueError(f"unknown metric {name!r}; near names: {', '.join(near)}.")

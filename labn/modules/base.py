@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -28,8 +29,10 @@ def top_error(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 class CheckedModule(pl.LightningModule):
-    """A module that remembers the epoch of a loaded checkpoint, refuses one of another architecture, and trains in
-    channels_last: subclasses set `network` and give it images in `memory_format`.
+    """A module that remembers the epoch of a loaded checkpoint, refuses one of another architecture, refuses to
+    validate or test random weights, and trains in channels_last.
+
+    Subclasses set `network`, call `note_random_weights` then, and give the network images in `memory_format`.
 
     A rank may have no validation or test batch: epoch values are collectives of `log_epoch`, in the hooks at an
     epoch's end, and not of the steps.
@@ -41,6 +44,7 @@ class CheckedModule(pl.LightningModule):
         super().__init__()
         self.memory_format = torch.contiguous_format
         self.loaded_epoch: int | None = None
+        self.random_weights: tuple[str, ...] = ()
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
     def setup(self, stage: str) -> None:
@@ -53,9 +57,39 @@ class CheckedModule(pl.LightningModule):
             self.memory_format = torch.channels_last
             self.network.to(memory_format=torch.channels_last)
 
+    def note_random_weights(self, report: LoadReport | None) -> None:
+        """Print what a file of weights gave, and remember the network's parameters that it left random (None: all)."""
+        names = [name for name, _ in self.network.named_parameters()]
+        if report is not None:
+            print(report)
+        self.random_weights = tuple(name for name in names if report is None or name in report.fresh)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As `torch.nn.Module`'s; what is loaded is random no longer."""
+        result = super().load_state_dict(state_dict, *args, **kwargs)
+        self.random_weights = tuple(name for name in self.random_weights if f"network.{name}" in result.missing_keys)
+        return result
+
+    def on_fit_start(self) -> None:
+        """From here on every weight is a trained one."""
+        self.random_weights = ()
+
     def on_validation_start(self) -> None:
-        """Give every rank the running statistics of rank zero; a collective."""
+        """Give every rank the running statistics of rank zero, a collective; refuse to validate random weights."""
         synchronise_buffers(self.trainer.strategy.model)
+        self._refuse_random_weights()
+
+    def on_test_start(self) -> None:
+        """Refuse to test random weights."""
+        self._refuse_random_weights()
+
+    def _refuse_random_weights(self) -> None:
+        if self.random_weights:
+            network = self.hparams.get("backbone", type(self).__name__)
+            raise ValueError(
+                f"{len(self.random_weights)} weights of {network} (first: {self.random_weights[0]}) are random: give "
+                "--ckpt_path, or a file of weights in the configuration that has them all."
+            )
 
     def log_epoch(self, name: str, metric: Metric, prog_bar: bool = False) -> None:
         """Log a metric's value over all ranks and reset it; a collective, for the hooks at an epoch's end."""
@@ -116,7 +150,6 @@ class ClassificationModule(CheckedModule):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
-        self.random_weights: tuple[str, ...] = ()
         self.epoch_loss = nn.ModuleDict({stage: MeanMetric() for stage in ("train_", "val_", "test_")})
         self.epoch_accuracy = nn.ModuleDict(
             {s: Accuracy(task="multiclass", num_classes=num_classes) for s in ("train_", "val_", "test_")}
@@ -127,38 +160,6 @@ class ClassificationModule(CheckedModule):
     def forward(self, images: Tensor) -> Any:
         """Run the network on (B, C, H, W) normalised images."""
         return self.network(images.contiguous(memory_format=self.memory_format))
-
-    def note_random_weights(self, report: LoadReport | None) -> None:
-        """Print what a file of weights gave, and remember the network's parameters that it left random (None: all)."""
-        names = [name for name, _ in self.network.named_parameters()]
-        if report is not None:
-            print(report)
-        self.random_weights = tuple(name for name in names if report is None or name in report.fresh)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See `CheckedModule`; a checkpoint brings every weight."""
-        super().on_load_checkpoint(checkpoint)
-        self.random_weights = ()
-
-    def on_validation_start(self) -> None:
-        """Refuse to validate random weights."""
-        super().on_validation_start()
-        self._refuse_random_weights()
-
-    def on_test_start(self) -> None:
-        """Refuse to test random weights."""
-        self._refuse_random_weights()
-
-    def _refuse_random_weights(self) -> None:
-        if self.random_weights:
-            raise ValueError(
-                f"{len(self.random_weights)} weights of {self.hparams['backbone']} (first: {self.random_weights[0]}) "
-                "are random: give --ckpt_path, or a backbone_ckpt that has them all."
-            )
-
-    def on_fit_start(self) -> None:
-        """From here on every weight is a trained one."""
-        self.random_weights = ()
 
     def losses(self, batch: dict[str, Tensor], stage: str) -> tuple[dict[str, Tensor], Tensor]:
         """Loss terms of a batch (with key `loss`, the one that is minimised) and the logits (B, K)."""

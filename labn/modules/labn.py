@@ -96,8 +96,8 @@ class LABN(ClassificationModule):
             gate_margin=gate_margin,
             **(network_options or {}),
         )
-        if backbone_ckpt is not None:
-            print(load_backbone(self.network, os.path.expandvars(backbone_ckpt)))
+        report = load_backbone(self.network, os.path.expandvars(backbone_ckpt)) if backbone_ckpt else None
+        self.note_random_weights(report)
         self.network.feature_extractor.requires_grad_(train_lfe)
         self.criterion = make_loss(loss, class_weights, num_classes)
         self.branch_weight = branch_weight

@@ -80,8 +80,7 @@ class SSD(CheckedModule):
         if optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer is {optimizer!r}; it must be one of {', '.join(OPTIMIZERS)}.")
         self.network = ssd300(num_classes + 1, width, batchnorm)
-        if ckpt is not None:
-            print(load_backbone(self.network, os.path.expandvars(ckpt)))
+        self.note_random_weights(None if ckpt is None else load_backbone(self.network, os.path.expandvars(ckpt)))
         self.thresholds = Thresholds(score_threshold, nms_threshold, top_k=top_k)
         stages = ("train", "val", "test")
         self.epoch_losses = nn.ModuleDict({f"{stage}_{name}": MatchedMean() for stage in stages for name in LOSSES})

@@ -16,11 +16,16 @@ def c1c(maps: Tensor, **options: Any) -> Tensor:
 
     Args:
         maps: (B, H, W).
-        options: fields of `labn.postprocess.Options`.
+        options: fields of `labn.postprocess.Options` but `contour`.
 
     Returns:
         (B, H, W).
+
+    Raises:
+        TypeError: the option `contour`, of which C1C has none.
     """
+    if "contour" in options:
+        raise TypeError("c1c keeps a component and has no option 'contour'; c3 has.")
     return _per_map(maps, Options(**options), _component_only)
 
 
@@ -51,7 +56,10 @@ def _per_map(maps: Tensor, options: Options, keep: Callable[[Tensor, Options], T
         raise ValueError(f"maps must be (B, H, W), got {tuple(maps.shape)}.")
     if not len(maps):
         return maps.clone()
-    return torch.stack([masked(one, keep(resized(one, options), options), options) for one in maps.detach()])
+    # Half precision cannot tell 256 levels of grey apart, and NumPy has no bfloat16.
+    wide = maps.detach().to(torch.promote_types(maps.dtype, torch.float32))
+    kept = [masked(one, keep(resized(one, options), options), options) for one in wide]
+    return torch.stack(kept).to(maps.dtype)
 
 
 def _component_only(one: Tensor, options: Options) -> Tensor:

@@ -24,7 +24,7 @@ STEPS: dict[str, Callable[..., Tensor]] = {
 _PROBE = torch.zeros(1, 2, 2)
 _REGION = tuple(field.name for field in fields(Options))
 OPTIONS: dict[str, tuple[str, ...]] = {
-    "c1c": _REGION,
+    "c1c": tuple(name for name in _REGION if name != "contour"),
     "c3": _REGION,
     "normalise": ("sign", "percentile"),
     "hq": ("mode",),

@@ -71,9 +71,16 @@ def threshold(one: Tensor, options: Options) -> float:
 
 def _mean(one: Tensor, level: float) -> float:
     values = one.double()
+    low, high = float(values.min()), float(values.max())
+    if low == high:
+        return high  # their mean may come out a digit lower
     mean = float(values.mean())
     # The sign of what rounding leaves of a sum of zero would decide over every pixel that is exactly 0.
     return mean if abs(mean) > SUMS_TO_ZERO * float(values.abs().mean()) else 0.0
+
+
+def _quantile(one: Tensor, level: float) -> float:
+    return float(np.quantile(one.detach().cpu().numpy(), level))
 
 
 def _otsu(one: Tensor, level: float) -> float:
@@ -88,7 +95,7 @@ def _otsu(one: Tensor, level: float) -> float:
 _THRESHOLDS: dict[str, Callable[[Tensor, float], float]] = {
     "mean": _mean,
     "otsu": _otsu,
-    "quantile": lambda one, level: float(np.quantile(one.detach().cpu().numpy(), level)),
+    "quantile": _quantile,
     "absolute": lambda one, level: level,
 }
 

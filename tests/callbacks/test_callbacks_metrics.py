@@ -32,6 +32,7 @@ def scored(tmp_path_factory):
     pl.seed_everything(0, verbose=False)
     backbone = {"layers": [1, 1], "width": 4, "stem_width": 4, "r": 3}
     module = LABN("lambda_resnet", split=1, theta=0.3, network_options={"backbone_options": backbone})
+    module.random_weights = ()  # as after training, without which a test is refused
     data = SyntheticFundus(n_train=8, n_val=6, n_test=5, image_size=48, batch_size=3)
     score = EvaluationCallback(METRICS, metric_options={"percents": [10, 50], "mask_space": "pixel"})
     trainer = pl.Trainer(

@@ -74,6 +74,14 @@ def test_the_call_explains_the_best_detection_of_the_class():
     assert float(named.maps.min()) >= 0
 
 
+def test_the_negated_method_chooses_the_class_that_the_method_chooses():
+    detector = tiny()
+    image = picture(detector)
+    plain, negated = explain(detector, image, "crp"), explain(detector, image, "-crp")
+    assert torch.equal(negated.targets, plain.targets)
+    torch.testing.assert_close(negated.maps, -plain.maps)
+
+
 def test_a_question_without_class_asks_for_the_prediction():
     detector = tiny()
     crp = CRP()

@@ -30,6 +30,20 @@ class ConstantGates(nn.Module):
         return torch.full_like(x[:, :1], self.values[1])
 
 
+@pytest.mark.parametrize("apply_to", ["weighted", "activation"])
+def test_a_given_module_of_gates_is_run_in_eval_mode_and_left_as_it_is(apply_to: str) -> None:
+    model, images = seeded(DeepTail), pictures()
+    gates = seeded(CBAM, channels=6, reduction=2).train()
+    before = {name: tensor.clone() for name, tensor in gates.state_dict().items()}
+    amg = AttentionMapGuided(attention=gates, apply_to=apply_to)
+    together = raw(amg, model, images)
+    assert gates.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in gates.state_dict().items())
+    for k in range(len(images)):
+        alone = raw(amg, model, images[k : k + 1], TARGETS[k : k + 1])
+        assert torch.allclose(alone[0], together[k], atol=1e-12)
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("apply_to", ["weighted", "activation"])
 def test_gates_of_one_leave_gradcam(order: str, apply_to: str) -> None:

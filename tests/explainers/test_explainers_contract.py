@@ -13,6 +13,7 @@ from small_networks import GapLinear, Parameterless
 from torch import Tensor, nn
 
 from labn.explainers import explainer_by_name
+from labn.explainers.base import resize_maps
 
 ANY_CLASS = {"labn", "abn", "lambda", "rollout", "random", "constant"}  # one map for all classes
 NO_GRADIENT_OF_THE_MODEL = {"random", "constant"}
@@ -233,6 +234,15 @@ def test_a_leading_minus_negates(name: str) -> None:
 def test_bad_inputs(images: Tensor, targets: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         explainer("constant")(GapLinear(), images, targets)
+
+
+def test_what_is_flat_stays_flat_at_another_size() -> None:
+    for cells in (3, 5, 6, 7, 10, 12, 14):
+        coarse = torch.full((1, cells, cells), 0.3)
+        coarse[0, 0, 0] = 1
+        for side in (48, 50, 64, 224):
+            resized = resize_maps(coarse, (side, side))
+            assert resized[0, side // 2 :, side // 2 :].unique().tolist() == coarse[0, 1, 1:2].tolist()
 
 
 def test_an_unknown_name_lists_the_near_ones() -> None:

@@ -46,6 +46,14 @@ def test_postprocess_is_appended_in_order(net, batch):
         LRP(postprocess=["c5"])
 
 
+def test_c3lrp_takes_every_argument_of_lrp_but_the_residual_rule(net, batch):
+    options = {"rule": "gamma", "batchnorm": "fold", "gamma": 0.5, "first_layer": "same"}
+    expected = apply(LRP(residual="block", **options)(net, *batch), ["c3"])
+    assert torch.equal(C3LRP(**options)(net, *batch), expected)
+    with pytest.raises(TypeError, match="'residual'"):
+        C3LRP(residual="ratio")
+
+
 @pytest.mark.parametrize("explainer", [LRP(), C3LRP(), LRP(rule="epsilon", batchnorm="fold", first_layer="same")])
 def test_same_map_for_any_batch_and_by_a_copy(net, batch, explainer):
     images, targets = batch

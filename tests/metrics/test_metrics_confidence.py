@@ -51,6 +51,12 @@ def test_drop_and_increase_in_percent():
     assert confidence_increase(whole, shown).tolist() == [0, 100, 0, 100]
 
 
+def test_increase_is_no_rounding_and_nan_where_there_is_no_answer():
+    whole = torch.tensor([0.5, 0.5, torch.nan, 0.5], dtype=torch.float64)
+    shown = torch.tensor([0.5 + 1e-7, 0.5 + 1e-5, 0.5, torch.nan], dtype=torch.float64)
+    assert confidence_increase(whole, shown).nan_to_num(-1).tolist() == [0, 100, -1, -1]
+
+
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 999), st.sampled_from(["normalised", "pixel"]))
 def test_definition(seed, mask_space):

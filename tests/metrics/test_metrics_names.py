@@ -2,8 +2,10 @@ import pytest
 import torch
 from scoring_models import Wavy
 
+from callbacks import EvaluationCallback
+from labn import evaluate
 from labn.metrics import MetricEntry, PatchInsertionDeletion, RelevanceMass, metric_by_name, register_metric
-from labn.metrics.names import REGISTRY
+from labn.metrics.names import REGISTRY, check_settings
 
 NAMES = ["id", "pid4", "insertion2", "deletion2", "fill_probability", "mass", "pointing", "rank", "auroc"]
 NAMES += ["id@official", "pid4@official", "insertion2@stable", "id@stable", "deletion4@official", "pid2@random"]
@@ -33,6 +35,21 @@ def test_shared_settings_go_where_they_are_known():
     assert isinstance(metric_by_name("mass", fill="mean"), RelevanceMass)
     with pytest.raises(TypeError, match="no metric has a setting 'fil'"):
         metric_by_name("mass", fil="mean")
+
+
+def test_settings_without_effect_are_refused():
+    check_settings(["pid8", "mass"], ["fill", "step"])
+    check_settings(["pctin", "pctin10"], ["percents"])
+    check_settings(["pid8@official", "pid8"], ["ties"])
+    with pytest.raises(TypeError, match="'fill' would do nothing: the metrics mass, average_drop have no such setting"):
+        check_settings(["mass", "average_drop"], ["fill"])
+    with pytest.raises(TypeError, match="'patch_size' would do nothing: the metrics pid8, id say it by their names"):
+        check_settings(["pid8", "id"], ["patch_size"])
+    with pytest.raises(TypeError, match="'n_stages' would do nothing"):
+        EvaluationCallback(["id"], metric_options={"n_stages": 2})
+    images, maps = torch.randn(1, 3, 8, 8), torch.rand(1, 8, 8)
+    with pytest.raises(TypeError, match="'patch_size' would do nothing"):
+        evaluate(Wavy(192).float(), images, maps, [1], ["pid8"], patch_size=4)
 
 
 @pytest.mark.parametrize(("name", "near"), [("pid16@offical", "pid16@official"), ("masss", "mass"), ("pid0", "pid1")])

@@ -1,8 +1,10 @@
 """The LABN module: parameter groups, losses, guidance, frozen parts."""
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
+from datamodules import SyntheticFundus
 from labn.modules import LABN, Classifier, SaliencyGuidance
 
 BACKBONE = {"backbone_options": {"layers": [1, 1], "width": 4, "stem_width": 4, "r": 3}}
@@ -99,3 +101,19 @@ def test_classifier_groups_and_losses():
     assert {g["name"]: len(g["params"]) for g in groups}["fast"] == 2
     with pytest.raises(ValueError, match="class_weights has 3 numbers"):
         Classifier("resnet18", class_weights=[1.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize("stage", ["test", "validate"])
+def test_random_weights_are_refused_until_others_are_loaded(stage):
+    built, runner = module(), pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    del built.log
+    data = SyntheticFundus(n_train=4, n_val=4, n_test=4, image_size=48, batch_size=4)
+    with pytest.raises(ValueError, match=r"weights of lambda_resnet \(first: .* are random: give --ckpt_path"):
+        getattr(runner, stage)(built, data, verbose=False)
+    weights = module().state_dict()
+    some = {name: tensor for name, tensor in weights.items() if "head" not in name}
+    built.load_state_dict(some, strict=False)
+    assert built.random_weights
+    assert all("head" in name for name in built.random_weights)
+    built.load_state_dict(weights)
+    assert built.random_weights == ()

@@ -48,7 +48,9 @@ def trainer(epochs: int = 1) -> pl.Trainer:
 
 def slim(**settings) -> SSD:
     torch.manual_seed(0)
-    return SSD(**{"num_classes": 2, "width": 1 / 16, "batchnorm": True, "warmup_steps": 1, **settings})
+    module = SSD(**{"num_classes": 2, "width": 1 / 16, "batchnorm": True, "warmup_steps": 1, **settings})
+    module.random_weights = ()  # as after training, without which a test is refused
+    return module
 
 
 def test_the_loss_falls_and_the_precision_is_logged():
@@ -102,6 +104,11 @@ def test_detections_and_thresholds():
     module = slim(score_threshold=1.0).eval()
     with torch.no_grad():
         assert [len(d) for d in module.detections(next(iter(loader()))["image"])] == [0, 0]
+
+
+def test_random_weights_are_refused():
+    with pytest.raises(ValueError, match=r"weights of SSD \(first: model.* are random: give --ckpt_path"):
+        trainer().test(SSD(2, 1 / 16, True), loader(), verbose=False)
 
 
 def test_bad_settings():

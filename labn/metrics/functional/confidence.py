@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+ROUNDING = 1e-6  # of a probability, from float32 logits
+
 
 def confidence_drop(whole: Tensor, shown: Tensor) -> Tensor:
     """100 max(0, Y - O) / Y in percent, whose mean is Average Drop (Chattopadhay et al., WACV 2018, section 4.1).
@@ -24,9 +26,11 @@ def confidence_drop(whole: Tensor, shown: Tensor) -> Tensor:
 def confidence_increase(whole: Tensor, shown: Tensor) -> Tensor:
     """100 where O > Y, else 0: its mean is the Percent Increase in Confidence (the same paper).
 
-    Arguments as in `confidence_drop`.
+    O must exceed Y by more than `ROUNDING`, or the last digits of a forward would decide where the map hides nothing.
+    NaN where either is. Arguments as in `confidence_drop`.
     """
-    return 100 * (shown > whole).to(whole.dtype)
+    increase = shown - whole
+    return torch.where(increase.isnan(), increase, 100 * (increase > ROUNDING).to(whole.dtype))
 
 
 def adcc(coherency: Tensor, complexity: Tensor, drop: Tensor) -> Tensor:
