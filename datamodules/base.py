@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, default_collate
 
 from datamodules.bias import cached, channel_statistics, default_cache_dir, pixel_mean
+from datamodules.files import digest
 from datamodules.loaders import EvaluationLoader
 from datamodules.samplers import BalancedSampler, ShuffledSampler, UnrepeatedDistributedSampler
 from datamodules.sources import ArraySource, ImageDataset, Source
@@ -107,6 +108,7 @@ class ImageDataModule(LightningDataModule):
         self._notes: list[str] = []
         self._reported = False
         self._preloaded: dict[str, Source] = {}
+        self._hashes: dict[str, str] = {}
 
     @abstractmethod
     def _build(self) -> dict[Split, Source]:
@@ -180,8 +182,15 @@ class ImageDataModule(LightningDataModule):
         return self.source(split).has_masks
 
     def fingerprint(self, split: Split) -> str:
-        """Hash (16 hex digits) of names, labels, file sizes and pixel settings: the data hash of results."""
-        return self.source(split).fingerprint()
+        """Hash (16 hex digits) of a split: of names, labels, contents of the files and all that changes the pixels.
+
+        The data hash of results and of what is cached; read once, and the same for every copy of the data set. Of
+        files above 64 KiB it sees parts only, see `datamodules.files.contents`.
+        """
+        if split not in self._hashes:
+            settings = (self.image_size, self.channels, self.crop, self.shorter)
+            self._hashes[split] = digest([*settings, self.source(split).fingerprint()])
+        return self._hashes[split]
 
     def bias_image(self) -> Tensor:
         """Pixel-wise mean of the training split, (C,S,S) float32 in [0,1], not normalised, without augmentation.

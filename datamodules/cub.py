@@ -13,7 +13,7 @@ import numpy as np
 
 from datamodules.base import ImageDataModule, OnBadImage, Split
 from datamodules.cub_lists import Bird, Box, read_birds, read_classes
-from datamodules.files import data_root, read_image, resize_short_side
+from datamodules.files import contents, data_root, read_image, resize_short_side
 from datamodules.sources import Record, Source
 from datamodules.splits import readable, split_off, without_copies
 from datamodules.transforms import Augmentation
@@ -59,8 +59,8 @@ class BoxSource(Source):
 
     @property
     def identity(self) -> list[object]:  # type: ignore[override]
-        """Sizes of all files, read when asked, boxes and the setting."""
-        return ["boxes", self.short_side, *((r.path.stat().st_size, r.box) for r in self.records)]
+        """Contents of all files, read when asked, boxes and the setting."""
+        return ["boxes", self.short_side, *((contents(r.path), r.box) for r in self.records)]
 
     def load(self, index: int) -> tuple[Array, Array]:
         """See `Source.load`.

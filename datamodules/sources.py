@@ -19,6 +19,7 @@ from datamodules.files import (
     Box,
     centre,
     check_image,
+    contents,
     crop,
     digest,
     read_image,
@@ -41,7 +42,7 @@ class Source(ABC):
         has_masks: whether `load` returns masks.
         has_boxes: whether the region of a mask is a box, so that samples carry it as `boxes` too.
         groups: (N,) int64, what samples that are not independent have in common (a day, a patient); None: they are.
-        identity: what the data hash is made from.
+        identity: what the data hash is made from beside names, labels and the data module's own settings.
     """
 
     names: Sequence[str]
@@ -62,7 +63,7 @@ class Source(ABC):
         return len(self.labels)
 
     def fingerprint(self) -> str:
-        """Hash of names, labels, file sizes and of the settings that change the pixels."""
+        """Hash of names, labels and `identity`."""
         return digest([*self.identity, *self.names, *self.labels.tolist()])
 
 
@@ -112,10 +113,10 @@ class FileSource(Source):
 
     @property
     def identity(self) -> list[object]:  # type: ignore[override]
-        """Sizes of all files, read when asked, and the settings."""
-        sizes = [[p.stat().st_size for p in (r.path, *r.masks)] for r in self.records]
+        """Contents of all files, read when asked, and the settings."""
+        files = [[contents(p) for p in (r.path, *r.masks)] for r in self.records]
         kept_aspect = [] if self.shorter is None else [self.shorter]
-        return ["files", self.size, self.crop, self.channels, self.has_masks, *kept_aspect, *sizes]
+        return ["files", self.size, self.crop, self.channels, self.has_masks, *kept_aspect, *files]
 
     def load(self, index: int) -> tuple[Array, Array | None]:
         """See `Source.load`. Raises `BadImageError` naming a file that cannot be decoded."""

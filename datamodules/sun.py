@@ -8,9 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules.files import MAX_ASPECT, MAX_PIXELS, Array, BadImageError, read_image, squash
+from datamodules.files import MAX_ASPECT, MAX_PIXELS, Array, BadImageError, contents, read_image, squash
 from datamodules.fits import MAGIC, image_layout, read_fits
 from datamodules.sources import FileSource, Record, Source, bad_file
+
+# Of a file with a year of frames; one for every nine hourly frames.
+_BLOCKS = 1024
 
 
 @dataclass(frozen=True)
@@ -67,9 +70,9 @@ class YearSource(Source):
 
     @property
     def identity(self) -> list[object]:  # type: ignore[override]
-        """Names and sizes of the files, the rows taken from them, and the preparation."""
-        sizes = [(file.name, file.stat().st_size) for file in self.files]
-        return ["years", self.preparation, *sizes, *self.rows.tolist()]
+        """Names and contents of the files, the rows taken from them, and the preparation."""
+        files = [(file.name, contents(file, _BLOCKS)) for file in self.files]
+        return ["years", self.preparation, *files, *self.rows.tolist()]
 
     def load(self, index: int) -> tuple[Array, None]:
         """See `Source.load`."""

@@ -108,7 +108,7 @@ def write_shards(data: ImageDataModule, folder: Path, samples_per_shard: int = 1
             "shards": write_split(source, split, folder, samples_per_shard),
             "has_masks": bool(source.has_masks),
             "has_boxes": bool(source.has_boxes),
-            "fingerprint": source.fingerprint(),
+            "fingerprint": data.fingerprint(split),
         }
     manifest = {
         "format": FORMAT,

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -16,8 +17,10 @@ from small_data import write_image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules import IDRiD, ImageDataModule, ImageFolder, SyntheticFundus
+from datamodules import IDRiD, ImageDataModule, ImageFolder, SyntheticFundus, sources
+from datamodules.base import Split
 from datamodules.bias import cached
+from datamodules.sources import ArraySource, Source
 from datamodules.transforms import FLIPS, PUBLISHED
 
 Make = Callable[..., ImageDataModule]
@@ -192,7 +195,7 @@ def test_other_data_has_another_fingerprint_and_bias_file(tmp_path: Path) -> Non
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_fingerprint_follows_labels_file_sizes_and_settings(small_idrid: Path) -> None:
+def test_fingerprint_follows_labels_files_and_settings(small_idrid: Path) -> None:
     def prints(**options: object) -> str:
         return IDRiD(root=small_idrid, image_size=32, **options).fingerprint("test")  # type: ignore[arg-type]
 
@@ -206,6 +209,54 @@ def test_fingerprint_follows_labels_file_sizes_and_settings(small_idrid: Path) -
     (image,) = small_idrid.rglob("b. Testing Set/IDRiD_002.jpg")
     write_image(image, 5, (50, 60, 3))
     assert prints() != first
+
+
+class _Forgetful(ImageDataModule):
+    """Names no setting in the identity of its source."""
+
+    def __init__(self, **settings: object) -> None:
+        super().__init__(**{"image_size": 8, "mean": None, "std": None, **settings})  # type: ignore[arg-type]
+        self.class_names = ["a", "b"]
+
+    def _build(self) -> dict[Split, Source]:
+        pixels = [np.zeros((8, 8, 3), np.uint8)]
+        return {"test": ArraySource(["x"], np.zeros(1, np.int64), pixels, None, ["forgetful"])}
+
+
+def test_no_data_module_can_leave_what_changes_the_pixels_out_of_its_hash() -> None:
+    prints = [_Forgetful(image_size=size).fingerprint("test") for size in (8, 16)]
+    for name, value in (("crop", (0.1, 0.0, 1.0, 1.0)), ("shorter", 9)):
+        data = _Forgetful()
+        setattr(data, name, value)
+        prints.append(data.fingerprint("test"))
+    assert len(set(prints)) == 4
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_files_of_the_same_names_and_sizes_are_told_apart_by_their_contents(tmp_path: Path, masks: bool) -> None:
+    def build(root: Path, shade: int) -> ImageFolder:
+        for name in ("cat", "dog"):
+            for n in range(6):
+                (root / "masks" / name).mkdir(parents=True, exist_ok=True)
+                (root / "data" / name).mkdir(parents=True, exist_ok=True)
+                pixels = np.random.default_rng([n, len(name)]).integers(0, 50, (16, 16, 3)) + (0 if masks else shade)
+                cv2.imwrite(str(root / "data" / name / f"{n}.bmp"), pixels.astype(np.uint8))
+                cv2.imwrite(str(root / "masks" / name / f"{n}.bmp"), np.full((16, 16), shade, np.uint8))
+        options = {"mask_root": root / "masks"} if masks else {}
+        return ImageFolder(root / "data", image_size=16, cache_dir=tmp_path / "cache", **options)  # type: ignore[arg-type]
+
+    dark, bright, copy_of_dark = build(tmp_path / "a", 0), build(tmp_path / "b", 200), build(tmp_path / "c", 0)
+    assert dark.fingerprint("train") == copy_of_dark.fingerprint("train") != bright.fingerprint("train")
+    if not masks:
+        assert [m + 200 / 255 for m in dark.mean] == pytest.approx(bright.mean, abs=1e-9)
+        torch.testing.assert_close(dark.bias_image() + 200 / 255, bright.bias_image(), atol=0.05, rtol=0)
+
+
+def test_files_are_read_for_the_hash_once(small_idrid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = IDRiD(root=small_idrid, image_size=32, cache_images=False)
+    first = data.fingerprint("test")
+    monkeypatch.setattr(sources, "contents", lambda path: pytest.fail("read again"))
+    assert data.fingerprint("test") == first
 
 
 def test_unwritable_cache_warns_and_computes(tmp_path: Path) -> None:

@@ -107,8 +107,16 @@ def test_grey_pictures_have_three_equal_channels(birds: Path) -> None:
 
 def test_bias_image_and_fingerprint_follow_what_is_shown(birds: Path) -> None:
     assert small(birds).bias_image().shape == (3, 32, 32)
-    prints = {small(birds, **o).fingerprint("test") for o in ({}, {"resize": 40}, {"classes": [1, 2]})}
-    assert len(prints) == 3
+    prints = {
+        small(birds, **o).fingerprint("test") for o in ({}, {"resize": 40}, {"classes": [1, 2]}, {"image_size": 30})
+    }
+    assert len(prints) == 4
+    bird = birds / "images/001.Heron/bird_4.jpg"
+    before = bird.read_bytes()
+    bird.write_bytes(before[:-40] + bytes([before[-40] ^ 1]) + before[-39:])  # of the same size
+    assert small(birds).fingerprint("test") not in prints
+    bird.write_bytes(before)
+    assert small(birds).fingerprint("test") in prints
     (birds / "bounding_boxes.txt").write_text((birds / "bounding_boxes.txt").read_text().replace("30.0", "31.0"))
     assert small(birds).fingerprint("test") not in prints
 

@@ -7,8 +7,10 @@ from PIL import ExifTags, Image
 from small_data import write_image
 
 from datamodules.files import (
+    BLOCK,
     BadImageError,
     check_image,
+    contents,
     crop,
     data_root,
     identical_groups,
@@ -157,3 +159,29 @@ def test_bad_images_stop_or_are_skipped_and_reported(tmp_path: Path) -> None:
     assert "skipped bad" in notes[0]
     masked = [Record("masked", 0, tmp_path / "good.png", (tmp_path / "bad.png",))]
     assert readable(masked, "skip", [tmp_path])[0] == []
+
+
+@pytest.mark.parametrize("size", [0, 1, 16 * BLOCK, 16 * BLOCK + 1, 100 * BLOCK])
+def test_contents_see_size_head_middle_and_tail(tmp_path: Path, size: int) -> None:
+    file, data = tmp_path / "a", bytes(range(256)) * (size // 256) + bytes(size % 256)
+    places = {0, size // 2, size - 1} if 0 < size <= 16 * BLOCK else {0, size - 1} if size else set()
+    changed = [data, data + b"x", *(data[:n] + bytes([data[n] ^ 1]) + data[n + 1 :] for n in places)]
+    found = []
+    for version in changed:
+        file.write_bytes(version)
+        found.append(contents(file))
+    assert len(set(found)) == len(set(changed))
+    (tmp_path / "copy").write_bytes(data)
+    assert contents(tmp_path / "copy") == found[0]
+
+
+def test_contents_of_a_large_file_are_sampled_evenly(tmp_path: Path) -> None:
+    size, file = 100 * BLOCK, tmp_path / "a"
+    file.write_bytes(bytes(size))
+    first, seen = contents(file), 0
+    for place in range(0, size, BLOCK):
+        data = bytearray(size)
+        data[place : place + BLOCK] = b"x" * BLOCK
+        file.write_bytes(data)
+        seen += contents(file) != first
+    assert 16 <= seen <= 32

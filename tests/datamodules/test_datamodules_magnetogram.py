@@ -77,6 +77,15 @@ def test_the_caption_is_painted_black_and_changes_the_data_hash(years: Path) -> 
     assert masked.fingerprint("test") != plain.fingerprint("test")
 
 
+def test_other_frames_in_a_file_of_the_same_size_change_the_data_hash(years: Path) -> None:
+    before = {split: yearly(years).fingerprint(split) for split in ("train", "val", "test")}
+    frames = np.load(years / "2014.npy")
+    frames[3, 16, 16] += 1
+    np.save(years / "2014.npy", frames)
+    after = {split: yearly(years).fingerprint(split) for split in ("train", "val", "test")}
+    assert {split for split in before if before[split] != after[split]} == {"test"}
+
+
 def test_a_source_takes_no_frames_along_to_a_worker(years: Path) -> None:
     source = yearly(years).source("train")
     assert len(pickle.dumps(source)) < 4000
