@@ -38,6 +38,7 @@ from callbacks.terminal import SentenceParser, no_advertisement, say_figures, sa
 from callbacks.wandb_logger import RunWandbLogger, first_line
 from datamodules.files import image_files
 from datamodules.sources import FileSource, Record
+from datamodules.sun import PictureSource, Preparation
 from datamodules.tar_files import write_shards
 from labn.allocator import keep_freed_memory
 from labn.commands import coarse, compare, doctor, explain, shards, sweep, table
@@ -240,6 +241,9 @@ def read_picture(path: Path, wanted: Preprocessing) -> np.ndarray:
         BadImageError: the file cannot be decoded.
     """
     record = Record(path.name, 0, path)
+    if wanted.fits_range is not None:
+        preparation = Preparation(wanted.image_size, wanted.caption, wanted.fits_range)
+        return PictureSource([record], np.zeros(1, dtype=np.int64), preparation).load(0)[0]
     source = FileSource([record], wanted.image_size, wanted.crop, wanted.channels, shorter=wanted.shorter)
     return source.load(0)[0]
 

@@ -72,6 +72,8 @@ class ImageDataModule(LightningDataModule):
         channels: number of channels C.
         crop: left, top, right, bottom of what is used of every image, in fractions; None for all of it.
         shorter: None where images are squashed; else what their shorter side becomes before the middle is taken.
+        fits_range: of solar frames, the physical values in FITS images that become black and white; None for others.
+        caption: share of the height, at the bottom of solar frames, that is painted black.
     """
 
     class_names: list[str]
@@ -79,6 +81,8 @@ class ImageDataModule(LightningDataModule):
     channels: int = 3
     crop: tuple[float, float, float, float] | None = None
     shorter: int | None = None
+    caption: float = 0.0
+    fits_range: tuple[float, float] | None = None
 
     def __init__(
         self,
@@ -188,7 +192,7 @@ class ImageDataModule(LightningDataModule):
         files above 64 KiB it sees parts only, see `datamodules.files.contents`.
         """
         if split not in self._hashes:
-            settings = (self.image_size, self.channels, self.crop, self.shorter)
+            settings = (self.image_size, self.channels, self.crop, self.shorter, self.caption, self.fits_range)
             self._hashes[split] = digest([*settings, self.source(split).fingerprint()])
         return self._hashes[split]
 
@@ -208,8 +212,8 @@ class ImageDataModule(LightningDataModule):
 
     def preprocessing(self) -> Preprocessing:
         """What an image goes through, without augmentation; checkpoints keep it."""
-        mean, std = list(self.mean), list(self.std)
-        return Preprocessing(self.image_size, mean, std, self.crop, self.shorter, list(self.class_names))
+        mean, std, names = list(self.mean), list(self.std), list(self.class_names)
+        return Preprocessing(self.image_size, mean, std, self.crop, self.shorter, names, self.caption, self.fits_range)
 
     def report(self) -> str:
         """Counts per split and class, and what was left out and why, one line each."""

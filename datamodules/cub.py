@@ -160,7 +160,7 @@ class CUB(ImageDataModule):
             raise ValueError(f"resize is {resize}; it must be at least image_size, {image_size}.")
         if classes is not None and len(set(classes)) != len(classes):
             raise ValueError(f"classes is {classes}; name each class once.")
-        self.root, self.resize, self.val_fraction, self.split_seed = root, resize, val_fraction, split_seed
+        self.root, self.shorter, self.val_fraction, self.split_seed = root, resize, val_fraction, split_seed
         self._chosen = classes
 
     @cached_property
@@ -201,7 +201,8 @@ class CUB(ImageDataModule):
         train, val, notes_groups = split_off(train, self.val_fraction, self.split_seed)
         self._notes = [*notes_test, *notes_train, *notes_copies, *notes_groups]
         parts: dict[Split, list[BoxRecord]] = {"train": train, "val": val, "test": test}
-        return {split: BoxSource(records, self.resize) for split, records in parts.items()}
+        assert self.shorter is not None
+        return {split: BoxSource(records, self.shorter) for split, records in parts.items()}
 
     def _records(self, root: Path, training: bool) -> list[BoxRecord]:
         labels = {number: label for label, number in enumerate(self.classes)}

@@ -115,7 +115,8 @@ class Magnetogram(ImageDataModule):
         self.root, self.labels_file, self.pictures, self.columns = root, labels, pictures, columns
         self.fits_time, self.frames_per_day, self.task = fits_time, frames_per_day, task
         self.years = disjoint({"train": train_years, "val": val_years, "test": test_years})
-        self.preparation = Preparation(image_size, caption, (fits_range[0], fits_range[1]))
+        self.caption, self.fits_range = caption, (fits_range[0], fits_range[1])
+        self.preparation = Preparation(image_size, caption, self.fits_range)
         self.class_names = ["below M", "M or above"] if task == "binary" else list(FLAGS)
         self.positive_classes = (1,) if task == "binary" else (2, 3)
 

@@ -24,6 +24,8 @@ from labn.store import write_atomically, written_atomically
 
 MANIFEST = "shards.json"
 FORMAT = 1
+PREPARATION = ("image_size", "channels", "crop", "shorter", "caption", "fits_range")
+"""What the manifest keeps of how pictures are prepared, beside mean and standard deviation."""
 SPAN = np.dtype([("shard", np.int32), ("offset", np.int64), ("size", np.int64), ("crc", np.uint32)])
 """Where the bytes of a picture lie; a size of 0: there is none."""
 Fetch = Callable[[str, int, int], bytes]
@@ -115,7 +117,7 @@ def write_shards(data: ImageDataModule, folder: Path, samples_per_shard: int = 1
         "splits": splits,
         "class_names": list(data.class_names),
         "positive_classes": list(data.positive_classes),
-        **{name: getattr(data, name) for name in ("image_size", "channels", "crop", "shorter")},
+        **{name: getattr(data, name) for name in PREPARATION},
         "mean": [float(value) for value in data.mean],
         "std": [float(value) for value in data.std],
     }

@@ -14,7 +14,7 @@ import fsspec
 
 from datamodules.base import SPLITS, ImageDataModule, Split
 from datamodules.sources import Source
-from datamodules.tar_files import FORMAT, MANIFEST, ShardSource, check_index, index_name, shard_file
+from datamodules.tar_files import FORMAT, MANIFEST, PREPARATION, ShardSource, check_index, index_name, shard_file
 from datamodules.transforms import PUBLISHED, Augmentation
 from labn.reading import read_arrays, read_json
 
@@ -27,6 +27,18 @@ _FACTS: dict[str, type] = {
     "mean": list,
     "std": list,
 }
+
+
+def _whole_preparation(facts: dict[str, Any]) -> bool:
+    """Whether what a manifest may leave out is absent, null or of the right kind."""
+    given = {name: facts[name] for name in PREPARATION[2:] if facts.get(name) is not None}
+    numbers = {"crop": 4, "shorter": 1, "caption": 1, "fits_range": 2}
+    return all(
+        len(values := value if isinstance(value, list) else [value]) == numbers[name]
+        and isinstance(value, list) == (numbers[name] > 1)
+        and all(type(number) in (int, float) and math.isfinite(number) for number in values)
+        for name, value in given.items()
+    )
 
 
 @dataclass(frozen=True)
@@ -107,7 +119,8 @@ class TarShards(ImageDataModule):
         )
         self.class_names, self.positive_classes = facts["class_names"], tuple(facts["positive_classes"])
         self.crop = (c := facts.get("crop")) and (c[0], c[1], c[2], c[3])
-        self.shorter = facts.get("shorter")
+        self.fits_range = (r := facts.get("fits_range")) and (r[0], r[1])
+        self.shorter, self.caption = facts.get("shorter"), facts.get("caption") or 0.0
 
     def _facts(self) -> dict[str, Any]:
         with self._local(MANIFEST) as path:
@@ -122,6 +135,8 @@ class TarShards(ImageDataModule):
             raise ValueError(f"{where}: channels, image_size, mean and std do not fit; write the shards again.")
         if not all(isinstance(number, float) and math.isfinite(number) for number in numbers) or min(facts["std"]) <= 0:
             raise ValueError(f"{where}: mean and std must be numbers, std above 0; write the shards again.")
+        if not _whole_preparation(facts):
+            raise ValueError(f"{where}: crop, shorter, caption or fits_range is damaged; write the shards again.")
         if facts.get("format") != FORMAT or not set(facts["splits"]) <= set(SPLITS):
             raise ValueError(f"{where} is of another format than {FORMAT}; write the shards again.")
         return facts

@@ -16,7 +16,7 @@ KEY = "preprocessing"
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Crop, squash to a square (or cut it out of the middle), normalise.
+    """Crop or blacken the caption, squash to a square (or cut it out of the middle), normalise.
 
     Attributes:
         image_size: side of the square in pixels.
@@ -25,6 +25,8 @@ class Preprocessing:
         crop: left, top, right, bottom in fractions of the picture; None for no crop.
         shorter: None squashes; else the shorter side is resized to it and the central square taken.
         class_names: one per class; empty where they are not known.
+        caption: share of the height, at the bottom, that is painted black because it carries text.
+        fits_range: physical values of a FITS picture that become black and white; None where such files are not read.
     """
 
     image_size: int
@@ -33,6 +35,8 @@ class Preprocessing:
     crop: tuple[float, float, float, float] | None = None
     shorter: int | None = None
     class_names: list[str] = field(default_factory=list)
+    caption: float = 0.0
+    fits_range: tuple[float, float] | None = None
 
     @property
     def channels(self) -> int:

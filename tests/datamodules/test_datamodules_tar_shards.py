@@ -156,6 +156,7 @@ DAMAGE = {
     "field": (change(mean=None), ValueError, r"shards\.json: mean is None"),
     "statistics": (change(std=[0.5]), ValueError, r"shards\.json: channels, image_size, mean and std do not fit"),
     "number": (change(std=[0.0, 1.0, 1.0]), ValueError, r"shards\.json: mean and std must be numbers, std above 0"),
+    "preparation": (change(fits_range=5), ValueError, r"shards\.json: crop, shorter, caption or fits_range is damaged"),
     "split": (change(splits={"test": {}}), ValueError, r"shards\.json: the entry of test is damaged"),
     "index": (lambda root: (root / "test.index.npz").unlink(), FileNotFoundError, r"test\.index\.npz does not exist"),
     "length": (index(label=lambda a: a[:-1]), ValueError, r"test\.index\.npz: label is not an array of \d+ entries"),
