@@ -42,7 +42,7 @@ from datamodules.sun import PictureSource, Preparation
 from datamodules.tar_files import write_shards
 from labn.allocator import keep_freed_memory
 from labn.commands import coarse, compare, doctor, explain, shards, sweep, table
-from labn.faults import explained, sentence_of
+from labn.faults import config_sentence, explained, sentence_of
 from labn.models.checkpoints import own_data, read_checkpoint
 from labn.modules.plain_checkpoints import refuse_foreign_classes, refuse_other_class
 from labn.preprocessing import Preprocessing
@@ -260,7 +260,10 @@ def data_of(paths: Sequence[Path]) -> pl.LightningDataModule:
     for file in (part for path in paths for part in with_parts(path)):
         content = read_yaml(file)
         if isinstance(content, dict) and "data" in content:
-            config = parser.parse_object({"data": content["data"]}, config)
+            try:
+                config = parser.parse_object({"data": content["data"]}, config)
+            except argparse.ArgumentError as error:
+                raise ValueError(f"{file}: {config_sentence(str(error))}") from error
     if config is None:
         raise ValueError(f"--config {' '.join(map(str, paths))} names no data module under `data:`.")
     return parser.instantiate_classes(config).data

@@ -86,11 +86,26 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> tuple[int, int, int]:
     return offset, len(data), zlib.crc32(data)
 
 
+def refuse_more_than_shards_keep(data: ImageDataModule) -> None:
+    """Compare the samples of a data module with those of the base class, which are all that shards give back.
+
+    Raises:
+        ValueError: they have further fields.
+    """
+    for split in data.splits:
+        more = data.dataset(split)[0].keys() - ImageDataModule.dataset(data, split)[0].keys()
+        if more:
+            raise ValueError(
+                f"Samples of {type(data).__name__} carry {', '.join(sorted(more))} too, which shards would lose; "
+                "shards are for data sets with one class, and at most one region and one group, per image."
+            )
+
+
 def write_shards(data: ImageDataModule, folder: Path, samples_per_shard: int = 1000) -> dict[str, Any]:
     """Write every split of a data module to tar files; the manifest comes last, so that a folder with it is whole.
 
     Args:
-        data: any data module of single images.
+        data: a data module of single images, each with one class and at most one region and one group.
         folder: is made; shards that are there already are written again.
         samples_per_shard: of one tar file.
 
@@ -98,10 +113,12 @@ def write_shards(data: ImageDataModule, folder: Path, samples_per_shard: int = 1
         The manifest.
 
     Raises:
-        ValueError: `samples_per_shard` is below 1, or a picture cannot be read.
+        ValueError: `samples_per_shard` is below 1, a picture cannot be read, or samples of `data` have more to them
+            than what shards keep, as those of `VOC` have.
     """
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard is {samples_per_shard}; it must be at least 1.")
+    refuse_more_than_shards_keep(data)
     splits = {}
     for split in data.splits:
         source = data.source(split)

@@ -1,4 +1,4 @@
-"""TarShards: any data set of this project, written to tar files once and read from a folder or an address."""
+"""TarShards: any data set of this project but those for detectors, written to tar files once and read from a folder or an address."""
 
 from __future__ import annotations
 
@@ -69,7 +69,8 @@ class TarShards(ImageDataModule):
     """A data set in tar shards with an index, as `python cli.py shards` writes them.
 
     Pixels, labels, masks, groups, order and names are those of the data module that wrote them, so that every score
-    and every augmented training image is too. A rank or worker reads the bytes of its own samples, each with its
+    and, with its augmentation and seed, every training image is too. Lists of objects (`VOC`) are not kept; writing
+    such a data set is refused. A rank or worker reads the bytes of its own samples, each with its
     checksum; no process reads a shard whole, and no split has to fit on a machine.
 
     Args:

@@ -10,7 +10,8 @@ from typing import Any
 SUMMARY = "Write the data set of a configuration to tar shards, for datamodules.TarShards."
 DETAILS = """\
 Pixels are stored as the data module prepares them (cropped and resized, not augmented, without loss), with labels,
-masks, groups and names, and an index that says where every sample lies.
+masks, groups and names, and an index that says where every sample lies. Data sets for detectors, whose samples carry
+lists of boxes, are refused.
 
 example:
   python cli.py shards --config configs/quickstart.yaml --out runs/shards/quickstart
@@ -20,7 +21,9 @@ example:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("--config", nargs="+", type=Path, required=True, help="configurations; later ones win")
+    parser.add_argument(
+        "--config", nargs="+", action="extend", type=Path, required=True, help="configurations; later ones win"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--samples_per_shard", type=int, default=1000, help="samples of one tar file (default: 1000)")
 
@@ -37,7 +40,7 @@ def run(
 
     Raises:
         FileNotFoundError: a configuration or the data is missing.
-        ValueError: no configuration has data, or the data is bad.
+        ValueError: no configuration has data, the data is bad, or of a kind that shards do not keep.
     """
     manifest = write(build(options.config), options.out, options.samples_per_shard)
     for split, facts in manifest["splits"].items():
