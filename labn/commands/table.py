@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,12 +16,13 @@ import yaml
 
 from labn.metrics.statistics import Interval, bootstrap_mean
 from labn.reading import read_json, read_table
+from labn.report.training import log_files
 
 SUMMARY = "Print a table of the LABN papers from the runs, the published numbers above ours."
 DETAILS = """\
 A cell of ours is: mean ± standard deviation over seeds [95 % interval over samples of the seeds' mean]. The runs
-are those of `cli.py sweep`, in RUNS/<experiment>/seed=*, or a single run in RUNS/<experiment>. `accuracy` is what the
-last test logged: that of the network on the whole split, however many samples were explained.
+are those of `cli.py sweep`, in RUNS/<experiment>/seed=*, or, where there is none, a single run in RUNS/<experiment>.
+`accuracy` is what the last test logged: that of the network on the whole split, however many samples were explained.
 """
 PUBLISHED = Path(__file__).with_name("published.yaml")
 VARIANTS = {"paper": "", **{name: f"@{name}" for name in ("official", "stable", "random", "threshold")}}
@@ -91,13 +93,14 @@ class Runs:
 
     @classmethod
     def read(cls, folder: Path) -> Runs:
-        """The runs in `folder/seed=*`, or `folder` itself where it is a run; none where nothing has been tested.
+        """The tested runs in `folder/seed=*`; without any `folder` itself if it has been tested, else none.
 
         Raises:
             ValueError: the runs were scored on different data or with different settings.
         """
-        candidates = [*sorted(folder.glob("seed=*")), folder]
-        folders = tuple(run for run in candidates if (run / "test" / "scores.csv").exists())
+        seeds = tuple(run for run in sorted(folder.glob("seed=*")) if _tested(run))
+        # The folder of a sweep is also that of a single run with the same configuration, which is no further seed.
+        folders = seeds or tuple(run for run in [folder] if _tested(run))
         made = {json.dumps(_conditions(run), sort_keys=True) for run in folders}
         if len(made) > 1:
             raise ValueError(
@@ -119,6 +122,10 @@ class Runs:
         return bootstrap_mean([mean(column[name] for column in columns) for name in names], groups=groups)
 
 
+def _tested(run: Path) -> bool:
+    return (run / "test" / "scores.csv").exists()
+
+
 def _scores(run: Path) -> Scores:
     found: Scores = {}
     for row in read_table(run / "test" / "scores.csv", ("name", "explainer", "metric", "value")):
@@ -128,8 +135,8 @@ def _scores(run: Path) -> Scores:
 
 def _accuracy(run: Path) -> list[float]:
     """What the last test logged, in a list; none where nothing was."""
-    path, column = run / "logs" / "test" / "metrics.csv", f"test/{ACCURACY}"
-    rows = read_table(path) if path.exists() else ()
+    column = f"test/{ACCURACY}"
+    rows = itertools.chain.from_iterable(map(read_table, log_files(run, "test")))
     return [row.number(column, float) for row in rows if row.cells.get(column)][-1:]
 
 

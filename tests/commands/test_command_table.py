@@ -30,6 +30,32 @@ def test_accuracy_is_the_logged_one_of_the_whole_split(tmp_path):
     assert lines[6] == "| | ours, official | 0.800 ± 0.141 | – |"
 
 
+def test_accuracy_is_that_of_the_last_test(tmp_path):
+    write_run(tmp_path / "labn", {("labn", "id"): [0.1, 0.3]})
+    for number, logged in enumerate(f"0.{digits}" for digits in range(1, 13)):
+        folder = tmp_path / "labn" / "logs" / (f"test-{number}" if number else "test")
+        folder.mkdir(parents=True)
+        (folder / "metrics.csv").write_text(f"step,test/accuracy\n0,{logged}\n")
+    (tmp_path / "labn" / "logs" / "test-12").mkdir()  # began, and was killed
+    lines = markdown(TABLE, tmp_path, ["paper"], ["accuracy"]).splitlines()
+    assert lines[5] == "| | ours, paper | 0.120 |"
+
+
+def test_a_single_run_is_no_further_seed_of_a_sweep(tmp_path):
+    for seed, value in ((38, 0.2), (39, 0.4)):
+        write_run(tmp_path / "labn" / f"seed={seed}", {("labn", "id"): [value]})
+    write_run(tmp_path / "labn", {("labn", "id"): [0.9]}, data="other")
+    runs = Runs.read(tmp_path / "labn")
+    assert [folder.name for folder in runs.folders] == ["seed=38", "seed=39"]
+    assert runs.values("labn", "id") == [0.2, 0.4]
+
+
+def test_a_single_run_counts_where_no_seed_was_tested(tmp_path):
+    (tmp_path / "labn" / "seed=38").mkdir(parents=True)
+    write_run(tmp_path / "labn", {("labn", "id"): [0.9]})
+    assert Runs.read(tmp_path / "labn").folders == (tmp_path / "labn",)
+
+
 def test_without_a_log_there_is_no_accuracy(tmp_path):
     write_run(tmp_path / "labn", {("labn", "id"): [0.1, 0.3]})
     assert markdown(TABLE, tmp_path, ["paper"], ["accuracy"]).splitlines()[5] == "| | ours, paper | – |"
