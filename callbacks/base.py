@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,7 +18,8 @@ class ExplainingCallback(pl.Callback):
     """Explain a fixed subset at validation end and the whole split (or a subset) at test end.
 
     Of several such callbacks in one trainer the first with `explainers` owns the session: it decides what is
-    explained, and the others work on the same maps, so that an explanation is computed once.
+    explained, and the others work on the same maps, so that an explanation is computed once. What the others say
+    about it beside the defaults is refused.
 
     Args:
         explainers: name -> explainer; an empty value takes the method of that name with its defaults.
@@ -89,6 +91,17 @@ class ExplainingCallback(pl.Callback):
             raise MisconfigurationException(
                 f"{type(self).__name__} and {type(owners[0]).__name__} both have explainers; "
                 "give them to one of the two."
+            )
+        self._refuse_unheard(owners[0])
+
+    def _refuse_unheard(self, owner: ExplainingCallback) -> None:
+        """Stop where this callback says what is explained, which only the owner of the session decides."""
+        said = {} if self is owner else {n: value for n, value in DECIDED.items() if getattr(self, n) != value}
+        if said:
+            mine = ", ".join(f"{name} = {getattr(self, name)}" for name in said)
+            raise MisconfigurationException(
+                f"{type(self).__name__} has {mine}, but {type(owner).__name__} has the explainers and decides that; "
+                "set it there."
             )
 
     def _owner(self, trainer: pl.Trainer) -> ExplainingCallback:
@@ -181,6 +194,14 @@ class ExplainingCallback(pl.Callback):
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Finish the test."""
         self._end(trainer, pl_module)
+
+
+DECIDED = {
+    name: parameter.default
+    for name, parameter in inspect.signature(ExplainingCallback).parameters.items()
+    if name != "explainers"
+}
+"""What the owner of a session decides -> default."""
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:

@@ -14,10 +14,13 @@ from labn.explainers import Explainer, explainer_by_name
 from labn.metrics.base import SampleMetric
 from labn.metrics.insertion_deletion import PatchInsertionDeletion
 from labn.metrics.names import check_settings, metric_by_name, values_named
+from labn.perturb import check_chunk_size, check_precision
 from labn.results import Plan, summary_table, write_results
 from labn.store import ScorePart, digest
 
 BASELINES = ("random", "constant")
+ENGINE = ("chunk_size", "fold", "precision")
+"""Arguments of the perturbation engine, which all metrics share."""
 
 
 class EvaluationCallback(ExplainingCallback):
@@ -34,13 +37,17 @@ class EvaluationCallback(ExplainingCallback):
         metric_options: settings for all metrics that know them, such as `step` or `score_class`.
         fill: what removed pixels show: black, mean, bias, blur, uniform or image_mean.
         positives_only: score only samples of the data's positive classes in the metrics that perturb images (the
-            papers' choice for IDRiD).
+            papers' choice for IDRiD); a list of class numbers scores those instead.
         chunk_size: perturbed inputs per forward; None finds it.
         fold: use the copy of the network with BatchNorm folded where it is exact.
         precision: of the perturbed forwards, `fp32` or `bf16`; predictions are always made in full precision.
         baselines: add the maps that know nothing, `random` and `constant`, to every table: they expose a biased
             protocol at once.
         kwargs: arguments of `ExplainingCallback`.
+
+    Raises:
+        ValueError: an unknown metric or precision, a chunk below 1, classes that are none, or an argument of this
+            callback, or what the data says, among `metric_options`.
     """
 
     def __init__(
@@ -50,7 +57,7 @@ class EvaluationCallback(ExplainingCallback):
         also: list[str] | None = None,
         metric_options: dict[str, Any] | None = None,
         fill: str = "black",
-        positives_only: bool = False,
+        positives_only: bool | list[int] = False,
         chunk_size: int | None = None,
         fold: bool = True,
         precision: str = "fp32",
@@ -58,6 +65,10 @@ class EvaluationCallback(ExplainingCallback):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        check_precision(precision)
+        check_chunk_size(chunk_size)
+        check_classes(positives_only)
+        refuse_foreign(metric_options or {})
         self.baselines = baselines
         self.test_names = self.names = with_variants(metrics, also or [])
         self.val_names = self.test_names if val_metrics is None else val_metrics
@@ -72,7 +83,7 @@ class EvaluationCallback(ExplainingCallback):
     @property
     def engine_options(self) -> dict[str, Any]:
         """How perturbed inputs are run."""
-        return {"chunk_size": self.chunk_size, "fold": self.fold, "precision": self.precision}
+        return {name: getattr(self, name) for name in ENGINE}
 
     @property
     def extra_explainers(self) -> dict[str, Explainer]:
@@ -84,7 +95,8 @@ class EvaluationCallback(ExplainingCallback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         self.names = self.val_names if trainer.state.fn == "fit" else self.test_names
         bias = data.bias_image() if self.settings["fill"] == "bias" else None
-        positives = self.settings["positives_only"] and list(data.positive_classes)
+        self._positives = positive_classes(data, self.settings["positives_only"])
+        positives = False if self._positives is None else self._positives
         shared = {"mean": data.mean, "std": data.std, "bias": bias, **self.settings, "positives_only": positives}
         self.metrics = {name: metric_by_name(name, **shared) for name in self.names}
         self._bias = describe(bias)
@@ -170,6 +182,7 @@ class EvaluationCallback(ExplainingCallback):
             "class_names": list(data.class_names),
             "metrics": self._asked(),
             "settings": {**self.settings, "bias": self._bias, **self.engine_options},
+            "positive_classes": self._positives,
         }
         groups = data.groups(session.split)
         summary = write_results(
@@ -191,6 +204,34 @@ class EvaluationCallback(ExplainingCallback):
     def _headline(self) -> list[str]:
         filled = any("fill_probability" in metric.names for metric in self.metrics.values())
         return list(dict.fromkeys([*self._asked(), *["fill_probability"] * filled]))
+
+
+def check_classes(positives_only: bool | list[int]) -> None:
+    """Raise ValueError unless `positives_only` is yes, no, or a list of class numbers."""
+    if not isinstance(positives_only, bool) and (not positives_only or min(positives_only) < 0):
+        raise ValueError(f"positives_only is {positives_only}; it must be true, false or a list of class numbers.")
+
+
+def positive_classes(data: Any, positives_only: bool | list[int]) -> list[int] | None:
+    """The classes whose samples alone are scored; None where all samples are.
+
+    Raises:
+        ValueError: the data has no class of a number.
+    """
+    if isinstance(positives_only, bool):
+        return list(data.positive_classes) if positives_only else None
+    if max(positives_only) >= data.num_classes:
+        raise ValueError(f"positives_only is {positives_only}; the data has {data.num_classes} classes, from 0.")
+    return list(positives_only)
+
+
+def refuse_foreign(metric_options: dict[str, Any]) -> None:
+    """Raise ValueError where metrics are to be set to what this callback or the data sets for all of them."""
+    for name in metric_options:
+        if name in ("fill", "positives_only", *ENGINE):
+            raise ValueError(f"metric_options has {name}, which is an argument of EvaluationCallback itself; set that.")
+        if name in ("mean", "std", "bias"):
+            raise ValueError(f"metric_options has {name}, which the data says; leave it out.")
 
 
 def with_variants(metrics: list[str], also: list[str]) -> list[str]:

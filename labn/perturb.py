@@ -28,12 +28,17 @@ def check_precision(name: str) -> None:
         raise ValueError(f"precision must be one of {sorted(PRECISIONS)}, got {name!r}.")
 
 
+def check_chunk_size(size: int | None) -> None:
+    """Raise ValueError unless `size` is a number of inputs, or None, which lets the engine choose."""
+    if size is not None and size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {size}.")
+
+
 class ChunkSize:
     """How many inputs go through the model at once: doubled while that works, halved on out-of-memory."""
 
     def __init__(self, size: int | None, images: Tensor) -> None:
-        if size is not None and size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {size}.")
+        check_chunk_size(size)
         automatic = (cpu_chunk(images),) * 2 if images.device.type == "cpu" else GPU_CHUNKS
         self.size, self._largest = automatic if size is None else (size, size)
 

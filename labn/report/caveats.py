@@ -8,6 +8,8 @@ from typing import Any
 from labn.report.results import StageResults
 
 FEW = 30
+LISTED = 10
+"""Classes that a sentence names one by one."""
 FILL_LIMIT = 0.2
 
 
@@ -24,7 +26,7 @@ def caveats(results: StageResults, split_size: int | None = None) -> list[str]:
 def _subset(results: StageResults, split_size: int | None) -> Iterator[str]:
     explained = results.manifest.get("samples", 0)
     if split_size and explained and explained < split_size:
-        yield f"Only {explained} of the {split_size} samples were explained and scored, evenly spaced over the split."
+        yield f"Only {explained} of the {split_size} samples were explained and scored."
     counts, what, over = [int(row["n"]) for row in results.summary], "samples", "the samples"
     if results.groups is not None:
         counts = [len(total.groups) for total in results.totals.values()]
@@ -66,7 +68,7 @@ def _fill(results: StageResults) -> Iterator[str]:
 def _settings(manifest: dict[str, Any]) -> Iterator[str]:
     settings = manifest.get("settings", {})
     if settings.get("positives_only"):
-        yield "Insertion and deletion are scored on positive samples only (label above 0)."
+        yield from _positives(manifest)
     if settings.get("correct_only"):
         yield "Metrics that perturb images are scored on correctly classified samples only."
     if settings.get("area", "trapezoid") != "trapezoid":
@@ -80,3 +82,16 @@ def _settings(manifest: dict[str, Any]) -> Iterator[str]:
         yield "Maps explain the predicted class, which may be wrong; metrics score the class that the settings name."
     elif manifest.get("target", "label") != "label":
         yield f"Maps explain the class target = {manifest['target']}; metrics score the class that the settings name."
+
+
+def _positives(manifest: dict[str, Any]) -> Iterator[str]:
+    classes, names = manifest.get("positive_classes"), manifest.get("class_names", [])
+    if classes is None:  # of results that do not say which
+        which = "the data's positive classes"
+    elif not set(range(len(names))) - set(classes):
+        return
+    elif len(classes) > LISTED:
+        which = f"{len(classes)} of the {len(names)} classes"
+    else:
+        which = ", ".join(f"'{names[k]}'" for k in classes)
+    yield f"Metrics that perturb images are scored on samples of {which} only."

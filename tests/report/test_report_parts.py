@@ -160,3 +160,26 @@ def test_a_high_probability_of_the_bare_fill_is_said(tmp_path):
     for words in ("mean probability of 0.500", "a constant map scores high", "n_steps = 10", "bf16"):
         assert any(words in note for note in notes)
     assert caveats(StageResults(tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "classes", "names", "which"),
+    [
+        (True, [2, 3], ["O", "C", "M", "X"], "'M', 'X'"),
+        ([0], [0], ["cat", "dog"], "'cat'"),
+        (True, list(range(1, 13)), [f"c{k}" for k in range(13)], "12 of the 13 classes"),
+        (True, [0, 1], ["cat", "dog"], None),
+        (False, None, ["cat", "dog"], None),
+        (True, None, ["cat", "dog"], "the data's positive classes"),
+    ],
+)
+def test_the_classes_that_are_scored_alone_are_named(tmp_path, given, classes, names, which):
+    manifest = {"settings": {"positives_only": given}, "positive_classes": classes, "class_names": names}
+    said = [] if which is None else [f"Metrics that perturb images are scored on samples of {which} only."]
+    assert caveats(StageResults(tmp_path, manifest=manifest)) == said
+
+
+def test_samples_that_were_left_out_are_not_said_to_be_spread(tmp_path):
+    """With `limit_test_batches` they are the first ones."""
+    notes = caveats(StageResults(tmp_path, manifest={"samples": 2}), split_size=4)
+    assert notes == ["Only 2 of the 4 samples were explained and scored."]
