@@ -33,6 +33,7 @@ PARTS = {"insertion": "insertion (higher is better)", "deletion": "deletion (low
 class Scored:
     """The scores of one tested run: (explainer, metric) -> sample index -> value."""
 
+    path: Path
     values: dict[tuple[str, str], dict[int, float]]
     explainers: tuple[str, ...]
     patch_sizes: tuple[int, ...]
@@ -55,11 +56,19 @@ class Scored:
             column[row.number("index", int)] = row.number("value", float)
         found = [re.fullmatch(r"insertion(\d+)", metric) for _, metric in values]
         sizes = {int(match[1]) for match in found if match}
-        return cls(values, tuple(dict.fromkeys(name for name, _ in values)), tuple(sorted(sizes)))
+        return cls(path, values, tuple(dict.fromkeys(name for name, _ in values)), tuple(sorted(sizes)))
 
     def column(self, explainer: str, part: str, size: int) -> dict[int, float]:
-        """Sample index -> insertion, deletion or PID of a map at a patch size."""
+        """Sample index -> insertion, deletion or PID of a map at a patch size.
+
+        Raises:
+            ValueError: the map has no such score.
+        """
         name = "id" if part == "pid" and size == 1 else f"{part}{size}"
+        if (explainer, name) not in self.values:
+            raise ValueError(
+                f"{self.path} has no {name} of {explainer}; each map needs insertion, deletion and PID at every size."
+            )
         return self.values[explainer, name]
 
     def mean(self, explainer: str, part: str, size: int) -> Interval:
@@ -135,10 +144,14 @@ def run(options: argparse.Namespace) -> None:
 
     Raises:
         FileNotFoundError: the run has not been tested.
-        ValueError: the run has no map of a name.
+        ValueError: the run has no map of a name, no coarse map, or not every score of each.
     """
     scored = Scored.read(options.run)
     coarse = options.coarse or [name for name in scored.explainers if name.startswith(("dilated", "blurred"))]
+    if not coarse:
+        raise ValueError(f"{options.run} has no map called 'dilated' or 'blurred'; name the coarse ones with --coarse.")
+    if not scored.patch_sizes:
+        raise ValueError(f"{scored.path} has no insertion at any patch size; test with metrics such as pid16.")
     for name in (options.fine, *coarse):
         if name not in scored.explainers:
             raise ValueError(f"{options.run} has no map {name!r}; it has {', '.join(scored.explainers)}.")

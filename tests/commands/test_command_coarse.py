@@ -45,3 +45,31 @@ def test_problems_are_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         call_main(["coarse", "--run", str(tmp_path), "--fine", "sharp"])
     assert "has no map 'sharp'; it has exact, dilated 2" in capsys.readouterr().err
+
+
+def test_without_a_coarse_map_nothing_is_claimed(tmp_path, capsys):
+    write_run(tmp_path, scores((0.4, 0.9), (0.6, 0.5)))
+    path = tmp_path / "test" / "scores.csv"
+    path.write_text(path.read_text().replace("dilated 2", "random"))
+    with pytest.raises(SystemExit):
+        call_main(["coarse", "--run", str(tmp_path)])
+    told = capsys.readouterr()
+    assert "has no map called 'dilated' or 'blurred'; name the coarse ones with --coarse." in told.err
+    assert "ahead of every coarse map" not in told.out
+    call_main(["coarse", "--run", str(tmp_path), "--coarse", "random"])
+    assert "ahead of every coarse map" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("left", "sentence"),
+    [
+        (lambda key: key != ("dilated 2", "pid16"), "has no pid16 of dilated 2; each map needs insertion, deletion"),
+        (lambda key: not key[1].startswith("insertion"), "has no insertion at any patch size; test with metrics such"),
+    ],
+)
+def test_missing_scores_are_named(tmp_path, capsys, left, sentence):
+    found = scores((0.4, 0.9), (0.6, 0.5))
+    write_run(tmp_path, {key: column for key, column in found.items() if left(key)})
+    with pytest.raises(SystemExit):
+        call_main(["coarse", "--run", str(tmp_path)])
+    assert sentence in capsys.readouterr().err
