@@ -24,7 +24,7 @@ from labn.plots import displayable
 from labn.report import render
 from labn.report.detections import detection_card, detection_report
 from labn.results import PAIRED, SUMMARY
-from labn.shards import file_name
+from labn.shards import readable_name
 from labn.store import write_atomically
 
 
@@ -175,7 +175,7 @@ class DetectionCallback(pl.Callback):
         write_atomically(kept.with_suffix(".safetensors"), packed(maps, found))
         write_atomically(kept.with_suffix(".json"), json.dumps(record).encode())
         picture = draw(shown, rows, maps, self.tasks, name)
-        write_atomically(self._folder / "overlays" / f"{index:06d}-{file_name(name)}.png", picture)
+        write_atomically(self._folder / "overlays" / f"{index:06d}-{readable_name(name)}.png", picture)
 
     def _finish(self, trainer: pl.Trainer, split: str) -> None:
         if self._folder is None:

@@ -13,7 +13,7 @@ from callbacks.base import ExplainingCallback
 from callbacks.session import Batch, Session, evenly_spaced
 from callbacks.wandb_results import log_results
 from labn.plots import displayable, overlay_figure
-from labn.shards import file_name
+from labn.shards import readable_name
 from labn.store import write_atomically
 
 
@@ -56,7 +56,7 @@ class MapLogger(ExplainingCallback):
             )
             buffer = io.BytesIO()
             figure.savefig(buffer, dpi=100, format="png")
-            path = session.store.folder / "overlays" / f"{index:06d}-{file_name(name)}.png"
+            path = session.store.folder / "overlays" / f"{index:06d}-{readable_name(name)}.png"
             write_atomically(path, buffer.getvalue())
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

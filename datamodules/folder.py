@@ -11,10 +11,14 @@ from datamodules.files import data_root, image_files
 from datamodules.sources import FileSource, Record, Source
 from datamodules.splits import readable, split_off, without_copies
 from datamodules.transforms import PUBLISHED, Augmentation
+from labn.reading import garbled
 
 
 def _subfolders(folder: Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if shown := next(filter(None, map(garbled, names)), None):
+        raise ValueError(f"The name of class folder {folder}/{shown} is not UTF-8; rename the folder.")
+    return names
 
 
 class ImageFolder(ImageDataModule):

@@ -13,7 +13,7 @@ import numpy as np
 from datamodules.base import OnBadImage
 from datamodules.files import BadImageError, identical_groups
 from datamodules.sources import Record, bad_file
-from labn.reading import leads_out
+from labn.reading import garbled, leads_out
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
@@ -41,14 +41,19 @@ def readable(
     good, notes = [], []
     real_roots = [os.path.realpath(root) for root in roots]
     for record in records:
-        reason = _foreign_link(record, real_roots) or check(record)
+        reason = _garbled_name(record) or _foreign_link(record, real_roots) or check(record)
         if reason and on_bad_image == "stop":
             raise BadImageError(f"{reason[:-1]}: replace it, or set on_bad_image: skip to leave the sample out.")
         if reason:
-            notes.append(f"  skipped {record.name}: {reason}")
+            notes.append(f"  skipped {garbled(record.name) or record.name}: {reason}")
         else:
             good.append(record)
     return good, notes
+
+
+def _garbled_name(record: Record) -> str | None:
+    shown = garbled(record.name)
+    return shown and f"Image {shown} has a name that is not UTF-8 (rename it)."
 
 
 def _foreign_link(record: Record, real_roots: Sequence[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""TarShards: any data set of this project but those for detectors, written to tar files once and read from a folder or an address."""
+"""TarShards: a data set of this project, written to tar files once and read from a folder or an address."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def detection_figure(image: np.ndarray, rows: Sequence[DetectionRow], title: str
     axes[0, 0].imshow(image, cmap="gray", vmin=0, vmax=1)
     for line, row in zip(axes, rows):
         line[0].imshow(image, cmap="gray", vmin=0, vmax=1)
-        line[0].set_title(row.title, fontsize=7)
+        line[0].set_title(row.title, fontsize=7, parse_math=False)
         for axis, (name, heat) in zip(line[1:], row.maps.items()):
             bound = float(np.abs(heat).max()) or 1.0
             axis.imshow(grey, cmap="gray", vmin=0, vmax=1)
@@ -54,7 +54,7 @@ def detection_figure(image: np.ndarray, rows: Sequence[DetectionRow], title: str
         for axis in line[: 1 + len(row.maps)]:
             x1, y1, x2, y2 = row.box
             axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor="lime", linewidth=0.9))
-    figure.suptitle(title, fontsize=8)
+    figure.suptitle(title, fontsize=8, parse_math=False)
     return figure
 
 

@@ -67,12 +67,12 @@ def overlay_figure(
         shown = axis.imshow(heat, cmap=colors, vmin=low, vmax=high, alpha=0.6)
         bar = figure.colorbar(shown, ax=axis, fraction=0.046, pad=0.02)
         bar.ax.tick_params(labelsize=6)
-        axis.set_title(name, fontsize=9)
+        axis.set_title(name, fontsize=9, parse_math=False)
     for axis in axes:
         axis.set_axis_off()
         if mask is not None and mask.any() and not mask.all():
             axis.contour(mask.astype(float), levels=[0.5], colors="lime", linewidths=0.8)
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(title, fontsize=9, parse_math=False)
     return figure
 
 

@@ -51,6 +51,15 @@ def inside(root: Path, name: str, where: str) -> Path:
     return root / name
 
 
+def garbled(name: str) -> str | None:
+    """How a file name whose bytes are not UTF-8 is shown (`caf\\xe9.png`); None for one that tables can hold."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    return None
+
+
 def leads_out(path: Path, real_root: str) -> bool:
     """Whether `path` lies outside of `real_root` (a path without links) once links are followed."""
     real = os.path.realpath(path)

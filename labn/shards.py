@@ -1,4 +1,4 @@
-"""Which shards of a results folder may hold a sample, told from their names alone.
+"""Names of files in a results folder, and which of its shards may hold a sample, told from their names alone.
 
 A shard is called `<explainer>.<key>.<first>-<last>.<rest>`: between its smallest and its largest sample index there may
 be others, of other ranks. A folder of 10^6 records is listed once, no file is opened, and a look-up is two binary
@@ -7,6 +7,7 @@ searches.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import sys
@@ -15,12 +16,30 @@ from urllib.parse import quote
 
 import numpy as np
 
+LONGEST = 120
+"""Bytes of a readable name; a file name has 255, for what stands before and behind it too."""
+_SPECIAL = frozenset("/\\ %:*?\"'<>|$&;`!#~")
 _NAME = re.compile(r"([^.]+)\.([^.]+)\.(\d+)-(\d+)\.(.+)")
 
 
 def file_name(name: str) -> str:
     """`name` of an explainer as the first, dot-free field of a file name."""
     return quote(name, safe="+-").replace(".", "%2E")
+
+
+def readable_name(name: str) -> str:
+    """`name` of a sample or picture as a part of a file name, of at most `LONGEST` bytes in UTF-8.
+
+    Letters of any script stay; what separates folders, cannot be printed or is special in a shell becomes `_`, as does
+    a dot in front. A longer name keeps its beginning, followed by a hash of all of it. Different names may become the
+    same: an index beside it, or a check, must tell them apart.
+    """
+    kept = "".join(c if c.isprintable() and c not in _SPECIAL else "_" for c in name)
+    kept = f"_{kept[1:]}" if kept.startswith(".") else kept
+    if len(kept.encode()) <= LONGEST:
+        return kept
+    ending = "-" + hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:12]
+    return kept.encode()[: LONGEST - len(ending)].decode(errors="ignore") + ending
 
 
 def shard_name(explainer: str, key: str, indices: list[int], rest: str) -> str:

@@ -1,8 +1,11 @@
 """Pictures of maps: rows of panels, and limits that a few pixels do not decide."""
 
+import io
+
 import numpy as np
 import pytest
 
+from labn.detection_plots import DetectionRow, detection_figure
 from labn.plots import PER_ROW, color_scale, overlay_figure
 
 
@@ -26,3 +29,11 @@ def test_signed_limits_leave_outliers_out():
     lonely[3, 3] = -2.0
     assert color_scale(lonely)[:2] == (-2.0, 2.0)
     assert color_scale(np.full((2, 2), 3.0)) == (2.5, 3.5, "inferno")
+
+
+@pytest.mark.parametrize("name", ["price_$5_a_b$.jpg: cat", r"$\\nosuch{$", "$x^$"])
+def test_titles_are_text_and_no_mathematics(name):
+    pixels, buffer = np.zeros((8, 8, 3)), io.BytesIO()
+    overlay_figure(pixels, {name: np.ones((8, 8))}, title=name).savefig(buffer, dpi=30, format="png")
+    row = DetectionRow(name, [0.0, 0.0, 4.0, 4.0], {"class": np.ones((8, 8))})
+    detection_figure(pixels, [row], name).savefig(buffer, dpi=30, format="png")

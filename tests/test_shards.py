@@ -1,5 +1,7 @@
 """Shards are found by their names: every one that could hold a sample, and no other."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +10,8 @@ from hypothesis import strategies as st
 
 from labn.results import Plan, collect, write_results
 from labn.scratch import BLOCK, blocks, scratch, write_npz
-from labn.shards import ShardIndex, shard_name
-from labn.store import ResultStore, ScorePart
+from labn.shards import LONGEST, ShardIndex, readable_name, shard_name
+from labn.store import ResultStore, ScorePart, write_atomically
 
 INDICES = st.lists(st.sets(st.integers(0, 400), min_size=1, max_size=6), min_size=0, max_size=30)
 
@@ -153,3 +155,24 @@ def test_score_parts_whose_columns_do_not_belong_together_are_computed_again(tmp
     np.savez(path, **arrays | {field: arrays[field][:1] if field != "index" else arrays[field] / 2.0})
     with pytest.warns(UserWarning, match=r"is damaged .* computed again"):
         assert ResultStore(tmp_path).scored("a", "k", {"m": "d"}, [0, 1]) == {"m": set()}
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    name=st.text(max_size=80) | st.text("眼底写真/", min_size=60, max_size=90) | st.binary(max_size=9).map(os.fsdecode)
+)
+def test_any_sample_name_gives_a_file_name(tmp_path_factory, name):
+    folder, found = tmp_path_factory.mktemp("names"), readable_name(name)
+    assert len(found.encode()) <= LONGEST
+    assert found == readable_name(name) == readable_name(found)
+    write_atomically(folder / f"000000-{found}.png", b"x")
+    assert [path.name for path in folder.iterdir()] == [f"000000-{found}.png"]
+
+
+def test_sample_names_stay_readable():
+    assert readable_name("001.Heron/bird_4.jpg") == "001.Heron_bird_4.jpg"
+    assert readable_name("糖尿病網膜症/右眼 1.jpg") == "糖尿病網膜症_右眼_1.jpg"
+    assert readable_name("../a") == "_._a"
+    long = "糖尿病網膜症/右眼_後極部カラー眼底写真_二〇二四年四月一日"
+    assert readable_name(f"{long}_1.jpg").startswith(readable_name(long)[:25])
+    assert readable_name(f"{long}_1.jpg") != readable_name(f"{long}_2.jpg")

@@ -23,8 +23,9 @@ from labn.models.pretrained import load_pretrained
 from labn.modules.restore import restore
 from labn.plots import displayable, overlay_figure
 from labn.preprocessing import Preprocessing
+from labn.reading import garbled
 from labn.results import csv_bytes
-from labn.shards import file_name
+from labn.shards import readable_name
 from labn.store import write_atomically
 
 Reader = Callable[[Path, Preprocessing], np.ndarray]
@@ -186,12 +187,15 @@ def _readable(files: Sequence[Path], preprocessing: Preprocessing, read: Reader)
     """Path, a name that is unique among the files, and normalised image; what cannot be read is warned about."""
     taken: set[str] = set()
     for path in files:
+        if shown := garbled(str(path)):
+            warnings.warn(f"The name of picture {shown} is not UTF-8; rename the file. It is skipped.", stacklevel=2)
+            continue
         try:
             image = preprocessing.normalise(read(path, preprocessing))
         except ValueError as error:
             warnings.warn(f"{error} It is skipped.", stacklevel=2)
             continue
-        stem = file_name(path.stem)
+        stem = readable_name(path.stem)
         numbered = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
         name = next(name for name in numbered if name not in taken)
         taken.add(name)

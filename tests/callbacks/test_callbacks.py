@@ -323,6 +323,15 @@ def test_a_map_logger_alone_needs_explainers(tmp_path):
     assert len(list((tmp_path / "test" / "overlays").glob("*.png"))) == 1
 
 
+@pytest.mark.filterwarnings("ignore:Glyph .* missing from font")
+def test_pictures_of_samples_with_long_names_in_any_script(tmp_path, monkeypatch):
+    long = "糖尿病網膜症/右眼_後極部カラー眼底写真_$二〇二四年四月一日_a$"
+    monkeypatch.setattr(SyntheticFundus, "sample_name", lambda self, split, index: f"{long}_{index}.jpg")
+    trainer(tmp_path, MapLogger(explainers={"random": None}, max_images=2)).test(network(), data(), verbose=False)
+    names = sorted(path.name for path in (tmp_path / "test" / "overlays").glob("*.png"))
+    assert [name[6:20] for name in names] == ["-糖尿病網膜症_右眼_後極部"] * 2
+
+
 def test_a_callback_before_the_one_with_explainers_is_refused(tmp_path):
     with pytest.raises(MisconfigurationException, match="MapLogger stands before ExplanationCallback"):
         trainer(tmp_path, MapLogger(), ExplanationCallback({"labn": None})).test(network(), data(), verbose=False)

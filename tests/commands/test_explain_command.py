@@ -1,6 +1,7 @@
 """`explain`: the maps are those of the library, the class is the network's, and bad input is one sentence."""
 
 import csv
+import os
 
 import cv2
 import numpy as np
@@ -186,3 +187,19 @@ def test_the_main_help_names_every_command(capsys):
     text = capsys.readouterr().out
     assert all(name in text for name in ("fit", "validate", "test"))
     assert all(f"    {name} " in text and module.SUMMARY in text for name, (module, _) in COMMANDS.items())
+
+
+def test_a_name_that_is_not_utf8_is_skipped_and_long_names_are_cut(checkpoint, tmp_path):
+    pixels = cv2.imencode(".png", np.zeros((60, 60, 3), dtype=np.uint8))[1].tobytes()
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / ("眼" * 80 + ".png")).write_bytes(pixels)
+    try:
+        with open(os.fsencode(tmp_path / "in") + b"/caf\xe9.png", "wb") as file:
+            file.write(pixels)
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 only")
+    command = ["explain", f"--image={tmp_path / 'in'}", f"--ckpt={checkpoint}", f"--out={tmp_path / 'out'}"]
+    with pytest.warns(UserWarning, match=r"The name of picture .*/in/caf\\xe9\.png is not UTF-8; rename the file"):
+        call_main([*command, "--method=random", "--device=cpu"])
+    (overlay,) = (tmp_path / "out" / "overlays").iterdir()
+    assert overlay.name.startswith("眼" * 30)

@@ -1,3 +1,4 @@
+import os
 import shutil
 from pathlib import Path
 
@@ -123,3 +124,29 @@ def test_problems_are_named(pictures: Path) -> None:
     (pictures / "test" / "a").mkdir(parents=True)
     with pytest.raises(ValueError, match="test has other class folders than training: a, b are needed"):
         folder(pictures).setup("fit")
+
+
+@pytest.fixture
+def latin(pictures: Path) -> Path:
+    """The folder with a file whose name is Latin-1."""
+    try:
+        os.rename(pictures / "cat" / "01.png", os.fsencode(pictures / "cat") + b"/caf\xe9.png")
+    except OSError:
+        pytest.skip("this file system takes names in UTF-8 only")
+    return pictures
+
+
+def test_a_name_that_is_not_utf8_is_a_bad_image(latin: Path) -> None:
+    with pytest.raises(
+        BadImageError, match=r"Image cat/caf\\xe9\.png has a name that is not UTF-8 \(rename it\): repl"
+    ):
+        ImageFolder(latin, image_size=32).report()
+    report = ImageFolder(latin, image_size=32, on_bad_image="skip", mean=[0.5] * 3, std=[0.5] * 3).report()
+    assert r"skipped cat/caf\xe9.png: Image cat/caf\xe9.png has a name" in report
+    report.encode()
+
+
+def test_a_class_name_that_is_not_utf8_is_named(latin: Path) -> None:
+    os.rename(latin / "dog", os.fsencode(latin) + b"/h\xf8nd")
+    with pytest.raises(ValueError, match=r"class folder .*/h\\xf8nd is not UTF-8; rename the folder"):
+        ImageFolder(latin, image_size=32).report()
