@@ -56,6 +56,12 @@ def run(*arguments, check=True, timeout=300, **options):
     return done
 
 
+def one_step(folder):
+    """`--ckpt_path` of the quickstart's network after one step: random weights are not tested."""
+    run("fit", "--trainer.max_epochs=1", *(f"--trainer.limit_{s}_batches=1" for s in ("train", "val")), run_dir=folder)
+    return f"--ckpt_path={folder / 'checkpoints' / 'best.ckpt'}"
+
+
 def run_and_kill(*arguments, when, timeout=300, **options):
     """Start, wait until `when()` is true, then `kill -9` the whole process group."""
     process = subprocess.Popen(

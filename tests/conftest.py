@@ -13,6 +13,14 @@ os.environ["LABN_DATA"] = str(DATA)
 torch.set_num_threads(1)
 
 
+@pytest.fixture
+def random_weights_allowed(monkeypatch):
+    """Networks may be validated and tested with the weights that they are made with."""
+    from labn.modules.base import CheckedModule
+
+    monkeypatch.setattr(CheckedModule, "_refuse_random_weights", lambda self: None)
+
+
 @pytest.fixture(scope="session")
 def data_root():
     """Folder of the real data, or a skip that says what is missing."""

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from command_line import ROOT, TINY, call_main, environment
+from command_line import ROOT, TINY, call_main, environment, one_step
 from safetensors.torch import save_file
 
 from labn import explain
@@ -174,7 +174,7 @@ def test_relevance_passes_a_users_own_attention(workplace, monkeypatch):
 
 @pytest.mark.slow
 def test_torchrun_writes_the_same_rows(tmp_path):
-    words = ["cli.py", "test", "--config", "configs/quickstart.yaml"]
+    words = ["cli.py", "test", "--config", "configs/quickstart.yaml", one_step(tmp_path / "fit")]
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     tables = []
     for name, command in (

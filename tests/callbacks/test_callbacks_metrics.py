@@ -94,6 +94,7 @@ def test_the_rows_are_what_the_public_function_gives(scored):
             assert math.isnan(value) or found[index, name] == pytest.approx(value, rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.usefixtures("random_weights_allowed")
 def test_settings_come_from_yaml(tmp_path, monkeypatch, request):
     monkeypatch.chdir(request.config.rootpath)
     (tmp_path / "metrics.yaml").write_text("""

@@ -79,12 +79,20 @@ def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
 
 
 @pytest.mark.usefixtures("root")
+@pytest.mark.parametrize("command", ["test", "validate"])
+def test_random_weights_are_refused(tmp_path, command):
+    with pytest.raises(ValueError, match=r"weights of lambda_resnet \(first: .*\) are random: give --ckpt_path"):
+        call_main([command, *QUICKSTART, f"--run_dir={tmp_path}"])
+    assert not list(tmp_path.rglob("scores.csv"))
+
+
+@pytest.mark.usefixtures("root")
 def test_wandb_mode_is_checked(tmp_path):
     with pytest.raises(ValueError, match="must be offline, online or disabled"):
         call_main(["fit", *QUICKSTART, f"--run_dir={tmp_path}", "--wandb=yes"])
 
 
-@pytest.mark.usefixtures("root")
+@pytest.mark.usefixtures("root", "random_weights_allowed")
 def test_a_nan_in_a_map_names_the_sample(tmp_path, monkeypatch):
     from labn.explainers import ConstantMap
 

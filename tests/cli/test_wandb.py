@@ -6,10 +6,15 @@ import struct
 from pathlib import Path
 
 import pytest
-from command_line import run
+from command_line import one_step, run
 from PIL import Image
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return one_step(tmp_path_factory.mktemp("fit"))
 
 
 def journal(data, block=32768):
@@ -48,8 +53,8 @@ def summary(run_dir):
         return {f"test/{r['explainer']}/{r['metric']}": float(r["mean"]) for r in csv.DictReader(file)}
 
 
-def test_the_offline_run_holds_pictures_and_numbers(tmp_path):
-    run("test", "--wandb=offline", run_dir=tmp_path)
+def test_the_offline_run_holds_pictures_and_numbers(tmp_path, checkpoint):
+    run("test", checkpoint, "--wandb=offline", run_dir=tmp_path)
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     found, files = records(folder)
     for key, mean in summary(tmp_path).items():
@@ -91,12 +96,12 @@ def forbidden(folder):
 
 
 @pytest.mark.parametrize("trouble", [blocked, unreachable, forbidden], ids=lambda trouble: trouble.__name__)
-def test_without_wandb_the_results_are_the_same(tmp_path, monkeypatch, trouble):
-    run("test", "--trainer.limit_test_batches=1", run_dir=tmp_path / "plain")
+def test_without_wandb_the_results_are_the_same(tmp_path, monkeypatch, trouble, checkpoint):
+    run("test", checkpoint, "--trainer.limit_test_batches=1", run_dir=tmp_path / "plain")
     for name, value in trouble(tmp_path / "blocked").items():
         monkeypatch.setenv(name, value)
     mode = "--wandb=offline" if trouble is blocked else "--wandb=online"
-    done = run("test", mode, "--trainer.limit_test_batches=1", run_dir=tmp_path / "troubled")
+    done = run("test", checkpoint, mode, "--trainer.limit_test_batches=1", run_dir=tmp_path / "troubled")
     assert "Weights & Biases is not available" in done.stderr
     a, b = ((tmp_path / name / "test" / "scores.csv").read_text() for name in ("plain", "troubled"))
     assert a == b

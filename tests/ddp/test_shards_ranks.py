@@ -3,7 +3,7 @@
 import csv
 
 import pytest
-from command_line import TINY, run
+from command_line import TINY, one_step, run
 
 from datamodules import SyntheticFundus
 from datamodules.tar_files import write_shards
@@ -24,10 +24,11 @@ def table(folder):
 
 def test_one_and_two_processes_with_and_without_workers_write_the_scores_of_the_original(tmp_path):
     write_shards(SyntheticFundus(**SIZE), tmp_path / "shards", 5)
-    run("test", run_dir=tmp_path / "original")
+    checkpoint = one_step(tmp_path / "fit")
+    run("test", checkpoint, run_dir=tmp_path / "original")
     wanted = table(tmp_path / "original")
     assert len({row["index"] for row in wanted}) == SIZE["n_test"] // 2  # positive samples
-    shards = [*QUICK, f"--data.init_args.root={tmp_path / 'shards'}"]
+    shards = [checkpoint, *QUICK, f"--data.init_args.root={tmp_path / 'shards'}"]
     for number, more in enumerate(([], WORKERS, TWO, [*TWO, *WORKERS])):
         run("test", *more, *shards, config="configs/quickstart_shards.yaml", run_dir=tmp_path / str(number), tiny=False)
         found = table(tmp_path / str(number))
