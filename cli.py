@@ -40,11 +40,13 @@ from datamodules.files import image_files
 from datamodules.sources import FileSource, Record
 from datamodules.sun import PictureSource, Preparation
 from datamodules.tar_files import write_shards
+from labn import earlier_fit
 from labn.allocator import keep_freed_memory
 from labn.commands import coarse, compare, doctor, explain, shards, sweep, table
 from labn.faults import config_sentence, explained, sentence_of
 from labn.models.checkpoints import own_data, read_checkpoint
 from labn.modules.plain_checkpoints import refuse_foreign_classes, refuse_other_class
+from labn.parts import expand_parts, with_parts
 from labn.preprocessing import Preprocessing
 from labn.reading import read_yaml
 from labn.slurm import requeue_on_signal, restarted
@@ -53,37 +55,6 @@ from labn.store import check_writable, write_atomically
 __all__ = ["LabnCLI", "callbacks", "datamodules", "labn", "main"]
 
 CHECKPOINTS = (BEST, LAST)
-
-
-def expand_parts(argv: Sequence[str]) -> list[str]:
-    """Put the files that a configuration names under `parts:` in front of it, as configurations of their own.
-
-    Paths are relative to the naming file; parts may name parts. Later files win, so an experiment overrides its parts.
-
-    Raises:
-        FileNotFoundError: a part does not exist.
-        ValueError: a part is no YAML, or unfolds into a huge one; or `--parts` is among the words.
-    """
-    if any(word.split("=")[0] in ("--parts", "--parts+") for word in argv):
-        raise ValueError("--parts is a key of configuration files; on the command line, give the file with --config.")
-    expanded: list[str] = []
-    waiting = [word for arg in argv for word in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
-    for position, word in enumerate(waiting):
-        if position and waiting[position - 1] in ("--config", "-c"):
-            expanded.pop()
-            expanded += [item for path in with_parts(Path(word)) for item in ("--config", str(path))]
-        else:
-            expanded.append(word)
-    return expanded
-
-
-def with_parts(path: Path) -> list[Path]:
-    """`path` behind all the files that it names under `parts:`, depth first."""
-    if not path.is_file():
-        raise FileNotFoundError(f"--config {path} is not a file.")
-    content = read_yaml(path)
-    parts = (content.get("parts") if isinstance(content, dict) else None) or []
-    return [p for part in parts for p in with_parts(path.parent / part)] + [path]
 
 
 class RunConfigCallback(SaveConfigCallback):
@@ -155,10 +126,22 @@ class LabnCLI(LightningCLI):
         """Build the trainer, with loggers that write to the run folder unless the configuration names its own."""
         config = self.config[self.subcommand]
         if config.trainer.get("logger") in (None, True) and not config.trainer.get("fast_dev_run"):
-            kwargs["logger"] = default_loggers(Path(config.run_dir), config.wandb, str(self.subcommand))
+            run_dir, command = Path(config.run_dir), str(self.subcommand)
+            version = command if self._begins() else unused_version(run_dir / "logs", command)
+            kwargs["logger"] = default_loggers(run_dir, config.wandb, version)
         given = self.config_init[self.subcommand].trainer.get("plugins") or []
         kwargs["plugins"] = [RunCheckpointIO(), *(given if isinstance(given, list) else [given])]
         return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        """Keep an earlier fit apart from one that begins; by now the ranks are known, and nobody has opened a file."""
+        aside = None
+        if self._begins() and self.trainer.is_global_zero:
+            aside = earlier_fit.move_aside(Path(self.config[self.subcommand].run_dir))
+        if aside is not None:
+            last = aside / "checkpoints" / f"{LAST}.ckpt"
+            hint = f"; to go on from it: --ckpt_path {last}" if last.is_file() else ""
+            rank_zero_info(f"This fit begins anew: what an earlier one left here is in {aside} now{hint}.")
 
     def after_validate(self) -> None:
         """Print the figures of the model."""
@@ -186,6 +169,11 @@ class LabnCLI(LightningCLI):
             super()._parse_ckpt_path()
         say_taken_over(path, asked, self.config[self.config["subcommand"]].get("model") or {})
 
+    def _begins(self) -> bool:
+        """Whether this is a fit that goes on from no checkpoint, and leaves files."""
+        config = self.config[self.subcommand]
+        return self.subcommand == "fit" and not config.get("ckpt_path") and not config.trainer.get("fast_dev_run")
+
     def _experiment(self) -> str:
         files = [Path(str(file)) for file in self.config[self.subcommand].get("config") or []]
         experiments = [file for file in files if file.parent.name != "parts"]
@@ -198,8 +186,8 @@ def unused_version(folder: Path, command: str) -> str:
     return next(name for name in names if not (folder / name / "metrics.csv").exists())
 
 
-def default_loggers(run_dir: Path, wandb_mode: str, command: str) -> list[Logger]:
-    """A CSV logger and, unless disabled or not installed, a Weights & Biases logger.
+def default_loggers(run_dir: Path, wandb_mode: str, version: str) -> list[Logger]:
+    """A CSV logger to `logs/<version>` and, unless disabled or not installed, a Weights & Biases logger.
 
     Raises:
         ValueError: `wandb_mode` is none of offline, online and disabled.
@@ -207,9 +195,7 @@ def default_loggers(run_dir: Path, wandb_mode: str, command: str) -> list[Logger
     if wandb_mode not in ("offline", "online", "disabled"):
         raise ValueError(f"--wandb is {wandb_mode!r}; it must be offline, online or disabled.")
     run_dir.mkdir(parents=True, exist_ok=True)
-    loggers: list[Logger] = [
-        callbacks.RunLogger(save_dir=run_dir, name="logs", version=unused_version(run_dir / "logs", command))
-    ]
+    loggers: list[Logger] = [callbacks.RunLogger(save_dir=run_dir, name="logs", version=version)]
     wandb = None if wandb_mode == "disabled" else wandb_logger(run_dir, wandb_mode)
     return loggers if wandb is None else [*loggers, wandb]
 
@@ -310,8 +296,11 @@ def run_command(name: str, argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
     try:
         work(options)
-    except (OSError, ValueError, TypeError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+    except Exception as error:
+        sentence = str(error) if isinstance(error, (OSError, ValueError, TypeError)) else sentence_of(error)
+        if sentence is None:
+            raise
+        parser.exit(2, f"{parser.prog}: {sentence}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

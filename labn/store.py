@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import itertools
 import json
 import os
 import warnings
@@ -126,6 +127,11 @@ def check_writable(folder: Path, argument: str) -> None:
             probe.unlink()
 
 
+def free_aside(folder: Path) -> Path:
+    """`<folder>.old-1`, `.old-2`, ...: the first that does not exist, where what is in the way can be kept."""
+    return next(aside for n in itertools.count(1) if not (aside := Path(f"{folder}.old-{n}")).exists())
+
+
 def remove_leftovers(folder: Path) -> None:
     """Delete what killed processes have left half-written in `folder` itself; nobody may be writing there."""
     for path in folder.glob(LEFTOVERS):
@@ -194,7 +200,7 @@ class ResultStore:
         if any(found.is_file() and not found.match(LEFTOVERS) for found in self.folder.rglob("*")):
             theirs = _identity(path)
             if theirs != mine:
-                aside = next(a for n in range(1, 10_000) if not (a := Path(f"{self.folder}.old-{n}")).exists())
+                aside = free_aside(self.folder)
                 self.folder.rename(aside)
                 changed = [k for k in mine if not theirs or theirs.get(k) != mine[k]]
                 warnings.warn(

@@ -72,6 +72,8 @@ def contents(run_dir):
     found = {}
     for stage in sorted({path.parent for path in run_dir.rglob("scores.csv")}):
         name = stage.relative_to(run_dir)
+        if name.parts[0].startswith("fit.old-"):  # of an attempt without a checkpoint
+            continue
         found |= {f"{name}/{file}": (stage / file).read_bytes() for file in TABLES if (stage / file).exists()}
         found[f"{name}/maps/manifest.json"] = (stage / "maps" / "manifest.json").read_bytes()
         found |= {f"{name}/curves/{k}": v.tobytes() for k, v in arrays((stage / "curves.npz").read_bytes()).items()}

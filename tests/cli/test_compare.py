@@ -9,9 +9,9 @@ import torch
 import yaml
 from command_line import TINY, call_main
 
-from cli import with_parts
 from labn.explainers import EXPLAINERS
 from labn.models import build_network
+from labn.parts import with_parts
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
