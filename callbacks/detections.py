@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from callbacks.detection_tables import DETECTIONS, SCORES, as_csv, detection_rows, draw, packed, pair, summarise
-from callbacks.session import epoch_of, evenly_spaced, network_of
+from callbacks.session import epoch_of, evenly_spaced, identity_of, network_of
 from callbacks.strategies import refuse_sharded
 from labn.explainers.crp import CRP, TASKS, Question, Task
 from labn.metrics.detection import DetectionScores, check_contrast
@@ -25,7 +25,7 @@ from labn.report import render
 from labn.report.detections import detection_card, detection_report
 from labn.results import PAIRED, SUMMARY
 from labn.shards import readable_name
-from labn.store import write_atomically
+from labn.store import ResultStore, write_atomically
 
 
 class DetectionCallback(pl.Callback):
@@ -36,7 +36,8 @@ class DetectionCallback(pl.Callback):
     `scores`, `detection_scores.csv`, `detection_summary.csv` (means over detections with 95 % intervals that draw
     whole images) and `detection_paired.csv` (differences of two explainers), and `report.html`. An image without
     detection leaves a picture and no row. Pictures also go to Weights & Biases. Everything is computed anew: what an
-    earlier run has left of these in the folder is removed first.
+    earlier run with the same weights and data has left of these in the folder is replaced, results of other ones are
+    moved aside (`test.old-1`).
 
     Args:
         crp: the explainer; its thresholds say what is a detection. None: defaults with a score threshold of .3.
@@ -94,7 +95,9 @@ class DetectionCallback(pl.Callback):
         self._folder = Path(trainer.strategy.broadcast(str(root))) / stage
         size = len(trainer.datamodule.source(split))  # type: ignore[attr-defined]
         self._chosen = set(evenly_spaced(size, self.val_images if fitting else self.test_images))
+        identity = identity_of(trainer, network_of(pl_module), split)
         if trainer.is_global_zero:
+            ResultStore(self._folder).prepare(identity)
             remove_results(self._folder)
         trainer.strategy.barrier("labn-detections-opened")
 
@@ -215,7 +218,7 @@ class DetectionCallback(pl.Callback):
 
 
 def remove_results(folder: Path) -> None:
-    """Remove the detections of an earlier run, which may be those of other weights, thresholds or images.
+    """Remove the detections of an earlier run, which may be those of other thresholds or images.
 
     `report.html` stays: it is always written anew, and other callbacks write it too.
     """

@@ -7,10 +7,11 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,10 +26,16 @@ def describe(thing: Any) -> Any:
         return digest(thing.shape, thing.double().sum().item(), thing.double().square().sum().item())
     if isinstance(thing, (str, int, float, bool, type(None))):
         return thing
+    if isinstance(thing, PurePath):
+        return str(thing)
     if isinstance(thing, (list, tuple)):
         return [describe(item) for item in thing]
     if isinstance(thing, dict):
         return {str(name): describe(value) for name, value in thing.items()}
+    if isinstance(thing, np.ndarray):
+        return digest(str(thing.dtype), thing.tolist())
+    if not hasattr(thing, "__dict__"):  # such as a dtype; an address would differ in every run
+        return re.sub(r" at 0x[0-9a-f]+", "", repr(thing))
     arguments = {name: value for name, value in vars(thing).items() if not name.startswith("_")}
     return {"class": f"{type(thing).__module__}.{type(thing).__qualname__}", **describe(arguments)}
 
@@ -124,13 +131,7 @@ class Session:
         root = Path(tempfile.mkdtemp(prefix="labn-")) if fast else Path(trainer.default_root_dir)
         root = Path(trainer.strategy.broadcast(str(root)))
         self.store = ResultStore(root / stage, trainer.global_rank)
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        self.identity = {
-            "checkpoint": weights_digest(self.network),
-            "network": settings_digest(self.network),
-            "data": digest(data.fingerprint(split), list(data.mean), list(data.std)),
-            "split": split,
-        }
+        self.identity = identity_of(trainer, self.network, split)
         if trainer.is_global_zero:
             self.store.prepare(self.identity)
         trainer.strategy.barrier("labn-store")
@@ -193,6 +194,17 @@ class Session:
             self.progress.advance(len(missing))
             self.progress.advance(len(numbers) - len(missing), computed=False)
         return batch.maps[name]
+
+
+def identity_of(trainer: pl.Trainer, network: nn.Module, split: str) -> dict[str, str]:
+    """What the results of a stage depend on as a whole: weights, settings of the network, data and split."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    return {
+        "checkpoint": weights_digest(network),
+        "network": settings_digest(network),
+        "data": digest(data.fingerprint(split), list(data.mean), list(data.std)),
+        "split": split,
+    }
 
 
 def check_target(target: int | str) -> None:

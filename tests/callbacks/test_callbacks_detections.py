@@ -110,6 +110,22 @@ def test_a_second_test_keeps_nothing_of_the_first(tmp_path):
     assert (stage / "scores.csv").exists()
 
 
+def test_detections_of_other_weights_are_moved_aside(tmp_path):
+    data, stage = VOC(write_voc(tmp_path / "voc"), batch_size=1), tmp_path / "run" / "test"
+    callback = DetectionCallback(CRP(score_threshold=0.0), tasks=["class"], top=1)
+    trainer(tmp_path / "run", callback).test(module(), data, verbose=False)
+    kept = ["detections/000000.safetensors", "detections.csv", "overlays/000000-e.png", "report.html"]
+    first = {name: (stage / name).read_bytes() for name in kept}
+    other = module()
+    with torch.no_grad():
+        next(other.parameters()).mul_(1.5)
+    with pytest.warns(UserWarning, match=r"holds results of another checkpoint; they are in .*test\.old-1 now"):
+        trainer(tmp_path / "run", callback).test(other, data, verbose=False)
+    aside = tmp_path / "run" / "test.old-1"
+    assert {name: (aside / name).read_bytes() for name in kept} == first
+    assert (stage / kept[0]).read_bytes() != first[kept[0]]
+
+
 def test_false_detections_overlap_no_object_of_their_class():
     layout = Layout(((1, 1),), (3,))
     found = Detections(
