@@ -154,6 +154,8 @@ def _check_images(images: Tensor) -> None:
     """Refuse what is no batch of images, before a model fails on it in words of its own."""
     if not isinstance(images, Tensor):
         raise TypeError(f"images must be a tensor (B, C, H, W), got {type(images).__name__}; see torch.from_numpy.")
+    if not images.is_floating_point():
+        raise TypeError(f"images are {images.dtype}; they must be floating point, normalised as the model expects.")
     if images.ndim != 4:
         alone = "; a single image goes in as image[None]" if images.ndim == 3 else ""
         raise ValueError(f"images must be (B, C, H, W), got {tuple(images.shape)}{alone}.")

@@ -230,6 +230,8 @@ def test_one_sentence_for_bad_input(model: Own, images: Tensor, call, message: s
     ("call", "message"),
     [
         (lambda m, x: explain(m, x.numpy(), "gradcam"), r"images must be a tensor \(B, C, H, W\), got ndarray"),
+        (lambda m, x: explain(m, (255 * x).byte(), "gradcam"), r"images are torch\.uint8; they must be floating point"),
+        (lambda m, x: evaluate(m, (255 * x).byte(), x[:, 0]), r"images are torch\.uint8; they must be floating point"),
         (lambda m, x: evaluate(m, x, x[:, 0], metrics="pid16"), r"such as \['pid16'\]"),
     ],
 )

@@ -80,10 +80,12 @@ def run(options: argparse.Namespace, read: Reader, list_pictures: Lister) -> Non
 
     Raises:
         FileNotFoundError: a picture, folder or file of weights does not exist.
-        ValueError: an unknown method, class or model, no picture that can be read, or one that would be overwritten.
+        ValueError: an unknown method, class, model or device, no picture that can be read, or one that would be
+            overwritten.
     """
     for method in options.method:
         explainer_by_name(method)
+    check_device(options.device)
     files = _files(options.image, list_pictures)
     if any(path.resolve().parent == (options.out / OVERLAYS).resolve() for path in files):
         raise ValueError(f"--out is {options.out}, where overlays would replace pictures that --image names.")
@@ -101,11 +103,23 @@ def run(options: argparse.Namespace, read: Reader, list_pictures: Lister) -> Non
     print(f"{options.out}: overlays/, maps/ and predictions.csv of {len(rows)} pictures")
 
 
+def check_device(name: str) -> None:
+    """Raise ValueError unless tensors can be put on the device of that name and fetched from it."""
+    try:
+        torch.zeros(1, device=name).cpu()
+    # torch ends in errors of its own for a missing driver, package, device, or kind of device.
+    except Exception as error:
+        raise ValueError(
+            f"--device is {name!r}, which cannot be used here; it must be cpu, or what torch finds, such as cuda."
+        ) from error
+
+
 def load_network(options: argparse.Namespace) -> tuple[nn.Module, Preprocessing]:
     """The network that the arguments name, and what it expects, with `--image_size` and `--class_names` put in.
 
     Raises:
-        ValueError: neither or both ways of naming a network, or a checkpoint that does not know its preprocessing.
+        ValueError: neither or both ways of naming a network, no possible size, or a checkpoint that does not know its
+            preprocessing.
     """
     if (options.ckpt is None) == (options.model is None) or (options.model is None) != (options.weights is None):
         raise ValueError("Name the network by --ckpt, or by --model and --weights together.")
@@ -119,6 +133,8 @@ def load_network(options: argparse.Namespace) -> tuple[nn.Module, Preprocessing]
     if options.class_names is not None:
         preprocessing = replace(preprocessing, class_names=options.class_names.read_text().splitlines())
     if options.image_size is not None:
+        if options.image_size < 1:
+            raise ValueError(f"--image_size is {options.image_size}; it must be at least 1 pixel.")
         scale = options.image_size / preprocessing.image_size
         shorter = None if preprocessing.shorter is None else round(preprocessing.shorter * scale)
         preprocessing = replace(preprocessing, image_size=options.image_size, shorter=shorter)

@@ -74,6 +74,13 @@ class CheckedModule(pl.LightningModule):
         """From here on every weight is a trained one."""
         self.random_weights = ()
 
+    def on_train_start(self) -> None:
+        """Let plateau schedules look at the validation loss when there is a new one, and not in the epochs between."""
+        every = self.trainer.check_val_every_n_epoch or 1
+        for config in self.trainer.lr_scheduler_configs:
+            if config.reduce_on_plateau and config.interval == "epoch" and config.frequency == 1:
+                config.frequency = every
+
     def on_validation_start(self) -> None:
         """Give every rank the running statistics of rank zero, a collective; refuse to validate random weights."""
         synchronise_buffers(self.trainer.strategy.model)

@@ -42,6 +42,9 @@ def parameter_groups(network: nn.Module, fast: Iterable[nn.Module], lr: float, f
 
 
 def on_plateau(optimizer: Optimizer, factor: float, patience: int, min_lr: float) -> OptimizerLRSchedulerConfig:
-    """Lightning's optimiser dictionary with `ReduceLROnPlateau(mode="min")` on the validation loss."""
+    """Lightning's optimiser dictionary with `ReduceLROnPlateau(mode="min")` on the validation loss.
+
+    `patience` counts validations: `CheckedModule` sets how many epochs there are to each.
+    """
     scheduler = ReduceLROnPlateau(optimizer, mode="min", factor=factor, patience=patience, min_lr=min_lr)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss"}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
@@ -33,6 +33,13 @@ class MatchedMean(MeanMetric):
     def compute(self) -> Tensor:
         """The mean over all updates and ranks."""
         return self.mean_value / self.weight.clamp(min=1)
+
+
+def refuse_other_sides(sides: Sequence[int]) -> None:
+    """Raise ValueError unless both sides of the images are those that the default boxes are made for."""
+    if set(sides) != {SSD300_SIDE}:
+        size = " x ".join(map(str, sides))
+        raise ValueError(f"images are {size} pixels; SSD300 needs 300 x 300: set data.init_args.image_size to 300.")
 
 
 class SSD(CheckedModule):
@@ -86,15 +93,23 @@ class SSD(CheckedModule):
         self.epoch_losses = nn.ModuleDict({f"{stage}_{name}": MatchedMean() for stage in stages for name in LOSSES})
         self.precision = nn.ModuleDict({stage: AveragePrecision() for stage in ("val_", "test_")})
 
+    def setup(self, stage: str) -> None:
+        """Refuse data of another size before anything is done with it.
+
+        Raises:
+            ValueError: images are not 300 x 300.
+        """
+        super().setup(stage)
+        data = getattr(self._trainer, "datamodule", None)
+        refuse_other_sides([getattr(data, "image_size", SSD300_SIDE)] * 2)
+
     def forward(self, images: Tensor) -> Predictions:
         """Raw predictions for normalised images (B, 3, 300, 300).
 
         Raises:
             ValueError: the images have another size, which the default boxes are not made for.
         """
-        if images.shape[-2:] != (SSD300_SIDE, SSD300_SIDE):
-            size = " x ".join(map(str, images.shape[-2:]))
-            raise ValueError(f"images are {size} pixels; SSD300 needs 300 x 300: set data.init_args.image_size to 300.")
+        refuse_other_sides(images.shape[-2:])
         return self.network(images.contiguous(memory_format=self.memory_format))
 
     def detections(self, images: Tensor) -> list[Detections]:

@@ -225,6 +225,14 @@ def test_explaining_at_validation_end_changes_no_weight(tmp_path, guidance):
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
+@pytest.mark.parametrize(("every", "steps"), [(1, 4), (2, 2), (3, 1)])
+def test_the_schedule_follows_the_validations(tmp_path, every, steps):
+    """In the epochs between there is no validation loss to look at, or an old one to count again."""
+    run = trainer(tmp_path, max_epochs=4, check_val_every_n_epoch=every)
+    run.fit(network(), data())
+    assert [config.scheduler.last_epoch for config in run.lr_scheduler_configs] == [steps]
+
+
 def test_the_subset_is_the_same_in_every_epoch(tmp_path):
     counted = Counted()
     callback = ExplanationCallback({"counted": counted}, val_images=2, every_n_epochs=2)

@@ -147,6 +147,24 @@ def test_bad_input_is_one_sentence(arguments, message, pictures, checkpoint, tmp
     assert message.replace("CKPT", str(checkpoint)).replace(".healthy", "(healthy") in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("word", "value", "message"),
+    [
+        ("--image_size", "0", "--image_size is 0; it must be at least 1 pixel."),
+        ("--image_size", "-5", "--image_size is -5; it must be at least 1 pixel."),
+        ("--device", "gpu", "--device is 'gpu', which cannot be used here; it must be cpu, or what torch finds"),
+        ("--device", "cuda:99", "--device is 'cuda:99', which cannot be used here"),
+        ("--device", "meta", "--device is 'meta', which cannot be used here"),
+    ],
+)
+def test_impossible_sizes_and_devices_are_one_sentence(word, value, message, pictures, checkpoint, tmp_path, capsys):
+    words = ["explain", "--image", str(pictures), "--ckpt", str(checkpoint), "--method", "labn", word, value]
+    with pytest.raises(SystemExit) as left:
+        call_main([*words, "--out", str(tmp_path)])
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_folder_without_pictures_of_its_own_is_named(pictures, checkpoint, tmp_path, capsys):
     (tmp_path / "all" / "cat").mkdir(parents=True)
     with pytest.raises(SystemExit):

@@ -7,8 +7,11 @@ import math
 import lightning.pytorch as pl
 import pytest
 import torch
+from small_voc import write_voc
 from torch.utils.data import DataLoader
 
+from callbacks import RunProfile
+from datamodules import VOC
 from datamodules.boxes import collate_boxes
 from labn.models.detectors import Detections
 from labn.modules import SSD
@@ -121,6 +124,16 @@ def test_bad_settings():
 def test_images_of_another_size_are_refused():
     with pytest.raises(ValueError, match="images are 64 x 96 pixels; SSD300 needs 300 x 300"):
         slim()(torch.zeros(1, 3, 64, 96))
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_data_of_another_size_is_refused_before_the_network_is_profiled(tmp_path):
+    data = VOC(write_voc(tmp_path), image_size=200)
+    fit = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[RunProfile()])
+    with pytest.raises(
+        ValueError, match=r"images are 200 x 200 pixels; SSD300 needs 300 x 300: set data\.init_args\.image_"
+    ):
+        fit.fit(SSD(num_classes=2, width=1 / 16), data)
 
 
 def test_weights_of_a_file_are_taken(tmp_path, capsys):
