@@ -93,5 +93,5 @@ def _positives(manifest: dict[str, Any]) -> Iterator[str]:
     elif len(classes) > LISTED:
         which = f"{len(classes)} of the {len(names)} classes"
     else:
-        which = ", ".join(f"'{names[k]}'" for k in classes)
+        which = ", ".join(f"'{names[k]}'" for k in classes) or "no class"
     yield f"Metrics that perturb images are scored on samples of {which} only."
