@@ -162,35 +162,6 @@ def test_classes_can_be_named_whose_samples_are_scored(tmp_path):
         trainer(tmp_path / "unknown", callback).test(network(), data(), verbose=False)
 
 
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"precision": "fp16"}, "precision must be one of"),
-        ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
-        ({"positives_only": []}, r"positives_only is \[\]; it must be true, false or a list of class numbers"),
-        ({"positives_only": [-1]}, r"positives_only is \[-1\]"),
-        ({"metric_options": {"precision": "bf16"}}, "metric_options has precision, which is an argument of Evaluation"),
-        ({"metric_options": {"chunk_size": 2}}, "metric_options has chunk_size, which is an argument of Evaluation"),
-        ({"metric_options": {"fold": False}}, "metric_options has fold, which is an argument of Evaluation"),
-        ({"metric_options": {"positives_only": [0]}}, "metric_options has positives_only, which is an argument of"),
-        ({"metric_options": {"mean": [0.5]}}, "metric_options has mean, which the data says"),
-    ],
-)
-def test_settings_that_would_fail_or_do_nothing_are_refused_at_once(options, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        EvaluationCallback(["pid16"], **options)
-
-
-@pytest.mark.parametrize(
-    "said", [{"target": "prediction"}, {"test_images": 1}, {"val_images": 1}, {"every_n_epochs": 2}], ids=str
-)
-def test_only_the_owner_of_the_explainers_says_what_is_explained(tmp_path, said):
-    ((name, value),) = said.items()
-    callbacks = [ExplanationCallback({"random": None}), EvaluationCallback(["pid16"], **said)]
-    with pytest.raises(MisconfigurationException, match=f"EvaluationCallback has {name} = {value}, but ExplanationCal"):
-        trainer(tmp_path, *callbacks).test(network(), data(), verbose=False)
-
-
 def test_correct_only_scores_what_the_predictions_file_calls_right(tmp_path):
     options = {"metric_options": {"step": 3, "correct_only": True}, "precision": "bf16"}
     callback = EvaluationCallback(["pid16", "mass"], explainers={"random": None}, **options)
