@@ -66,6 +66,10 @@ class ImageDataModule(LightningDataModule):
         cache_dir: folder of the bias image and of computed statistics; None for `$XDG_CACHE_HOME/labn`, else
             `~/.cache/labn`.
 
+    Raises:
+        ValueError: `image_size` or `batch_size` below 1, another `on_bad_image`, or as many numbers in `mean` and `std`
+            as no image has channels.
+
     Attributes:
         class_names: one per class.
         positive_classes: classes that metrics with `positives_only` score.
@@ -100,6 +104,9 @@ class ImageDataModule(LightningDataModule):
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__()
+        for name, value in (("image_size", image_size), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
         if on_bad_image not in ("stop", "skip"):
             raise ValueError(f"on_bad_image is {on_bad_image!r}; it must be 'stop' or 'skip'.")
         self.image_size, self.batch_size, self.num_workers, self.seed = image_size, batch_size, num_workers, seed

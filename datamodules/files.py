@@ -159,13 +159,36 @@ def read_mask(path: Path) -> Array:
     return read_image(path, channels=1)[..., 0] > 0
 
 
+def checked_crop(box: Box | None) -> Box | None:
+    """`box` itself: left, top, right, bottom in fractions of a picture, which `crop` clips to [0, 1].
+
+    Raises:
+        ValueError: pixels instead of fractions, or nothing lies between the edges.
+    """
+    if box is None:
+        return None
+    left, top, right, bottom = (min(max(edge, 0.0), 1.0) for edge in box)
+    if not (left < right and top < bottom and all(-1.0 <= edge <= 2.0 for edge in box)):
+        raise ValueError(
+            f"crop is {tuple(box)}; it must be left, top, right, bottom in fractions of width and height (0 to 1, not "
+            "pixels), left below right and top below bottom."
+        )
+    return box
+
+
 def crop(image: Array, box: Box | None) -> Array:
-    """The part of (H,W,...) inside `box`: left, top, right, bottom in fractions of the size, clipped to the image."""
+    """The part of (H,W,...) inside `box`: left, top, right, bottom in fractions of the size, clipped to the image.
+
+    Raises:
+        ValueError: the image is so small that no pixel lies inside.
+    """
     if box is None:
         return image
     height, width = image.shape[:2]
     left, right = (round(min(max(x, 0.0), 1.0) * width) for x in (box[0], box[2]))
     top, bottom = (round(min(max(y, 0.0), 1.0) * height) for y in (box[1], box[3]))
+    if left >= right or top >= bottom:
+        raise ValueError(f"crop {tuple(box)} leaves no pixel of an image of {width} x {height}; widen it.")
     return image[top:bottom, left:right]
 
 
@@ -206,6 +229,20 @@ def squash_mask(mask: Array, size: int) -> Array:
 def image_files(folder: Path) -> list[Path]:
     """Image files of `folder`, sorted by name, subfolders and hidden files left out."""
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+
+
+def by_stem(paths: Iterable[Path]) -> dict[str, Path]:
+    """Files by their names without suffix.
+
+    Raises:
+        ValueError: two files share one, as `a.jpg` and `a.png` do.
+    """
+    found: dict[str, Path] = {}
+    for path in paths:
+        if path.stem in found:
+            raise ValueError(f"{found[path.stem]} and {path.name} are both image {path.stem!r}; keep one of them.")
+        found[path.stem] = path
+    return found
 
 
 def identical_groups(paths: Sequence[Path]) -> list[int]:

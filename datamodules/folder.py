@@ -7,7 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from datamodules.base import ImageDataModule, OnBadImage, Split
-from datamodules.files import data_root, image_files
+from datamodules.files import by_stem, checked_crop, data_root, image_files
 from datamodules.sources import FileSource, Record, Source
 from datamodules.splits import readable, split_off, without_copies
 from datamodules.transforms import PUBLISHED, Augmentation
@@ -54,7 +54,8 @@ class ImageFolder(ImageDataModule):
 
     Raises:
         FileNotFoundError: `root`, `mask_root` or a split's folder is missing (when the data is first needed).
-        ValueError: fewer than two classes, unequal classes between splits, a class without image, a bad image file.
+        ValueError: an empty crop or one in pixels (at once), fewer than two classes, unequal classes between splits, a
+            class without image, two masks of one image, a bad image file.
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class ImageFolder(ImageDataModule):
             cache_images,
             cache_dir,
         )
-        self.crop = crop
+        self.crop = checked_crop(crop)
         self.root = Path(os.path.expandvars(root))
         self.mask_root = None if mask_root is None else Path(os.path.expandvars(mask_root))
         self.val_fraction, self.test_fraction, self.split_seed = val_fraction, test_fraction, split_seed
@@ -191,4 +192,5 @@ class ImageFolder(ImageDataModule):
     def _masks(self, part: str, name: str) -> dict[str, tuple[Path, ...]]:
         """Image stem to mask file, for one class folder."""
         folder = self.mask_root and self.mask_root / part / name
-        return {p.stem: (p,) for p in image_files(folder)} if folder and folder.is_dir() else {}
+        files = by_stem(image_files(folder)) if folder and folder.is_dir() else {}
+        return {stem: (path,) for stem, path in files.items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from datamodules.base import ImageDataModule, OnBadImage, Split
-from datamodules.files import data_root, image_files
+from datamodules.files import by_stem, checked_crop, data_root, image_files
 from datamodules.sources import FileSource, Record, Source
 from datamodules.splits import readable, split_off, without_copies
 from datamodules.transforms import PUBLISHED, Augmentation
@@ -56,9 +56,9 @@ def match(images: list[Path], grades: dict[str, int], csv_path: Path) -> list[tu
     """Pair every image file with its grade, sorted by file name.
 
     Raises:
-        ValueError: a row has no image, or an image has no row; the message names it.
+        ValueError: a row has no image, an image has no row, or two images share a name; the message names it.
     """
-    by_name = {path.stem: path for path in images}
+    by_name = by_stem(images)
     folder = images[0].parent if images else "the image folder"
     if missing := [name for name in grades if name not in by_name]:
         raise ValueError(
@@ -118,7 +118,8 @@ class IDRiD(ImageDataModule):
 
     Raises:
         FileNotFoundError: a folder or a label file is missing (when the data is first needed, as for all below).
-        ValueError: a row without image, an image without row, a grade outside 0-4, a bad image file.
+        ValueError: an empty crop or one in pixels (at once), a row without image, an image without row, two images of
+            one name, a grade outside 0-4, a bad image file.
     """
 
     def __init__(
@@ -158,7 +159,7 @@ class IDRiD(ImageDataModule):
         )
         if task not in ("binary", "grades"):
             raise ValueError(f"task is {task!r}; it must be 'binary' or 'grades'.")
-        self.root, self.task, self.crop, self.masks = root, task, crop, masks
+        self.root, self.task, self.crop, self.masks = root, task, checked_crop(crop), masks
         self.val_fraction, self.split_seed = val_fraction, split_seed
         self.class_names = ["no retinopathy", "retinopathy"] if task == "binary" else list(_GRADES)
         self.positive_classes = tuple(range(1, len(self.class_names)))

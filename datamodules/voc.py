@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from datamodules.base import SPLITS, ImageDataModule, OnBadImage, Split
 from datamodules.boxes import BoxDataset, BoxTransform, Objects, collate_boxes
-from datamodules.files import SUFFIXES, data_root, oriented_size
+from datamodules.files import SUFFIXES, by_stem, data_root, oriented_size
 from datamodules.sources import FileSource, Record, Source
 from datamodules.splits import readable
 from datamodules.transforms import Augmentation
@@ -162,7 +162,8 @@ class VOC(ImageDataModule):
         self._notes = [note for file in self._annotations.values() for note in file.notes]
         for note in self._notes:
             rank_zero_warn(note)
-        images = {p.stem: p for p in sorted((self.root / "JPEGImages").glob("*")) if p.suffix.lower() in SUFFIXES}
+        files = (p for p in sorted((self.root / "JPEGImages").glob("*")) if p.suffix.lower() in SUFFIXES)
+        images = by_stem(p for p in files if p.stem in self._annotations)
         sources: dict[Split, Source] = {}
         for split in SPLITS:
             records = [self._record(name, images) for name in self._lists[split]]

@@ -207,6 +207,7 @@ def test_the_main_help_names_every_command(capsys):
     assert all(f"    {name} " in text and module.SUMMARY in text for name, (module, _) in COMMANDS.items())
 
 
+@pytest.mark.filterwarnings("ignore:Glyph .* missing from font")
 def test_a_name_that_is_not_utf8_is_skipped_and_long_names_are_cut(checkpoint, tmp_path):
     pixels = cv2.imencode(".png", np.zeros((60, 60, 3), dtype=np.uint8))[1].tobytes()
     (tmp_path / "in").mkdir()

@@ -259,6 +259,38 @@ def test_files_are_read_for_the_hash_once(small_idrid: Path, monkeypatch: pytest
     assert data.fingerprint("test") == first
 
 
+@pytest.mark.parametrize("name", ["image_size", "batch_size"])
+@pytest.mark.parametrize("value", [0, -5])
+def test_sizes_below_one_are_refused(name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"{name} is {value}; it must be at least 1"):
+        ImageFolder("/absent", **{name: value})  # type: ignore[arg-type]
+
+
+WRONG_CROPS = [
+    (290, 0, 3701, 2849),
+    (0, 0, 3701, 2849),
+    (0.5, 0.0, 0.4, 1.0),
+    (0.0, 0.3, 1.0, 0.3),
+    (1.1, 0.0, 1.5, 1.0),
+    (float("nan"), 0.0, 1.0, 1.0),
+]
+
+
+@pytest.mark.parametrize("crop", WRONG_CROPS)
+@pytest.mark.parametrize("kind", [ImageFolder, IDRiD])
+def test_crops_that_leave_nothing_or_count_pixels_are_refused(
+    kind: type[ImageDataModule], crop: tuple[float, ...]
+) -> None:
+    with pytest.raises(ValueError, match=r"crop is \(.*\); it must be left, top, right, bottom in fractions of width"):
+        kind(root="/absent", crop=crop)  # type: ignore[call-arg]
+
+
+def test_a_crop_narrower_than_a_pixel_is_one_sentence(pictures: Path) -> None:
+    data = ImageFolder(pictures, image_size=32, crop=(0.5, 0.0, 0.501, 1.0), mean=[0.5] * 3, std=[0.5] * 3)
+    with pytest.raises(ValueError, match=r"crop \(0.5, .*\) leaves no pixel of an image of 50 x \d+; widen it"):
+        data.dataset("test")[0]
+
+
 def test_unwritable_cache_warns_and_computes(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.warns(UserWarning, match="cannot be written"):

@@ -59,6 +59,11 @@ def test_given_splits_are_kept_and_validation_is_drawn_from_training(pictures: P
 def test_masks_are_found_by_name(pictures: Path) -> None:
     masks = pictures.parent / "regions"
     write_image(masks / "cat" / "03.png", 1, (30, 50))
+    write_image(masks / "dog" / "03.png", 1, (30, 50))
+    write_image(masks / "dog" / "03.bmp", 1, (30, 50))
+    with pytest.raises(ValueError, match=r"03\.bmp and 03\.png are both image '03'; keep one of them"):
+        folder(pictures, mask_root=masks).setup("fit")
+    shutil.rmtree(masks / "dog")
     data = folder(pictures, mask_root=masks, augmentation=None)
     seen = {
         data.sample_name(split, int(i)): bool(mask.any())  # type: ignore[arg-type]

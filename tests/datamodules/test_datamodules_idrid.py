@@ -65,6 +65,13 @@ def test_image_without_row_is_named(small_idrid: Path) -> None:
         small(small_idrid).setup("test")
 
 
+def test_two_images_of_one_name_are_named(small_idrid: Path) -> None:
+    image = grading_image(small_idrid, "train", 2)
+    write_image(image.with_suffix(".png"), 0)
+    with pytest.raises(ValueError, match=r"IDRiD_002\.jpg and IDRiD_002\.png are both image 'IDRiD_002'; keep one"):
+        small(small_idrid).setup("fit")
+
+
 @pytest.mark.parametrize("grade", ["5", "-1", "", "2.5", "high"])
 def test_grade_outside_the_scale_is_named(small_idrid: Path, grade: str) -> None:
     table = grading_csv(small_idrid, "train")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from PIL import ExifTags, Image
@@ -91,6 +93,16 @@ def test_cached_images_give_the_same_batches(root):
     assert cached.fingerprint("train") == plain.fingerprint("train")
     annotation(root, "a").write_text(xml([("cat", (11, 6, 30, 26))]))
     assert module(root).fingerprint("train") != plain.fingerprint("train")
+
+
+@pytest.mark.filterwarnings("ignore:.*without area")
+def test_two_images_of_one_name_are_named_where_a_list_has_it(root):
+    shutil.copy(root / "JPEGImages" / "a.jpg", root / "JPEGImages" / "unlisted.jpg")
+    shutil.copy(root / "JPEGImages" / "a.jpg", root / "JPEGImages" / "unlisted.png")
+    assert len(module(root).labels("train")) == 3
+    shutil.copy(root / "JPEGImages" / "a.jpg", root / "JPEGImages" / "a.png")
+    with pytest.raises(ValueError, match=r"a\.jpg and a\.png are both image 'a'; keep one of them"):
+        module(root).labels("train")
 
 
 @pytest.mark.filterwarnings("ignore:.*without area")
