@@ -67,8 +67,8 @@ class ImageDataModule(LightningDataModule):
             `~/.cache/labn`.
 
     Raises:
-        ValueError: `image_size` or `batch_size` below 1, another `on_bad_image`, or as many numbers in `mean` and `std`
-            as no image has channels.
+        ValueError: `image_size` or `batch_size` below 1, another `on_bad_image`, or `mean` or `std` without exactly one
+            number per channel.
 
     Attributes:
         class_names: one per class.
