@@ -37,6 +37,8 @@ def sample_integers(seed: int, indices: Tensor, count: int, stream: int = 0) -> 
     return splitmix64(key[:, None] + position)
 
 
-def sample_uniform(seed: int, indices: Tensor, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+def sample_uniform(
+    seed: int, indices: Tensor, count: int, dtype: torch.dtype = torch.float32, stream: int = 0
+) -> Tensor:
     """Uniform numbers (B, count) in [0, 1) with 24 random bits; arguments as in `sample_integers`."""
-    return _shift_right(sample_integers(seed, indices, count), 40).to(dtype) / (1 << 24)
+    return _shift_right(sample_integers(seed, indices, count, stream), 40).to(dtype) / (1 << 24)

@@ -12,6 +12,7 @@ from torch import Tensor
 from labn.counter import sample_uniform
 
 Channels = Sequence[float] | Tensor
+FILL_STREAM = 1  # not the one of random ties, whose order would otherwise be that of the fill's brightness
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def _image_mean(images: Tensor, options: FillOptions) -> Tensor:
 def _uniform(images: Tensor, options: FillOptions) -> Tensor:
     """U(min, max) of the sample's channel (Ismail et al., NeurIPS 2021), drawn from (seed, sample index)."""
     indices = torch.arange(len(images)) if options.indices is None else options.indices
-    noise = sample_uniform(options.seed, indices.to(images.device), images[0].numel(), images.dtype).view_as(images)
+    count = images[0].numel()
+    noise = sample_uniform(options.seed, indices.to(images.device), count, images.dtype, FILL_STREAM).view_as(images)
     low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
     return low + (high - low) * noise
 

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from labn.counter import sample_integers
 
-TIE_STREAM = 1
-
 # Patches per step of the released evaluation, by image side and patch side.
 STEPS: dict[int, dict[int, int]] = {
     224: {1: 500, 2: 100, 4: 20, 8: 10, 16: 5, 32: 1},
@@ -102,8 +100,7 @@ def _stable_ranks(values: Tensor, seed: int, indices: Tensor | None) -> Tensor:
 def _random_ranks(values: Tensor, seed: int, indices: Tensor | None) -> Tensor:
     """Ties in a random order that depends on (seed, sample index) only."""
     indices = torch.zeros(len(values), dtype=torch.long) if indices is None else indices
-    # Not the stream of the "uniform" fill, whose brightness would follow the order.
-    shuffle = sample_integers(seed, indices.to(values.device), values.shape[1], stream=TIE_STREAM).argsort(dim=1)
+    shuffle = sample_integers(seed, indices.to(values.device), values.shape[1]).argsort(dim=1)
     ranks = _stable_ranks(values.gather(1, shuffle), seed, indices)
     return torch.empty_like(ranks).scatter_(1, shuffle, ranks)
 
