@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from labn.inference import explaining, logits_of
+from labn.state import noting_written, structure_key
 
 POOLING = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 COMPILED = "_orig_mod."  # the prefix that `torch.compile` puts before the names of a module's own layers
 
-_found: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], str]] = WeakKeyDictionary()
+# Names by model and image shape, each with the structure that it was found in.
+_found: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], tuple[Hashable, str]]] = WeakKeyDictionary()
 
 
 @contextmanager
@@ -46,11 +48,24 @@ def named_layer(model: nn.Module, name: str) -> nn.Module:
     raise ValueError(f"target_layer {name!r} is not a layer of {type(model).__name__}; near it: {', '.join(near)}.")
 
 
+def is_strided(rows: int, columns: int, size: torch.Size) -> bool:
+    """Whether one stride s brings the images' H and W to `rows` and `columns`, each within less than one position.
+
+    H / s in (rows - 1, rows + 1) and W / s in (columns - 1, columns + 1): what padded convolutions and poolings leave,
+    however they round, which in small maps of elongated images is far from the images' proportions.
+    """
+    height, width = size
+    return (rows - 1) * width < (columns + 1) * height and (columns - 1) * height < (rows + 1) * width
+
+
 def is_channels_last(shape: torch.Size, size: torch.Size) -> bool:
     """Whether feature maps (B, a, b, c) are (B, h, w, K) and not (B, K, h, w), judged by the images' proportions.
 
-    Swin and its relatives keep the channels in the last dimension.
+    Swin and its relatives keep the channels in the last dimension. What a stride explains as (B, K, h, w) is that,
+    though K / h may by chance be nearer to H / W than the rounded h / w is.
     """
+    if is_strided(shape[2], shape[3], size):
+        return False
     proportion = math.log(size[0] / size[1])
     first, last = abs(math.log(shape[2] / shape[3]) - proportion), abs(math.log(shape[1] / shape[2]) - proportion)
     return last < first
@@ -83,13 +98,14 @@ class _Seen:
 def _is_map(output: Tensor, size: torch.Size) -> bool:
     """Feature maps (B, K, h, w) or (B, h, w, K) of more than one position, in about the images' proportions.
 
-    A transformer's (B, heads, N, d) has other proportions.
+    Convolutions without padding may miss what a stride explains; a transformer's (B, heads, N, d) is far from both.
     """
     if output.ndim != 4 or 0 in output.shape:
         return False
     rows, columns = output.shape[1:3] if is_channels_last(output.shape, size) else output.shape[2:]
     expected = rows * size[1] / size[0]
-    return rows * columns > 1 and abs(columns - expected) <= max(1, expected / 4)
+    near = abs(columns - expected) <= max(1, expected / 4)
+    return rows * columns > 1 and (near or is_strided(rows, columns, size))
 
 
 def _trace(model: nn.Module, images: Tensor) -> tuple[list[_Seen], Tensor]:
@@ -101,7 +117,7 @@ def _trace(model: nn.Module, images: Tensor) -> tuple[list[_Seen], Tensor]:
             is_map = _is_map(output, images.shape[-2:])
             seen.append(_Seen(name, output, output._version, is_map, _is_tokens(args[0] if args else None)))
 
-    with watching(dict(model.named_modules()), see):
+    with noting_written(model), watching(dict(model.named_modules()), see):
         logits = logits_of(model(images[:1].detach().clone().requires_grad_()))
     return seen, logits
 
@@ -173,9 +189,10 @@ def search_target_layer(model: nn.Module, images: Tensor) -> str:
 
 
 def find_target_layer(model: nn.Module, images: Tensor) -> str:
-    """`search_target_layer`, searched once per model and image size."""
+    """`search_target_layer`, searched once per image size, and again after the model's layers have changed."""
     found = _found.setdefault(model, {})
     size = tuple(images.shape[1:])
-    if size not in found:
-        found[size] = search_target_layer(model, images)
-    return found[size]
+    if size not in found or found[size][0] != structure_key(model):
+        name = search_target_layer(model, images)
+        found[size] = (structure_key(model), name)
+    return found[size][1]

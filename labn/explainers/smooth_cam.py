@@ -58,10 +58,11 @@ class SmoothGradCAMPlusPlus(ActivationMap):
         layer = self.layer(model, images)
         scale = noise_scale(images, self.std, self.relative)
         activations = layer_features(model, layer, images).activations
-        powers = activations.new_zeros(3, *activations.shape)
+        powers = activations.new_zeros(3, *activations.shape, dtype=torch.float64)  # third powers underflow early
         for draw in range(self.n_samples):
             noisy = images + scale * gaussian_noise(images, indices, self.seed, draw)
             slopes = gradient_features(model, layer, noisy, targets).slopes
             for power, sums in enumerate(powers, start=1):
-                sums += slopes**power
-        return self.weigh(self.weights(activations, powers / self.n_samples), activations)
+                sums += slopes.double() ** power
+        weights = self.weights(activations, powers / self.n_samples)
+        return self.weigh(weights.to(activations), activations)

@@ -6,11 +6,13 @@ import pytest
 import timm
 import torch
 import torchvision
+from hypothesis import given
+from hypothesis import strategies as st
 from small_networks import GapLinear, Parameterless, pictures, seeded
 from torch import Tensor, nn
 
 from labn.explainers import GradCAM
-from labn.explainers.layers import find_target_layer, named_layer, search_target_layer
+from labn.explainers.layers import find_target_layer, is_channels_last, named_layer, search_target_layer
 from labn.explainers.targets import predictions, resolve_targets, top_k
 
 TORCHVISION = {
@@ -43,6 +45,50 @@ def test_torchvision(name: str, layer: str) -> None:
 @pytest.mark.parametrize(("name", "layer"), TIMM.items())
 def test_timm(name: str, layer: str) -> None:
     assert search_target_layer(timm.create_model(name, pretrained=False), torch.zeros(1, 3, 96, 96)) == layer
+
+
+@pytest.mark.parametrize("size", [(40, 160), (36, 128), (70, 256), (16, 128), (33, 64), (40, 200)])
+def test_elongated_images(size: tuple[int, int]) -> None:
+    """Rounding takes a small map far from the image's proportions: 40 x 160 becomes 2 x 5."""
+    assert search_target_layer(torchvision.models.resnet18(), torch.zeros(1, 3, *size)) == "layer4"
+
+
+@given(
+    channels=st.integers(1, 600),
+    height=st.integers(16, 400),
+    width=st.integers(16, 400),
+    strides=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    ceil=st.booleans(),
+)
+def test_padded_strides_never_look_like_channels_last(
+    channels: int, height: int, width: int, strides: list[int], ceil: bool
+) -> None:
+    rows, columns = height, width
+    for stride in strides:
+        rows, columns = ((n + stride - 1) // stride if ceil else max(n // stride, 1) for n in (rows, columns))
+    assert not is_channels_last(torch.Size((1, channels, rows, columns)), torch.Size((height, width)))
+
+
+def test_channels_last_is_seen_where_no_stride_explains_the_other_layout() -> None:
+    assert is_channels_last(torch.Size((1, 7, 7, 768)), torch.Size((224, 224)))
+    assert is_channels_last(torch.Size((1, 7, 14, 96)), torch.Size((224, 448)))
+
+
+def test_a_class_activation_map_of_channels_that_follow_the_image_s_proportions() -> None:
+    """160 x 100 pixels by stride 8 are 20 x 13 positions; 32 channels over 20 rows are nearer to 1.6 than 20 / 13."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = []
+    for width in ((3, 16), (16, 32), (32, 32)):
+        layers += [nn.Conv2d(*width, 3, 2, 1), nn.ReLU()]
+    head = nn.Linear(32, 4)
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), head).double().eval()
+    images = pictures(2, 160, 100)
+    with torch.no_grad():
+        maps = model[:6](images)
+    expected = (maps * head.weight[1].view(1, -1, 1, 1)).sum(1).relu() / (20 * 13)
+    found = GradCAM()(model, images, torch.tensor([1, 1]))
+    resized = nn.functional.interpolate(expected[:, None], (160, 100), mode="bilinear", align_corners=False)[:, 0]
+    assert torch.allclose(found.double(), resized, atol=1e-7)
 
 
 def test_a_vision_transformer_is_refused_by_name() -> None:
@@ -92,6 +138,14 @@ def test_found_once_per_image_size() -> None:
     assert find_target_layer(model, pictures(1, 16, 16)) == "first"
     assert find_target_layer(model, pictures(1, 32, 32)) == "second"
     assert find_target_layer(model, pictures(1, 16, 16)) == "first"
+
+
+def test_found_anew_after_the_network_has_grown() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    images = torch.zeros(1, 3, 16, 16)
+    assert find_target_layer(model, images) == "1"
+    model.insert(2, nn.Conv2d(8, 8, 3))
+    assert find_target_layer(model, images) == "2"
 
 
 def test_a_wrong_name_lists_the_near_ones() -> None:
