@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from labn.explainers.base import Explainer
 from labn.explainers.features import fast_logits
+from labn.explainers.layers import watching
 from labn.inference import logits_of
 from labn.models.lambda_layer import LambdaLayer
 
@@ -90,12 +92,23 @@ HANDLERS: dict[Any, Callable[[_Recorder, Any, Any, dict[str, Any]], Any]] = {
 }
 
 
-def token_grid(tokens: int, size: torch.Size) -> tuple[int, int, int]:
-    """Rows, columns and prefix tokens of N tokens, from the image's proportions.
+def token_grid(tokens: int, size: torch.Size, embeddings: Sequence[tuple[int, int]] = ()) -> tuple[int, int, int]:
+    """Rows, columns and prefix tokens of N tokens.
+
+    The grid is what one of the model's convolutions made patches on, the finest of at most N of them, or without such a
+    one as the image's proportions say.
+
+    Args:
+        tokens: N.
+        size: (H, W) of the image.
+        embeddings: rows and columns of what the model's convolutions returned.
 
     Raises:
         ValueError: N is not a few tokens more than such a grid.
     """
+    for rows, columns in sorted(embeddings, key=math.prod, reverse=True):
+        if 0 <= tokens - rows * columns <= MAX_PREFIX and rows * columns > 1:
+            return rows, columns, tokens - rows * columns
     for prefix in range(min(MAX_PREFIX + 1, tokens)):
         rows = round(((tokens - prefix) * size[0] / size[1]) ** 0.5)
         if rows and (tokens - prefix) % rows == 0 and rows * size[1] == (tokens - prefix) // rows * size[0]:
@@ -122,15 +135,16 @@ class AttentionRollout(Explainer):
             return self._transformer(model, images)
 
     def _transformer(self, model: nn.Module, images: Tensor) -> Tensor:
-        recorder = _Recorder()
-        with recorder:
+        recorder, grids = _Recorder(), []
+        convolutions = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+        with recorder, watching(convolutions, lambda _name, _args, output: grids.append(tuple(output.shape[-2:]))):
             logits_of(model(images))
         shapes = {tuple(attention.shape) for attention in recorder.attentions}
         if len(shapes) != 1 or next(iter(shapes))[0] != len(images):
             found = f"attention matrices of shapes {sorted(shapes)}" if shapes else "no self-attention"
             raise ValueError(f"rollout needs global self-attention with one number of tokens; {found} in this model.")
         rolled = rollout(recorder.attentions)
-        rows, columns, prefix = token_grid(rolled.shape[-1], images.shape[-2:])
+        rows, columns, prefix = token_grid(rolled.shape[-1], images.shape[-2:], grids)
         by_token = prefix > 0 and getattr(model, "global_pool", "token") in ("token", "")
         weights = rolled[:, 0] if by_token else rolled[:, prefix:].mean(dim=1)
         return weights[:, prefix:].unflatten(1, (rows, columns))

@@ -98,6 +98,22 @@ def test_token_grid() -> None:
         token_grid(47, torch.Size([32, 48]))
 
 
+def test_the_grid_of_the_patch_embedding_goes_before_the_image_s_proportions() -> None:
+    """20 x 40 pixels in patches of 8 are 2 x 5 tokens; 2 x 4 and three tokens more would have the proportions."""
+    assert token_grid(11, torch.Size([20, 40]), [(2, 5)]) == (2, 5, 1)
+    assert token_grid(11, torch.Size([20, 40]), [(5, 10), (2, 5), (1, 1)]) == (2, 5, 1)
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224", pretrained=False, dynamic_img_size=True, dynamic_img_pad=True, depth=2, num_classes=3
+    ).eval()
+    for block in model.blocks:
+        nn.init.normal_(block.attn.qkv.weight, std=0.5)
+    images = torch.randn(2, 3, 40, 80)
+    row = timm_reference(model, images)[:, 0, 1:].reshape(2, 1, 3, 5)
+    expected = nn.functional.interpolate(row, (40, 80), mode="bilinear", align_corners=False).squeeze(1)
+    assert torch.allclose(AttentionRollout()(model, images, torch.tensor([0, 1])), expected, atol=1e-6)
+
+
 def test_networks_without_global_attention_are_refused() -> None:
     with pytest.raises(ValueError, match="no self-attention in this model"):
         AttentionRollout()(seeded(), pictures(), torch.tensor([0, 1]))
