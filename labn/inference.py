@@ -95,14 +95,34 @@ def _newer(settings: Any) -> Iterator[None]:
 
 
 @contextmanager
+def overhearing(model: nn.Module) -> Iterator[list[nn.Module]]:
+    """A list that fills with the modules of `model` that run within the block.
+
+    A copy of the model should run none of them. It does where an attribute holds a function bound to the model's own
+    layers (its `forward`, wrapped), because `copy.deepcopy` keeps functions as they are.
+    """
+    heard: list[nn.Module] = []
+    hooks = [m.register_forward_pre_hook(lambda module, _: heard.append(module)) for m in model.modules()]
+    try:
+        yield heard
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
 def evaluating(model: nn.Module, device_type: str = "cpu") -> Iterator[None]:
     """Run `model` eagerly in eval mode and full precision, restoring the train flag of every submodule afterwards.
+
+    The flags are set and not `model.eval()` called: a `train` of a module's own may do more than set them, such as
+    merge low-rank weights, and nothing about the model is to change.
 
     Hooks added after the first call of a compiled model do not fire while a gradient comes out all the same, so
     compiled code is bypassed here (`force_eager`). Gradient mode is left to the caller.
     """
     flags = [(module, module.training) for module in model.modules()]
-    model.eval()
+    for module, _ in flags:
+        module.training = False
     try:
         eager = torch.compiler.set_stance("force_eager")
         with full_precision(), torch.autocast(device_type, enabled=False), eager:

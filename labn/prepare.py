@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from labn.fold import fold_batchnorm
-from labn.inference import evaluating, logits_of, matching
+from labn.inference import evaluating, logits_of, matching, overhearing
 from labn.packing import can_pack, pack_convolutions
-from labn.state import state_key
+from labn.state import noting_written, state_key
 
 log = logging.getLogger(__name__)
 
@@ -81,9 +81,13 @@ def _try(model: nn.Module, probe: Tensor, form: Form, expected: Tensor) -> Prepa
         built = _build(model, probe, form, probe.dtype)
         if built is None:
             return None
-        found = logits_of(built(probe.contiguous(memory_format=form.memory_format)))
+        with overhearing(model) as heard:
+            found = logits_of(built(probe.contiguous(memory_format=form.memory_format)))
     except Exception as error:  # whatever a user's model does when copied or run this way, it still runs as it is
         log.info("%s does not run as %s (%s).", name, form, error)
+        return None
+    if form.copied and heard:
+        log.info("A copy of %s runs layers of %s itself, so it is none.", name, name)
         return None
     difference = _difference(found, expected)
     if difference <= TOLERANCE:
@@ -100,7 +104,8 @@ def _difference(found: Tensor, expected: Tensor) -> float:
 
 
 def _choose(model: nn.Module, probe: Tensor, fold: bool) -> Prepared:
-    expected = logits_of(model(probe))
+    with noting_written(model):
+        expected = logits_of(model(probe))
     for form in _forms(model, probe, fold):
         prepared = _try(model, probe, form, expected)
         if prepared is not None:
@@ -126,8 +131,8 @@ def prepare(model: nn.Module, images: Tensor, *, fold: bool = True, dtype: torch
     """The fastest form of `model` that gives its probabilities and logits to 1e-4 on one seeded probe input.
 
     The choice depends on the machine, the weights and the images' shape, device and dtype, never on their content, so
-    every rank chooses alike. It is made once per model and again after its weights, modules, hooks or plain attributes
-    have changed (see `labn.state`; a change through `.data` leaves no trace).
+    every rank chooses alike. It is made once per model and again after its weights, modules, hooks or attributes have
+    changed (see `labn.state`; a change through `.data` leaves no trace).
 
     Args:
         model: any module that returns logits or an object with `.logits`; not changed.
@@ -136,8 +141,9 @@ def prepare(model: nn.Module, images: Tensor, *, fold: bool = True, dtype: torch
         dtype: in which convolutions are packed; None: the images'. The form is the one chosen in the images' dtype.
     """
     dtype = dtype or images.dtype
-    key = (state_key(model), images.shape[1:], images.device, images.dtype)
-    entries = _PREPARED.setdefault(model, {})
-    if (fold, dtype) not in entries or entries[fold, dtype][0] != key:
-        entries[fold, dtype] = (key, _prepare(model, images, fold, dtype))
+    entries, kind = _PREPARED.setdefault(model, {}), (images.shape[1:], images.device, images.dtype)
+    if (fold, dtype) not in entries or entries[fold, dtype][0] != (state_key(model), kind):
+        prepared = _prepare(model, images, fold, dtype)
+        # The key of after: only now is known what the model's forward pass writes on it.
+        entries[fold, dtype] = ((state_key(model), kind), prepared)
     return entries[fold, dtype][1]

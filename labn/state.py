@@ -2,11 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import weakref
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from torchmetrics import Metric
 
-PLAIN = (bool, int, float, str, type(None))
+PLAIN = (bool, int, float, complex, str, bytes, type(None))
+OWNED = frozenset(vars(nn.Module()))
+"""What every module has: its tensors, children and hooks, which are looked at one by one, and the training flag, which
+does not count, as everything runs in eval mode."""
+
+# Names that a module's own forward pass writes, such as the last attention: results, no settings.
+_written: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
+
+class _Identity:
+    """Equal to that of the very same object only, also when another one has come to live at its address."""
+
+    __slots__ = ("address", "reference")
+
+    def __init__(self, thing: Any) -> None:
+        self.address = id(thing)
+        try:
+            self.reference: Any = weakref.ref(thing)
+        except TypeError:  # some built-in types have no weak references; their addresses have to do
+            self.reference = None
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Identity) or self.address != other.address:
+            return False
+        if self.reference is None or other.reference is None:
+            return self.reference is other.reference
+        mine = self.reference()
+        return mine is not None and mine is other.reference()
+
+    def __hash__(self) -> int:
+        return hash(self.address)
 
 
 def version_of(tensor: Tensor) -> int:
@@ -15,9 +50,15 @@ def version_of(tensor: Tensor) -> int:
 
 
 def structure_key(model: nn.Module) -> Hashable:
-    """Changes whenever a module, one of its hooks, or one of its public numbers, strings and flags does."""
+    """Changes whenever a module, one of its hooks or one of its attributes that `forward` may read does.
+
+    Numbers, strings, lists and dictionaries of them count by value, tensors by identity and version, everything else
+    (functions, a `forward` of the instance's own) by identity: what changes inside such an object leaves no trace. What
+    a forward pass was seen to write itself (`noting_written`) does not count, nor do metrics of torchmetrics.
+    """
     return tuple(
-        (id(module), type(module), tuple(_hooks(module)), tuple(_settings(module))) for module in model.modules()
+        (_Identity(module), type(module), tuple(_hooks(module)), tuple(_settings(module).items()))
+        for module in _modules(model)
     )
 
 
@@ -27,19 +68,47 @@ def state_key(model: nn.Module) -> Hashable:
     Changes through `.data` leave no trace.
     """
     tensors = [*model.parameters(), *model.buffers()]
-    return structure_key(model), tuple((id(t), t.data_ptr(), version_of(t)) for t in tensors)
+    return structure_key(model), tuple((_Identity(t), t.data_ptr(), version_of(t)) for t in tensors)
+
+
+@contextmanager
+def noting_written(model: nn.Module) -> Iterator[None]:
+    """Remember which attributes a forward pass of `model` within the block writes, so that keys leave them out."""
+    before = [(module, _settings(module)) for module in _modules(model)]
+    yield
+    for module, old in before:
+        new = _settings(module)
+        changed = {name for name in old.keys() | new.keys() if old.get(name, _written) != new.get(name, _written)}
+        if changed:
+            _written.setdefault(module, set()).update(changed)
+
+
+def _modules(model: nn.Module) -> Iterator[nn.Module]:
+    return (module for module in model.modules() if not isinstance(module, Metric))
 
 
 def _hooks(module: nn.Module) -> list[Hashable]:
     hooks = (module._forward_hooks, module._forward_pre_hooks)
-    return [(key, id(hook)) for registered in hooks for key, hook in registered.items()]
+    return [(key, _Identity(hook)) for registered in hooks for key, hook in registered.items()]
 
 
-def _settings(module: nn.Module) -> list[tuple[str, Hashable]]:
-    """Public attributes that `forward` may read; the training flag is none, everything runs in eval mode."""
-    found = vars(module).items()
-    return [(k, v) for k, v in found if _is_plain(v) and not k.startswith("_") and k != "training"]
+def _settings(module: nn.Module) -> dict[str, Hashable]:
+    """Attributes of the module's own, each as something that changes when it does."""
+    ignored = _written.get(module, ())
+    return {
+        name: _fingerprint(value) for name, value in vars(module).items() if name not in OWNED and name not in ignored
+    }
 
 
-def _is_plain(value: object) -> bool:
-    return all(map(_is_plain, value)) if isinstance(value, tuple) else isinstance(value, PLAIN)
+def _fingerprint(value: Any) -> Hashable:
+    if isinstance(value, PLAIN):
+        return type(value), value
+    if isinstance(value, Tensor):
+        return _Identity(value), version_of(value)
+    if isinstance(value, (list, tuple)):
+        return type(value), *map(_fingerprint, value)
+    if isinstance(value, dict):
+        return type(value), *((_fingerprint(key), _fingerprint(item)) for key, item in value.items())
+    if isinstance(value, (set, frozenset)):
+        return type(value), frozenset(map(_fingerprint, value))
+    return _Identity(value)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from labn.inference import evaluating, full_precision
+from labn.inference import evaluating, full_precision, overhearing
 
 cudnn, mkldnn, matmul = torch.backends.cudnn, torch.backends.mkldnn, torch.backends.cuda.matmul
 
@@ -72,6 +73,38 @@ def test_what_is_inherited_stays_so() -> None:
         assert matmul.fp32_precision == "ieee"
     torch.backends.fp32_precision = "ieee"
     assert matmul.fp32_precision == "ieee"
+
+
+def test_modules_whose_train_does_more_than_set_a_flag_are_left_alone() -> None:
+    """Such as low-rank weights, which are merged for evaluation."""
+
+    class LowRank(nn.Linear):
+        merged = False
+
+        def train(self, mode: bool = True) -> LowRank:
+            self.merged = not mode
+            return super().train(mode)
+
+    model = nn.Sequential(nn.Linear(2, 2), LowRank(2, 2), nn.Dropout()).train()
+    model[0].eval()
+    with evaluating(model):
+        assert not any(module.training for module in model.modules())
+        assert not model[1].merged
+    assert [module.training for module in model.modules()] == [True, False, True, True]
+
+
+def test_a_copy_that_runs_its_model_is_overheard() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    clean, x = copy.deepcopy(model), torch.zeros(1, 2)
+    forward = model.forward
+    model.forward = lambda x: forward(x)
+    bound = copy.deepcopy(model)
+    with overhearing(model) as heard:
+        clean(x)
+        assert not heard
+        bound(x)
+    assert heard == [model[0], model[1]]
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_an_error_restores_them() -> None:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from labn.fold import fold_batchnorm
+from labn.perturb import PerturbationEngine
 from labn.prepare import prepare
 
 
@@ -141,12 +142,24 @@ def test_a_copy_is_made_once_and_again_after_any_training_step(probe):
 
 
 class Scaled(nn.Module):
+    """Reads settings of every kind, and writes down what it saw last."""
+
     def __init__(self):
         super().__init__()
         self.conv, self.activation, self.scale = nn.Conv2d(3, 4, 3), nn.ReLU(), 1.0
+        self.scales, self.by_name, self._temperature = [1.0, [1.0]], {"last": 1.0}, 1.0
+        self.tensor, self.function = torch.ones((), dtype=torch.float64), torch.abs
+        self.calls, self.last = 0, None
 
     def forward(self, x):
-        return self.activation(self.conv(x)).mean((2, 3)) * self.scale
+        self.calls, self.last = self.calls + 1, x.mean()
+        scale = self.scale * self.scales[1][0] * self.by_name["last"] * self.tensor / self._temperature
+        return self.function(self.activation(self.conv(x)).mean((2, 3)) - 0.2) * scale
+
+
+def _replace_forward(model: nn.Module) -> None:
+    forward = model.forward
+    model.forward = lambda x: 20 * forward(x)
 
 
 def test_a_copy_is_made_again_after_edits_of_settings_modules_and_hooks(probe):
@@ -155,6 +168,12 @@ def test_a_copy_is_made_again_after_edits_of_settings_modules_and_hooks(probe):
         "setting of a layer": lambda model: setattr(model.conv, "padding", (2, 2)),
         "module": lambda model: setattr(model, "activation", nn.Sigmoid()),
         "hook": lambda model: model.activation.register_forward_hook(lambda *arguments: arguments[-1] * 0.5),
+        "list in a list": lambda model: model.scales[1].__setitem__(0, 5.0),
+        "dictionary": lambda model: model.by_name.update(last=5.0),
+        "tensor": lambda model: model.tensor.mul_(5),
+        "another tensor": lambda model: setattr(model, "tensor", torch.full((), 5.0, dtype=torch.float64)),
+        "private number": lambda model: setattr(model, "_temperature", 0.1),
+        "function": lambda model: setattr(model, "function", torch.square),
         "pre-hook": lambda model: model.conv.register_forward_pre_hook(lambda _, inputs: (inputs[0] + 1,)),
     }
     for name, edit in edits.items():
@@ -166,6 +185,37 @@ def test_a_copy_is_made_again_after_edits_of_settings_modules_and_hooks(probe):
         with torch.no_grad():
             assert torch.allclose(after.copy(probe), model(probe), atol=1e-12), name
             assert not torch.allclose(before.copy(probe), model(probe), atol=1e-3), name
+
+
+def test_what_a_forward_pass_writes_on_the_model_makes_no_new_copy(probe):
+    model = Scaled().double()
+    first = prepare(model, probe)
+    model(probe)
+    assert prepare(model, probe) is first
+
+
+def test_a_forward_of_the_instance_s_own_is_what_runs(probe):
+    """Its function is bound to the layers of the model itself, which a copy would run too."""
+    model = Scaled().double()
+    before = prepare(model, probe)
+    _replace_forward(model)
+    after = prepare(model, probe)
+    assert before.form.copied
+    assert not after.form.copied
+
+
+def test_layers_that_a_function_holds_are_run_in_eval_mode_and_learn_nothing(probe):
+    """`copy.deepcopy` keeps functions, so that a copy would run, and train, the model's own layers."""
+    model = settle(Block().double())
+    forward = model.forward
+    model.forward = lambda x: (forward(x),)[0]
+    images = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(images)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    found = PerturbationEngine(model.train(), images).original()
+    assert torch.allclose(found, expected, atol=1e-12)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 def _optimiser_step(model: nn.Module) -> None:

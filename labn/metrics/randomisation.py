@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from labn.inference import overhearing
 from labn.metrics.base import SampleMetric, ScoredBatch, need_explainer
 from labn.metrics.functional.similarity import rank_correlation
 from labn.randomise import randomised_copies
@@ -46,7 +47,13 @@ class Randomisation(SampleMetric):
         """Values of a batch: one explanation per stage."""
         values = []
         for network in randomised_copies(batch.model, self.seed, self.n_stages):
-            maps = batch.explainer(network, batch.images, batch.targets, batch.indices)
+            with overhearing(batch.model) as heard:
+                maps = batch.explainer(network, batch.images, batch.targets, batch.indices)
+            if heard:
+                raise ValueError(
+                    f"randomisation: a copy of {type(batch.model).__name__} runs the model's own "
+                    f"{type(heard[0]).__name__}, as an attribute of it is a function that holds it; make that a method."
+                )
             values.append(rank_correlation(self._compared(batch.maps.to(maps)), self._compared(maps)))
         return {"randomisation": torch.stack(values).mean(0)}
 

@@ -139,6 +139,15 @@ def test_vectors_of_their_own_keep_their_values():
     assert gain.tolist() != model.gain.tolist()
 
 
+def test_a_copy_that_would_run_the_model_itself_is_refused():
+    """`copy.deepcopy` keeps functions: every copy would explain the trained layers, with a similarity of 1."""
+    model = network()
+    forward = model.forward
+    model.forward = lambda x: forward(x)
+    with pytest.raises(ValueError, match="a copy of Sequential runs the model's own Conv2d"):
+        similarity(Gradient(), model)
+
+
 def test_errors_and_names():
     model = network()
     maps = images()[:, 0]
