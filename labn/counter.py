@@ -27,10 +27,11 @@ def sample_integers(seed: int, indices: Tensor, count: int, stream: int = 0) -> 
 
     Args:
         seed: any integer.
-        indices: (B,) int64, positions of the samples in their data set.
+        indices: (B,) integer, positions of the samples in their data set.
         count: numbers per sample.
         stream: keeps uses of one seed independent of each other.
     """
+    indices = indices.long()  # of fewer bits the products would wrap earlier
     start = splitmix64(torch.full_like(indices, seed)) + stream
     key = splitmix64((splitmix64(start) if stream else start) + indices)
     position = torch.arange(1, count + 1, device=indices.device)
@@ -40,5 +41,6 @@ def sample_integers(seed: int, indices: Tensor, count: int, stream: int = 0) -> 
 def sample_uniform(
     seed: int, indices: Tensor, count: int, dtype: torch.dtype = torch.float32, stream: int = 0
 ) -> Tensor:
-    """Uniform numbers (B, count) in [0, 1) with 24 random bits; arguments as in `sample_integers`."""
-    return _shift_right(sample_integers(seed, indices, count, stream), 40).to(dtype) / (1 << 24)
+    """Uniform numbers (B, count) in [0, 1) with 24 random bits, as `dtype`; arguments as in `sample_integers`."""
+    wide = torch.promote_types(dtype, torch.float32)  # 2^24 is infinite in half precision
+    return (_shift_right(sample_integers(seed, indices, count, stream), 40).to(wide) / (1 << 24)).to(dtype)

@@ -226,6 +226,22 @@ def test_one_sentence_for_bad_input(model: Own, images: Tensor, call, message: s
         call(model, images)
 
 
+def test_classes_may_be_of_any_integer_type(model: Own, images: Tensor) -> None:
+    maps, metrics = images[:, 0], ["pid4@random", "average_drop"]
+    expected = evaluate(model, images, maps, torch.tensor([1, 0]), metrics, labels=torch.tensor([0, 1]))
+    for dtype in (torch.uint8, torch.int32):
+        classes = {"targets": torch.tensor([1, 0], dtype=dtype), "labels": torch.tensor([0, 1], dtype=dtype)}
+        found = evaluate(model, images, maps, metrics=metrics, **classes)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    with pytest.raises(ValueError, match=r"labels must be class indices, got torch\.float32"):
+        evaluate(model, images, maps, torch.tensor([1, 0]), metrics, labels=torch.tensor([0.0, 1.0]))
+
+
+def test_scores_have_no_graph(model: Own, images: Tensor) -> None:
+    maps = images[:, 0].clone().requires_grad_()
+    assert not evaluate(model, images, maps, [0, 1], ["sparseness"])["sparseness"].requires_grad
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

@@ -84,6 +84,17 @@ def test_bad_fills_are_named(images, name, options, message):
         make_fill(name, images, **options)
 
 
+def test_counter_numbers_depend_on_the_values_of_the_indices_alone():
+    expected = sample_integers(5, torch.arange(7), 20)
+    for dtype in (torch.int32, torch.int16, torch.uint8):
+        assert torch.equal(sample_integers(5, torch.arange(7, dtype=dtype), 20), expected)
+
+
+def test_counter_numbers_in_half_precision_are_the_rounded_ones():
+    whole = sample_uniform(0, torch.arange(4), 100)
+    assert torch.equal(sample_uniform(0, torch.arange(4), 100, torch.float16), whole.half())
+
+
 def test_counter_numbers_are_uniform_and_uncorrelated_between_samples():
     numbers = sample_uniform(0, torch.arange(50), 4000, torch.float64)
     assert numbers.min() >= 0

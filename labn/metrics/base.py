@@ -45,6 +45,12 @@ class ScoredBatch:
             raise ValueError(f"masks must be {expected} to fit the images, got {tuple(self.masks.shape)}.")
         if self.boxes is not None and len(self.boxes) != len(self.images):
             raise ValueError(f"boxes must have one entry per image {expected[:1]}, got {len(self.boxes)}.")
+        for name in ("targets", "labels"):
+            given = getattr(self, name)
+            if given is not None and (given.is_floating_point() or given.is_complex()):
+                raise ValueError(f"{name} must be class indices, got {given.dtype}.")
+            object.__setattr__(self, name, None if given is None else given.long())
+        object.__setattr__(self, "maps", self.maps.detach())
         bad = self.indices.to(self.maps.device)[~self.maps.isfinite().flatten(1).all(1)].tolist()
         if bad:
             raise ValueError(f"maps must be finite; the map of sample {bad[0]} holds NaN or infinity.")

@@ -88,7 +88,10 @@ class ConfidenceChange(FilledMetric):
         kept = self.included(batch)
         columns: tuple[Tensor, ...] = (batch.images.new_empty(0),) * len(self.names)
         if len(kept):
-            columns = self.values(batch, kept, unit_range(batch.maps.to(batch.images)[kept]))
+            # Brought to [0, 1] before it is rounded to the images' dtype, as a small map is 0 in half precision.
+            wide = torch.promote_types(batch.maps.dtype, batch.images.dtype)
+            maps = unit_range(batch.maps.to(batch.images.device, wide)[kept])
+            columns = self.values(batch, kept, maps.to(batch.images))
         return {name: spread(column, kept, batch) for name, column in zip(self.names, columns)}
 
 

@@ -1,5 +1,7 @@
 """Average drop, percent increase and percentage in, against their equations written out per sample."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -75,6 +77,18 @@ def test_definition(seed, mask_space):
     assert rise.compute()["percent_increase"].item() == pytest.approx(sum(rises) / 3)
     assert not drop.higher_is_better
     assert rise.higher_is_better
+
+
+def test_a_small_map_keeps_its_values_for_images_in_half_precision():
+    """Values of 1e-7 are no different from each other there."""
+    images, maps = batch()
+    model, maps = Wavy(16), 1e-7 * maps.float()
+    half, single = (
+        AverageDrop().score(copy.deepcopy(model).to(dtype), images.to(dtype), maps, TARGETS, INDICES)["average_drop"]
+        for dtype in (torch.float16, torch.float32)
+    )
+    assert single.max() > 10
+    assert torch.allclose(half, single, atol=1)
 
 
 def test_an_additive_model_drops_by_the_relevance_that_is_hidden():
