@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ _found: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], tuple[Hashable, str]]
 
 
 @contextmanager
-def watching(modules: dict[str, nn.Module], see: Callable[[str, Any, Any], None]) -> Iterator[None]:
+def watching(modules: Mapping[str, nn.Module], see: Callable[[str, Any, Any], None]) -> Iterator[None]:
     """Call `see(name, args, output)` after every forward of `modules`, as they complete; hooks go with the block."""
     hooks = [m.register_forward_hook(lambda _m, a, out, name=name: see(name, a, out)) for name, m in modules.items()]
     try:
