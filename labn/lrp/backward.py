@@ -15,6 +15,7 @@ from labn.lrp.graph import Node
 from labn.lrp.ledger import Ledger
 from labn.lrp.region import RegionRun, book_biases
 from labn.lrp.rules import RULES, Step, divide
+from labn.lrp.units import covered
 from labn.lrp.vjp import gradients
 
 
@@ -79,7 +80,8 @@ def _linear(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
     assert layer is not None
     many = len(a) == 1 < len(r) and state.ledger is None
     kept = state.passage.denominators.setdefault(node.index, {}) if many else None
-    step = Step(layer, a, z, r, before is not None and before.non_negative, config, state.ledger, kept)
+    unit = state.passage.units.get(node.index)
+    step = Step(layer, a, z, r, before is not None and before.non_negative, config, state.ledger, kept, unit)
     with made[0].weights.held() if made else nullcontext():
         return [RULES[rule_name(node, config)](step)]
 
@@ -115,8 +117,19 @@ def _route(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
     return gradients(output, leaves, r)
 
 
+def _pad(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
+    """Copies hand on what they get; a border that is filled in has no input that could take its relevance."""
+    if state.ledger is not None:
+        source = covered(node, dict(zip(node.inputs, state.passage.kept[node.index])))
+        state.ledger.stabilised(source, r * ~source)
+    return _route(state, node, r)
+
+
 def _spread(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
-    """R_i = a_i sum_j c_ij R_j / (z_j + e_j) with the operation's own coefficients c >= 0."""
+    """R_i = a_i sum_j c_ij R_j / (z_j + e_j) with the operation's own coefficients c >= 0.
+
+    Without a linear layer below, ones were kept in place of the pixels: R_i = sum_j c_ij R_j / sum_i' c_i'j.
+    """
     leaves, z = _rerun(node, state.passage.kept[node.index])
     s = divide(r, z.detach(), state.passage.config, state.ledger)
     return [a.detach() * c for a, c in zip(leaves, gradients(z, leaves, s))]
@@ -162,8 +175,9 @@ BACKWARD: dict[str, Callable[[_Sweep, Node, Tensor], list[Tensor]]] = {
     **dict.fromkeys(("linear", "weighted"), _linear),
     "sum": _sum,
     "route": _route,
+    "pad": _pad,
     "spread": _spread,
     "maxpool": _maxpool,
     "region": _region,
 }
-_BOOKED = {"linear", "weighted", "sum", "spread", "maxpool", "region"}
+_BOOKED = {"linear", "weighted", "sum", "pad", "spread", "maxpool", "region"}

@@ -32,6 +32,7 @@ class Config:
         pooling: max pooling, `winner` takes all or `average` over the same windows.
         first_layer: rule where the images enter: `ones` (activation replaced by 1), `zb` (pixel bounds), `input`
             (z+ on both signs of the pixels), `flat`, `w2` (squared weights), `epsilon`, or `same` as the other layers.
+            Pooling and resizing of signed values before it share by coefficients alone, but for `epsilon` and `same`.
         eps, eps_mode: stabiliser, `relative` to the mean |z| of the sample's layer or `absolute`.
         alpha, beta, gamma: parameters of the rules so named, alpha - beta = 1.
         low, high: per channel, the bounds of normalised pixels for `zb`; None: black and white after ImageNet's

@@ -14,6 +14,7 @@ from labn.lrp.graph import Graph, Node
 from labn.lrp.region import RegionRun, evaluate_region, run_clamped, run_region
 from labn.lrp.residual import SHARES, Junction
 from labn.lrp.rules import USES_OUTPUT
+from labn.lrp.units import Units
 from labn.lrp.weighing import weighing
 
 
@@ -25,6 +26,7 @@ class Passage:
         graph, junctions, config: what was run and how.
         logits: (B, K).
         kept: by node index, what the backward step of its kind needs.
+        units: by node index, what a first linear layer has in place of an image of ones (see `units`); absent: ones.
         denominators: by node index and part of the contributions, what several sweeps of many relevances divide by.
     """
 
@@ -33,6 +35,7 @@ class Passage:
     config: Config
     logits: Tensor
     kept: dict[int, Any] = field(default_factory=dict)
+    units: dict[int, Tensor] = field(default_factory=dict)
     denominators: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
 
@@ -43,7 +46,9 @@ class _Run:
     config: Config
     values: dict[int, Tensor]
     carrying: set[int]
+    ones: Units
     kept: dict[int, Any] = field(default_factory=dict)
+    units: dict[int, Tensor] = field(default_factory=dict)
 
     def takes_part(self, node: Node) -> bool:
         """Whether relevance will pass this node (it does not pass what makes a gate)."""
@@ -60,7 +65,7 @@ def rule_name(node: Node, config: Config) -> str:
 
 def run_forward(graph: Graph, junctions: dict[int, Junction], config: Config, images: Tensor) -> Passage:
     """Run a graph on images (B, C, H, W); values are let go as soon as nothing needs them."""
-    run = _Run(graph, junctions, config, {0: images}, graph.reach({graph.logits}))
+    run = _Run(graph, junctions, config, {0: images}, graph.reach({graph.logits}), Units(graph, images))
     waiting = {index: node.consumers for index, node in graph.nodes.items()}
     for index, node in graph.nodes.items():
         run.values[index] = FORWARD.get(node.kind, _evaluate)(run, node)
@@ -68,7 +73,7 @@ def run_forward(graph: Graph, junctions: dict[int, Junction], config: Config, im
             waiting[source] = waiting.get(source, 0) - 1
             if source and waiting[source] <= 0:
                 run.values.pop(source, None)
-    return Passage(graph, junctions, config, run.values[graph.logits], run.kept)
+    return Passage(graph, junctions, config, run.values[graph.logits], run.kept, run.units)
 
 
 def _evaluate(run: _Run, node: Node) -> Tensor:
@@ -81,6 +86,23 @@ def _keep_inputs(run: _Run, node: Node) -> Tensor:
     return node.evaluate(run.values)
 
 
+def _spread(run: _Run, node: Node) -> Tensor:
+    """Keep the inputs; before the first linear layer, where pixels have any sign, what is made of ones in their place.
+
+    The first-layer rule `epsilon` divides by signed sums, and `same` by whatever the other layers do.
+    """
+    signed = not all(i in run.graph.nodes and run.graph.nodes[i].non_negative for i in node.inputs)
+    if not (node.first and signed) or run.config.first_layer in ("same", "epsilon"):
+        return _keep_inputs(run, node)
+    if run.takes_part(node):
+        run.kept[node.index] = [run.ones.filled(index) for index in node.inputs]
+    return node.evaluate(run.values)
+
+
+def _maxpool(run: _Run, node: Node) -> Tensor:
+    return (_keep_inputs if run.config.pooling == "winner" else _spread)(run, node)
+
+
 def _linear(run: _Run, node: Node) -> Tensor:
     """Keep the input, and the output before BatchNorm if the rule divides by it; else fold BatchNorm."""
     layer, a = node.layer, run.values[node.inputs[0]]
@@ -91,6 +113,9 @@ def _linear(run: _Run, node: Node) -> Tensor:
     z = layer.apply(a, "weight", folded, layer.offset(folded))
     if takes_part:
         run.kept[node.index] = (a, z if keeps_output else None)
+        unit = run.ones.at(node.inputs[0]) if node.first else None
+        if unit is not None:
+            run.units[node.index] = unit[:1] if len(unit) == len(run.values[0]) else unit  # the same for every image
     if folded or layer.norm is None:
         return z
     return torch.addcmul(layer.per_channel(layer.norm.shift), z, layer.per_channel(layer.norm.scale))
@@ -149,7 +174,8 @@ FORWARD: dict[str, Callable[[_Run, Node], Tensor]] = {
     "relu": _relu,
     "sum": _sum,
     "route": _keep_inputs,
-    "maxpool": _keep_inputs,
-    "spread": _keep_inputs,
+    "pad": _keep_inputs,
+    "maxpool": _maxpool,
+    "spread": _spread,
     "region": _region,
 }

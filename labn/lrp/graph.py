@@ -25,7 +25,7 @@ class Node:
         flow: the inputs that receive relevance (all of them, but for the gate of a product and what makes up weights).
         layer: weights, for kind `linear`.
         norm: the BatchNorm that follows, for kind `weighted` (that of a linear layer is the layer's).
-        first: no linear layer lies between this node and the images.
+        first: no linear layer lies between this node and the images (False for kind `weighted`).
         non_negative: the values this node makes are known to be >= 0.
         consumers: how many nodes read the value.
         inner: the nodes of a region, in order.
@@ -60,7 +60,8 @@ class Node:
         canonical = CANONICAL.get(self.call.operation)
         if canonical is None or self.kind == "opaque":
             return self.call.evaluate(values)
-        return replace(self.call, func=canonical, kwargs={}).evaluate(values)
+        kwargs = self.call.kwargs if self.kind == "route" else {}  # `size` of a view stays, `inplace` of a ReLU goes
+        return replace(self.call, func=canonical, kwargs=kwargs).evaluate(values)
 
 
 @dataclass
@@ -192,7 +193,7 @@ def annotate(graph: Graph) -> None:
     behind_linear: set[int] = set()
     for index, node in graph.nodes.items():
         node.consumers = readers[index] + (index == graph.logits)
-        node.first = node.kind == "linear" and node.inputs[0] not in behind_linear
+        node.first = node.kind != "weighted" and not behind_linear.intersection(node.flow)
         if node.kind in ("linear", "weighted") or any(i in behind_linear for i in node.flow):
             behind_linear.add(index)
         node.non_negative = _is_non_negative(node, graph)
@@ -201,7 +202,9 @@ def annotate(graph: Graph) -> None:
 def _is_non_negative(node: Node, graph: Graph) -> bool:
     if node.call.operation in NON_NEGATIVE:
         return True
-    if node.kind in ("identity", "route", "maxpool", "spread", "sum", "product"):
+    if node.kind == "pad" and (node.call.kwargs.get("value") or 0) < 0:
+        return False
+    if node.kind in ("identity", "route", "pad", "maxpool", "spread", "sum", "product"):
         return all(i in graph.nodes and graph.nodes[i].non_negative for i in node.inputs)
     return False
 

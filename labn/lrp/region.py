@@ -16,7 +16,8 @@ from labn.lrp.weighing import weighing
 
 # What a region may contain: each of these is linear in its carried input once ReLU and max masks are fixed.
 PIECEWISE_LINEAR = {
-    "linear", "weighted", "norm", "relu", "identity", "pass", "route", "maxpool", "spread", "sum", "product",
+    "linear", "weighted", "norm", "relu", "identity", "pass", "route", "pad", "maxpool", "spread", "sum",
+    "product",
 }  # fmt: skip
 
 

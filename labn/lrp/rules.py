@@ -29,6 +29,7 @@ class Step:
         r: (T, out, ...) relevance at its output; T = B, or any T when B = 1.
         non_negative: a >= 0 is known.
         config, ledger: choices, and the account to fill in (None: not wanted).
+        unit: (1 or B, in, ...) what a first layer has in place of an image of ones; None: ones.
         denominators: z + e by part, kept by the forward pass where many relevances meet one input (None: not kept).
     """
 
@@ -40,6 +41,7 @@ class Step:
     config: Config
     ledger: Ledger | None = None
     denominators: dict[str, Tensor] | None = None
+    unit: Tensor | None = None
 
     def apply(self, a: Tensor, part: str) -> Tensor:
         """sum_i a_i rho(w_ij), without bias; for the parts see `labn.weighted.part_of`."""
@@ -61,6 +63,12 @@ class Step:
             made = z()
             self.denominators[part] = stabiliser(made, self.config).add_(made)
         return r / self.denominators[part]
+
+    def uniform(self, part: str) -> Tensor:
+        """R_i = u_i sum_j rho(w_ij) R_j / sum_i' u_i' rho(w_i'j), whatever the pixels; u = 1 but behind padding."""
+        if self.unit is None:
+            return self.adjoint(self.divide(self.apply(torch.ones_like(self.a[:1]), part)), part)
+        return self.unit * self.adjoint(self.divide(self.apply(self.unit, part)), part)
 
 
 def stabiliser(z: Tensor, config: Config) -> Tensor:
@@ -131,23 +139,23 @@ def gamma(step: Step) -> Tensor:
 
 def flat(step: Step) -> Tensor:
     """Every input of a window gets the same share: a and w replaced by 1."""
-    ones = torch.ones_like(step.a[:1])
-    return step.adjoint(step.divide(step.apply(ones, "flat")), "flat")
+    return step.uniform("flat")
 
 
 def squared(step: Step) -> Tensor:
     """The w^2 rule: R_i = sum_j w_ij^2 R_j / sum_i' w_i'j^2, whatever the pixels (Montavon et al. 2017)."""
-    return step.adjoint(step.divide(step.apply(torch.ones_like(step.a[:1]), "square")), "square")
+    return step.uniform("square")
 
 
 def ones(step: Step) -> Tensor:
     """z+ with the activation replaced by ones, so that the share does not depend on the pixels (ECCV 2024)."""
-    return step.adjoint(step.divide(step.apply(torch.ones_like(step.a[:1]), "plus")), "plus")
+    return step.uniform("plus")
 
 
 def zb(step: Step) -> Tensor:
     """zB: contributions a w - l w+ - h w- of pixels between l and h (Montavon et al. 2017)."""
-    low, high = (bound.expand(len(step.a), *step.a.shape[1:]) for bound in step.config.bounds(step.a))
+    bounds = step.config.bounds(step.a)
+    low, high = (b.expand(len(step.a), *step.a.shape[1:]) * (1 if step.unit is None else step.unit) for b in bounds)
     pairs = [(step.a, "weight"), (-low, "plus"), (-high, "minus")]
     s = step.divide(torch.stack([step.apply(a, part) for a, part in pairs]).sum(0))
     return torch.stack([a * step.adjoint(s, part) for a, part in pairs]).sum(0)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from labn.lrp.record import Call, Ref
 
@@ -30,7 +31,7 @@ MAX_POOL = {"max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "ad
 # Linear with non-negative coefficients and without parameters: shares in proportion to the contributions.
 SPREAD = {
     "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
-    "mean", "sum", "interpolate", "pad",
+    "mean", "sum", "interpolate",
 }  # fmt: skip
 SUM = {"add", "iadd", "radd"}
 PRODUCT = {"mul", "imul", "rmul", "multiply"}
@@ -39,12 +40,21 @@ SHIFT_OR_SCALE = SUM | PRODUCT | {"sub", "isub", "subtract", "div", "truediv", "
 BOUNDED = {"sigmoid", "softmax", "hardsigmoid", "tanh"}
 NON_NEGATIVE = {"sigmoid", "softmax", "hardsigmoid", "relu", "relu6", "abs", "square", "softplus", "exp"}
 
+
+def _reshaped(value: Tensor, *shape: Any, size: Any = None) -> Tensor:
+    """`Tensor.view`, which calls its argument `size` where `Tensor.reshape` has `shape`."""
+    return value.reshape(*shape) if size is None else value.reshape(size)
+
+
 CANONICAL: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(SUM, torch.add),
     **dict.fromkeys(PRODUCT, torch.mul),
     **dict.fromkeys(("sub", "isub", "subtract"), torch.sub),
     **dict.fromkeys(("div", "truediv", "itruediv", "divide"), torch.div),
     "relu": torch.relu,
+    # Values are replayed in other memory layouts than the model's own, in which a view may not exist.
+    "view": _reshaped,
+    "view_as": torch.Tensor.reshape_as,
 }
 
 _SIMPLE = {
@@ -57,6 +67,8 @@ _SIMPLE = {
     **dict.fromkeys(SPREAD, "spread"),
     "relu": "relu",
     "batch_norm": "norm",
+    # A copy as well, but for a border that is filled in.
+    "pad": "pad",
     "weighted": "weighted",
 }
 
@@ -74,6 +86,8 @@ def kind_of(call: Call) -> str:
         return "opaque"
     if kind == "weighted" and not _is_linear(call):
         return "opaque"
+    if name == "view" and any(isinstance(arg, torch.dtype) for arg in (*call.args, *call.kwargs.values())):
+        return "opaque"  # other bits of the same memory
     return kind
 
 

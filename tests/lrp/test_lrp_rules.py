@@ -186,7 +186,7 @@ def test_max_pool(pooling):
     x = images(1, 5).abs()
     net = nn.Sequential(nn.MaxPool2d(3, 2, 1), nn.Flatten())
     r = torch.rand(1, 27, dtype=torch.float64)
-    got = propagate(net, x, r, pooling=pooling)
+    got = propagate(net, x, r, pooling=pooling, first_layer="same")
     if pooling == "average":
         w, _, _ = matrix_of(nn.AvgPool2d(3, 2, 1), (3, 5, 5))
         assert torch.allclose(got.flatten(), share(w * x.flatten(), r[0]), atol=1e-11)
@@ -199,7 +199,7 @@ def test_max_pool(pooling):
 def test_average_pool_shares_by_activation():
     x = images(1, 4).abs()
     r = torch.rand(1, 3, dtype=torch.float64)
-    got = propagate(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), x, r)
+    got = propagate(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), x, r, first_layer="same")
     mean = x.mean((2, 3))
     assert torch.allclose(got, x / 16 * (r / (mean + EPS))[..., None, None])
 

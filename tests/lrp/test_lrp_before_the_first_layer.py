@@ -1,0 +1,116 @@
+"""Padding, pooling and resizing of the pixels, before the first convolution."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lrp_nets import images, matrix_of, seeded
+from test_lrp_network import adds_up
+from torch import nn
+
+from labn.lrp import Config, Ledger, backward, forward, relevance
+
+FIRST = ["ones", "zb", "input", "flat", "w2", "epsilon", "same"]
+BOUNDS = {"low": (-9.0,) * 3, "high": (9.0,) * 3}
+BEFORE = {
+    "resize": nn.Upsample(size=(9, 7), mode="bilinear"),
+    "shrink": nn.Upsample(size=(3, 4), mode="bilinear"),
+    "average": nn.AvgPool2d(3, 2, padding=1),
+    "adaptive": nn.AdaptiveAvgPool2d(4),
+    "pad": nn.ZeroPad2d((1, 1, 0, 1)),
+    "pad and average": nn.Sequential(nn.ZeroPad2d(2), nn.AvgPool2d(2)),
+}
+
+
+class Net(nn.Module):
+    def __init__(self, before, padding=1):
+        super().__init__()
+        self.before, self.conv, self.head = before, nn.Conv2d(3, 4, 3, padding=padding), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(F.relu(self.conv(self.before(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", BEFORE)
+def test_ones_is_the_rule_of_both_steps_together(name):
+    """R_i = sum_jk c_ij w+_jk R_k / sum_i'j' c_i'j' w+_j'k, whatever the pixels."""
+    before, shape = BEFORE[name].double(), (3, 6, 5)
+    spread, _, between = matrix_of(before, shape)
+    conv = seeded(nn.Conv2d(3, 4, 3, padding=1), 3)
+    weights, bias, _ = matrix_of(conv, between)
+    r = torch.rand(2, len(bias), dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    passage = forward(nn.Sequential(before, conv, nn.Flatten()), images(2, 6)[..., :5], Config(eps=0.0))
+    plus = weights.clamp(min=0) @ spread
+    total = plus.sum(1)
+    expected = torch.where(total > 0, r / total.where(total > 0, torch.ones(())), 0.0) @ plus
+    ledger = Ledger()
+    got = backward(passage, r, ledger=ledger)
+    assert torch.allclose(got.flatten(1), expected, atol=1e-12)
+    assert torch.allclose(backward(passage, r).flatten(1), expected, atol=1e-12)
+    assert all(torch.allclose(e.arriving, e.delivered + e.leaks, atol=1e-12) for e in ledger.entries)
+
+
+@pytest.mark.parametrize("name", BEFORE)
+@pytest.mark.parametrize("first", FIRST)
+@pytest.mark.parametrize("residual", ["ratio", "block"])
+def test_account_adds_up(name, first, residual):
+    net = seeded(Net(BEFORE[name]), 4)
+    config = Config(first_layer=first, residual=residual, **BOUNDS)
+    result = relevance(net, images(2, 8), torch.tensor([0, 2]), config, report=True)
+    assert adds_up(result) < 1e-9
+    if first in ("ones", "flat", "w2"):
+        assert (result.relevance >= 0).all()
+        assert torch.allclose(result.arrived, result.initial, rtol=1e-6)
+
+
+@pytest.mark.parametrize("first", FIRST)
+def test_padding_outside_is_padding_inside(first):
+    config = Config(first_layer=first, **BOUNDS)
+    inside, outside = seeded(Net(nn.Identity(), 1), 5), seeded(Net(nn.ZeroPad2d(1), 0), 5)
+    x, chosen = images(2, 8), torch.tensor([0, 1])
+    x[:, :, :4] = 0
+    results = [relevance(net, x, chosen, config) for net in (inside, outside)]
+    assert torch.allclose(results[0].relevance, results[1].relevance, atol=1e-14)
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
+def test_copied_border_goes_back_where_it_came_from(mode):
+    conv = seeded(nn.Conv2d(3, 4, 3, padding=1, padding_mode=mode), 6)
+    result = relevance(nn.Sequential(conv, nn.Flatten()), images(2, 6), torch.tensor([3, 20]), report=True)
+    assert adds_up(result) < 1e-12
+    assert torch.allclose(result.arrived, result.initial)
+
+
+def test_filled_border_between_layers_is_booked_as_dead():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ConstantPad2d(1, 0.5), nn.Conv2d(4, 2, 3), nn.Flatten())
+    result = relevance(seeded(net, 7), images(2, 8), torch.tensor([0, 5]), report=True)
+    assert adds_up(result) < 1e-9
+    padding = next(entry for entry in result.entries if "pad" in entry.name)
+    assert (padding.dead > 0).all()
+
+
+def test_border_below_every_value_keeps_no_relevance():
+    """Padding with minus infinity before a max pool, as networks ported from TensorFlow do."""
+    outside = nn.Sequential(nn.ConstantPad2d(1, float("-inf")), nn.MaxPool2d(3, 2))
+    nets = [
+        seeded(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), pool, nn.Conv2d(4, 2, 3), nn.Flatten()), 8)
+        for pool in (nn.MaxPool2d(3, 2, padding=1), outside)
+    ]
+    maps = [relevance(net, images(2, 9), torch.tensor([0, 3])).relevance for net in nets]
+    assert maps[0].abs().sum() > 0
+    assert torch.allclose(maps[0], maps[1], atol=1e-14)
+
+
+def test_many_relevances_for_one_image():
+    net = seeded(Net(nn.Sequential(nn.ZeroPad2d(1), nn.AvgPool2d(2))), 9)
+    x, seeds = images(1, 8), torch.eye(3, dtype=torch.float64)
+    maps = backward(forward(net, x), seeds)
+    single = torch.cat([backward(forward(net, x), seed[None]) for seed in seeds])
+    assert torch.allclose(maps, single, atol=1e-14)
+
+
+def test_average_in_place_of_a_max_pool_on_pixels():
+    net = seeded(Net(nn.MaxPool2d(2)), 10)
+    result = relevance(net, images(2, 8), torch.tensor([0, 1]), Config(pooling="average"), report=True)
+    assert adds_up(result) < 1e-9
+    blocks = result.relevance.unfold(2, 2, 2).unfold(3, 2, 2)
+    assert torch.allclose(blocks, blocks[..., :1, :1].expand_as(blocks), atol=1e-14)
