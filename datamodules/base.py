@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from abc import abstractmethod
 from functools import cached_property
@@ -54,7 +55,7 @@ class ImageDataModule(LightningDataModule):
     Args:
         image_size: side S of the images in pixels.
         mean: per channel, of values in [0,1]; None: computed from the training split and cached.
-        std: likewise.
+        std: likewise, all above 0; computed, that of a channel that never changes is 1.
         batch_size: samples per batch and process.
         num_workers: worker processes per loader.
         seed: of the order of training samples and of the augmentation.
@@ -67,8 +68,8 @@ class ImageDataModule(LightningDataModule):
             `~/.cache/labn`.
 
     Raises:
-        ValueError: `image_size` or `batch_size` below 1, another `on_bad_image`, or `mean` or `std` without exactly one
-            number per channel.
+        ValueError: `image_size` or `batch_size` below 1, another `on_bad_image`, `mean` or `std` without exactly one
+            number per channel, or a `std` that is not above 0.
 
     Attributes:
         class_names: one per class.
@@ -113,6 +114,8 @@ class ImageDataModule(LightningDataModule):
         self.balanced_sampler, self.drop_last, self.augmentation = balanced_sampler, drop_last, augmentation
         if any(values is not None and len(values) != self.channels for values in (mean, std)):
             raise ValueError(f"`mean` and `std` need {self.channels} numbers each, one per channel.")
+        if not all(0.0 < value < math.inf for value in std or ()):
+            raise ValueError(f"std is {std}; what pixels are divided by must be above 0.")
         self.on_bad_image, self.cache_images = on_bad_image, cache_images
         self.cache_dir = Path(cache_dir) if cache_dir is not None else default_cache_dir()
         self._mean, self._std = mean, std
@@ -141,8 +144,8 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def std(self) -> list[float]:
-        """Standard deviation per channel, of values in [0,1]: as given, else of the training split."""
-        return self._statistics[1].tolist() if self._std is None else self._std
+        """Standard deviation per channel, of values in [0,1]: as given, else of the training split (1 for 0)."""
+        return [value or 1.0 for value in self._statistics[1].tolist()] if self._std is None else self._std
 
     @cached_property
     def _statistics(self) -> Tensor:
@@ -268,13 +271,23 @@ class ImageDataModule(LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled or class-balanced, augmented, this rank's share; the same number of batches on every rank."""
+        """Shuffled or class-balanced, augmented, this rank's share; the same number of batches on every rank.
+
+        Raises:
+            ValueError: `drop_last` would leave out the only batch.
+        """
         dataset, (world, rank) = self.dataset("train", augment=True), self._ranks()
         if self.balanced_sampler:
             labels = dataset.source.labels.tolist()
             balanced = BalancedSampler(labels, self.batch_size, self.num_classes, world, rank, self.seed)
             return self._loader(dataset, balanced, drop_last=True)
-        return self._loader(dataset, ShuffledSampler(dataset, world, rank, self.seed), self.drop_last)
+        shuffled = ShuffledSampler(dataset, world, rank, self.seed)
+        if self.drop_last and len(shuffled) < self.batch_size:
+            raise ValueError(
+                f"drop_last leaves no batch of {len(dataset)} images with batch_size {self.batch_size} on each "
+                f"of {world} processes; set drop_last: false, or a smaller batch_size."
+            )
+        return self._loader(dataset, shuffled, self.drop_last)
 
     def eval_dataloader(self, split: Split) -> DataLoader:
         """This rank's share of a split, in order, not augmented; over all ranks every sample comes exactly once.

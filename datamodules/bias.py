@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -39,16 +40,17 @@ def channel_statistics(source: Source) -> Tensor:
     """Mean and (population) standard deviation of each channel over all pixels of a split.
 
     Returns:
-        (2,C) float64 of values in [0,1]: means, then standard deviations.
+        (2,C) float64 of values in [0,1]: means, then standard deviations, exactly 0 for a channel that never changes.
     """
-    sums = np.zeros((2, source.load(0)[0].shape[-1]), dtype=np.float64)
+    sums = np.zeros((2, source.load(0)[0].shape[-1]), dtype=object)  # whole numbers of any size, so that nothing rounds
     pixels = 0
     for index in range(len(source)):
-        image = source.load(index)[0].astype(np.float64) / 255.0
+        image = source.load(index)[0].astype(np.int64)
         sums += [image.sum((0, 1)), (image**2).sum((0, 1))]
         pixels += image.shape[0] * image.shape[1]
-    mean, square = sums / pixels
-    return torch.from_numpy(np.stack([mean, np.sqrt(np.maximum(square - mean**2, 0.0))]))
+    mean = [total / (255 * pixels) for total in sums[0]]
+    std = [math.sqrt(pixels * square - total**2) / (255 * pixels) for total, square in sums.T]
+    return torch.tensor([mean, std], dtype=torch.float64)
 
 
 def cached(path: Path, compute: Callable[[], Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Image files: where the data lies, cheap checks before training, reading, byte-identical pairs."""
+"""Image files: where the data lies, reading, byte-identical pairs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import errno
 import hashlib
 import os
 import stat
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ Array = np.ndarray[Any, Any]
 Box = tuple[float, float, float, float]
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"})
-_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
 _FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
 MAX_PIXELS = 2**27
 """Of one image: a few bytes can promise more pixels than there is memory."""
@@ -58,28 +57,7 @@ def data_root(name: str, root: str | os.PathLike[str] | None = None) -> Path:
     )
 
 
-def check_image(path: Path) -> str | None:
-    """Why `path` cannot be a whole image, or None: looks at its header and last bytes only, decodes nothing.
-
-    A JPEG must end with its end-of-image marker and a PNG with its IEND chunk, either within the last KiB, which
-    catches what interrupted copies leave behind.
-    """
-    try:
-        size = _regular_size(path)
-        with path.open("rb") as file:
-            head = file.read(16)
-            file.seek(max(0, size - 1024))
-            tail = file.read()
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    if head.startswith(_JPEG) and b"\xff\xd9" not in tail:
-        return "is truncated (no end-of-image marker)"
-    if head.startswith(_PNG) and b"IEND" not in tail:
-        return "is truncated (no IEND chunk)"
-    return refused_size(path)
-
-
-def _regular_size(path: Path) -> int:
+def regular_size(path: Path) -> int:
     """Bytes of a file. Raises `OSError` for what is none, such as a pipe, which would never end, and for a huge one."""
     info = path.stat()
     if not stat.S_ISREG(info.st_mode):
@@ -133,30 +111,35 @@ def read_image(path: Path, channels: int = 3) -> Array:
     Raises:
         BadImageError: the file is missing, promises a huge size, or cannot be decoded.
     """
-    flag = cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR
-    try:
-        _regular_size(path)
-        data = np.fromfile(path, dtype=np.uint8)
-    except OSError as error:
-        raise BadImageError(f"Image {path} cannot be read ({error.strerror}); put it back or replace it.") from error
-    if reason := refused_size(path):
-        raise BadImageError(f"Image {path} {reason}; replace it, or set on_bad_image: skip.")
-    try:
-        image = cv2.imdecode(data, flag)
-    except cv2.error:
-        image = None
-    if image is None:
-        raise BadImageError(f"Image {path} cannot be decoded; replace it, or set on_bad_image: skip.")
+    image = _decoded(path, cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR)
     return image[..., None] if channels == 1 else np.ascontiguousarray(image[..., ::-1])
 
 
 def read_mask(path: Path) -> Array:
-    """Decode to (H,W) bool: every pixel that is not 0 belongs to the region.
+    """Decode to (H,W) bool: every pixel of 8 or 16 bits that is not 0 belongs to the region; alpha is dropped.
 
     Raises:
-        BadImageError: the file cannot be decoded.
+        BadImageError: as of `read_image`.
     """
-    return read_image(path, channels=1)[..., 0] > 0
+    # Neither as grey nor as 8 bits: both round small values to 0.
+    return cv2.inRange(_decoded(path, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH), (0, 0, 0), (0, 0, 0)) == 0
+
+
+def _decoded(path: Path, flags: int) -> Array:
+    try:
+        regular_size(path)
+        data = np.fromfile(path, dtype=np.uint8)
+    except OSError as error:
+        raise BadImageError(f"Image {path} cannot be read ({error.strerror}); put it back or replace it.") from error
+    if reason := refused_size(path):
+        raise BadImageError(f"Image {path} {reason}; replace it or take it out of the data.")
+    try:
+        image = cv2.imdecode(data, flags)
+    except cv2.error:
+        image = None
+    if image is None:
+        raise BadImageError(f"Image {path} cannot be decoded; replace it or take it out of the data.")
+    return image
 
 
 def checked_crop(box: Box | None) -> Box | None:
@@ -229,6 +212,12 @@ def squash_mask(mask: Array, size: int) -> Array:
 def image_files(folder: Path) -> list[Path]:
     """Image files of `folder`, sorted by name, subfolders and hidden files left out."""
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+
+
+def other_files(folder: Path) -> Counter[str]:
+    """How many entries of each suffix `image_files` leaves out of `folder`, hidden ones not counted."""
+    left = (p for p in folder.iterdir() if p.suffix.lower() not in SUFFIXES and not p.name.startswith("."))
+    return Counter("folder" if p.is_dir() else p.suffix.lower() or "without suffix" for p in left)
 
 
 def by_stem(paths: Iterable[Path]) -> dict[str, Path]:

@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from datamodules.base import ImageDataModule, OnBadImage, Split
-from datamodules.files import by_stem, checked_crop, data_root, image_files
+from datamodules.base import SPLITS, ImageDataModule, OnBadImage, Split
+from datamodules.files import by_stem, checked_crop, data_root, image_files, other_files
 from datamodules.sources import FileSource, Record, Source
 from datamodules.splits import readable, split_off, without_copies
 from datamodules.transforms import PUBLISHED, Augmentation
 from labn.reading import garbled
+
+_SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
+
+
+@dataclass
+class _Seen:
+    """What reading the folders came across: entries that are no images, images, those with a mask, masks of none."""
+
+    others: Counter[str] = field(default_factory=Counter)
+    images: int = 0
+    masked: int = 0
+    alone: list[Path] = field(default_factory=list)
+
+    def notes(self) -> list[str]:
+        """A line about the entries that were left out, and one about images and masks where they do not pair up."""
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.others.most_common())
+        notes = [f"  left out {self.others.total()} entries that no image is named like: {kinds}"] if kinds else []
+        if self.alone:
+            notes.append(f"  left out {len(self.alone)} masks without an image, such as {self.alone[0]}")
+        return [*notes, f"  {self.masked} of {self.images} images have a mask"] if self.masked else notes
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -34,7 +56,8 @@ class ImageFolder(ImageDataModule):
         image_size: side in pixels; images are squashed to a square.
         channels: 3 (RGB) or 1 (grey).
         mask_root: folder with ground-truth regions, laid out as `root`, with a file of the image's name (any image
-            suffix) where there is a region; every pixel that is not 0 belongs to it. None: no `mask` in batches.
+            suffix) where there is a region; every pixel that is not 0 belongs to it; `report()` counts the images that
+            have one. None: no `mask` in batches.
         crop: (left, top, right, bottom) in fractions of width and height; None for no crop.
         val_fraction: share of the images (of those left after the test split) for validation, where none is given.
         test_fraction: share of the images for the test, where no split is given.
@@ -55,7 +78,8 @@ class ImageFolder(ImageDataModule):
     Raises:
         FileNotFoundError: `root`, `mask_root` or a split's folder is missing (when the data is first needed).
         ValueError: an empty crop or one in pixels (at once), fewer than two classes, unequal classes between splits, a
-            class without image, two masks of one image, a bad image file.
+            folder beside `train` that is no split, a class without image, two masks of one image, no mask of any image,
+            a bad image file.
     """
 
     def __init__(
@@ -110,10 +134,12 @@ class ImageFolder(ImageDataModule):
 
         Raises:
             FileNotFoundError: `root` does not exist.
-            ValueError: it holds fewer than two class folders.
+            ValueError: it holds fewer than two class folders, or folders of splits by other names.
         """
         folder = self._folder("train") if self._has("train") else data_root(self.root.name, self.root)
         names = _subfolders(folder)
+        if folder == self.root and {name.lower() for name in names} <= _SPLIT_NAMES and names:
+            raise ValueError(f"{folder} holds {', '.join(names)}; rename them to train, val and test.")
         if len(names) < 2:
             raise ValueError(f"{folder} holds {len(names)} class folders; one folder per class is needed, at least 2.")
         return names
@@ -140,8 +166,14 @@ class ImageFolder(ImageDataModule):
     def _build(self) -> dict[Split, Source]:
         if self.mask_root is not None and not self.mask_root.is_dir():
             raise FileNotFoundError(f"mask_root {self.mask_root} does not exist.")
-        self._notes = []
+        self._notes, self._seen = [], _Seen()
         parts = self._given() if self._has("train") else self._drawn(self._read(self.root, ""))
+        if self.mask_root is not None and not self._seen.masked:
+            first = f"{self._seen.alone[0]} fits none" if self._seen.alone else "it has none in the folders of `root`"
+            raise ValueError(
+                f"mask_root {self.mask_root} has no mask with the name of an image ({first}); rename them."
+            )
+        self._notes += self._seen.notes()
         return {
             split: FileSource(records, self.image_size, self.crop, self.channels, self.mask_root is not None)
             for split, records in parts.items()
@@ -156,6 +188,7 @@ class ImageFolder(ImageDataModule):
 
     def _given(self) -> dict[Split, list[Record]]:
         """The splits of the folder names; validation drawn from training where it has no folder."""
+        self._look_beside()
         if not self._has("test"):
             raise FileNotFoundError(f"{self.root} has a folder 'train' but no folder 'test'.")
         test = self._read(self._folder("test"), "test")
@@ -165,6 +198,14 @@ class ImageFolder(ImageDataModule):
             train, val, notes = split_off(train, self.val_fraction, self.split_seed)
             self._notes += notes
         return {"train": train, "val": val, "test": test}
+
+    def _look_beside(self) -> None:
+        """Refuse a folder beside `train` that is a split by its name or its classes, and note any other one."""
+        for folder in (self.root / name for name in _subfolders(self.root) if name not in SPLITS):
+            if folder.name.lower() in _SPLIT_NAMES or set(self.class_names) <= set(_subfolders(folder)):
+                raise ValueError(f"{folder} is no split by its name; rename it to train, val or test, or move it away.")
+            if self.mask_root is None or not self.mask_root.is_relative_to(folder):
+                self._notes.append(f"  left out folder {folder.name} beside train")
 
     def _apart(self, records: list[Record], held_out: list[Record]) -> list[Record]:
         kept, notes = without_copies(records, held_out)
@@ -187,6 +228,11 @@ class ImageFolder(ImageDataModule):
         if not files:
             raise ValueError(f"Class folder {folder} has no image; remove it or put images there.")
         masks = self._masks(part, folder.name)
+        stems = {file.stem for file in files}
+        self._seen.others += other_files(folder)
+        self._seen.images += len(files)
+        self._seen.masked += len(stems & masks.keys())
+        self._seen.alone += [path for stem, (path, *_) in masks.items() if stem not in stems]
         return [Record(f"{folder.name}/{f.name}", label, f, masks.get(f.stem, ())) for f in files]
 
     def _masks(self, part: str, name: str) -> dict[str, tuple[Path, ...]]:

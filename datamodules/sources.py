@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from datamodules.checks import check_image
 from datamodules.files import (
     Box,
     centre,
-    check_image,
     contents,
     crop,
     digest,

@@ -211,6 +211,17 @@ def test_fingerprint_follows_labels_files_and_settings(small_idrid: Path) -> Non
     assert prints() != first
 
 
+@pytest.mark.parametrize(("world", "batch_size"), [(1, 10), (2, 6), (4, 4)])
+def test_dropping_the_only_training_batch_is_refused(world: int, batch_size: int) -> None:
+    data = SyntheticFundus(n_train=9, n_val=4, n_test=4, batch_size=batch_size, drop_last=True)
+    data.trainer = SimpleNamespace(world_size=world, global_rank=0)  # type: ignore[assignment]
+    message = f"leaves no batch of 9 images with batch_size {batch_size} on each of {world} processes"
+    with pytest.raises(ValueError, match=message):
+        data.train_dataloader()
+    data.batch_size -= 1
+    assert len(data.train_dataloader()) == 1
+
+
 class _Forgetful(ImageDataModule):
     """Names no setting in the identity of its source."""
 

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import cv2
@@ -6,10 +7,10 @@ import pytest
 from PIL import ExifTags, Image
 from small_data import write_image
 
+from datamodules.checks import check_image
 from datamodules.files import (
     BLOCK,
     BadImageError,
-    check_image,
     contents,
     crop,
     data_root,
@@ -68,6 +69,57 @@ def test_truncated_images_are_found(tmp_path: Path, suffix: str, reason: str, pa
     assert reason in str(check_image(path))
 
 
+@pytest.mark.parametrize("suffix", ["bmp", "tif", "webp"])
+@pytest.mark.parametrize("part", [0.5, 0.99])
+def test_truncated_images_without_an_end_marker_are_found(tmp_path: Path, suffix: str, part: float) -> None:
+    path = tmp_path / f"image.{suffix}"
+    write_image(path, 0, (200, 200, 3))
+    data = path.read_bytes()
+    path.write_bytes(data[: int(part * len(data))])
+    assert re.search("cannot be decoded|is not an image", str(check_image(path)))
+
+
+def test_damaged_data_of_a_png_are_found(tmp_path: Path) -> None:
+    path = tmp_path / "image.png"
+    write_image(path, 0, (200, 200, 3))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    path.write_bytes(data)
+    assert check_image(path) == "is damaged (a checksum does not fit)"
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_values_of_32_bits_are_found_and_left_out(tmp_path: Path, kind: type) -> None:
+    Image.fromarray(np.arange(1600, dtype=kind).reshape(40, 40)).save(tmp_path / "bad.tif")
+    good, notes = readable([Record("bad", 0, tmp_path / "bad.tif")], "skip", [tmp_path])
+    assert not good
+    assert "neither 8 nor 16 bits" in notes[0]
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_data_behind_the_end_are_no_damage(tmp_path: Path, suffix: str) -> None:
+    """The photos of telephones carry a film there."""
+    path = tmp_path / f"image.{suffix}"
+    write_image(path, 0)
+    path.write_bytes(path.read_bytes() + bytes(5000))
+    assert check_image(path) is None
+    assert read_image(path).shape == (40, 60, 3)
+
+
+def test_only_the_ends_of_a_jpeg_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_image(tmp_path / "image.jpg", 0)
+    monkeypatch.setattr(cv2, "imdecode", None)
+    assert check_image(tmp_path / "image.jpg") is None
+
+
+def test_reading_advises_no_setting(tmp_path: Path) -> None:
+    """What the check has let pass `on_bad_image: skip` would not leave out."""
+    write_image(tmp_path / "image.bmp", 0)
+    (tmp_path / "image.bmp").write_bytes((tmp_path / "image.bmp").read_bytes()[:3000])
+    with pytest.raises(BadImageError, match=r"image\.bmp cannot be decoded; replace it or take it out of the data\.$"):
+        read_image(tmp_path / "image.bmp")
+
+
 def test_other_bad_files_are_found(tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("not an image")
     (tmp_path / "empty.jpg").touch()
@@ -92,6 +144,43 @@ def test_colours_come_as_rgb_and_other_formats_are_converted(tmp_path: Path) -> 
     cv2.imwrite(str(tmp_path / "deep.png"), np.full((8, 8), 51200, np.uint16))
     assert read_image(tmp_path / "deep.png")[0, 0].tolist() == [200, 200, 200]
     assert read_mask(tmp_path / "grey.png").all()
+
+
+MASK = np.zeros((6, 8), dtype=bool)
+MASK[1:3, 2:7] = True
+MASK[4, 0] = True
+
+
+def saved_mask(path: Path, kind: str) -> None:
+    colours = np.zeros((6, 8, 3), dtype=np.uint8)
+    colours[MASK] = (0, 0, 4)
+    palette = Image.fromarray(MASK.astype(np.uint8))
+    palette.putpalette([0, 0, 0, 1, 0, 0])
+    made = {
+        "16 bit": Image.fromarray(np.where(MASK, 1, 0).astype(np.uint16)),
+        "dark blue": Image.fromarray(colours),
+        "dark blue and opaque": Image.fromarray(colours).convert("RGBA"),
+        "palette": palette,
+        "1 bit": Image.fromarray(MASK),
+        "255": Image.fromarray(MASK.astype(np.uint8) * 255),
+    }
+    made[kind].save(path)
+
+
+@pytest.mark.parametrize("kind", ["16 bit", "dark blue", "dark blue and opaque", "palette", "1 bit", "255"])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_every_pixel_of_a_mask_that_is_not_0_belongs_to_it(tmp_path: Path, kind: str, suffix: str) -> None:
+    saved_mask(tmp_path / f"mask.{suffix}", kind)
+    mask = read_mask(tmp_path / f"mask.{suffix}")
+    assert mask.dtype == bool
+    assert (mask == MASK).all()
+
+
+def test_masks_are_turned_as_images_are(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(np.where(MASK, 3, 0).astype(np.uint16)).save(tmp_path / "mask.png", exif=exif)
+    assert (read_mask(tmp_path / "mask.png") == np.rot90(MASK, -1)).all()
 
 
 def test_crop_and_squash() -> None:

@@ -2,6 +2,7 @@ import os
 import shutil
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -129,6 +130,81 @@ def test_problems_are_named(pictures: Path) -> None:
     (pictures / "test" / "a").mkdir(parents=True)
     with pytest.raises(ValueError, match="test has other class folders than training: a, b are needed"):
         folder(pictures).setup("fit")
+
+
+def write_splits(root: Path, *parts: str) -> Path:
+    for number, part in enumerate(parts):
+        for name in ("cat", "dog"):
+            for i in range(4):
+                write_image(root / part / name / f"{i}.png", 100 * number + 10 * (name == "dog") + i)
+    return root
+
+
+@pytest.mark.parametrize("name", ["valid", "Validation", "dev", "more"])
+def test_a_split_of_another_name_is_refused(tmp_path: Path, name: str) -> None:
+    root = write_splits(tmp_path / "given", "train", "test", name)
+    with pytest.raises(ValueError, match=rf"given/{name} is no split by its name; rename it to train, val or test"):
+        folder(root).report()
+
+
+def test_splits_of_other_names_are_no_classes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"given holds Test, Train; rename them to train, val and test"):
+        _ = folder(write_splits(tmp_path / "given", "Train", "Test")).class_names
+
+
+def test_other_folders_beside_train_are_noted(tmp_path: Path) -> None:
+    root = write_splits(tmp_path / "given", "train", "val", "test")
+    shutil.copytree(root / "train", root / "regions" / "train")
+    (root / "papers").mkdir()
+    report = folder(root, mask_root=root / "regions", mean=[0.5] * 3, std=[0.5] * 3).report()
+    assert "left out folder papers beside train" in report
+    assert "folder regions" not in report
+
+
+def test_files_of_other_kinds_are_counted(pictures: Path) -> None:
+    for i in range(3):
+        (pictures / "cat" / f"{i}.GIF").touch()
+    (pictures / "dog" / "notes.txt").touch()
+    (pictures / "dog" / ".hidden").touch()
+    (pictures / "dog" / "deeper").mkdir()
+    report = folder(pictures, mean=[0.5] * 3, std=[0.5] * 3).report()
+    assert "left out 5 entries that no image is named like: 3 .gif, 1 .txt, 1 folder" in report
+
+
+def test_masks_that_fit_no_image_are_refused(pictures: Path) -> None:
+    masks = pictures.parent / "regions"
+    for i in range(3):
+        write_image(masks / "cat" / f"{i:02d}_mask.png", i)
+    with pytest.raises(ValueError, match=r"regions has no mask with the name of an image \(.*00_mask\.png fits none\)"):
+        folder(pictures, mask_root=masks).report()
+    write_image(masks / "cat" / "00.png", 5)
+    report = folder(pictures, mask_root=masks, mean=[0.5] * 3, std=[0.5] * 3).report()
+    assert "left out 3 masks without an image, such as" in report
+    assert "  1 of 30 images have a mask" in report
+    with pytest.raises(ValueError, match=r"cat has no mask with the name of an image \(it has none in the folders"):
+        folder(pictures, mask_root=masks / "cat").report()
+
+
+def test_a_channel_that_never_changes_is_divided_by_1(tmp_path: Path) -> None:
+    """Also one whose value is no fraction of a power of two, where a variance made of rounded sums is not 0."""
+    for name in ("cat", "dog"):
+        for i in range(6):
+            pixels = np.random.default_rng(i).integers(0, 256, (37, 41, 3), dtype=np.uint8)
+            pixels[..., 0], pixels[..., 2] = 77, 0
+            (tmp_path / "pictures" / name).mkdir(parents=True, exist_ok=True)
+            assert cv2.imwrite(str(tmp_path / "pictures" / name / f"{i}.png"), pixels)
+    data = folder(tmp_path / "pictures", batch_size=4)
+    assert data.std[::2] == [1.0, 1.0]
+    assert 0.1 < data.std[1] < 0.4
+    for batch in data.test_dataloader():
+        assert batch["image"].isfinite().all()
+        assert (batch["image"][:, ::2].abs() < 1e-6).all()
+
+
+@pytest.mark.parametrize("std", [[0.0, 0.2, 0.2], [0.2, -0.1, 0.2], [0.2, 0.2, float("nan")]])
+def test_a_std_that_is_not_above_0_is_refused(pictures: Path, std: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"std is \[.*\]; what pixels are divided by must be above 0"):
+        folder(pictures, mean=[0.5] * 3, std=std)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import json
 import shutil
 import tarfile
 
+import cv2
 import fsspec
 import numpy as np
 import pytest
@@ -183,3 +184,17 @@ def test_damage_is_named(shards, kind):
 def test_shards_of_no_samples_are_refused(pictures, tmp_path):
     with pytest.raises(ValueError, match="samples_per_shard is 0"):
         write_shards(pictures[0], tmp_path, 0)
+
+
+def test_shards_of_a_channel_that_never_changes_can_be_read(tmp_path):
+    for name in ("ant", "bee"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for m in range(6):
+            pixels = np.random.default_rng(m).integers(0, 256, (20, 20, 3), dtype=np.uint8)
+            pixels[..., 0] = 0
+            assert cv2.imwrite(str(tmp_path / "data" / name / f"{m}.png"), pixels)
+    folder = ImageFolder(tmp_path / "data", image_size=16, cache_dir=tmp_path / "cache")
+    write_shards(folder, tmp_path / "shards", 4)
+    data = TarShards(tmp_path / "shards")
+    assert data.std == folder.std
+    assert data.std[2] == 1.0

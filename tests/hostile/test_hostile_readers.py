@@ -26,7 +26,8 @@ from hypothesis import strategies as st
 from small_voc import annotation, write_voc, xml
 
 from datamodules import CUB, VOC, IDRiD, ImageFolder, Magnetogram
-from datamodules.files import MAX_PIXELS, BadImageError, check_image, read_image
+from datamodules.checks import check_image
+from datamodules.files import MAX_PIXELS, BadImageError, read_image
 from datamodules.fits import image_layout
 from datamodules.flares import Columns
 from datamodules.voc_files import MAX_XML, read_annotation
