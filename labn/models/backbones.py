@@ -26,6 +26,7 @@ OWN: dict[str, Callable[..., nn.Module]] = {
     "lambda_resnet": LambdaResNet,
     "magnetogram_net": magnetogram_net,
 }
+WITHOUT_AUXILIARY = {"aux1": None, "aux2": None, "AuxLogits": None, "aux_logits": False}
 
 
 def build_network(
@@ -42,7 +43,8 @@ def build_network(
             (`timm/resnet50d`), any of these after `cbam/` (`cbam/resnet50`: with a CBAM block behind its last feature
             maps, `labn.models.cbam.with_cbam`), or a ready module, returned as it is.
         num_classes: number of classes; a ready module must have as many.
-        in_channels: channels of the images; where torchvision fixes 3, the first convolution is made anew.
+        in_channels: channels of the images; where torchvision fixes 3, the first convolution is made anew. GoogLeNet
+            and Inception v3 come without their auxiliary classifiers, whose weights in a file go unused.
         weights: local file to start from, taken as `labn.models.checkpoints.load_backbone` does.
         options: further arguments of the network's own constructor.
 
@@ -206,9 +208,20 @@ def _from_torchvision(name: str, num_classes: int, in_channels: int, options: di
             "with a CBAM block after 'cbam/'."
         )
     network = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
+    _drop_auxiliary_heads(network)
     if in_channels != 3:
         _change_input(network, in_channels)
     return network
+
+
+def _drop_auxiliary_heads(network: nn.Module) -> None:
+    """Take away the classifiers halfway up GoogLeNet and Inception v3, as torchvision does for its trained ones.
+
+    Nothing here computes their losses: they would stay random, and DDP stops at parameters without a gradient.
+    """
+    for name, value in WITHOUT_AUXILIARY.items():
+        if hasattr(network, name):
+            setattr(network, name, value)
 
 
 def _change_input(network: nn.Module, in_channels: int) -> None:

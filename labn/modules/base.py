@@ -52,10 +52,23 @@ class CheckedModule(pl.LightningModule):
 
         Here and not in `on_fit_start`: the first gradients that DDP reduces are laid out as the parameters were when it
         was made, and those of kernels above 1x1 come out permuted where the layout has changed since.
+
+        Raises:
+            ValueError: the data module's images have other channels than the network was built for.
         """
+        self._check_channels()
         if stage == "fit":
             self.memory_format = torch.channels_last
             self.network.to(memory_format=torch.channels_last)
+
+    def _check_channels(self) -> None:
+        data = getattr(self._trainer, "datamodule", None)
+        given, built = getattr(data, "channels", None), self.hparams.get("in_channels")
+        if None not in (given, built) and given != built:
+            raise ValueError(
+                f"model.init_args.in_channels is {built}, but images of {type(data).__name__} have {given} channels; "
+                f"set it to {given}."
+            )
 
     def note_random_weights(self, report: LoadReport | None) -> None:
         """Print what a file of weights gave, and remember the network's parameters that it left random (None: all)."""

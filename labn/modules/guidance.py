@@ -9,15 +9,18 @@ gradient reaches the map ties it directly (`mask_grad`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from labn.explainers.base import resize_maps
+from labn.fills import FILLS
 from labn.modules.losses import kl_divergence
 from labn.patches import patch_pool, patches_to_pixels, top_patches
 
@@ -73,7 +76,7 @@ class SaliencyGuidance:
         keep_probabilities: one probability per keep ratio; None draws uniformly.
         patch_size: side of a patch in pixels; several are drawn from, per batch, with `patch_probabilities`.
         patch_probabilities: one probability per patch size; None draws uniformly.
-        fill: what replaces the other pixels: bias, black, mean, blur or uniform.
+        fill: what replaces the other pixels, by a name of `labn.fills`: bias, black, mean, blur, uniform, ...
         source: `attention` (the model's map) or `gradient` (absolute input gradient, Ismail et al. 2021).
         mask_grad: `straight_through`, `detached` or `soft`.
         deletion_share: share of the steps that show the complement instead: what is left without the salient pixels
@@ -82,9 +85,13 @@ class SaliencyGuidance:
         map_weight: weight of mean(attention), which keeps a soft mask from opening everywhere.
         direction: `original_masked` is D_KL(p(x) || p(x~)), `masked_original` the reverse.
         detach_target: no gradient through p(x) in the KL term.
-        branch_loss_on: `original` image, or `masked` as the branch code (by a side effect) does.
+        branch_loss_on: `original` image, or `masked` as the branch code (by a side effect) does; steps that delete the
+            salient pixels take the original's, whose evidence is there.
         masked_bn: `train` normalises masked images by their batch, `frozen` by the running statistics.
         seed: of the drawn keep ratios, patch sizes and of the uniform fill.
+
+    Raises:
+        ValueError: a choice, number or list that no training can follow; the message names the field.
     """
 
     kl_weight: float = 0.5
@@ -107,6 +114,7 @@ class SaliencyGuidance:
 
     def __post_init__(self) -> None:
         allowed = {
+            "fill": tuple(FILLS),
             "source": ("attention", "gradient"),
             "mask_grad": tuple(MASK_GRADIENTS),
             "direction": ("original_masked", "masked_original"),
@@ -118,10 +126,20 @@ class SaliencyGuidance:
                 raise ValueError(f"guidance.{name} is {getattr(self, name)!r}; it must be one of {', '.join(values)}.")
         if self.source == "gradient" and self.mask_grad != "detached":
             raise ValueError("guidance.source 'gradient' gives a constant map; set guidance.mask_grad to 'detached'.")
-        self._ratios = self.keep_ratio if isinstance(self.keep_ratio, list) else [self.keep_ratio]
-        self._sizes = self.patch_size if isinstance(self.patch_size, list) else [self.patch_size]
-        if not all(0 < ratio <= 1 for ratio in self._ratios):
+        self._ratios, self._sizes = _listed(self.keep_ratio), _listed(self.patch_size)
+        if not self._ratios or not all(0 < ratio <= 1 for ratio in self._ratios):
             raise ValueError(f"guidance.keep_ratio is {self.keep_ratio}; shares lie in (0, 1].")
+        if not self._sizes or not all(size >= 1 and size == int(size) for size in self._sizes):
+            raise ValueError(
+                f"guidance.patch_size is {self.patch_size}; sides are whole numbers of pixels, at least 1."
+            )
+        if not 0 <= self.deletion_share <= 1:
+            raise ValueError(f"guidance.deletion_share is {self.deletion_share}; a share lies in [0, 1].")
+        for name in ("kl_weight", "map_weight"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"guidance.{name} is {getattr(self, name)}; a weight is not negative.")
+        _check_probabilities("keep", self.keep_probabilities, "keep_ratio", self._ratios)
+        _check_probabilities("patch", self.patch_probabilities, "patch_size", self._sizes)
 
     def mask(self, maps: Tensor, step: int) -> Tensor:
         """Weights (B, H, W) of the original pixels for maps (B, H, W); `step` seeds what is drawn."""
@@ -141,6 +159,22 @@ class SaliencyGuidance:
         original = logits.detach() if self.detach_target else logits
         p, q = original.log_softmax(dim=1), masked_logits.log_softmax(dim=1)
         return kl_divergence(p, q) if self.direction == "original_masked" else kl_divergence(q, p)
+
+
+def _listed(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, (list, tuple)) else [given]
+
+
+def _check_probabilities(kind: str, given: Sequence[float] | None, of: str, values: Sequence[float]) -> None:
+    if given is None:
+        return
+    if len(given) != len(values) or len(values) == 1:
+        raise ValueError(
+            f"guidance.{kind}_probabilities has {len(given)} and guidance.{of} {len(values)} values; give one "
+            "probability for each of several values, or none."
+        )
+    if not (all(0 <= value < math.inf for value in given) and sum(given) > 0):
+        raise ValueError(f"guidance.{kind}_probabilities is {given}; give numbers that are not negative, nor all 0.")
 
 
 def draw(values: Sequence[float], probabilities: Sequence[float] | None, generator: torch.Generator) -> float:

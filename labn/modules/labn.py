@@ -172,7 +172,9 @@ class LABN(ClassificationModule):
         count = len(images)
         target = masked.logits[count:].detach().expand_as(output.logits) if deletes else output.logits
         terms = {"kl": guidance.divergence(target, masked.logits[:count]), "map_mean": output.attention.mean()}
-        return terms, replace(masked, branch_logits=masked.branch_logits[:count])
+        # What is left without the evidence must not teach the branch the class.
+        branch_logits = output.branch_logits if deletes else masked.branch_logits[:count]
+        return terms, replace(masked, branch_logits=branch_logits)
 
     def epoch_metrics(self, stage: str) -> dict[str, Metric]:
         """Those of every classifier, and while fitting the health of the gate."""

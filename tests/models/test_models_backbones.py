@@ -1,11 +1,13 @@
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
 from labn.models import backbone_of, build_network, lambda_resnet26, lambda_resnet38, lambda_resnet50, magnetogram_net
 from labn.models.backbones import final_linear, input_channels
 from labn.models.cbam import CBAM
+from labn.models.checkpoints import load_backbone
 from labn.models.lambda_resnet import LambdaBottleneck
 
 
@@ -97,6 +99,22 @@ def test_other_input_channels():
         network = build_network(name, 2, in_channels=5)
         assert next(m for m in network.modules() if isinstance(m, nn.Conv2d)).weight.shape[1] == 5
     assert build_network("resnet18", 7, in_channels=5).eval()(torch.randn(1, 5, 64, 64)).shape == (1, 7)
+
+
+@pytest.mark.parametrize(("name", "side"), [("googlenet", 64), ("inception_v3", 75)])
+def test_every_parameter_of_a_network_with_auxiliary_classifiers_trains(name, side, tmp_path):
+    torch.manual_seed(0)
+    whole = torchvision.models.get_model(name, weights=None, num_classes=3, init_weights=False, aux_logits=True)
+    torch.save(whole.state_dict(), tmp_path / "weights.pt")
+    network = build_network(name, num_classes=3, weights=str(tmp_path / "weights.pt"), init_weights=False).train()
+    logits = network(torch.randn(2, 3, side, side))
+    logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters())
+    own, given = network.state_dict(), whole.state_dict()
+    assert all(torch.equal(own[key], given[key]) for key in own if "running" not in key and "num_batches" not in key)
+    report = load_backbone(network, tmp_path / "weights.pt")
+    assert not report.fresh
+    assert {key.partition(".")[0] for key in report.unused} <= {"aux1", "aux2", "AuxLogits"}
 
 
 def test_unknown_names_are_refused():

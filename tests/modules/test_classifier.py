@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from datamodules import SyntheticFundus
 from labn.models import build_network
 from labn.models.cbam import CBAM
 from labn.modules import Classifier
@@ -84,6 +85,23 @@ def test_cbam_and_head_learn_faster(weights):
 def test_options_reach_the_backbone():
     module = Classifier("googlenet", 7, backbone_options={"dropout": 0.125, "init_weights": False})
     assert [m.p for m in module.network.modules() if isinstance(m, torch.nn.Dropout)][-1] == 0.125
+
+
+def coloured(channels):
+    data = SyntheticFundus(image_size=64, n_train=4, n_val=4, n_test=4, batch_size=2)
+    data.channels = channels
+    return data
+
+
+@pytest.mark.parametrize("stage", ["fit", "test"])
+def test_images_of_other_channels_are_refused_in_one_sentence(weights, stage):
+    message = r"^model.init_args.in_channels is 3, but images of SyntheticFundus have 1 channels; set it to 1\.$"
+    with pytest.raises(ValueError, match=message):
+        getattr(trainer(), stage)(Classifier("timm/resnet10t", 7, backbone_ckpt=str(weights)), datamodule=coloured(1))
+
+
+def test_images_of_the_same_channels_are_trained_on():
+    trainer(fast_dev_run=True).fit(Classifier("timm/resnet10t", 2), datamodule=coloured(3))
 
 
 def test_top_error_counts_labels_outside_of_the_five_largest_logits():

@@ -82,6 +82,19 @@ def test_kl_weight_changes_the_gradient_under_every_option(options):
     assert (gradients[0] - gradients[1]).abs().max() > 1e-6
 
 
+@pytest.mark.parametrize(("share", "expected"), [(0.0, "masked"), (1.0, "original")])
+def test_branch_loss_is_never_that_of_an_image_without_its_evidence(share, expected):
+    options = {"fill": "black", "branch_loss_on": "masked", "deletion_share": share, "mask_grad": "detached"}
+    built = module(guidance=SaliencyGuidance(keep_ratio=0.5, **options))
+    made = []
+    built.network.register_forward_hook(lambda net, args, output: made.append(output.branch_logits))
+    terms, _ = built.losses(batch(), "train")
+    by_image = {"original": made[0], "masked": made[1][:4]}
+    losses = {name: float(built.criterion(logits.detach(), batch()["label"])) for name, logits in by_image.items()}
+    assert losses["original"] != pytest.approx(losses["masked"], abs=1e-4)
+    assert float(terms["branch_loss"]) == pytest.approx(losses[expected], abs=1e-6)
+
+
 def test_keep_ratio_one_gives_no_divergence():
     terms, _ = module(guidance=SaliencyGuidance(fill="black", keep_ratio=1.0)).losses(batch(), "train")
     assert terms["kl"].item() == pytest.approx(0, abs=1e-6)
