@@ -32,7 +32,16 @@ import callbacks
 import datamodules
 import labn.explainers
 import labn.modules
-from callbacks.checkpoint import BEST, LAST, RunCheckpointIO, find_checkpoint, has_last, is_last
+from callbacks.checkpoint import (
+    BEST,
+    LAST,
+    RunCheckpointIO,
+    find_checkpoint,
+    has_last,
+    is_last,
+    named_classes,
+    refuse_unseen_monitors,
+)
 from callbacks.strategies import refuse_sharded
 from callbacks.terminal import SentenceParser, no_advertisement, say_figures, say_taken_over
 from callbacks.wandb_logger import RunWandbLogger, first_line
@@ -72,6 +81,10 @@ class RunConfigCallback(SaveConfigCallback):
             text = self.parser.dump(config, skip_none=False)
             write_atomically(run_dir / f"{trainer.state.fn.value}.yaml", text.encode())
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse schedules that could not work; before, they were not there to look at."""
+        refuse_unseen_monitors(trainer)
+
 
 class LabnCLI(LightningCLI):
     """LightningCLI with one run folder per configuration, and checkpoints found by `best` and `last`."""
@@ -103,8 +116,9 @@ class LabnCLI(LightningCLI):
         )
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
 
-    def before_instantiate_classes(self) -> None:
-        """Settle the run folder, the loggers and the checkpoint before anything is built."""
+    def _settle(self) -> None:
+        """Settle the run folder and the checkpoint before anything is built."""
+        self.subcommand = self.config["subcommand"]
         config = self.config[self.subcommand]
         run_dir = Path(config.run_dir or Path("runs") / self._experiment())
         config.run_dir = str(run_dir)
@@ -135,6 +149,7 @@ class LabnCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Keep an earlier fit apart from one that begins; by now the ranks are known, and nobody has opened a file."""
+        refuse_unseen_monitors(self.trainer)
         aside = None
         if self._begins() and self.trainer.is_global_zero:
             aside = earlier_fit.move_aside(Path(self.config[self.subcommand].run_dir))
@@ -156,18 +171,22 @@ class LabnCLI(LightningCLI):
         return {**super()._prepare_subcommand_kwargs(subcommand), **quiet}
 
     def _parse_ckpt_path(self) -> None:
-        """Let Lightning take a checkpoint's hyper-parameters over, once they are seen to name no foreign class."""
-        config = self.config.get(self.config.get("subcommand") or "") or {}
+        """Let Lightning take a checkpoint's hyper-parameters over, once they are seen to name no foreign class.
+
+        `best` and `last` are found first, so that they are tested as the same network as the file that they name.
+        """
+        self._settle()
+        config = self.config[self.subcommand]
         path = config.get("ckpt_path")
         if not path or not Path(path).is_file():
             return
         content = read_checkpoint(path)
         asked = config.get("model") or {}
-        refuse_foreign_classes(path, content, {str(asked.get("class_path"))})
+        refuse_foreign_classes(path, content, named_classes(asked))
         refuse_other_class(path, content, asked.get("class_path"))
         with torch.serialization.safe_globals(own_data(Path(path))):
             super()._parse_ckpt_path()
-        say_taken_over(path, asked, self.config[self.config["subcommand"]].get("model") or {})
+        say_taken_over(path, asked, self.config[self.subcommand].get("model") or {})
 
     def _begins(self) -> bool:
         """Whether this is a fit that goes on from no checkpoint, and leaves files."""
@@ -305,10 +324,11 @@ def run_command(name: str, argv: Sequence[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line on `argv`, the process's own arguments by default."""
-    words = expand_parts(sys.argv[1:] if argv is None else argv)
-    if words and words[0] in COMMANDS:
-        run_command(words[0], words[1:])
+    given = list(sys.argv[1:] if argv is None else argv)
+    if given and given[0] in COMMANDS:
+        run_command(given[0], given[1:])
         return
+    words = expand_parts(given)
     known = [*LabnCLI.subcommands(), *COMMANDS]
     if words and not words[0].startswith("-") and words[0] not in known:
         near = difflib.get_close_matches(words[0], known, n=1)

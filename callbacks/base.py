@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -43,6 +44,11 @@ class ExplainingCallback(pl.Callback):
         self.val_images, self.test_images = val_images, test_images
         self.every_n_epochs, self.target = every_n_epochs, str(target)
         self._session: Session | None = None
+
+    @property
+    def folder(self) -> Path | None:
+        """Results folder of the present stage; None before one has begun, and where another callback owns it."""
+        return None if self._session is None else self._session.store.folder
 
     @property
     def engine_options(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
@@ -77,6 +78,14 @@ def find_checkpoint(run_dir: Path, which: str) -> str:
     raise ValueError(
         f"--ckpt_path {which}: {wanted} {reason}; give another checkpoint, or run fit without --ckpt_path."
     )
+
+
+def named_classes(thing: Any) -> set[str]:
+    """Class paths that a part of a configuration names, at any depth."""
+    plain = vars(thing) if isinstance(thing, Namespace) else thing
+    items = list(plain.values()) if isinstance(plain, dict) else plain if isinstance(plain, (list, tuple)) else []
+    own = {str(plain["class_path"])} if isinstance(plain, dict) and "class_path" in plain else set()
+    return own.union(*map(named_classes, items))
 
 
 class RunCheckpointIO(PlainCheckpointIO):
@@ -168,6 +177,27 @@ class RunCheckpoint(ModelCheckpoint):
             if isinstance(callback, EarlyStopping) and callback.wait_count >= max(callback.patience, 1):
                 trainer.should_stop = True
                 rank_zero_info(f"{callback.monitor} had not improved for {callback.wait_count} epochs: fit is over.")
+
+
+def refuse_unseen_monitors(trainer: pl.Trainer) -> None:
+    """Stop a fit without validation where early stopping or a schedule goes by what only a validation logs.
+
+    Schedules are there from the start of training on.
+
+    Raises:
+        ValueError: it would fail at the end of its first epoch.
+    """
+    if trainer.limit_val_batches != 0:
+        return
+    stopping = [c for c in callbacks_of(trainer) if isinstance(c, EarlyStopping) and c.strict]
+    schedules = [c for c in trainer.lr_scheduler_configs if c.reduce_on_plateau and c.strict]
+    watched = [*((type(c), c.monitor) for c in stopping), *((type(c.scheduler), c.monitor) for c in schedules)]
+    for kind, monitor in watched:
+        if str(monitor).startswith("val/"):
+            raise ValueError(
+                f"trainer.limit_val_batches is 0, so that {kind.__name__} never sees {monitor}, which it goes by; "
+                "validate on something, as with trainer.limit_val_batches 1."
+            )
 
 
 def epoch_is_over(trainer: pl.Trainer) -> bool:

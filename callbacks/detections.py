@@ -73,6 +73,11 @@ class DetectionCallback(pl.Callback):
         self._folder: Path | None = None
         self._chosen: set[int] = set()
 
+    @property
+    def folder(self) -> Path | None:
+        """Results folder of the present stage; None before one has begun."""
+        return self._folder
+
     # When
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

@@ -75,6 +75,7 @@ class EvaluationCallback(ExplainingCallback):
         self.settings = {"fill": fill, "positives_only": positives_only, **(metric_options or {})}
         self.chunk_size, self.fold, self.precision = chunk_size, fold, precision
         self.metrics: dict[str, SampleMetric] = {}
+        self._scored: set[int] = set()
         names = list(dict.fromkeys([*self.test_names, *self.val_names]))
         for name in names:
             metric_by_name(name, mean=None, std=None, bias=None, **self.settings)
@@ -102,19 +103,20 @@ class EvaluationCallback(ExplainingCallback):
         self._bias = describe(bias)
         common = {**shared, "bias": self._bias, **self.engine_options, "chunk_size": None}
         self.keys = {name: digest(name, describe(common)) for name in self.names}
-        self.from_disk = 0
+        self.from_disk, self._scored = 0, set()
         share = -(-len(session.subset or ()) // trainer.world_size)
         session.expect(share * len(session.explainers))
 
     def work(self, trainer: pl.Trainer, session: Session, batch: Batch) -> None:
         """Score the batch, explainer by explainer, with the metrics whose values are not on disk yet."""
         numbers, parts = set(batch.indices.tolist()), []
+        self._scored |= numbers
         for explainer in session.explainers:
             done = session.store.scored(explainer, session.keys[explainer], self.keys, numbers)
             missing = [name for name in self.names if not numbers <= done[name]]
             if missing:
                 parts.append(self._score(session, batch, explainer, missing))
-            else:
+            elif self.names:
                 self.from_disk += len(numbers)
             session.progress.advance(len(numbers), computed=bool(missing))
         # An explainer takes forwards over from those before it, and what runs beside an input moves its last digits.
@@ -156,8 +158,8 @@ class EvaluationCallback(ExplainingCallback):
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, session: Session) -> None:
         """Merge (rank zero), print and log; a collective."""
-        count = torch.tensor(float(self.from_disk), device=pl_module.device)
-        total = int(trainer.strategy.reduce(count, reduce_op="sum"))
+        counts = torch.tensor([float(self.from_disk), float(len(self._scored))], device=pl_module.device)
+        total, scored = map(int, trainer.strategy.reduce(counts, reduce_op="sum"))  # type: ignore[arg-type]
         if total:
             rank_zero_info(
                 f"Took the scores of {total} samples (counted per explainer) from disk ({session.store.folder})."
@@ -168,18 +170,15 @@ class EvaluationCallback(ExplainingCallback):
         plan = Plan(session.keys, metrics, frozenset(session.subset or ()), counted)
         means: dict[str, float] = {}
         if trainer.is_global_zero:
-            means = self._merge(trainer, session, plan)
+            means = self._merge(trainer, session, plan, scored)
         means = trainer.strategy.broadcast(means)
         for name, value in means.items():
             pl_module.log(f"{session.split}/{name}", value, rank_zero_only=False, sync_dist=False)
 
-    def _merge(self, trainer: pl.Trainer, session: Session, plan: Plan) -> dict[str, float]:
+    def _merge(self, trainer: pl.Trainer, session: Session, plan: Plan, scored: int) -> dict[str, float]:
         data = trainer.datamodule  # type: ignore[attr-defined]
         manifest = {
-            **session.identity,
-            "explainers": {name: describe(e) for name, e in session.explainers.items()},
-            "target": session.target,
-            "class_names": list(data.class_names),
+            **session.facts,
             "metrics": self._asked(),
             "settings": {**self.settings, "bias": self._bias, **self.engine_options},
             "positive_classes": self._positives,
@@ -192,6 +191,7 @@ class EvaluationCallback(ExplainingCallback):
             lambda i: data.sample_name(session.split, i),
             manifest,
             None if groups is None else dict(enumerate(groups.tolist())),
+            scored,
         )
         if trainer.state.fn != "fit":
             print(f"\n{session.store.folder}: mean [95 % interval]\n{summary_table(summary, self._headline())}")

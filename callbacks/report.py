@@ -22,7 +22,7 @@ from labn.plots import displayable
 from labn.report import Picture, RunInfo, make_card, read_stage, render, run_report
 from labn.report.cards import Card, fill_uri, steps_text
 from labn.report.results import CARDS
-from labn.store import digest, write_atomically
+from labn.store import write_atomically
 
 FINE_GRID = 1024
 
@@ -78,7 +78,7 @@ class ReportCallback(ExplainingCallback):
         metric = player_metric(trainer)
         if metric is not None:
             self._add_steps(data, session, batch, maps, dict(zip(rows, cards)), metric)
-        path = self._folder(session) / f"{int(batch.indices[rows[0]]):07d}.r{trainer.global_rank}.json"
+        path = session.store.folder / "cards" / f"{int(batch.indices[rows[0]]):07d}.r{trainer.global_rank}.json"
         write_atomically(path, json.dumps(cards).encode())
 
     def _card(self, data: Any, session: Session, batch: Batch, maps: dict[str, Tensor], row: int) -> Card:
@@ -124,10 +124,6 @@ class ReportCallback(ExplainingCallback):
                     for fill in fills
                 ]
 
-    def _folder(self, session: Session) -> Path:
-        kind = digest(session.keys, self.picture_side, self.map_side, sorted(self._chosen))
-        return session.store.folder / "cards" / kind
-
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the page of this validation."""
         self._write(trainer)
@@ -144,7 +140,7 @@ class ReportCallback(ExplainingCallback):
         trainer.strategy.barrier("labn-report")
         if not trainer.is_global_zero:
             return
-        collect_cards(session.store.folder, self._folder(session), self._chosen)
+        collect_cards(session.store.folder, self._chosen)
         for logger in trainer.loggers:
             if isinstance(logger, CSVLogger):
                 logger.save()
@@ -188,9 +184,10 @@ def stage_figures(trainer: pl.Trainer, split: str) -> dict[str, float]:
     return {n: v for n, v in logged.items() if n.startswith(f"{split}/") and n.count("/") == 1 and math.isfinite(v)}
 
 
-def collect_cards(stage: Path, folder: Path, chosen: set[int]) -> None:
+def collect_cards(stage: Path, chosen: set[int]) -> None:
     """Merge the cards of all ranks, each sample once and in order, into the stage's `cards.json`."""
-    cards = {card["index"]: card for path in sorted(folder.glob("*.json")) for card in json.loads(path.read_text())}
+    paths = sorted((stage / "cards").glob("*.json"))
+    cards = {card["index"]: card for path in paths for card in json.loads(path.read_text())}
     kept = [card for index, card in sorted(cards.items()) if index in chosen]
     write_atomically(stage / CARDS, json.dumps(kept).encode())
-    shutil.rmtree(folder.parent, ignore_errors=True)
+    shutil.rmtree(stage / "cards", ignore_errors=True)

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from labn.explainers import Explainer, TruthMap
 from labn.perturb import PerturbationEngine
-from labn.store import ResultStore, digest, settings_digest, weights_digest
+from labn.results import write_manifest
+from labn.store import ResultStore, digest, settings_digest, tensor_digest, weights_digest
 
 
 def describe(thing: Any) -> Any:
     """A JSON-able description of an explainer or metric: its class and plain arguments."""
     if isinstance(thing, Tensor):
-        return digest(thing.shape, thing.double().sum().item(), thing.double().square().sum().item())
+        return tensor_digest(thing)
     if isinstance(thing, (str, int, float, bool, type(None))):
         return thing
     if isinstance(thing, PurePath):
@@ -119,9 +120,9 @@ class Session:
         self._batch: tuple[tuple[Any, ...], Batch | None] = ((), None)
 
     def open(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str, subset: list[int]) -> None:
-        """Start a stage: find its folder, move results of other weights or data aside, read what is there.
+        """Start a stage: find its folder, move results of other weights or data aside, say what makes the new ones.
 
-        A collective: every rank calls it.
+        Maps and scores of the same weights and data stay, to be taken from disk. A collective: every rank calls it.
         """
         self.split = split
         self.subset = set(subset)
@@ -131,9 +132,17 @@ class Session:
         root = Path(tempfile.mkdtemp(prefix="labn-")) if fast else Path(trainer.default_root_dir)
         root = Path(trainer.strategy.broadcast(str(root)))
         self.store = ResultStore(root / stage, trainer.global_rank)
-        self.identity = identity_of(trainer, self.network, split)
+        identity = identity_of(trainer, self.network, split)
+        self.facts = {
+            **identity,
+            "explainers": {name: describe(e) for name, e in self.explainers.items()},
+            "target": self.target,
+            "class_names": list(trainer.datamodule.class_names),  # type: ignore[attr-defined]
+        }
         if trainer.is_global_zero:
-            self.store.prepare(self.identity)
+            self.store.prepare(identity)
+            self.store.remove_derived()
+            write_manifest(self.store.folder, self.facts)
         trainer.strategy.barrier("labn-store")
         self.from_disk = dict.fromkeys(self.explainers, 0)
         self.progress = Progress(0)

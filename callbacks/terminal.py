@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
@@ -12,6 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.base import ExplainingCallback, callbacks_of
+from callbacks.detections import DetectionCallback
 from labn.faults import config_sentence
 
 
@@ -36,11 +36,13 @@ def say_figures(trainer: pl.Trainer, stage: str) -> None:
     methods = {name for callback in shown for name in (*callback.explainers, *callback.extra_explainers)}
     named = {tuple(key.split("/")): float(value) for key, value in trainer.callback_metrics.items()}
     figures = {"/".join(k[1:]): v for k, v in named.items() if k[0] == stage and k[1] not in methods}
-    report = Path(trainer.default_root_dir) / stage / "report.html"
-    if trainer.is_global_zero:
-        print(f"\n{stage}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-        if report.exists():
-            print(f"Report: {report}")
+    if not trainer.is_global_zero:
+        return
+    print(f"\n{stage}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    writers = [c for c in callbacks_of(trainer) if isinstance(c, (ExplainingCallback, DetectionCallback))]
+    for folder in dict.fromkeys(callback.folder for callback in writers):
+        if folder is not None and (folder / "report.html").is_file():
+            print(f"Report: {folder / 'report.html'}")
 
 
 def say_taken_over(path: str, asked: Mapping[str, Any], built: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import platform
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from labn.metrics.statistics import Interval, bootstrap_means
 from labn.scratch import Stored, blocks, scratch, write_npz
-from labn.store import ResultStore, ScorePart, write_atomically, written_atomically
+from labn.store import MANIFEST, ResultStore, ScorePart, write_atomically, written_atomically
 
 SCORES = ("split", "index", "name", "label", "target", "explainer", "metric", "value")
 SUMMARY = ("explainer", "metric", "mean", "ci_low", "ci_high", "n")
@@ -270,6 +271,7 @@ def write_results(
     sample_name: Callable[[int], str],
     manifest: dict[str, Any],
     groups: Groups = None,
+    scored: int | None = None,
 ) -> dict[tuple[str, str], Interval]:
     """Merge all parts into the tables of the results folder; rank zero calls it.
 
@@ -280,6 +282,7 @@ def write_results(
         sample_name: sample index -> name.
         manifest: what else the manifest says (explainer arguments, hashes).
         groups: sample index -> group, where samples are not independent; intervals draw whole groups.
+        scored: samples that all ranks together say they have scored; fewer in the folder are warned about.
 
     Returns:
         (explainer, value) -> mean and interval, as in `summary.csv`.
@@ -298,10 +301,22 @@ def write_results(
     write_csv(store.folder / "predictions.csv", header, prediction_rows(table, split, sample_name, groups))
     with written_atomically(store.folder / "curves.npz") as file:
         write_npz(file, curves.arrays())
-    versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-    manifest = {**manifest, "versions": versions, "samples": int(table.seen.sum())}
-    write_atomically(store.folder / "maps" / "manifest.json", json.dumps(manifest, indent=1, default=str).encode())
+    found = int(table.seen.sum())
+    write_manifest(store.folder, {**manifest, "samples": found})
+    if plan.metrics and scored is not None and found < (expected := min(scored, len(plan.samples))):
+        warnings.warn(
+            f"{store.folder}: the tables lack {expected - found} of {expected} scored samples; their process wrote to "
+            "a folder that this one does not see, or under other settings.",
+            stacklevel=2,
+        )
     return summary
+
+
+def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
+    """Write what made the results of a folder, with the versions of what computed them."""
+    versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    text = json.dumps({**facts, "versions": versions}, indent=1, default=str)
+    write_atomically(folder / MANIFEST, text.encode())
 
 
 def summary_table(summary: dict[tuple[str, str], Interval], names: Sequence[str]) -> str:

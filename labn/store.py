@@ -13,6 +13,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -34,6 +35,10 @@ FORMAT = 2
 MAPS, SCORES = ".safetensors", ".npz"
 MAX_PART = 2**31
 """Bytes that the arrays of one score part may take."""
+MANIFEST = "maps/manifest.json"
+TABLES = ("scores.csv", "summary.csv", "paired.csv", "counts.csv", "predictions.csv", "curves.npz")
+DERIVED = (*TABLES, "cards.json", "cards", "report.html", MANIFEST, "overlays")
+"""What every run makes anew of `maps/` and `parts/`, which alone hold what takes long to compute."""
 
 
 def digest(*things: Any) -> str:
@@ -49,9 +54,18 @@ def weights_digest(model: nn.Module) -> str:
         if not isinstance(tensor, Tensor):
             continue
         state.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        state.update(flat.numpy().tobytes())
+        state.update(_content(tensor))
     return state.hexdigest()
+
+
+def tensor_digest(tensor: Tensor) -> str:
+    """Hash of a tensor's shape, type and values; no arithmetic, whose last digits depend on the number of threads."""
+    return digest(list(tensor.shape), str(tensor.dtype), hashlib.blake2b(_content(tensor)).hexdigest())
+
+
+def _content(tensor: Tensor) -> bytes:
+    # As bytes, because NumPy does not know every type, such as bfloat16.
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def settings_digest(model: nn.Module) -> str:
@@ -208,6 +222,17 @@ class ResultStore:
                     stacklevel=2,
                 )
         write_atomically(path, json.dumps(mine, indent=1).encode())
+
+    def remove_derived(self) -> None:
+        """Remove what an earlier run has made of its maps and scores (rank zero, before anyone writes).
+
+        The present one makes it anew of other explainers, metrics and samples maybe, and need not make all of it.
+        """
+        for path in (self.folder / name for name in DERIVED):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
 
     # Maps
 

@@ -23,7 +23,7 @@ from labn.models.pretrained import load_pretrained
 from labn.modules.restore import restore
 from labn.plots import displayable, overlay_figure
 from labn.preprocessing import Preprocessing
-from labn.reading import garbled
+from labn.reading import garbled, read_text
 from labn.results import csv_bytes
 from labn.shards import readable_name
 from labn.store import write_atomically
@@ -131,7 +131,7 @@ def load_network(options: argparse.Namespace) -> tuple[nn.Module, Preprocessing]
     else:
         network, preprocessing = load_pretrained(options.model, options.weights)
     if options.class_names is not None:
-        preprocessing = replace(preprocessing, class_names=options.class_names.read_text().splitlines())
+        preprocessing = replace(preprocessing, class_names=read_text(options.class_names).splitlines())
     if options.image_size is not None:
         if options.image_size < 1:
             raise ValueError(f"--image_size is {options.image_size}; it must be at least 1 pixel.")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from labn.parts import expand_parts
 from labn.reading import read_json
 from labn.store import write_atomically
 
@@ -23,6 +25,7 @@ commands:
   python cli.py sweep --config configs/idrid_labn.yaml --seeds 38 39 40 41 42 -- --wandb=disabled
 """
 STATE = "sweep.json"
+STEPS = ("fit", "test")
 Runner = Callable[[list[str], Path], int]
 
 
@@ -56,13 +59,33 @@ class Sweep:
 
     def words(self, step: str, seed: int) -> list[str]:
         """Arguments of `fit` or `test` for a seed, without the checkpoint."""
+        return [step, *_named(self.files(step)), *self._rest(seed)]
+
+    def _rest(self, seed: int) -> list[str]:
         seeded = [f"--seed_everything={seed}", f"--data.init_args.seed={seed}", f"--run_dir={self.run_dir(seed)}"]
-        return [step, *(f"--config={file}" for file in self.files(step)), *seeded, *self.options]
+        return [*seeded, *self.options]
 
     def signature(self, step: str, seed: int) -> dict[str, Any]:
-        """What a finished step is known by: its arguments and the contents of the configuration files."""
-        contents = {file: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12] for file in self.files(step)}
-        return {"words": self.words(step, seed), "files": contents}
+        """What a finished step is known by: its arguments and the contents of all files that it reads, parts too.
+
+        Raises:
+            FileNotFoundError: one of them does not exist.
+        """
+        files = configurations(_named(self.files(step)))
+        every = [*files, *configurations(self.options)]
+        contents = {file: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12] for file in every}
+        # With the parts among the words, which is how folders are marked that earlier sweeps have finished.
+        return {"words": [step, *_named(files), *self._rest(seed)], "files": contents}
+
+
+def _named(files: Sequence[str]) -> list[str]:
+    return [f"--config={file}" for file in files]
+
+
+def configurations(words: Sequence[str]) -> list[str]:
+    """The files that a command reads, in order: those that the words name behind their parts."""
+    read = expand_parts(words)
+    return [word for option, word in itertools.pairwise(read) if option in ("--config", "-c")]
 
 
 def start(words: list[str], log: Path) -> int:
@@ -79,13 +102,17 @@ def run_all(sweep: Sweep, runner: Runner = start) -> None:
         runner: runs the words of a command, with a log file, and returns the exit status.
 
     Raises:
+        FileNotFoundError: a configuration, or a part of one, does not exist.
         ValueError: a folder was trained with other arguments or other configuration files.
         ChildProcessError: a command failed; the log is named.
     """
+    # A file of the test that is missing is better known now than after a training.
+    for step in STEPS:
+        sweep.signature(step, sweep.seeds[0])
     for seed in sweep.seeds:
         folder = sweep.run_dir(seed)
         folder.mkdir(parents=True, exist_ok=True)
-        for step in ("fit", "test"):
+        for step in STEPS:
             _step(sweep, step, seed, folder, runner)
     print(f"All seeds in one table: python cli.py compare {sweep.folder}/seed=*", flush=True)
 
@@ -107,7 +134,8 @@ def _step(sweep: Sweep, step: str, seed: int, folder: Path, runner: Runner) -> N
     write_atomically(path, json.dumps(state, indent=1).encode())
     log = folder / f"{step}.log"
     print(f"{folder}: {step} ... ({log})", flush=True)
-    if status := runner([*wanted["words"], *_checkpoint(step, folder)], log):
+    # The files as they were named: the command puts their parts in front of them itself.
+    if status := runner([*sweep.words(step, seed), *_checkpoint(step, folder)], log):
         raise ChildProcessError(f"{step} of {folder} ended with status {status}; its last lines are in {log}.")
     state[step]["done"] = True
     write_atomically(path, json.dumps(state, indent=1).encode())

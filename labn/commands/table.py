@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -14,9 +13,12 @@ from typing import Any
 
 import yaml
 
+from labn.compare import Run, refuse_mixed
 from labn.metrics.statistics import Interval, bootstrap_mean
 from labn.reading import read_json, read_table
+from labn.report.results import StageResults
 from labn.report.training import log_files
+from labn.store import MANIFEST
 
 SUMMARY = "Print a table of the LABN papers from the runs, the published numbers above ours."
 DETAILS = """\
@@ -96,28 +98,47 @@ class Runs:
         """The tested runs in `folder/seed=*`; without any `folder` itself if it has been tested, else none.
 
         Raises:
-            ValueError: the runs were scored on different data or with different settings.
+            ValueError: the runs differ in data, settings or the arguments of a method.
         """
         seeds = tuple(run for run in sorted(folder.glob("seed=*")) if _tested(run))
         # The folder of a sweep is also that of a single run with the same configuration, which is no further seed.
         folders = seeds or tuple(run for run in [folder] if _tested(run))
-        made = {json.dumps(_conditions(run), sort_keys=True) for run in folders}
-        if len(made) > 1:
-            raise ValueError(
-                f"The runs of {folder} were scored on different data or with other settings; "
-                "test them again with the same configuration."
-            )
+        groups = [_groups(run) for run in folders]
+        refuse_mixed([_made(folder.name, run, found) for run, found in zip(folders, groups)])
         accuracies = tuple(value for run in folders for value in _accuracy(run))
-        return cls(folders, tuple(map(_scores, folders)), accuracies, _groups(folders[0]) if folders else {})
+        return cls(folders, tuple(map(_scores, folders)), accuracies, groups[0] if groups else {})
+
+    def columns(self, explainer: str, metric: str) -> list[dict[str, float]]:
+        """Sample name -> value, per run that has the metric."""
+        return [s[explainer, metric] for s in self.scores if (explainer, metric) in s]
+
+    def common(self, explainer: str, metric: str) -> list[str]:
+        """Names of the samples that all of these runs have: mean, deviation and interval are over them alone.
+
+        Raises:
+            ValueError: there is none.
+        """
+        columns = self.columns(explainer, metric)
+        names = sorted(set.intersection(*map(set, columns))) if columns else []
+        if columns and not names:
+            raise ValueError(
+                f"{', '.join(map(str, self.folders))} have no sample in common that {metric} of {explainer} was scored "
+                "on; test them again with the same configuration."
+            )
+        return names
+
+    def left_out(self, explainer: str, metric: str) -> int:
+        """Samples that some of these runs have and others lack."""
+        return len(set().union(*self.columns(explainer, metric))) - len(self.common(explainer, metric))
 
     def values(self, explainer: str, metric: str) -> list[float]:
-        """Mean over samples of every run that has the metric."""
-        return [mean(s[explainer, metric].values()) for s in self.scores if (explainer, metric) in s]
+        """Mean over the common samples of every run that has the metric."""
+        names = self.common(explainer, metric)
+        return [mean(column[name] for name in names) for column in self.columns(explainer, metric)]
 
     def interval(self, explainer: str, metric: str) -> Interval:
         """Mean over samples of each sample's mean over runs; its 95 % interval over samples, whole groups drawn."""
-        columns = [s[explainer, metric] for s in self.scores if (explainer, metric) in s]
-        names = sorted(set.intersection(*(set(column) for column in columns)))
+        columns, names = self.columns(explainer, metric), self.common(explainer, metric)
         groups = [self.groups[name] for name in names] if self.groups else None
         return bootstrap_mean([mean(column[name] for column in columns) for name in names], groups=groups)
 
@@ -145,9 +166,11 @@ def _groups(run: Path) -> dict[str, int]:
     return {row["name"]: row.number("group", int) for row in rows if "group" in row.cells}
 
 
-def _conditions(run: Path) -> dict[str, Any]:
-    manifest = read_json(run / "test" / "maps" / "manifest.json", dict)
-    return {name: manifest.get(name) for name in ("data", "split", "target", "settings")}
+def _made(label: str, run: Path, groups: dict[str, int]) -> Run:
+    """What `refuse_mixed` must know of a run, without its scores and curves."""
+    manifest = read_json(run / "test" / MANIFEST, dict)
+    found = dict(enumerate(groups.values())) or None
+    return Run(label, run, StageResults(run / "test", groups=found, manifest=manifest), {})
 
 
 def ours(runs: Runs, explainer: str, metric: str) -> str:
@@ -218,16 +241,11 @@ def described(runs: Runs, row: Row, folder: Path) -> str:
         return (
             f"not run; python cli.py sweep --config configs/{row.run}.yaml --seeds 38 39 40 41 42 ({folder / row.run})"
         )
-    samples = max(
-        (
-            len(column)
-            for scores in runs.scores
-            for (explainer, _), column in scores.items()
-            if explainer == row.explainer
-        ),
-        default=0,
-    )
-    return f"{len(runs.folders)} run(s), {samples} scored samples ({folder / row.run}, {row.explainer})"
+    metrics = {metric for scores in runs.scores for explainer, metric in scores if explainer == row.explainer}
+    samples = max((len(runs.common(row.explainer, metric)) for metric in metrics), default=0)
+    missing = max((runs.left_out(row.explainer, metric) for metric in metrics), default=0)
+    lost = f" and up to {missing} left out, which not every run has" if missing else ""
+    return f"{len(runs.folders)} run(s), {samples} scored samples{lost} ({folder / row.run}, {row.explainer})"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -78,10 +78,7 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
             one name, one network is scored differently in two folders, or no sample is common.
     """
     runs = list(runs)
-    for run in runs[1:]:
-        _check_protocol(runs[0], run)
-    for run in runs:
-        _check_methods(next(r for r in runs if r.label == run.label), run)
+    refuse_mixed(runs)
     seeds = _by_seed(runs)
     asked = list(dict.fromkeys([name for run in runs for name in run.results.headline]))
     names = _common_names(seeds)
@@ -165,6 +162,19 @@ def _missing(seeds: dict[tuple[str, str, str], dict[str, Column]], metric: str, 
     return len(every) - len(common)
 
 
+def refuse_mixed(runs: Sequence[Run]) -> None:
+    """Stop before runs are put into one table that do not belong together.
+
+    Raises:
+        ValueError: they differ in data, split, protocol or explained class, or one label's in a method of one name.
+    """
+    for run in runs[1:]:
+        _check_protocol(runs[0], run)
+    for first, other in itertools.combinations(runs, 2):
+        if first.label == other.label:
+            _check_methods(first, other)
+
+
 def _check_protocol(first: Run, other: Run) -> None:
     """Refuse runs on different data or under different protocols."""
     a, b = first.results.manifest, other.results.manifest
@@ -181,8 +191,18 @@ def _check_protocol(first: Run, other: Run) -> None:
 def _check_methods(first: Run, other: Run) -> None:
     """Refuse runs of one label in which one name stands for differently set methods."""
     mine, theirs = (run.results.manifest.get("explainers", {}) for run in (first, other))
-    for name in mine.keys() & theirs.keys():
-        _refuse(first, other, f"arguments of {name}", mine[name], theirs[name])
+    for name in (name for name in mine if name in theirs):
+        if _telling(mine[name]) != _telling(theirs[name]):
+            _refuse(first, other, f"arguments of {name}", mine[name], theirs[name])
+
+
+def _telling(description: Any) -> Any:
+    """A method's description without what changes only how fast it is."""
+    if isinstance(description, list):
+        return [_telling(item) for item in description]
+    if not isinstance(description, dict):
+        return description
+    return {name: _telling(value) for name, value in description.items() if name not in IGNORED}
 
 
 def _refuse(first: Run, other: Run, what: str, mine: Any, theirs: Any) -> None:

@@ -1,8 +1,11 @@
 """What a checkpoint says about the model against what the configuration says."""
 
 import pytest
+import yaml
 from command_line import TINY, call_main
+from jsonargparse import Namespace
 
+from callbacks.checkpoint import named_classes
 from callbacks.terminal import say_taken_over
 from labn.modules.plain_checkpoints import refuse_other_class
 
@@ -30,6 +33,44 @@ def test_settings_that_the_checkpoint_replaces_are_named(caplog):
         say_taken_over("a.ckpt", asked, built)
     (said,) = caplog.messages
     assert said.endswith("a.ckpt was trained with: backbone lambda_resnet (not lambda_resnt).")
+
+
+def test_every_class_that_a_configuration_names_is_known():
+    nested = {"init_args": {"guidance": Namespace(class_path="mine.Guide"), "deep": [{"class_path": "mine.Part"}]}}
+    assert named_classes(Namespace(class_path="mine.Net", **nested)) == {"mine.Net", "mine.Guide", "mine.Part"}
+    assert named_classes({}) == named_classes("mine.Net") == set()
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch, request):
+    """Words of a run of one epoch, in whose folder `best` and `last` are."""
+    monkeypatch.chdir(request.config.rootpath)
+    saved = '[{"class_path": "callbacks.BestCheckpoint"}, {"class_path": "callbacks.LastCheckpoint"}]'
+    words = ["--config", "configs/quickstart.yaml", *TINY, f"--trainer.callbacks={saved}", f"--run_dir={tmp_path}"]
+    call_main(["fit", *words, "--trainer.max_epochs=1"])
+    return words
+
+
+@pytest.mark.parametrize("named", ["best", "last", "{}/checkpoints/best.ckpt"])
+def test_a_named_checkpoint_is_the_network_of_its_file(named, trained, tmp_path, caplog):
+    command = ["test", *trained, f"--ckpt_path={named.format(tmp_path)}"]
+    with caplog.at_level("INFO"):
+        call_main(command)
+        assert "is built with the settings" not in caplog.text
+        call_main([*command, "--model.init_args.theta=0.25"])
+    assert f"{tmp_path / 'checkpoints'}/" in caplog.text
+    assert "was trained with: theta 0.5 (not 0.25)." in caplog.text
+    assert yaml.safe_load((tmp_path / "test.yaml").read_text())["model"]["init_args"]["theta"] == 0.5
+
+
+def test_a_fit_goes_on_with_the_settings_that_it_began_with(trained, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        call_main(["fit", *trained, "--ckpt_path=last", "--trainer.max_epochs=2"])
+        assert "is built with the settings" not in caplog.text
+        call_main(["fit", *trained, "--ckpt_path=last", "--trainer.max_epochs=3", "--model.init_args.theta=0.25"])
+    assert "last.ckpt was trained with: theta 0.5 (not 0.25)." in caplog.text
+    resolved = yaml.safe_load((tmp_path / "fit.yaml").read_text())
+    assert (resolved["model"]["init_args"]["theta"], resolved["ckpt_path"]) == (0.5, None)
 
 
 def test_the_command_line_says_both(tmp_path, monkeypatch, request, caplog):

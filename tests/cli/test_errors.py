@@ -72,6 +72,9 @@ def test_a_missing_configuration_is_named():
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
     run = [*QUICKSTART, f"--run_dir={tmp_path}", "--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
     call_main(["fit", *run])
+    # Of a file that knows how it was built the network is built again; this one holds weights alone.
+    path = tmp_path / "checkpoints" / "best.ckpt"
+    torch.save({**torch.load(path, weights_only=False), "hyper_parameters": {}}, path)
     narrow = '{"backbone_options": {"layers": [1, 1, 1], "width": 8, "stem_width": 32, "r": 7}}'
     other = f"--model.init_args.network_options={narrow}"
     with pytest.raises(ValueError, match=r"best.ckpt is of another architecture .*\(first: "):
@@ -84,6 +87,19 @@ def test_random_weights_are_refused(tmp_path, command):
     with pytest.raises(ValueError, match=r"weights of lambda_resnet \(first: .*\) are random: give --ckpt_path"):
         call_main([command, *QUICKSTART, f"--run_dir={tmp_path}"])
     assert not list(tmp_path.rglob("scores.csv"))
+
+
+@pytest.mark.usefixtures("root")
+def test_without_validation_what_goes_by_it_is_refused_before_anything_is_trained(tmp_path):
+    log = tmp_path / "logs" / "fit" / "metrics.csv"
+    log.parent.mkdir(parents=True)
+    log.write_text("epoch,val/loss\n0,1.0\n")
+    fit = ["fit", *QUICKSTART, f"--run_dir={tmp_path}", "--trainer.limit_val_batches=0", "--trainer.max_epochs=1"]
+    with pytest.raises(ValueError, match=r"^trainer\.limit_val_batches is 0, so that EarlyStopping never sees val/"):
+        call_main(fit)
+    assert log.exists()
+    with pytest.raises(ValueError, match=r"is 0, so that ReduceLROnPlateau never sees val/loss"):
+        call_main([*fit, "--trainer.callbacks=[]"])
 
 
 @pytest.mark.usefixtures("root")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from command_line import call_main
 
-from callbacks import EvaluationCallback, ExplanationCallback
+from callbacks import DetectionCallback, EvaluationCallback, ExplanationCallback
 from callbacks.terminal import no_advertisement, say_figures
 
 
@@ -36,13 +36,14 @@ def test_parts_on_the_command_line_are_refused_with_what_to_write(word):
         call_main(["fit", word, "x.yaml"])
 
 
-def trainer_of(folder, first):
+def trainer_of(folder, first, *more):
     logged = {"test/accuracy": 0.75, "test/ap/RBC": 0.5, "test/gradcam/pid16": 0.1, "test/random/pid16": 0.0}
     shown = [ExplanationCallback(explainers={"gradcam": None}), EvaluationCallback(metrics=["pid16"])]
     return SimpleNamespace(
-        callbacks=shown,
+        callbacks=[*shown, *more],
         callback_metrics={name: torch.tensor(value) for name, value in {**logged, "val/accuracy": 0.5}.items()},
         default_root_dir=str(folder),
+        fast_dev_run=False,
         is_global_zero=first,
     )
 
@@ -50,10 +51,22 @@ def trainer_of(folder, first):
 def test_figures_are_those_of_the_model_and_of_the_stage(tmp_path, capsys):
     say_figures(trainer_of(tmp_path, True), "test")
     assert capsys.readouterr().out.split("\n") == ["", "test: accuracy 0.75, ap/RBC 0.5", ""]
-    (tmp_path / "test").mkdir()
-    (tmp_path / "test" / "report.html").touch()
+
+
+def test_the_report_is_the_one_that_was_written(tmp_path, capsys):
+    for name in ("test", "val/epoch=003", "detected"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "report.html").touch()
     say_figures(trainer_of(tmp_path, True), "test")
-    assert capsys.readouterr().out.endswith(f"Report: {tmp_path / 'test' / 'report.html'}\n")
+    assert "Report" not in capsys.readouterr().out, "of an earlier command"
+    trainer, detector = trainer_of(tmp_path, True), DetectionCallback()
+    for folder in ("val/epoch=003", "elsewhere"):
+        trainer.callbacks[0]._session = SimpleNamespace(store=SimpleNamespace(folder=tmp_path / folder))
+        say_figures(trainer, "val")
+    detector._folder = tmp_path / "detected"
+    say_figures(trainer_of(tmp_path, True, detector), "test")
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Report")]
+    assert said == [f"Report: {tmp_path / name / 'report.html'}" for name in ("val/epoch=003", "detected")]
 
 
 def test_one_process_alone_says_them(tmp_path, capsys):

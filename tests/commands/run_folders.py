@@ -3,7 +3,7 @@
 import json
 
 
-def write_run(folder, values, group=None, data="d"):
+def write_run(folder, values, group=None, data="d", **manifest):
     """A run folder with scores: `values[(explainer, metric)]` per sample."""
     test = folder / "test"
     (test / "maps").mkdir(parents=True)
@@ -15,4 +15,5 @@ def write_run(folder, values, group=None, data="d"):
     rows = [f"test,{i},s{i},1,1,0.5" + ("" if group is None else f",{group[i]}") for i in range(count)]
     header = "split,index,name,label,prediction,probability" + ("" if group is None else ",group")
     (test / "predictions.csv").write_text("\n".join([header, *rows]) + "\n")
-    (test / "maps" / "manifest.json").write_text(json.dumps({"data": data, "split": "test", "settings": {}}))
+    facts = {"data": data, "split": "test", "settings": {}, **manifest}
+    (test / "maps" / "manifest.json").write_text(json.dumps(facts))

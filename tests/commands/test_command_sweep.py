@@ -1,10 +1,12 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from command_line import call_main
 
 from labn.commands.sweep import STATE, Sweep, run_all
+from labn.parts import expand_parts
 
 
 class Recorder:
@@ -77,6 +79,60 @@ def test_other_settings_are_not_mixed_into_a_trained_folder(sweep, tmp_path):
     (tmp_path / "a.yaml").write_text("model: {lr: 1}\n")
     with pytest.raises(ValueError, match="seed=38 was trained with other arguments or configuration files"):
         run_all(sweep, Recorder(sweep.folder))
+
+
+@pytest.fixture
+def with_parts(tmp_path):
+    """Words of a sweep over a file whose part appends a callback, with a test file that has a part too."""
+    append = "trainer: {callbacks+: [{class_path: lightning.pytorch.callbacks.LearningRateMonitor}]}\n"
+    files = {"more": append, "a": "parts: [more.yaml]\n", "tested": "trainer: {limit_test_batches: 1}\n"}
+    for name, text in {**files, "test": "parts: [tested.yaml]\n"}.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    files = [f"--config={tmp_path / 'a.yaml'}", f"--test_config={tmp_path / 'test.yaml'}"]
+    return ["sweep", *files, "--seeds", "1", f"--run_dir={tmp_path / 'runs'}"]
+
+
+def started(words, monkeypatch):
+    """The words of what a sweep starts."""
+    recorder = Recorder(None)
+    monkeypatch.setattr("labn.commands.sweep.run_all", lambda sweep: run_all(sweep, recorder))
+    call_main(words)
+    return recorder.calls
+
+
+def test_parts_are_read_once(with_parts, monkeypatch):
+    fit, test = started(with_parts, monkeypatch)
+    read = [[Path(word).stem for word in expand_parts(words) if word.endswith(".yaml")] for words in (fit, test)]
+    assert read == [["more", "a"], ["more", "a", "tested", "test"]]
+
+
+def test_a_changed_part_of_a_test_file_is_tested_again(with_parts, tmp_path, monkeypatch):
+    assert [words[0] for words in started(with_parts, monkeypatch)] == ["fit", "test"]
+    assert started(with_parts, monkeypatch) == []
+    (tmp_path / "tested.yaml").write_text("trainer: {limit_test_batches: 3}\n")
+    assert [words[0] for words in started(with_parts, monkeypatch)] == ["test"]
+    (tmp_path / "more.yaml").write_text("trainer: {max_epochs: 1}\n")
+    with pytest.raises(SystemExit):
+        started(with_parts, monkeypatch)
+
+
+def test_a_missing_file_is_named_before_anything_is_run(with_parts, tmp_path, monkeypatch, capsys):
+    (tmp_path / "tested.yaml").unlink()
+    with pytest.raises(SystemExit):
+        started(with_parts, monkeypatch)
+    assert f"{tmp_path / 'tested.yaml'} is not a file" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_files_behind_the_dashes_belong_to_what_a_step_is_known_by(sweep, tmp_path):
+    more = tmp_path / "more.yaml"
+    sweep = replace(sweep, options=(f"--config={more}",))
+    signatures = []
+    for text in ("a: 1\n", "a: 2\n"):
+        more.write_text(text)
+        signatures.append(sweep.signature("test", 38))
+    assert signatures[0]["words"] == signatures[1]["words"] == sweep.words("test", 38)
+    assert signatures[0] != signatures[1]
 
 
 def test_the_state_says_what_is_done(sweep):

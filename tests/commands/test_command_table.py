@@ -83,7 +83,41 @@ def test_groups_are_drawn_whole(tmp_path):
 def test_runs_on_different_data_are_not_averaged(tmp_path):
     for seed, data in ((38, "d"), (39, "e")):
         write_run(tmp_path / "labn" / f"seed={seed}", {("labn", "id"): [0.1]}, data=data)
-    with pytest.raises(ValueError, match="scored on different data or with other settings"):
+    with pytest.raises(ValueError, match=r"seed=38 and .*seed=39 cannot be compared, they differ in data: d and e"):
+        markdown(TABLE, tmp_path, ["paper"])
+
+
+def test_runs_with_other_settings_or_arguments_of_a_method_are_not_averaged(tmp_path):
+    def write(folder, **second):
+        scores, rise = {("labn", "id"): [0.1]}, {"rise": {"class": "RISE", "n_masks": 512, "chunk_size": None}}
+        write_run(folder / "labn" / "seed=38", scores, settings={"fill": "black", "chunk_size": 8}, explainers=rise)
+        write_run(folder / "labn" / "seed=39", scores, **second)
+        return folder
+
+    black, masks = {"fill": "black", "chunk_size": None}, {"class": "RISE", "n_masks": 8000, "chunk_size": None}
+    with pytest.raises(ValueError, match=r"differ in arguments of rise: .*512.* and .*8000"):
+        Runs.read(write(tmp_path / "a", settings=black, explainers={"rise": masks}) / "labn")
+    with pytest.raises(ValueError, match=r"differ in protocol \(fill\): black and blur"):
+        Runs.read(write(tmp_path / "b", settings={"fill": "blur"}) / "labn")
+    # What changes only how fast something is, and methods that the other run does not have, are no difference.
+    same = {"rise": {**masks, "n_masks": 512, "chunk_size": 64}, "cam": {"class": "CAM"}}
+    assert len(Runs.read(write(tmp_path / "c", settings=black, explainers=same) / "labn").folders) == 2
+
+
+def test_mean_and_interval_are_over_the_samples_that_all_seeds_have(tmp_path):
+    write_run(tmp_path / "labn" / "seed=38", {("labn", "id"): [0.1, 0.3, 0.9, 0.9]})
+    write_run(tmp_path / "labn" / "seed=39", {("labn", "id"): [0.3, 0.5]})
+    lines = markdown(TABLE, tmp_path, ["paper"]).splitlines()
+    assert lines[5] == "| | ours, paper | 0.300 ± 0.141 [0.200, 0.400] | – |"
+    assert "LABN: 2 run(s), 2 scored samples and up to 2 left out, which not every run has" in lines[-1]
+
+
+def test_runs_without_a_common_sample_are_named(tmp_path):
+    for seed in (38, 39):
+        write_run(tmp_path / "labn" / f"seed={seed}", {("labn", "id"): [0.1]})
+    path = tmp_path / "labn" / "seed=39" / "test" / "scores.csv"
+    path.write_text(path.read_text().replace(",s0,", ",other,"))
+    with pytest.raises(ValueError, match=r"seed=38, .*seed=39 have no sample in common that id of labn"):
         markdown(TABLE, tmp_path, ["paper"])
 
 

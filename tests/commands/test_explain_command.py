@@ -165,6 +165,14 @@ def test_impossible_sizes_and_devices_are_one_sentence(word, value, message, pic
     assert message in capsys.readouterr().err
 
 
+def test_class_names_that_are_not_utf8_are_named_with_their_line(pictures, checkpoint, tmp_path, capsys):
+    (tmp_path / "names.txt").write_bytes(b"healthy\nl\xe4sion\n")
+    command = ["explain", f"--image={pictures}", f"--ckpt={checkpoint}", f"--class_names={tmp_path / 'names.txt'}"]
+    with pytest.raises(SystemExit):
+        call_main([*command, "--method=labn", f"--out={tmp_path}"])
+    assert f"{tmp_path / 'names.txt'}, line 2: byte 0xe4 is no UTF-8" in capsys.readouterr().err
+
+
 def test_a_folder_without_pictures_of_its_own_is_named(pictures, checkpoint, tmp_path, capsys):
     (tmp_path / "all" / "cat").mkdir(parents=True)
     with pytest.raises(SystemExit):

@@ -152,6 +152,17 @@ def test_speed_settings_do_not_matter(seeds, tmp_path):
     assert compare_runs(open_runs(seeds)).rows
 
 
+def test_any_two_seeds_are_held_against_each_other_without_the_speed_of_their_methods(seeds, tmp_path):
+    for seed, layer in ((2, "x"), (3, "y")):
+        own = {"class": "own", "inner": [{"layer": layer, "chunk_size": seed, "fold": seed == 2}]}
+        edit_manifest(tmp_path / f"seed{seed}" / "test", explainers={"own": own})
+    with pytest.raises(ValueError, match=r"seed2 and .*seed3 cannot be compared, they differ in arguments of own"):
+        compare_runs(open_runs(seeds))
+    own["inner"][0]["layer"] = "x"
+    edit_manifest(tmp_path / "seed3" / "test", explainers={"own": own})
+    assert compare_runs(open_runs(seeds)).rows
+
+
 def test_one_network_scored_differently_is_refused(tmp_path):
     make_stage(tmp_path / "one", 4, checkpoint="c0ffee")
     make_stage(tmp_path / "two", 4, shift=0.2, checkpoint="c0ffee")
