@@ -186,7 +186,12 @@ class LabnCLI(LightningCLI):
         refuse_other_class(path, content, asked.get("class_path"))
         with torch.serialization.safe_globals(own_data(Path(path))):
             super()._parse_ckpt_path()
-        say_taken_over(path, asked, self.config[self.subcommand].get("model") or {})
+        built: Any = self.config[self.subcommand].get("model") or {}
+        say_taken_over(path, asked, built)
+        start = (built.get("init_args") or {}).get("backbone_ckpt")
+        if start and not Path(os.path.expandvars(start)).is_file():
+            # What training began with is not needed where the checkpoint has every weight.
+            built.init_args.backbone_ckpt = None
 
     def _begins(self) -> bool:
         """Whether this is a fit that goes on from no checkpoint, and leaves files."""

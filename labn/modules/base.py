@@ -147,7 +147,7 @@ class CheckedModule(pl.LightningModule):
         advice = (
             "look at them and at the weights of the checkpoint"
             if stage == "test"
-            else "lower the learning rates of model.init_args, or look at them, and go on with --ckpt_path last"
+            else "look at them, or begin anew with lower learning rates (--ckpt_path last keeps those it has)"
         )
         raise ValueError(
             f"The {stage} loss is {float(loss)} in epoch {self.current_epoch}, step {self.global_step}, "

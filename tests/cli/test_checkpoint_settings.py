@@ -1,12 +1,14 @@
 """What a checkpoint says about the model against what the configuration says."""
 
 import pytest
+import torch
 import yaml
 from command_line import TINY, call_main
 from jsonargparse import Namespace
 
 from callbacks.checkpoint import named_classes
 from callbacks.terminal import say_taken_over
+from labn.models.backbones import build_network
 from labn.modules.plain_checkpoints import refuse_other_class
 
 HELD = {"hyper_parameters": {"_class_path": "labn.modules.LABN"}}
@@ -61,6 +63,19 @@ def test_a_named_checkpoint_is_the_network_of_its_file(named, trained, tmp_path,
     assert f"{tmp_path / 'checkpoints'}/" in caplog.text
     assert "was trained with: theta 0.5 (not 0.25)." in caplog.text
     assert yaml.safe_load((tmp_path / "test.yaml").read_text())["model"]["init_args"]["theta"] == 0.5
+
+
+def test_the_weights_that_training_began_with_may_be_gone(tmp_path, monkeypatch, request):
+    monkeypatch.chdir(request.config.rootpath)
+    start, words = tmp_path / "start.pt", ["--config", "configs/quickstart.yaml", *TINY, f"--run_dir={tmp_path}"]
+    small = {"layers": [1, 1, 1], "width": 16, "stem_width": 32, "r": 7}
+    torch.save(build_network("lambda_resnet", num_classes=2, **small).state_dict(), start)
+    words += ["--trainer.callbacks=[]"]
+    given = f"--model.init_args.backbone_ckpt={start}"
+    call_main(["fit", *words, given, "--trainer.max_epochs=1", "--trainer.callbacks+=callbacks.LastCheckpoint"])
+    start.unlink()
+    call_main(["test", *words, "--ckpt_path=last"])
+    assert yaml.safe_load((tmp_path / "test.yaml").read_text())["model"]["init_args"]["backbone_ckpt"] is None
 
 
 def test_a_fit_goes_on_with_the_settings_that_it_began_with(trained, tmp_path, caplog):
