@@ -55,6 +55,7 @@ from labn.commands import coarse, compare, doctor, explain, shards, sweep, table
 from labn.faults import config_sentence, explained, sentence_of
 from labn.models.checkpoints import own_data, read_checkpoint
 from labn.modules.plain_checkpoints import refuse_foreign_classes, refuse_other_class
+from labn.modules.restore import START_WEIGHTS
 from labn.parts import expand_parts, with_parts
 from labn.preprocessing import Preprocessing
 from labn.reading import read_yaml
@@ -188,10 +189,10 @@ class LabnCLI(LightningCLI):
             super()._parse_ckpt_path()
         built: Any = self.config[self.subcommand].get("model") or {}
         say_taken_over(path, asked, built)
-        start = (built.get("init_args") or {}).get("backbone_ckpt")
-        if start and not Path(os.path.expandvars(start)).is_file():
-            # What training began with is not needed where the checkpoint has every weight.
-            built.init_args.backbone_ckpt = None
+        arguments = built.get("init_args") or {}
+        for name in START_WEIGHTS:
+            if arguments.get(name) and not Path(os.path.expandvars(arguments[name])).is_file():
+                arguments[name] = None  # the checkpoint has every weight
 
     def _begins(self) -> bool:
         """Whether this is a fit that goes on from no checkpoint, and leaves files."""

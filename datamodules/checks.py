@@ -29,13 +29,24 @@ def check_image(path: Path) -> str | None:
     if reason := refused_size(path):
         return reason
     if head.startswith(_JPEG):
-        whole = b"\xff\xd9" in tail or _can_be_decoded(path)
+        whole = b"\xff\xd9" in tail or _is_whole_jpeg(path)
         return None if whole else "is truncated (no end-of-image marker)"
     if head.startswith(_PNG):
         return _damage_of_png(path, tail)
     if head.startswith(_WEBP) or _can_be_decoded(path):
         return None
     return "cannot be decoded (it is truncated or damaged, or its values have neither 8 nor 16 bits)"
+
+
+def _is_whole_jpeg(path: Path) -> bool:
+    """Whether Pillow decodes it, which stops at missing data; OpenCV 4 fills in grey."""
+    try:
+        with Image.open(path, formats=("JPEG",)) as image:
+            image.load()
+    # It ends in many ways on a damaged file.
+    except Exception:
+        return False
+    return True
 
 
 def _damage_of_png(path: Path, tail: bytes) -> str | None:

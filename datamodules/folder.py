@@ -200,9 +200,9 @@ class ImageFolder(ImageDataModule):
         return {"train": train, "val": val, "test": test}
 
     def _look_beside(self) -> None:
-        """Refuse a folder beside `train` that is a split by its name or its classes, and note any other one."""
+        """Refuse a folder beside `train` that is a split by its name, and note any other one."""
         for folder in (self.root / name for name in _subfolders(self.root) if name not in SPLITS):
-            if folder.name.lower() in _SPLIT_NAMES or set(self.class_names) <= set(_subfolders(folder)):
+            if folder.name.lower() in _SPLIT_NAMES:
                 raise ValueError(f"{folder} is no split by its name; rename it to train, val or test, or move it away.")
             if self.mask_root is None or not self.mask_root.is_relative_to(folder):
                 self._notes.append(f"  left out folder {folder.name} beside train")

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from labn.state import noting_written
+
 
 def logits_of(output: Any) -> Tensor:
     """Logits (B, num_classes) of a model's output: the tensor itself, or the `.logits` of a dataclass.
@@ -118,14 +120,15 @@ def evaluating(model: nn.Module, device_type: str = "cpu") -> Iterator[None]:
     merge low-rank weights, and nothing about the model is to change.
 
     Hooks added after the first call of a compiled model do not fire while a gradient comes out all the same, so
-    compiled code is bypassed here (`force_eager`). Gradient mode is left to the caller.
+    compiled code is bypassed here (`force_eager`). Gradient mode is left to the caller. What the model writes on itself
+    meanwhile is noted as no setting of it (`labn.state.noting_written`).
     """
     flags = [(module, module.training) for module in model.modules()]
     for module, _ in flags:
         module.training = False
     try:
         eager = torch.compiler.set_stance("force_eager")
-        with full_precision(), torch.autocast(device_type, enabled=False), eager:
+        with full_precision(), torch.autocast(device_type, enabled=False), eager, noting_written(model):
             yield
     finally:
         for module, training in flags:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,11 @@ OWNED = frozenset(vars(nn.Module()))
 """What every module has: its tensors, children and hooks, which are looked at one by one, and the training flag, which
 does not count, as everything runs in eval mode."""
 
-# Names that a module's own forward pass writes, such as the last attention: results, no settings.
+CONTAINERS = (list, tuple, dict, set, frozenset)
+DEPTH = 4
+"""Of containers in containers that are looked into; one may hold itself."""
+
+# Names that a module writes itself as it runs, such as the last attention or its gradient: results, no settings.
 _written: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
@@ -54,7 +59,7 @@ def structure_key(model: nn.Module) -> Hashable:
 
     Numbers, strings, lists and dictionaries of them count by value, tensors by identity and version, everything else
     (functions, a `forward` of the instance's own) by identity: what changes inside such an object leaves no trace. What
-    a forward pass was seen to write itself (`noting_written`) does not count, nor do metrics of torchmetrics.
+    the model was seen to write itself (`noting_written`) does not count, nor do metrics of torchmetrics.
     """
     return tuple(
         (_Identity(module), type(module), tuple(_hooks(module)), tuple(_settings(module).items()))
@@ -73,7 +78,7 @@ def state_key(model: nn.Module) -> Hashable:
 
 @contextmanager
 def noting_written(model: nn.Module) -> Iterator[None]:
-    """Remember which attributes a forward pass of `model` within the block writes, so that keys leave them out."""
+    """Remember which attributes `model` writes itself as it runs within the block, so that keys leave them out."""
     before = [(module, _settings(module)) for module in _modules(model)]
     yield
     for module, old in before:
@@ -100,15 +105,13 @@ def _settings(module: nn.Module) -> dict[str, Hashable]:
     }
 
 
-def _fingerprint(value: Any) -> Hashable:
+def _fingerprint(value: Any, depth: int = DEPTH) -> Hashable:
     if isinstance(value, PLAIN):
         return type(value), value
     if isinstance(value, Tensor):
         return _Identity(value), version_of(value)
-    if isinstance(value, (list, tuple)):
-        return type(value), *map(_fingerprint, value)
-    if isinstance(value, dict):
-        return type(value), *((_fingerprint(key), _fingerprint(item)) for key, item in value.items())
-    if isinstance(value, (set, frozenset)):
-        return type(value), frozenset(map(_fingerprint, value))
+    if isinstance(value, CONTAINERS) and depth:
+        items = itertools.chain.from_iterable(value.items()) if isinstance(value, dict) else value
+        inside = [_fingerprint(item, depth - 1) for item in items]
+        return type(value), frozenset(inside) if isinstance(value, (set, frozenset)) else tuple(inside)
     return _Identity(value)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from labn.explainers import Gradient
 from labn.fold import fold_batchnorm
 from labn.perturb import PerturbationEngine
 from labn.prepare import prepare
@@ -191,6 +192,31 @@ def test_what_a_forward_pass_writes_on_the_model_makes_no_new_copy(probe):
     model = Scaled().double()
     first = prepare(model, probe)
     model(probe)
+    assert prepare(model, probe) is first
+
+
+def test_what_a_backward_pass_writes_on_the_model_makes_no_new_copy_for_every_batch(probe):
+    class Remembering(Scaled):
+        """Keeps the gradient of its features, as explanations of transformers do."""
+
+        def forward(self, x):
+            features = self.conv(x)
+            if features.requires_grad:
+                features.register_hook(lambda gradient: setattr(self, "gradient", gradient))
+            return features.mean((2, 3))
+
+    model, explainer = Remembering().double(), Gradient()
+    copies = []
+    for _ in range(4):
+        explainer(model, probe, torch.tensor([0]))
+        copies.append(prepare(model, probe).copy)
+    assert copies[1] is copies[2] is copies[3]
+
+
+def test_a_setting_may_hold_itself(probe):
+    model = Scaled().double()
+    model.by_name["self"] = model.by_name
+    first = prepare(model, probe)
     assert prepare(model, probe) is first
 
 

@@ -74,7 +74,6 @@ class Sweep:
         files = configurations(_named(self.files(step)))
         every = [*files, *configurations(self.options)]
         contents = {file: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12] for file in every}
-        # With the parts among the words, which is how folders are marked that earlier sweeps have finished.
         return {"words": [step, *_named(files), *self._rest(seed)], "files": contents}
 
 

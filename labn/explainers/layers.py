@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from labn.inference import explaining, logits_of
-from labn.state import noting_written, structure_key
+from labn.state import structure_key
 
 POOLING = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 COMPILED = "_orig_mod."  # the prefix that `torch.compile` puts before the names of a module's own layers
@@ -117,7 +117,7 @@ def _trace(model: nn.Module, images: Tensor) -> tuple[list[_Seen], Tensor]:
             is_map = _is_map(output, images.shape[-2:])
             seen.append(_Seen(name, output, output._version, is_map, _is_tokens(args[0] if args else None)))
 
-    with noting_written(model), watching(dict(model.named_modules()), see):
+    with watching(dict(model.named_modules()), see):
         logits = logits_of(model(images[:1].detach().clone().requires_grad_()))
     return seen, logits
 

@@ -81,7 +81,8 @@ def _linear(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
     many = len(a) == 1 < len(r) and state.ledger is None
     kept = state.passage.denominators.setdefault(node.index, {}) if many else None
     unit = state.passage.units.get(node.index)
-    step = Step(layer, a, z, r, before is not None and before.non_negative, config, state.ledger, kept, unit)
+    bounds = state.passage.bounds.get(node.index)
+    step = Step(layer, a, z, r, before is not None and before.non_negative, config, state.ledger, kept, unit, bounds)
     with made[0].weights.held() if made else nullcontext():
         return [RULES[rule_name(node, config)](step)]
 

@@ -27,6 +27,7 @@ class Passage:
         logits: (B, K).
         kept: by node index, what the backward step of its kind needs.
         units: by node index, what a first linear layer has in place of an image of ones (see `units`); absent: ones.
+        bounds: by node index, what it has in place of the lowest and highest pixels, where its rule is `zb`.
         denominators: by node index and part of the contributions, what several sweeps of many relevances divide by.
     """
 
@@ -36,6 +37,7 @@ class Passage:
     logits: Tensor
     kept: dict[int, Any] = field(default_factory=dict)
     units: dict[int, Tensor] = field(default_factory=dict)
+    bounds: dict[int, list[Tensor]] = field(default_factory=dict)
     denominators: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
 
@@ -47,8 +49,10 @@ class _Run:
     values: dict[int, Tensor]
     carrying: set[int]
     ones: Units
+    extremes: list[Units]
     kept: dict[int, Any] = field(default_factory=dict)
     units: dict[int, Tensor] = field(default_factory=dict)
+    bounds: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def takes_part(self, node: Node) -> bool:
         """Whether relevance will pass this node (it does not pass what makes a gate)."""
@@ -65,7 +69,8 @@ def rule_name(node: Node, config: Config) -> str:
 
 def run_forward(graph: Graph, junctions: dict[int, Junction], config: Config, images: Tensor) -> Passage:
     """Run a graph on images (B, C, H, W); values are let go as soon as nothing needs them."""
-    run = _Run(graph, junctions, config, {0: images}, graph.reach({graph.logits}), Units(graph, images))
+    extremes = [Units(graph, images, bound) for bound in config.bounds(images)] if config.first_layer == "zb" else []
+    run = _Run(graph, junctions, config, {0: images}, graph.reach({graph.logits}), Units(graph, images), extremes)
     waiting = {index: node.consumers for index, node in graph.nodes.items()}
     for index, node in graph.nodes.items():
         run.values[index] = FORWARD.get(node.kind, _evaluate)(run, node)
@@ -73,7 +78,7 @@ def run_forward(graph: Graph, junctions: dict[int, Junction], config: Config, im
             waiting[source] = waiting.get(source, 0) - 1
             if source and waiting[source] <= 0:
                 run.values.pop(source, None)
-    return Passage(graph, junctions, config, run.values[graph.logits], run.kept, run.units)
+    return Passage(graph, junctions, config, run.values[graph.logits], run.kept, run.units, run.bounds)
 
 
 def _evaluate(run: _Run, node: Node) -> Tensor:
@@ -113,12 +118,21 @@ def _linear(run: _Run, node: Node) -> Tensor:
     z = layer.apply(a, "weight", folded, layer.offset(folded))
     if takes_part:
         run.kept[node.index] = (a, z if keeps_output else None)
-        unit = run.ones.at(node.inputs[0]) if node.first else None
-        if unit is not None:
-            run.units[node.index] = unit[:1] if len(unit) == len(run.values[0]) else unit  # the same for every image
+        if node.first:
+            _keep_constants(run, node)
     if folded or layer.norm is None:
         return z
     return torch.addcmul(layer.per_channel(layer.norm.shift), z, layer.per_channel(layer.norm.scale))
+
+
+def _keep_constants(run: _Run, node: Node) -> None:
+    """Keep what rules that look at no pixel look at instead; it is the same for every image."""
+    source, count = node.inputs[0], len(run.values[0])
+    unit, bounds = run.ones.at(source), [found.at(source) for found in run.extremes]
+    if unit is not None:
+        run.units[node.index] = unit[:1] if len(unit) == count else unit
+    if bounds:
+        run.bounds[node.index] = [b[:1] if len(b) == count else b for b in bounds if b is not None]
 
 
 def _weighted(run: _Run, node: Node) -> Tensor:

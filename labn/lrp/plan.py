@@ -21,7 +21,7 @@ from labn.lrp.record import record
 from labn.lrp.region import PIECEWISE_LINEAR, carrying_in
 from labn.lrp.residual import Junction, junction_of
 from labn.packing import can_pack
-from labn.state import noting_written, structure_key, version_of
+from labn.state import structure_key, version_of
 
 KEPT_SHAPES = 4
 
@@ -76,12 +76,10 @@ def plan_for(model: nn.Module, images: Tensor) -> Plan:
         store = _stores[model] = _Store(state)
     key = (tuple(images.shape), images.dtype, images.device)
     if key not in store.plans:
-        with noting_written(model):
-            plan = _make(model, images, store.layers)
+        plan = _make(model, images, store.layers)
         if not store.plans:
             _verify(model, plan, images)
         store.plans[key] = plan
-        store.state = _state_of(model)  # of after: only now is known what the model's forward pass writes on it
     store.plans.move_to_end(key)
     while len(store.plans) > KEPT_SHAPES:
         store.plans.popitem(last=False)

@@ -6,7 +6,7 @@ divide, apply their transpose, multiply (Bach et al. 2015; Montavon et al. 2019)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +30,7 @@ class Step:
         non_negative: a >= 0 is known.
         config, ledger: choices, and the account to fill in (None: not wanted).
         unit: (1 or B, in, ...) what a first layer has in place of an image of ones; None: ones.
+        bounds: what it has in place of the lowest and the highest pixels; None: those.
         denominators: z + e by part, kept by the forward pass where many relevances meet one input (None: not kept).
     """
 
@@ -42,6 +43,7 @@ class Step:
     ledger: Ledger | None = None
     denominators: dict[str, Tensor] | None = None
     unit: Tensor | None = None
+    bounds: Sequence[Tensor] | None = None
 
     def apply(self, a: Tensor, part: str) -> Tensor:
         """sum_i a_i rho(w_ij), without bias; for the parts see `labn.weighted.part_of`."""
@@ -154,8 +156,7 @@ def ones(step: Step) -> Tensor:
 
 def zb(step: Step) -> Tensor:
     """zB: contributions a w - l w+ - h w- of pixels between l and h (Montavon et al. 2017)."""
-    bounds = step.config.bounds(step.a)
-    low, high = (b.expand(len(step.a), *step.a.shape[1:]) * (1 if step.unit is None else step.unit) for b in bounds)
+    low, high = (b.expand_as(step.a) for b in step.bounds or step.config.bounds(step.a))
     pairs = [(step.a, "weight"), (-low, "plus"), (-high, "minus")]
     s = step.divide(torch.stack([step.apply(a, part) for a, part in pairs]).sum(0))
     return torch.stack([a * step.adjoint(s, part) for a, part in pairs]).sum(0)

@@ -2,7 +2,8 @@
 
 The rules `ones`, `flat` and `w2` replace the pixels by 1. Where padding, pooling or resizing comes before the first
 convolution, what it makes of ones takes the place of the activation instead: a padded border has no pixel and gets no
-share, so that padding outside of a convolution is the same as padding inside.
+share, so that padding outside of a convolution is the same as padding inside. The pixel bounds of `zb` go the same way,
+but for the border: there both are what it is filled with, which leaves it nothing to contribute.
 """
 
 from __future__ import annotations
@@ -19,14 +20,21 @@ _UNCHANGED = {"norm", "relu", "identity", "pass", "rescale", "product"}
 
 
 class Units:
-    """What every value that has no linear layer below is made of, for images (B, C, H, W); each is made once."""
+    """What every value that has no linear layer below is made of, for images (B, C, H, W); each is made once.
 
-    def __init__(self, graph: Graph, images: Tensor) -> None:
+    Args:
+        graph: of the network.
+        images: for their shape.
+        pixels: broadcastable to the images, in place of ones; a border then has what it is filled with.
+    """
+
+    def __init__(self, graph: Graph, images: Tensor, pixels: Tensor | None = None) -> None:
         self.graph, self.images = graph, images
-        self._known: dict[int, Tensor | None] = {}
+        self._filled = pixels is not None
+        self._known: dict[int, Tensor | None] = {0: None if pixels is None else pixels.expand_as(images)}
 
     def at(self, index: int) -> Tensor | None:
-        """What the value `index` is for an image of ones, in its shape; None where that is one everywhere."""
+        """What the value `index` is for such an image, in its shape; None where that is one everywhere."""
         if index not in self._known:
             node = self.graph.nodes.get(index)
             self._known[index] = None if node is None else self._of(node)
@@ -41,7 +49,7 @@ class Units:
     def _of(self, node: Node) -> Tensor | None:
         if node.kind in _UNCHANGED:
             return self.at(node.flow[0])
-        made = _MADE.get(node.kind)
+        made = Node.evaluate if self._filled and node.kind in _MADE else _MADE.get(node.kind)
         plain = node.kind in ("route", "maxpool") and all(self.at(index) is None for index in node.inputs)
         return None if made is None or plain else made(node, {index: self.filled(index) for index in node.inputs})
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Accuracy, MeanMetric, Metric
 
 from labn.metrics.forecast import ForecastSkill
+from labn.models.backbones import WITHOUT_AUXILIARY
 from labn.models.checkpoints import LoadReport
 from labn.modules.losses import WeightedCrossEntropy
 from labn.modules.ranks import synchronise_buffers
@@ -20,6 +21,7 @@ CONFUSION_CLASSES = 10  # a confusion matrix of more classes is no reading for a
 RESAMPLES = 10_000
 TOP = 5
 SHOWN = {f"{stage}/{name}" for stage in ("train", "val", "test") for name in ("loss", "accuracy")}  # in progress bars
+AUXILIARY = tuple(f"network.{name}." for name in WITHOUT_AUXILIARY)
 NAMED = 8  # samples that a message names
 
 
@@ -78,7 +80,8 @@ class CheckedModule(pl.LightningModule):
         self.random_weights = tuple(name for name in names if report is None or name in report.fresh)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As `torch.nn.Module`'s; what is loaded is random no longer."""
+        """As `torch.nn.Module`'s; what is loaded is random no longer, and auxiliary heads, of old, are passed over."""
+        state_dict = {key: value for key, value in state_dict.items() if not key.startswith(AUXILIARY)}
         result = super().load_state_dict(state_dict, *args, **kwargs)
         self.random_weights = tuple(name for name in self.random_weights if f"network.{name}" in result.missing_keys)
         return result
@@ -122,7 +125,7 @@ class CheckedModule(pl.LightningModule):
         self.loaded_epoch = checkpoint.get("epoch")
         mine, theirs = self.state_dict(), checkpoint["state_dict"]
         missing = [key for key in mine if key not in theirs]
-        foreign = [key for key in theirs if key not in mine]
+        foreign = [key for key in theirs if key not in mine and not key.startswith(AUXILIARY)]
         shapes = [key for key in mine if key in theirs and mine[key].shape != theirs[key].shape]
         if missing or foreign or shapes:
             source = getattr(self._trainer, "ckpt_path", None) if self._trainer else None

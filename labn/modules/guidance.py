@@ -129,7 +129,7 @@ class SaliencyGuidance:
         self._ratios, self._sizes = _listed(self.keep_ratio), _listed(self.patch_size)
         if not self._ratios or not all(0 < ratio <= 1 for ratio in self._ratios):
             raise ValueError(f"guidance.keep_ratio is {self.keep_ratio}; shares lie in (0, 1].")
-        if not self._sizes or not all(size >= 1 and size == int(size) for size in self._sizes):
+        if not self._sizes or not all(1 <= size < math.inf and size == int(size) for size in self._sizes):
             raise ValueError(
                 f"guidance.patch_size is {self.patch_size}; sides are whole numbers of pixels, at least 1."
             )
@@ -168,10 +168,10 @@ def _listed(given: Any) -> list[Any]:
 def _check_probabilities(kind: str, given: Sequence[float] | None, of: str, values: Sequence[float]) -> None:
     if given is None:
         return
-    if len(given) != len(values) or len(values) == 1:
+    if len(given) != len(values):
         raise ValueError(
             f"guidance.{kind}_probabilities has {len(given)} and guidance.{of} {len(values)} values; give one "
-            "probability for each of several values, or none."
+            "probability for each value, or none."
         )
     if not (all(0 <= value < math.inf for value in given) and sum(given) > 0):
         raise ValueError(f"guidance.{kind}_probabilities is {given}; give numbers that are not negative, nor all 0.")

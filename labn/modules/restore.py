@@ -13,7 +13,9 @@ from labn.models.checkpoints import read_checkpoint
 from labn.modules.base import ClassificationModule
 from labn.preprocessing import KEY, Preprocessing
 
-ONLY_FOR_TRAINING = ("guidance", "backbone_ckpt")
+START_WEIGHTS = ("backbone_ckpt", "ckpt")
+"""Arguments that name the file of weights which training begins with."""
+ONLY_FOR_TRAINING = ("guidance", *START_WEIGHTS)
 """Arguments that change nothing about a trained network; a file of starting weights may be gone."""
 
 

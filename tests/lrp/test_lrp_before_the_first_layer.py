@@ -72,6 +72,24 @@ def test_padding_outside_is_padding_inside(first):
     assert torch.allclose(results[0].relevance, results[1].relevance, atol=1e-14)
 
 
+@pytest.mark.parametrize(
+    "before", [nn.ConstantPad2d(2, 2.0), nn.Sequential(nn.ConstantPad2d(1, -1.0), nn.AvgPool2d(2))]
+)
+def test_zb_gives_a_filled_border_no_share_and_no_pixel_a_negative_one(before):
+    """Bounds that pass what the pixels pass enclose the values, so that a w - l w+ - h w- >= 0."""
+    for seed in range(5):
+        net = nn.Sequential(before, nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        result = relevance(
+            seeded(net, seed),
+            images(2, 8).clamp(-1.5, 1.5),
+            torch.tensor([0, 3]),
+            Config(first_layer="zb", low=(-1.5,) * 3, high=(1.5,) * 3),
+            report=True,
+        )
+        assert (result.relevance >= 0).all()
+        assert adds_up(result) < 1e-9
+
+
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
 def test_copied_border_goes_back_where_it_came_from(mode):
     conv = seeded(nn.Conv2d(3, 4, 3, padding=1, padding_mode=mode), 6)

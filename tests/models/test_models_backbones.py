@@ -9,6 +9,7 @@ from labn.models.backbones import final_linear, input_channels
 from labn.models.cbam import CBAM
 from labn.models.checkpoints import load_backbone
 from labn.models.lambda_resnet import LambdaBottleneck
+from labn.modules import Classifier
 
 
 def depths(network: nn.Module) -> list[int]:
@@ -115,6 +116,14 @@ def test_every_parameter_of_a_network_with_auxiliary_classifiers_trains(name, si
     report = load_backbone(network, tmp_path / "weights.pt")
     assert not report.fresh
     assert {key.partition(".")[0] for key in report.unused} <= {"aux1", "aux2", "AuxLogits"}
+
+
+def test_checkpoints_that_have_auxiliary_classifiers_are_read():
+    module = Classifier("googlenet", 2)
+    state = {**module.state_dict(), "network.aux1.fc1.weight": torch.zeros(1)}
+    module.on_load_checkpoint({"state_dict": state})
+    module.load_state_dict(state)
+    assert not module.random_weights
 
 
 def test_unknown_names_are_refused():

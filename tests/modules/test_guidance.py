@@ -91,7 +91,7 @@ def test_frozen_batchnorm_restores_flags_and_statistics():
         ({"direction": "up"}, "direction"),
         ({"keep_ratio": []}, r"keep_ratio is \[\]"),
         ({"keep_ratio": 0.1, "keep_probabilities": [0.2, 0.8]}, "keep_probabilities has 2 and .*keep_ratio 1 values"),
-        ({"keep_ratio": [0.1], "keep_probabilities": [1.0]}, "keep_probabilities has 1 and .*keep_ratio 1 values"),
+        ({"patch_size": float("inf")}, "patch_size is inf"),
         ({"keep_ratio": [0.1, 0.2], "keep_probabilities": [1.0]}, "keep_probabilities has 1 and .*keep_ratio 2 values"),
         ({"keep_ratio": [0.1, 0.2], "keep_probabilities": [1.5, -0.5]}, r"keep_probabilities is \[1.5, -0.5\]"),
         ({"keep_ratio": [0.1, 0.2], "keep_probabilities": [0.0, 0.0]}, "keep_probabilities is"),
