@@ -65,7 +65,8 @@ def overlay_figure(
         low, high, colors = color_scale(heat)
         axis.imshow(grey, cmap="gray", vmin=0, vmax=1)
         shown = axis.imshow(heat, cmap=colors, vmin=low, vmax=high, alpha=0.6)
-        bar = figure.colorbar(shown, ax=axis, fraction=0.046, pad=0.02)
+        # Every tick whole: a common offset of a nearly flat map, written beside the bar, would push it away.
+        bar = figure.colorbar(shown, ax=axis, fraction=0.046, pad=0.02, format="%.3g")
         bar.ax.tick_params(labelsize=6)
         axis.set_title(name, fontsize=9, parse_math=False)
     for axis in axes:

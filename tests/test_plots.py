@@ -31,6 +31,14 @@ def test_signed_limits_leave_outliers_out():
     assert color_scale(np.full((2, 2), 3.0)) == (2.5, 3.5, "inferno")
 
 
+def test_the_colour_bar_of_a_nearly_flat_map_has_no_offset_beside_it():
+    figure = overlay_figure(np.zeros((4, 5, 3)), {"flat": 3.018e-3 + 1e-7 * np.arange(20.0).reshape(4, 5)})
+    figure.savefig(io.BytesIO(), dpi=30, format="png")
+    bar = figure.axes[-1].yaxis
+    assert bar.get_offset_text().get_text() == ""
+    assert {label.get_text() for label in bar.get_ticklabels()} == {"0.00302"}
+
+
 @pytest.mark.parametrize("name", ["price_$5_a_b$.jpg: cat", r"$\\nosuch{$", "$x^$"])
 def test_titles_are_text_and_no_mathematics(name):
     pixels, buffer = np.zeros((8, 8, 3)), io.BytesIO()
