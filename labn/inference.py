@@ -22,7 +22,8 @@ def logits_of(output: Any) -> Tensor:
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
         raise TypeError(
-            f"The model returned {type(output).__name__}; a tensor of logits or an object with `.logits` is needed."
+            f"The model returned {type(output).__name__}; a tensor of logits or an object with `.logits` is needed. "
+            "Detectors are explained by `crp` and scored by `DetectionCallback`."
         )
     return logits
 

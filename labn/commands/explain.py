@@ -33,6 +33,8 @@ Reader = Callable[[Path, Preprocessing], np.ndarray]
 Lister = Callable[[Path], list[Path]]
 """Folder -> its picture files."""
 
+METHODS = tuple(name for name in EXPLAINERS if name != "crp")
+"""Methods for classifiers."""
 SUMMARY = "Explain single pictures with a trained or a given network."
 DETAILS = f"""\
 Prints class and confidence of every picture and writes to --out: overlays/<picture>.png (the picture with the map of
@@ -42,7 +44,7 @@ predictions.csv.
 The network is a checkpoint of this command line (--ckpt), which knows its own preprocessing and classes, or a
 torchvision or timm model with its weights in a file (--model, --weights); nothing is downloaded.
 
-{textwrap.fill(f"methods: {', '.join(EXPLAINERS)}; -NAME negates (write --method=-labn)", 110)}
+{textwrap.fill(f"methods: {', '.join(METHODS)}; -NAME negates (write --method=-labn)", 110)}
 
 examples:
   python cli.py explain --image a.jpg --ckpt runs/quickstart/checkpoints/best.ckpt --method labn gradcam
@@ -85,6 +87,8 @@ def run(options: argparse.Namespace, read: Reader, list_pictures: Lister) -> Non
     """
     for method in options.method:
         explainer_by_name(method)
+        if method.lstrip("-") not in METHODS:
+            raise ValueError(f"{method} explains detectors, which `cli.py test` does with callbacks.DetectionCallback.")
     check_device(options.device)
     files = _files(options.image, list_pictures)
     if any(path.resolve().parent == (options.out / OVERLAYS).resolve() for path in files):

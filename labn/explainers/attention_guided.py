@@ -63,18 +63,19 @@ def _same(maps: Tensor) -> Tensor:
 Scaling = Callable[[Tensor], Tensor]
 
 
-def _channel_spatial(gates: Gates, maps: Tensor, scaled: Scaling) -> Tensor:
-    first = gates.channel_gate(scaled(maps)) * maps
-    return gates.spatial_gate(scaled(first)) * first
+# `read` is what the first gate sees; the second sees the same, gated by the first, as in CBAM.
+def _channel_spatial(gates: Gates, maps: Tensor, read: Tensor, scaled: Scaling) -> Tensor:
+    channels = gates.channel_gate(scaled(read))
+    return gates.spatial_gate(scaled(channels * read)) * (channels * maps)
 
 
-def _spatial_channel(gates: Gates, maps: Tensor, scaled: Scaling) -> Tensor:
-    first = gates.spatial_gate(scaled(maps)) * maps
-    return gates.channel_gate(scaled(first)) * first
+def _spatial_channel(gates: Gates, maps: Tensor, read: Tensor, scaled: Scaling) -> Tensor:
+    positions = gates.spatial_gate(scaled(read))
+    return gates.channel_gate(scaled(positions * read)) * (positions * maps)
 
 
-def _parallel(gates: Gates, maps: Tensor, scaled: Scaling) -> Tensor:
-    return gates.channel_gate(scaled(maps)) * gates.spatial_gate(scaled(maps)) * maps
+def _parallel(gates: Gates, maps: Tensor, read: Tensor, scaled: Scaling) -> Tensor:
+    return gates.channel_gate(scaled(read)) * gates.spatial_gate(scaled(read)) * maps
 
 
 ORDERS = {"channel-spatial": _channel_spatial, "spatial-channel": _spatial_channel, "parallel": _parallel}
@@ -87,7 +88,8 @@ class AttentionMapGuided(GradCAM):
         with F^ = F / max|F|
 
     w are Grad-CAM's weights. The paper leaves open whether the attention is trained and where it is applied: these
-    are options, and the default needs no training.
+    are options, and the default needs no training. Trained gates read the activations A that they were trained on, in
+    place of F^: on F, which is smaller by orders of magnitude, they would say the same of every image.
 
     Args:
         target_layer: name of the layer; None finds the last one with spatial feature maps, or with
@@ -99,7 +101,8 @@ class AttentionMapGuided(GradCAM):
         apply_to: "weighted" maps F, or "activation": attention on A, with which the network goes on, then Grad-CAM
             there; the same as Grad-CAM on a network with that attention behind the layer.
         residual: add the maps without attention.
-        normalise: use F^; None does for the parameter-free gates alone, since trained ones know their scale.
+        normalise: let the gates read F^ (True) or F (False), or with apply_to="activation" A likewise; None: F^ for the
+            parameter-free gates, A as it is for trained ones.
         box: side of the box filter of the parameter-free spatial gate; 1 is none.
     """
 
@@ -138,11 +141,12 @@ class AttentionMapGuided(GradCAM):
         self, gates: Gates, layer: nn.Module, model: nn.Module, images: Tensor, targets: Tensor
     ) -> Tensor:
         if self.apply_to == "activation":
-            seen = gradient_features(model, layer, images, targets, lambda maps: self._attend(gates, maps))
+            seen = gradient_features(model, layer, images, targets, lambda maps: self._attend(gates, maps, maps))
             return self.weigh(self.weights(seen.activations, seen.slopes), seen.activations)
         seen = gradient_features(model, layer, images, targets)
         with torch.no_grad():
-            attended = self._attend(gates, self.weights(seen.activations, seen.slopes) * seen.activations)
+            weighted = self.weights(seen.activations, seen.slopes) * seen.activations
+            attended = self._attend(gates, weighted, seen.activations)
         return self.weigh(torch.ones_like(attended[:, :, :1, :1]), attended)
 
     def layer(self, model: nn.Module, images: Tensor) -> nn.Module:
@@ -156,9 +160,11 @@ class AttentionMapGuided(GradCAM):
             return ParameterFreeGates(self.box)
         return _cbam_of(model) if isinstance(self.attention, str) else self.attention  # type: ignore[return-value]
 
-    def _attend(self, gates: Gates, maps: Tensor) -> Tensor:
-        normalise = self.attention == "parameter_free" if self.normalise is None else self.normalise
-        attended = ORDERS[self.order](gates, maps, unit_scale if normalise else _same)
+    def _attend(self, gates: Gates, maps: Tensor, activations: Tensor) -> Tensor:
+        trained = self.attention != "parameter_free"
+        read = activations if trained and self.normalise is None else maps
+        normalise = not trained if self.normalise is None else self.normalise
+        attended = ORDERS[self.order](gates, maps, read, unit_scale if normalise else _same)
         return attended + maps if self.residual else attended
 
 

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from labn.explainers.base import Explainer, Targets
 from labn.explainers.detection import DetectionPassage, Start
 from labn.explainers.head_rules import CLASS_RULES, COORDINATE_RULES
-from labn.explainers.targets import check_targets
+from labn.explainers.targets import check_targets, resolve_targets
 from labn.inference import explaining, matching
 from labn.lrp.config import Config, FirstName
+from labn.lrp.engine import propagated
 from labn.lrp.initial import check_others, rivals
 from labn.models.detectors import COORDINATES, Detections, Detector, Thresholds, detector_of
+from labn.perturb import check_chunk_size
 
 Task = Literal["class", "cx", "cy", "w", "h"]
 TASKS: tuple[Task, ...] = ("class", "cx", "cy", "w", "h")
@@ -28,12 +30,12 @@ class Question:
     """What is asked of one default box.
 
     Attributes:
-        prior: index of the default box, for example `Detections.priors[0]`.
+        prior: index of the default box, an integer or a tensor of one, for example `Detections.priors[0]`.
         task: `class`, or the coordinate `cx`, `cy`, `w` or `h`.
         label: class channel or name, also one that was not predicted (what if?); None: the most probable object class.
     """
 
-    prior: int
+    prior: int | Tensor
     task: Task = "class"
     label: int | str | None = None
 
@@ -110,6 +112,7 @@ class CRP(Explainer):
         _among("localisation", localisation, COORDINATE_RULES)
         _among("direction", direction, DIRECTIONS)
         check_others(others)
+        check_chunk_size(chunk_size)
         self.task, self.contrast_at, self.others, self.background = task, contrast_at, others, background
         self.initial, self.localisation, self.direction = initial, localisation, direction
         self.config = Config(
@@ -132,7 +135,7 @@ class CRP(Explainer):
         Raises:
             TypeError: the model is no detector.
         """
-        image = image.detach()[None] if image.ndim == 3 else image.detach()
+        image = propagated(image.detach()[None] if image.ndim == 3 else image.detach())
         found = matching(detector_of(detector), image)
         assert isinstance(found, Detector)
         with explaining(found, image.device.type):
@@ -190,12 +193,18 @@ class CRP(Explainer):
     # The contract of every explainer
 
     def choose_targets(self, model: nn.Module, images: Tensor, targets: Targets) -> Tensor:
-        """Class channels (B,): those given, or that of each image's best detection (the background without one)."""
+        """Class channels (B,): those given, or that of each image's best detection (the background without one).
+
+        Raises:
+            ValueError: a class (channel or name) that the detector does not have, or not one per image.
+        """
         detector = detector_of(model)
         if targets is None:
             found = [self.passage(detector, image).detections(self.thresholds) for image in images]
             return torch.tensor([int(d.labels[0]) if len(d) else detector.background or 0 for d in found])
-        chosen = torch.as_tensor(targets).expand(len(images)).long()
+        if isinstance(targets, str):
+            targets = detector.class_index(targets)
+        chosen = resolve_targets(detector, images, targets)
         check_targets(chosen, detector.num_classes)
         return chosen
 

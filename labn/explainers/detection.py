@@ -12,6 +12,7 @@ from labn.lrp.config import Config
 from labn.lrp.engine import backward, forward
 from labn.lrp.graph import Node
 from labn.models.detectors import Detections, Detector, Predictions, Thresholds, Unit, detect
+from labn.perturb import check_chunk_size
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class DetectionPassage:
 
     Args:
         detector: in eval mode, of the image's device and dtype (see `labn.inference`).
-        image: (1, C, H, W), normalised.
+        image: (1, C, H, W), normalised, in float32 or float64.
         config: rules below the heads.
 
     Attributes:
@@ -67,7 +68,7 @@ class DetectionPassage:
         if len(image) != 1:
             raise ValueError(f"a detection passage holds one image, got {len(image)}.")
         self.detector, self.image = detector, image
-        self.passage = forward(detector, image, config)
+        self.passage = forward(detector, image, config, _rows)
         heads = detector.heads()
         self._classes = [self._node(head.classification) for head in heads]
         self._offsets = [self._node(head.localisation) for head in heads]
@@ -101,7 +102,7 @@ class DetectionPassage:
         """The detections of the image; none is an empty result."""
         return detect(self.detector, self.predictions, self.size, thresholds)[0]
 
-    def window(self, prior: int, localisation: bool) -> Window:
+    def window(self, prior: int | Tensor, localisation: bool) -> Window:
         """What the class outputs (or the coordinate outputs) of a default box read.
 
         Raises:
@@ -128,8 +129,9 @@ class DetectionPassage:
 
         Raises:
             NotImplementedError: a layer on the way has no rule; the message names it.
-            ValueError: `until` does not lie below a start.
+            ValueError: `until` does not lie below a start, or `chunk_size` is below 1.
         """
+        check_chunk_size(chunk_size)
         size = chunk_size or (4 if self.image.device.type == "cpu" else max(len(starts), 1))
         # Starts at the same layer share a sweep, so that no zeros are sent through the layers above it.
         order = sorted(range(len(starts)), key=lambda n: starts[n].window.value)
@@ -147,14 +149,20 @@ class DetectionPassage:
     def _seed(self, starts: list[Start], value: int) -> Tensor:
         node = next(n for n in (*self._classes, *self._offsets) if n.inputs[0] == value)
         layer_input = self.passage.kept[node.index][0]
-        window = next(start.window for start in starts if start.window.value == value)
-        vertical, horizontal = window.padding
         channels, height, width = layer_input.shape[1:]
-        padded = layer_input.new_zeros(len(starts), channels, height + 2 * vertical, width + 2 * horizontal)
+        seed = layer_input.new_zeros(len(starts), channels, height, width)
         for row, start in enumerate(starts):
             if start.window.value == value:
-                padded[row, :, start.window.rows, start.window.columns] = start.relevance
-        return padded[:, :, vertical : vertical + height, horizontal : horizontal + width].contiguous()
+                # The heads of one map may be padded differently.
+                vertical, horizontal = start.window.padding
+                padded = seed.new_zeros(channels, height + 2 * vertical, width + 2 * horizontal)
+                padded[:, start.window.rows, start.window.columns] = start.relevance
+                seed[row] = padded[:, vertical : vertical + height, horizontal : horizontal + width]
+        return seed
+
+
+def _rows(predictions: Predictions) -> Tensor:
+    return predictions.rows
 
 
 def _pair(value: int | tuple[int, ...] | list[int]) -> tuple[int, int]:

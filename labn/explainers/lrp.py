@@ -11,6 +11,7 @@ from labn.explainers.base import Explainer
 from labn.lrp.config import BlockWeights, Config, FirstName, ResidualName, RuleName
 from labn.lrp.engine import relevance
 from labn.lrp.initial import INITIAL, Contrast, Initial, check_others
+from labn.perturb import check_chunk_size
 from labn.postprocess import apply, check_names
 
 
@@ -66,6 +67,7 @@ class LRP(Explainer):
             low=None if low is None else tuple(low),
             high=None if high is None else tuple(high),
         )
+        check_chunk_size(chunk_size)
         self.init: str | Initial = init
         self.chunk_size = chunk_size
         self.postprocess = check_names(postprocess)

@@ -21,15 +21,21 @@ class Block:
     members: frozenset[int]
 
 
-def find_blocks(graph: Graph) -> list[Block]:
-    """All residual blocks of a graph, in order; of nested ones the outer."""
+def find_blocks(graph: Graph, at_pixels: bool = True) -> list[Block]:
+    """All residual blocks of a graph, in order; of nested ones the outer.
+
+    Args:
+        graph: as recorded.
+        at_pixels: also those in which a first layer lies; inside of a block no rule of its own has a place.
+    """
     blocks: list[Block] = []
     carrying = graph.reach({graph.logits})
     for node in graph.nodes.values():
         if node.kind == "sum" and len(node.inputs) == 2 and node.index in carrying:
             block = _block_at(node, graph)
-            blocks = [b for b in blocks if not b.members <= block.members] + [block]
-    return [b for b in blocks if _is_closed(b, graph)]
+            if _is_closed(block, graph) and (at_pixels or not _holds_first_layer(block, graph)):
+                blocks = [b for b in blocks if not b.members <= block.members] + [block]
+    return blocks
 
 
 def _block_at(node: Node, graph: Graph) -> Block:
@@ -78,6 +84,10 @@ def _is_closed(block: Block, graph: Graph) -> bool:
     return not any(inside.intersection(n.inputs) for n in graph.nodes.values() if n.index not in block.members)
 
 
+def _holds_first_layer(block: Block, graph: Graph) -> bool:
+    return any(graph.nodes[index].first and graph.nodes[index].kind == "linear" for index in block.members)
+
+
 def join_rows(blocks: list[Block], graph: Graph) -> list[Block]:
     """Join blocks that follow each other directly; a value that something else reads too ends a row."""
     rows: list[Block] = []
@@ -96,9 +106,9 @@ def _read_only_inside(block: Block, graph: Graph) -> bool:
     )
 
 
-def with_regions(graph: Graph, telescope: bool = True) -> Graph:
+def with_regions(graph: Graph, telescope: bool = True, at_pixels: bool = True) -> Graph:
     """The same graph with every residual block, or every row of them, as one node of kind `region`."""
-    blocks = find_blocks(graph)
+    blocks = find_blocks(graph, at_pixels)
     rows = join_rows(blocks, graph) if telescope else blocks
     nodes = dict(graph.nodes)
     for row in rows:

@@ -25,7 +25,8 @@ class Config:
         rule: rule of the convolutions, and of values weighed by what the image makes, as in lambda layers, the weights
             held constant (Ali et al., ICML 2022; see `labn.weighted`).
         linear_rule: rule of the fully connected layers; None: the same.
-        residual: how a residual sum shares relevance between its branches.
+        residual: how a residual sum shares relevance between its branches. Under `block`, a block that begins at the
+            pixels shares by `ratio`, so that its first layer can have its own rule, unless that is `same`.
         block_weights: under `residual="block"`, the block as it is (`signed`) or with BatchNorm folded, its weights
             clamped at zero and its biases left out (`zplus`), which conserves relevance.
         batchnorm: `pass` hands relevance through a BatchNorm unchanged, `fold` joins it to the layer before.
@@ -74,6 +75,8 @@ class Config:
             raise ValueError(f"block_weights={self.block_weights!r} needs residual='block', got {self.residual!r}.")
         if self.eps < 0 or self.gamma < 0:
             raise ValueError(f"eps and gamma must not be negative, got eps={self.eps}, gamma={self.gamma}.")
+        if self.eps == 0 and self.eps_mode == "absolute":
+            raise ValueError("eps must be above 0 with eps_mode='absolute': nothing else keeps 0 / 0 away.")
 
     @property
     def folded(self) -> bool:

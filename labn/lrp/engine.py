@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from labn.inference import explaining, matching
+from labn.inference import explaining, logits_of, matching
 from labn.lrp.backward import sweep
 from labn.lrp.config import Config
 from labn.lrp.forward import Passage, run_forward
 from labn.lrp.initial import Initial, initial_relevance
 from labn.lrp.ledger import Entry, Ledger, joined
-from labn.lrp.plan import check, plan_for
+from labn.lrp.plan import SAME, Rows, check, plan_for
+from labn.perturb import check_chunk_size
 from labn.prepare import cpu_chunk
 
 
@@ -44,19 +45,30 @@ class Relevance:
         return sum((entry.leaks for entry in self.entries), torch.zeros_like(self.initial))
 
 
-def forward(model: nn.Module, images: Tensor, config: Config | None = None) -> Passage:
+def propagated(images: Tensor) -> Tensor:
+    """The images as relevance can be propagated for them: in single precision where they are in half.
+
+    In half precision the shares of a large layer lie below the smallest number, or add up to anything but one.
+    """
+    return images if images.dtype in SAME else images.float()
+
+
+def forward(model: nn.Module, images: Tensor, config: Config | None = None, rows: Rows = logits_of) -> Passage:
     """Run a model for later sweeps.
 
     Args:
         model: in eval mode, of the images' device and dtype (see `labn.inference`).
         images: (B, C, H, W).
         config: the rules; defaults of `Config`.
+        rows: what of the model's output relevance starts from, (B, K); its logits.
 
     Raises:
-        ValueError: the model cannot be recorded.
+        ValueError: the model cannot be recorded, or the images are in half precision (see `propagated`).
     """
     config = config or Config()
-    plan = plan_for(model, images)
+    if images.dtype not in SAME:
+        raise ValueError(f"images are {images.dtype}; relevance is propagated in float32 or float64.")
+    plan = plan_for(model, images, rows)
     if images.device.type == "cpu" and images.ndim == 4:
         images = images.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
@@ -107,7 +119,8 @@ def relevance(
 
     Args:
         model: any network whose layers have rules.
-        images: (B, C, H, W), normalised as the model expects; device and dtype of the arithmetic are theirs.
+        images: (B, C, H, W), normalised as the model expects; device and dtype of the arithmetic are theirs, but for
+            half precision, which is propagated in float32.
         targets: (B,) int64 class indices.
         config: the rules; defaults of `Config`.
         init: relevance at the target's logit, see `initial_relevance`; or a function of logits and targets that gives
@@ -118,9 +131,11 @@ def relevance(
 
     Raises:
         NotImplementedError: a layer has no rule; the message names it.
+        ValueError: `chunk_size` is below 1.
     """
+    check_chunk_size(chunk_size)
     size = chunk_size or (cpu_chunk(images) if images.device.type == "cpu" else len(images))
-    targets = targets.to(images.device)
+    images, targets = propagated(images), targets.to(images.device)
     with explaining(model, images.device.type):
         model = matching(model, images)
         pairs = zip(images.detach().split(size), targets.split(size))

@@ -14,7 +14,7 @@ from labn.lrp.graph import Graph, Node
 from labn.lrp.region import RegionRun, evaluate_region, run_clamped, run_region
 from labn.lrp.residual import SHARES, Junction
 from labn.lrp.rules import USES_OUTPUT
-from labn.lrp.units import Units
+from labn.lrp.units import Bounds, Units
 from labn.lrp.weighing import weighing
 
 
@@ -49,7 +49,7 @@ class _Run:
     values: dict[int, Tensor]
     carrying: set[int]
     ones: Units
-    extremes: list[Units]
+    extremes: Bounds | None
     kept: dict[int, Any] = field(default_factory=dict)
     units: dict[int, Tensor] = field(default_factory=dict)
     bounds: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -69,7 +69,7 @@ def rule_name(node: Node, config: Config) -> str:
 
 def run_forward(graph: Graph, junctions: dict[int, Junction], config: Config, images: Tensor) -> Passage:
     """Run a graph on images (B, C, H, W); values are let go as soon as nothing needs them."""
-    extremes = [Units(graph, images, bound) for bound in config.bounds(images)] if config.first_layer == "zb" else []
+    extremes = Bounds(graph, images, *config.bounds(images)) if config.first_layer == "zb" else None
     run = _Run(graph, junctions, config, {0: images}, graph.reach({graph.logits}), Units(graph, images), extremes)
     waiting = {index: node.consumers for index, node in graph.nodes.items()}
     for index, node in graph.nodes.items():
@@ -128,11 +128,11 @@ def _linear(run: _Run, node: Node) -> Tensor:
 def _keep_constants(run: _Run, node: Node) -> None:
     """Keep what rules that look at no pixel look at instead; it is the same for every image."""
     source, count = node.inputs[0], len(run.values[0])
-    unit, bounds = run.ones.at(source), [found.at(source) for found in run.extremes]
+    unit, bounds = run.ones.at(source), None if run.extremes is None else run.extremes.at(source)
     if unit is not None:
         run.units[node.index] = unit[:1] if len(unit) == count else unit
-    if bounds:
-        run.bounds[node.index] = [b[:1] if len(b) == count else b for b in bounds if b is not None]
+    if bounds is not None:
+        run.bounds[node.index] = [b[:1] if len(b) == count else b for b in bounds]
 
 
 def _weighted(run: _Run, node: Node) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,7 +25,10 @@ from labn.lrp.residual import Junction, junction_of
 from labn.packing import can_pack
 from labn.state import structure_key, version_of
 
+Rows = Callable[[Any], Tensor]
+"""What a model returns -> (B, K), the values that relevance starts from."""
 KEPT_SHAPES = 4
+SAME = {torch.float64: 1e-8, torch.float32: 1e-3}  # how exactly a recording must repeat the model
 
 
 @dataclass
@@ -31,26 +36,32 @@ class Plan:
     """The graph of one model for one image shape.
 
     Attributes:
-        graph: as recorded; regions: the same with residual blocks as regions (see `blocks`).
+        graph: as recorded.
         junctions: the residual sums by index.
     """
 
     graph: Graph
-    regions: Graph
     junctions: dict[int, Junction]
+    _regions: dict[tuple[bool, bool], Graph] = field(default_factory=dict)
 
     def for_config(self, config: Config) -> Graph:
-        """The graph that the residual rule of `config` runs on."""
+        """The graph that the residual rule of `config` runs on: under `block` with blocks as regions (see `blocks`).
+
+        With clamped weights what a block makes is not what the next one is given, so that the two do not cancel and a
+        row is no single gradient: every block is a region of its own.
+        """
         if config.residual != "block":
             return self.graph
-        return self.regions if config.block_weights == "signed" else self.blocks
-
-    @cached_property
-    def blocks(self) -> Graph:
-        """The graph with every block as a region of its own: with clamped weights what a block makes is not what the
-        next one is given, so that the two do not cancel and a row is no single gradient.
-        """
-        return with_regions(self.graph, telescope=False)
+        how = config.block_weights == "signed", config.first_layer == "same"
+        if how not in self._regions:
+            self._regions[how] = with_regions(self.graph, *how)
+        if self.junctions and not any(node.kind == "region" for node in self._regions[how].nodes.values()):
+            warnings.warn(
+                "residual='block' finds no residual block in this network that can be taken as one layer; "
+                "its sums share their relevance as residual='ratio' does.",
+                stacklevel=2,
+            )
+        return self._regions[how]
 
 
 @dataclass
@@ -64,7 +75,7 @@ class _Store:
 _stores: WeakKeyDictionary[nn.Module, _Store] = WeakKeyDictionary()
 
 
-def plan_for(model: nn.Module, images: Tensor) -> Plan:
+def plan_for(model: nn.Module, images: Tensor, rows: Rows = logits_of) -> Plan:
     """The plan of `model` for images of this shape; weights prepared for an earlier call are used again.
 
     Whether the model is still the same is seen from its modules (`labn.state.structure_key`), and from address, version
@@ -74,11 +85,11 @@ def plan_for(model: nn.Module, images: Tensor) -> Plan:
     store = _stores.get(model)
     if store is None or store.state != state:
         store = _stores[model] = _Store(state)
-    key = (tuple(images.shape), images.dtype, images.device)
+    key = (tuple(images.shape), images.dtype, images.device, rows)
     if key not in store.plans:
-        plan = _make(model, images, store.layers)
+        plan = _make(model, images, store.layers, rows)
         if not store.plans:
-            _verify(model, plan, images)
+            _verify(model, plan, images, rows)
         store.plans[key] = plan
     store.plans.move_to_end(key)
     while len(store.plans) > KEPT_SHAPES:
@@ -99,15 +110,15 @@ def _last(tensor: Tensor) -> int:
     return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
 
 
-def _make(model: nn.Module, images: Tensor, layers: dict[tuple[object, ...], Layer]) -> Plan:
-    graph = build(record(model, images))
+def _make(model: nn.Module, images: Tensor, layers: dict[tuple[object, ...], Layer], rows: Rows) -> Plan:
+    graph = build(record(model, images, rows))
     for node in graph.nodes.values():
         if node.layer is not None:
             node.layer = layers.setdefault(_identity_of(node.layer), node.layer)
     if images.device.type == "cpu":
         use_fastest(graph, can_pack(images, images.dtype))
     junctions = {i: junction_of(n, graph) for i, n in graph.nodes.items() if n.kind == "sum" and len(n.inputs) == 2}
-    return Plan(graph, with_regions(graph), junctions)
+    return Plan(graph, junctions)
 
 
 def _identity_of(layer: Layer) -> tuple[object, ...]:
@@ -128,19 +139,19 @@ def check(graph: Graph, config: Config, starts: set[int]) -> None:
             )
 
 
-def _verify(model: nn.Module, plan: Plan, images: Tensor) -> None:
+def _verify(model: nn.Module, plan: Plan, images: Tensor, rows: Rows) -> None:
     """Raise ValueError unless the recording, run on other images, gives the model's own logits where these are finite.
 
     The images stay within the values seen, as products of what an image makes (lambda layers) may square to infinity.
     """
     others = images.flip(-1) * 0.5 + images.roll(1, -2) * 0.25
     with torch.no_grad():
-        expected = logits_of(model(others))
+        expected = rows(model(others))
         got = run_forward(plan.graph, plan.junctions, Config(residual="duplicate"), others).logits
     known = expected.isfinite()
     got, expected = got[known], expected[known]
     scale = torch.cat([expected.abs().flatten(), expected.new_tensor([1e-6])]).max()
-    if not torch.allclose(got / scale, expected / scale, atol=1e-3 if images.dtype == torch.float32 else 1e-8, rtol=0):
+    if not torch.allclose(got / scale, expected / scale, atol=SAME[images.dtype], rtol=0):
         raise ValueError(
             f"{type(model).__name__} does not repeat on other images what was recorded on one batch: its forward pass "
             "branches on pixel values or leaves torch functions (NumPy, custom autograd functions)."

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from labn.inference import logits_of
-
 
 @dataclass(frozen=True)
 class Ref:
@@ -164,8 +162,10 @@ def _watching(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
         yield
 
 
-def record(model: nn.Module, images: Tensor) -> Recording:
+def record(model: nn.Module, images: Tensor, rows: Callable[[Any], Tensor]) -> Recording:
     """Run `model` once on `images` (B, C, H, W) without gradients and write down the calls that lead to the logits.
+
+    `rows` makes them, (B, K), of the model's output.
 
     Constants that do not depend on the images (weights, masks made from weights) are kept by reference.
 
@@ -176,7 +176,7 @@ def record(model: nn.Module, images: Tensor) -> Recording:
     recorder = _Recorder(images)
     with torch.no_grad(), _watching(model, recorder):
         with recorder:
-            output = logits_of(model(images))  # which may have to be put together from the parts of an output
+            output = rows(model(images))  # which may have to be put together from the parts of an output
         logits = recorder.index_of(output)
     if not logits:
         raise ValueError(

@@ -2,8 +2,9 @@
 
 The rules `ones`, `flat` and `w2` replace the pixels by 1. Where padding, pooling or resizing comes before the first
 convolution, what it makes of ones takes the place of the activation instead: a padded border has no pixel and gets no
-share, so that padding outside of a convolution is the same as padding inside. The pixel bounds of `zb` go the same way,
-but for the border: there both are what it is filled with, which leaves it nothing to contribute.
+share, so that padding outside of a convolution is the same as padding inside. The pixel bounds of `zb` go the way of
+the pixels themselves, through a normalisation inside of the network too; at a border both are what it is filled with,
+which leaves it nothing to contribute.
 """
 
 from __future__ import annotations
@@ -25,13 +26,11 @@ class Units:
     Args:
         graph: of the network.
         images: for their shape.
-        pixels: broadcastable to the images, in place of ones; a border then has what it is filled with.
     """
 
-    def __init__(self, graph: Graph, images: Tensor, pixels: Tensor | None = None) -> None:
+    def __init__(self, graph: Graph, images: Tensor) -> None:
         self.graph, self.images = graph, images
-        self._filled = pixels is not None
-        self._known: dict[int, Tensor | None] = {0: None if pixels is None else pixels.expand_as(images)}
+        self._known: dict[int, Tensor | None] = {0: None}
 
     def at(self, index: int) -> Tensor | None:
         """What the value `index` is for such an image, in its shape; None where that is one everywhere."""
@@ -49,9 +48,42 @@ class Units:
     def _of(self, node: Node) -> Tensor | None:
         if node.kind in _UNCHANGED:
             return self.at(node.flow[0])
-        made = Node.evaluate if self._filled and node.kind in _MADE else _MADE.get(node.kind)
+        made = _MADE.get(node.kind)
         plain = node.kind in ("route", "maxpool") and all(self.at(index) is None for index in node.inputs)
         return None if made is None or plain else made(node, {index: self.filled(index) for index in node.inputs})
+
+
+class Bounds:
+    """Between which values every value lies that has no linear layer below, for images (B, C, H, W); made once each.
+
+    A gate and an L2 norm, which depend on the image, are read as factors of at most 1: the bounds stay as they are.
+
+    Args:
+        graph: of the network.
+        images: for their shape.
+        low, high: of the pixels, broadcastable to the images.
+    """
+
+    def __init__(self, graph: Graph, images: Tensor, low: Tensor, high: Tensor) -> None:
+        self.graph = graph
+        self._known: dict[int, tuple[Tensor, Tensor] | None] = {0: (low.expand_as(images), high.expand_as(images))}
+
+    def at(self, index: int) -> tuple[Tensor, Tensor] | None:
+        """Lower and upper bound of the value `index`, each in its shape; None where it has a linear layer below."""
+        if index not in self._known:
+            node = self.graph.nodes.get(index)
+            self._known[index] = None if node is None else self._of(node)
+        return self._known[index]
+
+    def _of(self, node: Node) -> tuple[Tensor, Tensor] | None:
+        if node.kind in ("rescale", "product"):
+            return self.at(node.flow[0])
+        read = {index: self.at(index) for index in node.inputs} if node.kind in _MONOTONE else {}
+        known = {index: ends for index, ends in read.items() if ends is not None}
+        if not known or len(known) < len(read):
+            return None
+        one, other = (node.evaluate({index: ends[k] for index, ends in known.items()}) for k in (0, 1))
+        return torch.minimum(one, other), torch.maximum(one, other)  # a negative factor swaps them
 
 
 def covered(node: Node, values: dict[int, Tensor]) -> Tensor:
@@ -70,3 +102,5 @@ _MADE: dict[str, Callable[[Node, dict[int, Tensor]], Tensor]] = {
     **dict.fromkeys(("route", "maxpool", "spread"), Node.evaluate),
     "pad": _padded,
 }
+# Rising or falling in every single pixel.
+_MONOTONE = {"norm", "relu", "identity", "pass", "sum", "route", "maxpool", "spread", "pad"}

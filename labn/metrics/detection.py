@@ -34,7 +34,8 @@ class DetectionScores:
     """Measures the maps of detections.
 
     - `similarity`: cosine of the maps for the detected class and for the next most probable object class; lower is more
-      discriminative.
+      discriminative. The contrasts of all K classes add up to zero, so that those of `crp` have -1 / (K - 1) where they
+      have nothing else in common: -1 for two classes, whatever the network.
     - `mass`: share of positive relevance inside the detected box.
     - `confidence`: probability of the class, averaged while the most supporting patches are removed (5 to 40 % of the
       box's area, wherever they lie); lower is better.

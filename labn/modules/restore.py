@@ -11,6 +11,7 @@ from torch import nn
 
 from labn.models.checkpoints import read_checkpoint
 from labn.modules.base import ClassificationModule
+from labn.modules.ssd import SSD
 from labn.preprocessing import KEY, Preprocessing
 
 START_WEIGHTS = ("backbone_ckpt", "ckpt")
@@ -30,12 +31,14 @@ def restore(path: str | Path) -> tuple[nn.Module, Preprocessing | None]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is no checkpoint of a module of this project.
+        ValueError: the file is no checkpoint of a classifier of this project.
     """
     content = read_checkpoint(path)
     arguments = dict(content.get("hyper_parameters") or {})
     module, _, name = str(arguments.get("_class_path", "")).rpartition(".")
     found: Any = getattr(importlib.import_module(module), name, None) if _ours(module) else None
+    if isinstance(found, type) and issubclass(found, SSD):
+        raise ValueError(f"{path} holds a detector, which `cli.py test` explains, with callbacks.DetectionCallback.")
     if not (isinstance(found, type) and issubclass(found, ClassificationModule)) or "state_dict" not in content:
         raise ValueError(
             f"{path} is no checkpoint of `cli.py fit` with a module of labn.modules; "

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from cli import COMMANDS, read_picture
 from datamodules import ImageFolder, SyntheticFundus
 from labn import explain
-from labn.modules import LABN
+from labn.modules import LABN, SSD
 from labn.modules.restore import restore
 from labn.preprocessing import KEY, Preprocessing
 
@@ -136,6 +136,7 @@ def test_pictures_are_prepared_as_the_data_module_does(pictures, tmp_path):
         (["--model=resnet18", "--weights=CKPT", "--method=lrp"], "CKPT is of another architecture"),
         (["--ckpt=CKPT", "--method=random", "--target=cat"], "number or a class name .healthy, lesions"),
         (["--ckpt=CKPT", "--method=random", "--target=7"], "--target is class 7; the network has 2 classes"),
+        (["--ckpt=CKPT", "--method=-crp"], "-crp explains detectors, which `cli.py test` does with callbacks.Det"),
         (["--ckpt=nowhere.ckpt", "--method=random"], "nowhere.ckpt does not exist"),
     ],
 )
@@ -187,6 +188,15 @@ def test_weights_that_leave_something_random_are_refused(pictures, tmp_path, cap
     with pytest.raises(SystemExit):
         call_main([*command, f"--weights={tmp_path / 'headless.safetensors'}", f"--out={tmp_path}"])
     assert "does not fill resnet18: 2 of its tensors are missing (first: fc.weight)" in capsys.readouterr().err
+
+
+def test_a_trained_detector_is_sent_to_its_own_callback(tmp_path):
+    module = SSD(num_classes=2, width=1 / 16)
+    path = tmp_path / "ssd.ckpt"
+    arguments = {"_class_path": "labn.modules.SSD", "num_classes": 2, "width": 1 / 16}
+    torch.save({"state_dict": module.state_dict(), "hyper_parameters": arguments}, path)
+    with pytest.raises(ValueError, match=r"ssd\.ckpt holds a detector, which `cli.py test` explains"):
+        restore(path)
 
 
 def test_a_checkpoint_cannot_name_foreign_code(checkpoint, tmp_path):

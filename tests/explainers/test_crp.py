@@ -9,10 +9,11 @@ import torch
 from small_detectors import TinySSD, picture, slim, tiny
 from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
-from labn import explain
+from labn import evaluate, explain
 from labn.explainers import CRP
 from labn.explainers.crp import TASKS, Answers, Question
 from labn.models.detectors import COORDINATES, TorchvisionSSD
+from labn.modules import SSD
 
 QUESTIONS = [Question(p, t, k) for p, k in ((3, 1), (150, 2), (70, 3)) for t in TASKS]
 
@@ -31,6 +32,20 @@ def test_many_questions_are_answered_as_one_by_one_in_any_chunks():
     for size in (1, 4, 100):
         other = CRP(chunk_size=size)
         torch.testing.assert_close(other.ask(passage, QUESTIONS).maps, singles, rtol=1e-7, atol=1e-9 * scale)
+
+
+@pytest.mark.parametrize(("classify", "locate"), [(3, 1), (1, 3), (3, 5)])
+def test_the_two_heads_of_a_map_may_have_other_kernels(classify, locate):
+    detector = TinySSD()
+    for heads, side in ((detector.classify, classify), (detector.locate, locate)):
+        for n, head in enumerate(heads):
+            heads[n] = torch.nn.Conv2d(head.in_channels, head.out_channels, side, padding=side // 2, bias=False)
+    detector = detector.double().eval()
+    crp = CRP(chunk_size=100)
+    passage = crp.passage(detector, picture(detector))
+    singles = torch.cat([crp.ask(passage, [q]).maps for q in QUESTIONS])
+    torch.testing.assert_close(crp.ask(passage, QUESTIONS).maps, singles, rtol=1e-7, atol=1e-12)
+    torch.testing.assert_close(crp.ask(passage, QUESTIONS[::-1]).maps, singles.flip(0), rtol=1e-7, atol=1e-12)
 
 
 def test_batchnorm_is_folded_into_what_the_rules_see():
@@ -116,6 +131,12 @@ def test_what_does_not_exist_is_refused():
         crp.ask(passage, [Question(0, "left")])
     with pytest.raises(ValueError, match="leaves a class without any other class"):
         CRP(others=[1]).ask(passage, [Question(0, "class", 1)])
+    with pytest.raises(TypeError, match=r"SSD is no detector; .* or the `network` of labn.modules.SSD"):
+        crp.passage(SSD(num_classes=2, width=1 / 16), torch.zeros(3, 300, 300))
+    with pytest.raises(ValueError, match="chunk_size must be at least 1, got -1"):
+        CRP(chunk_size=-1)
+    with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
+        passage.maps([crp.start(passage, Question(0))], chunk_size=0)
     with pytest.raises(TypeError, match="Linear is no detector"):
         crp.passage(torch.nn.Linear(1, 1), torch.zeros(3, 8, 8))
     with pytest.raises(ValueError, match="one image, got 2"):
@@ -137,6 +158,48 @@ def test_what_does_not_exist_is_refused():
 def test_bad_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         CRP(**settings)
+
+
+def test_targets_keep_the_contract_of_all_methods():
+    detector, images = tiny(dtype=torch.float32), torch.rand(2, 3, 32, 32)
+    detector.class_names = ("nothing", "cat", "dog", "cow")
+    found = explain(detector, images, "crp", targets="dog", score_threshold=0.0)
+    assert found.targets.tolist() == [2, 2]
+    assert torch.equal(found.maps, explain(detector, images, "crp", targets=[2, 2], score_threshold=0.0).maps)
+    for wrong in ([1.7, 2.2], [1, 2, 3]):
+        with pytest.raises(ValueError, match="targets must be 2 class indices, one per image"):
+            explain(detector, images, "crp", targets=wrong)
+    with pytest.raises(ValueError, match="class 'bird' is not one of the detector's 4 classes"):
+        explain(detector, images, "crp", targets="bird")
+
+
+def test_a_default_box_and_a_class_may_be_tensors():
+    detector = tiny(dtype=torch.float32)
+    crp = CRP(score_threshold=0.0)
+    passage = crp.passage(detector, picture(detector, dtype=torch.float32))
+    found = passage.detections(crp.thresholds)
+    given = crp.ask(passage, [Question(found.priors[0], "class", found.labels[0])]).maps
+    assert torch.equal(given, crp.ask(passage, [Question(int(found.priors[0]), "class", int(found.labels[0]))]).maps)
+
+
+def test_half_precision_is_explained_in_single():
+    detector = tiny(dtype=torch.bfloat16)
+    image = picture(detector, dtype=torch.bfloat16)
+    crp = CRP()
+    single = crp.ask(crp.passage(detector.float(), image.float()), QUESTIONS).maps
+    found = crp.ask(crp.passage(detector.bfloat16(), image), QUESTIONS).maps
+    torch.testing.assert_close(found, single, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", ["gradcam", "gradient", "lrp", "rise"])
+def test_what_explains_or_scores_classifiers_refuses_a_detector(method):
+    """A column of all predictions is no class."""
+    detector, images = tiny(dtype=torch.float32), torch.rand(1, 3, 32, 32)
+    for targets in (None, 2):
+        with pytest.raises((TypeError, ValueError), match=r"TinySSD|Predictions"):
+            explain(detector, images, method, targets)
+    with pytest.raises(TypeError, match=r"returned Predictions; .* Detectors are explained by `crp`"):
+        evaluate(detector, images, torch.rand(1, 32, 32), targets=[2], metrics=["pid16"])
 
 
 def test_heads_that_say_something_else_are_refused():

@@ -160,13 +160,37 @@ def test_cbam_finds_its_block_and_reads_the_maps_before_it() -> None:
     maps = model.features(images).detach().requires_grad_()
     scores = model.head(model.pool(maps).flatten(1)).gather(1, TARGETS[:, None]).sum()
     (slope,) = torch.autograd.grad(scores, maps)
-    weighted = slope.mean((2, 3), keepdim=True) * maps
-    first = block.channel_gate(weighted) * weighted
-    expected = (block.spatial_gate(first) * first).sum(1).relu().detach()
+    weighted = (slope.mean((2, 3), keepdim=True) * maps).detach()
+    channels = block.channel_gate(maps)
+    gates = (block.spatial_gate(channels * maps) * channels).detach()
+    assert gates.std((2, 3)).min() > 1e-3  # what the gates read tells positions apart
     found = raw(AttentionMapGuided(attention="cbam"), model, images)
-    assert torch.allclose(found, expected, atol=1e-14)
+    assert torch.allclose(found, (gates * weighted).sum(1).relu(), atol=1e-14)
     with pytest.raises(ValueError, match="no CBAM block"):
         AttentionMapGuided(attention="cbam")(seeded(), images, TARGETS)
+
+
+@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("order", ORDERS)
+def test_trained_gates_may_read_the_weighted_maps(normalise: bool, order: str) -> None:
+    model = gated(seeded(DeepTail))
+    block, images = model.pool[0], pictures()
+    maps = model.features(images).detach().requires_grad_()
+    (slope,) = torch.autograd.grad(model.head(model.pool(maps).flatten(1)).gather(1, TARGETS[:, None]).sum(), maps)
+    weighted = (slope.mean((2, 3), keepdim=True) * maps).detach()
+
+    def hat(f: Tensor) -> Tensor:
+        return f / f.abs().amax((1, 2, 3), keepdim=True) if normalise else f
+
+    if order == "parallel":
+        expected = block.channel_gate(hat(weighted)) * block.spatial_gate(hat(weighted)) * weighted
+    else:
+        gates = [block.channel_gate, block.spatial_gate]
+        expected = weighted
+        for gate in gates if order == "channel-spatial" else gates[::-1]:
+            expected = gate(hat(expected)) * expected
+    amg = AttentionMapGuided(attention="cbam", normalise=normalise, order=order)
+    assert torch.allclose(raw(amg, model, images), expected.sum(1).relu().detach(), atol=1e-14)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vgg11", "googlenet"])

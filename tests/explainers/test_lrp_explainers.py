@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from labn.explainers.lrp import C3LRP, LRP
-from labn.lrp import Config, relevance
+from labn.explainers.lrp import C3LRP, LRP, ContrastiveLRP
+from labn.lrp import Config, forward, relevance
 from labn.postprocess import apply, c3, quantise
 
 
@@ -54,6 +54,19 @@ def test_c3lrp_takes_every_argument_of_lrp_but_the_residual_rule(net, batch):
         C3LRP(residual="ratio")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("explainer", [LRP(), C3LRP(), ContrastiveLRP(), LRP(rule="epsilon", batchnorm="fold")])
+def test_half_precision_is_explained_in_single(net, batch, explainer, dtype):
+    images, targets = batch[0].to(dtype), batch[1]
+    half = copy.deepcopy(net).to(dtype)
+    expected = explainer(copy.deepcopy(half).float(), images.float(), targets)
+    assert expected.isfinite().all()
+    assert torch.equal(explainer(half, images, targets), expected)
+    assert half[0].weight.dtype == dtype
+    with pytest.raises(ValueError, match="relevance is propagated in float32 or float64"):
+        forward(half, images)
+
+
 @pytest.mark.parametrize("explainer", [LRP(), C3LRP(), LRP(rule="epsilon", batchnorm="fold", first_layer="same")])
 def test_same_map_for_any_batch_and_by_a_copy(net, batch, explainer):
     images, targets = batch
@@ -93,3 +106,17 @@ def test_inside_inference_mode_and_compiled(net, batch):
 def test_wrong_init():
     with pytest.raises(ValueError, match="init='prob'"):
         LRP(init="prob")
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_chunks_hold_an_image_at_least(net, batch, size):
+    with pytest.raises(ValueError, match=f"chunk_size must be at least 1, got {size}"):
+        LRP(chunk_size=size)
+    with pytest.raises(ValueError, match=f"chunk_size must be at least 1, got {size}"):
+        relevance(net, *batch, chunk_size=size)
+
+
+def test_an_absolute_stabiliser_of_zero_is_refused():
+    with pytest.raises(ValueError, match="eps must be above 0 with eps_mode='absolute'"):
+        LRP(eps=0.0, eps_mode="absolute")
+    LRP(eps=0.0)

@@ -90,6 +90,45 @@ def test_zb_gives_a_filled_border_no_share_and_no_pixel_a_negative_one(before):
         assert adds_up(result) < 1e-9
 
 
+class Scaled(nn.Module):
+    """(x - shift) / scale, with a negative scale too, before the network."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.register_buffer("shift", torch.tensor([0.5, 0.4, 0.3], dtype=torch.float64).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor([0.2, -0.25, 0.3], dtype=torch.float64).view(1, 3, 1, 1))
+
+    def forward(self, x):
+        return self.net((x - self.shift) / self.scale)
+
+
+def normed(net):
+    """The same, but for the sign of the scale, as a BatchNorm."""
+    norm = nn.BatchNorm2d(3, eps=0.0, affine=False).double()
+    norm.running_mean.copy_(Scaled(net).shift.flatten())
+    norm.running_var.copy_(Scaled(net).scale.flatten() ** 2)
+    return nn.Sequential(norm, net).eval()
+
+
+@pytest.mark.parametrize("first", ["ones", "zb", "input", "flat", "w2"])
+@pytest.mark.parametrize("inside", [Scaled, normed])
+def test_a_normalisation_in_the_network_is_one_outside(first, inside):
+    net, x, chosen = (
+        seeded(Net(nn.AvgPool2d(2)), 7),
+        torch.rand(2, 3, 12, 12, dtype=torch.float64),
+        torch.tensor([0, 2]),
+    )
+    scaled = Scaled(net)
+    scale = scaled.scale if inside is Scaled else scaled.scale.abs()
+    ends = torch.stack([(end - scaled.shift) / scale for end in (0.0, 1.0)]).flatten(1)
+    low, high = (tuple(end.tolist()) for end in (ends.amin(0), ends.amax(0)))
+    outside = relevance(net, (x - scaled.shift) / scale, chosen, Config(first_layer=first, low=low, high=high))
+    found = relevance(inside(net), x, chosen, Config(first_layer=first, low=(0.0,) * 3, high=(1.0,) * 3))
+    assert torch.allclose(found.relevance, outside.relevance, atol=1e-14)
+    assert first != "zb" or (found.relevance >= 0).all()
+
+
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
 def test_copied_border_goes_back_where_it_came_from(mode):
     conv = seeded(nn.Conv2d(3, 4, 3, padding=1, padding_mode=mode), 6)

@@ -129,8 +129,58 @@ def test_block_rule_is_its_formula():
     x, eps = images(2, 6), 1e-3
     net = nn.Sequential(block, nn.Flatten())
     r = torch.rand(2, 45, dtype=torch.float64)
-    got = backward(forward(net, x, Config(residual="block", eps=eps, eps_mode="absolute")), r)
+    got = backward(forward(net, x, Config(residual="block", first_layer="same", eps=eps, eps_mode="absolute")), r)
     assert torch.allclose(got, block_by_hand(block, x, r.view(2, 5, 3, 3), eps), atol=1e-10)
+
+
+@pytest.mark.parametrize("first", ["ones", "flat", "w2", "zb", "input"])
+def test_a_block_at_the_pixels_leaves_the_first_layer_its_rule(first):
+    """Inside of a region there is no place for a rule of the pixels, so that this block shares by `ratio`."""
+    net = seeded(nn.Sequential(Block(3, 5, 2), Block(5, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten()), 2)
+    x = images(2, 8)
+    passage = forward(net, x, Config(residual="block", first_layer=first, low=(-9.0,) * 3, high=(9.0,) * 3))
+    assert sum(node.kind == "region" for node in passage.graph.nodes.values()) == 1
+    start = torch.ones_like(passage.logits)
+    lower = nn.Sequential(net[0], nn.Flatten())
+    config = Config(first_layer=first, low=(-9.0,) * 3, high=(9.0,) * 3)
+    expected = backward(forward(lower, x, config), backward(passage, start, until="0").flatten(1))
+    assert torch.allclose(backward(passage, start), expected, atol=1e-12)
+
+
+class LongSkip(nn.Module):
+    """Two blocks within a long skip, from whose inside a side branch reads, so that only the two are blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.ReLU())
+        self.low, self.high, self.head = Block(6, 6), Block(6, 6), nn.Linear(12, 4)
+
+    def forward(self, x):
+        x = self.stem(x)
+        low = self.low(x)
+        out = nn.functional.relu(self.high(low) + x)
+        return self.head(torch.cat([out.mean((2, 3)), low.mean((2, 3))], 1))
+
+
+def test_a_block_inside_of_one_that_is_none_is_found():
+    net, x = seeded(LongSkip()), images(2, 8)
+    assert len(find_blocks(plan_for(net, x).graph)) == 2
+    maps = [relevance(net, x, torch.tensor([0, 1]), Config(residual=r)).relevance for r in ("block", "ratio")]
+    assert not torch.allclose(*maps)
+
+
+class Crossed(LongSkip):
+    """The only sum has a branch that the head reads as well."""
+
+    def forward(self, x):
+        x = self.stem(x)
+        deep = self.low.one(x)
+        return self.head(torch.cat([(deep + x).mean((2, 3)), deep.mean((2, 3))], 1))
+
+
+def test_sums_without_any_block_are_told():
+    with pytest.warns(UserWarning, match="finds no residual block in this network"):
+        relevance(seeded(Crossed()), images(2, 8), torch.tensor([0, 1]), Config(residual="block"))
 
 
 def test_row_of_blocks_telescopes_to_one_gradient():
@@ -164,7 +214,7 @@ def test_block_rule_loses_exactly_the_effective_bias():
     block = seeded(Block(3, 5, 2), 4)
     x = images(2, 6)
     r = torch.rand(2, 45, dtype=torch.float64)
-    config = Config(residual="block", eps=1e-3, eps_mode="absolute")
+    config = Config(residual="block", first_layer="same", eps=1e-3, eps_mode="absolute")
     ledger = Ledger()
     got = backward(forward(nn.Sequential(block, nn.Flatten()), x, config), r, ledger=ledger)
     y, jx = torch.func.jvp(lambda a: nn.functional.relu(block(a)), (x,), (x,))
@@ -181,7 +231,8 @@ def test_block_rule_conserves_without_biases():
     x = images(2, 6)
     y = block(x)
     r = torch.rand_like(y) * (y > 0)
-    got = backward(forward(nn.Sequential(block, nn.Flatten()), x, Config(residual="block", eps=1e-14)), r.flatten(1))
+    config = Config(residual="block", first_layer="same", eps=1e-14)
+    got = backward(forward(nn.Sequential(block, nn.Flatten()), x, config), r.flatten(1))
     assert torch.allclose(got.flatten(1).sum(1), r.flatten(1).sum(1), atol=1e-9)
 
 
@@ -211,7 +262,8 @@ def test_clamped_block_is_its_formula_and_conserves(out):
     x = images(2, 6).abs()
     y = ClampedBlock(block)(x)
     r = torch.rand(2, y[0].numel(), dtype=torch.float64)
-    config, ledger = Config(residual="block", block_weights="zplus", eps=1e-3, eps_mode="absolute"), Ledger()
+    config = Config(residual="block", first_layer="same", block_weights="zplus", eps=1e-3, eps_mode="absolute")
+    ledger = Ledger()
     got = backward(forward(nn.Sequential(block, nn.Flatten()), x, config), r, ledger=ledger)
     assert torch.allclose(got, block_by_hand(ClampedBlock(block), x, r.view_as(y), 1e-3), atol=1e-10)
     entry = ledger.entries[0]
@@ -224,7 +276,7 @@ def test_clamped_block_is_its_formula_and_conserves(out):
 def test_row_of_clamped_blocks_goes_block_by_block_and_leaves_the_forward_pass_alone():
     """What a clamped block makes is not what the next one is given, so every block divides by its own output."""
     net, x = small_resnet(3), images(2, 16)
-    config = Config(residual="block", block_weights="zplus", eps=1e-13, eps_mode="absolute")
+    config = Config(residual="block", first_layer="same", block_weights="zplus", eps=1e-13, eps_mode="absolute")
     passage = forward(net, x, config)
     assert torch.allclose(passage.logits, net(x), atol=1e-12)
     expected = backward(passage, torch.ones_like(passage.logits), until="third")

@@ -29,8 +29,11 @@ class Predictions:
     grids: tuple[tuple[int, int], ...]
 
     @property
-    def logits(self) -> Tensor:
-        """(B, P (K + 4)): all predictions in one row per image, which is what a propagation is recorded to."""
+    def rows(self) -> Tensor:
+        """(B, P (K + 4)): all predictions in one row per image, which is what a propagation is recorded to.
+
+        Not called `logits`, as its columns are no classes: what explains or scores a classifier refuses a detector.
+        """
         return torch.cat([self.classes.flatten(1), self.offsets.flatten(1)], 1)
 
 
@@ -76,13 +79,13 @@ class Layout:
         """Index of the first default box of every source map, and the number of all boxes at the end."""
         return tuple(accumulate((h * w * a for (h, w), a in zip(self.grids, self.boxes)), initial=0))
 
-    def unit(self, prior: int) -> Unit:
+    def unit(self, prior: int | Tensor) -> Unit:
         """The unit of default box `prior`.
 
         Raises:
             IndexError: there is no such default box.
         """
-        starts = self.starts
+        starts, prior = self.starts, int(prior)
         if not 0 <= prior < starts[-1]:
             raise IndexError(f"default box {prior} does not exist: the detector has {starts[-1]}.")
         source = next(s for s in range(len(self.grids)) if prior < starts[s + 1])
@@ -157,10 +160,10 @@ class Detector(nn.Module, ABC):
         """
         known = self.class_names or ()
         index = known.index(wanted) if isinstance(wanted, str) and wanted in known else wanted
-        if isinstance(index, str) or not 0 <= index < self.num_classes:
+        if isinstance(index, str) or int(index) != index or not 0 <= index < self.num_classes:
             names = f" ({', '.join(known)})" if known else ""
             raise ValueError(f"class {wanted!r} is not one of the detector's {self.num_classes} classes{names}.")
-        return index
+        return int(index)
 
 
 def per_box(output: Tensor, columns: int) -> Tensor:

@@ -126,6 +126,6 @@ def detector_of(model: nn.Module) -> Detector:
     if isinstance(model, SSD):
         return TorchvisionSSD(model)
     raise TypeError(
-        f"{type(model).__name__} is no detector; "
-        "give torchvision's SSD or a subclass of labn.models.detectors.Detector."
+        f"{type(model).__name__} is no detector; give torchvision's SSD, a subclass of labn.models.detectors.Detector, "
+        "or the `network` of labn.modules.SSD."
     )
