@@ -23,7 +23,7 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from jsonargparse import DefaultHelpFormatter
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -38,10 +38,10 @@ from callbacks.checkpoint import (
     RunCheckpointIO,
     find_checkpoint,
     has_last,
-    is_last,
     named_classes,
     refuse_unseen_monitors,
 )
+from callbacks.run_config import RunConfigCallback
 from callbacks.strategies import refuse_sharded
 from callbacks.terminal import SentenceParser, no_advertisement, say_figures, say_taken_over
 from callbacks.wandb_logger import RunWandbLogger, first_line
@@ -60,31 +60,11 @@ from labn.parts import expand_parts, with_parts
 from labn.preprocessing import Preprocessing
 from labn.reading import read_yaml
 from labn.slurm import requeue_on_signal, restarted
-from labn.store import check_writable, write_atomically
+from labn.store import check_writable
 
 __all__ = ["LabnCLI", "callbacks", "datamodules", "labn", "main"]
 
 CHECKPOINTS = (BEST, LAST)
-
-
-class RunConfigCallback(SaveConfigCallback):
-    """Write the resolved configuration to `<run_dir>/<subcommand>.yaml`, whatever the loggers do.
-
-    It is that of the run and not of the attempt: a fit that goes on from its own last checkpoint does not name it.
-    """
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Save once per command, on rank zero."""
-        if trainer.is_global_zero and trainer.state.fn and not getattr(trainer, "fast_dev_run", False):
-            config, run_dir = self.config.clone(), Path(trainer.default_root_dir)
-            if trainer.state.fn == "fit" and is_last(run_dir, config.get("ckpt_path")):
-                config.ckpt_path = None
-            text = self.parser.dump(config, skip_none=False)
-            write_atomically(run_dir / f"{trainer.state.fn.value}.yaml", text.encode())
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse schedules that could not work; before, they were not there to look at."""
-        refuse_unseen_monitors(trainer)
 
 
 class LabnCLI(LightningCLI):
@@ -117,6 +97,16 @@ class LabnCLI(LightningCLI):
         )
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Lightning's, which keeps what was given."""
+        self._given = args
+        super().parse_arguments(parser, args)
+
+    def _said_of_the_model(self) -> Any:
+        """`model` as files and words have it: without defaults, and without what is linked to the data."""
+        said: Any = self.parser.parse_args(self._given, defaults=False)
+        return said[self.subcommand].get("model") or {}
+
     def _settle(self) -> None:
         """Settle the run folder and the checkpoint before anything is built."""
         self.subcommand = self.config["subcommand"]
@@ -125,6 +115,12 @@ class LabnCLI(LightningCLI):
         config.run_dir = str(run_dir)
         for name in config.imports:
             importlib.import_module(name)
+        elsewhere = config.trainer.default_root_dir
+        if elsewhere is not None and Path(elsewhere) != run_dir:
+            raise ValueError(
+                f"trainer.default_root_dir is {elsewhere}, but everything of a run goes to --run_dir ({run_dir}): say "
+                "--run_dir, and leave trainer.default_root_dir out."
+            )
         config.trainer.default_root_dir = str(run_dir)
         # Before the trainer is built, which would first ask for a GPU or a package that such a strategy needs.
         strategy = config.trainer.strategy
@@ -188,7 +184,7 @@ class LabnCLI(LightningCLI):
         with torch.serialization.safe_globals(own_data(Path(path))):
             super()._parse_ckpt_path()
         built: Any = self.config[self.subcommand].get("model") or {}
-        say_taken_over(path, asked, built)
+        say_taken_over(path, self._said_of_the_model(), built)
         arguments = built.get("init_args") or {}
         for name in START_WEIGHTS:
             if arguments.get(name) and not Path(os.path.expandvars(arguments[name])).is_file():

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from callbacks.session import Batch, Session, check_target, evenly_spaced
+from callbacks.session import Batch, Session, check_counts, check_target, evenly_spaced
 from callbacks.strategies import refuse_sharded
 from labn.explainers import Explainer, explainer_by_name
 
@@ -29,6 +31,9 @@ class ExplainingCallback(pl.Callback):
         every_n_epochs: explain every n-th validation epoch while fitting; 0 never does.
         target: class explained per image: `label`, `prediction`, `top<k>` (the k-th most probable one, `top1` being the
             prediction), or the index of one class for all.
+
+    Raises:
+        ValueError: a target that is none of these, a negative number, or no image at test end.
     """
 
     def __init__(
@@ -40,6 +45,7 @@ class ExplainingCallback(pl.Callback):
         target: int | str = "label",
     ) -> None:
         check_target(target)
+        check_counts(val_images=val_images, test_images=test_images, every_n_epochs=every_n_epochs)
         self.explainers = {n: explainer_by_name(n) if e is None else e for n, e in (explainers or {}).items()}
         self.val_images, self.test_images = val_images, test_images
         self.every_n_epochs, self.target = every_n_epochs, str(target)
@@ -119,12 +125,14 @@ class ExplainingCallback(pl.Callback):
             return False
         if not trainer.training and not trainer.validating:
             return True
-        fitting = trainer.state.fn == "fit"
-        return not fitting or (
-            owner.every_n_epochs > 0
-            and (trainer.current_epoch + 1) % owner.every_n_epochs == 0
-            and owner.val_images > 0
+        return trainer.state.fn != "fit" or (
+            self._ever_active(trainer) and (trainer.current_epoch + 1) % owner.every_n_epochs == 0
         )
+
+    def _ever_active(self, trainer: pl.Trainer) -> bool:
+        """Whether the running command explains anything at all, as a fit may not."""
+        owner = self._owner(trainer)
+        return trainer.state.fn != "fit" or min(owner.every_n_epochs, owner.val_images, trainer.limit_val_batches) > 0
 
     def _open(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> Session:
         owner = self._owner(trainer)
@@ -159,7 +167,19 @@ class ExplainingCallback(pl.Callback):
         if self._active(trainer):
             session = self._owner(trainer)._session
             assert session is not None
+            if session is self._session:
+                self._warn_unreached(trainer, pl_module, session)
             self.finish(trainer, pl_module, session)
+
+    def _warn_unreached(self, trainer: pl.Trainer, pl_module: pl.LightningModule, session: Session) -> None:
+        """Say it where the loop has ended before all chosen images; a collective."""
+        count, chosen = torch.tensor(float(len(session.reached)), device=pl_module.device), len(session.subset or ())
+        total = int(trainer.strategy.reduce(count, reduce_op="sum"))
+        if total < chosen:
+            rank_zero_warn(
+                f"{session.store.folder}: {total} of the {chosen} images chosen to be explained were reached; "
+                f"trainer.limit_{session.split}_batches (or overfit_batches, fast_dev_run) ends before the others."
+            )
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the results folder of this validation epoch."""

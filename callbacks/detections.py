@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from callbacks.detection_tables import DETECTIONS, SCORES, as_csv, detection_rows, draw, packed, pair, summarise
-from callbacks.session import epoch_of, evenly_spaced, identity_of, network_of
+from callbacks.session import check_counts, epoch_of, evenly_spaced, identity_of, network_of
 from callbacks.strategies import refuse_sharded
 from labn.explainers.crp import CRP, TASKS, Question, Task
 from labn.metrics.detection import DetectionScores, check_contrast
@@ -49,7 +49,7 @@ class DetectionCallback(pl.Callback):
         scores: measures the maps at test end, of a `crp` with contrast; None does not.
 
     Raises:
-        ValueError: an unknown task, or scores of a `crp` without contrast.
+        ValueError: an unknown task, scores of a `crp` without contrast, a negative number, or no image at test end.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class DetectionCallback(pl.Callback):
     ) -> None:
         if unknown := set(tasks) - set(TASKS):
             raise ValueError(f"tasks has {unknown.pop()!r}; it must be some of {', '.join(TASKS)}.")
+        check_counts(val_images=val_images, test_images=test_images, every_n_epochs=every_n_epochs, top=top)
         self.crp = crp or CRP(score_threshold=0.3)
         if scores is not None:
             check_contrast(self.crp)
@@ -209,7 +210,7 @@ class DetectionCallback(pl.Callback):
             write_atomically(self._folder / "detection_paired.csv", as_csv(PAIRED, pair(scores)))
         facts = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith(f"{split}/")}
         classes = ["background", *trainer.datamodule.class_names]  # type: ignore[attr-defined]
-        title = f"{self._folder.parent.name}, {self._folder.name}: detections"
+        title = f"{self._folder.resolve().parent.name}, {self._folder.name}: detections"
         report = detection_report(title, cards, summary, self.tasks, classes, facts)
         write_atomically(self._folder / "report.html", render(report).encode())
         rank_zero_info(f"{len(rows)} detections of {len(records)} images explained in {self._folder}.")

@@ -9,7 +9,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.base import ExplainingCallback
-from callbacks.session import Batch, Session, describe
+from callbacks.describe import describe, source_digest
+from callbacks.scorable import refuse_unscorable
+from callbacks.session import Batch, Session
 from labn.explainers import Explainer, explainer_by_name
 from labn.metrics.base import SampleMetric
 from labn.metrics.insertion_deletion import PatchInsertionDeletion
@@ -81,6 +83,19 @@ class EvaluationCallback(ExplainingCallback):
             metric_by_name(name, mean=None, std=None, bias=None, **self.settings)
         check_settings(names, metric_options or {})
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse settings under which explanations would fail, and metrics and classes that the data does not have."""
+        super().setup(trainer, pl_module, stage)
+        if self._ever_active(trainer):
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            positive_classes(data, self.settings["positives_only"])
+            built = {n: metric_by_name(n, mean=None, std=None, bias=None, **self.settings) for n in self._due(trainer)}
+            refuse_unscorable(built, data, "test" if trainer.state.fn == "test" else "val")
+
+    def _due(self, trainer: pl.Trainer) -> list[str]:
+        """Names of the metrics of the running command."""
+        return self.val_names if trainer.state.fn == "fit" else self.test_names
+
     @property
     def engine_options(self) -> dict[str, Any]:
         """How perturbed inputs are run."""
@@ -94,7 +109,7 @@ class EvaluationCallback(ExplainingCallback):
     def begin(self, trainer: pl.Trainer, session: Session) -> None:
         """Build the metrics for this data and see what earlier runs have left."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        self.names = self.val_names if trainer.state.fn == "fit" else self.test_names
+        self.names = self._due(trainer)
         bias = data.bias_image() if self.settings["fill"] == "bias" else None
         self._positives = positive_classes(data, self.settings["positives_only"])
         positives = False if self._positives is None else self._positives
@@ -102,7 +117,10 @@ class EvaluationCallback(ExplainingCallback):
         self.metrics = {name: metric_by_name(name, **shared) for name in self.names}
         self._bias = describe(bias)
         common = {**shared, "bias": self._bias, **self.engine_options, "chunk_size": None}
-        self.keys = {name: digest(name, describe(common)) for name in self.names}
+        self._sources = {n: s for n, m in self.metrics.items() if (s := source_digest(type(m))) is not None}
+        # Nothing but name and settings for the project's own metrics, whose scores on disk would else be lost.
+        extra = {name: [self._sources[name]] if name in self._sources else [] for name in self.names}
+        self.keys = {name: digest(name, describe(common), *extra[name]) for name in self.names}
         self.from_disk, self._scored = 0, set()
         share = -(-len(session.subset or ()) // trainer.world_size)
         session.expect(share * len(session.explainers))
@@ -119,6 +137,8 @@ class EvaluationCallback(ExplainingCallback):
             elif self.names:
                 self.from_disk += len(numbers)
             session.progress.advance(len(numbers), computed=bool(missing))
+        if not self.names:  # what the network predicts is written all the same
+            parts.append(self._facts(session, batch, next(iter(session.explainers))))
         # An explainer takes forwards over from those before it, and what runs beside an input moves its last digits.
         # So the last one is written first: whatever a kill leaves out is scored again in the same company.
         for part in reversed(parts):
@@ -134,16 +154,7 @@ class EvaluationCallback(ExplainingCallback):
             "cache": batch.engine,
             "predictions": batch.predictions,
         }
-        own = batch.labels[:, None]
-        part = ScorePart(
-            explainer=explainer,
-            key=session.keys[explainer],
-            index=batch.indices.cpu().numpy(),
-            label=batch.labels.cpu().numpy(),
-            target=batch.targets.cpu().numpy(),
-            prediction=batch.predictions.cpu().numpy(),
-            probability=batch.probabilities.gather(1, own).squeeze(1).double().cpu().numpy(),
-        )
+        part = self._facts(session, batch, explainer)
         for name in names:
             metric = self.metrics[name]
             scores = metric.score(*arguments, **more)
@@ -155,6 +166,19 @@ class EvaluationCallback(ExplainingCallback):
                 for line in ("x", "insertion", "deletion"):
                     part.curves[f"{name}/{line}"] = getattr(curves, line).cpu().numpy()
         return part
+
+    def _facts(self, session: Session, batch: Batch, explainer: str) -> ScorePart:
+        """What is known of every sample before anything is scored."""
+        own = batch.labels[:, None]
+        return ScorePart(
+            explainer=explainer,
+            key=session.keys[explainer],
+            index=batch.indices.cpu().numpy(),
+            label=batch.labels.cpu().numpy(),
+            target=batch.targets.cpu().numpy(),
+            prediction=batch.predictions.cpu().numpy(),
+            probability=batch.probabilities.gather(1, own).squeeze(1).double().cpu().numpy(),
+        )
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, session: Session) -> None:
         """Merge (rank zero), print and log; a collective."""
@@ -180,7 +204,12 @@ class EvaluationCallback(ExplainingCallback):
         manifest = {
             **session.facts,
             "metrics": self._asked(),
-            "settings": {**self.settings, "bias": self._bias, **self.engine_options},
+            "settings": {
+                **self.settings,
+                "bias": self._bias,
+                **self.engine_options,
+                **{f"source code of {name}": source for name, source in self._sources.items()},
+            },
             "positive_classes": self._positives,
         }
         groups = data.groups(session.split)

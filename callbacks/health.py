@@ -65,8 +65,11 @@ class RunProfile(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Profile the network on one image of the data's size, and start the clock."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        image = torch.zeros(data.channels, data.image_size, data.image_size, device=pl_module.device)
-        figures = asdict(profile(network_of(pl_module), image, self.latency_rounds))
+        network, size = network_of(pl_module), (data.channels, data.image_size, data.image_size)
+        # That of the parameters: `trainer.precision` such as bf16-true has converted them by now.
+        kinds = [p.dtype for p in network.parameters() if p.is_floating_point()]
+        image = torch.zeros(size, device=pl_module.device, dtype=kinds[0] if kinds else None)
+        figures = asdict(profile(network, image, self.latency_rounds))
         rank_zero_info(
             f"Network: {figures['parameters']:,.0f} parameters ({figures['trainable']:,.0f} trainable); per image "
             f"{figures['flops'] / 1e9:.3g} GFLOPs and {figures['latency'] * 1e3:.3g} ms"

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import WandbLogger
 
 from callbacks.base import ExplainingCallback
-from callbacks.session import Batch, Session, evenly_spaced
+from callbacks.session import Batch, Session, check_counts, evenly_spaced
 from callbacks.wandb_results import log_results
 from labn.plots import displayable, overlay_figure
 from labn.shards import readable_name
@@ -23,10 +23,14 @@ class MapLogger(ExplainingCallback):
     Args:
         max_images: samples drawn per stage, spread evenly over those that are explained.
         kwargs: arguments of `ExplainingCallback`.
+
+    Raises:
+        ValueError: a negative number of images.
     """
 
     def __init__(self, max_images: int = 8, **kwargs: Any) -> None:
         super().__init__(**kwargs)
+        check_counts(max_images=max_images)
         self.max_images = max_images
 
     def begin(self, trainer: pl.Trainer, session: Session) -> None:

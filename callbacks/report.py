@@ -75,9 +75,8 @@ class ReportCallback(ExplainingCallback):
         maps = {name: session.maps(batch, name) for name in session.explainers}
         data = trainer.datamodule  # type: ignore[attr-defined]
         cards = [self._card(data, session, batch, maps, row) for row in rows]
-        metric = player_metric(trainer)
-        if metric is not None:
-            self._add_steps(data, session, batch, maps, dict(zip(rows, cards)), metric)
+        if played := player_metric(trainer):
+            self._add_steps(data, session, batch, maps, dict(zip(rows, cards)), played[1])
         path = session.store.folder / "cards" / f"{int(batch.indices[rows[0]]):07d}.r{trainer.global_rank}.json"
         write_atomically(path, json.dumps(cards).encode())
 
@@ -147,15 +146,15 @@ class ReportCallback(ExplainingCallback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         run_dir = Path(trainer.default_root_dir)
         stage = session.store.folder.relative_to(run_dir) if session.store.folder.is_relative_to(run_dir) else ""
-        metric = player_metric(trainer)
+        played = player_metric(trainer)
         info = RunInfo(
-            title=f"{run_dir.name}: {stage or session.split}",
+            title=f"{run_dir.resolve().name}: {stage or session.split}",
             run_dir=run_dir,
             class_names=list(data.class_names),
             split_size=len(data.labels(session.split)),
             figures=stage_figures(trainer, session.split),
             notes=data.notes,
-            player=None if metric is None else player_facts(metric, data.image_size),
+            player=None if played is None else player_facts(*played, data.image_size),
             max_bytes=int(self.max_megabytes * 1e6),
             epoch=trainer.current_epoch if trainer.state.fn == "fit" else None,
             command=trainer.state.fn.value if trainer.state.fn else "test",
@@ -165,17 +164,20 @@ class ReportCallback(ExplainingCallback):
         write_atomically(folder / "report.html", page.encode())
 
 
-def player_metric(trainer: pl.Trainer) -> PatchInsertionDeletion | None:
-    """The insertion-deletion metric that the player steps through: the largest patches, under the paper's protocol."""
+def player_metric(trainer: pl.Trainer) -> tuple[str, PatchInsertionDeletion] | None:
+    """The insertion-deletion metric that the player steps through: the largest patches, under the paper's protocol.
+
+    With the name that it was asked for by, which its curves are stored under: `pid1`, `insertion16`.
+    """
     metrics = {n: m for c in callbacks_of(trainer) if isinstance(c, EvaluationCallback) for n, m in c.metrics.items()}
-    stepped = [m for m in metrics.values() if isinstance(m, PatchInsertionDeletion)]
-    plain = [m for m in stepped if m.protocol == "paper" and m.ties == "fraction"]
-    return max(plain or stepped, key=lambda m: m.patch_size, default=None)
+    stepped = [(n, m) for n, m in metrics.items() if isinstance(m, PatchInsertionDeletion)]
+    plain = [(n, m) for n, m in stepped if m.protocol == "paper" and m.ties == "fraction"]
+    return max(plain or stepped, key=lambda named: named[1].patch_size, default=None)
 
 
-def player_facts(metric: PatchInsertionDeletion, image_size: int) -> dict[str, Any]:
+def player_facts(name: str, metric: PatchInsertionDeletion, image_size: int) -> dict[str, Any]:
     """What the page must know of the player's metric."""
-    return {"metric": metric.names[2], "patch": metric.patch_size, "size": [image_size, image_size]}
+    return {"metric": name, "patch": metric.patch_size, "size": [image_size, image_size]}
 
 
 def stage_figures(trainer: pl.Trainer, split: str) -> dict[str, float]:

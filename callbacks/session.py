@@ -7,38 +7,18 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from callbacks.describe import describe
 from labn.explainers import Explainer, TruthMap
 from labn.perturb import PerturbationEngine
 from labn.results import write_manifest
-from labn.store import ResultStore, digest, settings_digest, tensor_digest, weights_digest
-
-
-def describe(thing: Any) -> Any:
-    """A JSON-able description of an explainer or metric: its class and plain arguments."""
-    if isinstance(thing, Tensor):
-        return tensor_digest(thing)
-    if isinstance(thing, (str, int, float, bool, type(None))):
-        return thing
-    if isinstance(thing, PurePath):
-        return str(thing)
-    if isinstance(thing, (list, tuple)):
-        return [describe(item) for item in thing]
-    if isinstance(thing, dict):
-        return {str(name): describe(value) for name, value in thing.items()}
-    if isinstance(thing, np.ndarray):
-        return digest(str(thing.dtype), thing.tolist())
-    if not hasattr(thing, "__dict__"):  # such as a dtype; an address would differ in every run
-        return re.sub(r" at 0x[0-9a-f]+", "", repr(thing))
-    arguments = {name: value for name, value in vars(thing).items() if not name.startswith("_")}
-    return {"class": f"{type(thing).__module__}.{type(thing).__qualname__}", **describe(arguments)}
+from labn.store import ResultStore, digest, settings_digest, weights_digest
 
 
 class Progress:
@@ -116,6 +96,7 @@ class Session:
         self.keys = {name: digest(describe(e), target) for name, e in explainers.items()}
         self.from_disk = dict.fromkeys(explainers, 0)
         self.subset: set[int] | None = None
+        self.reached: set[int] = set()
         self.progress = Progress(0)
         self._batch: tuple[tuple[Any, ...], Batch | None] = ((), None)
 
@@ -125,7 +106,7 @@ class Session:
         Maps and scores of the same weights and data stay, to be taken from disk. A collective: every rank calls it.
         """
         self.split = split
-        self.subset = set(subset)
+        self.subset, self.reached = set(subset), set()
         self.network = network_of(pl_module)
         stage = f"val/{epoch_of(trainer, pl_module)}" if split == "val" else split
         fast = getattr(trainer, "fast_dev_run", False)
@@ -164,8 +145,10 @@ class Session:
         if not rows:
             return None
         images, labels, indices = (raw[name][rows] for name in ("image", "label", "index"))
+        self.reached |= set(indices.tolist())
         engine = PerturbationEngine(self.network, images.float(), indices=indices, **self.engine_options)
         probabilities = self._unperturbed(engine, images.float()).softmax(dim=1)
+        check_classes_known(labels, probabilities)
         predictions = probabilities.argmax(dim=1)
         return Batch(
             images=images.float(),
@@ -220,6 +203,27 @@ def check_target(target: int | str) -> None:
     """Raise ValueError unless `target` is a rule of `chosen_classes`."""
     if re.fullmatch(r"label|prediction|top[1-9]\d*|\d+", str(target)) is None:
         raise ValueError(f"target is {target!r}; it must be label, prediction, top<k> such as top2, or a class index.")
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raise ValueError unless every one is a number of images or epochs: not negative, or None for all.
+
+    `test_images` must be above 0, because nothing but empty tables would come of it.
+    """
+    for name, count in counts.items():
+        least = int(name == "test_images")
+        if count is not None and count < least:
+            raise ValueError(f"{name} is {count}; it must be at least {least}{', or null for all' * least}.")
+
+
+def check_classes_known(labels: Tensor, probabilities: Tensor) -> None:
+    """Raise ValueError where a label (n,) is no class of the network, which gives probabilities (n, K)."""
+    classes = probabilities.shape[1]
+    if len(labels) and int(labels.max()) >= classes:
+        raise ValueError(
+            f"The network gives {classes} logit{'s' * (classes > 1)} per image, but the data has the label "
+            f"{int(labels.max())}; it needs one logit per class, also where there are two."
+        )
 
 
 def chosen_classes(target: str, labels: Tensor, probabilities: Tensor) -> Tensor:

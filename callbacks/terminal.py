@@ -31,11 +31,16 @@ class SentenceParser(LightningArgumentParser):
 
 
 def say_figures(trainer: pl.Trainer, stage: str) -> None:
-    """Print what the model was measured to be, such as its accuracy, and where the report is; rank zero alone does."""
+    """Print what the model was measured to be, such as its accuracy, and where the report is; rank zero alone does.
+
+    The counts of the confusion matrix, K^2 of them, are left to the logs.
+    """
     shown = [c for c in callbacks_of(trainer) if isinstance(c, ExplainingCallback)]
     methods = {name for callback in shown for name in (*callback.explainers, *callback.extra_explainers)}
-    named = {tuple(key.split("/")): float(value) for key, value in trainer.callback_metrics.items()}
-    figures = {"/".join(k[1:]): v for k, v in named.items() if k[0] == stage and k[1] not in methods}
+    # A method's name may hold a slash, so that a key is not taken apart.
+    of_maps = tuple(f"{stage}/{name}/" for name in (*methods, "confusion"))
+    of_model = [key for key in trainer.callback_metrics if key.startswith(f"{stage}/") and not key.startswith(of_maps)]
+    figures = {key.removeprefix(f"{stage}/"): float(trainer.callback_metrics[key]) for key in of_model}
     if not trainer.is_global_zero:
         return
     print(f"\n{stage}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
@@ -50,7 +55,7 @@ def say_taken_over(path: str, asked: Mapping[str, Any], built: Mapping[str, Any]
 
     Args:
         path: the checkpoint.
-        asked: `model` of the configuration.
+        asked: what the configuration itself says about the `model`, without defaults and what is linked to the data.
         built: `model` with the checkpoint's settings in place.
     """
     mine, theirs = (dict((model.get("init_args") or {}).items()) for model in (asked, built))

@@ -39,9 +39,8 @@ def log_results(logger: WandbLogger, folder: Path, split: str, overlays: list[Pa
         logger.log_image(f"maps/{split}", list(pictures.values()), caption=[path.stem for path in overlays])
     for metric in curve_metrics(results.curves):
         buffer = io.BytesIO()
-        panels_figure(curve_panels(results.curves, results.explainers, metric, folder)).savefig(
-            buffer, dpi=100, format="png"
-        )
+        panels = curve_panels(results.curves, results.explainers, metric, folder, results.quantity)
+        panels_figure(panels).savefig(buffer, dpi=100, format="png")
         logger.log_image(f"curves/{split}/{metric}", [capped(buffer.getvalue())])
     if table and pictures:
         logger.log_table(f"samples/{split}", *sample_table(results, pictures))

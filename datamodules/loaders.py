@@ -15,12 +15,14 @@ class EvaluationLoader(DataLoader[Any]):
     barrier of an epoch's end. With this length that rank goes through an epoch without batches: iteration ends where
     the rank's samples do. It also makes every rank see the same number where batches are limited to a share.
 
-    The sampler must be a `DistributedSampler` over the whole split, such as `UnrepeatedDistributedSampler`.
+    The sampler is a `DistributedSampler` over the whole split, such as `UnrepeatedDistributedSampler`; another one, as
+    Lightning puts in its place for `overfit_batches`, gives every rank the same batches.
     """
 
     def __len__(self) -> int:
         """Batches of rank zero, which has ceil(N / ranks) of the N samples."""
-        assert isinstance(self.sampler, DistributedSampler)
+        if not isinstance(self.sampler, DistributedSampler):
+            return super().__len__()
         assert self.batch_size is not None
         samples = -(-len(self.sampler.dataset) // self.sampler.num_replicas)  # type: ignore[arg-type]
         return -(-samples // self.batch_size)

@@ -56,8 +56,8 @@ def explain(
         arguments: of the explainer, as in `method="rise", n_masks=2000`.
 
     Raises:
-        ValueError: unknown method, images that are no batch, targets out of range, or a model that the method does not
-            fit.
+        ValueError: unknown method, images that are no batch or hold no image, targets out of range, or a model that the
+            method does not fit.
         TypeError: images that are no tensor, an argument that the method does not have, or any beside a ready
             explainer.
     """
@@ -94,7 +94,7 @@ def evaluate(
     Args:
         model: the model that was explained.
         images: (B, C, H, W), normalised with `mean` and `std`.
-        maps: (B, H, W), for example `explain(...).maps`.
+        maps: (B, H, W), for example `explain(...).maps`; tensors here may also be arrays or lists, of `bool` too.
         targets: the explained classes, as for `explain`.
         metrics: names that `labn.metrics.metric_by_name` knows.
         labels: (B,) true classes; None: the targets.
@@ -117,7 +117,7 @@ def evaluate(
         ValueError: an unknown metric, no image, maps, masks or boxes that do not fit the images, or a metric that needs
             masks or an explainer and gets none; before anything is scored.
         TypeError: a setting that none of the metrics knows or that their names say already, images that are no tensor,
-            or one name instead of a list.
+            maps, labels, masks or boxes that are no numbers, or one name instead of a list.
     """
     _check_images(images)
     if isinstance(metrics, str):
@@ -159,14 +159,14 @@ def _check_images(images: Tensor) -> None:
     if images.ndim != 4:
         alone = "; a single image goes in as image[None]" if images.ndim == 3 else ""
         raise ValueError(f"images must be (B, C, H, W), got {tuple(images.shape)}{alone}.")
+    if not len(images):
+        raise ValueError("images holds no image; give at least one.")
 
 
 def _normalisation(
     images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> dict[str, Sequence[float] | None]:
     """The settings `mean` and `std`; ImageNet's defaults need images of three channels."""
-    if not len(images):
-        raise ValueError("images holds no image; give at least one.")
     if images.shape[1] != len(IMAGENET_MEAN) and (mean is IMAGENET_MEAN or std is IMAGENET_STD):
         raise ValueError(
             f"images have {images.shape[1]} channels; give mean and std as they were normalised (None: not at all)."

@@ -25,6 +25,15 @@ NOISE = re.compile(
 )
 """Lines of jsonargparse that describe its types and not the mistake."""
 
+LAYOUTS = (
+    (
+        re.compile(r"Expected an instantiatable class, but (\S+) is abstract"),
+        r"the layout must be {class_path: <a class derived from \1>, init_args: {<argument>: <value>}}",
+    ),
+    (re.compile(r"Expected a <class 'dict'>"), "the layout must be {<name>: <value>}"),
+)
+"""What jsonargparse says about a value of another layout, and what shows the right one."""
+
 
 def explained(error: RuntimeError, rank: int) -> Exception | None:
     """An error with a sentence that helps, where the sentence of torch does not; else None.
@@ -77,6 +86,8 @@ def config_sentence(message: str, options: Sequence[str] = ()) -> str:
     if len(told) < 2 and len(lines) > 1:  # nothing but types was wrong: they are what there is to say
         return message
     told = [re.sub(r"^(Parser key|Problem with given class_path) ['\"](.*)['\"]$", r"\2", line) for line in told]
+    for mistake, layout in LAYOUTS:
+        told = [mistake.sub(layout, line) for line in told]
     owner = told[-2] if len(told) > 1 else ""
     return ": ".join(dict.fromkeys(told)).rstrip(".") + _near_names(told[-1], owner, options)
 

@@ -126,7 +126,9 @@ def collect(parts: Iterable[ScorePart], plan: Plan, folder: Path | None = None) 
     """Read the accepted values of all parts; of each part no more than this stays in memory."""
     table = Table(plan, folder)
     for part in parts:
-        if accepted := plan.accepted(part):
+        accepted = plan.accepted(part)
+        # Where nothing is scored, a part still says what the network predicts.
+        if accepted or (not plan.metrics and plan.explainers.get(part.explainer) == part.key):
             table.add(part, accepted)
     return table
 
@@ -325,7 +327,7 @@ def summary_table(summary: dict[tuple[str, str], Interval], names: Sequence[str]
     cells = [["", *names]]
     for explainer in explainers:
         found = [summary.get((explainer, name)) for name in names]
-        cells.append([explainer, *(f"{i.mean:.3f} [{i.low:.3f}, {i.high:.3f}]" if i else "-" for i in found)])
+        cells.append([explainer, *(f"{i.mean:.3f}{i.bracketed}" if i else "-" for i in found)])
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in cells]
     return "\n".join(lines)

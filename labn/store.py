@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,13 +49,18 @@ def digest(*things: Any) -> str:
 
 def weights_digest(model: nn.Module) -> str:
     """Hash of a model's state: names, shapes and values of every parameter and persistent buffer."""
-    state = hashlib.blake2b(digest_size=8)
-    for name, tensor in sorted(model.state_dict().items()):
+    return state_digest(model.state_dict())
+
+
+def state_digest(state: Mapping[str, Any]) -> str:
+    """`weights_digest` of the model that has this state dict."""
+    found = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(state.items()):
         if not isinstance(tensor, Tensor):
             continue
-        state.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        state.update(_content(tensor))
-    return state.hexdigest()
+        found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        found.update(_content(tensor))
+    return found.hexdigest()
 
 
 def tensor_digest(tensor: Tensor) -> str:

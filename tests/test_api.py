@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -217,6 +218,12 @@ def test_nothing_is_mutated(model: Own, images: Tensor) -> None:
         (lambda m, x: explain(m, x[:, :2], "gradcam"), "images have 2 channels; Own expects 3"),
         (lambda m, x: evaluate(m, x, x[:, 0], metrics=["pid_16"]), "unknown metric 'pid_16'; near names: pid16"),
         (lambda m, x: evaluate(m, x, x[:, 0, :9]), "resize them"),
+        (lambda m, x: explain(m, x[:0], "gradcam"), "images holds no image; give at least one"),
+        (lambda m, x: evaluate(m, x[:0], x[:0, 0]), "images holds no image; give at least one"),
+        (
+            lambda m, x: evaluate(m, x, x[:, 0], [0, 0], ["mass", "pid64"], masks=x[:, 0] > 0),
+            "patch_size must be from 1",
+        ),
         (lambda m, x: explain(m, x[0], "gradcam"), r"images must be \(B, C, H, W\), got .*; a single image goes in as"),
         (lambda m, x: evaluate(m, x[0, 0], x[0, 0]), r"images must be \(B, C, H, W\), got \(\d+, \d+\)\.$"),
     ],
@@ -235,6 +242,34 @@ def test_classes_may_be_of_any_integer_type(model: Own, images: Tensor) -> None:
         assert all(torch.equal(found[name], expected[name]) for name in expected)
     with pytest.raises(ValueError, match=r"labels must be class indices, got torch\.float32"):
         evaluate(model, images, maps, torch.tensor([1, 0]), metrics, labels=torch.tensor([0.0, 1.0]))
+
+
+def test_maps_labels_and_regions_may_be_arrays_and_lists(model: Own, images: Tensor) -> None:
+    maps, boxes = images[:, 0], torch.tensor([[[1, 2, 5, 6]], [[0, 0, 9, 9]]])
+    metrics = ["pid4", "mass", "average_drop"]
+    more = {"labels": torch.tensor([0, 1]), "boxes": boxes, "indices": torch.tensor([3, 4])}
+    expected = evaluate(model, images, maps, [1, 0], metrics, **more)
+    given = {"labels": [0, 1], "boxes": boxes.tolist(), "indices": np.array([3, 4])}
+    found = evaluate(model, images, maps.numpy(), [1, 0], metrics, **given)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    masks = np.zeros((2, 32, 32), dtype=bool)
+    masks[0, :9] = True
+    mass = evaluate(model, images, maps.tolist(), metrics=["mass"], masks=masks)["mass"]
+    assert mass.isnan().tolist() == [False, True]
+    assert evaluate(model, images, maps, metrics=["mass"], boxes=[boxes[0], []])["mass"].isnan().tolist() == [
+        False,
+        True,
+    ]
+    for name, bad in (("maps", "map"), ("labels", ["a", "b"]), ("boxes", [None, None])):
+        with pytest.raises(TypeError, match=f"^{name} must be a tensor, an array or lists of numbers, got "):
+            evaluate(**{"model": model, "images": images, "maps": maps, "metrics": ["mass"], **more, name: bad})
+
+
+def test_maps_may_be_regions(model: Own, images: Tensor) -> None:
+    metrics = ["pid4", "id", "auroc", "mass", "average_drop", "sparseness", "pctin10"]
+    regions = images[:, 0] > 0.5
+    found, expected = (evaluate(model, images, m, [1, 0], metrics, masks=regions) for m in (regions, regions.float()))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_scores_have_no_graph(model: Own, images: Tensor) -> None:

@@ -13,9 +13,9 @@ from labn.store import write_atomically
 SUMMARY = "Put the results of several runs into one table and one report."
 DETAILS = """\
 RUN is a run folder (runs/quickstart) or a results folder in it (runs/quickstart/val/epoch=002). Runs whose
-configurations differ in nothing but the seed form one row with mean and standard deviation; LABEL=RUN says so
-explicitly, or names a row. Samples are matched by name. Runs on different data, or scored under different
-settings, are refused with the reason.
+configurations differ in nothing but the seed form one row with mean and standard deviation; several results folders
+of one run are a row each. LABEL=RUN says explicitly what is one row, or names it. Samples are matched by name. Runs
+on different data, or scored under different settings, are refused with the reason.
 
 Written to --out: table.csv (one line per run, method and value), table.md, table.tex (booktabs), paired.csv
 (differences on the same samples) and report.html.

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -113,7 +114,8 @@ def run_all(sweep: Sweep, runner: Runner = start) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for step in STEPS:
             _step(sweep, step, seed, folder, runner)
-    print(f"All seeds in one table: python cli.py compare {sweep.folder}/seed=*", flush=True)
+    # The star is the shell's.
+    print(f"All seeds in one table: python cli.py compare {shlex.quote(str(sweep.folder))}/seed=*", flush=True)
 
 
 def _step(sweep: Sweep, step: str, seed: int, folder: Path, runner: Runner) -> None:

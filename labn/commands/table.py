@@ -176,7 +176,8 @@ def _made(label: str, run: Path, groups: dict[str, int]) -> Run:
 def ours(runs: Runs, explainer: str, metric: str) -> str:
     """`mean ± sd [low, high]`: over seeds, then the interval over samples; a dash without such a score.
 
-    The accuracy has no interval: it is of the whole split, samples that were not explained included.
+    One sample, or one group, has no interval, nor has the accuracy: it is of the whole split, samples that were not
+    explained included.
     """
     values = runs.accuracies if metric == ACCURACY else runs.values(explainer, metric)
     if not values:
@@ -184,8 +185,7 @@ def ours(runs: Runs, explainer: str, metric: str) -> str:
     spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
     if metric == ACCURACY:
         return f"{mean(values):.3f}{spread}"
-    interval = runs.interval(explainer, metric)
-    return f"{mean(values):.3f}{spread} [{interval.low:.3f}, {interval.high:.3f}]"
+    return f"{mean(values):.3f}{spread}{runs.interval(explainer, metric).bracketed}"
 
 
 def printed(row: Row, place: int) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from labn.compare.runs import Run
-from labn.metrics.statistics import Interval, bootstrap_mean, paired_difference
+from labn.metrics.statistics import Interval, bootstrap_mean
 
 Column = dict[str, float]
 """Sample name -> value."""
@@ -26,7 +26,8 @@ class Row:
         label: of the run.
         explainer: name of the method.
         metric: name of the value.
-        interval: mean over samples of the means over seeds, with the interval over samples, whole groups drawn.
+        interval: mean over samples of the means over seeds, with the interval over samples, whole groups drawn; its
+            bounds are NaN where there is one sample or one group.
         std: standard deviation of the seeds' means (n - 1); None where there is one seed.
         seeds: number of trained networks.
     """
@@ -106,9 +107,8 @@ def _differences(found: Comparison) -> Iterator[tuple[str, str, str, Interval]]:
         rows = [(label, explainer) for label, explainer, name in found.columns if name == metric]
         for first, second in itertools.combinations(rows, 2):
             a, b = (found.columns[label, explainer, metric] for label, explainer in (first, second))
-            places, groups = list(range(len(a))), found.groups_of(a)
-            whole = None if groups is None else dict(enumerate(groups))
-            interval = paired_difference(places, list(a.values()), places, [b[name] for name in a], groups=whole)
+            differences = [value - b[name] for name, value in a.items()]
+            interval = bootstrap_mean(differences, groups=found.groups_of(a))
             yield found.row_name(*first), found.row_name(*second), metric, interval
 
 
@@ -123,8 +123,8 @@ def _by_seed(runs: Sequence[Run]) -> dict[tuple[str, str, str], dict[str, Column
                 name = run.results.names[index]
                 if not math.isclose(column.setdefault(name, value), value, rel_tol=1e-4, abs_tol=1e-5):
                     raise ValueError(
-                        f"{run.folder}: {metric} of {explainer} for {name} is {value}, another folder of the same "
-                        f"network says {column[name]}; give them labels of their own (LABEL=RUN)."
+                        f"{run.results.folder}: {metric} of {explainer} for {name} is {value}, another folder of "
+                        f"the same network says {column[name]}; give them labels of their own (LABEL=RUN)."
                     )
     return merged
 
@@ -139,8 +139,8 @@ def _groups(runs: Sequence[Run]) -> dict[str, int] | None:
             group = (run.results.groups or {})[index]
             if found.setdefault(name, group) != group:
                 raise ValueError(
-                    f"{run.folder}: {name} is in group {group}, another run says {found[name]}; test both again with "
-                    "one data module."
+                    f"{run.results.folder}: {name} is in group {group}, another run says {found[name]}; test both "
+                    "again with one data module."
                 )
     return found
 
@@ -208,5 +208,6 @@ def _telling(description: Any) -> Any:
 def _refuse(first: Run, other: Run, what: str, mine: Any, theirs: Any) -> None:
     if mine != theirs:
         raise ValueError(
-            f"{first.folder} and {other.folder} cannot be compared, they differ in {what}: {mine} and {theirs}."
+            f"{first.results.folder} and {other.results.folder} cannot be compared, they differ in {what}: {mine} and "
+            f"{theirs}."
         )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from labn.compare.weights import of_other_weights
 from labn.reading import read_yaml
 from labn.report.results import StageResults, read_stage
 from labn.store import digest
@@ -23,13 +26,25 @@ class Run:
         label: name of its rows; runs of one label are seeds of one another.
         folder: the run folder.
         results: the stage's results.
-        config: resolved configuration of its training (`fit.yaml`); empty where there is none.
+        config: resolved configuration of its training (`fit.yaml`); empty where there is none, or `stale`.
+        stale: no checkpoint in the folder has the results' weights, so that the training there is not theirs.
     """
 
     label: str
     folder: Path
     results: StageResults
     config: dict[str, Any]
+    stale: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name of the run folder, also where it was given as `.`."""
+        return self.folder.resolve().name
+
+    @property
+    def stage(self) -> str:
+        """Where in the run folder the results lie: `test`, `val/epoch=002`."""
+        return self.results.folder.relative_to(self.folder).as_posix()
 
     @property
     def checkpoint(self) -> str:
@@ -56,18 +71,27 @@ def open_runs(words: Sequence[str], stage: str = "test") -> list[Run]:
     """Read the runs that `words` name, each `RUN` or `LABEL=RUN`.
 
     RUN is a run folder, whose results lie in `stage`, or a results folder itself. Without labels, runs whose trainings
-    differ in nothing but the seed form one row; every other run is a row of its own, named by its folder.
+    differ in nothing but the seed form one row; everything else is a row of its own, named by its run folder, and by
+    the stage too where one run has several results folders among them. Of these only equal stages are seeds.
+
+    Results of weights that no checkpoint of their run folder has are warned about.
 
     Raises:
         FileNotFoundError: a folder holds no scores.
     """
     given = [_split(word) for word in words]
     runs = [_open(path, stage) for _, path in given]
-    names = _distinct([run.folder for run in runs])
+    places = {(run.folder.resolve(), run.stage) for run in runs}
+    repeated = {folder for folder, count in Counter(folder for folder, _ in places).items() if count > 1}
+    found = zip(_distinct([run.folder for run in runs]), runs)
+    names = [f"{name}/{run.stage}" if run.folder.resolve() in repeated else name for name, run in found]
+    rows: dict[str, list[Run]] = {}
     labelled: list[Run] = []
     for (label, _), run, name in zip(given, runs, names):
-        twin = next((r for r in labelled if label is None and _seeds(r, run) and r.label in names), None)
-        labelled.append(replace(run, label=label or (twin.label if twin else name)))
+        if label is None:
+            label = next((n for n, row in rows.items() if all(_one_row(r, run, bool(repeated)) for r in row)), name)
+            rows.setdefault(label, []).append(run)
+        labelled.append(replace(run, label=label))
     return labelled
 
 
@@ -80,13 +104,37 @@ def _split(word: str) -> tuple[str | None, Path]:
 def _open(path: Path, stage: str) -> Run:
     folder = path if (path / "scores.csv").is_file() else path / stage
     if not (folder / "scores.csv").is_file():
+        command = "validate" if stage.split("/")[0] == "val" else "test"
         raise FileNotFoundError(
-            f"{path} holds no {stage}/scores.csv; run `{stage.split('/')[0]}` with an EvaluationCallback first."
+            f"{path} holds no {stage}/scores.csv; run `{command}` with an EvaluationCallback first."
         )
     run_dir = next((p for p in [folder, *folder.parents][:4] if any(p.glob("*.yaml"))), folder.parent)
     config = run_dir / "fit.yaml"
-    content = read_yaml(config) if config.is_file() else None
-    return Run(run_dir.name, run_dir, read_stage(folder), content or {})
+    content = (read_yaml(config) if config.is_file() else None) or {}
+    run = Run(run_dir.name, run_dir, read_stage(folder), content)
+    return _without_training(run) if content and _stale(run) else run
+
+
+def _stale(run: Run) -> bool:
+    # Validations are moved aside together with the fit that they are of, and no checkpoint is kept of most of them.
+    return run.results.manifest.get("split") != "val" and of_other_weights(run.folder, run.checkpoint)
+
+
+def _without_training(run: Run) -> Run:
+    warnings.warn(
+        f"{run.results.folder} holds results of weights that no checkpoint in {run.folder / 'checkpoints'} has, such "
+        "as those of an earlier training: fit.yaml is not taken for theirs, and only LABEL=RUN makes them a seed of "
+        "another run; test again for results of this training.",
+        stacklevel=2,
+    )
+    return replace(run, config={}, stale=True)
+
+
+def _one_row(first: Run, second: Run, by_stage: bool) -> bool:
+    """Whether two runs without labels form one row: they are seeds of one another, or the same folder given twice."""
+    if first.results.folder.resolve() == second.results.folder.resolve():
+        return True
+    return _seeds(first, second) and not (by_stage and first.stage != second.stage)
 
 
 def _seeds(first: Run, second: Run) -> bool:

@@ -16,7 +16,10 @@ _TEX = {
 
 
 def table_csv(found: Comparison) -> bytes:
-    """One line per run, method and value, with all digits; `std` is empty where there is one seed."""
+    """One line per run, method and value, with all digits.
+
+    `std` is empty where there is one seed; `ci_low` and `ci_high` are NaN where there is one sample or one group.
+    """
     rows = (
         (
             *(r.label, r.explainer, r.metric),
@@ -29,7 +32,7 @@ def table_csv(found: Comparison) -> bytes:
 
 
 def paired_csv(found: Comparison) -> bytes:
-    """Differences between all pairs of rows on the same samples."""
+    """Differences between all pairs of rows on the same samples; bounds as in `table_csv`."""
     return csv_bytes(PAIRED, ((a, b, metric, i.mean, i.low, i.high, i.n) for a, b, metric, i in found.paired))
 
 
@@ -60,7 +63,7 @@ def _cell(row: Row | None) -> str:
     if row is None:
         return "-"
     spread = "" if row.std is None else f" ± {row.std:.3f}"
-    return f"{row.interval.mean:.3f}{spread} [{row.interval.low:.3f}, {row.interval.high:.3f}]"
+    return f"{row.interval.mean:.3f}{spread}{row.interval.bracketed}"
 
 
 def _tex(text: str) -> str:

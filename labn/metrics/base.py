@@ -17,6 +17,19 @@ from labn.perturb import PerturbationEngine
 Boxes = Sequence[Tensor] | Tensor
 
 
+def as_tensor(name: str, given: Any) -> Tensor:
+    """`given` itself, or the tensor of an array or of nested lists.
+
+    Raises:
+        TypeError: it is none of these; the message says `name`.
+    """
+    try:
+        return torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        what = f"{type(given).__name__}, of which torch says: {error}".rstrip(".")
+        raise TypeError(f"{name} must be a tensor, an array or lists of numbers, got {what}.") from error
+
+
 @dataclass(frozen=True)
 class ScoredBatch:
     """What a metric may look at; the fields are the arguments of `SampleMetric.score`."""
@@ -34,6 +47,13 @@ class ScoredBatch:
     predictions: Tensor | None = None
 
     def __post_init__(self) -> None:
+        for name in ("maps", "targets", "indices", "labels", "masks", "predictions"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, as_tensor(name, getattr(self, name)))
+        if self.boxes is not None and not isinstance(self.boxes, Tensor):
+            object.__setattr__(self, "boxes", [_corners(one) for one in self.boxes])
+        if self.maps.dtype == torch.bool:
+            object.__setattr__(self, "maps", self.maps.to(self.images.dtype))
         expected = (len(self.images), *self.images.shape[-2:])
         if self.maps.shape != expected:
             raise ValueError(f"maps must be {expected} to fit the images, got {tuple(self.maps.shape)}; resize them.")
@@ -71,6 +91,12 @@ class ScoredBatch:
         if self.cache.images.shape != self.images.shape or not torch.equal(self.cache.images, self.images):
             raise ValueError("cache must be the perturbation engine of these images; it holds others.")
         return self.cache
+
+
+def _corners(boxes: Any) -> Tensor:
+    """The boxes of one sample as a tensor, (0, 4) where it has none."""
+    tensor = as_tensor("boxes", boxes)
+    return tensor.new_zeros(0, 4) if tensor.shape == (0,) else tensor
 
 
 def need_explainer(batch: ScoredBatch, metric: str, why: str) -> None:
@@ -129,12 +155,18 @@ class SampleMetric(SampleRows):
 
     Attributes:
         counts_samples: `compute` gives numbers of samples in place of means, which results keep in a table of its own.
+        needs_regions: it compares with ground truth, masks or boxes.
     """
 
     counts_samples = False
+    needs_regions = False
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raise ValueError where images of this (height, width) cannot be scored."""
 
     def check(self, batch: ScoredBatch) -> None:
         """Raise ValueError where the batch lacks what the metric needs, before anything is computed."""
+        self.check_size((batch.images.shape[-2], batch.images.shape[-1]))
 
     @abstractmethod
     def score_batch(self, batch: ScoredBatch) -> dict[str, Tensor]:

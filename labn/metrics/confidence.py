@@ -131,6 +131,7 @@ class ADCC(ConfidenceChange):
 
     def check(self, batch: ScoredBatch) -> None:
         """An explainer is needed."""
+        super().check(batch)
         need_explainer(batch, "adcc", "explains the images seen through their maps")
 
     def values(self, batch: ScoredBatch, kept: Tensor, weights: Tensor) -> tuple[Tensor, ...]:

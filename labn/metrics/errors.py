@@ -60,6 +60,7 @@ class ErrorAnalysis(SampleMetric):
     """
 
     counts_samples = True
+    needs_regions = True
 
     def __init__(
         self,
@@ -108,8 +109,13 @@ class ErrorAnalysis(SampleMetric):
             precision=precision,
         )
 
+    def check_size(self, size: tuple[int, int]) -> None:
+        """As ID."""
+        self.insertion_deletion.check_size(size)
+
     def check(self, batch: ScoredBatch) -> None:
         """Ground truth is needed."""
+        super().check(batch)
         need_regions(batch, "errors")
 
     def score_batch(self, batch: ScoredBatch) -> dict[str, Tensor]:

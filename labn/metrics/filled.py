@@ -107,16 +107,22 @@ class FilledMetric(SampleMetric):
         """Probability (S, K) of each sample's class from logits (S, K, num_classes); None reads it as the metric does.
 
         Raises:
-            ValueError: a class that the model does not have.
+            ValueError: a class that the model does not have, or the softmax of a single logit.
         """
-        number = logits.shape[-1]
+        number, read = logits.shape[-1], probability or self.probability
+        if number == 1 and read == "softmax":
+            raise ValueError(
+                "the model has one logit, whose softmax is 1 whatever the image shows; of the metrics only "
+                "insertion-deletion and fill_probability fit it, with probability='sigmoid' (in a configuration "
+                "metric_options: {probability: sigmoid})."
+            )
         if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < number:
             raise ValueError(
                 f"labels and targets must be from 0 to {number - 1}, as the model has {number} classes; "
                 f"got {int(classes.min())} to {int(classes.max())}."
             )
         chosen = classes.view(-1, 1, 1).expand(-1, logits.shape[1], 1)
-        return PROBABILITIES[probability or self.probability](logits).gather(2, chosen).squeeze(2)
+        return PROBABILITIES[read](logits).gather(2, chosen).squeeze(2)
 
 
 class FillProbability(FilledMetric):

@@ -11,7 +11,7 @@ from torch import Tensor
 from labn.fills import FILLS, Channels
 from labn.metrics.base import ScoredBatch
 from labn.metrics.filled import FilledMetric, key_of, spread
-from labn.metrics.functional.insertion_deletion import AREAS, PROTOCOLS, InsertionDeletionCurves, counted_fractions
+from labn.metrics.functional.insertion_deletion import AREAS, PROTOCOLS, InsertionDeletionCurves
 from labn.patches import POOLINGS, TIES, default_step, patch_grid, patch_pool, patch_ranks, ranks_to_pixels
 
 VALUES = ("insertion", "deletion", "pid", "fill_probability")
@@ -50,7 +50,8 @@ class PatchInsertionDeletion(FilledMetric):
         n_steps: number of steps instead of `step`: step = ceil(N / n_steps).
         deletion_fill: another fill for deletion (RISE: `fill="blur"`, `deletion_fill="mean"`); None: the same.
         probability: "softmax", "sigmoid" or "logit".
-        area: of a curve, "trapezoid" or "mean" of its points.
+        area: of a curve, "trapezoid" or "mean" of its points, which ties do not move: see
+            `labn.metrics.functional.mean_height`.
         seed: of the "uniform" fill and of "random" ties.
         chunk_size: inputs per forward; see `labn.perturb.PerturbationEngine`. This and the next two shape the engine
             that is made where `cache` is not given.
@@ -113,6 +114,10 @@ class PatchInsertionDeletion(FilledMetric):
         step = -(-rows * columns // self.n_steps) if self.n_steps else step
         return PROTOCOLS[self.protocol].counts(rows * columns, step)
 
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raise ValueError where images of this (height, width) have no such patches, or do not fit the protocol."""
+        self.counts(size)
+
     def curves(self, *args: Any, **kwargs: Any) -> InsertionDeletionCurves:
         """Curves of the S scored samples; arguments as in `score`.
 
@@ -125,7 +130,7 @@ class PatchInsertionDeletion(FilledMetric):
         counts, kept = self.counts(size), self.included(batch)
         if len(kept) == 0:
             nothing = images.new_zeros(0, len(counts), dtype=torch.float64)
-            return InsertionDeletionCurves(kept, counts, nothing, nothing, nothing, nothing[:, 0])
+            return InsertionDeletionCurves(kept, counts, nothing, nothing, nothing, nothing[:, 0], nothing)
         engine = batch.engine(**self.engine_options)
         classes = self.classes(batch, engine)[kept]
         ranks = self._ranks(batch.maps.to(images.device)[kept], batch.indices.to(images.device)[kept])
@@ -134,8 +139,10 @@ class PatchInsertionDeletion(FilledMetric):
         insertion = self.of_class(engine.masked(pixel_ranks, counts, fill, "first", kept), classes)
         deletion = self.of_class(engine.masked(pixel_ranks, counts, deletion_fill, "rest", kept), classes)
         bare = self.of_class(engine.filled(fill)[kept, None], classes)[:, 0]
-        x = (counted_fractions if self.ties == "threshold" else PROTOCOLS[self.protocol].x)(ranks, counts)
-        return InsertionDeletionCurves(kept, counts, x, insertion, deletion, bare)
+        protocol = PROTOCOLS[self.protocol]
+        nominal = protocol.nominal(ranks, counts)
+        x = nominal if self.ties == "threshold" else protocol.x(ranks, counts)
+        return InsertionDeletionCurves(kept, counts, x, insertion, deletion, bare, nominal)
 
     def score_batch(self, batch: ScoredBatch) -> dict[str, Tensor]:
         """Areas of a batch by their names in files."""

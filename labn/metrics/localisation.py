@@ -38,6 +38,7 @@ class LocalisationMetric(SampleMetric):
     """
 
     name: ClassVar[str]
+    needs_regions = True
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__([self.name], **kwargs)
@@ -48,6 +49,7 @@ class LocalisationMetric(SampleMetric):
 
     def check(self, batch: ScoredBatch) -> None:
         """Ground truth is needed."""
+        super().check(batch)
         need_regions(batch, self.name)
 
     def score_batch(self, batch: ScoredBatch) -> dict[str, Tensor]:

@@ -94,8 +94,9 @@ class PercentageIn(FilledMetric):
         counts = percent_counts(ranks.shape[1], self.percents)
         masks = ranks_to_pixels(ranks, 1, size)
         logits = engine.masked(masks, counts, self.filling(batch), "first", kept).double()
-        probability = self.of_class(logits, classes, "softmax")
-        values = {"prob": probability, "logit": self.of_class(logits, classes, "logit")}
+        values = {"logit": self.of_class(logits, classes, "logit")}
+        if self.forms != ("logit",):
+            values["prob"] = probability = self.of_class(logits, classes, "softmax")
         if "ratio" in self.forms:
             whole = self.of_class(engine.original(kept)[:, None].double(), classes, "softmax")
             # Nothing can be compared with a probability of zero: the sample is left out.

@@ -41,6 +41,7 @@ class Randomisation(SampleMetric):
 
     def check(self, batch: ScoredBatch) -> None:
         """An explainer is needed."""
+        super().check(batch)
         need_explainer(batch, "randomisation", "explains a randomised copy of the model")
 
     def score_batch(self, batch: ScoredBatch) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,12 +14,20 @@ _BLOCK = 1 << 22  # drawn indices held at once
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its interval; `n` samples went into it."""
+    """A mean with its interval; `n` samples went into it.
+
+    The bounds are NaN where all of them are one sample, or one group: from one there is nothing to draw.
+    """
 
     mean: float
     low: float
     high: float
     n: int
+
+    @property
+    def bracketed(self) -> str:
+        """` [0.100, 0.200]`, to stand behind the mean; empty where there is no interval."""
+        return "" if math.isnan(self.low) else f" [{self.low:.3f}, {self.high:.3f}]"
 
 
 def _group_sums(columns: Tensor, groups: Tensor | None) -> Tensor:
@@ -78,7 +87,8 @@ def bootstrap_means(
             resampled |= zip(same, drawn)
         for place, table in enumerate(tables):
             nothing = Interval(torch.nan, torch.nan, torch.nan, 0)
-            yield _interval(table, _mean, resampled[place], level) if len(table) else nothing
+            clusters = len(sums[place])
+            yield _interval(table, _mean, resampled[place], level, clusters) if clusters else nothing
 
 
 def _there(values: Numbers, groups: Groups) -> tuple[Tensor, Tensor | None]:
@@ -128,13 +138,15 @@ def bootstrap_sums(
     """
     sums = _group_sums(columns.cpu(), None if groups is None else groups.cpu())
     (resampled,) = _resampled_sums([sums], n_resamples, torch.Generator().manual_seed(seed))
-    return _interval(columns.cpu(), statistic, resampled, level)
+    return _interval(columns.cpu(), statistic, resampled, level, len(sums))
 
 
-def _interval(columns: Tensor, statistic: Callable[[Tensor], Tensor], resampled: Tensor, level: float) -> Interval:
+def _interval(
+    columns: Tensor, statistic: Callable[[Tensor], Tensor], resampled: Tensor, level: float, clusters: int
+) -> Interval:
     """The statistic of (n, F) columns, between percentiles of that of resampled sums (R, F), NaN left out."""
     bounds = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
-    low, high = torch.nanquantile(statistic(resampled), bounds).tolist()
+    low, high = torch.nanquantile(statistic(resampled), bounds).tolist() if clusters > 1 else (math.nan, math.nan)
     # The mean over samples themselves, not over sums of groups: the digits then do not depend on the grouping.
     return Interval(float(statistic(columns.sum(0, keepdim=True))[0]), low, high, len(columns))
 

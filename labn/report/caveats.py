@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from labn.report.curves import PROBABILITY
 from labn.report.results import StageResults
 
 FEW = 30
@@ -27,11 +28,13 @@ def _subset(results: StageResults, split_size: int | None) -> Iterator[str]:
     explained = results.manifest.get("samples", 0)
     if split_size and explained and explained < split_size:
         yield f"Only {explained} of the {split_size} samples were explained and scored."
-    counts, what, over = [int(row["n"]) for row in results.summary], "samples", "the samples"
+    counts, one, what, over = [int(row["n"]) for row in results.summary], "sample", "samples", "the samples"
     if results.groups is not None:
         counts = [len(total.groups) for total in results.totals.values()]
-        what, over = "groups of samples", "whole groups of samples"
-    if counts and min(counts) < FEW:
+        one, what, over = "group of samples", "groups of samples", "whole groups of samples"
+    if counts and min(counts) == 1:
+        yield f"Some values rest on one {one} alone: they have no interval, and no difference in them is decided."
+    elif counts and min(counts) < FEW:
         yield f"Some values rest on {min(counts)} {what}: intervals of so few are too narrow."
     if counts:
         yield f"Intervals are 95 % bootstrap intervals over {over}, not over seeds."
@@ -58,7 +61,8 @@ def _protocols(results: StageResults) -> Iterator[str]:
 def _fill(results: StageResults) -> Iterator[str]:
     found = [total for (_, metric), total in results.totals.items() if metric == "fill_probability"]
     mean = sum(total.sum for total in found) / max(sum(total.count for total in found), 1)
-    if mean > FILL_LIMIT:
+    # A logit says nothing by itself.
+    if results.quantity == PROBABILITY and mean > FILL_LIMIT:
         yield (
             f"The bare fill alone has a mean probability of {mean:.3f}: insertion curves start there, which moves "
             "every area."
@@ -71,6 +75,11 @@ def _settings(manifest: dict[str, Any]) -> Iterator[str]:
         yield from _positives(manifest)
     if settings.get("correct_only"):
         yield "Metrics that perturb images are scored on correctly classified samples only."
+    if settings.get("probability") == "logit":
+        yield (
+            "Insertion, deletion, pid (id) and fill_probability are in logits of the class instead of probabilities: "
+            "they have no fixed range, and their scale is the network's own."
+        )
     if settings.get("area", "trapezoid") != "trapezoid":
         yield "Areas are means of the curves' points."
     if settings.get("precision", "fp32") != "fp32":

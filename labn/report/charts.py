@@ -78,7 +78,7 @@ class Panel:
         """Limits of x and of y, never empty."""
         x = [value for line in self.series for value in line.x]
         edges = [e for s in self.series for e in (s.y, s.low, s.high) if e is not None]
-        return _span(x), self.y_range or _span([value for edge in edges for value in edge])
+        return span(x), self.y_range or span([value for edge in edges for value in edge])
 
     @property
     def x_ticks(self) -> list[Tick]:
@@ -136,7 +136,8 @@ def _path(points: Sequence[tuple[str, str]]) -> str:
     return "M" + "L".join(" ".join(point) for point in points) if points else ""
 
 
-def _span(values: Sequence[float]) -> tuple[float, float]:
+def span(values: Sequence[float]) -> tuple[float, float]:
+    """Lowest and highest of the finite values, half above and below where they are one; 0 and 1 without any."""
     finite = [float(value) for value in values if math.isfinite(value)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
     return (low, high) if high > low else (low - 0.5, high + 0.5)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
 from labn.compare.merge import Comparison
 from labn.compare.runs import Run
+from labn.metrics.names import metric_by_name, values_named
 from labn.metrics.statistics import Interval
 from labn.report.cards import Card
 from labn.report.caveats import caveats
@@ -17,31 +19,44 @@ from labn.report.run_report import made_with
 from labn.report.training import read_training, training_panels
 
 GRIDS = ("x", "insertion", "deletion")
+VERDICT = ("prediction", "target", "probability", "confidence")
+"""What a card says of one network."""
 
 
 def comparison_report(found: Comparison, title: str = "Comparison", max_bytes: int = 36_000_000) -> Report:
-    """Put together the page of a comparison; its gallery shows the first network of every row."""
+    """Put together the page of a comparison; a picture of its gallery shows one network of every row."""
     rows = list(dict.fromkeys(found.row_name(label, explainer) for label, explainer, _ in found.columns))
     present = [metric for _, _, metric in found.columns]
     values = list(dict.fromkeys([*(name for name in found.asked if name in present), *present]))
     curves = merged_curves(found)
     cards = thin(merged_cards(found), max_bytes)
+    quantity = found.runs[0].results.quantity
     return Report(
         title=title,
         caveats=_notes(found),
         summary=_table(found, rows, found.asked, "Mean ± standard deviation over seeds, with its 95 % interval"),
         summary_more=_table(found, rows, [v for v in values if v not in found.asked], "Other values"),
         paired=_paired(found, rows),
-        curves={metric: curve_panels(curves, rows, metric) for metric in curve_metrics(curves)},
+        curves={m: curve_panels(curves, rows, m, quantity=quantity) for m in curve_metrics(curves)},
         training=_training(found.runs),
         cards=cards,
         columns=rows,
         metrics=values,
         scores=_scores(found, cards, rows, values),
         class_names=next((run.results.manifest["class_names"] for run in found.runs if _named(run)), []),
-        made_with=[(f"{run.folder}: {t}", e) for run in found.runs for t, e in made_with(run.results.manifest)],
-        configs=[(str(path), path.read_text()) for run in found.runs for path in sorted(run.folder.glob("*.yaml"))],
+        made_with=[(f"{run.results.folder}: {t}", e) for run in found.runs for t, e in made_with(run.results.manifest)],
+        configs=[(str(path), path.read_text()) for path in _configs(found.runs)],
     )
+
+
+def _configs(runs: Iterable[Run]) -> list[Path]:
+    """Resolved configurations of the run folders, without `fit.yaml` where all results there are of other weights."""
+    found = [p for run in runs for p in sorted(run.folder.glob("*.yaml")) if p.name != "fit.yaml" or not run.stale]
+    return list(dict.fromkeys(found))
+
+
+def _named_run(run: Run) -> str:
+    return f"{run.label} ({run.name})"
 
 
 def _named(run: Run) -> bool:
@@ -49,14 +64,23 @@ def _named(run: Run) -> bool:
 
 
 def _notes(found: Comparison) -> list[str]:
-    each = [(f"{run.label} ({run.folder.name})", caveats(run.results)) for run in found.runs]
+    each = [(_named_run(run), caveats(run.results)) for run in found.runs]
     shared = [note for note in each[0][1] if all(note in other for _, other in each)]
     notes = shared + [f"{name}: {note}" for name, own in each for note in own if note not in shared]
+    notes += [
+        f"{_named_run(run)}: {run.results.folder} is of weights that no checkpoint of its run folder has; the training "
+        "there is not shown as its own."
+        for run in found.runs
+        if run.stale
+    ]
     notes += [f"{metric}: {n} samples that not every row has were left out." for metric, n in found.left_out.items()]
     if any(row.seeds > 1 for row in found.rows):
         over = "samples" if found.groups is None else "whole groups of samples"
         notes.append(f"± is the standard deviation over seeds; intervals are over {over}, of the mean over seeds.")
-        notes.append("Gallery: maps and predictions of the first seed of every row; scores are means over seeds.")
+        notes.append(
+            "Gallery: maps and prediction of one seed of every row, the first that has the picture; scores are means "
+            "over seeds."
+        )
     return list(dict.fromkeys(notes))
 
 
@@ -95,10 +119,7 @@ def merged_curves(found: Comparison) -> dict[str, np.ndarray]:
         for key in (k.removesuffix("/index") for k in run.results.curves if k.endswith("/index")):
             explainer, metric = key.rsplit("/", 1)
             place = {names[i]: n for n, i in enumerate(run.results.curves[f"{key}/index"].tolist()) if i in names}
-            common = next(
-                (c for (la, ex, m), c in found.columns.items() if (la, ex) == (run.label, explainer) and m == metric),
-                None,
-            )
+            common = found.columns.get((run.label, explainer, _value_of(metric)))
             if common is None or not all(name in place for name in common):
                 continue
             chosen = [place[name] for name in common]
@@ -109,6 +130,14 @@ def merged_curves(found: Comparison) -> dict[str, np.ndarray]:
             if (drawn := found.groups_of(common)) is not None:
                 groups[f"{row}/group"] = np.array(drawn)
     return {key: np.mean(stack, axis=0) for key, stack in stacks.items()} | groups
+
+
+def _value_of(metric: str) -> str:
+    """The value in the tables that a metric's name asks for: `pid1` is `id` there."""
+    try:
+        return next(iter(values_named(metric, metric_by_name(metric)).values()))
+    except ValueError:  # somebody's own, which is registered where it is run
+        return metric
 
 
 def _one_folder_per_network(runs: Iterable[Run]) -> list[Run]:
@@ -124,11 +153,22 @@ def _one_folder_per_network(runs: Iterable[Run]) -> list[Run]:
 
 
 def merged_cards(found: Comparison) -> list[Card]:
-    """Cards by sample name, each with the maps of every row's first network."""
+    """Cards by sample name, each with the maps and the verdict of one network per label.
+
+    That is the first one that has the sample; `verdicts` holds VERDICT of each, with its label as `network`.
+    """
     cards: dict[str, Card] = {}
+    shown: dict[tuple[str, str], str] = {}
     for run in found.runs:
         for card in run.results.cards:
-            merged = cards.setdefault(card["name"], {**card, "maps": {}, "steps": None, "fills": []})
+            key = card["name"], run.label
+            if shown.get(key, run.checkpoint) != run.checkpoint:
+                continue
+            own = {name: value for name, value in card.items() if name not in (*VERDICT, "steps", "fills")}
+            merged = cards.setdefault(card["name"], {**own, "maps": {}, "verdicts": []})
+            if key not in shown:
+                merged["verdicts"].append({"network": run.label} | {name: card[name] for name in VERDICT})
+            shown[key] = run.checkpoint
             for explainer, entry in card["maps"].items():
                 merged["maps"].setdefault(found.row_name(run.label, explainer), entry)
     return list(cards.values())
@@ -145,10 +185,15 @@ def _scores(
 
 
 def _training(runs: Iterable[Run]) -> list:
+    rows: dict[Path, dict[str, Run]] = {}
+    for run in runs:
+        if not run.stale:
+            rows.setdefault(run.folder, {})[run.label] = run
     values = {}
-    for folder, run in {run.folder: run for run in runs}.items():
+    for folder, labelled in rows.items():
+        line = f"{', '.join(labelled)} ({next(iter(labelled.values())).name})"
         for name, epochs in read_training(folder).items():
             stage, _, quantity = name.partition("/")
             if quantity in ("loss", "accuracy"):
-                values[f"{stage}/{run.label} ({folder.name})/{quantity}"] = epochs
+                values[f"{stage}/{line}/{quantity}"] = epochs
     return training_panels(values)

@@ -11,6 +11,7 @@ from labn.report.charts import Panel, Series
 from labn.scratch import blocks, scratch
 
 GRID = np.linspace(0, 1, 101)
+PROBABILITY, UNIT = "probability", (0.0, 1.0)
 _BLOCK = 1 << 22  # counts of draws held at once
 
 
@@ -74,7 +75,11 @@ def _clustered(curves: np.ndarray, groups: np.ndarray | None) -> tuple[np.ndarra
 
 
 def curve_panels(
-    curves: Mapping[str, np.ndarray], explainers: list[str], metric: str, room: Path | None = None
+    curves: Mapping[str, np.ndarray],
+    explainers: list[str],
+    metric: str,
+    room: Path | None = None,
+    quantity: str = PROBABILITY,
 ) -> list[Panel]:
     """An insertion and a deletion panel of one metric, one line per explainer.
 
@@ -84,7 +89,9 @@ def curve_panels(
         explainers: in the order of the table, which also fixes their colours.
         metric: its name.
         room: a folder on whose disk intermediate results lie; None: in memory.
+        quantity: what the curves hold, see `StageResults.quantity`; all but probabilities have the range of the data.
     """
+    y_range = UNIT if quantity == PROBABILITY else None
     lines = ("insertion", "deletion")
     keys = {name: f"{name}/{metric}" for name in explainers if f"{name}/{metric}/x" in curves}
     grids = [
@@ -96,7 +103,7 @@ def curve_panels(
     panels = []
     for line in lines:
         series = tuple(Series(name, explainers.index(name), GRID, *next(found)) for name in keys)
-        panels.append(Panel(f"{metric}: {line}", "fraction of patches", "probability", series, (0.0, 1.0)))
+        panels.append(Panel(f"{metric}: {line}", "fraction of patches", quantity, series, y_range))
     return panels
 
 

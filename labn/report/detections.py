@@ -10,6 +10,9 @@ import numpy as np
 from labn.report.cards import Card, Picture, make_card
 from labn.report.page import Cell, Report, Table, thin
 
+JUDGED = ("prediction", "target", "confidence")
+"""What a picture's card says beside the class and its score, and a detection's does not: whether it is right."""
+
 
 def detection_card(
     image: np.ndarray, row: Mapping[str, Any], label: int, maps: Mapping[str, np.ndarray], side: int = 160
@@ -34,7 +37,8 @@ def detection_card(
         image=image,
         boxes=np.array([[row[edge] for edge in ("x1", "y1", "x2", "y2")]]),
     )
-    return make_card(picture, maps, picture_side=side, map_side=side)
+    card = make_card(picture, maps, picture_side=side, map_side=side)
+    return {name: value for name, value in card.items() if name not in JUDGED}
 
 
 def detection_report(

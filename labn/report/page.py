@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -26,7 +27,10 @@ COLORS = ("RdBu_r", "inferno")
 
 @dataclass(frozen=True)
 class Cell:
-    """A number of a table: its mean, interval and number of samples; `spread` is over seeds, where there are any."""
+    """A number of a table: its mean, interval and number of samples; `spread` is over seeds, where there are any.
+
+    Bounds are NaN where there is no interval: of one sample, or one group, nothing can be drawn.
+    """
 
     mean: float
     low: float
@@ -35,8 +39,13 @@ class Cell:
     spread: float | None = None
 
     @property
+    def bounded(self) -> bool:
+        """Whether there is an interval."""
+        return not math.isnan(self.low)
+
+    @property
     def decided(self) -> bool:
-        """Whether the interval leaves out 0."""
+        """Whether there is an interval, and it leaves out 0."""
         return self.low > 0 or self.high < 0
 
 

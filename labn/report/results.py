@@ -73,6 +73,11 @@ class StageResults:
         return list(dict.fromkeys(metric for _, metric in self.scores))
 
     @property
+    def quantity(self) -> str:
+        """What insertion and deletion curves hold: `probability`, of whichever kind, or `logit`."""
+        return "logit" if self.manifest.get("settings", {}).get("probability") == "logit" else "probability"
+
+    @property
     def headline(self) -> list[str]:
         """The values that were asked for by name, then the probability of the bare fill."""
         asked = [*self.manifest.get("metrics", self.value_names), "fill_probability"]

@@ -11,7 +11,8 @@ import numpy as np
 
 from labn.report.cards import Card
 from labn.report.caveats import caveats
-from labn.report.curves import curve_metrics, curve_panels
+from labn.report.charts import nice_ticks, span
+from labn.report.curves import PROBABILITY, UNIT, curve_metrics, curve_panels
 from labn.report.page import Cell, Report, Table, thin
 from labn.report.results import StageResults
 from labn.report.training import read_training, training_panels
@@ -55,13 +56,15 @@ class RunInfo:
 def run_report(results: StageResults, info: RunInfo) -> Report:
     """Put together the report of a results folder."""
     charted = {
-        m: curve_panels(results.curves, results.explainers, m, results.room) for m in curve_metrics(results.curves)
+        metric: curve_panels(results.curves, results.explainers, metric, results.room, results.quantity)
+        for metric in curve_metrics(results.curves)
     }
     training = read_training(info.run_dir, info.epoch)
     plain = {name: values for name, values in training.items() if name.count("/") == 1}
     cards = with_curves(results, info.player)
     kept = thin(cards, info.max_bytes)
     kept, player = shared_fills(kept, info.player)
+    player = None if player is None else player | player_scale(kept, results.quantity)
     notes = [*caveats(results, info.split_size), *info.notes]
     if len(kept) < len(cards):
         notes.append(f"The gallery shows {len(kept)} of {len(cards)} pictures, evenly spaced, to keep the file small.")
@@ -110,7 +113,7 @@ def paired_of(results: StageResults, metrics: list[str]) -> list[Table]:
 
 
 def cell_of(row: dict[str, str], mean: str) -> Cell:
-    """A cell from a row of a table whose mean has the name `mean`."""
+    """A cell from a row of a table, whose mean stands in the column of this name."""
     return Cell(float(row[mean]), float(row["ci_low"]), float(row["ci_high"]), int(row["n"]))
 
 
@@ -156,6 +159,14 @@ def shared_fills(cards: list[Card], player: dict[str, Any] | None) -> tuple[list
     fills = list(dict.fromkeys(fill for card in cards for fill in card.get("fills", [])))
     numbered = [card | {"fills": [fills.index(fill) for fill in card.get("fills", [])]} for card in cards]
     return numbered, player | {"fills": fills}
+
+
+def player_scale(cards: list[Card], quantity: str) -> dict[str, Any]:
+    """The y axis of the player's chart, one for all pictures: `quantity`, `limits` and `ticks`."""
+    curves = [curve for card in cards for curve in card.get("curves", {}).values()]
+    values = [value for curve in curves for line in ("insertion", "deletion") for value in curve[line]]
+    limits = UNIT if quantity == PROBABILITY else span(values)
+    return {"quantity": quantity, "limits": limits, "ticks": nice_ticks(*limits)}
 
 
 def made_with(manifest: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:

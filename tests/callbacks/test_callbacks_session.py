@@ -1,12 +1,17 @@
 """What identifies an explainer in results."""
 
+import importlib
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from callbacks.session import describe
+from callbacks.describe import describe, source_digest
+from callbacks.session import check_classes_known
+from labn.explainers import C3LRP, LRP, GradCAM, explainer_by_name
+from labn.metrics import PatchInsertionDeletion
 from labn.store import digest
 
 
@@ -56,3 +61,55 @@ def test_a_tensor_is_described_alike_by_any_number_of_threads():
 
 def test_no_address_enters_which_would_differ_in_every_run():
     assert describe(Own(Slotted())) == describe(Own(Slotted()))
+
+
+KNOWN = {"labn": "fafc52221106", "-labn": "078c4f1927af", "gradcam": "32a9922224f5", "rise": "f88d3618bce9"}
+KNOWN |= {"lrp": "957ca539fd83", "c3lrp": "4ba119825bd2", "random": "61d47cca3327", "constant": "59d4bd1fcb6a"}
+
+
+def test_maps_on_disk_keep_the_keys_that_they_were_written_under():
+    assert {name: digest(describe(explainer_by_name(name)), "label") for name in KNOWN} == KNOWN
+    assert digest(describe(LRP(postprocess=["c3", "hq8"])), "label") == "c1ac55ff38cf"
+    assert [source_digest(kind) for kind in (GradCAM, C3LRP, PatchInsertionDeletion, int)] == [None] * 4
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A function that writes the module of a method and of what it builds on, and gives the method's class."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+
+    def write(sign, factor=1):
+        (tmp_path / "my_base.py").write_text(f"class Base:\n    FACTOR = {factor}\n")
+        (tmp_path / "my_own_method.py").write_text(
+            "from labn.explainers import Explainer\nfrom my_base import Base\n"
+            f"SIGN = {sign}\nclass Centre(Base, Explainer):\n    def attribute(self, *_): ...\n"
+        )
+        for name in ("my_base", "my_own_method"):
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        return importlib.import_module("my_own_method").Centre
+
+    yield write
+    for name in ("my_base", "my_own_method"):
+        sys.modules.pop(name, None)
+
+
+def test_an_edited_method_of_ones_own_is_another_method(own):
+    first, same = (describe(own(1)()) for _ in range(2))
+    assert first == same
+    assert first != describe(own(-1)())
+    assert first != describe(own(1, factor=2)()), "what it builds on is edited"
+    assert first == describe(own(1)())
+
+
+def test_a_class_without_a_file_has_no_source():
+    scope = {}
+    exec("class Typed: pass", {"__name__": "nowhere"}, scope)
+    assert source_digest(scope["Typed"]) is None
+
+
+def test_a_label_that_is_no_class_of_the_network_is_named():
+    with pytest.raises(ValueError, match="gives 1 logit per image, but the data has the label 1; it needs one"):
+        check_classes_known(torch.tensor([0, 1]), torch.ones(2, 1))
+    check_classes_known(torch.tensor([0, 1]), torch.ones(2, 2))

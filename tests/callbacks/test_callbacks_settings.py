@@ -4,7 +4,7 @@ import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from callbacks import EvaluationCallback, ExplanationCallback
+from callbacks import DetectionCallback, EvaluationCallback, ExplanationCallback, MapLogger
 
 
 @pytest.mark.parametrize(
@@ -37,3 +37,19 @@ def test_only_the_owner_of_the_explainers_says_what_is_explained(said):
     callbacks[0].setup(trainer, pl.LightningModule(), "test")
     with pytest.raises(MisconfigurationException, match=f"EvaluationCallback has {name} = {value}, but ExplanationCal"):
         callbacks[1].setup(trainer, pl.LightningModule(), "test")
+
+
+@pytest.mark.parametrize(
+    ("build", "sentence"),
+    [
+        (lambda: ExplanationCallback(test_images=-3), "test_images is -3; it must be at least 1, or null for all"),
+        (lambda: ExplanationCallback(test_images=0), "test_images is 0; it must be at least 1"),
+        (lambda: ExplanationCallback(val_images=-1), r"val_images is -1; it must be at least 0\.$"),
+        (lambda: ExplanationCallback(every_n_epochs=-1), "every_n_epochs is -1"),
+        (lambda: MapLogger(max_images=-1), "max_images is -1"),
+        (lambda: DetectionCallback(test_images=-3), "test_images is -3"),
+    ],
+)
+def test_numbers_of_images_that_leave_empty_tables_are_refused(build, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        build()

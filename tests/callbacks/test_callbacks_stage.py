@@ -2,12 +2,17 @@
 
 import json
 import warnings
+from dataclasses import replace
 
 import pytest
+import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from test_callbacks import Counted, data, network, rows, trainer
+from torch.utils.data import DataLoader
 
 from callbacks import EvaluationCallback, ExplanationCallback, MapLogger, ReportCallback
+from labn.metrics import MetricEntry, SampleMetric
+from labn.metrics.names import REGISTRY
 from labn.store import ResultStore
 
 STEP = {"metric_options": {"step": 3}}
@@ -140,3 +145,76 @@ def test_no_picture_of_a_killed_test_with_other_settings_stays(tmp_path, monkeyp
     assert list((tmp_path / "killed" / "test" / "cards").iterdir())
     again, undisturbed = (cards(tmp_path / name, "mean", 4).read_bytes() for name in ("killed", "whole"))
     assert again == undisturbed
+
+
+class Own(SampleMetric):
+    """A metric from outside of the project."""
+
+    def __init__(self, **kwargs):
+        super().__init__(["own"], **kwargs)
+
+    def score_batch(self, batch):
+        return {"own": batch.maps.double().mean((1, 2)) * 0 + FACTOR}
+
+
+FACTOR = 1.0
+
+
+def test_an_edited_metric_of_ones_own_is_scored_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("labn.metrics.names.REGISTRY", [*REGISTRY, MetricEntry("own", Own, lambda match: {}, ("own",))])
+
+    def scores(source):
+        monkeypatch.setattr("callbacks.evaluate.source_digest", lambda kind: source if kind is Own else None)
+        run(tmp_path, EvaluationCallback(["own", "pid16"], explainers={"random": None}, baselines=False, **STEP))
+        return {row["value"] for row in rows(tmp_path / "test") if row["metric"] == "own"}
+
+    assert scores("before") == {"1.0"}
+    monkeypatch.setitem(globals(), "FACTOR", 2.0)
+    assert scores("before") == {"1.0"}
+    assert scores("after") == {"2.0"}
+    manifest = json.loads((tmp_path / "test" / "maps" / "manifest.json").read_text())
+    assert manifest["settings"]["source code of own"] == "after"
+
+
+def test_the_keys_of_the_projects_own_metrics_are_those_of_their_settings(tmp_path):
+    score = EvaluationCallback(["pid16", "mass"], explainers={"random": None}, baselines=False, **STEP)
+    run(tmp_path, score)
+    assert score.keys == KEYS
+
+
+KEYS = {"pid16": "df3999b8611b", "mass": "5baaca4e94bb"}
+
+
+def test_predictions_are_written_where_nothing_is_scored(tmp_path):
+    explain, score = ExplanationCallback({"random": None}, val_images=4), EvaluationCallback(["pid16"], val_metrics=[])
+    trainer(tmp_path, explain, score, MapLogger(), ReportCallback(), max_epochs=1).fit(network(), data())
+    stage = tmp_path / "val" / "epoch=000"
+    assert [row["index"] for row in rows(stage, "predictions.csv")] == ["0", "2", "3", "5"]
+    assert rows(stage) == []
+
+
+def test_images_that_a_limit_leaves_out_are_warned_about(tmp_path):
+    explain = ExplanationCallback({"random": None}, val_images=4)
+    with pytest.warns(UserWarning, match=r"epoch=000: 2 of the 4 images chosen .* reached; trainer\.limit_val_batches"):
+        trainer(tmp_path, explain, max_epochs=1, limit_val_batches=0.5).fit(network(), data())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*images chosen")
+        run(tmp_path, ExplanationCallback({"random": None}, test_images=3))
+
+
+def test_a_network_of_one_logit_is_refused(tmp_path, monkeypatch):
+    module, single = network(), data()
+    forward = type(module.network).forward
+
+    def first_logit(self, *given):
+        output = forward(self, *given)
+        return replace(output, logits=output.logits[:, :1])
+
+    batch = {"image": torch.rand(2, 3, 48, 48), "label": torch.tensor([0, 0]), "index": torch.arange(2)}
+    monkeypatch.setattr(type(module.network), "forward", first_logit)
+    score = EvaluationCallback(["pid16"], explainers={"random": None}, baselines=False, **STEP)
+    monkeypatch.setattr(type(module), "test_step", lambda *_: None)
+    monkeypatch.setattr(type(module), "on_test_epoch_end", lambda *_: None)
+    monkeypatch.setattr(type(single), "test_dataloader", lambda self: DataLoader([batch], batch_size=None))
+    with pytest.raises(ValueError, match=r"one logit, whose softmax is 1 .* metric_options: \{probability: sigmoid\}"):
+        trainer(tmp_path, score).test(module, single, verbose=False)

@@ -52,3 +52,32 @@ def test_every_validation_has_its_page(tmp_path):
 def test_limits_must_be_positive():
     with pytest.raises(ValueError, match="max_images is 0"):
         ReportCallback(max_images=0)
+
+
+@pytest.mark.parametrize("metrics", [["insertion16", "deletion16"], ["pid1"], ["pid16@official", "pid16"]], ids=str)
+def test_the_player_steps_through_whatever_curves_there_are(tmp_path, metrics):
+    """Curves are kept under the name that was asked for, which need not be that of the difference."""
+    score = EvaluationCallback(metrics, metric_options={"n_steps": 3})
+    callbacks = [ExplanationCallback(EXPLAINERS, test_images=2), score, ReportCallback()]
+    trainer(tmp_path, *callbacks).test(network(), data(), verbose=False)
+    found = page_data(tmp_path / "test")
+    assert found["player"]["metric"] == ("pid16" if "pid16" in metrics else metrics[0])
+    assert all(set(card["curves"]) >= set(EXPLAINERS) for card in found["cards"])
+    assert 'id="player"' in (tmp_path / "test" / "report.html").read_text()
+
+
+def test_curves_in_logits_are_drawn_and_named_so(tmp_path):
+    score = EvaluationCallback(["pid16"], metric_options={"n_steps": 3, "probability": "logit"})
+    callbacks = [ExplanationCallback({"gradcam": None}, test_images=2), score, ReportCallback()]
+    trainer(tmp_path, *callbacks).test(network(), data(), verbose=False)
+    assert page_data(tmp_path / "test")["player"]["quantity"] == "logit"
+    assert "are in logits of the class instead of probabilities" in (tmp_path / "test" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("given", [".", "../run"])
+def test_the_title_names_the_run_folder_however_it_is_given(tmp_path, monkeypatch, given):
+    (tmp_path / "run").mkdir()
+    monkeypatch.chdir(tmp_path / "run")
+    callback = ReportCallback(explainers={"random": None}, test_images=1)
+    trainer(given, callback).test(network(), data(), verbose=False)
+    assert "<title>run: test</title>" in (tmp_path / "run" / "test" / "report.html").read_text()

@@ -53,6 +53,16 @@ def trained(tmp_path, monkeypatch, request):
     return words
 
 
+def test_what_only_a_default_or_the_data_says_is_no_difference(trained, tmp_path, caplog):
+    path = tmp_path / "checkpoints" / "best.ckpt"
+    content = torch.load(path, weights_only=False)
+    content["hyper_parameters"] |= {"num_classes": 3, "lr_patience": 5, "lr": 0.5}
+    torch.save(content, path)
+    with caplog.at_level("INFO"):
+        call_main(["test", *trained, f"--ckpt_path={path}"])
+    assert "was trained with: lr 0.5 (not 0.001)." in caplog.text
+
+
 @pytest.mark.parametrize("named", ["best", "last", "{}/checkpoints/best.ckpt"])
 def test_a_named_checkpoint_is_the_network_of_its_file(named, trained, tmp_path, caplog):
     command = ["test", *trained, f"--ckpt_path={named.format(tmp_path)}"]

@@ -103,6 +103,14 @@ def test_without_validation_what_goes_by_it_is_refused_before_anything_is_traine
 
 
 @pytest.mark.usefixtures("root")
+def test_the_folder_of_a_run_is_said_by_its_own_option(tmp_path):
+    elsewhere = f"--trainer.default_root_dir={tmp_path / 'elsewhere'}"
+    with pytest.raises(ValueError, match=r"^trainer\.default_root_dir is .*elsewhere, but .* goes to --run_dir \("):
+        call_main(["fit", *QUICKSTART, f"--run_dir={tmp_path / 'run'}", elsewhere])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("root")
 def test_wandb_mode_is_checked(tmp_path):
     with pytest.raises(ValueError, match="must be offline, online or disabled"):
         call_main(["fit", *QUICKSTART, f"--run_dir={tmp_path}", "--wandb=yes"])

@@ -57,6 +57,15 @@ def test_a_message_of_nothing_but_types_stays_whole():
         ("model: {init_args: {lr: x}}", "model: labn.modules.LABN: lr: Expected a <class 'float'>. Got value: x."),
         ("data: {class_path: datamodules.Synthetc}", "no attribute 'Synthetc'; did you mean SyntheticFundus?"),
         (
+            "trainer: {callbacks: [{class_path: callbacks.ExplanationCallback, init_args: "
+            "{explainers: {rise: {n_masks: 30}}}}]}",
+            "the layout must be {class_path: <a class derived from labn.explainers.Explainer>, init_args: {",
+        ),
+        (
+            "trainer: {callbacks: [{class_path: callbacks.ExplanationCallback, init_args: {explainers: [lrp]}}]}",
+            "explainers: the layout must be {<name>: <value>}.",
+        ),
+        (
             "trainer: {callbacks: [{class_path: callbacks.EvaluationCallback, init_args: {metric: [id]}}]}",
             "callbacks.EvaluationCallback: Option 'metric' is not accepted; did you mean metrics,",
         ),

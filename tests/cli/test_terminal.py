@@ -9,6 +9,7 @@ from command_line import call_main
 
 from callbacks import DetectionCallback, EvaluationCallback, ExplanationCallback
 from callbacks.terminal import no_advertisement, say_figures
+from labn.explainers import explainer_by_name
 
 
 @pytest.fixture
@@ -51,6 +52,14 @@ def trainer_of(folder, first, *more):
 def test_figures_are_those_of_the_model_and_of_the_stage(tmp_path, capsys):
     say_figures(trainer_of(tmp_path, True), "test")
     assert capsys.readouterr().out.split("\n") == ["", "test: accuracy 0.75, ap/RBC 0.5", ""]
+
+
+def test_scores_of_a_method_with_a_slash_and_the_confusion_matrix_are_no_figures(tmp_path, capsys):
+    trainer = trainer_of(tmp_path, True, ExplanationCallback(explainers={"lrp/c3": explainer_by_name("c3lrp")}))
+    others = {"test/lrp/c3/pid16": torch.tensor(0.5), "test/confusion/0_1": torch.tensor(7.0)}
+    trainer.callback_metrics = {"test/accuracy": torch.tensor(0.75), **others}
+    say_figures(trainer, "test")
+    assert capsys.readouterr().out.split("\n") == ["", "test: accuracy 0.75", ""]
 
 
 def test_the_report_is_the_one_that_was_written(tmp_path, capsys):

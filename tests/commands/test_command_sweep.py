@@ -1,4 +1,5 @@
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +49,15 @@ def test_every_seed_is_trained_and_tested_in_its_own_folder(sweep):
     assert read == [["a", "short"], ["a", "score"]]
     assert "--ckpt_path=best" in test
     assert "--ckpt_path=last" not in fit
+
+
+def test_the_command_that_it_offers_can_be_pasted_into_a_shell(sweep, tmp_path, capsys):
+    spaced = replace(sweep, folder=tmp_path / "my runs")
+    run_all(spaced, Recorder(spaced.folder))
+    line = capsys.readouterr().out.splitlines()[-1]
+    words = line.partition(": ")[2].replace("python cli.py compare", "printf '%s\\n'")
+    found = subprocess.run(words, shell=True, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert found == [str(spaced.run_dir(seed)) for seed in (38, 39)]
 
 
 def test_an_interrupted_sweep_goes_on_where_it_was(sweep):

@@ -2,7 +2,7 @@ import pytest
 from command_line import call_main
 from run_folders import write_run
 
-from labn.commands.table import PaperTable, Row, Runs, markdown, published
+from labn.commands.table import PaperTable, Row, Runs, markdown, ours, published
 
 TABLE = PaperTable("A paper", ("id", "pid16"), (Row("LABN", "labn", "labn", (0.1, 0.2), (0.01, 0.02)),))
 
@@ -80,10 +80,18 @@ def test_groups_are_drawn_whole(tmp_path):
     assert Runs.read(tmp_path / "b").groups == {"s0": 7, "s1": 7, "s2": 9, "s3": 9}
 
 
+def test_one_sample_and_one_group_have_no_interval(tmp_path):
+    write_run(tmp_path / "a", {("labn", "id"): [0.25]})
+    write_run(tmp_path / "b", {("labn", "id"): [0.25, 0.75]}, group=[7, 7])
+    assert [ours(Runs.read(tmp_path / name), "labn", "id") for name in "ab"] == ["0.250", "0.500"]
+
+
 def test_runs_on_different_data_are_not_averaged(tmp_path):
     for seed, data in ((38, "d"), (39, "e")):
         write_run(tmp_path / "labn" / f"seed={seed}", {("labn", "id"): [0.1]}, data=data)
-    with pytest.raises(ValueError, match=r"seed=38 and .*seed=39 cannot be compared, they differ in data: d and e"):
+    with pytest.raises(
+        ValueError, match=r"seed=38/test and .*seed=39/test cannot be compared, they differ in data: d and e"
+    ):
         markdown(TABLE, tmp_path, ["paper"])
 
 

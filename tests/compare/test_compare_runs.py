@@ -156,7 +156,9 @@ def test_any_two_seeds_are_held_against_each_other_without_the_speed_of_their_me
     for seed, layer in ((2, "x"), (3, "y")):
         own = {"class": "own", "inner": [{"layer": layer, "chunk_size": seed, "fold": seed == 2}]}
         edit_manifest(tmp_path / f"seed{seed}" / "test", explainers={"own": own})
-    with pytest.raises(ValueError, match=r"seed2 and .*seed3 cannot be compared, they differ in arguments of own"):
+    with pytest.raises(
+        ValueError, match=r"seed2/test and .*seed3/test cannot be compared, they differ in arguments of own"
+    ):
         compare_runs(open_runs(seeds))
     own["inner"][0]["layer"] = "x"
     edit_manifest(tmp_path / "seed3" / "test", explainers={"own": own})

@@ -4,9 +4,9 @@ import pickle
 
 import pytest
 import torch
-from scoring_models import Additive, Wavy, even, score, white
+from scoring_models import Additive, Constant, Wavy, even, score, white
 
-from labn.metrics import PatchInsertionDeletion
+from labn.metrics import AverageDrop, FillProbability, PatchInsertionDeletion, PercentageIn
 from labn.perturb import PerturbationEngine
 
 ONE = torch.ones(1, dtype=torch.long)
@@ -75,6 +75,32 @@ class TestOptions:
         assert mean["insertion"].item() == pytest.approx(9.2 / 16)
         assert mean["pid"].item() == pytest.approx(2.4 / 16)
 
+    @pytest.mark.parametrize("step", [1, 4, 5, 7])
+    def test_ties_do_not_bring_the_mean_of_the_points_nearer_to_the_end(self, step):
+        """Linear p: points that are moved too early by ties are read off the line, whatever is tied."""
+        model, images = Additive(even(4, 4)), white(4, 4)
+        untied = torch.arange(16.0).view(1, 4, 4)
+        metric = PatchInsertionDeletion(1, step=step, area="mean")
+        counts = metric.counts((4, 4))
+        constant = score(metric, model, images, torch.ones(1, 4, 4))
+        assert constant["pid"].item() == pytest.approx(0, abs=1e-12)
+        assert constant["insertion"].item() == pytest.approx(0.5)
+        plain = counts.double().mean().item() / 16
+        assert score(metric, model, images, untied)["insertion"].item() == pytest.approx(plain)
+        if 16 % step == 0:
+            for tied in (untied.clamp(max=5), untied.clamp(min=11), untied.div(3, rounding_mode="floor")):
+                assert score(metric, model, images, tied)["insertion"].item() == pytest.approx(plain)
+
+    def test_the_mean_of_the_points_without_ties_is_exactly_that(self):
+        model, x = Wavy(16), torch.arange(3)
+        tied = torch.cat([self.maps[:2], torch.ones(1, 4, 4)])
+        for options in ({"step": 5}, {"protocol": "official"}, {"ties": "threshold"}, {"ties": "stable"}):
+            metric = PatchInsertionDeletion(1, area="mean", **options)
+            curves = metric.curves(model, self.images, tied, torch.ones(3, dtype=torch.long), x)
+            means, expected = curves.areas("mean")["insertion"], curves.insertion.double().mean(1)
+            assert torch.equal(means[:2], expected[:2])
+            assert torch.equal(means[2], expected[2]) == ("step" not in options)
+
     def test_another_fill_for_deletion(self):
         model, images = Wavy(16), self.images[:1]
         metric = PatchInsertionDeletion(2, fill="blur", deletion_fill="mean")
@@ -120,6 +146,25 @@ class TestErrors:
             score(
                 PatchInsertionDeletion(2), Wavy(16), white(4, 4), torch.rand(1, 4, 4), torch.ones(2, dtype=torch.long)
             )
+
+    @pytest.mark.parametrize("probability", ["softmax", "sigmoid", "logit"])
+    @pytest.mark.parametrize("kind", [PatchInsertionDeletion, FillProbability])
+    def test_a_single_logit_has_no_softmax(self, kind, probability):
+        model, given = Constant([0.3]), (white(4, 4), torch.rand(1, 4, 4), ONE * 0, ONE)
+        metric = kind(**({"patch_size": 2} if kind is PatchInsertionDeletion else {}), probability=probability)
+        if probability == "softmax":
+            with pytest.raises(ValueError, match=r"the model has one logit, .* fit it, with probability='sigmoid'"):
+                metric.score(model, *given)
+        else:
+            assert all(value.isfinite().all() for value in metric.score(model, *given).values())
+
+    def test_a_single_logit_has_no_drop_but_a_score_of_its_top_pixels(self):
+        model, given = Constant([0.3]), (white(4, 4), torch.rand(1, 4, 4), ONE * 0, ONE)
+        for metric in (AverageDrop(), PercentageIn([50], ["ratio"])):
+            with pytest.raises(ValueError, match="the model has one logit"):
+                metric.score(model, *given)
+        found = PercentageIn([50], ["logit"], headline=True).score(model, *given)
+        assert found["pctin50"].item() == pytest.approx(0.3)
 
     @pytest.mark.parametrize("size", [(6, 6), (4, 8)])
     def test_official_where_the_released_code_fails(self, size):

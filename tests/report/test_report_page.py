@@ -11,6 +11,7 @@ from small_stage import CLASSES, EXPLAINERS, HOSTILE, METRICS, make_stage, value
 
 from labn.report import RunInfo, read_stage, render, run_report
 from labn.report.cards import LEVELS, make_card, map_entry
+from labn.report.detections import detection_card, detection_report
 from labn.report.page import embed, thin
 
 PLAYER = {"metric": "pid16", "patch": 16, "size": [64, 64]}
@@ -157,3 +158,19 @@ def test_levels_stand_for_values_and_zero_is_exact():
 
 def test_values_are_distinct():
     assert len({value("gradcam", "pid16", index) for index in range(24)}) == 24
+
+
+def test_a_detections_card_does_not_say_that_it_is_right(browser, tmp_path):
+    """A false detection of a class is no correct prediction of it."""
+    row = {"index": 3, "name": "street", "detection": 0, "score": 0.75, "x1": 0.0, "y1": 0.0, "x2": 8.0, "y2": 8.0}
+    made = detection_card(np.zeros((16, 16, 3)), row, 1, {"c": np.ones((16, 16))})
+    path = tmp_path / "report.html"
+    path.write_text(render(detection_report("t", [made], [], ["c"], ["background", "cat"])), encoding="utf-8")
+    page = browser.new_page()
+    page.goto(path.as_uri())
+    page.wait_for_selector("html[data-ready]")
+    assert page.inner_text("#cards .card-head").split("\n") == ["street #0", "cat (probability 0.750)"]
+    assert not page.is_visible("#filter-correct")
+    page.select_option("#sort-metric", "probability of the label")
+    assert page.locator("#cards .card").count() == 1
+    page.close()

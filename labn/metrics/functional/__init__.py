@@ -12,6 +12,7 @@ from labn.metrics.functional.errors import (
 from labn.metrics.functional.insertion_deletion import (
     InsertionDeletionCurves,
     kept_fractions,
+    mean_height,
     nominal_fractions,
     official_counts,
     paper_counts,
@@ -40,6 +41,7 @@ __all__ = [
     "kept_fractions",
     "kinds_of_error",
     "map_auroc",
+    "mean_height",
     "midranks",
     "nominal_fractions",
     "official_counts",

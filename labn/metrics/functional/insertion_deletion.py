@@ -61,17 +61,40 @@ def nominal_fractions(ranks: Tensor, counts: Tensor) -> Tensor:
     return points.expand(len(ranks), -1)
 
 
-def mean_height(curves: Tensor, x: Tensor) -> Tensor:
-    """The mean of a curve's points, wherever they lie on the x axis; arguments and result as `trapezoid_area`."""
-    return curves.double().mean(1)
+def mean_height(curves: Tensor, x: Tensor, nominal: Tensor | None = None) -> Tensor:
+    """The mean of a curve's points; arguments and result as `trapezoid_area`.
+
+    Ties enter together, so that points may lie further right than they are counted. The mean is then over the curve at
+    the points' own places, read off the straight lines between what was measured: every point counts the same, on an
+    axis on which the nominal ones are equally spaced. Without ties nothing is moved; where all is tied the curve is one
+    line, whose mean is that of its ends.
+    """
+    curves = curves.double()
+    if nominal is None or torch.equal(x, nominal):
+        return curves.mean(1)
+    places = _places(x, nominal)
+    wanted = torch.arange(curves.shape[1], dtype=places.dtype, device=places.device).expand_as(places).contiguous()
+    right = torch.searchsorted(places.contiguous(), wanted)
+    left = (right - 1).clamp(min=0)
+    (start, end), (low, high) = ((t.gather(1, left), t.gather(1, right)) for t in (places, curves))
+    behind = torch.where(end > start, (end - wanted) / (end - start), 0)
+    return (high - behind * (high - low)).mean(1)
 
 
-def trapezoid_area(curves: Tensor, x: Tensor) -> Tensor:
+def _places(x: Tensor, nominal: Tensor) -> Tensor:
+    """Where x (B, K) lies among the nominal points (B, K), in numbers of points: (B, K) from 0 to K - 1."""
+    right = torch.searchsorted(nominal.contiguous(), x.contiguous())
+    end, start = nominal.gather(1, right), nominal.gather(1, (right - 1).clamp(min=0))
+    return right - torch.where(end > x, (end - x) / (end - start), 0)
+
+
+def trapezoid_area(curves: Tensor, x: Tensor, nominal: Tensor | None = None) -> Tensor:
     """Area under curves, sum_k (y_k + y_(k+1)) / 2 * (x_(k+1) - x_k).
 
     Args:
         curves: (B, K), y.
         x: (B, K), non-decreasing from 0 to 1.
+        nominal: (B, K), where the points would lie if there were no ties; None: where they lie. It moves no area.
 
     Returns:
         (B,) float64; a curve of one point has its own value as area.
@@ -82,18 +105,22 @@ def trapezoid_area(curves: Tensor, x: Tensor) -> Tensor:
     return torch.trapezoid(curves, x.to(curves), dim=1)
 
 
-AREAS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"trapezoid": trapezoid_area, "mean": mean_height}
+AREAS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"trapezoid": trapezoid_area, "mean": mean_height}
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """Where a curve is sampled, and at which x a sample is drawn."""
+    """Where a curve is sampled, at which x a sample is drawn, and at which one it would be without ties."""
 
     counts: Callable[[int, int], Tensor]
     x: Callable[[Tensor, Tensor], Tensor]
+    nominal: Callable[[Tensor, Tensor], Tensor]
 
 
-PROTOCOLS = {"paper": Protocol(paper_counts, kept_fractions), "official": Protocol(official_counts, nominal_fractions)}
+PROTOCOLS = {
+    "paper": Protocol(paper_counts, kept_fractions, counted_fractions),
+    "official": Protocol(official_counts, nominal_fractions, nominal_fractions),
+}
 
 
 @dataclass(frozen=True)
@@ -107,6 +134,7 @@ class InsertionDeletionCurves:
         insertion: (S, K) probabilities as patches of the image appear on the fill, most important first.
         deletion: (S, K) probabilities as they disappear from the image.
         fill_probability: (S,) probability of the bare fill.
+        nominal: (S, K) float64, the x axis as it would be without ties.
     """
 
     samples: Tensor
@@ -115,6 +143,7 @@ class InsertionDeletionCurves:
     insertion: Tensor
     deletion: Tensor
     fill_probability: Tensor
+    nominal: Tensor
 
     def areas(self, area: str = "trapezoid") -> dict[str, Tensor]:
         """`insertion`, `deletion`, `pid` = their difference (JSAI 2022, eq. 7), `fill_probability`: (S,) float64.
@@ -123,6 +152,6 @@ class InsertionDeletionCurves:
             area: a name in `AREAS`: "trapezoid", or "mean" of the points.
         """
         measure = AREAS[area]
-        insertion, deletion = measure(self.insertion, self.x), measure(self.deletion, self.x)
+        insertion, deletion = (measure(curve, self.x, self.nominal) for curve in (self.insertion, self.deletion))
         fill = self.fill_probability.double()
         return {"insertion": insertion, "deletion": deletion, "pid": insertion - deletion, "fill_probability": fill}

@@ -1,24 +1,38 @@
 // The gallery: filter, sort, and a page of cards at a time.
 const PAGE = 20;
 const gallery = { shown: PAGE, methods: new Set(report.columns) };
-const isCorrect = (card) => card.label === card.prediction;
+// What networks say of a picture: several in a comparison, each by its name, else one, by the card itself.
+const verdictsOf = (card) => card.verdicts ?? [card];
+const verdictOf = (card, network) => verdictsOf(card).find((verdict) => verdict.network === network);
+const networks = [...new Set(report.cards.flatMap((card) => verdictsOf(card).map((verdict) => verdict.network)))];
+const named = (text, network) => (networks.length > 1 ? `${text} (${network})` : text);
+const byProbability = new Map(networks.map((network) => [named("probability of the label", network), network]));
+// The cards of detections have no prediction: nothing there says whether one is right.
+const judged = report.cards.some((card) => verdictsOf(card).some((verdict) => "prediction" in verdict));
+const isCorrect = (card, verdict) => card.label === verdict.prediction;
 
 const sortValue = (card) => {
   const metric = byId("sort-metric").value;
   if (metric === "index") return card.index;
-  if (metric === "probability of the label") return card.probability;
+  if (byProbability.has(metric)) return verdictOf(card, byProbability.get(metric))?.probability ?? null;
   return scoreOf(card, byId("sort-method").value, metric);
+};
+
+const isWanted = (card) => {
+  const choice = byId("filter-correct").value;
+  if (choice === "") return true;
+  const verdict = verdictOf(card, networks[Math.floor(Number(choice) / 2)]);
+  return verdict !== undefined && isCorrect(card, verdict) === (Number(choice) % 2 === 1);
 };
 
 const selected = () => {
   const wantedClass = byId("filter-class").value;
-  const correct = byId("filter-correct").value;
   const text = byId("filter-name").value.toLowerCase();
   const direction = Number(byId("sort-order").value);
   const found = report.cards.filter(
     (card) =>
       (wantedClass === "" || card.label === Number(wantedClass)) &&
-      (correct === "" || isCorrect(card) === (correct === "1")) &&
+      isWanted(card) &&
       card.name.toLowerCase().includes(text),
   );
   const key = new Map(found.map((card) => [card, sortValue(card)]));
@@ -80,18 +94,22 @@ const scoreDetails = (card) => {
   return details;
 };
 
+const verdictText = (card, verdict) => {
+  const kind = isCorrect(card, verdict) ? "correct" : "wrong";
+  const explained = verdict.target === card.label ? "" : `, explained ${className(verdict.target)}`;
+  const text = `${kind}: predicted ${className(verdict.prediction)} (${short(verdict.confidence)})${explained}`;
+  return element("span", { className: kind, textContent: networks.length > 1 ? `${verdict.network}: ${text}` : text });
+};
+
 const cardHead = (card) => {
-  const verdict = isCorrect(card) ? "correct" : "wrong";
-  const explained = card.target === card.label ? "" : `, explained ${className(card.target)}`;
+  const verdicts = verdictsOf(card);
+  const numbers = verdicts.map((verdict) => named(short(verdict.probability), verdict.network)).join(", ");
   const head = element(
     "div",
     { className: "card-head" },
     element("h3", { textContent: card.name }),
-    element("span", { textContent: `${className(card.label)} (probability ${short(card.probability)})` }),
-    element("span", {
-      className: verdict,
-      textContent: `${verdict}: predicted ${className(card.prediction)} (${short(card.confidence)})${explained}`,
-    }),
+    element("span", { textContent: `${className(card.label)} (probability ${numbers})` }),
+    ...(judged ? verdicts.map((verdict) => verdictText(card, verdict)) : []),
   );
   if (report.player && card.curves) {
     const step = element("button", { type: "button", textContent: "Step through" });
@@ -131,7 +149,14 @@ const renderGallery = () => {
 
 const startGallery = () => {
   report.classNames.forEach((name, n) => byId("filter-class").append(element("option", { value: n, textContent: name })));
-  fillSelect(byId("sort-metric"), ["index", "probability of the label", ...report.metrics]);
+  networks.forEach((network, place) => {
+    for (const [right, name] of [[1, "correct"], [0, "wrong"]]) {
+      const option = { value: String(2 * place + right), textContent: named(name, network) };
+      byId("filter-correct").append(element("option", option));
+    }
+  });
+  byId("filter-correct").parentElement.hidden = !judged;
+  fillSelect(byId("sort-metric"), ["index", ...byProbability.keys(), ...report.metrics]);
   fillSelect(byId("sort-method"), report.columns);
   byId("sort-order").value = "1";
   for (const name of report.columns) {

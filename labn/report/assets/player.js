@@ -46,19 +46,24 @@ const svgElement = (tag, attributes) => {
 };
 
 const across = (x) => frame.left + x * (frame.width - frame.left - frame.right);
-const up = (y) => frame.height - frame.bottom - y * (frame.height - frame.top - frame.bottom);
+const up = (y) => {
+  const [low, high] = report.player.limits;
+  return frame.height - frame.bottom - ((y - low) / (high - low)) * (frame.height - frame.top - frame.bottom);
+};
 
 const drawPlayerChart = (curve, step) => {
-  const parts = [];
-  for (const tick of [0, 0.2, 0.4, 0.6, 0.8, 1]) {
-    const group = svgElement("g", { class: "grid" });
-    group.append(svgElement("line", { x1: across(0), x2: across(1), y1: up(tick), y2: up(tick) }));
+  const grid = svgElement("g", { class: "grid" });
+  for (const tick of report.player.ticks) {
     const left = svgElement("text", { x: frame.left - 5, y: up(tick) + 4, "text-anchor": "end" });
-    const below = svgElement("text", { x: across(tick), y: frame.height - frame.bottom + 15, "text-anchor": "middle" });
-    left.textContent = below.textContent = String(tick);
-    group.append(left, below);
-    parts.push(group);
+    left.textContent = String(tick);
+    grid.append(svgElement("line", { x1: across(0), x2: across(1), y1: up(tick), y2: up(tick) }), left);
   }
+  for (const tick of [0, 0.2, 0.4, 0.6, 0.8, 1]) {
+    const below = svgElement("text", { x: across(tick), y: frame.height - frame.bottom + 15, "text-anchor": "middle" });
+    below.textContent = String(tick);
+    grid.append(below);
+  }
+  const parts = [grid];
   for (const [name, hue, dash] of [["insertion", 2, 0], ["deletion", 1, 1]]) {
     const path = curve.x.map((x, n) => `${n ? "L" : "M"}${across(x).toFixed(1)} ${up(curve[name][n]).toFixed(1)}`);
     const group = svgElement("g", { class: `hue-${hue} dash-${dash}` });
@@ -66,7 +71,8 @@ const drawPlayerChart = (curve, step) => {
     parts.push(group);
   }
   const x = across(curve.x[step]);
-  parts.push(svgElement("line", { class: "cursor", x1: x, x2: x, y1: up(0), y2: up(1) }));
+  const [bottom, top] = [frame.height - frame.bottom, frame.top];
+  parts.push(svgElement("line", { class: "cursor", x1: x, x2: x, y1: bottom, y2: top }));
   byId("player-chart").replaceChildren(...parts);
 };
 
