@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,15 @@ def color_scale(heat: np.ndarray) -> tuple[float, float, str]:
     return (low, high, "inferno") if high > low else (low - 0.5, low + 0.5, "inferno")
 
 
+def tick_format(low: float, high: float) -> str:
+    """Format of ticks between two different limits: whole, and with as many digits as it takes to tell them apart.
+
+    A common offset of a nearly flat map, written beside the bar, would push it away.
+    """
+    digits = 2 + math.ceil(math.log10(max(abs(low), abs(high)) / (high - low)))
+    return f"%.{min(max(digits, 3), 9)}g"  # float32 has no more
+
+
 def overlay_figure(
     image: np.ndarray, maps: dict[str, np.ndarray], mask: np.ndarray | None = None, title: str = ""
 ) -> Figure:
@@ -65,8 +75,7 @@ def overlay_figure(
         low, high, colors = color_scale(heat)
         axis.imshow(grey, cmap="gray", vmin=0, vmax=1)
         shown = axis.imshow(heat, cmap=colors, vmin=low, vmax=high, alpha=0.6)
-        # Every tick whole: a common offset of a nearly flat map, written beside the bar, would push it away.
-        bar = figure.colorbar(shown, ax=axis, fraction=0.046, pad=0.02, format="%.3g")
+        bar = figure.colorbar(shown, ax=axis, fraction=0.046, pad=0.02, format=tick_format(low, high))
         bar.ax.tick_params(labelsize=6)
         axis.set_title(name, fontsize=9, parse_math=False)
     for axis in axes:
