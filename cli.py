@@ -25,7 +25,7 @@ import torch
 from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import callbacks
@@ -116,11 +116,8 @@ class LabnCLI(LightningCLI):
         for name in config.imports:
             importlib.import_module(name)
         elsewhere = config.trainer.default_root_dir
-        if elsewhere is not None and Path(elsewhere) != run_dir:
-            raise ValueError(
-                f"trainer.default_root_dir is {elsewhere}, but everything of a run goes to --run_dir ({run_dir}): say "
-                "--run_dir, and leave trainer.default_root_dir out."
-            )
+        if elsewhere is not None and Path(elsewhere).resolve() != run_dir.resolve():
+            rank_zero_warn(f"trainer.default_root_dir {elsewhere} is not used: a run goes to --run_dir ({run_dir}).")
         config.trainer.default_root_dir = str(run_dir)
         # Before the trainer is built, which would first ask for a GPU or a package that such a strategy needs.
         strategy = config.trainer.strategy

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from labn.explainers import Explainer
+from labn.metrics.base import SampleMetric
 from labn.store import digest, tensor_digest
 
 OURS = ("labn", "callbacks", "datamodules")
@@ -34,8 +36,10 @@ def describe(thing: Any) -> Any:
         return re.sub(r" at 0x[0-9a-f]+", "", repr(thing))
     arguments = {name: value for name, value in vars(thing).items() if not name.startswith("_")}
     source = source_digest(type(thing))
-    # A key that no argument can have; none at all for the project's own classes.
-    extra = {} if source is None else {"source code": source}
+    # Keys that no argument can have; none at all for most of the project's own classes.
+    extra: dict[str, Any] = {} if source is None else {"source code": source}
+    if isinstance(thing, (Explainer, SampleMetric)) and thing.revision:
+        extra["the revision"] = thing.revision
     return {"class": f"{type(thing).__module__}.{type(thing).__qualname__}", **extra, **describe(arguments)}
 
 

@@ -118,9 +118,9 @@ class EvaluationCallback(ExplainingCallback):
         self._bias = describe(bias)
         common = {**shared, "bias": self._bias, **self.engine_options, "chunk_size": None}
         self._sources = {n: s for n, m in self.metrics.items() if (s := source_digest(type(m))) is not None}
-        # Nothing but name and settings for the project's own metrics, whose scores on disk would else be lost.
-        extra = {name: [self._sources[name]] if name in self._sources else [] for name in self.names}
-        self.keys = {name: digest(name, describe(common), *extra[name]) for name in self.names}
+        # Nothing but name and settings for most of the project's own metrics, whose scores on disk would else be lost.
+        extra = {name: [self._sources.get(name), metric.revision] for name, metric in self.metrics.items()}
+        self.keys = {n: digest(n, describe(common), *(x for x in extra[n] if x)) for n in self.names}
         self.from_disk, self._scored = 0, set()
         share = -(-len(session.subset or ()) // trainer.world_size)
         session.expect(share * len(session.explainers))
@@ -204,12 +204,8 @@ class EvaluationCallback(ExplainingCallback):
         manifest = {
             **session.facts,
             "metrics": self._asked(),
-            "settings": {
-                **self.settings,
-                "bias": self._bias,
-                **self.engine_options,
-                **{f"source code of {name}": source for name, source in self._sources.items()},
-            },
+            "settings": {**self.settings, "bias": self._bias, **self.engine_options},
+            "sources": self._sources,
             "positive_classes": self._positives,
         }
         groups = data.groups(session.split)

@@ -186,6 +186,9 @@ def _check_protocol(first: Run, other: Run) -> None:
     for name in dict.fromkeys([*mine, *theirs]):
         if name not in IGNORED:
             _refuse(first, other, f"protocol ({name})", mine.get(name), theirs.get(name))
+    mine, theirs = a.get("sources", {}), b.get("sources", {})
+    for name in (name for name in mine if name in theirs):
+        _refuse(first, other, f"the source code of {name}", mine[name], theirs[name])
 
 
 def _check_methods(first: Run, other: Run) -> None:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from labn.models.backbones import WITHOUT_AUXILIARY
 from labn.models.checkpoints import read_checkpoint
@@ -19,13 +24,15 @@ def of_other_weights(run_dir: Path, checkpoint: str) -> bool:
     """
     paths = sorted((run_dir / "checkpoints").glob("*.ckpt"))
     try:
-        return bool(checkpoint and paths) and all(network_digest(path) != checkpoint for path in paths)
+        return bool(checkpoint and paths) and all(checkpoint not in network_digests(path) for path in paths)
     except (OSError, ValueError):
         return False
 
 
-def network_digest(path: Path) -> str:
-    """Hash of the network in a checkpoint of `fit`, as the results of its test name it.
+def network_digests(path: Path) -> Iterator[str]:
+    """Hashes that the network in a checkpoint of `fit` may have in the results of its test, the likeliest first.
+
+    A test may run in another precision, and it passes over auxiliary heads, which old checkpoints have.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -37,5 +44,12 @@ def network_digest(path: Path) -> str:
         raise ValueError(f"{path} is no checkpoint of `cli.py fit`; it has no state_dict.")
     # A module without a `network` is explained itself.
     own = {name.removeprefix(_NETWORK): value for name, value in state.items() if name.startswith(_NETWORK)} or state
-    # Auxiliary heads, which old checkpoints have, are passed over when a network is loaded.
-    return state_digest({name: value for name, value in own.items() if name.split(".")[0] not in WITHOUT_AUXILIARY})
+    bare = {name: value for name, value in own.items() if name.split(".")[0] not in WITHOUT_AUXILIARY}
+    states = [own] if len(bare) == len(own) else [own, bare]
+    yield from map(state_digest, states)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        yield from (state_digest({name: _converted(value, dtype) for name, value in one.items()}) for one in states)
+
+
+def _converted(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value

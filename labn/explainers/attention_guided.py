@@ -128,6 +128,11 @@ class AttentionMapGuided(GradCAM):
         self.attention, self.order, self.apply_to = attention, order, apply_to
         self.residual, self.normalise, self.box = residual, normalise, box
 
+    @property
+    def revision(self) -> int:
+        """1 where trained gates read the activations, as they did not before."""
+        return int(self.attention != "parameter_free" and self.normalise is None)
+
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
         """(B, h, w) attended sum at the layer's resolution."""
         gates, layer = self._gates(model), self.layer(model, images)

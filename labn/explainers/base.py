@@ -55,6 +55,11 @@ class Explainer(ABC):
     images' device and dtype, without changing the model, and resizes a low-resolution map bilinearly.
     """
 
+    @property
+    def revision(self) -> int:
+        """Raised when these arguments come to give other maps than before: results on disk are not taken for them."""
+        return 0
+
     def __call__(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None = None) -> Tensor:
         """Explain a batch.
 

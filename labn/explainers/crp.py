@@ -192,6 +192,11 @@ class CRP(Explainer):
 
     # The contract of every explainer
 
+    @property
+    def revision(self) -> int:
+        """As that of `LRP`."""
+        return int(self.config.first_layer == "zb")
+
     def choose_targets(self, model: nn.Module, images: Tensor, targets: Targets) -> Tensor:
         """Class channels (B,): those given, or that of each image's best detection (the background without one).
 

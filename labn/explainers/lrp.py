@@ -72,6 +72,11 @@ class LRP(Explainer):
         self.chunk_size = chunk_size
         self.postprocess = check_names(postprocess)
 
+    @property
+    def revision(self) -> int:
+        """1 where pixel bounds pass a normalisation inside of the network, as they did not before."""
+        return int(self.config.first_layer == "zb")
+
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
         """Maps (B, H, W)."""
         result = relevance(model, images, targets, self.config, self.init, chunk_size=self.chunk_size)

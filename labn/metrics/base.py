@@ -161,6 +161,11 @@ class SampleMetric(SampleRows):
     counts_samples = False
     needs_regions = False
 
+    @property
+    def revision(self) -> int:
+        """Raised when these arguments come to give other values than before: results on disk are not taken for them."""
+        return 0
+
     def check_size(self, size: tuple[int, int]) -> None:
         """Raise ValueError where images of this (height, width) cannot be scored."""
 

@@ -112,9 +112,8 @@ class FilledMetric(SampleMetric):
         number, read = logits.shape[-1], probability or self.probability
         if number == 1 and read == "softmax":
             raise ValueError(
-                "the model has one logit, whose softmax is 1 whatever the image shows; of the metrics only "
-                "insertion-deletion and fill_probability fit it, with probability='sigmoid' (in a configuration "
-                "metric_options: {probability: sigmoid})."
+                "the model has one logit, whose softmax is 1 whatever the image shows; insertion-deletion and "
+                "fill_probability read it with probability='sigmoid'."
             )
         if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < number:
             raise ValueError(

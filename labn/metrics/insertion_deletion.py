@@ -114,6 +114,11 @@ class PatchInsertionDeletion(FilledMetric):
         step = -(-rows * columns // self.n_steps) if self.n_steps else step
         return PROTOCOLS[self.protocol].counts(rows * columns, step)
 
+    @property
+    def revision(self) -> int:
+        """1 where means of curves are taken at places that ties do not move, as they were not before."""
+        return int(self.area == "mean" and self.ties == "fraction")
+
     def check_size(self, size: tuple[int, int]) -> None:
         """Raise ValueError where images of this (height, width) have no such patches, or do not fit the protocol."""
         self.counts(size)

@@ -10,7 +10,7 @@ import torch
 
 from callbacks.describe import describe, source_digest
 from callbacks.session import check_classes_known
-from labn.explainers import C3LRP, LRP, GradCAM, explainer_by_name
+from labn.explainers import C3LRP, CRP, LRP, AttentionMapGuided, GradCAM, Negated, explainer_by_name
 from labn.metrics import PatchInsertionDeletion
 from labn.store import digest
 
@@ -71,6 +71,22 @@ def test_maps_on_disk_keep_the_keys_that_they_were_written_under():
     assert {name: digest(describe(explainer_by_name(name)), "label") for name in KNOWN} == KNOWN
     assert digest(describe(LRP(postprocess=["c3", "hq8"])), "label") == "c1ac55ff38cf"
     assert [source_digest(kind) for kind in (GradCAM, C3LRP, PatchInsertionDeletion, int)] == [None] * 4
+
+
+def test_maps_and_scores_that_have_changed_have_other_keys(monkeypatch):
+    changed = [
+        LRP(first_layer="zb"),
+        CRP(first_layer="zb"),
+        AttentionMapGuided(attention="cbam"),
+        PatchInsertionDeletion(4, area="mean"),
+    ]
+    same = [LRP(), CRP(), AttentionMapGuided(), AttentionMapGuided(attention="cbam", normalise=False)]
+    same += [PatchInsertionDeletion(4), PatchInsertionDeletion(4, area="mean", ties="stable")]
+    assert [thing.revision for thing in changed] == [1] * 4
+    assert [thing.revision for thing in same] == [0] * 6
+    before = describe(Negated(changed[0]))
+    monkeypatch.setattr(LRP, "revision", 2)
+    assert describe(Negated(changed[0])) != before
 
 
 @pytest.fixture

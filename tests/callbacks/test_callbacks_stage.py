@@ -83,7 +83,7 @@ def test_what_made_the_maps_is_written_without_scores_too(tmp_path):
     assert alone["explainers"]["gradcam"]["class"] == "labn.explainers.cam.GradCAM"
     assert alone["target"] == "prediction"
     assert {"checkpoint", "network", "data", "split", "class_names", "versions"} < alone.keys()
-    assert scored.keys() - alone.keys() == {"metrics", "settings", "positive_classes", "samples"}
+    assert scored.keys() - alone.keys() == {"metrics", "settings", "sources", "positive_classes", "samples"}
     assert {name: scored[name] for name in alone} == alone
 
 
@@ -173,7 +173,7 @@ def test_an_edited_metric_of_ones_own_is_scored_again(tmp_path, monkeypatch):
     assert scores("before") == {"1.0"}
     assert scores("after") == {"2.0"}
     manifest = json.loads((tmp_path / "test" / "maps" / "manifest.json").read_text())
-    assert manifest["settings"]["source code of own"] == "after"
+    assert manifest["sources"]["own"] == "after"
 
 
 def test_the_keys_of_the_projects_own_metrics_are_those_of_their_settings(tmp_path):
@@ -216,5 +216,5 @@ def test_a_network_of_one_logit_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(type(module), "test_step", lambda *_: None)
     monkeypatch.setattr(type(module), "on_test_epoch_end", lambda *_: None)
     monkeypatch.setattr(type(single), "test_dataloader", lambda self: DataLoader([batch], batch_size=None))
-    with pytest.raises(ValueError, match=r"one logit, whose softmax is 1 .* metric_options: \{probability: sigmoid\}"):
+    with pytest.raises(ValueError, match=r"one logit, whose softmax is 1 .* with probability=.sigmoid."):
         trainer(tmp_path, score).test(module, single, verbose=False)

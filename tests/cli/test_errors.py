@@ -1,5 +1,7 @@
 """Bad input ends with one sentence that says what is wrong."""
 
+import warnings
+
 import pytest
 import torch
 from command_line import TINY, call_main
@@ -104,10 +106,13 @@ def test_without_validation_what_goes_by_it_is_refused_before_anything_is_traine
 
 @pytest.mark.usefixtures("root")
 def test_the_folder_of_a_run_is_said_by_its_own_option(tmp_path):
-    elsewhere = f"--trainer.default_root_dir={tmp_path / 'elsewhere'}"
-    with pytest.raises(ValueError, match=r"^trainer\.default_root_dir is .*elsewhere, but .* goes to --run_dir \("):
-        call_main(["fit", *QUICKSTART, f"--run_dir={tmp_path / 'run'}", elsewhere])
-    assert not list(tmp_path.iterdir())
+    fit = ["fit", *QUICKSTART, "--trainer.max_epochs=0", "--trainer.callbacks=[]", f"--run_dir={tmp_path / 'run'}"]
+    with pytest.warns(UserWarning, match=r"trainer\.default_root_dir .*elsewhere is not used: a run goes to --run_dir"):
+        call_main([*fit, f"--trainer.default_root_dir={tmp_path / 'elsewhere'}"])
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="trainer.default_root_dir")
+        call_main([*fit, f"--trainer.default_root_dir={tmp_path / 'elsewhere' / '..' / 'run'}"])
 
 
 @pytest.mark.usefixtures("root")

@@ -1,5 +1,6 @@
 """Which results form one row, and whose training they are taken for."""
 
+import copy
 import json
 import shutil
 import warnings
@@ -97,6 +98,39 @@ def trained(tmp_path):
 
 
 def test_results_of_the_folders_own_checkpoint_are_seeds(trained):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert labels(trained / "seed1", trained / "seed2") == ["seed1", "seed1"]
+
+
+def retest(folder, checkpoint):
+    """Let the results of a run be of these weights."""
+    manifest = folder / "test" / "maps" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"checkpoint": checkpoint}))
+
+
+def test_only_metrics_that_both_runs_scored_must_have_one_source(tmp_path):
+    sources = [{"own": "1"}, {}, {"own": "1", "other": "x"}, {"own": "2"}]
+    folders = [make_stage(tmp_path / f"run{n}", 6, sources=found) for n, found in enumerate(sources)]
+    compare_runs(open_runs([f"{n}={folder}" for n, folder in enumerate(folders[:3])]))
+    with pytest.raises(ValueError, match="they differ in the source code of own: 1 and 2"):
+        compare_runs(open_runs([f"a={folders[0]}", f"b={folders[3]}"]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_test_in_another_precision_is_of_the_same_weights(trained, dtype):
+    network = nn.Linear(3, 2)
+    save(trained / "seed2" / "checkpoints" / "best.ckpt", network)
+    retest(trained / "seed2", weights_digest(copy.deepcopy(network).to(dtype)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert labels(trained / "seed1", trained / "seed2") == ["seed1", "seed1"]
+
+
+def test_a_networks_own_part_may_be_called_like_an_auxiliary_head(trained):
+    network = nn.ModuleDict({"aux1": nn.Linear(3, 2), "head": nn.Linear(2, 2)})
+    save(trained / "seed2" / "checkpoints" / "best.ckpt", network)
+    retest(trained / "seed2", weights_digest(network))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert labels(trained / "seed1", trained / "seed2") == ["seed1", "seed1"]

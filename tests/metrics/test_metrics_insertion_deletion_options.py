@@ -153,7 +153,7 @@ class TestErrors:
         model, given = Constant([0.3]), (white(4, 4), torch.rand(1, 4, 4), ONE * 0, ONE)
         metric = kind(**({"patch_size": 2} if kind is PatchInsertionDeletion else {}), probability=probability)
         if probability == "softmax":
-            with pytest.raises(ValueError, match=r"the model has one logit, .* fit it, with probability='sigmoid'"):
+            with pytest.raises(ValueError, match=r"the model has one logit, .* read it with probability='sigmoid'"):
                 metric.score(model, *given)
         else:
             assert all(value.isfinite().all() for value in metric.score(model, *given).values())
