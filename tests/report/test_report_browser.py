@@ -2,10 +2,12 @@
 
 import csv
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from small_stage import CLASSES, EXPLAINERS, HOSTILE, METRICS, curves, make_stage, sample_name, value
 
+import labn.report
 from labn.report import RunInfo, read_stage, render, run_report
 
 COUNT = 24
@@ -140,6 +142,24 @@ def test_shown_numbers_are_those_of_the_tables(page, folder):
     scores = card.locator("td").all_inner_texts()
     assert scores == [f"{value(explainer, metric, 2):.3f}" for explainer in EXPLAINERS for metric in METRICS]
     assert page.locator("#cards h3").nth(2).inner_text() == sample_name(2)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "texts"),
+    [
+        (0.5491, 0.5514, ["0.5491", "0.5514"]),
+        (0, 1, ["0", "1"]),
+        (-0.123, 0.123, ["-0.12", "0.12"]),
+        (0, 0, ["0", "0"]),
+    ],
+)
+def test_the_limits_of_a_map_are_told_apart(page, low, high, texts):
+    source = (Path(labn.report.__file__).parent / "assets" / "data.js").read_text()
+    function = source[source.index("const limitsOf") : source.index("};", source.index("const limitsOf")) + 2]
+    assert page.evaluate(f"([low, high]) => {{ {function} return limitsOf({{ low, high }}); }}", [low, high]) == texts
+    shown = page.eval_on_selector_all("#cards .limits", "bars => bars.map(bar => bar.innerText.split(/\\s+/))")
+    assert len(shown) > 20
+    assert all(len(set(found)) == len(found) for found in shown)
 
 
 def test_everything_has_a_name_for_screen_readers(page):

@@ -11,7 +11,12 @@ const element = (tag, properties = {}, ...children) => {
 const bytesOf = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
 const className = (number) => report.classNames[number] ?? String(number);
 const short = (value) => (value === null || value === undefined ? "–" : value.toFixed(3));
-const limit = (value) => Number(value.toPrecision(2)).toString();
+// With as many digits as it takes to tell the limits of a nearly flat map apart.
+const limitsOf = ({ low, high }) => {
+  const ratio = high > low ? Math.max(Math.abs(low), Math.abs(high)) / (high - low) : 1;
+  const digits = Math.min(Math.max(1 + Math.ceil(Math.log10(ratio)), 2), 9);
+  return [low, high].map((value) => Number(value.toPrecision(digits)).toString());
+};
 
 const scoreOf = (card, method, metric) => {
   const place = report.metrics.indexOf(metric);

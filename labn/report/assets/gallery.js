@@ -61,15 +61,16 @@ const mapFigure = (card, method) => {
   }
   const canvas = element("canvas", { className: "map" });
   canvas.setAttribute("role", "img");
+  const [low, high] = limitsOf(entry);
   const kind = entry.signed ? "signed map" : "map";
-  canvas.setAttribute("aria-label", `${kind} of ${method} for ${card.name}, ${limit(entry.low)} to ${limit(entry.high)}`);
+  canvas.setAttribute("aria-label", `${kind} of ${method} for ${card.name}, ${low} to ${high}`);
   drawCard(canvas, card, entry, Number(byId("strength").value) / 100);
   const bar = element("canvas", { className: "bar" });
   bar.setAttribute("aria-hidden", "true");
   drawBar(bar, entry.colors);
-  const limits = element("div", { className: "limits" }, element("span", { textContent: limit(entry.low) }));
+  const limits = element("div", { className: "limits" }, element("span", { textContent: low }));
   if (entry.signed) limits.append(element("span", { textContent: "0" }));
-  limits.append(element("span", { textContent: limit(entry.high) }));
+  limits.append(element("span", { textContent: high }));
   figure.append(canvas, bar, limits, caption);
   return figure;
 };
