@@ -41,26 +41,26 @@ from callbacks.checkpoint import (
     named_classes,
     refuse_unseen_monitors,
 )
-from callbacks.run_config import RunConfigCallback
-from callbacks.strategies import refuse_sharded
-from callbacks.terminal import SentenceParser, no_advertisement, say_figures, say_taken_over
-from callbacks.wandb_logger import RunWandbLogger, first_line
-from datamodules.files import image_files
-from datamodules.sources import FileSource, Record
-from datamodules.sun import PictureSource, Preparation
-from datamodules.tar_files import write_shards
-from labn import earlier_fit
-from labn.allocator import keep_freed_memory
+from callbacks.checks import refuse_sharded
+from callbacks.logging.run_config import RunConfigCallback
+from callbacks.logging.terminal import SentenceParser, no_advertisement, say_figures, say_taken_over
+from callbacks.logging.wandb_logger import RunWandbLogger, first_line
+from datamodules.io.solar_frames import PictureSource, Preparation
+from datamodules.io.sources import FileSource, Record
+from datamodules.io.tar_files import write_shards
 from labn.commands import coarse, compare, doctor, explain, shards, sweep, table
-from labn.faults import config_sentence, explained, sentence_of
+from labn.io.atomic import check_writable
+from labn.io.images import image_files
+from labn.io.preprocessing import Preprocessing
+from labn.io.readers import read_yaml
+from labn.launch import archive_fit as earlier_fit
+from labn.launch.allocator import keep_freed_memory
+from labn.launch.config_include import expand_parts, with_parts
+from labn.launch.error_messages import config_sentence, explained, sentence_of
+from labn.launch.slurm import requeue_on_signal, restarted
 from labn.models.checkpoints import own_data, read_checkpoint
 from labn.modules.plain_checkpoints import refuse_foreign_classes, refuse_other_class
 from labn.modules.restore import START_WEIGHTS
-from labn.parts import expand_parts, with_parts
-from labn.preprocessing import Preprocessing
-from labn.reading import read_yaml
-from labn.slurm import requeue_on_signal, restarted
-from labn.store import check_writable
 
 __all__ = ["LabnCLI", "callbacks", "datamodules", "labn", "main"]
 

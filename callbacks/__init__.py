@@ -1,13 +1,13 @@
 """Lightning callbacks that drive explanation and evaluation."""
 
 from callbacks.checkpoint import BestCheckpoint, LastCheckpoint
-from callbacks.detections import DetectionCallback
-from callbacks.evaluate import EvaluationCallback
-from callbacks.explain import ExplanationCallback
+from callbacks.explanation.detections import DetectionCallback
+from callbacks.explanation.evaluate import EvaluationCallback
+from callbacks.explanation.explain import ExplanationCallback
+from callbacks.explanation.maps import MapLogger
+from callbacks.explanation.report import ReportCallback
 from callbacks.health import GateWatch, RunProfile
-from callbacks.log_maps import MapLogger
-from callbacks.report import ReportCallback
-from callbacks.run_logger import RunLogger
+from callbacks.logging.csv_logger import RunLogger
 
 __all__ = [
     "BestCheckpoint",

@@ -18,10 +18,10 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from callbacks.base import callbacks_of
+from callbacks.explanation.base import callbacks_of
+from labn.io.atomic import remove_leftovers, write_atomically
+from labn.io.preprocessing import KEY
 from labn.modules.plain_checkpoints import PlainCheckpointIO
-from labn.preprocessing import KEY
-from labn.store import remove_leftovers, write_atomically
 
 BEST, LAST, PREVIOUS = "best", "last", "previous"
 PLATEAUS, ROW = "due_plateau_steps", "row_of_the_epoch"

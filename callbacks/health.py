@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from callbacks.session import network_of
+from callbacks.explanation.session import network_of
 from labn.models.profile import profile
 
 

@@ -2,14 +2,13 @@
 
 from datamodules.base import ImageDataModule
 from datamodules.cub import CUB
-from datamodules.flares import Columns
 from datamodules.folder import ImageFolder
 from datamodules.idrid import IDRiD
 from datamodules.imagenet import ImageNet
-from datamodules.magnetogram import Magnetogram
+from datamodules.io.transforms import Augmentation
+from datamodules.magnetogram import Columns, Magnetogram
 from datamodules.synthetic import SyntheticFundus
 from datamodules.tar_shards import TarShards
-from datamodules.transforms import Augmentation
 from datamodules.voc import VOC
 
 __all__ = [

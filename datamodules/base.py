@@ -16,19 +16,41 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, default_collate
 
-from datamodules.bias import cached, channel_statistics, default_cache_dir, pixel_mean
-from datamodules.files import digest
-from datamodules.loaders import EvaluationLoader
-from datamodules.samplers import BalancedSampler, ShuffledSampler, UnrepeatedDistributedSampler
-from datamodules.sources import ArraySource, ImageDataset, Source
-from datamodules.transforms import Augmentation, Transform
-from labn.preprocessing import Preprocessing
+from datamodules.io.samplers import BalancedSampler, EvaluationLoader, ShuffledSampler, UnrepeatedDistributedSampler
+from datamodules.io.sources import ArraySource, ImageDataset, Source
+from datamodules.io.statistics import cached, channel_statistics, default_cache_dir, pixel_mean
+from datamodules.io.transforms import Augmentation, Transform
+from labn.io.images import digest
+from labn.io.preprocessing import Preprocessing
 
 Split = Literal["train", "val", "test"]
 OnBadImage = Literal["stop", "skip"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 LISTED_CLASSES = 20  # `report()` counts the images of every class up to so many
 _STAGES: dict[str | None, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), None: SPLITS}
+
+
+def data_root(name: str, root: str | os.PathLike[str] | None = None) -> Path:
+    """Folder of data set `name`: `root` with its `$VARIABLES` expanded, else `$LABN_DATA/<name>`.
+
+    LABN_DATA defaults to `../shared/data`, which is seen from the working directory, then from the project's root.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+    """
+    if root is None:
+        project = Path(__file__).resolve().parent.parent
+        given = os.environ.get("LABN_DATA")
+        bases = [Path(given)] if given else [Path("../shared/data"), project / "../shared/data"]
+        candidates = [base / name for base in bases]
+    else:
+        candidates = [Path(os.path.expandvars(root))]
+    for candidate in candidates:
+        if candidate.is_dir():
+            return candidate
+    raise FileNotFoundError(
+        f"Data folder {candidates[0]} does not exist: pass `root`, or set LABN_DATA to the folder that holds '{name}'."
+    )
 
 
 def _one_thread(worker: int) -> None:
@@ -199,7 +221,7 @@ class ImageDataModule(LightningDataModule):
         """Hash (16 hex digits) of a split: of names, labels, contents of the files and all that changes the pixels.
 
         The data hash of results and of what is cached; read once, and the same for every copy of the data set. Of
-        files above 64 KiB it sees parts only, see `datamodules.files.contents`.
+        files above 64 KiB it sees parts only, see `labn.io.images.contents`.
         """
         if split not in self._hashes:
             settings = (self.image_size, self.channels, self.crop, self.shorter, self.caption, self.fits_range)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from datamodules.base import SPLITS, ImageDataModule, OnBadImage, Split
-from datamodules.files import by_stem, checked_crop, data_root, image_files, other_files
-from datamodules.sources import FileSource, Record, Source
-from datamodules.splits import readable, split_off, without_copies
-from datamodules.transforms import PUBLISHED, Augmentation
-from labn.reading import garbled
+from datamodules.base import SPLITS, ImageDataModule, OnBadImage, Split, data_root
+from datamodules.io.sources import FileSource, Record, Source
+from datamodules.io.splits import readable, split_off, without_copies
+from datamodules.io.transforms import PUBLISHED, Augmentation
+from labn.io.images import by_stem, checked_crop, image_files, other_files
+from labn.io.readers import garbled
 
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 

@@ -8,12 +8,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Literal
 
-from datamodules.base import ImageDataModule, OnBadImage, Split
-from datamodules.files import by_stem, checked_crop, data_root, image_files
-from datamodules.sources import FileSource, Record, Source
-from datamodules.splits import readable, split_off, without_copies
-from datamodules.transforms import PUBLISHED, Augmentation
-from labn.reading import inside, read_table
+from datamodules.base import ImageDataModule, OnBadImage, Split, data_root
+from datamodules.io.sources import FileSource, Record, Source
+from datamodules.io.splits import readable, split_off, without_copies
+from datamodules.io.transforms import PUBLISHED, Augmentation
+from labn.io.images import by_stem, checked_crop, image_files
+from labn.io.readers import inside, read_table
 
 _GRADING, _SEGMENTATION = "B. Disease Grading", "A. Segmentation"
 _IMAGES = "1. Original Images"

@@ -11,11 +11,11 @@ from pathlib import Path
 from timm.data import ImageNetInfo
 from torchvision.models import ResNet50_Weights
 
-from datamodules.base import ImageDataModule, OnBadImage, Split
-from datamodules.files import data_root, image_files
-from datamodules.sources import FileSource, Record, Source
-from datamodules.splits import readable
-from labn.reading import read_rows
+from datamodules.base import ImageDataModule, OnBadImage, Split, data_root
+from datamodules.io.sources import FileSource, Record, Source
+from datamodules.io.splits import readable
+from labn.io.images import image_files
+from labn.io.readers import read_rows
 
 _SYNSET = re.compile(r"n\d{8}")
 

@@ -3,13 +3,186 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
+import cv2
 import numpy as np
 
 from datamodules.base import SPLITS, ImageDataModule, Split
-from datamodules.fundus import FundusPainter
-from datamodules.sources import Source
-from datamodules.transforms import FLIPS, Augmentation
+from datamodules.io.sources import Source
+from datamodules.io.transforms import FLIPS, Augmentation
+
+Array = np.ndarray[Any, Any]
+
+Pixels = tuple[Array, Array]
+
+_BACKGROUND = np.array([0.80, 0.36, 0.14])
+
+_VESSEL = np.array([0.46, 0.10, 0.06])
+
+_BRIGHT = np.array([0.98, 0.86, 0.42])
+
+_DARK = np.array([0.34, 0.05, 0.05])
+
+_DISC = np.array([1.0, 0.80, 0.50])
+
+
+class FundusPainter:
+    """Draws fundus-like images: an orange disc on black, optic disc, vessels, uneven light, and spots.
+
+    Every image holds 4 to 6 pairs of spots: a bright and a dark one. In a healthy eye both lie apart, as smooth
+    compact blobs. In a diseased eye 2 or 3 pairs are put together as a lesion: the dark spot in the middle, the
+    bright pixels spread around it as a broken ring (like the circinate exudates around a leaking microaneurysm). A
+    lesion has exactly as many bright and dark pixels, of the same colours, as the pair it replaces: only their
+    arrangement tells the classes apart, and neither colours nor their amounts do.
+
+    Args:
+        size: side in pixels, at least 48; all shapes scale with it.
+
+    Raises:
+        ValueError: `size` is below 48, where a ring has no room for its gaps.
+    """
+
+    def __init__(self, size: int) -> None:
+        if size < 48:
+            raise ValueError(f"image_size is {size}; synthetic fundus images need at least 48 pixels.")
+        self.size, self.unit = size, size / 64
+        self.y, self.x = np.mgrid[:size, :size].astype(np.float32)
+        reach = int(np.ceil(7 * self.unit))
+        self.dy, self.dx = np.mgrid[-reach : reach + 1, -reach : reach + 1].astype(np.float32)
+
+    def paint(self, rng: np.random.Generator, diseased: bool) -> tuple[Array, Array]:
+        """One image.
+
+        Args:
+            rng: the only source of randomness.
+            diseased: whether there are lesions.
+
+        Returns:
+            image (S,S,3) uint8 RGB and mask (S,S) bool: exactly the lesions' pixels, all False in a healthy eye.
+        """
+        centre = self.size / 2 + rng.normal(0, 0.6 * self.unit, 2)
+        radius = self.size * rng.uniform(0.44, 0.48)
+        image = self._eye(rng, centre, radius)
+        mask = np.zeros((self.size, self.size), dtype=bool)
+        self._spots(rng, image, mask, centre, radius, lesions=int(rng.integers(2, 4)) if diseased else 0)
+        return self._exposed(rng, image, centre, radius), mask
+
+    def _eye(self, rng: np.random.Generator, centre: Array, radius: float) -> Array:
+        """Disc with optic disc, macula and vessels, (S,S,3) float32."""
+        tint = _BACKGROUND * rng.uniform(0.85, 1.15, 3).clip(0.9, 1.1)
+        image = np.broadcast_to(tint, (self.size, self.size, 3)).astype(np.float32)
+        side = rng.choice((-1.0, 1.0))
+        head = centre + radius * np.array([0.62 * side, rng.normal(0, 0.06)])
+        macula = centre + radius * np.array([-0.08 * side, rng.normal(0.04, 0.05)])
+        image *= 1 - 0.22 * self._glow(macula, 0.17 * radius)[..., None]
+        self._vessels(rng, image, head, -side, radius)
+        disc = np.clip(1.5 * self._glow(head, 0.15 * radius) ** 2, 0, 1)[..., None]
+        image += 0.85 * disc * (_DISC - image)
+        return image
+
+    def _glow(self, centre: Array, width: float) -> Array:
+        """Gaussian bump of height 1 and standard deviation `width`, (S,S)."""
+        return np.exp(-((self.x - centre[0]) ** 2 + (self.y - centre[1]) ** 2) / (2 * width**2))
+
+    def _vessels(self, rng: np.random.Generator, image: Array, head: Array, away: float, radius: float) -> None:
+        """Four arcades leaving the optic disc, each with two branches, drawn anti-aliased into `image`."""
+        layer = np.zeros((self.size, self.size), dtype=np.uint8)
+        for vertical, spread in ((-1, 1.0), (-1, 0.45), (1, 1.0), (1, 0.45)):
+            bend = rng.uniform(0.8, 1.15)
+            t = np.linspace(0, 1, 24)
+            x = head[0] + away * radius * (1.5 * t**1.5) * bend
+            y = head[1] + vertical * spread * radius * 0.95 * np.sin(0.75 * np.pi * t * bend) + rng.normal(0, 0.2, 24)
+            trunk = np.stack([x, y], 1)
+            self._stroke(layer, trunk, 1.1 * self.unit, 200)
+            for start in rng.integers(6, 18, 2):
+                turn = rng.uniform(0.3, 0.9) * rng.choice((-1, 1))
+                step = trunk[start + 1] - trunk[start]
+                turned = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]) @ step
+                curve = np.linspace(0, 9, 12)[:, None] * turned + np.linspace(0, 1, 12)[:, None] ** 2 * step * 4
+                self._stroke(layer, trunk[start] + curve, 0.5 * self.unit, 120)
+        image += (layer[..., None] / 255.0).astype(np.float32) * (_VESSEL - image)
+
+    def _stroke(self, layer: Array, points: Array, width: float, strength: int) -> None:
+        fixed = np.round(points * 16).astype(np.int32)[:, None]
+        cv2.polylines(layer, [fixed], False, strength, max(1, round(width)), cv2.LINE_AA, shift=4)
+
+    def _spots(
+        self, rng: np.random.Generator, image: Array, mask: Array, centre: Array, radius: float, lesions: int
+    ) -> None:
+        """Draw all pairs of spots, the first `lesions` of them put together (and near each other) as lesions."""
+        taken: list[tuple[float, float, float]] = []
+        turn = rng.uniform(0, 2 * np.pi)
+        focus = centre + radius * rng.uniform(0.2, 0.5) * np.array([np.cos(turn), np.sin(turn)])
+        for pair in range(int(rng.integers(4, 7))):
+            ring, core = self._lesion(rng)
+            colours = (_BRIGHT * rng.uniform(0.85, 1.0), _DARK * rng.uniform(0.85, 1.15))
+            if pair < lesions:
+                at = self._place(rng, taken, focus, 0.22 * radius, 5.2 * self.unit, centre, radius)
+                for pixels, colour in zip((ring, core), colours):
+                    self._fill(rng, image, pixels, at, colour)
+                    mask[pixels[0] + at[1], pixels[1] + at[0]] = True
+                continue
+            for pixels, colour in zip((ring, core), colours):
+                blob = self._blob(rng, len(pixels[0]))
+                at = self._place(rng, taken, centre, 0.5 * radius, 3.8 * self.unit, centre, radius)
+                self._fill(rng, image, blob, at, colour)
+
+    def _lesion(self, rng: np.random.Generator) -> tuple[Pixels, Pixels]:
+        """Offsets (rows, columns) of a broken ring and of the round spot in its middle."""
+        distance, angle = np.hypot(self.dx, self.dy), np.arctan2(self.dy, self.dx)
+        ring = np.abs(distance - rng.uniform(3.4, 4.2) * self.unit) < 0.75 * self.unit
+        gaps = np.cos(rng.integers(4, 7) * angle + rng.uniform(0, 2 * np.pi)) > -0.45
+        return self._offsets(ring & gaps), self._offsets(distance < rng.uniform(1.45, 1.95) * self.unit)
+
+    def _blob(self, rng: np.random.Generator, count: int) -> Pixels:
+        """Offsets of a smooth ellipse of exactly `count` pixels: those nearest to its centre."""
+        turn, stretch = rng.uniform(0, np.pi), rng.uniform(1.0, 1.7)
+        along = self.dx * np.cos(turn) + self.dy * np.sin(turn)
+        across = self.dy * np.cos(turn) - self.dx * np.sin(turn)
+        nearest = np.argsort((along / stretch) ** 2 + (across * stretch) ** 2, axis=None, kind="stable")[:count]
+        chosen = np.zeros(self.dx.shape, dtype=bool)
+        chosen.flat[nearest] = True
+        return self._offsets(chosen)
+
+    def _offsets(self, chosen: Array) -> Pixels:
+        rows, columns = np.nonzero(chosen)
+        middle = self.dx.shape[0] // 2
+        return rows - middle, columns - middle
+
+    def _place(
+        self,
+        rng: np.random.Generator,
+        taken: list[tuple[float, float, float]],
+        focus: Array,
+        spread: float,
+        room: float,
+        centre: Array,
+        radius: float,
+    ) -> Array:
+        """A free pixel (x, y) near `focus` for a shape of radius `room`, well inside the disc."""
+        gap = room
+        while True:
+            at = focus + rng.normal(0, spread, 2)
+            inside = np.hypot(*(at - centre)) < 0.9 * radius - room
+            if inside and all((at[0] - x) ** 2 + (at[1] - y) ** 2 > (gap + r) ** 2 for x, y, r in taken):
+                taken.append((float(at[0]), float(at[1]), gap))
+                return np.round(at).astype(int)
+            # In a crowded eye shapes may come closer, and the search widens, so that it always ends.
+            gap, spread = 0.995 * gap, min(1.01 * spread, 0.6 * radius)
+
+    def _fill(self, rng: np.random.Generator, image: Array, pixels: Pixels, at: Array, colour: Array) -> None:
+        grain = rng.normal(1, 0.06, (len(pixels[0]), 1))
+        image[pixels[0] + at[1], pixels[1] + at[0]] = colour * grain
+
+    def _exposed(self, rng: np.random.Generator, image: Array, centre: Array, radius: float) -> Array:
+        """Uneven light, the round field of view, sensor noise: (S,S,3) uint8."""
+        light = 0.62 + 0.42 * self._glow(centre + rng.normal(0, 0.3 * radius, 2), rng.uniform(0.8, 1.3) * radius)
+        edge = radius - np.hypot(self.x - centre[0], self.y - centre[1])
+        image *= (light * np.clip(edge / (1.5 * self.unit), 0, 1))[..., None]
+        image += rng.normal(0, 0.012, image.shape)
+        return (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
+
 
 # To be raised whenever the same arguments paint other pixels: it is part of the data hash.
 _VERSION = 1

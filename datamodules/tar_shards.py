@@ -13,10 +13,10 @@ from typing import Any
 import fsspec
 
 from datamodules.base import SPLITS, ImageDataModule, Split
-from datamodules.sources import Source
-from datamodules.tar_files import FORMAT, MANIFEST, PREPARATION, ShardSource, check_index, index_name, shard_file
-from datamodules.transforms import PUBLISHED, Augmentation
-from labn.reading import read_arrays, read_json
+from datamodules.io.sources import Source
+from datamodules.io.tar_files import FORMAT, MANIFEST, PREPARATION, ShardSource, check_index, index_name, shard_file
+from datamodules.io.transforms import PUBLISHED, Augmentation
+from labn.io.readers import read_arrays, read_json
 
 _FACTS: dict[str, type] = {
     "splits": dict,

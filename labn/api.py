@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from labn.explainers.base import Explainer, explained_channels
-from labn.explainers.names import explainer_by_name
-from labn.explainers.targets import Targets, resolve_targets
+from labn.explainers.base import Explainer, Targets, explained_channels, resolve_targets
+from labn.explainers.registry import explainer_by_name
 from labn.metrics.base import Boxes, ScoredBatch
-from labn.metrics.names import check_settings, metric_by_name, values_named
-from labn.perturb import PerturbationEngine
+from labn.metrics.registry import check_settings, metric_by_name, values_named
+from labn.perturbation.engine import PerturbationEngine
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -18,7 +18,7 @@ from small_voc import annotation, write_voc, xml
 from torch import Tensor, nn
 
 from labn.explainers import EXPLAINERS
-from labn.inference import logits_of
+from labn.inference.modes import logits_of
 from labn.metrics.statistics import bootstrap_means
 from labn.modules import LABN
 from labn.modules.base import CheckedModule, ClassificationModule
@@ -172,7 +172,7 @@ def run_all(folder: Path, run: str, *more: str) -> None:
     from cli import main
 
     # The intervals of thousands of pairs would take most of the time, and are functions of the scores alone.
-    with patch("labn.results.bootstrap_means", partial(bootstrap_means, n_resamples=2)):
+    with patch("labn.results.tables.bootstrap_means", partial(bootstrap_means, n_resamples=2)):
         for network in NETWORKS:
             words = ["test", "--config", str(folder / f"{network}.yaml"), f"--run_dir={folder / run / network}", *more]
             contextvars.copy_context().run(main, words)

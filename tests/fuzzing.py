@@ -23,12 +23,12 @@ from small_stage import make_stage
 from small_voc import write_voc
 
 from datamodules import CUB, VOC, IDRiD, ImageFolder, ImageNet, Magnetogram, SyntheticFundus, TarShards
-from datamodules.flares import Columns
-from datamodules.tar_files import write_shards
-from labn.reading import read_yaml
+from datamodules.io.tar_files import write_shards
+from datamodules.magnetogram import Columns
+from labn.io.readers import read_yaml
 from labn.report import read_stage
-from labn.report.training import read_training
-from labn.store import ResultStore
+from labn.results.store import ResultStore
+from labn.results.training_logs import read_training
 
 TOKENS = [
     *(b"../", b"/etc/passwd", b"..\\", b"C:\\", b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\r", b"\n\n"),

@@ -5,10 +5,11 @@ import json
 import numpy as np
 import yaml
 
+from labn.io.atomic import write_atomically
 from labn.report import Picture, make_card
 from labn.report.cards import fill_uri, steps_text
-from labn.results import Plan, write_results
-from labn.store import ResultStore, ScorePart, write_atomically
+from labn.results.store import ResultStore, ScorePart
+from labn.results.tables import Plan, write_results
 
 HOSTILE = '</script><script>document.title="broken"</script><img src=x onerror=alert(1)>&"\'\u2028.png'
 CLASSES = ["healthy", "<b>lesions</b>"]

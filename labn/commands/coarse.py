@@ -16,9 +16,9 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from labn.io.atomic import write_atomically
+from labn.io.readers import read_table
 from labn.metrics.statistics import Interval, bootstrap_mean, paired_difference
-from labn.reading import read_table
-from labn.store import write_atomically
 
 SUMMARY = "Coarse against fine: at which patch size does the score rank the exact mask above its coarse copies?"
 DETAILS = """\

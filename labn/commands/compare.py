@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from labn.compare import compare_runs, latex_table, markdown_table, open_runs, paired_csv, table_csv
+from labn.io.atomic import write_atomically
 from labn.report.comparison import comparison_report
 from labn.report.page import render
-from labn.store import write_atomically
 
 SUMMARY = "Put the results of several runs into one table and one report."
 DETAILS = """\

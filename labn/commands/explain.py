@@ -18,15 +18,15 @@ from torch import Tensor, nn
 
 from labn.api import explain
 from labn.explainers import EXPLAINERS, explainer_by_name
-from labn.inference import evaluating, logits_of
+from labn.inference.modes import evaluating, logits_of
+from labn.io.atomic import write_atomically
+from labn.io.preprocessing import Preprocessing
+from labn.io.readers import garbled, read_text
 from labn.models.pretrained import load_pretrained
 from labn.modules.restore import restore
-from labn.plots import displayable, overlay_figure
-from labn.preprocessing import Preprocessing
-from labn.reading import garbled, read_text
-from labn.results import csv_bytes
-from labn.shards import readable_name
-from labn.store import write_atomically
+from labn.report.figures import displayable, overlay_figure
+from labn.results.shard_index import readable_name
+from labn.results.tables import csv_bytes
 
 Reader = Callable[[Path, Preprocessing], np.ndarray]
 """Picture file -> (size, size, C) uint8."""

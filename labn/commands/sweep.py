@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from labn.parts import expand_parts
-from labn.reading import read_json
-from labn.store import write_atomically
+from labn.io.atomic import write_atomically
+from labn.io.readers import read_json
+from labn.launch.config_include import expand_parts
 
 SUMMARY = "Fit and test a configuration once per seed, in RUN_DIR/seed=N/."
 DETAILS = """\

@@ -14,11 +14,11 @@ from typing import Any
 import yaml
 
 from labn.compare import Run, refuse_mixed
+from labn.io.readers import read_json, read_table
 from labn.metrics.statistics import Interval, bootstrap_mean
-from labn.reading import read_json, read_table
-from labn.report.results import StageResults
-from labn.report.training import log_files
-from labn.store import MANIFEST
+from labn.results.reader import StageResults
+from labn.results.store import MANIFEST
+from labn.results.training_logs import log_files
 
 SUMMARY = "Print a table of the LABN papers from the runs, the published numbers above ours."
 DETAILS = """\

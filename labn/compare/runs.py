@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from labn.compare.weights import of_other_weights
-from labn.reading import read_yaml
-from labn.report.results import StageResults, read_stage
-from labn.store import digest
+from labn.inference.fingerprint import digest
+from labn.io.readers import read_yaml
+from labn.results.reader import StageResults, read_stage
 
 # What may differ between trainings that are the same but for their seed: where they ran and what they left.
 _INCIDENTAL = ("callbacks", "default_root_dir", "logger", "accelerator", "devices", "strategy", "num_nodes", "plugins")

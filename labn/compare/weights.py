@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from labn.inference.fingerprint import state_digest
 from labn.models.backbones import WITHOUT_AUXILIARY
 from labn.models.checkpoints import read_checkpoint
-from labn.store import state_digest
 
 _NETWORK = "network."
 

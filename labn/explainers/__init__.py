@@ -1,22 +1,21 @@
 """Explainers: small objects called as `maps = explainer(model, images, targets)`."""
 
-from labn.explainers.ablation_cam import AblationCAM
-from labn.explainers.attention import BranchAttention, LambdaAttention
-from labn.explainers.attention_guided import AttentionMapGuided
+from labn.explainers.attention.own_maps import BranchAttention, LambdaAttention
+from labn.explainers.attention.rollout import AttentionRollout
 from labn.explainers.base import Explainer
-from labn.explainers.baseline import ConstantMap, Negated, RandomMap
-from labn.explainers.cam import GradCAM, GradCAMPlusPlus, XGradCAM
-from labn.explainers.crp import CRP
+from labn.explainers.baseline import ConstantMap, Negated, RandomMap, TruthMap
+from labn.explainers.cam.ablation import AblationCAM
+from labn.explainers.cam.attention_guided import AttentionMapGuided
+from labn.explainers.cam.gradcam import GradCAM, GradCAMPlusPlus, XGradCAM
+from labn.explainers.cam.linear import CAM
+from labn.explainers.cam.score import ScoreCAM
+from labn.explainers.cam.smooth import SmoothGradCAMPlusPlus
 from labn.explainers.gradient import Gradient, GradientTimesInput, IntegratedGradients, SmoothGrad
-from labn.explainers.linear_cam import CAM
-from labn.explainers.lrp import C3LRP, LRP, ContrastiveLRP
-from labn.explainers.names import EXPLAINERS, explainer_by_name
-from labn.explainers.occlusion import Occlusion
-from labn.explainers.rise import RISE, ReleasedRISE, RiseMaps
-from labn.explainers.rollout import AttentionRollout
-from labn.explainers.score_cam import ScoreCAM
-from labn.explainers.smooth_cam import SmoothGradCAMPlusPlus
-from labn.explainers.truth import TruthMap
+from labn.explainers.perturbation.occlusion import Occlusion
+from labn.explainers.perturbation.rise import RISE, ReleasedRISE, RiseMaps
+from labn.explainers.registry import EXPLAINERS, explainer_by_name
+from labn.explainers.relevance.crp import CRP
+from labn.explainers.relevance.lrp import C3LRP, LRP, ContrastiveLRP
 
 __all__ = [
     "C3LRP",

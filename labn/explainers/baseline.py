@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labn.explainers.base import Explainer, Targets
@@ -55,3 +56,63 @@ class Negated(Explainer):
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
         """(B, H, W) negated maps."""
         return -self.explainer(model, images, targets, indices)
+
+
+def disc(radius: int) -> Tensor:
+    """(2r+1, 2r+1) float: 1 within `radius` pixels of the centre."""
+    place = torch.arange(-radius, radius + 1)
+    return (place[:, None] ** 2 + place[None] ** 2 <= radius**2).float()
+
+
+def dilated(masks: Tensor, radius: int) -> Tensor:
+    """Binary dilation of (B, H, W) bool by a disc of `radius` pixels; bool."""
+    hits = F.conv2d(masks.float().unsqueeze(1), disc(radius).to(masks.device)[None, None], padding=radius)
+    return hits.squeeze(1) > 0.5
+
+
+def blurred(maps: Tensor, sigma: float) -> Tensor:
+    """Gaussian blur of (B, H, W), sigma in pixels, cut off at 4 sigma; 0 outside of the image."""
+    reach = max(1, round(4 * sigma))
+    kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, dtype=torch.float64) / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).to(maps)
+    rows = F.conv2d(maps.unsqueeze(1), kernel[None, None, None], padding=(0, reach))
+    return F.conv2d(rows, kernel[None, None, :, None], padding=(reach, 0)).squeeze(1)
+
+
+class TruthMap(Explainer):
+    """The sample's ground-truth mask as a map: 1 inside and 0 outside, dilated first, then blurred.
+
+    It looks at neither model nor image. A good score of maps ranks the exact mask above its coarse copies.
+
+    Args:
+        dilation: radius in pixels of the disc that the mask is dilated by; 0 leaves it.
+        blur: standard deviation in pixels of the Gaussian that it is blurred by; 0 leaves it.
+
+    Raises:
+        ValueError: a negative argument.
+    """
+
+    def __init__(self, dilation: int = 0, blur: float = 0.0) -> None:
+        if dilation < 0 or blur < 0:
+            raise ValueError(f"dilation and blur must not be negative, got {dilation} and {blur}.")
+        self.dilation, self.blur = dilation, blur
+        self._masks: Tensor | None = None
+
+    def given(self, masks: Tensor | None) -> TruthMap:
+        """An explainer for the batch of images that these masks (B, H, W) bool belong to."""
+        other = TruthMap(self.dilation, self.blur)
+        other._masks = masks
+        return other
+
+    def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
+        """(B, H, W) in [0, 1].
+
+        Raises:
+            ValueError: there are no masks, or of another size than the images.
+        """
+        masks = self._masks
+        if masks is None or masks.shape != (len(images), *images.shape[-2:]):
+            raise ValueError("TruthMap needs the ground-truth masks of these images; this data has none.")
+        shown = dilated(masks, self.dilation) if self.dilation else masks
+        maps = shown.to(images.device, torch.float32)
+        return blurred(maps, self.blur) if self.blur else maps

@@ -3,7 +3,7 @@
 from labn.lrp.config import Config
 from labn.lrp.engine import Relevance, backward, forward, relevance
 from labn.lrp.initial import Contrast, initial_relevance
-from labn.lrp.ledger import Entry, Ledger
+from labn.lrp.rules.conservation import Entry, Ledger
 
 __all__ = [
     "Config",

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from labn.lrp.forward import Passage, rule_name
-from labn.lrp.graph import Node
-from labn.lrp.ledger import Ledger
-from labn.lrp.region import RegionRun, book_biases
-from labn.lrp.rules import RULES, Step, divide
-from labn.lrp.units import covered
-from labn.lrp.vjp import gradients
+from labn.lrp.rules.block import RegionRun, book_biases
+from labn.lrp.rules.conservation import Ledger
+from labn.lrp.rules.elementary import RULES, Step, divide
+from labn.lrp.rules.first_layer import covered
+from labn.lrp.rules.linear_layers import gradients
+from labn.lrp.tracing.graph import Node
 
 
 @dataclass

@@ -23,7 +23,7 @@ class Config:
 
     Attributes:
         rule: rule of the convolutions, and of values weighed by what the image makes, as in lambda layers, the weights
-            held constant (Ali et al., ICML 2022; see `labn.weighted`).
+            held constant (Ali et al., ICML 2022; see `labn.lrp.weighted_layer`).
         linear_rule: rule of the fully connected layers; None: the same.
         residual: how a residual sum shares relevance between its branches. Under `block`, a block that begins at the
             pixels shares by `ratio`, so that its first layer can have its own rule, unless that is `same`.

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from labn.inference import explaining, logits_of, matching
+from labn.inference.fast_copy import cpu_chunk
+from labn.inference.modes import explaining, logits_of, matching
 from labn.lrp.backward import sweep
 from labn.lrp.config import Config
 from labn.lrp.forward import Passage, run_forward
 from labn.lrp.initial import Initial, initial_relevance
-from labn.lrp.ledger import Entry, Ledger, joined
 from labn.lrp.plan import SAME, Rows, check, plan_for
-from labn.perturb import check_chunk_size
-from labn.prepare import cpu_chunk
+from labn.lrp.rules.conservation import Entry, Ledger, joined
+from labn.perturbation.engine import check_chunk_size
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def forward(model: nn.Module, images: Tensor, config: Config | None = None, rows
     """Run a model for later sweeps.
 
     Args:
-        model: in eval mode, of the images' device and dtype (see `labn.inference`).
+        model: in eval mode, of the images' device and dtype (see `labn.inference.modes`).
         images: (B, C, H, W).
         config: the rules; defaults of `Config`.
         rows: what of the model's output relevance starts from, (B, K); its logits.

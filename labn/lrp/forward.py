@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from labn.lrp.config import Config
-from labn.lrp.graph import Graph, Node
-from labn.lrp.region import RegionRun, evaluate_region, run_clamped, run_region
-from labn.lrp.residual import SHARES, Junction
-from labn.lrp.rules import USES_OUTPUT
-from labn.lrp.units import Bounds, Units
-from labn.lrp.weighing import weighing
+from labn.lrp.rules.block import RegionRun, evaluate_region, run_clamped, run_region
+from labn.lrp.rules.elementary import USES_OUTPUT
+from labn.lrp.rules.first_layer import Bounds, Units
+from labn.lrp.rules.image_weights import weighing
+from labn.lrp.rules.residual_sums import SHARES, Junction
+from labn.lrp.tracing.graph import Graph, Node
 
 
 @dataclass

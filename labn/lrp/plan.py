@@ -12,18 +12,18 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from labn.inference import logits_of
+from labn.inference.fingerprint import structure_key, version_of
+from labn.inference.modes import logits_of
+from labn.inference.packing import can_pack
 from labn.lrp.backward import BACKWARD
-from labn.lrp.blocks import with_regions
 from labn.lrp.config import Config
 from labn.lrp.forward import run_forward
-from labn.lrp.graph import Graph, build, use_fastest
-from labn.lrp.layers import Layer
-from labn.lrp.record import record
-from labn.lrp.region import PIECEWISE_LINEAR, carrying_in
-from labn.lrp.residual import Junction, junction_of
-from labn.packing import can_pack
-from labn.state import structure_key, version_of
+from labn.lrp.rules.block import PIECEWISE_LINEAR, carrying_in
+from labn.lrp.rules.linear_layers import Layer
+from labn.lrp.rules.residual_sums import Junction, junction_of
+from labn.lrp.tracing.graph import Graph, build, use_fastest
+from labn.lrp.tracing.recorder import record
+from labn.lrp.tracing.residual_blocks import with_regions
 
 Rows = Callable[[Any], Tensor]
 """What a model returns -> (B, K), the values that relevance starts from."""
@@ -78,7 +78,7 @@ _stores: WeakKeyDictionary[nn.Module, _Store] = WeakKeyDictionary()
 def plan_for(model: nn.Module, images: Tensor, rows: Rows = logits_of) -> Plan:
     """The plan of `model` for images of this shape; weights prepared for an earlier call are used again.
 
-    Whether the model is still the same is seen from its modules (`labn.state.structure_key`), and from address, version
+    Whether the model is still the same is seen from its modules (`structure_key`), and from address, version
     counter, first and last value of every parameter and buffer (edits through `.data` leave no trace in the counter).
     """
     state = _state_of(model)

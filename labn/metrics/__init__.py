@@ -7,9 +7,9 @@ from labn.metrics.filled import FillProbability
 from labn.metrics.forecast import ForecastSkill
 from labn.metrics.insertion_deletion import PatchInsertionDeletion
 from labn.metrics.localisation import MapAUROC, PointingGame, RelevanceMass, RelevanceRank
-from labn.metrics.names import MetricEntry, metric_by_name, register_metric, values_named
 from labn.metrics.percentage_in import PercentageIn
 from labn.metrics.randomisation import Randomisation
+from labn.metrics.registry import MetricEntry, metric_by_name, register_metric, values_named
 from labn.metrics.sparseness import Sparseness
 from labn.metrics.statistics import Interval, bootstrap_mean, bootstrap_sums, paired_difference
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from labn.perturb import PerturbationEngine
+from labn.perturbation.engine import PerturbationEngine
 
 Boxes = Sequence[Tensor] | Tensor
 

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from labn.fills import Channels
 from labn.metrics.base import ScoredBatch, need_explainer
 from labn.metrics.filled import FilledMetric, key_of, spread
 from labn.metrics.functional.confidence import adcc, confidence_drop, confidence_increase
 from labn.metrics.functional.similarity import correlation
+from labn.perturbation.fills import Channels
 from labn.postprocess import unit_range
 
 # What is multiplied by the map, and so what its zeros show.
@@ -36,7 +36,7 @@ class ConfidenceChange(FilledMetric):
         correct_only: leave out samples whose label is not the predicted class.
         score_class: "target" (the explained class; of explained predictions the papers' predicted class), "label" or
             "predicted".
-        chunk_size: inputs per forward, see `labn.perturb.PerturbationEngine`; this and the next two shape the engine
+        chunk_size: inputs per forward, see `PerturbationEngine`; this and the next two shape the engine
             that is made where no `cache` is given.
         fold: whether the BatchNorm-folded copy of the model may be used.
         precision: "fp32" or "bf16".

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_area
 
-from labn.counter import sample_uniform
-from labn.explainers.crp import CRP, Question
-from labn.explainers.detection import DetectionPassage
+from labn.explainers.relevance.crp import CRP, Question
+from labn.explainers.relevance.detection_pass import DetectionPassage
 from labn.metrics.functional.detection import FRACTIONS, RemovalCurves, map_similarity, removal_curves
 from labn.metrics.functional.localisation import boxes_to_masks, relevance_mass
 from labn.models.detectors import COORDINATES, Detections
+from labn.perturbation.stateless_random import sample_uniform
 
 
 class Score(NamedTuple):

@@ -9,12 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from labn.fills import Channels
 from labn.metrics.base import SampleMetric, ScoredBatch
 from labn.metrics.functional.errors import KINDS, ErrorThresholds, count_errors, region_shares
 from labn.metrics.functional.localisation import relevance_mass
 from labn.metrics.insertion_deletion import PatchInsertionDeletion
 from labn.metrics.localisation import need_regions, regions_of
+from labn.perturbation.fills import Channels
 from labn.postprocess.regions import Options, threshold
 
 AreaThreshold = Literal["mean", "otsu", "quantile", "absolute"]

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from labn.fills import FILLS, Channels, FillOptions, fill_with
 from labn.metrics.base import SampleMetric, ScoredBatch
-from labn.perturb import PerturbationEngine
+from labn.perturbation.engine import PerturbationEngine
+from labn.perturbation.fills import FILLS, Channels, FillOptions, fill_with
 
 PROBABILITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: logits.softmax(-1),
@@ -44,7 +44,7 @@ class FilledMetric(SampleMetric):
 
     Args:
         names: see `SampleMetric`.
-        fill: what removed pixels show, a name in `labn.fills.FILLS`.
+        fill: what removed pixels show, a name in `labn.perturbation.fills.FILLS`.
         mean: per-channel mean that the images were normalised with; None: not at all.
         std: likewise the standard deviation.
         bias: (C, H, W) image in pixel space [0, 1], for `fill="bias"`.
@@ -53,7 +53,7 @@ class FilledMetric(SampleMetric):
         score_class: "label" (the true class), "target" (the explained one) or "predicted".
         probability: "softmax", "sigmoid" or "logit".
         seed: of the "uniform" fill and of random ties.
-        chunk_size: inputs per forward, see `labn.perturb.PerturbationEngine`; this and the next two shape the engine
+        chunk_size: inputs per forward, see `PerturbationEngine`; this and the next two shape the engine
             that is made where no `cache` is given.
         fold: whether the BatchNorm-folded copy of the model may be used.
         precision: "fp32" or "bf16".

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from labn.fills import FILLS, Channels
 from labn.metrics.base import ScoredBatch
 from labn.metrics.filled import FilledMetric, key_of, spread
 from labn.metrics.functional.insertion_deletion import AREAS, PROTOCOLS, InsertionDeletionCurves
-from labn.patches import POOLINGS, TIES, default_step, patch_grid, patch_pool, patch_ranks, ranks_to_pixels
+from labn.perturbation.fills import FILLS, Channels
+from labn.perturbation.patches import POOLINGS, TIES, default_step, patch_grid, patch_pool, patch_ranks, ranks_to_pixels
 
 VALUES = ("insertion", "deletion", "pid", "fill_probability")
 
@@ -39,7 +39,7 @@ class PatchInsertionDeletion(FilledMetric):
         ties: "fraction": tied patches enter together and x is the fraction really moved; "stable": raster order;
             "random": seeded order; "threshold": together like "fraction", but x goes on by the nominal step, the
             artefact of the released code alone: a constant map scores (1 - s / N) (p(c | x) - p(c | b)).
-        fill: what removed pixels show, a name in `labn.fills.FILLS`.
+        fill: what removed pixels show, a name in `labn.perturbation.fills.FILLS`.
         mean: per-channel mean that the images were normalised with; None: not at all.
         std: likewise the standard deviation.
         positives_only: leave out samples with label 0; a list of classes scores those.
@@ -53,7 +53,7 @@ class PatchInsertionDeletion(FilledMetric):
         area: of a curve, "trapezoid" or "mean" of its points, which ties do not move: see
             `labn.metrics.functional.mean_height`.
         seed: of the "uniform" fill and of "random" ties.
-        chunk_size: inputs per forward; see `labn.perturb.PerturbationEngine`. This and the next two shape the engine
+        chunk_size: inputs per forward; see `PerturbationEngine`. This and the next two shape the engine
             that is made where `cache` is not given.
         fold: whether the BatchNorm-folded copy of the model may be used.
         precision: "fp32" or "bf16".

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from labn.fills import Channels
 from labn.metrics.base import ScoredBatch
 from labn.metrics.filled import FilledMetric, key_of, spread
 from labn.metrics.functional.confidence import percent_counts
-from labn.patches import patch_ranks, ranks_to_pixels
+from labn.perturbation.fills import Channels
+from labn.perturbation.patches import patch_ranks, ranks_to_pixels
 
 PERCENTS = (5, 10, 20, 25, 50)
 FORMS = ("prob", "logit", "ratio")
@@ -33,7 +33,7 @@ class PercentageIn(FilledMetric):
         percents: q, each above 0 and at most 100.
         forms: of "prob", "logit" and "ratio".
         headline: name the logits `pctin<q>` without their form.
-        fill: what the other pixels show, a name in `labn.fills.FILLS`; the paper's is black.
+        fill: what the other pixels show, a name in `labn.perturbation.fills.FILLS`; the paper's is black.
         mean: per-channel mean that the images were normalised with; None: not at all.
         std: likewise the standard deviation.
         bias: (C, H, W) image in pixel space [0, 1], for `fill="bias"`.
@@ -41,7 +41,7 @@ class PercentageIn(FilledMetric):
         correct_only: leave out samples whose label is not the predicted class.
         score_class: "label" (as the insertion curve), "target" or "predicted".
         seed: of the "uniform" fill.
-        chunk_size: inputs per forward, see `labn.perturb.PerturbationEngine`; this and the next two shape the engine
+        chunk_size: inputs per forward, see `PerturbationEngine`; this and the next two shape the engine
             that is made where no `cache` is given.
         fold: whether the BatchNorm-folded copy of the model may be used.
         precision: "fp32" or "bf16".

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from labn.inference import overhearing
+from labn.inference.hooks import overhearing
+from labn.inference.randomised_copy import randomised_copies
 from labn.metrics.base import SampleMetric, ScoredBatch, need_explainer
 from labn.metrics.functional.similarity import rank_correlation
-from labn.randomise import randomised_copies
 
 
 class Randomisation(SampleMetric):

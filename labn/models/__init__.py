@@ -3,9 +3,15 @@
 from labn.models.attention_branch import AttentionBranchNetwork, BranchOutput, gate_attention, gate_health
 from labn.models.backbones import Backbone, backbone_of, build_network
 from labn.models.checkpoints import LoadReport, load_backbone, load_classifier
-from labn.models.lambda_layer import LambdaLayer
-from labn.models.lambda_resnet import LambdaBottleneck, LambdaResNet, lambda_resnet26, lambda_resnet38, lambda_resnet50
-from labn.models.magnetogram_net import magnetogram_net
+from labn.models.lambda_networks.layer import LambdaLayer
+from labn.models.lambda_networks.resnet import (
+    LambdaBottleneck,
+    LambdaResNet,
+    lambda_resnet26,
+    lambda_resnet38,
+    lambda_resnet50,
+    magnetogram_net,
+)
 from labn.models.profile import Profile, count_flops, latency, profile
 
 __all__ = [

@@ -13,11 +13,16 @@ import torch
 import torchvision
 from torch import nn
 
-from labn.inference import evaluating, logits_of
+from labn.inference.modes import evaluating, logits_of
 from labn.models.cbam import with_cbam
 from labn.models.checkpoints import load_backbone
-from labn.models.lambda_resnet import LambdaResNet, lambda_resnet26, lambda_resnet38, lambda_resnet50
-from labn.models.magnetogram_net import magnetogram_net
+from labn.models.lambda_networks.resnet import (
+    LambdaResNet,
+    lambda_resnet26,
+    lambda_resnet38,
+    lambda_resnet50,
+    magnetogram_net,
+)
 
 OWN: dict[str, Callable[..., nn.Module]] = {
     "lambda_resnet26": lambda_resnet26,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from labn.inference import evaluating
+from labn.inference.modes import evaluating
 
 PROBE_SIZE = 96  # enough for every torchvision CNN; only the number of channels is read off
 

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from labn.models.lambda_layer import LambdaLayer
+from labn.models.lambda_networks.layer import LambdaLayer
 
 PREFIXES = re.compile(r"^(?:(?:module|model|network|_orig_mod|feature_extractor|perception_branch)\.)+")
 RENAMES = {

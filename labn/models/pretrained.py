@@ -8,9 +8,9 @@ import timm
 import torchvision
 from torch import Tensor, nn
 
+from labn.io.preprocessing import Preprocessing
 from labn.models.backbones import OWN, build_network, final_linear
 from labn.models.checkpoints import canonical, load_backbone, read_tensors
-from labn.preprocessing import Preprocessing
 
 IMAGENET = Preprocessing(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), shorter=256)
 

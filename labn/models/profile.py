@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from labn.inference import evaluating
-from labn.models.lambda_layer import LambdaLayer
+from labn.inference.modes import evaluating
+from labn.models.lambda_networks.layer import LambdaLayer
 
 
 @dataclass(frozen=True)

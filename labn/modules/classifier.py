@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
-from labn.inference import logits_of
+from labn.inference.modes import logits_of
 from labn.models.backbones import build_network
 from labn.models.cbam import CBAM
 from labn.models.checkpoints import load_backbone

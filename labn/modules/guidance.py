@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from labn.explainers.base import resize_maps
-from labn.fills import FILLS
 from labn.modules.losses import kl_divergence
-from labn.patches import patch_pool, patches_to_pixels, top_patches
+from labn.perturbation.fills import FILLS
+from labn.perturbation.patches import patch_pool, patches_to_pixels, top_patches
 
 
 def hard_mask(maps: Tensor, patch_size: int, keep_ratio: float) -> Tensor:
@@ -76,7 +76,7 @@ class SaliencyGuidance:
         keep_probabilities: one probability per keep ratio; None draws uniformly.
         patch_size: side of a patch in pixels; several are drawn from, per batch, with `patch_probabilities`.
         patch_probabilities: one probability per patch size; None draws uniformly.
-        fill: what replaces the other pixels, by a name of `labn.fills`: bias, black, mean, blur, uniform, ...
+        fill: what replaces the other pixels, by a name of `FILLS`: bias, black, mean, blur, uniform, ...
         source: `attention` (the model's map) or `gradient` (absolute input gradient, Ismail et al. 2021).
         mask_grad: `straight_through`, `detached` or `soft`.
         deletion_share: share of the steps that show the complement instead: what is left without the salient pixels

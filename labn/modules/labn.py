@@ -11,13 +11,13 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 
-from labn.fills import make_fill
 from labn.models.attention_branch import AttentionBranchNetwork, BranchOutput, gate_health
 from labn.models.checkpoints import load_backbone
 from labn.modules.base import ClassificationModule
 from labn.modules.guidance import SaliencyGuidance, attention_maps, frozen_batchnorm, input_gradient, masked_images
 from labn.modules.losses import make_loss
 from labn.modules.optim import on_plateau, parameter_groups
+from labn.perturbation.fills import make_fill
 
 GATE = ("open", "empty")
 

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 
-from labn.inference import logits_of
+from labn.inference.modes import logits_of
 from labn.models.backbones import build_network
 from labn.models.checkpoints import load_classifier
 from labn.modules.base import ClassificationModule

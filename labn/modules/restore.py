@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from labn.io.preprocessing import KEY, Preprocessing
 from labn.models.checkpoints import read_checkpoint
 from labn.modules.base import ClassificationModule
 from labn.modules.ssd import SSD
-from labn.preprocessing import KEY, Preprocessing
 
 START_WEIGHTS = ("backbone_ckpt", "ckpt")
 """Arguments that name the file of weights which training begins with."""

@@ -1,9 +1,9 @@
 """What is done to finished maps (B, H, W), which themselves stay as they are: C3 and C1C, quantisation, scaling."""
 
-from labn.postprocess.choice import c1c, c3, c3_fallback
 from labn.postprocess.levels import normalise, quantise, unit_range, with_sign
-from labn.postprocess.names import STEPS, apply, check_names
+from labn.postprocess.region_choice import c1c, c3, c3_fallback
 from labn.postprocess.regions import Options
+from labn.postprocess.registry import STEPS, apply, check_names
 
 __all__ = [
     "STEPS",

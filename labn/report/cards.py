@@ -10,7 +10,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from labn.plots import color_scale
+from labn.report.figures import color_scale
 
 Array = np.ndarray[Any, Any]
 Card = dict[str, Any]
@@ -90,7 +90,7 @@ def map_entry(heat: Array, side: int) -> dict[str, Any]:
     """A map (H, W) as levels v of 0..254, with the limits that they stand for: low + (high - low) v / 254.
 
     Limits are those of the reduced map, symmetric around 0 and without its outliers where it is signed
-    (`labn.plots.color_scale`), so that the colour bar is in the map's own units; values beyond them are cut.
+    (`labn.report.figures.color_scale`), so that the colour bar is in the map's own units; values beyond them are cut.
     """
     small = shrink(heat.astype(np.float32), side)
     low, high, colors = color_scale(small)

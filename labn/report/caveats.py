@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from labn.report.curves import PROBABILITY
-from labn.report.results import StageResults
+from labn.results.reader import StageResults
 
 FEW = 30
 LISTED = 10

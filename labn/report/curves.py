@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from labn.io.memmap import blocks, scratch
 from labn.report.charts import Panel, Series
-from labn.scratch import blocks, scratch
 
 GRID = np.linspace(0, 1, 101)
 PROBABILITY, UNIT = "probability", (0.0, 1.0)

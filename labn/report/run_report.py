@@ -14,8 +14,9 @@ from labn.report.caveats import caveats
 from labn.report.charts import nice_ticks, span
 from labn.report.curves import PROBABILITY, UNIT, curve_metrics, curve_panels
 from labn.report.page import Cell, Report, Table, thin
-from labn.report.results import StageResults
-from labn.report.training import read_training, training_panels
+from labn.report.training import training_panels
+from labn.results.reader import StageResults
+from labn.results.training_logs import read_training
 
 
 @dataclass(frozen=True)

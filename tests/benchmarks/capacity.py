@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from labn.explainers import RISE
 from labn.metrics import PatchInsertionDeletion
-from labn.models import magnetogram_net
-from labn.perturb import PerturbationEngine
+from labn.models.lambda_networks import resnet as magnetogram_net
+from labn.perturbation.engine import PerturbationEngine
 
 PATCHES = (1, 2, 4, 8, 16)
 

@@ -18,10 +18,11 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.transforms.functional import center_crop, normalize, resize
 
-from datamodules.files import data_root, read_image
+from datamodules.base import data_root
 from labn import evaluate, explain
 from labn.api import IMAGENET_MEAN, IMAGENET_STD
-from labn.explainers.targets import top_k
+from labn.explainers.base import top_k
+from labn.io.images import read_image
 from labn.metrics.functional.detection import map_similarity
 from labn.metrics.statistics import bootstrap_mean
 from labn.models import load_backbone

@@ -21,7 +21,7 @@ from insertion_deletion import Clock, ratios_to_limit, smooth_image, timed
 from torch import Tensor, nn
 
 from labn.metrics import metric_by_name
-from labn.perturb import PerturbationEngine
+from labn.perturbation.engine import PerturbationEngine
 
 METRICS = {"average_drop": (["average_drop", "percent_increase"], 2), "pctin": (["pctin"], 6)}
 FORMS = {"plain": False, "folded": True}

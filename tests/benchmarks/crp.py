@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from labn.explainers import CRP
-from labn.explainers.crp import Question
+from labn.explainers.relevance.crp import Question
 from labn.models.detectors import Detector, ssd300
 
 # Two boxes of each of the first source maps, more of those that find middle-sized objects.

@@ -18,14 +18,13 @@ from matplotlib.figure import Figure
 from torchvision.ops import box_iou
 
 from datamodules import VOC
-from labn.detection_plots import DetectionRow, detection_figure
 from labn.explainers import CRP
-from labn.explainers.crp import Question
-from labn.explainers.detection import DetectionPassage
+from labn.explainers.relevance.crp import Question
+from labn.explainers.relevance.detection_pass import DetectionPassage
 from labn.metrics.detection import runner_up, similarity_by_layer, without_contrast
 from labn.metrics.functional.detection import map_similarity
 from labn.modules import SSD
-from labn.plots import displayable
+from labn.report.figures import DetectionRow, detection_figure, displayable
 
 
 class Study:

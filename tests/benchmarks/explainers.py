@@ -22,9 +22,9 @@ import torchvision
 from torch import Tensor, nn
 
 from labn.explainers import RISE, AblationCAM, explainer_by_name
-from labn.explainers.score_cam import ScoreCAM
-from labn.explainers.tail import Tail
-from labn.prepare import cpu_chunk, prepare
+from labn.explainers.cam.network_tail import Tail
+from labn.explainers.cam.score import ScoreCAM
+from labn.inference.fast_copy import cpu_chunk, prepare
 
 SIZE = 224
 GRADCAM_FAMILY = ("cam", "gradcam", "gradcam++", "xgradcam", "amg")

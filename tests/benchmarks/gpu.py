@@ -20,10 +20,10 @@ import torchvision
 from torch import Tensor, nn
 
 from labn.explainers import RISE
-from labn.inference import evaluating
+from labn.inference.modes import evaluating
 from labn.metrics import PatchInsertionDeletion
 from labn.modules import LABN
-from labn.perturb import PRECISIONS
+from labn.perturbation.engine import PRECISIONS
 
 SIZE = 224
 BATCHES = (1, 16, 64, 128, 256)

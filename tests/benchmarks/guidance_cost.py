@@ -11,7 +11,7 @@ from statistics import median
 
 import torch
 
-from labn.allocator import keep_freed_memory
+from labn.launch.allocator import keep_freed_memory
 from labn.modules import LABN, SaliencyGuidance
 
 

@@ -25,9 +25,9 @@ import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from labn.allocator import keep_freed_memory
+from labn.launch.allocator import keep_freed_memory
 from labn.metrics import PatchInsertionDeletion
-from labn.perturb import PerturbationEngine
+from labn.perturbation.engine import PerturbationEngine
 
 SIZE = 224
 SETTINGS = {"m=1, 224 steps": (1, 224), "m=16, step 1": (16, 196)}

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from labn.models.lambda_layer import LambdaLayer
-from labn.models.lambda_position import choose
+from labn.models.lambda_networks.layer import LambdaLayer
+from labn.models.lambda_networks.position import choose
 
 SHAPES = {(16, 256, 28, 28): 0.45, (16, 512, 14, 14): 0.22, (8, 64, 56, 56): 0.65, (2, 8, 128, 128): None}
 

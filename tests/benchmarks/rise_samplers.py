@@ -18,7 +18,7 @@ from torchvision.models import resnet50
 from torchvision.transforms.functional import center_crop, normalize, resize
 
 from labn.explainers import RISE
-from labn.explainers.targets import predictions
+from labn.explainers.base import predictions
 
 SAMPLERS = ("bernoulli", "stratified", "orthogonal")
 COUNTS = (32, 64, 128, 256, 512, 1024, 2048, 4096)

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 
 from callbacks import EvaluationCallback, ExplanationCallback
 from datamodules.base import ImageDataModule, Split
-from datamodules.sources import Source
+from datamodules.io.sources import Source
 from labn.explainers import explainer_by_name
-from labn.shards import shard_name
-from labn.store import MAPS, ResultStore
+from labn.results.shard_index import shard_name
+from labn.results.store import MAPS, ResultStore
 
 SIDE = 8
 

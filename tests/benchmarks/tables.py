@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from labn.report import RunInfo, read_stage, render, run_report
-from labn.results import Plan, write_results
-from labn.store import ResultStore, ScorePart
+from labn.results.store import ResultStore, ScorePart
+from labn.results.tables import Plan, write_results
 
 EXPLAINERS = ("gradient", "random", "constant")
 VALUES = ("insertion16", "deletion16", "pid16", "fill_probability", "mass")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from labn.explainers import GradCAM
-from labn.explainers.layers import named_layer, search_target_layer
+from labn.explainers.cam.target_layer import named_layer, search_target_layer
 
 SIZES = ("test", "atto", "femto", "pico", "zepto", "xxs", "nano", "xxtiny", "xtiny", "xs", "tiny", "mini", "small")
 CANDIDATES = 3

@@ -17,11 +17,11 @@ from callbacks import (
     LastCheckpoint,
     MapLogger,
 )
-from callbacks.session import chosen_classes, evenly_spaced
+from callbacks.explanation.session import chosen_classes, evenly_spaced
 from datamodules import SyntheticFundus
 from labn.explainers import Explainer
 from labn.modules import LABN, Classifier, SaliencyGuidance
-from labn.store import ResultStore
+from labn.results.store import ResultStore
 
 
 class Counted(Explainer):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from small_voc import write_voc
 
 from callbacks import DetectionCallback
-from callbacks.detection_tables import detection_rows
+from callbacks.explanation.detections import detection_rows
 from datamodules import VOC
 from labn.explainers import CRP
 from labn.metrics.detection import DetectionScores

@@ -7,8 +7,8 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger
 
 from callbacks import RunLogger
-from callbacks.run_logger import named
-from labn.report.training import read_training
+from callbacks.logging.csv_logger import named
+from labn.results.training_logs import read_training
 
 
 def log(logger):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from callbacks.describe import describe, source_digest
-from callbacks.session import check_classes_known
+from callbacks.explanation.session import check_classes_known
 from labn.explainers import C3LRP, CRP, LRP, AttentionMapGuided, GradCAM, Negated, explainer_by_name
+from labn.inference.fingerprint import digest
 from labn.metrics import PatchInsertionDeletion
-from labn.store import digest
+from labn.results.fingerprints import describe, source_digest
 
 
 class Own:

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 from callbacks import EvaluationCallback, ExplanationCallback, MapLogger, ReportCallback
 from labn.metrics import MetricEntry, SampleMetric
-from labn.metrics.names import REGISTRY
-from labn.store import ResultStore
+from labn.metrics.registry import REGISTRY
+from labn.results.store import ResultStore
 
 STEP = {"metric_options": {"step": 3}}
 
@@ -80,7 +80,7 @@ def test_what_made_the_maps_is_written_without_scores_too(tmp_path):
     alone, scored = (
         json.loads((tmp_path / n / "test" / "maps" / "manifest.json").read_text()) for n in ("alone", "scored")
     )
-    assert alone["explainers"]["gradcam"]["class"] == "labn.explainers.cam.GradCAM"
+    assert alone["explainers"]["gradcam"]["class"] == "labn.explainers.cam.gradcam.GradCAM"
     assert alone["target"] == "prediction"
     assert {"checkpoint", "network", "data", "split", "class_names", "versions"} < alone.keys()
     assert scored.keys() - alone.keys() == {"metrics", "settings", "sources", "positive_classes", "samples"}
@@ -161,10 +161,14 @@ FACTOR = 1.0
 
 
 def test_an_edited_metric_of_ones_own_is_scored_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("labn.metrics.names.REGISTRY", [*REGISTRY, MetricEntry("own", Own, lambda match: {}, ("own",))])
+    monkeypatch.setattr(
+        "labn.metrics.registry.REGISTRY", [*REGISTRY, MetricEntry("own", Own, lambda match: {}, ("own",))]
+    )
 
     def scores(source):
-        monkeypatch.setattr("callbacks.evaluate.source_digest", lambda kind: source if kind is Own else None)
+        monkeypatch.setattr(
+            "callbacks.explanation.evaluate.source_digest", lambda kind: source if kind is Own else None
+        )
         run(tmp_path, EvaluationCallback(["own", "pid16"], explainers={"random": None}, baselines=False, **STEP))
         return {row["value"] for row in rows(tmp_path / "test") if row["metric"] == "own"}
 

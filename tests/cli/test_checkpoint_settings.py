@@ -7,7 +7,7 @@ from command_line import TINY, call_main
 from jsonargparse import Namespace
 
 from callbacks.checkpoint import named_classes
-from callbacks.terminal import say_taken_over
+from callbacks.logging.terminal import say_taken_over
 from labn.models.backbones import build_network
 from labn.modules.plain_checkpoints import refuse_other_class
 

@@ -10,8 +10,8 @@ import yaml
 from command_line import TINY, call_main
 
 from labn.explainers import EXPLAINERS
+from labn.launch.config_include import with_parts
 from labn.models import build_network
-from labn.parts import with_parts
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"

@@ -6,8 +6,8 @@ import pytest
 import torch
 from command_line import TINY, call_main, run
 
-from labn.earlier_fit import holds_fit, move_aside
-from labn.report.training import read_training
+from labn.launch.archive_fit import holds_fit, move_aside
+from labn.results.training_logs import read_training
 
 CALLBACKS = (
     '[{"class_path": "callbacks.BestCheckpoint"}, {"class_path": "callbacks.LastCheckpoint"}, '

@@ -8,7 +8,7 @@ from command_line import TINY, call_main
 
 import cli
 from labn.explainers import explainer_by_name
-from labn.faults import config_sentence, sentence_of
+from labn.launch.error_messages import config_sentence, sentence_of
 
 QUICKSTART = ["--config", "configs/quickstart.yaml", *TINY]
 

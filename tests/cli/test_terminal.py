@@ -8,7 +8,7 @@ import torch
 from command_line import call_main
 
 from callbacks import DetectionCallback, EvaluationCallback, ExplanationCallback
-from callbacks.terminal import no_advertisement, say_figures
+from callbacks.logging.terminal import no_advertisement, say_figures
 from labn.explainers import explainer_by_name
 
 

@@ -6,7 +6,7 @@ from command_line import call_main
 from small_voc import write_voc
 
 from datamodules import SyntheticFundus, TarShards
-from datamodules.tar_files import MANIFEST
+from datamodules.io.tar_files import MANIFEST
 
 
 def test_the_command_writes_what_a_configuration_names(tmp_path, monkeypatch, request, capsys):

@@ -7,7 +7,7 @@ import pytest
 from command_line import call_main
 
 from labn.commands.sweep import STATE, Sweep, run_all
-from labn.parts import expand_parts
+from labn.launch.config_include import expand_parts
 
 
 class Recorder:

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from cli import COMMANDS, read_picture
 from datamodules import ImageFolder, SyntheticFundus
 from labn import explain
+from labn.io.preprocessing import KEY, Preprocessing
 from labn.modules import LABN, SSD
 from labn.modules.restore import restore
-from labn.preprocessing import KEY, Preprocessing
 
 OPTIONS = {"backbone": "lambda_resnet", "split": 1, "theta": 0.3}
 BACKBONE = {"backbone_options": {"layers": [1, 1], "width": 4, "stem_width": 4, "r": 3}}

@@ -18,8 +18,8 @@ from small_voc import write_voc
 
 from cli import read_picture
 from datamodules import CUB, VOC, Columns, IDRiD, ImageFolder, ImageNet, Magnetogram, SyntheticFundus, TarShards
-from datamodules.tar_files import write_shards
-from labn.preprocessing import Preprocessing
+from datamodules.io.tar_files import write_shards
+from labn.io.preprocessing import Preprocessing
 
 
 def write_wide_cub(root):

@@ -12,8 +12,8 @@ from small_stage import make_stage
 from torch import nn
 
 from labn.compare import compare_runs, open_runs
+from labn.inference.fingerprint import weights_digest
 from labn.report.comparison import comparison_report
-from labn.store import weights_digest
 
 
 def add_stage(run_dir, stage, checkpoint, **facts):

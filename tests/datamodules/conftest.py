@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 from small_data import GRADES, grading_csv, grading_image, write_image
 
-from datamodules.files import data_root
+from datamodules.base import data_root
+from labn.io.images import 
 
 
 @pytest.fixture

@@ -17,11 +17,12 @@ from small_data import write_image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from datamodules import IDRiD, ImageDataModule, ImageFolder, SyntheticFundus, sources
+from datamodules import IDRiD, ImageDataModule, ImageFolder, SyntheticFundus
 from datamodules.base import Split
-from datamodules.bias import cached
-from datamodules.sources import ArraySource, Source
-from datamodules.transforms import FLIPS, PUBLISHED
+from datamodules.io import sources
+from datamodules.io.sources import ArraySource, Source
+from datamodules.io.statistics import cached
+from datamodules.io.transforms import FLIPS, PUBLISHED
 
 Make = Callable[..., ImageDataModule]
 

@@ -7,9 +7,8 @@ import torch
 from small_data import write_image
 
 from datamodules import CUB
-from datamodules.cub import BoxRecord, BoxSource
-from datamodules.cub_lists import read_birds
-from datamodules.files import BadImageError, read_image
+from datamodules.cub import BoxRecord, BoxSource, read_birds
+from labn.io.images import BadImageError, read_image
 from labn.metrics.functional import boxes_to_masks
 
 NAMES = {1: "001.Heron", 2: "002.Stork", 7: "007.Ibis"}

@@ -7,8 +7,10 @@ import pytest
 from PIL import ExifTags, Image
 from small_data import write_image
 
-from datamodules.checks import check_image
-from datamodules.files import (
+from datamodules.io.image_checks import check_image
+from datamodules.io.sources import Record
+from datamodules.io.splits import readable, split_off, without_copies
+from labn.io.images import (
     BLOCK,
     BadImageError,
     contents,
@@ -21,8 +23,6 @@ from datamodules.files import (
     squash,
     squash_mask,
 )
-from datamodules.sources import Record
-from datamodules.splits import readable, split_off, without_copies
 
 
 def test_data_root_prefers_the_argument_then_the_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

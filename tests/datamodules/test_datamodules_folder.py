@@ -9,7 +9,7 @@ import torch
 from small_data import write_image
 
 from datamodules import ImageFolder
-from datamodules.files import BadImageError
+from labn.io.images import BadImageError
 
 
 def folder(root: Path, **options: object) -> ImageFolder:

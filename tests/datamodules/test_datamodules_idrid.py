@@ -7,8 +7,8 @@ import torch
 from small_data import grading_csv, grading_image, write_image
 
 from datamodules import IDRiD
-from datamodules.files import BadImageError
 from datamodules.idrid import lesion_masks
+from labn.io.images import BadImageError
 
 
 def small(root: Path, **options: object) -> IDRiD:

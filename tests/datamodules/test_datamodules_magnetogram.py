@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from datamodules import Columns, Magnetogram
-from datamodules.files import BadImageError
-from datamodules.flares import date_in, day_numbers
+from datamodules.magnetogram import date_in, day_numbers
+from labn.io.images import BadImageError
 
 SPLITS = {"train_years": [2011, 2012], "val_years": [2013], "test_years": [2014]}
 SUN = Columns("filename", "flag_OCMX")

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, DistributedSampler
 
-from datamodules.samplers import BalancedSampler, Key, ShuffledSampler, UnrepeatedDistributedSampler
+from datamodules.io.samplers import BalancedSampler, Key, ShuffledSampler, UnrepeatedDistributedSampler
 
 
 @pytest.mark.parametrize("world", range(1, 9))

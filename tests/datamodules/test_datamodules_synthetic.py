@@ -6,9 +6,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from datamodules import SyntheticFundus
-from datamodules.fundus import FundusPainter
-from datamodules.sources import ArraySource
-from datamodules.synthetic import PaintedSource
+from datamodules.io.sources import ArraySource
+from datamodules.synthetic import FundusPainter, PaintedSource
 
 
 @pytest.fixture(scope="module")

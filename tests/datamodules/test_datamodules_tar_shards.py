@@ -12,7 +12,7 @@ import torch
 from fuzzing import YEARS, picture, write_years
 
 from datamodules import Augmentation, ImageFolder, Magnetogram, TarShards
-from datamodules.tar_files import MANIFEST, write_shards
+from datamodules.io.tar_files import MANIFEST, write_shards
 
 
 @pytest.fixture(scope="module")

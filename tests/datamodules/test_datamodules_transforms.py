@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.transforms import FLIPS, PUBLISHED, Augmentation, Transform
+from datamodules.io.transforms import FLIPS, PUBLISHED, Augmentation, Transform
 
 MEAN, STD = (0.4, 0.3, 0.2), (0.3, 0.2, 0.1)
 OFF = Augmentation(0, 0, 0, None, (3 / 4, 4 / 3), 0, 0, 0, 0, 0)

@@ -10,7 +10,7 @@ from PIL import ExifTags, Image
 from small_voc import annotation, write_voc, xml
 
 from datamodules import VOC, Augmentation
-from datamodules.voc_files import read_annotation
+from datamodules.voc import read_annotation
 
 STILL = {"rotation": 0.0, "crop_scale": None, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "erasing": 0.0}
 

@@ -12,7 +12,7 @@ from command_line import ROOT, launch
 from every_network import METRICS, NETWORKS, TABLES, callbacks, run_all, write_configs
 
 from labn.explainers import EXPLAINERS
-from labn.metrics.names import REGISTRY
+from labn.metrics.registry import REGISTRY
 
 pytest.importorskip("pycocotools")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]

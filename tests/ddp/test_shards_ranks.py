@@ -6,7 +6,7 @@ import pytest
 from command_line import TINY, one_step, run
 
 from datamodules import SyntheticFundus
-from datamodules.tar_files import write_shards
+from datamodules.io.tar_files import write_shards
 
 pytestmark = pytest.mark.slow
 TWO = ["--config", "configs/parts/ddp_cpu.yaml"]

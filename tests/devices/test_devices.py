@@ -23,13 +23,14 @@ from every_network import Residual, write_configs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from datamodules.boxes import collate_boxes
+from datamodules.io.boxes import collate_boxes
 from labn import lrp
 from labn.metrics.insertion_deletion import PatchInsertionDeletion
 from labn.metrics.statistics import bootstrap_means
-from labn.models import LambdaLayer, magnetogram_net
+from labn.models import LambdaLayer
+from labn.models.lambda_networks import resnet as magnetogram_net
 from labn.modules import SSD
-from labn.perturb import PerturbationEngine
+from labn.perturbation.engine import PerturbationEngine
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -121,7 +122,7 @@ def test_the_command_line_writes_the_cpus_rows(
     pytest.importorskip("pycocotools")
     write_configs(tmp_path, images=3)
     words = ["test", "--config", str(tmp_path / f"{name}.yaml")]
-    with patch("labn.results.bootstrap_means", partial(bootstrap_means, n_resamples=2)):
+    with patch("labn.results.tables.bootstrap_means", partial(bootstrap_means, n_resamples=2)):
         call_main([*words, f"--run_dir={tmp_path / 'there'}", *there])
         call_main([*words, f"--run_dir={tmp_path / 'here'}"])
     found, expected = rows(tmp_path / "there"), rows(tmp_path / "here")

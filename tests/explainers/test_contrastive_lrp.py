@@ -9,7 +9,7 @@ from torch import nn
 
 from labn import explain
 from labn.explainers import ContrastiveLRP
-from labn.explainers.targets import top_k
+from labn.explainers.base import top_k
 from labn.lrp import Config, Contrast, backward, forward
 from labn.lrp.initial import rivals
 from labn.metrics.functional.detection import map_similarity

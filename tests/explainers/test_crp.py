@@ -11,7 +11,7 @@ from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 
 from labn import evaluate, explain
 from labn.explainers import CRP
-from labn.explainers.crp import TASKS, Answers, Question
+from labn.explainers.relevance.crp import TASKS, Answers, Question
 from labn.models.detectors import COORDINATES, TorchvisionSSD
 from labn.modules import SSD
 

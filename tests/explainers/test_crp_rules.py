@@ -8,8 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_detectors import picture, slim, tiny
 
-from labn.explainers.crp import CRP, Question
-from labn.explainers.head_rules import COORDINATE_RULES, class_alone, class_output, class_shares, opposite, share
+from labn.explainers.relevance.crp import (
+    COORDINATE_RULES,
+    CRP,
+    Question,
+    class_alone,
+    class_output,
+    class_shares,
+    opposite,
+    share,
+)
 from labn.models.detectors import COORDINATES
 
 few = settings(max_examples=25, deadline=None)

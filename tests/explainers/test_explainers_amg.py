@@ -12,7 +12,7 @@ from test_explainers_cam import TARGETS, raw
 from torch import Tensor, nn
 
 from labn.explainers import AttentionMapGuided, GradCAM
-from labn.explainers.attention_guided import ORDERS, ParameterFreeGates
+from labn.explainers.cam.attention_guided import ORDERS, ParameterFreeGates
 from labn.models.cbam import CBAM, with_cbam
 
 

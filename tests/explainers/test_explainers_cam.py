@@ -17,9 +17,9 @@ from labn.explainers import (
     SmoothGradCAMPlusPlus,
     XGradCAM,
 )
-from labn.explainers.cam import ActivationMap
-from labn.explainers.tail import Tail
-from labn.inference import explaining
+from labn.explainers.cam.gradcam import ActivationMap
+from labn.explainers.cam.network_tail import Tail
+from labn.inference.modes import explaining
 
 TARGETS = torch.tensor([1, 3])
 
@@ -112,7 +112,7 @@ def test_smooth_without_noise_is_gradcam_plus_plus(network: type[nn.Module]) -> 
 
 
 def test_smooth_averages_derivatives_over_its_own_noise() -> None:
-    from labn.explainers.noise import gaussian_noise
+    from labn.explainers.gradient import gaussian_noise
 
     model, images = seeded(DeepTail), pictures()
     powers = []

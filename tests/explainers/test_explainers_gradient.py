@@ -11,8 +11,8 @@ from small_networks import DeepTail, Parameterless, pictures, seeded
 from torch import Tensor, nn
 
 from labn.explainers import Explainer, Gradient, GradientTimesInput, IntegratedGradients, Occlusion, SmoothGrad
-from labn.explainers.noise import gaussian_noise
-from labn.inference import explaining
+from labn.explainers.gradient import gaussian_noise
+from labn.inference.modes import explaining
 
 TARGETS = torch.tensor([0, 2])
 

@@ -12,8 +12,8 @@ from small_networks import GapLinear, Parameterless, pictures, seeded
 from torch import Tensor, nn
 
 from labn.explainers import GradCAM
-from labn.explainers.layers import find_target_layer, is_channels_last, named_layer, search_target_layer
-from labn.explainers.targets import predictions, resolve_targets, top_k
+from labn.explainers.base import predictions, resolve_targets, top_k
+from labn.explainers.cam.target_layer import find_target_layer, is_channels_last, named_layer, search_target_layer
 
 TORCHVISION = {
     "resnet18": "layer4",

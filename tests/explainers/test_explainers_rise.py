@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from labn.explainers import RISE, ReleasedRISE
-from labn.explainers.masks import GROUP, MaskBank
+from labn.explainers.perturbation.rise import GROUP, MaskBank
 
 TARGETS = torch.tensor([0, 2])
 UNBIASED = ["bernoulli", "stratified", "orthogonal"]

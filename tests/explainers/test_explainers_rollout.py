@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchvision.models import VisionTransformer
 
 from labn.explainers import AttentionRollout
-from labn.explainers.rollout import implicit_attention, rollout, token_grid
+from labn.explainers.attention.rollout import implicit_attention, rollout, token_grid
 from labn.models import LambdaLayer, lambda_resnet26
 
 

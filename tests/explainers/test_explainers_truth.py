@@ -4,9 +4,9 @@ import torch
 from scipy.ndimage import binary_dilation, gaussian_filter
 from torch import nn
 
-from callbacks.session import describe
+from callbacks.explanation.session import describe
 from labn.explainers import TruthMap
-from labn.explainers.truth import disc
+from labn.explainers.baseline import disc
 
 IMAGES, TARGETS = torch.zeros(3, 2, 20, 24), torch.zeros(3, dtype=torch.long)
 

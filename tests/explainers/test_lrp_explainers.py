@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from labn.explainers.lrp import C3LRP, LRP, ContrastiveLRP
+from labn.explainers.relevance.lrp import C3LRP, LRP, ContrastiveLRP
 from labn.lrp import Config, forward, relevance
 from labn.postprocess import apply, c3, quantise
 

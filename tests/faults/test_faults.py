@@ -17,7 +17,7 @@ import pytest
 from forked import ROOT
 from run_contents import broken_files, contents, differences
 
-from labn.report.training import read_training
+from labn.results.training_logs import read_training
 
 pytestmark = pytest.mark.slow
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from command_line import TINY, call_main
 
-import labn.store
+import labn.results.store
 from labn.models.checkpoints import own_data, read_checkpoint
 from labn.modules.guidance import SaliencyGuidance
 from labn.modules.plain_checkpoints import PlainCheckpointIO, refuse_foreign_classes
@@ -30,7 +30,7 @@ class OwnFunction:
     """Calls a function of this package."""
 
     def __reduce__(self):
-        return labn.store.digest, ("harm",)
+        return labn.inference.fingerprint.digest, ("harm",)
 
 
 def save(payload, path):
@@ -55,8 +55,8 @@ def test_functions_of_this_package_are_not_called_either(tmp_path, monkeypatch):
     def digest(*things):
         called.append(things)
 
-    digest.__module__, digest.__qualname__ = "labn.store", "digest"
-    monkeypatch.setattr(labn.store, "digest", digest)
+    digest.__module__, digest.__qualname__ = "labn.results.store", "digest"
+    monkeypatch.setattr(labn.results.store, "digest", digest)
     save(OwnFunction(), tmp_path / "evil.ckpt")
     with pytest.raises(ValueError, match=r"names code to run \(labn\.store\.digest\)"):
         read_checkpoint(tmp_path / "evil.ckpt")

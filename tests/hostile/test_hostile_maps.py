@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from labn import evaluate
-from labn.store import ResultStore
+from labn.results.store import ResultStore
 
 SIDES = st.integers(1, 24)
 VALUES = st.sampled_from([math.nan, math.inf, -math.inf])

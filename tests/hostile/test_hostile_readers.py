@@ -26,13 +26,13 @@ from hypothesis import strategies as st
 from small_voc import annotation, write_voc, xml
 
 from datamodules import CUB, VOC, IDRiD, ImageFolder, Magnetogram
-from datamodules.checks import check_image
-from datamodules.files import MAX_PIXELS, BadImageError, read_image
-from datamodules.fits import image_layout
-from datamodules.flares import Columns
-from datamodules.voc_files import MAX_XML, read_annotation
-from labn.reading import inside, read_arrays, read_json, read_table, read_yaml
-from labn.scratch import write_npz
+from datamodules.io.image_checks import check_image
+from datamodules.magnetogram import Columns
+from datamodules.voc import MAX_XML, read_annotation
+from labn.io.fits import image_layout
+from labn.io.images import MAX_PIXELS, BadImageError, read_image
+from labn.io.memmap import write_npz
+from labn.io.readers import inside, read_arrays, read_json, read_table, read_yaml
 
 ROUNDS = 12
 YEARS = {"train_years": [2015], "val_years": [2016], "test_years": [2017]}
@@ -344,7 +344,7 @@ def test_values_are_counted_as_if_written_out(tmp_path_factory, levels, width):
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_the_command_line_refuses_a_bomb_before_it_is_unfolded(tmp_path, monkeypatch, nested):
-    monkeypatch.setattr("labn.reading.MAX_NODES", 500)
+    monkeypatch.setattr("labn.io.readers.MAX_NODES", 500)
     bomb = tmp_path / "bomb.yaml"
     bomb.write_text(laughs(3))
     (tmp_path / "run.yaml").write_text("parts: [bomb.yaml]")

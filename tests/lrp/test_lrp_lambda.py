@@ -9,10 +9,9 @@ from torch import nn
 
 from labn.lrp import Config, backward, forward, relevance
 from labn.models.attention_branch import AttentionBranchNetwork
-from labn.models.lambda_layer import LambdaLayer
-from labn.models.lambda_position import FORMULATIONS
-from labn.models.lambda_resnet import LambdaResNet, lambda_resnet26, lambda_resnet50
-from labn.models.magnetogram_net import magnetogram_net
+from labn.models.lambda_networks.layer import LambdaLayer
+from labn.models.lambda_networks.position import FORMULATIONS
+from labn.models.lambda_networks.resnet import LambdaResNet, lambda_resnet26, lambda_resnet50, magnetogram_net
 
 EPS = 0.01
 TARGETS = torch.tensor([1, 0])

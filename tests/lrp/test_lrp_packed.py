@@ -7,10 +7,10 @@ import torchvision
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from labn.inference.packing import can_pack
 from labn.lrp import Config, relevance
-from labn.lrp.layers import Layer, Norm
-from labn.packing import can_pack
-from labn.weighted import PARTS
+from labn.lrp.rules.linear_layers import Layer, Norm
+from labn.lrp.weighted_layer import PARTS
 
 pytestmark = pytest.mark.skipif(
     not can_pack(torch.zeros(1, 3, 8, 8), torch.float32), reason="this machine or build packs no convolutions"

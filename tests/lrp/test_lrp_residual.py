@@ -8,10 +8,10 @@ from lrp_nets import Block, images, plain, seeded, small_resnet
 from torch import nn
 
 from labn.lrp import Config, Ledger, backward, forward, relevance
-from labn.lrp.blocks import find_blocks, with_regions
 from labn.lrp.forward import run_forward
 from labn.lrp.plan import plan_for
-from labn.lrp.residual import SHARES, Junction
+from labn.lrp.rules.residual_sums import SHARES, Junction
+from labn.lrp.tracing.residual_blocks import find_blocks, with_regions
 
 RULES = ["ratio", "symmetric", "block", "ratio_down", "symmetric_down", "signed", "duplicate"]
 numbers = st.lists(st.floats(-1e3, 1e3, allow_nan=False), min_size=3, max_size=3)

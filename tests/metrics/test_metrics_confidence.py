@@ -22,7 +22,7 @@ from labn.metrics import (
     metric_by_name,
 )
 from labn.metrics.functional import adcc, confidence_drop, confidence_increase, percent_counts
-from labn.perturb import PerturbationEngine
+from labn.perturbation.engine import PerturbationEngine
 
 INDICES = torch.arange(3)
 TARGETS = torch.tensor([0, 1, 2])

@@ -10,7 +10,7 @@ from small_detectors import TinySSD, picture, tiny
 from torch import nn
 
 from labn.explainers import CRP
-from labn.explainers.crp import Question
+from labn.explainers.relevance.crp import Question
 from labn.metrics.detection import DetectionScores, runner_up, similarity_by_layer, without_contrast
 from labn.metrics.functional.detection import map_similarity, removal_curves
 from labn.models.detectors import COORDINATES, Unit

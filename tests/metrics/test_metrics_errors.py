@@ -6,8 +6,8 @@ from scoring_models import Additive, even
 
 from labn.metrics import ErrorAnalysis, PatchInsertionDeletion, metric_by_name
 from labn.metrics.functional import KINDS, ErrorThresholds, count_errors, kinds_of_error, region_shares
-from labn.results import Plan, collect, count_rows
-from labn.store import ScorePart
+from labn.results.store import ScorePart
+from labn.results.tables import Plan, collect, count_rows
 
 BOX = torch.zeros(8, 8, dtype=torch.bool)
 BOX[2:6, 2:6] = True

@@ -6,7 +6,7 @@ from scoring_models import Additive, Constant, Wavy, distinct, even, score, whit
 
 from labn.metrics import PatchInsertionDeletion, metric_by_name
 from labn.metrics.functional import nominal_fractions, trapezoid_area
-from labn.perturb import PerturbationEngine
+from labn.perturbation.engine import PerturbationEngine
 
 ONE = torch.ones(1, dtype=torch.long)
 

@@ -7,7 +7,7 @@ import torch
 from scoring_models import Additive, Constant, Wavy, even, score, white
 
 from labn.metrics import AverageDrop, FillProbability, PatchInsertionDeletion, PercentageIn
-from labn.perturb import PerturbationEngine
+from labn.perturbation.engine import PerturbationEngine
 
 ONE = torch.ones(1, dtype=torch.long)
 

@@ -11,9 +11,9 @@ from torch import nn
 
 from labn import evaluate
 from labn.explainers import ConstantMap, Gradient, RandomMap, explainer_by_name
+from labn.inference.randomised_copy import randomised_copies
 from labn.metrics import Randomisation
 from labn.metrics.functional import correlation, midranks, rank_correlation
-from labn.randomise import randomised_copies
 
 TARGETS, INDICES = torch.tensor([0, 2]), torch.arange(2)
 

@@ -5,7 +5,7 @@ import torch
 
 from labn.metrics import PatchInsertionDeletion
 from labn.metrics.functional.insertion_deletion import kept_fractions
-from labn.patches import patch_pool, patch_ranks
+from labn.perturbation.patches import patch_pool, patch_ranks
 
 
 @pytest.mark.parametrize("options", [{"step": 3}, {"ties": "stable", "step": 4}, {"protocol": "official", "step": 2}])

@@ -6,11 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from labn.models.lambda_convolution import fast_length
-from labn.models.lambda_layer import LambdaLayer
-from labn.models.lambda_position import FORMULATIONS, choose, position_path
-from labn.models.lambda_query_first import reachable_keys, spans
-from labn.models.lambda_weights import content_lambdas
+from labn.models.lambda_networks.layer import LambdaLayer
+from labn.models.lambda_networks.linear_map import content_lambdas
+from labn.models.lambda_networks.position import FORMULATIONS, choose, fast_length, position_path, reachable_keys, spans
 
 
 def dense_window(window: Tensor, height: int, width: int) -> Tensor:

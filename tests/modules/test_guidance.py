@@ -6,8 +6,8 @@ from torch import nn
 
 from labn.metrics import PatchInsertionDeletion
 from labn.modules.guidance import SaliencyGuidance, frozen_batchnorm, hard_mask, masked_images
-from labn.patches import patch_grid
-from labn.perturb import PerturbationEngine
+from labn.perturbation.engine import PerturbationEngine
+from labn.perturbation.patches import patch_grid
 
 
 def maps(seed=0, size=(8, 8), count=3):

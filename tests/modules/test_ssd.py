@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from callbacks import RunProfile
 from datamodules import VOC
-from datamodules.boxes import collate_boxes
+from datamodules.io.boxes import collate_boxes
 from labn.models.detectors import Detections
 from labn.modules import SSD
 from labn.modules.ssd import as_predictions, as_targets

@@ -18,8 +18,8 @@ from labn.explainers import (
     SmoothGradCAMPlusPlus,
     XGradCAM,
 )
-from labn.explainers.features import gradient_features
-from labn.inference import explaining
+from labn.explainers.cam.features import gradient_features
+from labn.inference.modes import explaining
 
 TARGETS = torch.tensor([3, 7])
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from labn.explainers import Explainer, Gradient, GradientTimesInput, IntegratedGradients, Occlusion
-from labn.inference import explaining
+from labn.inference.modes import explaining
 
 attr = pytest.importorskip("captum.attr", reason="captum is not installed")
 TARGETS = torch.tensor([1, 3])

@@ -10,7 +10,7 @@ from small_stage import CLASSES, make_stage
 from labn.compare import compare_runs, open_runs
 from labn.report import read_stage, render
 from labn.report.comparison import comparison_report, merged_cards, merged_curves
-from labn.report.results import CARDS
+from labn.results.reader import CARDS
 
 COUNT = 8
 

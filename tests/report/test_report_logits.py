@@ -11,7 +11,7 @@ from labn.report import RunInfo, read_stage, render, run_report
 from labn.report.caveats import caveats
 from labn.report.charts import BOTTOM, HEIGHT, TOP
 from labn.report.comparison import comparison_report
-from labn.report.results import StageResults, Total
+from labn.results.reader import StageResults, Total
 
 PLAYER = {"metric": "pid16", "patch": PATCH, "size": [SIZE, SIZE]}
 LINES = ("insertion", "deletion")

@@ -8,13 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_stage import CLASSES, PATCH, SIZE, make_stage
 
+from labn.io.memmap import scratch
 from labn.report import RunInfo, curves, render, run_report
 from labn.report.caveats import caveats
 from labn.report.charts import HEIGHT, WIDTH, Panel, Series, nice_ticks
 from labn.report.curves import GRID, band, bands, curve_panels, on_grid
-from labn.report.results import StageResults, Total, read_stage
-from labn.report.training import read_training, training_panels
-from labn.scratch import scratch
+from labn.report.training import training_panels
+from labn.results.reader import StageResults, Total, read_stage
+from labn.results.training_logs import read_training
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from labn.models.detectors import Detector
-from labn.patches import patch_pool, patch_ranks, ranks_to_pixels
-from labn.perturb import PerturbationEngine
+from labn.perturbation.engine import PerturbationEngine
+from labn.perturbation.patches import patch_pool, patch_ranks, ranks_to_pixels
 
 FRACTIONS = (0.0, 0.05, 0.1, 0.2, 0.4)
 

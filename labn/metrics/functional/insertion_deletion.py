@@ -39,7 +39,7 @@ def kept_fractions(ranks: Tensor, counts: Tensor) -> Tensor:
     """Fraction of patches with a rank below each count, x = #{rank < n} / N: more than n / N where ties enter together.
 
     Args:
-        ranks: (B, N) integer, as from `labn.patches.patch_ranks`.
+        ranks: (B, N) integer, as from `labn.perturbation.patches.patch_ranks`.
         counts: (K,) integer.
 
     Returns:

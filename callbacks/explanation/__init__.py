@@ -1,0 +1,1 @@
+"""Explanation and evaluation at validation and test end: one session of maps that every callback shares."""

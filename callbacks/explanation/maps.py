@@ -1,0 +1,94 @@
+"""Pictures of maps: to the results folder always, to Weights & Biases where it is in use."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import WandbLogger
+
+from callbacks.explanation.base import ExplainingCallback
+from callbacks.explanation.session import Batch, Session, check_counts, evenly_spaced
+from callbacks.logging.wandb_results import log_results
+from labn.io.atomic import write_atomically
+from labn.report.figures import displayable, overlay_figure
+from labn.results.shard_index import readable_name
+
+
+class MapLogger(ExplainingCallback):
+    """Draw some samples with the maps of every explainer, one PNG each in `<run_dir>/<stage>/overlays/`.
+
+    Args:
+        max_images: samples drawn per stage, spread evenly over those that are explained.
+        kwargs: arguments of `ExplainingCallback`.
+
+    Raises:
+        ValueError: a negative number of images.
+    """
+
+    def __init__(self, max_images: int = 8, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        check_counts(max_images=max_images)
+        self.max_images = max_images
+
+    def begin(self, trainer: pl.Trainer, session: Session) -> None:
+        """Choose the samples."""
+        explained = sorted(session.subset or ())
+        self._chosen = {explained[k] for k in evenly_spaced(len(explained), self.max_images)}
+
+    def work(self, trainer: pl.Trainer, session: Session, batch: Batch) -> None:
+        """Draw the chosen samples of the batch."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        rows = [row for row, index in enumerate(batch.indices.tolist()) if index in self._chosen]
+        maps = {name: session.maps(batch, name).cpu().numpy() for name in session.explainers} if rows else {}
+        for row in rows:
+            index = int(batch.indices[row])
+            name = data.sample_name(session.split, index)
+            names = data.class_names
+            label, prediction = int(batch.labels[row]), int(batch.predictions[row])
+            title = (
+                f"{name}: {names[label]}, predicted {names[prediction]} "
+                f"({float(batch.probabilities[row, prediction]):.2f}), explained {names[int(batch.targets[row])]}"
+            )
+            figure = overlay_figure(
+                displayable(batch.images[row], data.mean, data.std),
+                {method: heat[row] for method, heat in maps.items()},
+                None if batch.masks is None else batch.masks[row].cpu().numpy(),
+                title,
+            )
+            buffer = io.BytesIO()
+            figure.savefig(buffer, dpi=100, format="png")
+            path = session.store.folder / "overlays" / f"{index:06d}-{readable_name(name)}.png"
+            write_atomically(path, buffer.getvalue())
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Send this validation's results to Weights & Biases."""
+        self._send(trainer)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Send the test's results to Weights & Biases."""
+        self._send(trainer)
+
+    def _send(self, trainer: pl.Trainer) -> None:
+        """Pictures of all ranks, curves and the table, from rank zero; a collective. Nothing that fails here stops."""
+        session = self._owner(trainer)._session if self._active(trainer) else None
+        if session is None:
+            return
+        trainer.strategy.barrier("labn-overlays")
+        loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
+        if not trainer.is_global_zero or not loggers:
+            return
+        paths = sorted((session.store.folder / "overlays").glob("*.png"))
+        paths = [path for path in paths if int(path.name.split("-")[0]) in self._chosen]
+        for logger in loggers:
+            try:
+                log_results(logger, session.store.folder, session.split, paths, trainer.state.fn != "fit")
+            except Exception as error:
+                if getattr(logger, "lost", False):  # which has said so
+                    continue
+                warnings.warn(
+                    f"Weights & Biases did not take the results ({error}); they are in {session.store.folder}.",
+                    stacklevel=2,
+                )

@@ -1,0 +1,195 @@
+"""Write `report.html`: everything that a stage left, on one page that opens from disk."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+
+from callbacks.explanation.base import ExplainingCallback, callbacks_of
+from callbacks.explanation.evaluate import EvaluationCallback
+from callbacks.explanation.session import Batch, Session, evenly_spaced
+from labn.io.atomic import write_atomically
+from labn.metrics.base import ScoredBatch
+from labn.metrics.insertion_deletion import PatchInsertionDeletion
+from labn.report import Picture, RunInfo, make_card, read_stage, render, run_report
+from labn.report.cards import Card, fill_uri, steps_text
+from labn.report.figures import displayable
+from labn.results.reader import CARDS
+
+FINE_GRID = 1024
+
+
+class ReportCallback(ExplainingCallback):
+    """One self-contained page per stage, `<run_dir>/<stage>/report.html`, whatever other callbacks there are.
+
+    Every rank keeps small pictures and maps of its own samples; rank zero puts them together with the tables, curves
+    and logs that lie in the run folder by then. The gallery's records stay in `cards.json` for comparisons.
+
+    Args:
+        max_images: samples in the gallery, spread evenly over those that are explained.
+        picture_side: pixels of the pictures' longer side.
+        map_side: pixels of the maps' longer side.
+        max_megabytes: the gallery is thinned out evenly until it takes at most this much.
+        fine_images: samples that the player offers where patches are so small (more than 1024 per image) that their
+            order takes more room than the map.
+        kwargs: arguments of `ExplainingCallback`.
+    """
+
+    def __init__(
+        self,
+        max_images: int = 500,
+        picture_side: int = 160,
+        map_side: int = 96,
+        max_megabytes: float = 36.0,
+        fine_images: int = 8,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        sizes = {"max_images": max_images, "picture_side": picture_side, "map_side": map_side}
+        for name, value in {**sizes, "max_megabytes": max_megabytes}.items():
+            if value <= 0:
+                raise ValueError(f"{name} is {value}; it must be above 0.")
+        self.max_images, self.max_megabytes, self.fine_images = max_images, max_megabytes, fine_images
+        self.picture_side, self.map_side = picture_side, map_side
+
+    def begin(self, trainer: pl.Trainer, session: Session) -> None:
+        """Choose the samples."""
+        explained = sorted(session.subset or ())
+        chosen = [explained[k] for k in evenly_spaced(len(explained), self.max_images)]
+        self._chosen = set(chosen)
+        self._fine = {chosen[k] for k in evenly_spaced(len(chosen), self.fine_images)}
+
+    def work(self, trainer: pl.Trainer, session: Session, batch: Batch) -> None:
+        """Keep the batch's share of the gallery."""
+        rows = [row for row, index in enumerate(batch.indices.tolist()) if index in self._chosen]
+        if not rows:
+            return
+        maps = {name: session.maps(batch, name) for name in session.explainers}
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        cards = [self._card(data, session, batch, maps, row) for row in rows]
+        if played := player_metric(trainer):
+            self._add_steps(data, session, batch, maps, dict(zip(rows, cards)), played[1])
+        path = session.store.folder / "cards" / f"{int(batch.indices[rows[0]]):07d}.r{trainer.global_rank}.json"
+        write_atomically(path, json.dumps(cards).encode())
+
+    def _card(self, data: Any, session: Session, batch: Batch, maps: dict[str, Tensor], row: int) -> Card:
+        index, label, prediction = (int(v[row]) for v in (batch.indices, batch.labels, batch.predictions))
+        picture = Picture(
+            index=index,
+            name=data.sample_name(session.split, index),
+            label=label,
+            prediction=prediction,
+            target=int(batch.targets[row]),
+            probability=float(batch.probabilities[row, label]),
+            confidence=float(batch.probabilities[row, prediction]),
+            image=displayable(batch.images[row], data.mean, data.std),
+            mask=None if batch.masks is None else batch.masks[row].cpu().numpy(),
+            boxes=None if batch.boxes is None else np.asarray(batch.boxes[row].cpu()),
+        )
+        heats = {name: heat[row].cpu().numpy() for name, heat in maps.items()}
+        return make_card(picture, heats, picture_side=self.picture_side, map_side=self.map_side)
+
+    def _add_steps(
+        self,
+        data: Any,
+        session: Session,
+        batch: Batch,
+        maps: dict[str, Tensor],
+        cards: dict[int, Card],
+        metric: PatchInsertionDeletion,
+    ) -> None:
+        """Give the scored samples what the player needs: when each patch moves, and what removed ones show."""
+        steps = {name: metric.steps(heat, batch.indices).cpu().numpy() for name, heat in maps.items()}
+        first = next(iter(maps.values()))
+        scored = ScoredBatch(
+            session.network, batch.images, first, batch.targets, batch.indices,
+            labels=batch.labels, predictions=batch.predictions,
+        )  # fmt: skip
+        fills = [metric.filling(scored, name).cpu() for name in (metric.fill, metric.deletion_fill)]
+        for row in set(metric.included(scored).tolist()) & cards.keys():
+            coarse = steps[next(iter(steps))][row].size <= FINE_GRID
+            if coarse or cards[row]["index"] in self._fine:
+                cards[row]["steps"] = {name: steps_text(grid[row]) for name, grid in steps.items()}
+                cards[row]["fills"] = [
+                    fill_uri(displayable(fill[row if len(fill) > 1 else 0], data.mean, data.std), self.picture_side)
+                    for fill in fills
+                ]
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the page of this validation."""
+        self._write(trainer)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the page of the test."""
+        self._write(trainer)
+
+    def _write(self, trainer: pl.Trainer) -> None:
+        """A collective: rank zero writes when all ranks have written their cards and the tables are there."""
+        session = self._owner(trainer)._session if self._active(trainer) else None
+        if session is None:
+            return
+        trainer.strategy.barrier("labn-report")
+        if not trainer.is_global_zero:
+            return
+        collect_cards(session.store.folder, self._chosen)
+        for logger in trainer.loggers:
+            if isinstance(logger, CSVLogger):
+                logger.save()
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        run_dir = Path(trainer.default_root_dir)
+        stage = session.store.folder.relative_to(run_dir) if session.store.folder.is_relative_to(run_dir) else ""
+        played = player_metric(trainer)
+        info = RunInfo(
+            title=f"{run_dir.resolve().name}: {stage or session.split}",
+            run_dir=run_dir,
+            class_names=list(data.class_names),
+            split_size=len(data.labels(session.split)),
+            figures=stage_figures(trainer, session.split),
+            notes=data.notes,
+            player=None if played is None else player_facts(*played, data.image_size),
+            max_bytes=int(self.max_megabytes * 1e6),
+            epoch=trainer.current_epoch if trainer.state.fn == "fit" else None,
+            command=trainer.state.fn.value if trainer.state.fn else "test",
+        )
+        folder = session.store.folder
+        page = render(run_report(read_stage(folder, self._chosen, room=folder), info))
+        write_atomically(folder / "report.html", page.encode())
+
+
+def player_metric(trainer: pl.Trainer) -> tuple[str, PatchInsertionDeletion] | None:
+    """The insertion-deletion metric that the player steps through: the largest patches, under the paper's protocol.
+
+    With the name that it was asked for by, which its curves are stored under: `pid1`, `insertion16`.
+    """
+    metrics = {n: m for c in callbacks_of(trainer) if isinstance(c, EvaluationCallback) for n, m in c.metrics.items()}
+    stepped = [(n, m) for n, m in metrics.items() if isinstance(m, PatchInsertionDeletion)]
+    plain = [(n, m) for n, m in stepped if m.protocol == "paper" and m.ties == "fraction"]
+    return max(plain or stepped, key=lambda named: named[1].patch_size, default=None)
+
+
+def player_facts(name: str, metric: PatchInsertionDeletion, image_size: int) -> dict[str, Any]:
+    """What the page must know of the player's metric."""
+    return {"metric": name, "patch": metric.patch_size, "size": [image_size, image_size]}
+
+
+def stage_figures(trainer: pl.Trainer, split: str) -> dict[str, float]:
+    """Logged figures of the model itself, such as `test/accuracy`, without those of the maps."""
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return {n: v for n, v in logged.items() if n.startswith(f"{split}/") and n.count("/") == 1 and math.isfinite(v)}
+
+
+def collect_cards(stage: Path, chosen: set[int]) -> None:
+    """Merge the cards of all ranks, each sample once and in order, into the stage's `cards.json`."""
+    paths = sorted((stage / "cards").glob("*.json"))
+    cards = {card["index"]: card for path in paths for card in json.loads(path.read_text())}
+    kept = [card for index, card in sorted(cards.items()) if index in chosen]
+    write_atomically(stage / CARDS, json.dumps(kept).encode())
+    shutil.rmtree(stage / "cards", ignore_errors=True)

@@ -1,0 +1,76 @@
+"""What Weights & Biases gets of a stage: overlays, curves, and one table with pictures, under stable keys."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import WandbLogger
+from PIL import Image
+
+from labn.report.curves import curve_metrics, curve_panels
+from labn.report.figures import panels_figure
+from labn.results.reader import StageResults, read_stage
+
+MAX_SIDE = 1600
+"""Pixels of the longer side of every picture that is sent."""
+
+
+def log_results(logger: WandbLogger, folder: Path, split: str, overlays: list[Path], table: bool) -> None:
+    """Send a results folder.
+
+    Keys: `maps/<split>` (overlays), `curves/<split>/<metric>` (pictures of the mean curves) and, with `table`,
+    `samples/<split>`: one row per overlay with picture, label, prediction and scores. Means are logged as numbers by
+    `EvaluationCallback`.
+
+    Args:
+        logger: of this process.
+        folder: the results folder.
+        split: val or test.
+        overlays: pictures to send, named `<index>-<name>.png`.
+        table: send the table too; a table's key can be written only once, so not in every epoch.
+    """
+    pictures = {int(path.name.split("-")[0]): capped(path.read_bytes()) for path in overlays}
+    results = read_stage(folder, pictures, room=folder)
+    if pictures:
+        logger.log_image(f"maps/{split}", list(pictures.values()), caption=[path.stem for path in overlays])
+    for metric in curve_metrics(results.curves):
+        buffer = io.BytesIO()
+        panels = curve_panels(results.curves, results.explainers, metric, folder, results.quantity)
+        panels_figure(panels).savefig(buffer, dpi=100, format="png")
+        logger.log_image(f"curves/{split}/{metric}", [capped(buffer.getvalue())])
+    if table and pictures:
+        logger.log_table(f"samples/{split}", *sample_table(results, pictures))
+
+
+def capped(data: bytes, side: int = MAX_SIDE) -> Image.Image:
+    """A PNG as a picture whose longer side is at most `side` pixels."""
+    picture = Image.open(io.BytesIO(data)).convert("RGB")
+    picture.thumbnail((side, side))
+    return picture
+
+
+def sample_table(results: StageResults, pictures: dict[int, Image.Image]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of the table of single samples."""
+    import wandb
+
+    columns = [(e, m) for e in results.explainers for m in results.headline if (e, m) in results.scores]
+    seen = _predictions(results.folder / "predictions.csv", pictures)
+    rows = []
+    for index, picture in pictures.items():
+        known = seen.get(index, {})
+        facts = [known.get(name, "") for name in ("name", "label", "prediction", "probability")]
+        values = [results.scores[key].get(index) for key in columns]
+        rows.append([index, *facts, wandb.Image(picture), *values])
+    header = ["index", "name", "label", "prediction", "probability", "maps"]
+    return [*header, *("/".join(key) for key in columns)], rows
+
+
+def _predictions(path: Path, samples: Collection[int]) -> dict[int, dict[str, str]]:
+    if not path.exists():
+        return {}
+    with path.open(newline="") as file:
+        return {int(row["index"]): row for row in csv.DictReader(file) if int(row["index"]) in samples}

@@ -1,0 +1,1 @@
+"""What the data modules are made of: sources of samples, splits, samplers, transforms, statistics, tar files."""

@@ -1,0 +1,1 @@
+"""Maps from attention: those that a network computes for itself, and rollout."""

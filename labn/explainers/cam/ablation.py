@@ -1,0 +1,92 @@
+"""Ablation-CAM: weights from what the score loses without each feature map."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from labn.explainers.base import check_targets
+from labn.explainers.cam.features import Features, layer_features
+from labn.explainers.cam.gradcam import ActivationMap
+from labn.explainers.cam.linear import linear_tail
+from labn.explainers.cam.network_tail import Tail
+from labn.perturbation.engine import PerturbationEngine
+
+CHUNK_NUMBERS = 1 << 22  # feature-map values per chunk of tails: 16 MiB in float32
+
+
+class AblationCAM(ActivationMap):
+    """Ablation-CAM (Desai and Ramaswamy, WACV 2020, eq. 3): w_k = (y_c - y_c with A^k = 0) / y_c.
+
+    The network runs once up to the target layer and its tail K times, in batches; behind global average pooling and
+    one linear layer the difference is W[c,k] mean_ij(A^k) and needs no pass at all.
+
+    Args:
+        target_layer: name of the layer; None finds the last one with spatial feature maps.
+        relu: keep the ReLU of the map.
+        chunk_size: tails per batch; None takes as many as 16 MiB of feature maps. The map does not depend on it.
+        closed_form: use the closed form where the network has that ending.
+    """
+
+    def __init__(
+        self,
+        target_layer: str | None = None,
+        relu: bool = True,
+        chunk_size: int | None = None,
+        closed_form: bool = True,
+    ) -> None:
+        super().__init__(target_layer, relu)
+        self.chunk_size, self.closed_form = chunk_size, closed_form
+
+    def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        """w (B, K, 1, 1) from what y_c loses, followed by y_c itself, (B, K + 1); 0 where y_c is 0."""
+        lost, score = gradients[:, :-1], gradients[:, -1:]
+        return torch.where(score != 0, lost / score, 0)[:, :, None, None]
+
+    def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
+        """(B, h, w) weighted sum at the layer's resolution."""
+        layer = self.layer(model, images)
+        closed = self._in_closed_form(model, layer, images, targets) if self.closed_form else None
+        features, lost = closed or self._by_tails(model, layer, images, targets)
+        scores = features.logits.gather(1, targets[:, None])
+        return self.weigh(self.weights(features.activations, torch.cat([lost, scores], dim=1)), features.activations)
+
+    def _in_closed_form(
+        self, model: nn.Module, layer: nn.Module, images: Tensor, targets: Tensor
+    ) -> tuple[Features, Tensor] | None:
+        """Features and y_c minus y_c without each map (B, K); None, after one forward, where there is no such form."""
+        features = layer_features(model, layer, images[:1])
+        check_targets(targets, features.logits.shape[1])
+        tail = linear_tail(model, features)
+        if tail is not None and len(images) > 1:
+            rest = layer_features(model, layer, images[1:])
+            features = Features(*(torch.cat(pair) for pair in zip(_fields(features), _fields(rest))))
+            tail = linear_tail(model, features)
+        return None if tail is None else (features, tail.weight[targets] * tail.activations.mean(dim=(2, 3)))
+
+    def _by_tails(self, model: nn.Module, layer: nn.Module, images: Tensor, targets: Tensor) -> tuple[Features, Tensor]:
+        """The same from one forward of every image and K passes of the tail."""
+        seen, lost = [], []
+        for image, target in zip(images, targets):
+            tail = Tail(model, layer, image[None])
+            check_targets(target[None], tail.logits.shape[1])
+            seen.append((tail.activations, tail.logits))
+            lost.append(self._lost(model, tail, image[None], target))
+        return Features(*(torch.cat(column) for column in zip(*seen))), torch.stack(lost)
+
+    def _lost(self, model: nn.Module, tail: Tail, image: Tensor, target: Tensor) -> Tensor:
+        """(K,): y_c minus y_c without each feature map."""
+        chunk = self.chunk_size or max(1, CHUNK_NUMBERS // tail.activations.numel())
+
+        def ablated(channels: Tensor) -> Tensor:
+            maps = tail.activations.repeat(len(channels), 1, 1, 1)
+            maps[torch.arange(len(channels), device=maps.device), channels] = 0
+            return maps
+
+        engine = PerturbationEngine(model, image, chunk_size=chunk, forward=tail)
+        without = engine.run(ablated, tail.activations.shape[1])
+        return tail.logits[0, target] - without[:, target]
+
+
+def _fields(features: Features) -> tuple[Tensor, Tensor]:
+    return features.activations, features.logits

@@ -1,0 +1,91 @@
+"""Class activation maps from gradients: weighted sums of one layer's feature maps."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from labn.explainers.base import Explainer
+from labn.explainers.cam.features import Features, gradient_features, target_layer_of
+
+
+class ActivationMap(Explainer):
+    """L = ReLU(sum_k w_k A^k) at a target layer; subclasses give the weights w.
+
+    Args:
+        target_layer: name of the layer; None finds the last one with spatial feature maps.
+        relu: keep the ReLU of the formula; without it the map is signed.
+    """
+
+    def __init__(self, target_layer: str | None = None, relu: bool = True) -> None:
+        self.target_layer = target_layer
+        self.relu = relu
+
+    @abstractmethod
+    def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        """w (B, K, 1, 1) or (B, K, h, w) from A and dy_c/dA, both (B, K, h, w)."""
+
+    def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
+        """(B, h, w) weighted sum at the layer's resolution."""
+        seen = self.features(model, images, targets)
+        return self.weigh(self.weights(seen.activations, seen.slopes), seen.activations)
+
+    def weigh(self, weights: Tensor, activations: Tensor) -> Tensor:
+        """(B, h, w): sum_k w_k A^k, after the ReLU unless that is switched off."""
+        maps = (weights * activations).sum(dim=1)
+        return maps.relu() if self.relu else maps
+
+    def layer(self, model: nn.Module, images: Tensor) -> nn.Module:
+        """The target layer of `model`."""
+        return target_layer_of(model, images, self.target_layer)
+
+    def features(self, model: nn.Module, images: Tensor, targets: Tensor) -> Features:
+        """A and dy_c/dA of the target layer; y_c is the logit."""
+        return gradient_features(model, self.layer(model, images), images, targets)
+
+
+class GradCAM(ActivationMap):
+    """Grad-CAM (Selvaraju et al., ICCV 2017, eq. 1): w_k = (1/Z) sum_ij g^k_ij with g = dy_c/dA and Z = h w."""
+
+    def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        """Spatial mean of the gradients."""
+        return gradients.mean(dim=(2, 3), keepdim=True)
+
+
+def plus_plus_factor(ratio: Tensor, total: Tensor) -> Tensor:
+    """a = D2 / (2 D2 + total * D3) = 1 / (2 + total * D3 / D2), 0 where D3 is 0 or the denominator vanishes.
+
+    Working with the ratio keeps float32 exact: gradients are far below 1, so that their third powers underflow and any
+    fixed epsilon would outweigh their squares.
+
+    Args:
+        ratio: D3 / D2 (B, K, h, w); for the score exp(y_c) of Grad-CAM++ it is the gradient itself.
+        total: (B, K, 1, 1), sum_ab A^k_ab.
+    """
+    denominator = 2 + total * ratio
+    usable = (ratio != 0) & (denominator.abs() > torch.finfo(denominator.dtype).eps)
+    return torch.where(usable, 1 / denominator, 0)
+
+
+class GradCAMPlusPlus(ActivationMap):
+    """Grad-CAM++ (Chattopadhay et al., WACV 2018, eq. 19): w_k = sum_ij a^k_ij ReLU(g^k_ij).
+
+    a = g^2 / (2 g^2 + (sum_ab A^k_ab) g^3), 0 where g is 0: the score is exp(y_c), whose derivatives are powers of g.
+    """
+
+    def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        """Sum over positions of a ReLU(g)."""
+        factor = plus_plus_factor(gradients, activations.sum(dim=(2, 3), keepdim=True))
+        return (factor * gradients.relu()).sum(dim=(2, 3), keepdim=True)
+
+
+class XGradCAM(ActivationMap):
+    """XGrad-CAM (Fu et al., BMVC 2020, eq. 5): w_k = sum_ij A^k_ij g^k_ij / sum_ab A^k_ab, 0 where that sum is 0."""
+
+    def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        """Mean of the gradients, weighted by the activations."""
+        total = activations.sum(dim=(2, 3), keepdim=True)
+        weighted = (activations * gradients).sum(dim=(2, 3), keepdim=True)
+        return torch.where(total != 0, weighted / total, 0)

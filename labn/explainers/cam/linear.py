@@ -1,0 +1,78 @@
+"""CAM itself, and what it needs: a network that ends in global average pooling and one linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from labn.explainers.base import check_targets
+from labn.explainers.cam.features import Features, layer_features
+from labn.explainers.cam.gradcam import ActivationMap
+
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3}  # relative to the largest logit; rounding, not agreement
+
+
+@dataclass(frozen=True)
+class LinearTail:
+    """y = W mean_ij(A) + b.
+
+    Attributes:
+        weight: W (num_classes, K).
+        activations: A (B, K, h, w), after the ReLU that some networks put between the layer and the pooling.
+    """
+
+    weight: Tensor
+    activations: Tensor
+
+
+def _linear_layers(model: nn.Module, classes: int, channels: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Weight (classes, channels) and bias of every linear layer or 1 x 1 convolution of that size."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and module.weight.numel() == classes * channels:
+            weight = module.weight.detach().flatten(1)
+            if weight.shape == (classes, channels):
+                yield weight, module.bias
+
+
+def linear_tail(model: nn.Module, features: Features) -> LinearTail | None:
+    """The linear layer behind a global average pooling of the features, or None where the logits say otherwise.
+
+    Args:
+        model: searched for a linear layer of the right size.
+        features: of the layer in question; its logits decide.
+    """
+    expected = features.logits
+    limit = TOLERANCES.get(expected.dtype, 1e-2) * expected.abs().max()
+    for weight, bias in _linear_layers(model, expected.shape[1], features.activations.shape[1]):
+        for activations in (features.activations, features.activations.relu()):
+            logits = nn.functional.linear(activations.mean(dim=(2, 3)), weight, bias)
+            if (logits - expected).abs().max() <= limit:
+                return LinearTail(weight, activations)
+    return None
+
+
+class CAM(ActivationMap):
+    """CAM (Zhou et al., CVPR 2016, eq. 2): w_k = W[c, k], the weights of the linear layer behind the pooling.
+
+    Raises:
+        ValueError: on call, if the network does not end in global average pooling and one linear layer.
+    """
+
+    def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        """w (B, K, 1, 1): the targets' rows (B, K) of W, which take the place of gradients here."""
+        return gradients[:, :, None, None]
+
+    def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
+        """(B, h, w) weighted sum at the layer's resolution."""
+        features = layer_features(model, self.layer(model, images), images)
+        check_targets(targets, features.logits.shape[1])
+        tail = linear_tail(model, features)
+        if tail is None:
+            raise ValueError(
+                f"{type(model).__name__} does not end in global average pooling and one linear layer "
+                "after target_layer, which CAM needs; take gradcam."
+            )
+        return self.weigh(self.weights(tail.activations, tail.weight[targets]), tail.activations)

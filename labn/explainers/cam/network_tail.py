@@ -1,0 +1,148 @@
+"""The part of a network behind one layer, run on its own with other feature maps."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from labn.explainers.cam.features import fast_logits, replacing_output
+from labn.explainers.cam.target_layer import is_channels_last
+from labn.inference.modes import logits_of
+
+
+class _Recorded(nn.Module):
+    """Stands for a module that has already run: returns what it returned."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, *_args: Any, **_kwargs: Any) -> Any:
+        """The recorded output."""
+        return self.output
+
+
+class _Trunk:
+    """One forward of a model: which modules ran once, ended before the target layer did, and what they returned."""
+
+    def __init__(self, model: nn.Module, layer: nn.Module, image: Tensor) -> None:
+        self.layer = layer
+        self.outputs: dict[nn.Module, Any] = {}
+        self.shape = torch.Size()
+        self.calls: Counter[nn.Module] = Counter()
+        self._open = True
+        hooks = [module.register_forward_hook(self._see) for module in model.modules()]
+        try:
+            self.logits = fast_logits(model, image)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _see(self, module: nn.Module, _args: Any, output: Any) -> None:
+        self.calls[module] += 1
+        if module is self.layer:
+            self._open, self.shape = False, output.shape
+        elif self._open:
+            self.outputs[module] = output
+
+    def versions(self) -> list[int]:
+        """How often each record was written to; an in-place layer behind would change them."""
+        return [output._version for output in self.outputs.values() if isinstance(output, Tensor)]
+
+    def replaceable(self, module: nn.Module) -> bool:
+        """Whether the module's recorded output can stand for it."""
+        return module in self.outputs and self.calls[module] == 1
+
+
+class _Cut:
+    """The network with its trunk replaced by recorded outputs; it shares the weights of the original."""
+
+    def __init__(self, model: nn.Module, layer: nn.Module, trunk: _Trunk, image: Tensor) -> None:
+        self.image, self.layer, self.stub = image, layer, _Recorded(None)
+        shared: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
+        self.model = copy.deepcopy(model, shared)
+        self._replace(model, trunk, dict(zip(model.modules(), self.model.modules())))
+
+    def _replace(self, module: nn.Module, trunk: _Trunk, twins: dict[nn.Module, nn.Module]) -> None:
+        for name, child in module._modules.items():
+            if child is self.layer:
+                setattr(twins[module], name, self.stub)
+            elif child is not None and trunk.replaceable(child):
+                setattr(twins[module], name, _Recorded(trunk.outputs[child]))
+            elif child is not None:
+                self._replace(child, trunk, twins)
+
+    def __call__(self, activations: Tensor) -> Tensor:
+        """Logits (n, num_classes) for the layer's output (n, ...); one image stands for all in what is left."""
+        self.stub.output = activations
+        return logits_of(self.model(self.image))
+
+
+class _Whole:
+    """The whole network on the image repeated, its layer's output replaced: always right, and slow."""
+
+    def __init__(self, model: nn.Module, layer: nn.Module, trunk: _Trunk, image: Tensor) -> None:
+        self.model, self.layer, self.image = model, layer, image
+
+    def __call__(self, activations: Tensor) -> Tensor:
+        """Logits (n, num_classes) for the layer's output (n, ...)."""
+        handle = self.layer.register_forward_hook(lambda _module, _args, _output: activations)
+        try:
+            return logits_of(self.model(self.image.expand(len(activations), -1, -1, -1)))
+        finally:
+            handle.remove()
+
+
+class Tail:
+    """A network from one layer on: other feature maps in, logits out.
+
+    The trunk runs once, for one image. What it computed is replayed from records in a copy that shares the network's
+    weights, which is used only if it gives the network's own logits; else the whole network runs each time.
+
+    Args:
+        model: not changed.
+        layer: a submodule of it that returns feature maps and runs once per forward.
+        image: (1, C, H, W).
+
+    Attributes:
+        activations: what the layer returned, A (1, K, h, w).
+        logits: (1, num_classes) of the image.
+        cut: whether the trunk is replayed from records.
+    """
+
+    def __init__(self, model: nn.Module, layer: nn.Module, image: Tensor) -> None:
+        kept: list[Tensor] = []
+
+        def keep(output: Tensor) -> Tensor:
+            kept[:] = [output.clone()]
+            return output
+
+        with torch.no_grad(), replacing_output(layer, image.shape[-2:], keep):
+            trunk = _Trunk(model, layer, image)
+        self.activations, self.logits = kept[0], trunk.logits
+        self._last = is_channels_last(trunk.shape, image.shape[-2:])
+        self._run: _Cut | _Whole = _Whole(model, layer, trunk, image)
+        self.cut = trunk.calls[layer] == 1 and self._try_cut(model, layer, trunk, image)
+
+    def __call__(self, activations: Tensor) -> Tensor:
+        """Logits (n, num_classes) with the feature maps (n, K, h, w) in place of the layer's own."""
+        return self._run(activations.permute(0, 2, 3, 1) if self._last else activations)
+
+    def _try_cut(self, model: nn.Module, layer: nn.Module, trunk: _Trunk, image: Tensor) -> bool:
+        """Use the replayed trunk if it gives the same logits, twice, without changing its records."""
+        whole, versions = self._run, trunk.versions()
+        try:
+            self._run = _Cut(model, layer, trunk, image)
+            with torch.no_grad():
+                logits = self(self.activations.repeat(2, 1, 1, 1))
+        except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError):
+            logits = self.logits[:0]  # what is left between the records cannot do with one image
+        limit = 1e-4 * self.logits.abs().max().clamp(min=1)
+        same = len(logits) == 2 and bool(((logits - self.logits).abs() <= limit).all())
+        if not same or versions != trunk.versions():
+            self._run = whole
+        return self._run is not whole

@@ -1,0 +1,199 @@
+"""Finding the layer whose feature maps an explanation weighs."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from labn.inference.fingerprint import structure_key
+from labn.inference.modes import explaining, logits_of
+
+POOLING = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+
+COMPILED = "_orig_mod."  # the prefix that `torch.compile` puts before the names of a module's own layers
+
+# Names by model and image shape, each with the structure that it was found in.
+_found: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], tuple[Hashable, str]]] = WeakKeyDictionary()
+
+
+@contextmanager
+def watching(modules: Mapping[str, nn.Module], see: Callable[[str, Any, Any], None]) -> Iterator[None]:
+    """Call `see(name, args, output)` after every forward of `modules`, as they complete; hooks go with the block."""
+    hooks = [m.register_forward_hook(lambda _m, a, out, name=name: see(name, a, out)) for name, m in modules.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def named_layer(model: nn.Module, name: str) -> nn.Module:
+    """The submodule called `name`; a compiled model's layers go by the names they had before.
+
+    Raises:
+        ValueError: there is none; the message lists the nearest names.
+    """
+    layers = dict(model.named_modules())
+    for known in (name, COMPILED + name):
+        if name and known in layers:
+            return layers[known]
+    near = difflib.get_close_matches(name, [n.removeprefix(COMPILED) for n in layers if n], n=5, cutoff=0.0)
+    raise ValueError(f"target_layer {name!r} is not a layer of {type(model).__name__}; near it: {', '.join(near)}.")
+
+
+def is_strided(rows: int, columns: int, size: torch.Size) -> bool:
+    """Whether one stride s brings the images' H and W to `rows` and `columns`, each within less than one position.
+
+    H / s in (rows - 1, rows + 1) and W / s in (columns - 1, columns + 1): what padded convolutions and poolings leave,
+    however they round, which in small maps of elongated images is far from the images' proportions.
+    """
+    height, width = size
+    return (rows - 1) * width < (columns + 1) * height and (columns - 1) * height < (rows + 1) * width
+
+
+def is_channels_last(shape: torch.Size, size: torch.Size) -> bool:
+    """Whether feature maps (B, a, b, c) are (B, h, w, K) and not (B, K, h, w), judged by the images' proportions.
+
+    Swin and its relatives keep the channels in the last dimension. What a stride explains as (B, K, h, w) is that,
+    though K / h may by chance be nearer to H / W than the rounded h / w is.
+    """
+    if is_strided(shape[2], shape[3], size):
+        return False
+    proportion = math.log(size[0] / size[1])
+    first, last = abs(math.log(shape[2] / shape[3]) - proportion), abs(math.log(shape[1] / shape[2]) - proportion)
+    return last < first
+
+
+def _is_tokens(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 3 and value.shape[1] > 1
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One output of the search's forward pass; the version tells a tensor from what an in-place layer makes of it."""
+
+    name: str
+    output: Tensor
+    version: int
+    is_map: bool
+    from_tokens: bool
+
+    @property
+    def is_tokens(self) -> bool:
+        """Whether it is (B, N, K), as in a transformer."""
+        return _is_tokens(self.output)
+
+    def same(self, other: _Seen) -> bool:
+        """Whether both are the same values in the same memory."""
+        return self.output is other.output and self.version == other.version
+
+
+def _is_map(output: Tensor, size: torch.Size) -> bool:
+    """Feature maps (B, K, h, w) or (B, h, w, K) of more than one position, in about the images' proportions.
+
+    Convolutions without padding may miss what a stride explains; a transformer's (B, heads, N, d) is far from both.
+    """
+    if output.ndim != 4 or 0 in output.shape:
+        return False
+    rows, columns = output.shape[1:3] if is_channels_last(output.shape, size) else output.shape[2:]
+    expected = rows * size[1] / size[0]
+    near = abs(columns - expected) <= max(1, expected / 4)
+    return rows * columns > 1 and (near or is_strided(rows, columns, size))
+
+
+def _trace(model: nn.Module, images: Tensor) -> tuple[list[_Seen], Tensor]:
+    """Every differentiable output of one forward, in order of completion, and the logits."""
+    seen: list[_Seen] = []
+
+    def see(name: str, args: Any, output: Any) -> None:
+        if name and isinstance(output, Tensor) and output.requires_grad:
+            is_map = _is_map(output, images.shape[-2:])
+            seen.append(_Seen(name, output, output._version, is_map, _is_tokens(args[0] if args else None)))
+
+    with watching(dict(model.named_modules()), see):
+        logits = logits_of(model(images[:1].detach().clone().requires_grad_()))
+    return seen, logits
+
+
+def _on_path(logits: Tensor, output: Tensor) -> bool:
+    """Whether the logits depend on `output`."""
+    (gradient,) = torch.autograd.grad(logits.sum(), output, retain_graph=True, allow_unused=True)
+    return gradient is not None
+
+
+def _inside_tokens(name: str, tokens: set[str]) -> bool:
+    """Whether a layer around this one turns tokens into tokens: its own (B, heads, N, d) are no feature maps then."""
+    return any(name.startswith(f"{around}.") for around in tokens)
+
+
+def _mostly_tokens(model: nn.Module, seen: list[_Seen], place: int) -> bool:
+    """Whether more layers with weights work on tokens after `seen[place]` than there are layers with weights before."""
+    leaves = {name for name, m in model.named_modules() if not m._modules and m._parameters}
+    before = sum(s.name in leaves for s in seen[: place + 1])
+    after = sum(s.name in leaves and s.is_tokens for s in seen[place + 1 :])
+    return after > before
+
+
+def _last_map(model: nn.Module, seen: list[_Seen], logits: Tensor) -> int | None:
+    """Place of the last output that is feature maps, no pooling, no part of a token layer, and used for the logits."""
+    layers = dict(model.named_modules())
+    pooled = [s for s in seen if isinstance(layers[s.name], POOLING)]
+    tokens = {s.name for s in seen if s.is_tokens and s.from_tokens}
+    for place in reversed(range(len(seen))):
+        entry = seen[place]
+        usable = entry.is_map and not _inside_tokens(entry.name, tokens) and not any(entry.same(p) for p in pooled)
+        if usable and _on_path(logits, entry.output):
+            return place
+    return None
+
+
+def _outermost(seen: list[_Seen], place: int) -> str:
+    """Of the nested modules that return the tensor of `seen[place]`, the outermost one around the first."""
+    same = [s.name for s in seen if s.same(seen[place])]
+    return min((name for name in same if f"{same[0]}.".startswith(f"{name}.")), key=len)
+
+
+def search_target_layer(model: nn.Module, images: Tensor) -> str:
+    """Name of the last layer with feature maps of more than one position, on the way to the logits.
+
+    Pooling layers are passed over, so that a VGG gives its last convolutional features after the ReLU; of several
+    nested modules that return the same tensor the outermost is taken.
+
+    Args:
+        model: run once on the first image, in eval mode.
+        images: (B, C, H, W).
+
+    Raises:
+        ValueError: no layer has such feature maps, or the network goes on with tokens after its last one.
+    """
+    with explaining(model, images.device.type):
+        seen, logits = _trace(model, images)
+        place = _last_map(model, seen, logits)
+    if place is None:
+        way_out = "take the method rollout, or name one" if any(s.is_tokens for s in seen) else "name one"
+        raise ValueError(f"{type(model).__name__} has no layer with spatial feature maps; {way_out} with target_layer.")
+    name = _outermost(seen, place).removeprefix(COMPILED)
+    if _mostly_tokens(model, seen, place):
+        raise ValueError(
+            f"{type(model).__name__} works on tokens after {name!r}, its last layer with feature maps; "
+            "take the method rollout, or name a layer with target_layer."
+        )
+    return name
+
+
+def find_target_layer(model: nn.Module, images: Tensor) -> str:
+    """`search_target_layer`, searched once per image size, and again after the model's layers have changed."""
+    found = _found.setdefault(model, {})
+    size = tuple(images.shape[1:])
+    if size not in found or found[size][0] != structure_key(model):
+        name = search_target_layer(model, images)
+        found[size] = (structure_key(model), name)
+    return found[size][1]

@@ -1,0 +1,93 @@
+"""Occlusion: what the score loses when a window of the image is covered."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from labn.explainers.base import Explainer, check_targets
+from labn.explainers.cam.score import SCORES
+from labn.explainers.gradient import channel_values
+from labn.perturbation.engine import PerturbationEngine
+
+
+def window_coverage(length: int, window: int, stride: int, like: Tensor) -> Tensor:
+    """Which of `length` positions each window covers, (windows, length) of 0 and 1; the last one may be cut off.
+
+    There are ceil((length - window) / stride) + 1 windows, so that every position is covered where stride <= window.
+    """
+    count = -(-max(length - window, 0) // stride) + 1
+    first = torch.arange(count, device=like.device)[:, None] * stride
+    position = torch.arange(length, device=like.device)
+    return ((position >= first) & (position < first + window)).to(like.dtype)
+
+
+class Occlusion(Explainer):
+    """Occlusion (Zeiler and Fergus, ECCV 2014, section 4.2), averaged over the windows that cover a pixel.
+
+        S(l) = mean over windows w around l of  y_c(x) - y_c(x with w covered)
+
+    Args:
+        window: side of the square window in pixels.
+        stride: from one window to the next, at most `window`.
+        baseline: what the window shows, one number or one per channel, in normalised units; 0 is the mean colour.
+        score: "logit" or "probability".
+        chunk_size: covered images per forward; None lets the engine choose. The map does not depend on it.
+        fold: whether the forwards may run on a copy with BatchNorm folded, which gives the same up to rounding.
+
+    Raises:
+        ValueError: an argument is outside of what is said above.
+    """
+
+    def __init__(
+        self,
+        window: int = 32,
+        stride: int = 16,
+        baseline: float | Sequence[float] = 0.0,
+        score: str = "logit",
+        chunk_size: int | None = None,
+        fold: bool = True,
+    ) -> None:
+        if not 1 <= stride <= window:
+            raise ValueError(f"stride must be from 1 to window ({window}), got {stride}.")
+        if score not in SCORES:
+            raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}.")
+        self.window, self.stride, self.baseline, self.score = window, stride, baseline, score
+        self.chunk_size, self.fold = chunk_size, fold
+
+    def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
+        """(B, H, W)."""
+        rows = window_coverage(images.shape[-2], self.window, self.stride, images)
+        columns = window_coverage(images.shape[-1], self.window, self.stride, images)
+        baseline = channel_values(self.baseline, images, "baseline")
+        engine = PerturbationEngine(model, images, chunk_size=self.chunk_size, fold=self.fold)
+        original = engine.original()
+        check_targets(targets, original.shape[1])
+        scores = SCORES[self.score](original).gather(1, targets[:, None])
+        lost = [
+            score - self._covered(engine, image, target, rows, columns, baseline)
+            for image, target, score in zip(images, targets, scores)
+        ]
+        covering = rows.sum(0)[:, None] * columns.sum(0)
+        return rows.T @ torch.stack(lost) @ columns / covering
+
+    def _covered(
+        self,
+        engine: PerturbationEngine,
+        image: Tensor,
+        target: Tensor,
+        rows: Tensor,
+        columns: Tensor,
+        baseline: Tensor,
+    ) -> Tensor:
+        """(window rows, window columns): the target's score of one image behind every window."""
+
+        def cover(position: Tensor) -> Tensor:
+            row, column = rows[position // len(columns)], columns[position % len(columns)]
+            inside = (row[:, :, None] * column[:, None, :]).bool().unsqueeze(1)
+            return torch.where(inside, baseline, image)
+
+        logits = engine.run(cover, len(rows) * len(columns))
+        return SCORES[self.score](logits)[:, target].view(len(rows), len(columns))

@@ -1,0 +1,274 @@
+"""RISE: the mean of random masks, weighted by the probability of the image seen through them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from labn.explainers.base import Explainer, check_targets
+from labn.perturbation.engine import PerturbationEngine
+
+GROUP = 128  # masks that are drawn together, and per step of the stream
+
+
+def _bernoulli(generator: torch.Generator, count: int, cells: int, p: float) -> Tensor:
+    return torch.rand(count, cells, generator=generator) < p
+
+
+def _released(generator: torch.Generator, count: int, cells: int, p: float) -> Tensor:
+    """The released LABN code compares normal numbers with p, so that Phi(p) of the cells are kept."""
+    return torch.randn(count, cells, generator=generator) < p
+
+
+def _stratified(generator: torch.Generator, count: int, cells: int, p: float) -> Tensor:
+    """Every cell is kept in the same share p of the masks, up to one mask that is drawn (Latin hypercube sampling)."""
+    wanted = p * count
+    kept = int(wanted) + (torch.rand(cells, generator=generator) < wanted - int(wanted)).long()
+    return torch.rand(count, cells, generator=generator).argsort(dim=0).argsort(dim=0) < kept
+
+
+def _orthogonal(generator: torch.Generator, count: int, cells: int, p: float) -> Tensor:
+    """A Hadamard matrix and its negative, an orthogonal array of strength 3: 3 cells show all 8 states evenly.
+
+    That takes the additive part of the model's response out of the noise. Columns change their sign at random, so that
+    every single mask is a Bernoulli(1/2) grid.
+    """
+    order = max(2, 1 << (cells - 1).bit_length())
+    matrix = torch.ones(1, 1)
+    while len(matrix) < order:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    rows: list[Tensor] = []
+    for _ in range(-(-count // (2 * order))):
+        columns = torch.randperm(order, generator=generator)[:cells]
+        signs = torch.randint(0, 2, (cells,), generator=generator) * 2 - 1
+        half = matrix[torch.randperm(order, generator=generator)][:, columns] * signs
+        rows.append(torch.stack([half, -half], dim=1).flatten(0, 1))
+    return torch.cat(rows)[:count] > 0
+
+
+Draw = Callable[[torch.Generator, int, int, float], Tensor]
+
+# (generator, masks, cells, p) -> (masks, cells) bool. Each mask alone is a grid of independent cells; what differs is
+# how the masks of a group depend on each other.
+SAMPLERS: dict[str, Draw] = {
+    "bernoulli": _bernoulli,
+    "stratified": _stratified,
+    "orthogonal": _orthogonal,
+    "released": _released,
+}
+
+SHARING = ("stratified", "orthogonal")
+"""Samplers whose groups share one shift: only then is a pixel, and not only a cell, balanced over the group."""
+
+_PLASTIC = 1.3247179572447460
+
+_LATTICE = (1 / _PLASTIC, 1 / _PLASTIC**2)  # steps of the R2 sequence, which fills the square evenly from the start
+
+
+@dataclass(frozen=True)
+class MaskBank:
+    """A fixed set of masks M (RISE, Petsiuk et al., BMVC 2018, section 3.2), a function of the arguments alone.
+
+    A grid x grid pattern is enlarged bilinearly to (grid + 1) cells of ceil(H / grid) pixels and cropped at a random
+    shift of less than one cell.
+
+    Attributes:
+        grids: (N, grid, grid) bool.
+        shifts: (N, 2) in [0, 1), the shift as a fraction of a cell, vertical first.
+    """
+
+    grids: Tensor
+    shifts: Tensor
+
+    @classmethod
+    def draw(cls, count: int, grid: int, p: float, seed: int, sampler: str) -> MaskBank:
+        """Draw `count` masks, in groups of `GROUP` so that the first masks do not depend on how many follow."""
+        generator = torch.Generator().manual_seed(seed)
+        origin = torch.rand(2, generator=generator, dtype=torch.float64)
+        grids, shifts = [], []
+        for number in range(-(-count // GROUP)):
+            grids.append(SAMPLERS[sampler](generator, GROUP, grid * grid, p).view(GROUP, grid, grid))
+            own = torch.rand(GROUP, 2, generator=generator, dtype=torch.float64)
+            shared = (origin + number * torch.tensor(_LATTICE, dtype=torch.float64)).frac().expand(GROUP, 2)
+            shifts.append(shared if sampler in SHARING else own)
+        return cls(torch.cat(grids)[:count], torch.cat(shifts)[:count])
+
+    def __len__(self) -> int:
+        return len(self.grids)
+
+    def render(self, start: int, stop: int, like: Tensor) -> Tensor:
+        """Masks number `start` to `stop - 1` as (n, H, W) in [0, 1].
+
+        Args:
+            start: first mask.
+            stop: one behind the last.
+            like: (B, C, H, W), for size, device and dtype.
+        """
+        grids = self.grids[start:stop].to(like)
+        shifts = self.shifts[start:stop].to(like.device)
+        rows = self._interpolation(shifts[:, 0], like.shape[-2], like)
+        columns = self._interpolation(shifts[:, 1], like.shape[-1], like)
+        return rows @ grids @ columns.mT
+
+    def _interpolation(self, shifts: Tensor, length: int, like: Tensor) -> Tensor:
+        """Bilinear enlargement along one axis, shifted and cropped, as matrices (n, length, grid)."""
+        side = self.grids.shape[-1]
+        cell = -(-length // side)
+        unit = torch.eye(side, device=like.device, dtype=like.dtype).unsqueeze(1)
+        matrix = F.interpolate(unit, size=(side + 1) * cell, mode="linear", align_corners=False).squeeze(1).T
+        first = (shifts * cell).long().clamp(max=cell - 1)
+        return matrix[first[:, None] + torch.arange(length, device=like.device)]
+
+
+@dataclass(frozen=True)
+class RiseMaps:
+    """Maps of several classes from one pass over the masks.
+
+    Attributes:
+        maps: (B, T, H, W).
+        standard_error: (B, T, H, W), of every pixel of the maps, or None where it was not asked for.
+    """
+
+    maps: Tensor
+    standard_error: Tensor | None
+
+
+class RISE(Explainer):
+    """RISE (Petsiuk et al., BMVC 2018, eq. 6): S_c = 1 / (N p) sum_i p(c | x * M_i) M_i.
+
+    One bank of masks serves all images; masks are made as they are needed, and memory depends on neither their number
+    nor the number of the model's classes. A masked pixel is 0, the mean colour after normalisation.
+
+    Args:
+        n_masks: N.
+        grid: cells per side of the coarse pattern.
+        p: probability that a cell is kept.
+        seed: of the masks.
+        chunk_size: masked images per forward; None lets the engine choose. The map does not depend on it.
+        sampler: "bernoulli", independent masks; "stratified", every cell kept equally often in each group of 128,
+            which share a shift; "orthogonal" (p = 0.5 only), any three cells balanced in each group, which needs
+            the fewest masks by far; "released", the normal numbers of the released LABN code. The first three have
+            the same expectation.
+        fold: whether the forwards may run on a copy with BatchNorm folded, which gives the same up to rounding.
+        precision: "fp32", the images' own dtype, or "bf16" (autocast).
+
+    Raises:
+        ValueError: no masks, no cells, p outside of (0, 1], an unknown sampler, or "orthogonal" with another p.
+    """
+
+    def __init__(
+        self,
+        n_masks: int = 8000,
+        grid: int = 7,
+        p: float = 0.5,
+        seed: int = 0,
+        chunk_size: int | None = None,
+        sampler: str = "bernoulli",
+        fold: bool = True,
+        precision: str = "fp32",
+    ) -> None:
+        if n_masks < 1 or grid < 1:
+            raise ValueError(f"n_masks and grid must be at least 1, got {n_masks} and {grid}.")
+        if not 0 < p <= 1:
+            raise ValueError(f"p must be above 0 and at most 1, got {p}.")
+        if sampler not in SAMPLERS:
+            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}.")
+        if sampler == "orthogonal" and p != 0.5:
+            raise ValueError(f"sampler='orthogonal' needs p=0.5, got {p}; take stratified.")
+        self.n_masks, self.grid, self.p, self.seed = n_masks, grid, p, seed
+        self.chunk_size, self.sampler, self.fold, self.precision = chunk_size, sampler, fold, precision
+
+    def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
+        """(B, H, W)."""
+        return self._stream(model, images, targets[:, None], error=False).maps[:, 0]
+
+    def explain_classes(
+        self, model: nn.Module, images: Tensor, classes: Tensor, standard_error: bool = False
+    ) -> RiseMaps:
+        """Maps of several classes per image, for the forwards of one.
+
+        Args:
+            model: any module that returns logits or an object with `.logits`.
+            images: (B, C, H, W).
+            classes: (B, T) int64.
+            standard_error: also estimate the standard error of every pixel from the spread of the groups of 128 masks.
+
+        Raises:
+            ValueError: a class out of range, not one row of classes per image, or fewer than two groups of masks
+                where the standard error is asked for.
+        """
+        if classes.ndim != 2 or len(classes) != len(images):
+            raise ValueError(f"classes must be ({len(images)}, T), got {tuple(classes.shape)}.")
+        if standard_error and self.n_masks < 2 * GROUP:
+            raise ValueError(f"standard_error needs n_masks of at least {2 * GROUP}, got {self.n_masks}.")
+        return self._stream(model, images, classes.to(images.device), standard_error)
+
+    def _stream(self, model: nn.Module, images: Tensor, classes: Tensor, error: bool) -> RiseMaps:
+        bank = MaskBank.draw(self.n_masks, self.grid, self.p, self.seed, self.sampler)
+        options = {"chunk_size": self.chunk_size, "fold": self.fold, "precision": self.precision}
+        engine = PerturbationEngine(model, images, **options)  # type: ignore[arg-type]
+        moments = _Moments((*classes.shape, *images.shape[-2:]), images.device, error)
+        for start in range(0, len(bank), GROUP):
+            masks = bank.render(start, min(start + GROUP, len(bank)), images)
+            moments.add(_probabilities(engine, masks, classes), masks)
+        return moments.maps(self.p, images.dtype)
+
+
+def _probabilities(engine: PerturbationEngine, masks: Tensor, classes: Tensor) -> Tensor:
+    """p(c | x * M_i) (n, B, T) of all images and their classes behind the masks (n, H, W)."""
+    count = len(engine.images)
+
+    def masked(position: Tensor) -> Tensor:
+        return masks[position // count].unsqueeze(1) * engine.images[position % count]
+
+    logits = engine.run(masked, len(masks) * count)
+    check_targets(classes.flatten(), logits.shape[1])
+    probabilities = logits.softmax(dim=1).unflatten(0, (len(masks), count))
+    return probabilities.gather(2, classes.expand(len(masks), -1, -1))
+
+
+class _Moments:
+    """Running sums over the groups of masks, in float64."""
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device, error: bool) -> None:
+        self.masks = self.groups = 0
+        self.total = torch.zeros(shape, device=device, dtype=torch.float64)
+        self.squares = torch.zeros_like(self.total) if error else None
+
+    def add(self, probabilities: Tensor, masks: Tensor) -> None:
+        """One group: probabilities (n, B, T) and masks (n, H, W)."""
+        sums = (probabilities.flatten(1).T @ masks.flatten(1)).view_as(self.total).double()
+        self.total += sums
+        self.masks += len(masks)
+        self.groups += 1
+        if self.squares is not None:
+            self.squares += sums.square() / len(masks)
+
+    def maps(self, p: float, dtype: torch.dtype) -> RiseMaps:
+        """The means, divided by p, and their standard errors from the spread of the groups' means."""
+        mean = self.total / self.masks
+        error = None
+        if self.squares is not None:
+            # sum_g n_g (m_g - m)^2 / (G - 1) estimates the variance of one mask's term.
+            variance = (self.squares - self.masks * mean.square()).clamp(min=0) / (self.groups - 1)
+            error = (variance / self.masks).sqrt().div(p).to(dtype)
+        return RiseMaps((mean / p).to(dtype), error)
+
+
+class ReleasedRISE(RISE):
+    """RISE as the released LABN code runs it: 10 000 masks of 9 x 9 cells, p = 0.3, of which Phi(0.3) = 0.618 are kept.
+
+    The map is divided by 0.3 all the same, as there; the ranking of its pixels is that of RISE with p = 0.618.
+
+    Args:
+        n_masks: N.
+        seed: of the masks.
+        chunk_size: masked images per forward.
+    """
+
+    def __init__(self, n_masks: int = 10_000, seed: int = 0, chunk_size: int | None = None) -> None:
+        super().__init__(n_masks, grid=9, p=0.3, seed=seed, chunk_size=chunk_size, sampler="released")

@@ -1,0 +1,305 @@
+"""Contrastive Relevance Propagation for single-shot detectors (CRP, IJCNN 2019)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from labn.explainers.base import Explainer, Targets, check_targets, resolve_targets
+from labn.explainers.relevance.detection_pass import DetectionPassage, Start
+from labn.inference.modes import explaining, matching
+from labn.lrp.config import Config, FirstName
+from labn.lrp.engine import propagated
+from labn.lrp.initial import check_others, rivals
+from labn.models.detectors import COORDINATES, Detections, Detector, Thresholds, detector_of
+from labn.perturbation.engine import check_chunk_size
+
+
+def share(contributions: Tensor) -> Tensor:
+    """Positive contributions c+ / sum c+ over the last dimension (the w+ rule for one unit of relevance).
+
+    All zero where nothing contributes, so that the sum is 0 instead of 1 there.
+    """
+    positive = contributions.clamp(min=0)
+    total = positive.sum(-1, keepdim=True)
+    return torch.where(total > 0, positive / torch.where(total > 0, total, 1), 0)
+
+
+def class_shares(c: Tensor, target: int, rivals: Tensor) -> Tensor:
+    """R_i = R_i[k*] - mean over the rivals k of R_i[k], R_i[k] = c+_ki / sum c+_k; sums to 0.
+
+    Args:
+        c: (K, I) contributions.
+        target: k*.
+        rivals: (K,) bool.
+    """
+    shares = share(c)
+    return shares[target] - shares[rivals].mean(0)
+
+
+def class_output(c: Tensor, target: int, rivals: Tensor) -> Tensor:
+    """The contrast taken at the output, as one unit z_k* - mean z_k with weights w_k* - mean w_k (cf. CLRP, 2018).
+
+    Its positive shares minus its negative shares; classes with larger weights weigh more. Arguments as `class_shares`.
+    """
+    return opposite(c[target] - c[rivals].mean(0))
+
+
+def class_alone(c: Tensor, target: int, rivals: Tensor) -> Tensor:
+    """No contrast, plain alpha1-beta0 propagation: R_i = R_i[k*]; sums to 1. Arguments as `class_shares`."""
+    return share(c[target])
+
+
+def opposite(c: Tensor) -> Tensor:
+    """R_i = c+_i / sum c+ - c-_i / sum c-: the share of what pushes the output up minus that of what pushes it down.
+
+    The classification rule for two classes with weights w and -w, a coordinate having no other rival than its own
+    opposite; sums to 0 where both signs occur.
+    """
+    return share(c) - share(-c)
+
+
+CLASS_RULES: dict[str, Callable[[Tensor, int, Tensor], Tensor]] = {
+    "source": class_shares,
+    "output": class_output,
+    "none": class_alone,
+}
+
+# (contributions (4, I) of cx, cy, w, h; which coordinate) -> (I,)
+COORDINATE_RULES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "opposite": lambda c, t: opposite(c[t]),
+    "others": lambda c, t: share(c[t]) - share(torch.cat([c[:t], c[t + 1 :]])).mean(0),
+    "none": lambda c, t: share(c[t]),
+    "eps": lambda c, t: c[t] / _stable(c[t].sum(), c[t]),
+    "alpha2beta1": lambda c, t: 2 * share(c[t]) - share(-c[t]),
+}
+
+
+def _stable(z: Tensor, c: Tensor) -> Tensor:
+    """z moved away from zero by 1e-9 of the mean |c|."""
+    size = (1e-9 * c.abs().mean()).clamp(min=1e-30)
+    return z + torch.copysign(size, z)
+
+
+Task = Literal["class", "cx", "cy", "w", "h"]
+
+TASKS: tuple[Task, ...] = ("class", "cx", "cy", "w", "h")
+
+DIRECTIONS = ("positive", "negative", "predicted")
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of one default box.
+
+    Attributes:
+        prior: index of the default box, an integer or a tensor of one, for example `Detections.priors[0]`.
+        task: `class`, or the coordinate `cx`, `cy`, `w` or `h`.
+        label: class channel or name, also one that was not predicted (what if?); None: the most probable object class.
+    """
+
+    prior: int | Tensor
+    task: Task = "class"
+    label: int | str | None = None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Maps for questions about one image.
+
+    Attributes:
+        maps: (T, H, W) signed, positive for pixels that support the statement, negative for those that contradict it.
+        sums: (T,) float64 relevance at the head's input: 0 for a contrast, 1 where a unit had nothing to contrast with.
+        questions: T of them.
+    """
+
+    maps: Tensor
+    sums: Tensor
+    questions: tuple[Question, ...]
+
+
+class CRP(Explainer):
+    """Relevance of pixels for the class or a coordinate of a detection, as a contrast.
+
+    The statement starts at the unit of its default box. For a class k*, every class k shares one unit of relevance
+    among the inputs of its 3 x 3 window by the w+ rule, R_i[k] = x_i w+_ik / sum_j x_j w+_jk, and the contrast is
+    R_i = R_i[k*] - mean over k != k* of R_i[k]; for a coordinate, whose rival is the opposite movement, it is the share
+    of positive minus the share of negative contributions (derived here; the published rule is not available). From
+    there signed relevance goes down by w+, max pools to the winner, and the L2 norm of conv4_3 as a constant.
+
+    Called as `maps = CRP()(detector, images, classes)` it explains, per image, the best detection of the class given (a
+    map of zeros where there is none). `ask` answers any question about any default box.
+
+    Args:
+        task: what the call explains: `class`, `cx`, `cy`, `w` or `h`.
+        contrast_at: `source` (the published contrast), `output` (raw weights compared) or `none` (plain alpha1-beta0).
+        others: rivals of a class: `all`, the n most probable ones, or a list of class channels.
+        background: whether the background class may be a rival.
+        initial: relevance of a class starts with `one`, or with its `score`.
+        localisation: `opposite`, `others` (the mean of the other coordinates as rival), `none` (w+ only), `eps` or
+            `alpha2beta1`.
+        direction: the statement is right/down/wider/taller (`positive`), its opposite (`negative`), or whichever was
+            `predicted`.
+        first_layer: rule at the pixels: `input` (alpha1-beta0 on both signs), `zb`, `w2`, `flat`, `ones` or `epsilon`.
+        pooling: `winner` takes all, or `average`.
+        batchnorm: `fold` it into the convolutions, or `pass` relevance through.
+        eps, eps_mode, low, high: see `labn.lrp.Config`.
+        score_threshold, nms_threshold, top_k: what counts as a detection, see `Thresholds`.
+        chunk_size: maps per backward sweep; None: 4 on a CPU, else all. The maps do not depend on it.
+    """
+
+    def __init__(
+        self,
+        task: Task = "class",
+        contrast_at: Literal["source", "output", "none"] = "source",
+        others: Literal["all"] | int | Sequence[int] = "all",
+        background: bool = True,
+        initial: Literal["one", "score"] = "one",
+        localisation: Literal["opposite", "others", "none", "eps", "alpha2beta1"] = "opposite",
+        direction: Literal["positive", "negative", "predicted"] = "positive",
+        first_layer: FirstName = "input",
+        pooling: Literal["winner", "average"] = "winner",
+        batchnorm: Literal["pass", "fold"] = "fold",
+        eps: float = 1e-9,
+        eps_mode: Literal["relative", "absolute"] = "relative",
+        low: Sequence[float] | None = None,
+        high: Sequence[float] | None = None,
+        score_threshold: float = 0.01,
+        nms_threshold: float = 0.45,
+        top_k: int = 200,
+        chunk_size: int | None = None,
+    ) -> None:
+        _among("task", task, TASKS)
+        _among("contrast_at", contrast_at, CLASS_RULES)
+        _among("initial", initial, ("one", "score"))
+        _among("localisation", localisation, COORDINATE_RULES)
+        _among("direction", direction, DIRECTIONS)
+        check_others(others)
+        check_chunk_size(chunk_size)
+        self.task, self.contrast_at, self.others, self.background = task, contrast_at, others, background
+        self.initial, self.localisation, self.direction = initial, localisation, direction
+        self.config = Config(
+            first_layer=first_layer,
+            pooling=pooling,
+            batchnorm=batchnorm,
+            eps=eps,
+            eps_mode=eps_mode,
+            low=None if low is None else tuple(low),
+            high=None if high is None else tuple(high),
+        )
+        self.thresholds = Thresholds(score_threshold, nms_threshold, top_k=top_k)
+        self.chunk_size = chunk_size
+
+    # Any question about one image
+
+    def passage(self, detector: nn.Module, image: Tensor) -> DetectionPassage:
+        """One forward of one image (C, H, W) or (1, C, H, W), for any number of `ask`s.
+
+        Raises:
+            TypeError: the model is no detector.
+        """
+        image = propagated(image.detach()[None] if image.ndim == 3 else image.detach())
+        found = matching(detector_of(detector), image)
+        assert isinstance(found, Detector)
+        with explaining(found, image.device.type):
+            return DetectionPassage(found, image.clone(), self.config)
+
+    def ask(self, passage: DetectionPassage, questions: Sequence[Question]) -> Answers:
+        """Maps for any questions about the image of `passage`: one backward sweep for several of them.
+
+        Raises:
+            ValueError: a class that the detector does not have, or an unknown task.
+            IndexError: a default box that does not exist.
+            NotImplementedError: a layer without a rule; the message names it.
+        """
+        with explaining(passage.detector, passage.image.device.type):
+            starts = [self.start(passage, question) for question in questions]
+            maps = passage.maps(starts, chunk_size=self.chunk_size).sum(1)
+        sums = torch.tensor([float(s.relevance.sum(dtype=torch.float64)) for s in starts], dtype=torch.float64)
+        return Answers(maps, sums, tuple(questions))
+
+    def start(self, passage: DetectionPassage, question: Question) -> Start:
+        """Relevance at the head's input for one question."""
+        _among("task", question.task, TASKS)
+        rule = self._class_start if question.task == "class" else self._coordinate_start
+        return rule(passage, question)
+
+    def _class_start(self, passage: DetectionPassage, question: Question) -> Start:
+        detector, target = passage.detector, self.label_of(passage, question)
+        logits = passage.predictions.classes[:, question.prior]
+        excluded = None if self.background else detector.background
+        others = rivals(logits, torch.tensor([target], device=logits.device), self.others, excluded)[0]
+        window = passage.window(question.prior, localisation=False)
+        relevance = CLASS_RULES[self.contrast_at](window.contributions, target, others)
+        if self.initial == "score":
+            relevance = relevance * logits[0].softmax(0)[target]
+        return Start(window, relevance.view_as(window.inputs))
+
+    def _coordinate_start(self, passage: DetectionPassage, question: Question) -> Start:
+        number = COORDINATES.index(question.task)
+        window = passage.window(question.prior, localisation=True)
+        relevance = COORDINATE_RULES[self.localisation](window.contributions, number)
+        predicted = float(passage.predictions.offsets[0, question.prior, number])
+        backwards = self.direction == "negative" or (self.direction == "predicted" and predicted < 0)
+        return Start(window, (-relevance if backwards else relevance).view_as(window.inputs))
+
+    def label_of(self, passage: DetectionPassage, question: Question) -> int:
+        """The class channel that a question is about; the most probable object class where it names none."""
+        passage.layout.unit(question.prior)
+        if question.label is not None:
+            return passage.detector.class_index(question.label)
+        logits = passage.predictions.classes[0, question.prior].clone()
+        if passage.detector.background is not None:
+            logits[passage.detector.background] = -torch.inf
+        return int(logits.argmax())
+
+    # The contract of every explainer
+
+    @property
+    def revision(self) -> int:
+        """As that of `LRP`."""
+        return int(self.config.first_layer == "zb")
+
+    def choose_targets(self, model: nn.Module, images: Tensor, targets: Targets) -> Tensor:
+        """Class channels (B,): those given, or that of each image's best detection (the background without one).
+
+        Raises:
+            ValueError: a class (channel or name) that the detector does not have, or not one per image.
+        """
+        detector = detector_of(model)
+        if targets is None:
+            found = [self.passage(detector, image).detections(self.thresholds) for image in images]
+            return torch.tensor([int(d.labels[0]) if len(d) else detector.background or 0 for d in found])
+        if isinstance(targets, str):
+            targets = detector.class_index(targets)
+        chosen = resolve_targets(detector, images, targets)
+        check_targets(chosen, detector.num_classes)
+        return chosen
+
+    def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
+        """Maps (B, H, W) for the best detection of each image's target class."""
+        detector = detector_of(model)
+        check_targets(targets, detector.num_classes)
+        return torch.cat([self._best(detector, image, int(k)) for image, k in zip(images, targets)])
+
+    def _best(self, detector: Detector, image: Tensor, label: int) -> Tensor:
+        passage = self.passage(detector, image)
+        prior = best_prior(passage.detections(self.thresholds), label)
+        if prior is None:
+            return image.new_zeros(1, *image.shape[1:])
+        return self.ask(passage, [Question(prior, self.task, label)]).maps
+
+
+def best_prior(found: Detections, label: int) -> int | None:
+    """The default box of the best detection of a class, None where there is none."""
+    of_class = found.priors[found.labels == label]
+    return int(of_class[0]) if len(of_class) else None
+
+
+def _among(name: str, value: object, allowed: Collection[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}.")

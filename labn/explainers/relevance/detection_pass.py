@@ -1,0 +1,169 @@
+"""One forward pass over one image of a detector, and everything that can be asked of it afterwards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from labn.lrp.config import Config
+from labn.lrp.engine import backward, forward
+from labn.lrp.tracing.graph import Node
+from labn.models.detectors import Detections, Detector, Predictions, Thresholds, Unit, detect
+from labn.perturbation.engine import check_chunk_size
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one unit of a head reads.
+
+    Attributes:
+        value: index of the layer's input in the recorded graph.
+        rows, columns: where the window lies in the padded input.
+        padding: pixels around the input (vertical, horizontal).
+        inputs: (C, h, w) the padded input inside the window.
+        weights: (n, C, h, w) of the n outputs that the unit has (K classes, or 4 coordinates).
+    """
+
+    value: int
+    rows: slice
+    columns: slice
+    padding: tuple[int, int]
+    inputs: Tensor
+    weights: Tensor
+
+    @property
+    def contributions(self) -> Tensor:
+        """(n, C h w): what every input adds to every output, x_i w_ik, without the bias."""
+        return (self.inputs * self.weights).flatten(1)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Relevance (C, h, w) at a window, from which one map starts."""
+
+    window: Window
+    relevance: Tensor
+
+
+class DetectionPassage:
+    """A recorded forward pass of a detector over one image.
+
+    Args:
+        detector: in eval mode, of the image's device and dtype (see `labn.inference.modes`).
+        image: (1, C, H, W), normalised, in float32 or float64.
+        config: rules below the heads.
+
+    Attributes:
+        predictions: for every default box of the image.
+        layout: the order of the default boxes.
+
+    Raises:
+        ValueError: more than one image, or heads that do not give what the detector says.
+    """
+
+    def __init__(self, detector: Detector, image: Tensor, config: Config) -> None:
+        if len(image) != 1:
+            raise ValueError(f"a detection passage holds one image, got {len(image)}.")
+        self.detector, self.image = detector, image
+        self.passage = forward(detector, image, config, _rows)
+        heads = detector.heads()
+        self._classes = [self._node(head.classification) for head in heads]
+        self._offsets = [self._node(head.localisation) for head in heads]
+        grids = tuple((node.call.shape[-2], node.call.shape[-1]) for node in self._classes)
+        self.layout = detector.layout(grids)
+        count, classes = self.layout.starts[-1], detector.num_classes
+        logits = self.passage.logits
+        if logits.shape[1] != count * (classes + 4):
+            raise ValueError(
+                f"{type(detector).__name__} predicts {logits.shape[1]} values; its heads() and num_classes say "
+                f"{count} default boxes x ({classes} classes + 4 coordinates)."
+            )
+        scores, offsets = logits.split([count * classes, count * 4], 1)
+        self.predictions = Predictions(scores.view(1, count, classes), offsets.view(1, count, 4), grids)
+
+    def _node(self, name: str) -> Node:
+        graph = self.passage.graph
+        node = graph.nodes.get(graph.outputs.get(name, -1))
+        if node is None or node.layer is None or node.layer.operation != "conv2d" or node.layer.options["groups"] != 1:
+            raise ValueError(
+                f"heads() names '{name}', which is no plain 2-D convolution that {type(self.detector).__name__} runs."
+            )
+        return node
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the image."""
+        return self.image.shape[-2], self.image.shape[-1]
+
+    def detections(self, thresholds: Thresholds | None = None) -> Detections:
+        """The detections of the image; none is an empty result."""
+        return detect(self.detector, self.predictions, self.size, thresholds)[0]
+
+    def window(self, prior: int | Tensor, localisation: bool) -> Window:
+        """What the class outputs (or the coordinate outputs) of a default box read.
+
+        Raises:
+            IndexError: there is no such default box.
+        """
+        unit = self.layout.unit(prior)
+        node = (self._offsets if localisation else self._classes)[unit.source]
+        return self._window(node, unit, 4 if localisation else self.detector.num_classes)
+
+    def _window(self, node: Node, unit: Unit, outputs: int) -> Window:
+        assert node.layer is not None
+        kernel = node.layer.prepared("weight", True)[unit.box * outputs : (unit.box + 1) * outputs]
+        options = node.layer.options
+        stride, padding, dilation = (_pair(options[name]) for name in ("stride", "padding", "dilation"))
+        rows, columns = (
+            slice(at * s, at * s + d * (k - 1) + 1, d)
+            for at, s, d, k in zip((unit.row, unit.column), stride, dilation, kernel.shape[2:])
+        )
+        inputs = F.pad(self.passage.kept[node.index][0][0], (padding[1], padding[1], padding[0], padding[0]))
+        return Window(node.inputs[0], rows, columns, padding, inputs[:, rows, columns], kernel)
+
+    def maps(self, starts: list[Start], until: int = 0, chunk_size: int | None = None) -> Tensor:
+        """Relevance (T, ...) that many starts send to the value `until` (0: the pixels), several per sweep.
+
+        Raises:
+            NotImplementedError: a layer on the way has no rule; the message names it.
+            ValueError: `until` does not lie below a start, or `chunk_size` is below 1.
+        """
+        check_chunk_size(chunk_size)
+        size = chunk_size or (4 if self.image.device.type == "cpu" else max(len(starts), 1))
+        # Starts at the same layer share a sweep, so that no zeros are sent through the layers above it.
+        order = sorted(range(len(starts)), key=lambda n: starts[n].window.value)
+        parts = [self._sweep([starts[n] for n in order[i : i + size]], until) for i in range(0, len(order), size)]
+        if not parts:
+            return self.image.new_zeros(0, *self.image.shape[1:])
+        gathered = torch.cat(parts)
+        return gathered[torch.tensor(order).argsort().to(gathered.device)]
+
+    def _sweep(self, starts: list[Start], until: int) -> Tensor:
+        values = {start.window.value for start in starts}
+        seeds = {value: self._seed(starts, value) for value in values}
+        return backward(self.passage, seeds, until)
+
+    def _seed(self, starts: list[Start], value: int) -> Tensor:
+        node = next(n for n in (*self._classes, *self._offsets) if n.inputs[0] == value)
+        layer_input = self.passage.kept[node.index][0]
+        channels, height, width = layer_input.shape[1:]
+        seed = layer_input.new_zeros(len(starts), channels, height, width)
+        for row, start in enumerate(starts):
+            if start.window.value == value:
+                # The heads of one map may be padded differently.
+                vertical, horizontal = start.window.padding
+                padded = seed.new_zeros(channels, height + 2 * vertical, width + 2 * horizontal)
+                padded[:, start.window.rows, start.window.columns] = start.relevance
+                seed[row] = padded[:, vertical : vertical + height, horizontal : horizontal + width]
+        return seed
+
+
+def _rows(predictions: Predictions) -> Tensor:
+    return predictions.rows
+
+
+def _pair(value: int | tuple[int, ...] | list[int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))

@@ -1,0 +1,1 @@
+"""How a model is run without being changed: modes, fast copies, fingerprints, temporary hooks."""

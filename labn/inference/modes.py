@@ -1,0 +1,130 @@
+"""Run a model for explanation: eval mode, full precision, logits out, nothing about the model changed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from labn.inference.fingerprint import noting_written
+
+
+def logits_of(output: Any) -> Tensor:
+    """Logits (B, num_classes) of a model's output: the tensor itself, or the `.logits` of a dataclass.
+
+    Raises:
+        TypeError: the output is neither.
+    """
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            f"The model returned {type(output).__name__}; a tensor of logits or an object with `.logits` is needed. "
+            "Detectors are explained by `crp` and scored by `DetectionCallback`."
+        )
+    return logits
+
+
+def matching(model: nn.Module, images: Tensor) -> nn.Module:
+    """`model` itself where its floating tensors share the images' device and dtype, else a copy that does.
+
+    Explanations take device and dtype from the images, so that float64 images mean float64 arithmetic and a
+    bfloat16 model is explained in float32; the model passed in is never converted in place.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    same = all(t.device == images.device and (t.dtype == images.dtype or not t.is_floating_point()) for t in tensors)
+    return model if same else copy.deepcopy(model).to(device=images.device, dtype=images.dtype)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Compute in IEEE single precision, whatever training allows, restoring the settings afterwards.
+
+    cuDNN convolves in TensorFloat-32 (10 bits of mantissa) by default, and `torch.set_float32_matmul_precision` or the
+    newer `fp32_precision` lower matrix products and convolutions on GPU and CPU. They change maps and scores in the
+    third digit, and relevance is not conserved.
+    """
+    with ExitStack() as changed:
+        for read, write, full in _OLDER:
+            changed.enter_context(_older(read, write, full))
+        backends: Any = torch.backends
+        for device in (backends.cuda, backends.cudnn, backends.mkldnn):
+            for settings in (getattr(device, name, None) for name in ("matmul", "conv", "rnn")):
+                if getattr(settings, "fp32_precision", None) in ("tf32", "bf16"):
+                    changed.enter_context(_newer(settings))
+        yield
+
+
+_OLDER: tuple[tuple[Callable[[], Any], Callable[[Any], None], Any], ...] = (
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+    (
+        lambda: torch.backends.cudnn.allow_tf32,
+        lambda value: setattr(torch.backends.cudnn, "allow_tf32", value),
+        False,
+    ),
+)
+
+
+@contextmanager
+def _older(read: Callable[[], Any], write: Callable[[Any], None], full: Any) -> Iterator[None]:
+    """A setting of PyTorch's older interface, left alone where the newer one contradicts it: reading it then fails."""
+    try:
+        before = read()
+    except RuntimeError:
+        before = full
+    if before != full:
+        write(full)
+    try:
+        yield
+    finally:
+        if before != full:
+            write(before)
+
+
+@contextmanager
+def _newer(settings: Any) -> Iterator[None]:
+    """One operation of one backend in the newer interface; what it inherits it inherits again afterwards."""
+    before = settings.fp32_precision
+    settings.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = "none"
+        if settings.fp32_precision != before:
+            settings.fp32_precision = before
+
+
+@contextmanager
+def evaluating(model: nn.Module, device_type: str = "cpu") -> Iterator[None]:
+    """Run `model` eagerly in eval mode and full precision, restoring the train flag of every submodule afterwards.
+
+    The flags are set and not `model.eval()` called: a `train` of a module's own may do more than set them, such as
+    merge low-rank weights, and nothing about the model is to change.
+
+    Hooks added after the first call of a compiled model do not fire while a gradient comes out all the same, so
+    compiled code is bypassed here (`force_eager`). Gradient mode is left to the caller. What the model writes on itself
+    meanwhile is noted as no setting of it (`labn.inference.fingerprint.noting_written`).
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    for module, _ in flags:
+        module.training = False
+    try:
+        eager = torch.compiler.set_stance("force_eager")
+        with full_precision(), torch.autocast(device_type, enabled=False), eager, noting_written(model):
+            yield
+    finally:
+        for module, training in flags:
+            module.training = training
+
+
+@contextmanager
+def explaining(model: nn.Module, device_type: str = "cpu") -> Iterator[None]:
+    """`evaluating` with gradients on, whatever the caller's gradient mode; use `torch.autograd.grad` inside.
+
+    `.backward()` would fill `.grad` and change the next optimiser step under gradient accumulation.
+    """
+    with torch.inference_mode(False), torch.enable_grad(), evaluating(model, device_type):
+        yield

@@ -1,0 +1,1 @@
+"""Files: safe readers, atomic writes, memory maps, images, FITS, and the preprocessing of pictures."""

@@ -1,0 +1,130 @@
+"""Reading FITS images without further packages: header cards and the primary image (FITS standard 4.0)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from labn.io.images import MAX_ASPECT, MAX_PIXELS, Array, BadImageError
+
+_BLOCK, _CARD = 2880, 80
+
+_MAX_BLOCKS = 1024
+
+_TYPES = {8: "u1", 16: ">i2", 32: ">i4", 64: ">i8", -32: ">f4", -64: ">f8"}
+
+MAGIC = b"SIMPLE  ="
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Keywords of the primary header with their values (bool, int, float or str), and where the data begins (bytes).
+
+    Raises:
+        BadImageError: the file is no FITS file, or ends inside its header.
+    """
+    cards: dict[str, Any] = {}
+    with path.open("rb") as file:
+        for _ in range(_MAX_BLOCKS):
+            block = file.read(_BLOCK)
+            if not cards and not block.startswith(MAGIC):
+                raise BadImageError(f"Image {path} is not a FITS file.")
+            if len(block) < _BLOCK:
+                raise BadImageError(f"Image {path} is truncated (its FITS header has no END).")
+            for start in range(0, _BLOCK, _CARD):
+                card = block[start : start + _CARD].decode("ascii", "replace")
+                if card[:8].rstrip() == "END":
+                    return cards, file.tell()
+                if card[8:10] == "= ":
+                    cards[card[:8].rstrip()] = _value(card[10:])
+    raise BadImageError(f"Image {path} has a FITS header of more than {_MAX_BLOCKS} blocks.")
+
+
+def _value(text: str) -> bool | int | float | str:
+    text = text.strip()
+    if text.startswith("'"):
+        # A quote inside a string is written twice.
+        return text[1:].replace("''", "\0").split("'")[0].replace("\0", "'").rstrip()
+    text = text.split("/")[0].strip()
+    if text in ("T", "F"):
+        return text == "T"
+    for kind in (int, float):
+        try:
+            return kind(text.replace("D", "E"))
+        except ValueError:
+            continue
+    return text
+
+
+def keyword(header: dict[str, Any], name: str, path: Path) -> Any:
+    """Value of a keyword.
+
+    Raises:
+        ValueError: the header has no such keyword.
+    """
+    if name not in header:
+        raise ValueError(f"Image {path} has no FITS keyword {name}; its header needs it.")
+    return header[name]
+
+
+def _whole(header: dict[str, Any], name: str, path: Path) -> int:
+    value = keyword(header, name, path)
+    if type(value) is not int:
+        raise BadImageError(f"Image {path}: FITS keyword {name} is {value!r}; it must be a whole number.")
+    return value
+
+
+def _real(header: dict[str, Any], name: str, path: Path) -> float:
+    """BZERO or BSCALE, whose defaults change nothing."""
+    value = header.get(name, {"BZERO": 0.0, "BSCALE": 1.0}[name])
+    if type(value) not in (int, float):
+        raise BadImageError(f"Image {path}: FITS keyword {name} is {value!r}; it must be a number.")
+    return float(value)
+
+
+def image_layout(path: Path) -> tuple[dict[str, Any], int, tuple[int, int], np.dtype[Any]]:
+    """Header, offset of the pixels, (height, width) and stored type of the primary image; no pixel is read.
+
+    Raises:
+        BadImageError: no FITS file, a truncated one, or no two-dimensional primary image.
+        ValueError: a keyword is missing.
+    """
+    header, offset = read_header(path)
+    kind = _TYPES.get(_whole(header, "BITPIX", path))
+    if keyword(header, "NAXIS", path) != 2 or kind is None:
+        raise BadImageError(
+            f"Image {path} has no two-dimensional primary image (compressed ones lie in an extension: unpack it)."
+        )
+    shape = _whole(header, "NAXIS2", path), _whole(header, "NAXIS1", path)
+    if min(shape) < 1 or shape[0] * shape[1] > MAX_PIXELS or max(shape) > MAX_ASPECT * min(shape):
+        raise BadImageError(f"Image {path} promises {shape[1]} x {shape[0]} pixels, which no image of the Sun has.")
+    stored = np.dtype(kind)
+    if path.stat().st_size < offset + shape[0] * shape[1] * stored.itemsize:
+        raise BadImageError(f"Image {path} is truncated (its header promises {shape[1]} x {shape[0]} pixels).")
+    return header, offset, shape, stored
+
+
+def read_fits(path: Path, low: float, high: float) -> Array:
+    """The primary image as (H,W) uint8, first row on top: `low` becomes 0, `high` 255, undefined pixels 0.
+
+    Physical values are BZERO + BSCALE * stored ones; FITS counts rows from below, so they are turned over.
+
+    Args:
+        path: an uncompressed FITS file with a two-dimensional primary image.
+        low: physical value (gauss in a magnetogram) that is shown black.
+        high: physical value that is shown white, above `low`.
+
+    Raises:
+        BadImageError: as of `image_layout`.
+        ValueError: likewise.
+    """
+    header, offset, shape, kind = image_layout(path)
+    zero, scale = (_real(header, name, path) for name in ("BZERO", "BSCALE"))
+    stored = np.fromfile(path, dtype=kind, count=shape[0] * shape[1], offset=offset)
+    values = stored.astype(np.float64)
+    if "BLANK" in header and kind.kind != "f":
+        values[stored == header["BLANK"]] = np.nan
+    with np.errstate(over="ignore", invalid="ignore"):
+        grey = np.clip((zero + scale * values - low) / (high - low), 0.0, 1.0) * 255.0
+    return np.rint(np.nan_to_num(grey, nan=0.0)).astype(np.uint8).reshape(shape)[::-1]

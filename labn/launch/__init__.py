@@ -1,0 +1,1 @@
+"""How a process is started: configuration includes, SLURM, the memory allocator, the archive of earlier fits."""

@@ -1,0 +1,1 @@
+"""The rules of relevance propagation, one small function each."""

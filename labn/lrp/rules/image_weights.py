@@ -1,0 +1,97 @@
+"""Products of values with weights that come from the same image: each one a linear layer with weights per image."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from labn.lrp.tracing.graph import Node
+from labn.lrp.tracing.recorder import Ref, substitute
+from labn.lrp.weighted_layer import Weights
+
+# What a negative factor g makes of a part: rho(g w) = g rho'(w).
+TURNED = {"plus": "minus", "minus": "plus", "gamma": "gamma-", "gamma-": "gamma"}
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """The weights of one call of `labn.lrp.weighted_layer.weighted` on some images, used like a `Layer`.
+
+    Attributes:
+        weights: A and b of these images.
+        label: of the layer, for messages.
+        scale, shift: g and c of the BatchNorm g y + c that follows, which broadcast over y; folded, the weights are
+            g A and the offset g b + c. None where none follows.
+    """
+
+    weights: Weights
+    label: str
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+    def run(self, a: Tensor, folded: bool) -> tuple[Tensor, Tensor]:
+        """The output as the rules see it, before the BatchNorm unless folded, and as the next layer does."""
+        z = self.weights(a)
+        after = z if self.scale is None or self.shift is None else torch.addcmul(self.shift, z, self.scale)
+        return (after if folded else z), after
+
+    def offset(self, folded: bool) -> Tensor | None:
+        """What the output has besides A v, broadcasting over it; None where there is nothing."""
+        offset = self.weights.offset()
+        if not folded or self.scale is None or self.shift is None:
+            return offset
+        return self.shift if offset is None else offset * self.scale + self.shift
+
+    def per_channel(self, vector: Tensor) -> Tensor:
+        """An offset as it is: it has the output's axes."""
+        return vector
+
+    def apply(self, a: Tensor, part: str, folded: bool = False, bias: Tensor | None = None) -> Tensor:
+        """rho(A) a + b, or rho(g A) a + b.
+
+        Raises:
+            ValueError: the weights have no such part.
+        """
+        z = torch.stack([_times(self._known(name).apply(a, name), g) for name, g in self._terms(part, folded)]).sum(0)
+        return z if bias is None else z + bias
+
+    def adjoint(self, s: Tensor, part: str, folded: bool, a: Tensor) -> Tensor:
+        """rho(A)^T s, or rho(g A)^T s, added up where one value of a (B, ...) met several weights by broadcasting."""
+        terms = self._terms(part, folded)
+        r = torch.stack([self._known(name).adjoint(_times(s, g), name) for name, g in terms]).sum(0)
+        return r if r.shape[1:] == a.shape[1:] else r.sum_to_size(len(r), *a.shape[1:])
+
+    def _terms(self, part: str, folded: bool) -> list[tuple[str, Tensor | None]]:
+        """rho(g A) as a sum of g' rho'(A): channels with g >= 0, and those with g < 0, which turn signs."""
+        kind, colon, value = part.partition(":")
+        if not folded or self.scale is None or kind == "flat":
+            return [(part, None)]
+        if kind not in TURNED or bool((self.scale >= 0).all()):
+            return [(part, self.scale)]
+        return [(part, self.scale.clamp(min=0)), (TURNED[kind] + colon + value, self.scale.clamp(max=0))]
+
+    def _known(self, part: str) -> Weights:
+        known = self.weights.parts
+        if known is not None and part.partition(":")[0] not in known:
+            raise ValueError(
+                f"{type(self.weights).__name__} of {self.label} has no part '{part}', which the rule asks for; it has "
+                f"{', '.join(map(repr, known))} (the rules simple and epsilon need 'weight' only)."
+            )
+        return self.weights
+
+
+def _times(values: Tensor, factor: Tensor | None) -> Tensor:
+    return values if factor is None else values * factor
+
+
+def weighing(node: Node, values: dict[int, Tensor]) -> Weighing:
+    """The weights of a node of kind `weighted`, made from the constants among `values`, without gradients to them."""
+    make, *constants = substitute(
+        node.call.args[1:], lambda leaf: values[leaf.index].detach() if isinstance(leaf, Ref) else leaf
+    )
+    if node.norm is None:
+        return Weighing(make(*constants), node.label)
+    axes = (-1, *[1] * (len(node.call.shape) - 2))
+    return Weighing(make(*constants), node.label, node.norm.scale.view(axes), node.norm.shift.view(axes))

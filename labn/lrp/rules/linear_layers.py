@@ -1,0 +1,229 @@
+"""The linear layers of a network in one shape: apply a weight, apply its transpose, keep prepared weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from labn.inference.packing import PackedKernel
+from labn.lrp.tracing.recorder import Call
+from labn.lrp.weighted_layer import part_of
+
+
+@dataclass
+class Norm:
+    """A BatchNorm in eval mode as y = scale * x + shift: scale = g / sqrt(v + e), shift = beta - m * scale.
+
+    `source` names the tensors that these were made from, so that the same BatchNorm is known again.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    source: tuple[object, ...] = ()
+
+    @classmethod
+    def of(cls, call: Call) -> Norm:
+        """Read the statistics and parameters of a recorded `batch_norm`."""
+        names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+        given = {**dict(zip(names, call.args)), **call.kwargs}
+        mean, variance, epsilon = given["running_mean"], given["running_var"], given.get("eps", 1e-5)
+        gain, offset = given.get("weight"), given.get("bias")
+        scale = torch.rsqrt(variance + epsilon) * (1 if gain is None else gain)
+        source = tuple(None if t is None else t.data_ptr() for t in (mean, variance, gain, offset))
+        return cls(scale, (0 if offset is None else offset) - mean * scale, (*source, epsilon))
+
+
+@dataclass
+class Layer:
+    """A convolution or a fully connected layer, with the BatchNorm that follows it if there is one.
+
+    Attributes:
+        operation: `conv1d`, `conv2d`, `conv3d` or `linear`.
+        weight, bias: the layer's own, detached (bias may be None).
+        options: stride, padding, dilation and groups of a convolution.
+        norm: the following BatchNorm; `folded` weights are w * scale and bias * scale + shift.
+        memory_format: of prepared 4-D weights.
+        packs: whether a convolution keeps its weights packed (see `labn.inference.packing`), for both directions.
+    """
+
+    operation: str
+    weight: Tensor
+    bias: Tensor | None
+    options: dict[str, Any]
+    norm: Norm | None = None
+    memory_format: torch.memory_format = torch.contiguous_format
+    packs: bool = False
+    _prepared: dict[tuple[str, bool], Tensor] = field(default_factory=dict, repr=False)
+    _packed: dict[tuple[str, bool, bool], PackedKernel] = field(default_factory=dict, repr=False)
+
+    def prepared(self, part: str, folded: bool) -> Tensor:
+        """The weight's `part` (see `part_of`), with BatchNorm folded in or not; made once, kept."""
+        key = (part, folded and self.norm is not None)
+        if key not in self._prepared:
+            made = self._made(*key)
+            if made is self.weight:
+                return made
+            self._prepared[key] = made
+        return self._prepared[key]
+
+    def _made(self, part: str, folded: bool) -> Tensor:
+        base = self.weight * self._per_output(self.norm.scale) if folded and self.norm else self.weight
+        made = part_of(part)(base)
+        return made if made is self.weight or made.ndim != 4 else made.contiguous(memory_format=self.memory_format)
+
+    def offset(self, folded: bool) -> Tensor | None:
+        """The bias (out,), after folding if asked; None where there is none."""
+        if not folded or self.norm is None:
+            return self.bias
+        shift = self.norm.shift
+        return shift if self.bias is None else self.bias * self.norm.scale + shift
+
+    def apply(self, a: Tensor, part: str, folded: bool = False, bias: Tensor | None = None) -> Tensor:
+        """z = rho(W) a + b for inputs a (B, in, ...), with the weight's `part` as in `prepared`."""
+        if not self.packs:
+            return getattr(F, self.operation)(a, self.prepared(part, folded), bias, **self.options)
+        if a.requires_grad and torch.is_grad_enabled():
+            return transposable(self, a, part, folded, bias)
+        key = (part, folded and self.norm is not None, False)
+        if key not in self._packed:
+            self._packed[key] = PackedKernel(self._made(*key[:2]), self._geometry(), a.shape)
+        return self._packed[key](a, bias)
+
+    def adjoint(self, s: Tensor, part: str, folded: bool, a: Tensor) -> Tensor:
+        """rho(W)^T s: the gradient at inputs like a (B, in, ...), whatever their values; s may have another batch."""
+        if self.packs and self._is_reversible():
+            return self._packed_adjoint(part, folded and self.norm is not None, s)(s)
+        weight = self.prepared(part, folded)
+        if self.operation == "linear":
+            return s @ weight
+        if self._is_pointwise() and s.is_contiguous(memory_format=torch.channels_last):
+            return torch.matmul(s.permute(0, 2, 3, 1), weight.flatten(1)).permute(0, 3, 1, 2)
+        like = a
+        if len(a) != len(s):
+            shape = (len(s), *a.shape[1:])
+            like = torch.empty(shape, dtype=s.dtype, device=s.device, memory_format=self.memory_format)
+        padding, stride, dilation, groups = self._geometry()
+        unpadded = [0] * (weight.ndim - 2)
+        gradients = torch.ops.aten.convolution_backward(
+            s, like, weight, None, stride, padding, dilation, False, unpadded, groups, [True, False, False]
+        )
+        return gradients[0]
+
+    def _packed_adjoint(self, part: str, folded: bool, s: Tensor) -> PackedKernel:
+        """Without stride the transpose is the convolution with the turned kernel, in and out exchanged."""
+        key = (part, folded, True)
+        if key not in self._packed:
+            turned = self._made(part, folded).flip(2, 3).transpose(0, 1).contiguous(memory_format=self.memory_format)
+            rest = [k - 1 - p for k, p in zip(self.weight.shape[2:], self._geometry()[0])]
+            self._packed[key] = PackedKernel(turned, (rest, [1, 1], [1, 1], 1), s.shape)
+        return self._packed[key]
+
+    def _geometry(self) -> tuple[list[int], list[int], list[int], int]:
+        """Padding, stride and dilation per axis, and the groups."""
+        padding, stride, dilation = (
+            _spread(self.options[name], self.weight.ndim - 2) for name in ("padding", "stride", "dilation")
+        )
+        return padding, stride, dilation, self.options["groups"]
+
+    def _is_reversible(self) -> bool:
+        padding, stride, dilation, groups = self._geometry()
+        fits = all(p < k for p, k in zip(padding, self.weight.shape[2:]))
+        return fits and groups == 1 and stride == dilation == [1, 1]
+
+    def _is_pointwise(self) -> bool:
+        """A 1x1 convolution, whose transpose is a plain matrix product over the pixels (faster on a CPU)."""
+        if self.operation != "conv2d" or self.weight.shape[2:] != (1, 1):
+            return False
+        padding, stride, _, groups = self._geometry()
+        return groups == 1 and stride == [1, 1] and padding == [0, 0]
+
+    def rows(self, kept: slice) -> Layer:
+        """The layer that makes these output channels only, without a BatchNorm; shares the weight's memory."""
+        bias = None if self.bias is None else self.bias[kept]
+        return Layer(self.operation, self.weight[kept], bias, self.options)
+
+    @property
+    def channel_axis(self) -> int:
+        """Which axis of the output has the channels."""
+        return -1 if self.operation == "linear" else 1
+
+    def per_channel(self, vector: Tensor) -> Tensor:
+        """Shape a vector (out,) so that it broadcasts over this layer's outputs."""
+        return vector if self.operation == "linear" else vector.view(-1, *[1] * (self.weight.ndim - 2))
+
+    def _per_output(self, vector: Tensor) -> Tensor:
+        return vector.view(-1, *[1] * (self.weight.ndim - 1))
+
+
+class Linear(Protocol):
+    """What a `Layer` and a `labn.lrp.rules.image_weights.Weighing` have in common."""
+
+    def apply(self, a: Tensor, part: str, folded: bool = False, bias: Tensor | None = None) -> Tensor:
+        """rho(W) a + b."""
+
+    def adjoint(self, s: Tensor, part: str, folded: bool, a: Tensor) -> Tensor:
+        """rho(W)^T s."""
+
+
+def transposable(layer: Linear, a: Tensor, part: str, folded: bool = False, bias: Tensor | None = None) -> Tensor:
+    """`layer.apply` with `layer.adjoint` as its gradient at the input, where autograd has none or a costly one."""
+    result: Tensor = _Transposable.apply(a, bias, layer, part, folded)
+    return result
+
+
+class _Transposable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, bias: Tensor | None, layer: Linear, part: str, folded: bool) -> Tensor:
+        ctx.save_for_backward(a)
+        ctx.choice = (layer, part, folded)
+        return layer.apply(a.detach(), part, folded, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *s: Tensor) -> tuple[Tensor | None, ...]:
+        layer, part, folded = ctx.choice
+        return layer.adjoint(s[0], part, folded, *ctx.saved_tensors), None, None, None, None
+
+
+def _spread(value: int | Sequence[int], dims: int) -> list[int]:
+    return [value] * dims if isinstance(value, int) else list(value) * (dims if len(value) == 1 else 1)
+
+
+def layer_of(call: Call) -> Layer:
+    """Read weight, bias and options of a recorded convolution or linear call."""
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    given = {**dict(zip(names, call.args)), **call.kwargs}
+    weight, bias = given["weight"], given.get("bias")
+    if call.operation == "linear":
+        return Layer("linear", weight, bias, {})
+    options = {"stride": given.get("stride", 1), "dilation": given.get("dilation", 1), "groups": given.get("groups", 1)}
+    options["padding"] = _explicit_padding(given.get("padding", 0), weight, options["dilation"])
+    return Layer(call.operation, weight, bias, options)
+
+
+def _explicit_padding(padding: Any, weight: Tensor, dilation: Any) -> Any:
+    if padding == "valid":
+        return 0
+    if padding != "same":
+        return padding
+    reach = [d * (k - 1) for d, k in zip(_spread(dilation, weight.ndim - 2), weight.shape[2:])]
+    if any(r % 2 for r in reach):
+        raise ValueError(
+            f"padding='same' with the even kernel {tuple(weight.shape[2:])} pads unevenly; give the padding as numbers."
+        )
+    return [r // 2 for r in reach]
+
+
+def gradients(output: Tensor, leaves: Sequence[Tensor], s: Tensor) -> list[Tensor]:
+    """d<s, output>/dleaf for each leaf; s (T, ...) has the batch of the output, or any T when that batch is 1.
+
+    Several rows over one image are taken one after the other: recorded calls may have its batch size written in.
+    """
+    if len(s) == len(output):
+        return list(torch.autograd.grad(output, leaves, s, retain_graph=True))
+    rows = [torch.autograd.grad(output, leaves, row[None], retain_graph=True) for row in s]
+    return [torch.cat(parts) for parts in zip(*rows)]

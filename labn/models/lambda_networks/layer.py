@@ -1,0 +1,114 @@
+"""Lambda layer: long-range interactions without attention maps (Bello, ICLR 2021; JSAI 2022, eq. 3-5)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from labn.lrp.weighted_layer import weighted
+from labn.models.lambda_networks.linear_map import LambdaWeights, apply_lambdas, content_lambdas
+from labn.models.lambda_networks.position import FORMULATIONS
+
+
+class LambdaLayer(nn.Module):
+    """Replace a k x k convolution by lambdas: linear maps made from the context, applied to each query.
+
+    With positions n, m, heads h, key depth k, intra-depth u and values v (Bello 2021, eq. 1-3):
+
+        K = softmax over m,   lambda_c[k,v]   = sum_{u,m} K[u,k,m] V[u,v,m]
+                              lambda_p[n,k,v] = sum_{u,m} E[k,u,m-n] V[u,v,m]     m in the r x r window around n
+        Y[h,v,n] = sum_k Q[h,k,n] (lambda_c[k,v] + lambda_p[n,k,v] + b[k])
+
+    A forward leaves nothing behind on the module. Relevance propagation holds queries and keys constant and passes
+    relevance to the values, see `labn.models.lambda_networks.linear_map.LambdaWeights`.
+
+    Args:
+        channels: d, channels in and out, a multiple of `heads`.
+        dim_k: depth of queries and keys.
+        dim_u: intra-depth.
+        heads: number of heads; each sees d / heads values.
+        r: side of the position window, odd; may exceed the map.
+        stride: 1, or 2 for a 3 x 3 average pooling with stride 2 after the layer.
+        pos_bias: learn b (the released convolution has it, Bello's equations do not).
+        formulation: how the position path is computed, see `FORMULATIONS`; the result is the same.
+
+    Shapes:
+        (B, d, H, W) -> (B, d, H, W), or (B, d, ceil(H / 2), ceil(W / 2)) with stride 2.
+
+    Raises:
+        ValueError: an argument is outside of what is said above.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        dim_k: int = 16,
+        dim_u: int = 1,
+        heads: int = 4,
+        r: int = 23,
+        stride: int = 1,
+        pos_bias: bool = True,
+        formulation: str = "auto",
+    ) -> None:
+        super().__init__()
+        _check(channels, heads, r, stride, formulation)
+        self.channels, self.dim_k, self.dim_u, self.heads, self.r = channels, dim_k, dim_u, heads, r
+        self.dim_v = channels // heads
+        self.formulation = formulation
+        self.to_qkv = nn.Conv2d(channels, sum(self._widths()), kernel_size=1, bias=False)
+        self.norm_q = nn.BatchNorm2d(heads * dim_k)
+        self.norm_v = nn.BatchNorm2d(self.dim_v * dim_u)
+        self.position_weight = nn.Parameter(torch.empty(dim_k, dim_u, r, r))
+        self.position_bias = nn.Parameter(torch.empty(dim_k)) if pos_bias else None
+        self.pool = nn.AvgPool2d(3, stride=2, padding=1) if stride == 2 else nn.Identity()
+        self.reset_position()
+
+    def reset_position(self) -> None:
+        """Draw window and bias of the position path uniformly from +-1 / sqrt(dim_u r^2), as for such a convolution."""
+        bound = (self.dim_u * self.r**2) ** -0.5
+        nn.init.uniform_(self.position_weight, -bound, bound)
+        if self.position_bias is not None:
+            nn.init.uniform_(self.position_bias, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Y of the class's equations, (B, d, H, W), average-pooled if the stride is 2."""
+        query, key, value = self.project(x)
+        position = (self.position_weight, self.position_bias, self.dim_v, self.formulation)
+        return weighted(value, LambdaWeights, query, key, *position, self.pool)
+
+    def content(self, x: Tensor) -> Tensor:
+        """The content path alone, Y_c[h,v,n] = sum_k Q[h,k,n] lambda_c[k,v], (B, d, H, W), before any pooling.
+
+        Its mean over channels is the papers' lambda attention map (JSAI 2022, section 4.2).
+        """
+        query, key, value = self.project(x)
+        return apply_lambdas(content_lambdas(key, value), query).flatten(1, 2)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (B, heads, dim_k, H, W), keys (B, dim_u, dim_k, H, W), values (B, dim_u, dim_v, H, W).
+
+        Keys sum to 1 over the positions; queries and values are normalised over the batch, keys are not.
+        """
+        query, key, value = self.to_qkv(x).contiguous().split(self._widths(), dim=1)
+        query = self.norm_q(query).unflatten(1, (self.heads, self.dim_k))
+        value = self.norm_v(value).unflatten(1, (self.dim_u, self.dim_v))
+        key = key.flatten(2).softmax(dim=2).view(len(x), self.dim_u, self.dim_k, *x.shape[-2:])
+        return query, key.to(value.dtype), value
+
+    def extra_repr(self) -> str:
+        """Sizes, for printing."""
+        return f"{self.channels}, dim_k={self.dim_k}, dim_u={self.dim_u}, heads={self.heads}, r={self.r}"
+
+    def _widths(self) -> list[int]:
+        return [self.heads * self.dim_k, self.dim_k * self.dim_u, self.dim_v * self.dim_u]
+
+
+def _check(channels: int, heads: int, r: int, stride: int, formulation: str) -> None:
+    if channels % heads:
+        raise ValueError(f"channels is {channels}; it must be a multiple of heads ({heads}).")
+    if r < 1 or r % 2 == 0:
+        raise ValueError(f"r is {r}; the side of the position window must be odd and positive.")
+    if stride not in (1, 2):
+        raise ValueError(f"stride is {stride}; it must be 1 or 2.")
+    if formulation != "auto" and formulation not in FORMULATIONS:
+        raise ValueError(f"formulation is {formulation!r}; it must be auto or one of {', '.join(FORMULATIONS)}.")

@@ -1,0 +1,1 @@
+"""Perturbed forwards: the engine, patches of maps, fills for removed pixels, stateless random numbers."""

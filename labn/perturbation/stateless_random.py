@@ -1,0 +1,47 @@
+"""Random numbers that are a function of (seed, sample index, position): no state, the same on every device and rank."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15, the splitmix64 increment, as a signed integer
+
+_MIX = ((30, -4658895280553007687), (27, -7723592293110705685))  # splitmix64 shifts and multipliers, likewise
+
+
+def _shift_right(values: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64 (torch's own shift copies the sign bit)."""
+    return (values >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def splitmix64(counter: Tensor) -> Tensor:
+    """The splitmix64 mixing function (Steele, Lea and Flood, OOPSLA 2014) on int64 tensors, modulo 2**64."""
+    mixed = counter * _GOLDEN
+    for bits, multiplier in _MIX:
+        mixed = (mixed ^ _shift_right(mixed, bits)) * multiplier
+    return mixed ^ _shift_right(mixed, 31)
+
+
+def sample_integers(seed: int, indices: Tensor, count: int, stream: int = 0) -> Tensor:
+    """Random int64 (B, count) that depend on (seed, stream, sample index, position) only.
+
+    Args:
+        seed: any integer.
+        indices: (B,) integer, positions of the samples in their data set.
+        count: numbers per sample.
+        stream: keeps uses of one seed independent of each other.
+    """
+    indices = indices.long()  # of fewer bits the products would wrap earlier
+    start = splitmix64(torch.full_like(indices, seed)) + stream
+    key = splitmix64((splitmix64(start) if stream else start) + indices)
+    position = torch.arange(1, count + 1, device=indices.device)
+    return splitmix64(key[:, None] + position)
+
+
+def sample_uniform(
+    seed: int, indices: Tensor, count: int, dtype: torch.dtype = torch.float32, stream: int = 0
+) -> Tensor:
+    """Uniform numbers (B, count) in [0, 1) with 24 random bits, as `dtype`; arguments as in `sample_integers`."""
+    wide = torch.promote_types(dtype, torch.float32)  # 2^24 is infinite in half precision
+    return (_shift_right(sample_integers(seed, indices, count, stream), 40).to(wide) / (1 << 24)).to(dtype)

@@ -1,0 +1,86 @@
+"""The steps after an explainer by their names, as `postprocess=["c3", "hq8"]` gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from labn.postprocess.levels import normalise, quantise, with_sign
+from labn.postprocess.region_choice import c1c, c3
+from labn.postprocess.regions import Options
+
+STEPS: dict[str, Callable[..., Tensor]] = {
+    "c1c": c1c,
+    "c3": c3,
+    "normalise": normalise,
+    **{sign: partial(with_sign, sign=sign) for sign in ("positive", "negative", "absolute")},  # type: ignore[arg-type]
+}
+
+_PROBE = torch.zeros(1, 2, 2)
+
+_REGION = tuple(field.name for field in fields(Options))
+
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "c1c": tuple(name for name in _REGION if name != "contour"),
+    "c3": _REGION,
+    "normalise": ("sign", "percentile"),
+    "hq": ("mode",),
+}
+
+
+def _step(text: str) -> Callable[[Tensor], Tensor]:
+    """What a name such as `c3`, `hq8` or `c1c:resolution=28,gain=3` stands for.
+
+    Raises:
+        ValueError: an unknown name or option.
+    """
+    name, _, options = text.partition(":")
+    quantised = name.startswith("hq") and name[2:].isdigit()
+    if name not in STEPS and not quantised:
+        raise ValueError(f"postprocess {name!r} is not one of {', '.join(STEPS)} or hq<levels>, such as hq8.")
+    step = partial(quantise, levels=int(name[2:])) if quantised else STEPS[name]
+    return partial(step, **_values(text, options, OPTIONS.get("hq" if quantised else name, ())))
+
+
+def _values(text: str, options: str, known: Iterable[str]) -> dict[str, Any]:
+    """The options `key=value,...` of a step, values read as in YAML."""
+    values = {}
+    for pair in filter(None, options.split(",")):
+        key, equals, value = (part.strip() for part in pair.partition("="))
+        if not equals or key not in known:
+            allowed = ", ".join(known) or "none"
+            raise ValueError(
+                f"postprocess {text!r} has the option {pair.strip()!r}; options are key=value of {allowed}."
+            )
+        values[key] = yaml.safe_load(value)
+    return values
+
+
+def check_names(names: Sequence[str]) -> tuple[str, ...]:
+    """The names as a tuple, after checking that each is known, with its options and their values.
+
+    Raises:
+        ValueError: an unknown name, option or value.
+    """
+    names = (names,) if isinstance(names, str) else tuple(names)
+    for name in names:
+        _step(name)(_PROBE)
+    return names
+
+
+def apply(maps: Tensor, names: Sequence[str]) -> Tensor:
+    """Maps (B, H, W) after the named steps, in the order given: `c1c`, `c3`, `hq8` (any number of levels), ...
+
+    Options of a step stand behind a colon: `c1c:resolution=28,gain=3` (as C1C was published), `c3:outside=min` (which
+    keeps what is cut off last in a signed map), `hq8:mode=round`, `normalise:sign=positive`; for regions they are the
+    fields of `labn.postprocess.Options`.
+    """
+    for name in check_names(names):
+        maps = _step(name)(maps)
+    return maps

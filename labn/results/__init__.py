@@ -1,0 +1,1 @@
+"""A results folder, read and written: store of maps and scores, tables, reader, fingerprints."""

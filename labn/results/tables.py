@@ -1,0 +1,341 @@
+"""The tables of a results folder: scores, means with intervals, paired differences, curves."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import math
+import platform
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from labn.io.atomic import write_atomically, written_atomically
+from labn.io.memmap import Stored, blocks, scratch, write_npz
+from labn.metrics.statistics import Interval, bootstrap_means
+from labn.results.store import MANIFEST, ResultStore, ScorePart
+
+SCORES = ("split", "index", "name", "label", "target", "explainer", "metric", "value")
+
+SUMMARY = ("explainer", "metric", "mean", "ci_low", "ci_high", "n")
+
+PAIRED = ("explainer_a", "explainer_b", "metric", "difference", "ci_low", "ci_high", "n")
+
+PREDICTIONS = ("split", "index", "name", "label", "prediction", "probability")
+
+COUNTS = ("explainer", "metric", "kind", "count")
+
+LINES = ("x", "insertion", "deletion")
+
+PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "numpy")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What belongs into the tables, in the order in which it is shown.
+
+    Attributes:
+        explainers: name -> digest of its arguments.
+        metrics: metric -> (digest of its arguments, names of its values).
+        samples: indices that are explained; what an earlier run scored beyond them stays out of the tables.
+        counted: metrics that count samples -> what makes counts of the (n,) columns of their values.
+    """
+
+    explainers: dict[str, str]
+    metrics: dict[str, tuple[str, tuple[str, ...]]]
+    samples: frozenset[int]
+    counted: Mapping[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = field(default_factory=dict)
+
+    @property
+    def value_names(self) -> list[str]:
+        """Names of all values, each once, in order."""
+        return list(dict.fromkeys(name for _, names in self.metrics.values() for name in names))
+
+    def accepted(self, part: ScorePart) -> set[str]:
+        """Names of the part's values that the present explainers and metrics made."""
+        if self.explainers.get(part.explainer) != part.key:
+            return set()
+        return {n for m, (key, names) in self.metrics.items() if part.keys.get(m) == key for n in names}
+
+
+class Table:
+    """Values per sample, explainer and metric, on disk, and what is known per sample.
+
+    Args:
+        plan: what belongs into it.
+        folder: where the values lie while the table lives; None keeps them in memory.
+
+    Attributes:
+        index: (S,) int64 samples of the plan, in order.
+        seen: (S,) bool, whether a part has the sample.
+        facts: `label`, `prediction` (S,) int64 and `probability` (S,) float64.
+        targets: explainer -> (S,) int64.
+        values: (C, S) float64, NaN where there is none; a row for every explainer and value.
+    """
+
+    def __init__(self, plan: Plan, folder: Path | None = None) -> None:
+        self.index = np.array(sorted(plan.samples), dtype=np.int64)
+        size = len(self.index)
+        pairs = itertools.product(plan.explainers, plan.value_names)
+        self._places = {pair: place for place, pair in enumerate(pairs)}
+        self.seen = np.zeros(size, dtype=bool)
+        kinds = {"label": np.int64, "prediction": np.int64, "probability": np.float64}
+        self.facts: dict[str, np.ndarray] = {name: np.zeros(size, kind) for name, kind in kinds.items()}
+        self.targets = {name: np.zeros(size, dtype=np.int64) for name in plan.explainers}
+        self.values = scratch((len(self._places), size), np.float64, folder)
+        for rows in blocks(size):
+            self.values[:, rows] = np.nan
+
+    def add(self, part: ScorePart, accepted: set[str]) -> None:
+        """Take the accepted values of a part over; a sample that was scored twice counts once."""
+        places, rows = rows_of(self.index, part.index)
+        self.seen[places] = True
+        for name, column in self.facts.items():
+            column[places] = getattr(part, name)[rows]
+        self.targets[part.explainer][places] = part.target[rows]
+        for name in accepted & part.values.keys():
+            column = self.values[self._places[part.explainer, name]]
+            known = column[places]
+            column[places] = np.where(np.isnan(known), part.values[name][rows], known)
+
+    def column(self, explainer: str, metric: str) -> np.ndarray:
+        """(S,) values in order of the samples, NaN where there is none."""
+        return np.asarray(self.values[self._places[explainer, metric]])
+
+    def rows(self) -> Iterator[tuple[int, int, str, str, int, int, float]]:
+        """Place, index, explainer, metric, label, target and value, by sample, explainer and metric."""
+        for block in blocks(len(self.index)):
+            held = np.asarray(self.values[:, block]).T.tolist()
+            for place, cells in enumerate(held, start=block.start):
+                index, label = int(self.index[place]), int(self.facts["label"][place])
+                for (explainer, metric), value in zip(self._places, cells):
+                    if not math.isnan(value):
+                        yield place, index, explainer, metric, label, int(self.targets[explainer][place]), value
+
+
+def rows_of(index: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Places in the sorted `index` of those of `wanted` that are in it, and their places in `wanted`."""
+    places = np.minimum(np.searchsorted(index, wanted), max(len(index) - 1, 0))
+    rows = np.flatnonzero(index[places] == wanted) if len(index) else np.zeros(0, dtype=np.int64)
+    return places[rows], rows
+
+
+def collect(parts: Iterable[ScorePart], plan: Plan, folder: Path | None = None) -> Table:
+    """Read the accepted values of all parts; of each part no more than this stays in memory."""
+    table = Table(plan, folder)
+    for part in parts:
+        accepted = plan.accepted(part)
+        # Where nothing is scored, a part still says what the network predicts.
+        if accepted or (not plan.metrics and plan.explainers.get(part.explainer) == part.key):
+            table.add(part, accepted)
+    return table
+
+
+Groups = dict[int, int] | None
+
+Key = TypeVar("Key")
+
+
+def summarise(table: Table, plan: Plan, groups: Groups = None) -> dict[tuple[str, str], Interval]:
+    """Mean and 95 % interval per explainer and value, over the samples that have it; `groups` are drawn whole."""
+    pairs = itertools.product(plan.explainers, plan.value_names)
+    return _intervals(((pair, table.column(*pair)) for pair in pairs), _drawn(table, groups))
+
+
+def compare(table: Table, plan: Plan, groups: Groups = None) -> dict[tuple[str, str, str], Interval]:
+    """Paired difference a - b with its interval, for every pair of explainers and every value."""
+    triples = itertools.product(itertools.combinations(plan.explainers, 2), plan.value_names)
+    columns = (((a, b, name), table.column(a, name) - table.column(b, name)) for (a, b), name in triples)
+    return _intervals(columns, _drawn(table, groups))
+
+
+def _drawn(table: Table, groups: Groups) -> Tensor | None:
+    """(S,) groups of the samples, as intervals draw them; None where samples are drawn singly."""
+    return None if groups is None else torch.tensor([groups.get(i, -1) for i in table.index.tolist()])
+
+
+def _intervals(columns: Iterable[tuple[Key, np.ndarray]], groups: Tensor | None) -> dict[Key, Interval]:
+    """Name -> interval of those columns that hold a value."""
+    names: list[Key] = []
+
+    def present() -> Iterator[tuple[Tensor, Tensor | None]]:
+        for name, column in columns:
+            if not np.isnan(column).all():
+                names.append(name)
+                yield torch.from_numpy(np.array(column)), groups
+
+    intervals = list(bootstrap_means(present()))
+    return dict(zip(names, intervals))
+
+
+def count_rows(table: Table, plan: Plan) -> Iterator[tuple[str, str, str, int]]:
+    """Rows of `counts.csv`: per explainer, what the metrics count over the samples that have all their values."""
+    for explainer, (metric, reduce) in itertools.product(plan.explainers, plan.counted.items()):
+        columns = {name: torch.from_numpy(np.array(table.column(explainer, name))) for name in plan.metrics[metric][1]}
+        shared = ~torch.stack(list(columns.values())).isnan().any(0)
+        for kind, count in reduce({name: column[shared] for name, column in columns.items()}).items():
+            yield explainer, metric, kind, int(count)
+
+
+def csv_bytes(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
+    """Rows as CSV; floats with all their digits."""
+    text = io.StringIO()
+    write_rows(text, header, rows)
+    return text.getvalue().encode()
+
+
+def write_rows(text: TextIO, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write rows as CSV, one by one."""
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([repr(v) if isinstance(v, float) else v for v in row] for row in rows)
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table that may be larger than memory; the file appears when it is whole."""
+    with written_atomically(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        write_rows(text, header, rows)
+        text.detach()
+
+
+def score_rows(table: Table, split: str, sample_name: Callable[[int], str]) -> Iterator[tuple[Any, ...]]:
+    """Rows of `scores.csv`, sorted by sample, explainer and metric."""
+    for _, index, explainer, metric, label, target, value in table.rows():
+        yield split, index, sample_name(index), label, target, explainer, metric, value
+
+
+def prediction_rows(
+    table: Table, split: str, sample_name: Callable[[int], str], groups: Groups
+) -> Iterator[tuple[Any, ...]]:
+    """Rows of `predictions.csv`: one per explained sample, with its group where there are groups."""
+    for place in np.flatnonzero(table.seen).tolist():
+        index = int(table.index[place])
+        facts = [column[place].item() for column in table.facts.values()]
+        yield split, index, sample_name(index), *facts, *([] if groups is None else [groups[index]])
+
+
+class Curves:
+    """Insertion and deletion curves of all samples, on disk until they are written sample by sample.
+
+    Args:
+        plan: what belongs into them.
+        folder: where they lie meanwhile; None keeps them in memory.
+    """
+
+    def __init__(self, plan: Plan, folder: Path | None = None) -> None:
+        self.plan, self.folder = plan, folder
+        self.index = np.array(sorted(plan.samples), dtype=np.int64)
+        self._lines: dict[tuple[str, str], dict[str, np.ndarray]] = {}
+        self._seen: dict[tuple[str, str], np.ndarray] = {}
+
+    def add(self, part: ScorePart) -> None:
+        """Keep the curves that the present explainers and metrics made."""
+        for metric, (key, _) in self.plan.metrics.items():
+            known = self.plan.explainers.get(part.explainer) == part.key and part.keys.get(metric) == key
+            if known and f"{metric}/x" in part.curves:
+                self._add(part, metric)
+
+    def _add(self, part: ScorePart, metric: str) -> None:
+        places, rows = rows_of(self.index, part.curves[f"{metric}/index"])
+        own = part.explainer, metric
+        for line in LINES:
+            curve = part.curves[f"{metric}/{line}"]
+            if line not in self._lines.setdefault(own, {}):
+                self._lines[own][line] = scratch((len(self.index), *curve.shape[1:]), curve.dtype, self.folder)
+            self._lines[own][line][places] = curve[rows]
+        self._seen.setdefault(own, np.zeros(len(self.index), dtype=bool))[places] = True
+
+    def arrays(self) -> Iterator[Stored]:
+        """`<explainer>/<metric>/{index,x,insertion,deletion}` as `write_npz` wants them."""
+        for (explainer, metric), seen in self._seen.items():
+            places = np.flatnonzero(seen)
+            if not len(places):
+                continue
+            start = f"{explainer}/{metric}"
+            yield f"{start}/index", (len(places),), self.index.dtype, [self.index[places]]
+            for line, held in self._lines[explainer, metric].items():
+                rows = (held[places[block]] for block in blocks(len(places)))
+                yield f"{start}/{line}", (len(places), *held.shape[1:]), held.dtype, rows
+
+
+def _streamed(parts: Iterable[ScorePart], curves: Curves) -> Iterator[ScorePart]:
+    for part in parts:
+        curves.add(part)
+        yield part
+
+
+def write_results(
+    store: ResultStore,
+    plan: Plan,
+    split: str,
+    sample_name: Callable[[int], str],
+    manifest: dict[str, Any],
+    groups: Groups = None,
+    scored: int | None = None,
+) -> dict[tuple[str, str], Interval]:
+    """Merge all parts into the tables of the results folder; rank zero calls it.
+
+    Args:
+        store: the folder, with the parts of all ranks.
+        plan: what belongs into the tables.
+        split: name of the split.
+        sample_name: sample index -> name.
+        manifest: what else the manifest says (explainer arguments, hashes).
+        groups: sample index -> group, where samples are not independent; intervals draw whole groups.
+        scored: samples that all ranks together say they have scored; fewer in the folder are warned about.
+
+    Returns:
+        (explainer, value) -> mean and interval, as in `summary.csv`.
+    """
+    curves = Curves(plan, store.folder)
+    table = collect(_streamed(store.parts(), curves), plan, store.folder)
+    write_csv(store.folder / "scores.csv", SCORES, score_rows(table, split, sample_name))
+    summary, pairs = summarise(table, plan, groups), compare(table, plan, groups)
+    rows = ((*key, i.mean, i.low, i.high, i.n) for key, i in summary.items())
+    write_csv(store.folder / "summary.csv", SUMMARY, rows)
+    differences = ((*pair, i.mean, i.low, i.high, i.n) for pair, i in pairs.items())
+    write_csv(store.folder / "paired.csv", PAIRED, differences)
+    if plan.counted:
+        write_csv(store.folder / "counts.csv", COUNTS, count_rows(table, plan))
+    header = PREDICTIONS if groups is None else (*PREDICTIONS, "group")
+    write_csv(store.folder / "predictions.csv", header, prediction_rows(table, split, sample_name, groups))
+    with written_atomically(store.folder / "curves.npz") as file:
+        write_npz(file, curves.arrays())
+    found = int(table.seen.sum())
+    write_manifest(store.folder, {**manifest, "samples": found})
+    if plan.metrics and scored is not None and found < (expected := min(scored, len(plan.samples))):
+        warnings.warn(
+            f"{store.folder}: the tables lack {expected - found} of {expected} scored samples; their process wrote to "
+            "a folder that this one does not see, or under other settings.",
+            stacklevel=2,
+        )
+    return summary
+
+
+def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
+    """Write what made the results of a folder, with the versions of what computed them."""
+    versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+    text = json.dumps({**facts, "versions": versions}, indent=1, default=str)
+    write_atomically(folder / MANIFEST, text.encode())
+
+
+def summary_table(summary: dict[tuple[str, str], Interval], names: Sequence[str]) -> str:
+    """The means with their intervals as plain text: one line per explainer, one column per value."""
+    explainers = list(dict.fromkeys(explainer for explainer, _ in summary))
+    cells = [["", *names]]
+    for explainer in explainers:
+        found = [summary.get((explainer, name)) for name in names]
+        cells.append([explainer, *(f"{i.mean:.3f}{i.bracketed}" if i else "-" for i in found)])
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in cells]
+    return "\n".join(lines)
