@@ -4,7 +4,6 @@ import pytest
 from small_data import GRADES, grading_csv, grading_image, write_image
 
 from datamodules.base import data_root
-from labn.io.images import 
 
 
 @pytest.fixture
