@@ -16,6 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from labn.errors import InputError
+
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ.setdefault("LABN_DATA", "../shared/data")
 
@@ -36,12 +38,12 @@ from callbacks.checkpoint import (
     BEST,
     LAST,
     RunCheckpointIO,
+    check_monitors,
     find_checkpoint,
     has_last,
     named_classes,
-    refuse_unseen_monitors,
 )
-from callbacks.checks import refuse_sharded
+from callbacks.checks import check_strategy
 from callbacks.logging.run_config import RunConfigCallback
 from callbacks.logging.terminal import SentenceParser, no_advertisement, say_figures, say_taken_over
 from callbacks.logging.wandb_logger import RunWandbLogger, first_line
@@ -49,6 +51,7 @@ from datamodules.io.solar_frames import PictureSource, Preparation
 from datamodules.io.sources import FileSource, Record
 from datamodules.io.tar_files import write_shards
 from labn.commands import coarse, compare, doctor, explain, shards, sweep, table
+from labn.errors import sentence_of
 from labn.io.atomic import check_writable
 from labn.io.images import image_files
 from labn.io.preprocessing import Preprocessing
@@ -56,10 +59,10 @@ from labn.io.readers import read_yaml
 from labn.launch import archive_fit as earlier_fit
 from labn.launch.allocator import keep_freed_memory
 from labn.launch.config_include import expand_parts, with_parts
-from labn.launch.error_messages import config_sentence, explained, sentence_of
+from labn.launch.error_messages import config_sentence, explained
 from labn.launch.slurm import requeue_on_signal, restarted
 from labn.models.checkpoints import own_data, read_checkpoint
-from labn.modules.plain_checkpoints import refuse_foreign_classes, refuse_other_class
+from labn.modules.plain_checkpoints import check_own_classes, check_same_class
 from labn.modules.restore import START_WEIGHTS
 
 __all__ = ["LabnCLI", "callbacks", "datamodules", "labn", "main"]
@@ -121,7 +124,7 @@ class LabnCLI(LightningCLI):
         config.trainer.default_root_dir = str(run_dir)
         # Before the trainer is built, which would first ask for a GPU or a package that such a strategy needs.
         strategy = config.trainer.strategy
-        refuse_sharded(strategy if isinstance(strategy, str) else strategy.class_path)
+        check_strategy(strategy if isinstance(strategy, str) else strategy.class_path)
         if not config.trainer.get("fast_dev_run"):
             check_writable(run_dir, "--run_dir")
         if self.subcommand == "fit" and config.get("ckpt_path") is None and restarted() and has_last(run_dir):
@@ -143,10 +146,10 @@ class LabnCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Keep an earlier fit apart from one that begins; by now the ranks are known, and nobody has opened a file."""
-        refuse_unseen_monitors(self.trainer)
+        check_monitors(self.trainer)
         aside = None
         if self._begins() and self.trainer.is_global_zero:
-            aside = earlier_fit.move_aside(Path(self.config[self.subcommand].run_dir))
+            aside = earlier_fit.archive_fit(Path(self.config[self.subcommand].run_dir))
         if aside is not None:
             last = aside / "checkpoints" / f"{LAST}.ckpt"
             hint = f"; to go on from it: --ckpt_path {last}" if last.is_file() else ""
@@ -176,8 +179,8 @@ class LabnCLI(LightningCLI):
             return
         content = read_checkpoint(path)
         asked = config.get("model") or {}
-        refuse_foreign_classes(path, content, named_classes(asked))
-        refuse_other_class(path, content, asked.get("class_path"))
+        check_own_classes(path, content, named_classes(asked))
+        check_same_class(path, content, asked.get("class_path"))
         with torch.serialization.safe_globals(own_data(Path(path))):
             super()._parse_ckpt_path()
         built: Any = self.config[self.subcommand].get("model") or {}
@@ -211,7 +214,7 @@ def default_loggers(run_dir: Path, wandb_mode: str, version: str) -> list[Logger
         ValueError: `wandb_mode` is none of offline, online and disabled.
     """
     if wandb_mode not in ("offline", "online", "disabled"):
-        raise ValueError(f"--wandb is {wandb_mode!r}; it must be offline, online or disabled.")
+        raise InputError(f"--wandb is {wandb_mode!r}; it must be offline, online or disabled.")
     run_dir.mkdir(parents=True, exist_ok=True)
     loggers: list[Logger] = [callbacks.RunLogger(save_dir=run_dir, name="logs", version=version)]
     wandb = None if wandb_mode == "disabled" else wandb_logger(run_dir, wandb_mode)
@@ -267,9 +270,9 @@ def data_of(paths: Sequence[Path]) -> pl.LightningDataModule:
             try:
                 config = parser.parse_object({"data": content["data"]}, config)
             except argparse.ArgumentError as error:
-                raise ValueError(f"{file}: {config_sentence(str(error))}") from error
+                raise InputError(f"{file}: {config_sentence(str(error))}") from error
     if config is None:
-        raise ValueError(f"--config {' '.join(map(str, paths))} names no data module under `data:`.")
+        raise InputError(f"--config {' '.join(map(str, paths))} names no data module under `data:`.")
     return parser.instantiate_classes(config).data
 
 
@@ -315,7 +318,7 @@ def run_command(name: str, argv: Sequence[str]) -> None:
     try:
         work(options)
     except Exception as error:
-        sentence = str(error) if isinstance(error, (OSError, ValueError, TypeError)) else sentence_of(error)
+        sentence = str(error) if isinstance(error, OSError) else sentence_of(error)
         if sentence is None:
             raise
         parser.exit(2, f"{parser.prog}: {sentence}\n")
@@ -332,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if words and not words[0].startswith("-") and words[0] not in known:
         near = difflib.get_close_matches(words[0], known, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"there is no command {words[0]!r}; {hint}The commands are {', '.join(known)}.")
+        raise InputError(f"there is no command {words[0]!r}; {hint}The commands are {', '.join(known)}.")
     requeue_on_signal()
     try:
         train_or_evaluate(words)

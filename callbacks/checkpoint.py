@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.explanation.base import callbacks_of
+from labn.errors import InputError, MissingFileError
 from labn.io.atomic import remove_leftovers, write_atomically
 from labn.io.preprocessing import KEY
 from labn.modules.plain_checkpoints import PlainCheckpointIO
@@ -74,8 +75,8 @@ def find_checkpoint(run_dir: Path, which: str) -> str:
                 warnings.warn(f"{wanted} {reason}; going on from {path}, an epoch earlier.", stacklevel=2)
             return str(path)
     if not any(path.is_file() for path in troubles):
-        raise FileNotFoundError(f"--ckpt_path {which}: {wanted} does not exist; run fit with this configuration first.")
-    raise ValueError(
+        raise MissingFileError(f"--ckpt_path {which}: {wanted} does not exist; run fit with this configuration first.")
+    raise InputError(
         f"--ckpt_path {which}: {wanted} {reason}; give another checkpoint, or run fit without --ckpt_path."
     )
 
@@ -179,7 +180,7 @@ class RunCheckpoint(ModelCheckpoint):
                 rank_zero_info(f"{callback.monitor} had not improved for {callback.wait_count} epochs: fit is over.")
 
 
-def refuse_unseen_monitors(trainer: pl.Trainer) -> None:
+def check_monitors(trainer: pl.Trainer) -> None:
     """Stop a fit without validation where early stopping or a schedule goes by what only a validation logs.
 
     Schedules are there from the start of training on.
@@ -194,7 +195,7 @@ def refuse_unseen_monitors(trainer: pl.Trainer) -> None:
     watched = [*((type(c), c.monitor) for c in stopping), *((type(c.scheduler), c.monitor) for c in schedules)]
     for kind, monitor in watched:
         if str(monitor).startswith("val/"):
-            raise ValueError(
+            raise InputError(
                 f"trainer.limit_val_batches is 0, so that {kind.__name__} never sees {monitor}, which it goes by; "
                 "validate on something, as with trainer.limit_val_batches 1."
             )

@@ -7,10 +7,15 @@ from typing import Any
 
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from labn.errors import InputError, UserError
 from labn.metrics.base import SampleMetric
 
 
-def refuse_unscorable(metrics: Mapping[str, SampleMetric], data: Any, split: str) -> None:
+class ConfigurationError(UserError, MisconfigurationException):
+    """A callback and the trainer do not fit together; the message says which setting to change."""
+
+
+def check_scorable(metrics: Mapping[str, SampleMetric], data: Any, split: str) -> None:
     """Stop before a training of hours ends at a metric that its data does not fit.
 
     Args:
@@ -27,12 +32,12 @@ def refuse_unscorable(metrics: Mapping[str, SampleMetric], data: Any, split: str
         try:
             metric.check_size((side, side))
         except ValueError as error:
-            raise ValueError(
+            raise InputError(
                 f"EvaluationCallback has the metric {name!r}, which does not fit data.init_args.image_size {side}: "
                 f"{str(error).rstrip('.')}; change image_size, or metrics, val_metrics and also."
             ) from error
         if metric.needs_regions and not data.has_masks(split):
-            raise ValueError(
+            raise InputError(
                 f"EvaluationCallback has the metric {name!r}, which compares with ground truth, but the {split} split "
                 f"of {type(data).__name__} has no masks; leave it out of metrics (val_metrics while fitting), or give "
                 "data that has them (ImageFolder: data.init_args.mask_root)."
@@ -42,7 +47,7 @@ def refuse_unscorable(metrics: Mapping[str, SampleMetric], data: Any, split: str
 SHARDED = ("fsdp", "deepspeed", "modelparallel")
 
 
-def refuse_sharded(strategy: str) -> None:
+def check_strategy(strategy: str) -> None:
     """Refuse a strategy that leaves no rank with the whole network.
 
     Args:
@@ -52,7 +57,7 @@ def refuse_sharded(strategy: str) -> None:
         MisconfigurationException: it shards the parameters.
     """
     if any(word in strategy.lower().replace("_", "") for word in SHARDED):
-        raise MisconfigurationException(
+        raise ConfigurationError(
             f"trainer.strategy is {strategy}, which shards parameters over the ranks, but explanations, scores and "
             "checkpoint hashes need the whole network on each: set trainer.strategy to ddp, or to auto on one device."
         )

@@ -20,6 +20,7 @@ from datamodules.io.samplers import BalancedSampler, EvaluationLoader, ShuffledS
 from datamodules.io.sources import ArraySource, ImageDataset, Source
 from datamodules.io.statistics import cached, channel_statistics, default_cache_dir, pixel_mean
 from datamodules.io.transforms import Augmentation, Transform
+from labn.errors import InputError, MissingFileError
 from labn.io.images import digest
 from labn.io.preprocessing import Preprocessing
 
@@ -48,7 +49,7 @@ def data_root(name: str, root: str | os.PathLike[str] | None = None) -> Path:
     for candidate in candidates:
         if candidate.is_dir():
             return candidate
-    raise FileNotFoundError(
+    raise MissingFileError(
         f"Data folder {candidates[0]} does not exist: pass `root`, or set LABN_DATA to the folder that holds '{name}'."
     )
 
@@ -129,15 +130,15 @@ class ImageDataModule(LightningDataModule):
         super().__init__()
         for name, value in (("image_size", image_size), ("batch_size", batch_size)):
             if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1.")
+                raise InputError(f"{name} is {value}; it must be at least 1.")
         if on_bad_image not in ("stop", "skip"):
-            raise ValueError(f"on_bad_image is {on_bad_image!r}; it must be 'stop' or 'skip'.")
+            raise InputError(f"on_bad_image is {on_bad_image!r}; it must be 'stop' or 'skip'.")
         self.image_size, self.batch_size, self.num_workers, self.seed = image_size, batch_size, num_workers, seed
         self.balanced_sampler, self.drop_last, self.augmentation = balanced_sampler, drop_last, augmentation
         if any(values is not None and len(values) != self.channels for values in (mean, std)):
-            raise ValueError(f"`mean` and `std` need {self.channels} numbers each, one per channel.")
+            raise InputError(f"`mean` and `std` need {self.channels} numbers each, one per channel.")
         if not all(0.0 < value < math.inf for value in std or ()):
-            raise ValueError(f"std is {std}; what pixels are divided by must be above 0.")
+            raise InputError(f"std is {std}; what pixels are divided by must be above 0.")
         self.on_bad_image, self.cache_images = on_bad_image, cache_images
         self.cache_dir = Path(cache_dir) if cache_dir is not None else default_cache_dir()
         self._mean, self._std = mean, std
@@ -186,13 +187,13 @@ class ImageDataModule(LightningDataModule):
             ValueError: `split` is not train, val or test, or this data set does not have it.
         """
         if split not in SPLITS:
-            raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}.")
+            raise InputError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}.")
         if split not in self._sources:
             has = ", ".join(self._sources)
-            raise ValueError(f"{type(self).__name__} has no {split} split, only {has}.")
+            raise InputError(f"{type(self).__name__} has no {split} split, only {has}.")
         source = self._preloaded.get(split, self._sources[split])
         if not len(source):
-            raise ValueError(f"Split {split} has no image left; give it some, or change its fraction.")
+            raise InputError(f"Split {split} has no image left; give it some, or change its fraction.")
         return source
 
     def dataset(self, split: Split, augment: bool = False) -> ImageDataset:
@@ -305,7 +306,7 @@ class ImageDataModule(LightningDataModule):
             return self._loader(dataset, balanced, drop_last=True)
         shuffled = ShuffledSampler(dataset, world, rank, self.seed)
         if self.drop_last and len(shuffled) < self.batch_size:
-            raise ValueError(
+            raise InputError(
                 f"drop_last leaves no batch of {len(dataset)} images with batch_size {self.batch_size} on each "
                 f"of {world} processes; set drop_last: false, or a smaller batch_size."
             )
@@ -323,7 +324,7 @@ class ImageDataModule(LightningDataModule):
         dataset, (world, rank) = self.dataset(split), self._ranks()
         if len(dataset) < world and not self._module_copes():
             # The module logs in its steps, so the others would wait forever for a process without a batch.
-            raise ValueError(
+            raise InputError(
                 f"Split {split} has {len(dataset)} images for {world} processes; use at most {len(dataset)} processes, "
                 "or a module that logs when an epoch ends and sets allow_zero_length_dataloader_with_multiple_devices."
             )

@@ -16,6 +16,7 @@ from datamodules.base import ImageDataModule, OnBadImage, Split, data_root
 from datamodules.io.sources import Record, Source
 from datamodules.io.splits import readable, split_off, without_copies
 from datamodules.io.transforms import Augmentation
+from labn.errors import InputError, MissingFileError
 from labn.io.images import contents, read_image, resize_short_side
 from labn.io.readers import inside, read_text
 
@@ -72,7 +73,7 @@ def _flag(rest: list[str]) -> bool:
 def _box(rest: list[str]) -> Box:
     x, y, width, height = map(float, rest)
     if not (width > 0 and height > 0 and all(map(math.isfinite, (x, y, width, height)))):
-        raise ValueError("no area")
+        raise InputError("no area")
     return x, y, width, height
 
 
@@ -84,7 +85,7 @@ def read_column(file: Path, parse: Callable[[list[str]], Value], wanted: str) ->
         ValueError: a line is not `wanted`, or a number comes twice; the message names file and line.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; `root` must hold CUB-200-2011 in its own layout.")
+        raise MissingFileError(f"{file} does not exist; `root` must hold CUB-200-2011 in its own layout.")
     column: Column[Value] = Column(file, {}, {})
     for line, text in enumerate(read_text(file).splitlines(), start=1):
         if not (words := text.split()):
@@ -92,9 +93,9 @@ def read_column(file: Path, parse: Callable[[list[str]], Value], wanted: str) ->
         try:
             number, value = int(words[0]), parse(words[1:])
         except (ValueError, KeyError):
-            raise ValueError(f"{file}, line {line}: '{text.strip()}' must be {wanted}.") from None
+            raise InputError(f"{file}, line {line}: '{text.strip()}' must be {wanted}.") from None
         if number in column.values:
-            raise ValueError(
+            raise InputError(
                 f"{file}, line {line}: number {number} stands in line {column.lines[number]} already; "
                 "every number needs exactly one line."
             )
@@ -137,12 +138,12 @@ def read_birds(root: Path) -> list[Bird]:
 
 def _same_images(images: Column[str], other: Column[Any]) -> None:
     if missing := [number for number in images.values if number not in other.values]:
-        raise ValueError(
+        raise InputError(
             f"{images.where(missing[0])}: image {missing[0]} ({images.values[missing[0]]}) has no line in "
             f"{other.file} ({len(missing)} such images)."
         )
     if foreign := [number for number in other.values if number not in images.values]:
-        raise ValueError(
+        raise InputError(
             f"{other.where(foreign[0])}: image {foreign[0]} is not listed in {images.file} ({len(foreign)} such lines)."
         )
 
@@ -150,9 +151,9 @@ def _same_images(images: Column[str], other: Column[Any]) -> None:
 def _right_folder(number: int, images: Column[str], labels: Column[int], names: dict[int, str]) -> None:
     species = labels.values[number]
     if species not in names:
-        raise ValueError(f"{labels.where(number)}: class {species} is not listed in {labels.file.parent}/classes.txt.")
+        raise InputError(f"{labels.where(number)}: class {species} is not listed in {labels.file.parent}/classes.txt.")
     if Path(images.values[number]).parts[0] != names[species]:
-        raise ValueError(
+        raise InputError(
             f"{images.where(number)}: {images.values[number]} is not in the folder of class {species}, "
             f"'{names[species]}', which {labels.where(number)} gives it."
         )
@@ -214,7 +215,7 @@ class BoxSource(Source):
         height, width = image.shape[:2]
         x, y, box_width, box_height = record.box
         if x >= width or y >= height or x + box_width <= 0 or y + box_height <= 0:
-            raise ValueError(
+            raise InputError(
                 f"{record.where}: box {record.box} lies outside of {record.path}, "
                 f"which has {width} x {height} pixels; boxes are x, y, width, height."
             )
@@ -297,9 +298,9 @@ class CUB(ImageDataModule):
             cache_dir,
         )
         if resize < image_size:
-            raise ValueError(f"resize is {resize}; it must be at least image_size, {image_size}.")
+            raise InputError(f"resize is {resize}; it must be at least image_size, {image_size}.")
         if classes is not None and len(set(classes)) != len(classes):
-            raise ValueError(f"classes is {classes}; name each class once.")
+            raise InputError(f"classes is {classes}; name each class once.")
         self.root, self.shorter, self.val_fraction, self.split_seed = root, resize, val_fraction, split_seed
         self._chosen = classes
 
@@ -317,9 +318,9 @@ class CUB(ImageDataModule):
         present = {bird.species for bird in self._birds}
         chosen = sorted(present) if self._chosen is None else self._chosen
         if absent := [number for number in chosen if number not in present]:
-            raise ValueError(f"classes has {absent[0]}, of which {data_root('cub10', self.root)} lists no image.")
+            raise InputError(f"classes has {absent[0]}, of which {data_root('cub10', self.root)} lists no image.")
         if len(chosen) < 2:
-            raise ValueError(f"classes has {len(chosen)} entries; at least 2 are needed.")
+            raise InputError(f"classes has {len(chosen)} entries; at least 2 are needed.")
         return chosen
 
     @cached_property

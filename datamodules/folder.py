@@ -12,6 +12,7 @@ from datamodules.base import SPLITS, ImageDataModule, OnBadImage, Split, data_ro
 from datamodules.io.sources import FileSource, Record, Source
 from datamodules.io.splits import readable, split_off, without_copies
 from datamodules.io.transforms import PUBLISHED, Augmentation
+from labn.errors import InputError, MissingFileError
 from labn.io.images import by_stem, checked_crop, image_files, other_files
 from labn.io.readers import garbled
 
@@ -39,7 +40,7 @@ class _Seen:
 def _subfolders(folder: Path) -> list[str]:
     names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
     if shown := next(filter(None, map(garbled, names)), None):
-        raise ValueError(f"The name of class folder {folder}/{shown} is not UTF-8; rename the folder.")
+        raise InputError(f"The name of class folder {folder}/{shown} is not UTF-8; rename the folder.")
     return names
 
 
@@ -106,7 +107,7 @@ class ImageFolder(ImageDataModule):
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         if channels not in (1, 3):
-            raise ValueError(f"channels is {channels}; it must be 1 (grey) or 3 (RGB).")
+            raise InputError(f"channels is {channels}; it must be 1 (grey) or 3 (RGB).")
         self.channels = channels
         super().__init__(
             image_size,
@@ -139,9 +140,9 @@ class ImageFolder(ImageDataModule):
         folder = self._folder("train") if self._has("train") else data_root(self.root.name, self.root)
         names = _subfolders(folder)
         if folder == self.root and {name.lower() for name in names} <= _SPLIT_NAMES and names:
-            raise ValueError(f"{folder} holds {', '.join(names)}; rename them to train, val and test.")
+            raise InputError(f"{folder} holds {', '.join(names)}; rename them to train, val and test.")
         if len(names) < 2:
-            raise ValueError(f"{folder} holds {len(names)} class folders; one folder per class is needed, at least 2.")
+            raise InputError(f"{folder} holds {len(names)} class folders; one folder per class is needed, at least 2.")
         return names
 
     @property
@@ -154,7 +155,7 @@ class ImageFolder(ImageDataModule):
         if self._positive is None:
             return tuple(range(1, self.num_classes))
         if unknown := set(self._positive) - set(self.class_names):
-            raise ValueError(f"positive_classes has {unknown.pop()!r}; the classes are {', '.join(self.class_names)}.")
+            raise InputError(f"positive_classes has {unknown.pop()!r}; the classes are {', '.join(self.class_names)}.")
         return tuple(self.class_names.index(name) for name in self._positive)
 
     def _has(self, split: Split) -> bool:
@@ -165,12 +166,12 @@ class ImageFolder(ImageDataModule):
 
     def _build(self) -> dict[Split, Source]:
         if self.mask_root is not None and not self.mask_root.is_dir():
-            raise FileNotFoundError(f"mask_root {self.mask_root} does not exist.")
+            raise MissingFileError(f"mask_root {self.mask_root} does not exist.")
         self._notes, self._seen = [], _Seen()
         parts = self._given() if self._has("train") else self._drawn(self._read(self.root, ""))
         if self.mask_root is not None and not self._seen.masked:
             first = f"{self._seen.alone[0]} fits none" if self._seen.alone else "it has none in the folders of `root`"
-            raise ValueError(
+            raise InputError(
                 f"mask_root {self.mask_root} has no mask with the name of an image ({first}); rename them."
             )
         self._notes += self._seen.notes()
@@ -190,7 +191,7 @@ class ImageFolder(ImageDataModule):
         """The splits of the folder names; validation drawn from training where it has no folder."""
         self._look_beside()
         if not self._has("test"):
-            raise FileNotFoundError(f"{self.root} has a folder 'train' but no folder 'test'.")
+            raise MissingFileError(f"{self.root} has a folder 'train' but no folder 'test'.")
         test = self._read(self._folder("test"), "test")
         val = self._apart(self._read(self._folder("val"), "val"), test) if self._has("val") else []
         train = self._apart(self._read(self._folder("train"), "train"), [*val, *test])
@@ -203,7 +204,7 @@ class ImageFolder(ImageDataModule):
         """Refuse a folder beside `train` that is a split by its name, and note any other one."""
         for folder in (self.root / name for name in _subfolders(self.root) if name not in SPLITS):
             if folder.name.lower() in _SPLIT_NAMES:
-                raise ValueError(f"{folder} is no split by its name; rename it to train, val or test, or move it away.")
+                raise InputError(f"{folder} is no split by its name; rename it to train, val or test, or move it away.")
             if self.mask_root is None or not self.mask_root.is_relative_to(folder):
                 self._notes.append(f"  left out folder {folder.name} beside train")
 
@@ -214,7 +215,7 @@ class ImageFolder(ImageDataModule):
 
     def _read(self, folder: Path, part: str) -> list[Record]:
         if self.class_names != _subfolders(folder):
-            raise ValueError(
+            raise InputError(
                 f"{folder} has other class folders than training: {', '.join(self.class_names)} are needed."
             )
         records = [r for label, name in enumerate(self.class_names) for r in self._class(folder / name, part, label)]
@@ -226,7 +227,7 @@ class ImageFolder(ImageDataModule):
     def _class(self, folder: Path, part: str, label: int) -> list[Record]:
         files = image_files(folder)
         if not files:
-            raise ValueError(f"Class folder {folder} has no image; remove it or put images there.")
+            raise InputError(f"Class folder {folder} has no image; remove it or put images there.")
         masks = self._masks(part, folder.name)
         stems = {file.stem for file in files}
         self._seen.others += other_files(folder)

@@ -12,6 +12,7 @@ from datamodules.base import ImageDataModule, OnBadImage, Split, data_root
 from datamodules.io.sources import FileSource, Record, Source
 from datamodules.io.splits import readable, split_off, without_copies
 from datamodules.io.transforms import PUBLISHED, Augmentation
+from labn.errors import InputError, MissingFileError
 from labn.io.images import by_stem, checked_crop, image_files
 from labn.io.readers import inside, read_table
 
@@ -37,7 +38,7 @@ def read_grades(path: Path) -> dict[str, int]:
         ValueError: a column is missing, a name comes twice, or a grade is not an integer from 0 to 4.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"Label file {path} does not exist.")
+        raise MissingFileError(f"Label file {path} does not exist.")
     grades: dict[str, int] = {}
     for line in read_table(path, ("Image name", "Retinopathy grade")):
         _add_grade(grades, line["Image name"], line["Retinopathy grade"], line.where)
@@ -46,9 +47,9 @@ def read_grades(path: Path) -> dict[str, int]:
 
 def _add_grade(grades: dict[str, int], name: str, grade: str, where: str) -> None:
     if name in grades:
-        raise ValueError(f"{where}: image {name!r} has a row already; every image needs exactly one.")
+        raise InputError(f"{where}: image {name!r} has a row already; every image needs exactly one.")
     if grade not in {"0", "1", "2", "3", "4"}:
-        raise ValueError(f"{where}: retinopathy grade {grade!r} of image {name!r} must be an integer from 0 to 4.")
+        raise InputError(f"{where}: retinopathy grade {grade!r} of image {name!r} must be an integer from 0 to 4.")
     grades[name] = int(grade)
 
 
@@ -61,11 +62,11 @@ def match(images: list[Path], grades: dict[str, int], csv_path: Path) -> list[tu
     by_name = by_stem(images)
     folder = images[0].parent if images else "the image folder"
     if missing := [name for name in grades if name not in by_name]:
-        raise ValueError(
+        raise InputError(
             f"{csv_path} has a row for {missing[0]!r}, but {folder} has no such image ({len(missing)} such rows)."
         )
     if unlabelled := [path for path in images if path.stem not in grades]:
-        raise ValueError(f"Image {unlabelled[0]} has no row in {csv_path} ({len(unlabelled)} such images).")
+        raise InputError(f"Image {unlabelled[0]} has no row in {csv_path} ({len(unlabelled)} such images).")
     return [(by_name[name], grades[name]) for name in sorted(by_name)]
 
 
@@ -158,7 +159,7 @@ class IDRiD(ImageDataModule):
             cache_dir,
         )
         if task not in ("binary", "grades"):
-            raise ValueError(f"task is {task!r}; it must be 'binary' or 'grades'.")
+            raise InputError(f"task is {task!r}; it must be 'binary' or 'grades'.")
         self.root, self.task, self.crop, self.masks = root, task, checked_crop(crop), masks
         self.val_fraction, self.split_seed = val_fraction, split_seed
         self.class_names = ["no retinopathy", "retinopathy"] if task == "binary" else list(_GRADES)
@@ -181,7 +182,7 @@ class IDRiD(ImageDataModule):
     def _records(self, root: Path, split: str, masks: dict[tuple[str, str], tuple[Path, ...]]) -> list[Record]:
         folder = root / _GRADING / _IMAGES / _FOLDERS[split]
         if not folder.is_dir():
-            raise FileNotFoundError(f"Image folder {folder} does not exist; `root` must contain '{_GRADING}'.")
+            raise MissingFileError(f"Image folder {folder} does not exist; `root` must contain '{_GRADING}'.")
         table = root / _GRADING / "2. Groundtruths" / _CSVS[split]
         pairs = match(image_files(folder), read_grades(table), table)
         binary = self.task == "binary"

@@ -14,6 +14,7 @@ from torchvision.models import ResNet50_Weights
 from datamodules.base import ImageDataModule, OnBadImage, Split, data_root
 from datamodules.io.sources import FileSource, Record, Source
 from datamodules.io.splits import readable
+from labn.errors import InputError, MissingFileError
 from labn.io.images import image_files
 from labn.io.readers import read_rows
 
@@ -34,7 +35,7 @@ def class_of(word: str, where: str) -> int:
     """
     index = synsets().get(word, int(word) if word.isdecimal() else -1)
     if not 0 <= index < len(synsets()):
-        raise ValueError(f"{where}: {word!r} must be one of the 1000 synsets, such as n01440764, or from 0 to 999.")
+        raise InputError(f"{where}: {word!r} must be one of the 1000 synsets, such as n01440764, or from 0 to 999.")
     return index
 
 
@@ -44,7 +45,7 @@ def by_synset(files: list[Path], argument: str) -> list[int]:
     for file in files:
         found = _SYNSET.search(file.stem) or _SYNSET.search(file.parent.name)
         if found is None:
-            raise ValueError(
+            raise InputError(
                 f"Image {file} has no synset (n and eight digits) in its name or its folder's; "
                 "set class_rule to every:<k> or csv:<file>."
             )
@@ -55,7 +56,7 @@ def by_synset(files: list[Path], argument: str) -> list[int]:
 def by_position(files: list[Path], argument: str) -> list[int]:
     """Number i in sorted order has class `argument` * i."""
     if not argument.isdecimal() or int(argument) * (len(files) - 1) >= len(synsets()):
-        raise ValueError(
+        raise InputError(
             f"class_rule is 'every:{argument}'; the number after every: times {len(files) - 1}, the last image's "
             "position, must be a class from 0 to 999."
         )
@@ -66,11 +67,11 @@ def by_table(files: list[Path], argument: str) -> list[int]:
     """A CSV file with a header: image name, then synset or class index (further words after it are ignored)."""
     path = Path(os.path.expandvars(argument))
     if not path.is_file():
-        raise FileNotFoundError(f"class_rule is 'csv:{argument}'; there is no such file.")
+        raise MissingFileError(f"class_rule is 'csv:{argument}'; there is no such file.")
     table = [(line, row) for line, row in list(read_rows(path))[1:] if len(row) > 1]
     rows = {Path(row[0]).stem: (f"{path}, line {line}", (row[1].split() or [""])[0]) for line, row in table}
     if missing := [image for image in files if image.stem not in rows]:
-        raise ValueError(f"Image {missing[0]} has no row in {path} ({len(missing)} such images).")
+        raise InputError(f"Image {missing[0]} has no row in {path} ({len(missing)} such images).")
     return [class_of(word, where) for where, word in (rows[image.stem] for image in files)]
 
 
@@ -85,7 +86,7 @@ class ImageNet(ImageDataModule):
     """ImageNet's validation images, as the split of both `validate` and `test`; there is no training split.
 
     Reads `val/<synset>/*`, else the images of the flat folder `val`, else those of `images`, else the same two layouts
-    in `root` itself. Prepared as classifiers are tested: the shorter side resized, the central square taken.
+    in `root` itself. FastCopy as classifiers are tested: the shorter side resized, the central square taken.
 
     Args:
         root: the folder; None for `$LABN_DATA/imagenet`; `$VARIABLES` are expanded.
@@ -123,10 +124,10 @@ class ImageNet(ImageDataModule):
             image_size, mean, std, batch_size, num_workers, on_bad_image=on_bad_image, cache_images=cache_images
         )
         if shorter < image_size:
-            raise ValueError(f"shorter is {shorter}; it must be at least image_size, {image_size}.")
+            raise InputError(f"shorter is {shorter}; it must be at least image_size, {image_size}.")
         rule, _, self._argument = class_rule.partition(":")
         if rule not in RULES:
-            raise ValueError(f"class_rule is {class_rule!r}; it must be synset, every:<k> or csv:<file>.")
+            raise InputError(f"class_rule is {class_rule!r}; it must be synset, every:<k> or csv:<file>.")
         self.root, self.class_rule, self.shorter, self._rule = root, class_rule, shorter, RULES[rule]
         self.class_names = list(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
         self.positive_classes = tuple(range(len(self.class_names)))
@@ -136,7 +137,7 @@ class ImageNet(ImageDataModule):
         folder = next(path for path in (root / "val", root / "images", root) if path.is_dir())
         files = image_files(folder) or [f for sub in sorted(folder.iterdir()) if sub.is_dir() for f in image_files(sub)]
         if not files:
-            raise ValueError(f"{folder} holds neither images nor folders of images.")
+            raise InputError(f"{folder} holds neither images nor folders of images.")
         labels = self._rule(files, self._argument)
         records = [Record(str(f.relative_to(folder)), label, f) for f, label in zip(files, labels)]
         records, self._notes = readable(records, self.on_bad_image, [root])

@@ -17,6 +17,7 @@ from datamodules.io.solar_frames import PictureSource, Preparation, YearSource, 
 from datamodules.io.sources import Record, Source
 from datamodules.io.splits import readable
 from datamodules.io.transforms import PUBLISHED, Augmentation
+from labn.errors import InputError, MissingFileError
 from labn.io.fits import keyword, read_header
 from labn.io.images import Array, BadImageError
 from labn.io.readers import Line, inside, read_rows, read_table
@@ -80,16 +81,16 @@ def read_flares(path: Path, columns: Columns) -> list[Frame]:
             has two rows.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"Label file {path} does not exist.")
+        raise MissingFileError(f"Label file {path} does not exist.")
     header = next(read_rows(path), (1, []))[1]
     for argument, column in (("image", columns.image), ("flag", columns.flag), ("time", columns.time)):
         if column is not None and column not in header:
-            raise ValueError(f"{path} has no column '{column}' (columns.{argument}); it has {', '.join(header)}.")
+            raise InputError(f"{path} has no column '{column}' (columns.{argument}); it has {', '.join(header)}.")
     frames: dict[str, Frame] = {}
     for row in read_table(path):
         frame = _frame(row, columns)
         if frame.name in frames:
-            raise ValueError(
+            raise InputError(
                 f"{frame.where}: {frame.name!r} has a row already ({frames[frame.name].where}); every frame needs "
                 "exactly one."
             )
@@ -100,12 +101,12 @@ def read_flares(path: Path, columns: Columns) -> list[Frame]:
 def _frame(row: Line, columns: Columns) -> Frame:
     name, flag, where = row[columns.image], row[columns.flag], row.where
     if flag not in {"0", "1", "2", "3"}:
-        raise ValueError(f"{where}: flag {flag!r} of {name!r} must be 0 (none), 1 (C), 2 (M) or 3 (X).")
+        raise InputError(f"{where}: flag {flag!r} of {name!r} must be 0 (none), 1 (C), 2 (M) or 3 (X).")
     if columns.time is None:
         return Frame(name, int(flag), None, where)
     day = date_in(row[columns.time])
     if day is None:
-        raise ValueError(f"{where}: column '{columns.time}' holds {row[columns.time]!r}, which has no date.")
+        raise InputError(f"{where}: column '{columns.time}' holds {row[columns.time]!r}, which has no date.")
     return Frame(name, int(flag), day, where)
 
 
@@ -205,11 +206,11 @@ class Magnetogram(ImageDataModule):
             cache_dir,
         )
         if task not in ("binary", "classes"):
-            raise ValueError(f"task is {task!r}; it must be 'binary' or 'classes'.")
+            raise InputError(f"task is {task!r}; it must be 'binary' or 'classes'.")
         if not 0.0 <= caption < 1.0:
-            raise ValueError(f"caption is {caption}; it is a share of the height, from 0 to below 1.")
+            raise InputError(f"caption is {caption}; it is a share of the height, from 0 to below 1.")
         if not fits_range[0] < fits_range[1]:
-            raise ValueError(f"fits_range is {fits_range}; its first value must be below its second.")
+            raise InputError(f"fits_range is {fits_range}; its first value must be below its second.")
         self.root, self.labels_file, self.pictures, self.columns = root, labels, pictures, columns
         self.fits_time, self.frames_per_day, self.task = fits_time, frames_per_day, task
         self.years = disjoint({"train": train_years, "val": val_years, "test": test_years})
@@ -224,7 +225,7 @@ class Magnetogram(ImageDataModule):
         sources = self._from_years(root) if self.labels_file is None else self._from_pictures(root)
         for split, source in sources.items():
             if not np.isin(source.labels, self.positive_classes).any():
-                raise ValueError(
+                raise InputError(
                     f"{root}: split {split} has no frame of class M or above among {len(source)} "
                     f"(years {', '.join(map(str, self.years[split]))}); give {split}_years a year that has some."
                 )
@@ -261,7 +262,7 @@ class Magnetogram(ImageDataModule):
         records = [Record(f.name, int(c), path) for f, c, path in zip(frames, self._classes(frames), paths)]
         for record, frame in zip(records, frames):
             if not record.path.is_file():
-                raise FileNotFoundError(f"{frame.where}: {folder} has no picture {record.name!r}.")
+                raise MissingFileError(f"{frame.where}: {folder} has no picture {record.name!r}.")
         good, notes = readable(records, self.on_bad_image, [root, folder], bad_picture)
         self._notes += notes
         known = {frame.name: frame.day for frame in frames}
@@ -271,7 +272,7 @@ class Magnetogram(ImageDataModule):
     def _pictures(self, split: Split, records: Sequence[Record], days: dict[str, date], table: Path) -> PictureSource:
         for year in self.years[split]:
             if not any(day.year == year for day in days.values()):
-                raise ValueError(f"{table} has no picture of {year}, which {split}_years names.")
+                raise InputError(f"{table} has no picture of {year}, which {split}_years names.")
         chosen = [record for record in records if days[record.name].year in self.years[split]]
         groups = np.array([days[record.name].toordinal() for record in chosen], dtype=np.int64)
         return PictureSource(chosen, groups, self.preparation)
@@ -296,9 +297,9 @@ def disjoint(years: dict[Split, list[int]]) -> dict[Split, list[int]]:
     seen: dict[int, str] = {}
     for split, chosen in years.items():
         if not chosen:
-            raise ValueError(f"{split}_years is empty; every split needs a year.")
+            raise InputError(f"{split}_years is empty; every split needs a year.")
         for year in chosen:
             if year in seen:
-                raise ValueError(f"Year {year} is in {seen[year]}_years and in {split}_years; give it to one split.")
+                raise InputError(f"Year {year} is in {seen[year]}_years and in {split}_years; give it to one split.")
             seen[year] = split
     return {split: sorted(chosen) for split, chosen in years.items()}

@@ -11,6 +11,7 @@ import numpy as np
 from datamodules.base import SPLITS, ImageDataModule, Split
 from datamodules.io.sources import Source
 from datamodules.io.transforms import FLIPS, Augmentation
+from labn.errors import InputError
 
 Array = np.ndarray[Any, Any]
 
@@ -45,7 +46,7 @@ class FundusPainter:
 
     def __init__(self, size: int) -> None:
         if size < 48:
-            raise ValueError(f"image_size is {size}; synthetic fundus images need at least 48 pixels.")
+            raise InputError(f"image_size is {size}; synthetic fundus images need at least 48 pixels.")
         self.size, self.unit = size, size / 64
         self.y, self.x = np.mgrid[:size, :size].astype(np.float32)
         reach = int(np.ceil(7 * self.unit))
@@ -256,7 +257,7 @@ class SyntheticFundus(ImageDataModule):
         self.counts: dict[Split, int] = {"train": n_train, "val": n_val, "test": n_test}
         for split, count in self.counts.items():
             if count < 2:
-                raise ValueError(f"n_{split} is {count}; both classes need an image, so at least 2.")
+                raise InputError(f"n_{split} is {count}; both classes need an image, so at least 2.")
         self.data_seed = data_seed
         self.painter = FundusPainter(image_size)
         self.class_names = ["healthy", "lesions"]

@@ -16,6 +16,7 @@ from datamodules.base import SPLITS, ImageDataModule, Split
 from datamodules.io.sources import Source
 from datamodules.io.tar_files import FORMAT, MANIFEST, PREPARATION, ShardSource, check_index, index_name, shard_file
 from datamodules.io.transforms import PUBLISHED, Augmentation
+from labn.errors import InputError, MissingFileError
 from labn.io.readers import read_arrays, read_json
 
 _FACTS: dict[str, type] = {
@@ -129,17 +130,17 @@ class TarShards(ImageDataModule):
         where = f"{self.place.root}/{MANIFEST}"
         for name, kind in _FACTS.items():
             if not isinstance(facts.get(name), kind):
-                raise ValueError(f"{where}: {name} is {facts.get(name)!r}; write the shards again.")
+                raise InputError(f"{where}: {name} is {facts.get(name)!r}; write the shards again.")
         channels, sizes = facts["channels"], (facts["channels"], facts["image_size"])
         numbers = [*facts["mean"], *facts["std"]]
         if channels not in (1, 3) or min(sizes) < 1 or len(facts["mean"]) != channels or len(facts["std"]) != channels:
-            raise ValueError(f"{where}: channels, image_size, mean and std do not fit; write the shards again.")
+            raise InputError(f"{where}: channels, image_size, mean and std do not fit; write the shards again.")
         if not all(isinstance(number, float) and math.isfinite(number) for number in numbers) or min(facts["std"]) <= 0:
-            raise ValueError(f"{where}: mean and std must be numbers, std above 0; write the shards again.")
+            raise InputError(f"{where}: mean and std must be numbers, std above 0; write the shards again.")
         if not _whole_preparation(facts):
-            raise ValueError(f"{where}: crop, shorter, caption or fits_range is damaged; write the shards again.")
+            raise InputError(f"{where}: crop, shorter, caption or fits_range is damaged; write the shards again.")
         if facts.get("format") != FORMAT or not set(facts["splits"]) <= set(SPLITS):
-            raise ValueError(f"{where} is of another format than {FORMAT}; write the shards again.")
+            raise InputError(f"{where} is of another format than {FORMAT}; write the shards again.")
         return facts
 
     @contextlib.contextmanager
@@ -147,7 +148,7 @@ class TarShards(ImageDataModule):
         """Path of a small file of the folder; one at an address is copied meanwhile."""
         where = f"{self.place.root}/{name}"
         if self.place.size(name) < 0:
-            raise FileNotFoundError(f"{where} does not exist; write the shards with `python cli.py shards` first.")
+            raise MissingFileError(f"{where} does not exist; write the shards with `python cli.py shards` first.")
         if "://" not in where:
             yield Path(where)
             return
@@ -161,14 +162,14 @@ class TarShards(ImageDataModule):
     def _split(self, split: Split, facts: dict[str, Any]) -> Source:
         root, wanted = self.place.root, ("samples", "shards", "has_masks", "has_boxes", "fingerprint")
         if not isinstance(facts, dict) or not all(isinstance(facts.get(name), (int, str)) for name in wanted):
-            raise ValueError(f"{root}/{MANIFEST}: the entry of {split} is damaged; write the shards again.")
+            raise InputError(f"{root}/{MANIFEST}: the entry of {split} is damaged; write the shards again.")
         with self._local(index_name(split)) as path:
             arrays = read_arrays(path)
         ends = check_index(f"{root}/{index_name(split)}", facts, arrays)
         for number, needed in enumerate(ends):
             name = shard_file(split, number)
             if (size := self.place.size(name)) < 0:
-                raise FileNotFoundError(f"{root}/{name} does not exist, but {index_name(split)} names it; copy it too.")
+                raise MissingFileError(f"{root}/{name} does not exist, but {index_name(split)} names it; copy it too.")
             if size < needed:
-                raise ValueError(f"{root}/{name} is truncated ({size} of {needed} bytes); copy it again.")
+                raise InputError(f"{root}/{name} is truncated ({size} of {needed} bytes); copy it again.")
         return ShardSource(root, self.place, split, facts, arrays)

@@ -20,6 +20,7 @@ from datamodules.io.boxes import BoxDataset, BoxTransform, Objects, collate_boxe
 from datamodules.io.sources import FileSource, Record, Source
 from datamodules.io.splits import readable
 from datamodules.io.transforms import Augmentation
+from labn.errors import InputError, MissingFileError
 from labn.io.images import MAX_PIXELS, SUFFIXES, by_stem, oriented_size
 from labn.io.readers import inside, read_text
 
@@ -64,11 +65,11 @@ def read_annotation(path: Path, on_bad_box: str = "stop") -> Annotation:
             box outside.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"Annotation {path} does not exist.")
+        raise MissingFileError(f"Annotation {path} does not exist.")
     root = _parsed(path)
     size = int(_number(root, "size/width", str(path))), int(_number(root, "size/height", str(path)))
     if min(size) < 1:
-        raise ValueError(f"{path}: size is {size[0]} x {size[1]}; width and height must be at least one pixel.")
+        raise InputError(f"{path}: size is {size[0]} x {size[1]}; width and height must be at least one pixel.")
     objects: list[Annotated] = []
     notes: list[str] = []
     for place, item in enumerate(root.iter("object"), start=1):
@@ -81,12 +82,12 @@ def read_annotation(path: Path, on_bad_box: str = "stop") -> Annotation:
 def _parsed(path: Path) -> ElementTree.Element:
     """The root element; a document type, with which a few lines become gigabytes or name other files, is refused."""
     if path.stat().st_size > MAX_XML:
-        raise ValueError(f"{path} is larger than {MAX_XML} bytes; no annotation of one image is.")
+        raise InputError(f"{path} is larger than {MAX_XML} bytes; no annotation of one image is.")
     data = path.read_bytes()
     first = expat.ParserCreate()
 
     def refuse(*_: object) -> None:
-        raise ValueError(
+        raise InputError(
             f"{path}, line {first.CurrentLineNumber}: it declares a document type (DOCTYPE), which annotations do not "
             "need and this project does not read; remove it."
         )
@@ -98,7 +99,7 @@ def _parsed(path: Path) -> ElementTree.Element:
     except (expat.ExpatError, ElementTree.ParseError) as error:
         line, column = (error.lineno, error.offset) if isinstance(error, expat.ExpatError) else error.position
         reason = str(error).split(":")[0]
-        raise ValueError(f"{path}, line {line}, column {column}: broken XML ({reason}); repair the file.") from error
+        raise InputError(f"{path}, line {line}, column {column}: broken XML ({reason}); repair the file.") from error
 
 
 def _checked(
@@ -113,7 +114,7 @@ def _checked(
     if inside == found.box:
         return found, None
     if on_bad_box == "stop" or inside[2] <= inside[0] or inside[3] <= inside[1]:
-        raise ValueError(
+        raise InputError(
             f"{where} ({found.name}): its box reaches outside the image of {width} x {height} pixels; correct it, or "
             "set on_bad_box: clip for boxes that lie partly inside."
         )
@@ -123,7 +124,7 @@ def _checked(
 def _object(item: ElementTree.Element, where: str) -> Annotated:
     name = (item.findtext("name") or "").strip()
     if not name:
-        raise ValueError(f"{where} has no name; give it the name of a class.")
+        raise InputError(f"{where} has no name; give it the name of a class.")
     x1, y1, x2, y2 = (_number(item, f"bndbox/{field}", where) for field in ("xmin", "ymin", "xmax", "ymax"))
     return Annotated(name, (x1 - 1, y1 - 1, x2, y2), (item.findtext("difficult") or "0").strip() == "1")
 
@@ -135,7 +136,7 @@ def _number(element: ElementTree.Element, field: str, where: str) -> float:
     except ValueError:
         value = math.nan
     if not abs(value) <= MAX_PIXELS:
-        raise ValueError(f"{where}: {field} is {(text or '')[:100]!r}; it must be a number of pixels.")
+        raise InputError(f"{where}: {field} is {(text or '')[:100]!r}; it must be a number of pixels.")
     return value
 
 
@@ -185,7 +186,7 @@ class VOC(ImageDataModule):
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         if on_bad_box not in ("stop", "clip"):
-            raise ValueError(f"on_bad_box is {on_bad_box!r}; it must be 'stop' or 'clip'.")
+            raise InputError(f"on_bad_box is {on_bad_box!r}; it must be 'stop' or 'clip'.")
         super().__init__(
             image_size,
             mean,
@@ -202,7 +203,7 @@ class VOC(ImageDataModule):
         self._place = (name, root)
         self.image_sets = {split: split for split in SPLITS} | (image_sets or {})
         if unknown := self.image_sets.keys() - set(SPLITS):
-            raise ValueError(f"image_sets has the split {unknown.pop()!r}; splits are {', '.join(SPLITS)}.")
+            raise InputError(f"image_sets has the split {unknown.pop()!r}; splits are {', '.join(SPLITS)}.")
         self.on_bad_box, self.min_visibility = on_bad_box, min_visibility
         self._classes = classes
 
@@ -222,7 +223,7 @@ class VOC(ImageDataModule):
             return self._classes
         found = {o.name for file in self._annotations.values() for o in file.objects}
         if not found:
-            raise ValueError(f"No annotation of {self.root} names an object; a detector needs at least one class.")
+            raise InputError(f"No annotation of {self.root} names an object; a detector needs at least one class.")
         return sorted(found)
 
     @cached_property
@@ -231,7 +232,7 @@ class VOC(ImageDataModule):
         training = set(lists["train"])
         for split in ("val", "test"):
             if shared := [name for name in lists[split] if name in training]:
-                raise ValueError(
+                raise InputError(
                     f"image_sets: train ({self.image_sets['train']}.txt) and {split} ({self.image_sets[split]}.txt) of "
                     f"{self.root / 'ImageSets' / 'Main'} both list {shared[0]!r} ({len(shared)} such images); give "
                     "lists that share none."
@@ -241,15 +242,15 @@ class VOC(ImageDataModule):
     def _list(self, name: str) -> list[str]:
         path = self.root / "ImageSets" / "Main" / f"{name}.txt"
         if not path.is_file():
-            raise FileNotFoundError(f"Image list {path} does not exist; set image_sets to lists that do.")
+            raise MissingFileError(f"Image list {path} does not exist; set image_sets to lists that do.")
         lines = [(n, text.split()[0]) for n, text in enumerate(read_text(path).splitlines(), start=1) if text.strip()]
         if not lines:
-            raise ValueError(f"Image list {path} is empty; every split needs an image.")
+            raise InputError(f"Image list {path} is empty; every split needs an image.")
         seen: dict[str, int] = {}
         for number, word in lines:
             inside(self.root / "Annotations", f"{word}.xml", f"{path}, line {number}")
             if word in seen:
-                raise ValueError(
+                raise InputError(
                     f"{path}, line {number}: {word!r} stands in line {seen[word]} already; every image needs exactly "
                     "one line."
                 )
@@ -268,7 +269,7 @@ class VOC(ImageDataModule):
     def _numbered(self, name: str, file: Annotation) -> Objects:
         for place, found in enumerate(file.objects, start=1):
             if found.name not in self.class_names:
-                raise ValueError(
+                raise InputError(
                     f"{self.root / 'Annotations' / name}.xml, object {place}: class {found.name!r} is not one of "
                     f"{', '.join(self.class_names)}; add it to `classes`, or leave `classes` out."
                 )
@@ -295,14 +296,14 @@ class VOC(ImageDataModule):
 
     def _record(self, name: str, images: dict[str, Any]) -> Record:
         if name not in images:
-            raise FileNotFoundError(f"Image {self.root / 'JPEGImages' / name}.jpg of the image lists does not exist.")
+            raise MissingFileError(f"Image {self.root / 'JPEGImages' / name}.jpg of the image lists does not exist.")
         return Record(name, largest(self._objects[name]), images[name])
 
     def _check_size(self, record: Record) -> None:
         """Boxes are scaled by the annotation's size, so an image of another size would get them in wrong places."""
         file, found = self._annotations[record.name], oriented_size(record.path)
         if found != (file.width, file.height):
-            raise ValueError(
+            raise InputError(
                 f"Annotation {self.root / 'Annotations' / record.name}.xml is of {file.width} x {file.height} pixels, "
                 f"but image {record.path} has {found[0]} x {found[1]} (as its EXIF orientation turns it); make them "
                 "agree."

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from labn.errors import InputError, InputTypeError
 from labn.explainers.base import Explainer, Targets, explained_channels, resolve_targets
 from labn.explainers.registry import explainer_by_name
 from labn.metrics.base import Boxes, ScoredBatch
@@ -62,7 +63,7 @@ def explain(
     """
     _check_images(images)
     if not isinstance(method, str) and arguments:
-        raise TypeError(f"a ready {type(method).__name__} takes no more arguments, got {', '.join(arguments)}.")
+        raise InputTypeError(f"a ready {type(method).__name__} takes no more arguments, got {', '.join(arguments)}.")
     explainer = explainer_by_name(method, **arguments) if isinstance(method, str) else method
     chosen = explainer.choose_targets(model, images, targets)
     maps = explainer(model, images, chosen, indices)
@@ -120,7 +121,7 @@ def evaluate(
     """
     _check_images(images)
     if isinstance(metrics, str):
-        raise TypeError(f"metrics is {metrics!r}; it must be a list of names, such as [{metrics!r}].")
+        raise InputTypeError(f"metrics is {metrics!r}; it must be a list of names, such as [{metrics!r}].")
     check_settings(metrics, settings)
     built = {name: metric_by_name(name, **_normalisation(images, mean, std), **settings) for name in metrics}
     places = torch.arange(len(images)) if indices is None else indices
@@ -152,14 +153,18 @@ def _without_indices(explainer: Explainer) -> Callable[[nn.Module, Tensor, Tenso
 def _check_images(images: Tensor) -> None:
     """Refuse what is no batch of images, before a model fails on it in words of its own."""
     if not isinstance(images, Tensor):
-        raise TypeError(f"images must be a tensor (B, C, H, W), got {type(images).__name__}; see torch.from_numpy.")
+        raise InputTypeError(
+            f"images must be a tensor (B, C, H, W), got {type(images).__name__}; see torch.from_numpy."
+        )
     if not images.is_floating_point():
-        raise TypeError(f"images are {images.dtype}; they must be floating point, normalised as the model expects.")
+        raise InputTypeError(
+            f"images are {images.dtype}; they must be floating point, normalised as the model expects."
+        )
     if images.ndim != 4:
         alone = "; a single image goes in as image[None]" if images.ndim == 3 else ""
-        raise ValueError(f"images must be (B, C, H, W), got {tuple(images.shape)}{alone}.")
+        raise InputError(f"images must be (B, C, H, W), got {tuple(images.shape)}{alone}.")
     if not len(images):
-        raise ValueError("images holds no image; give at least one.")
+        raise InputError("images holds no image; give at least one.")
 
 
 def _normalisation(
@@ -167,7 +172,7 @@ def _normalisation(
 ) -> dict[str, Sequence[float] | None]:
     """The settings `mean` and `std`; ImageNet's defaults need images of three channels."""
     if images.shape[1] != len(IMAGENET_MEAN) and (mean is IMAGENET_MEAN or std is IMAGENET_STD):
-        raise ValueError(
+        raise InputError(
             f"images have {images.shape[1]} channels; give mean and std as they were normalised (None: not at all)."
         )
     return {"mean": mean, "std": std}

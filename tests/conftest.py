@@ -18,7 +18,7 @@ def random_weights_allowed(monkeypatch):
     """Networks may be validated and tested with the weights that they are made with."""
     from labn.modules.base import CheckedModule
 
-    monkeypatch.setattr(CheckedModule, "_refuse_random_weights", lambda self: None)
+    monkeypatch.setattr(CheckedModule, "_check_trained", lambda self: None)
 
 
 @pytest.fixture(scope="session")

@@ -238,8 +238,8 @@ def read_run(root: Path) -> None:
     """Reads a run folder, with everything in memory and with its curves on disk."""
     read_training(root)
     read_yaml(root / "fit.yaml")
-    for room in (root, None):
-        read_stage(root / "test", room=room)
+    for scratch_dir in (root, None):
+        read_stage(root / "test", scratch_dir=scratch_dir)
 
 
 YEARS = {"train_years": [2015], "val_years": [2016], "test_years": [2017]}

@@ -8,7 +8,7 @@ import yaml
 from labn.io.atomic import write_atomically
 from labn.report import Picture, make_card
 from labn.report.cards import fill_uri, steps_text
-from labn.results.store import ResultStore, ScorePart
+from labn.results.store import ResultStore, ScoreShard
 from labn.results.tables import Plan, write_results
 
 HOSTILE = '</script><script>document.title="broken"</script><img src=x onerror=alert(1)>&"\'\u2028.png'
@@ -36,7 +36,7 @@ def score_parts(count, shift=0.0, explainers=EXPLAINERS):
     index = np.arange(count)
     for explainer in explainers:
         lines = [np.stack(line) for line in zip(*(curves(explainer, i) for i in index))]
-        yield ScorePart(
+        yield ScoreShard(
             explainer=explainer,
             key=explainer,
             index=index,

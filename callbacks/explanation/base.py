@@ -9,10 +9,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from callbacks.checks import refuse_sharded
+from callbacks.checks import ConfigurationError, check_strategy
 from callbacks.explanation.session import Batch, Session, check_counts, check_target, evenly_spaced
 from labn.explainers import Explainer, explainer_by_name
 
@@ -83,35 +82,35 @@ class ExplainingCallback(pl.Callback):
         """Refuse settings under which explanations would fail or be wrong."""
         loops = [trainer.validate_loop, trainer.test_loop]
         if any(loop.inference_mode for loop in loops):
-            raise MisconfigurationException(
+            raise ConfigurationError(
                 f"{type(self).__name__} needs gradients at validation and test end: "
                 "set trainer.inference_mode to false."
             )
-        refuse_sharded(type(trainer.strategy).__name__)
+        check_strategy(type(trainer.strategy).__name__)
         owners = [c for c in callbacks_of(trainer) if isinstance(c, ExplainingCallback) and c.explainers]
         if not owners:
-            raise MisconfigurationException(
+            raise ConfigurationError(
                 f"{type(self).__name__} has nothing to explain: give it explainers, or add an ExplanationCallback."
             )
         listed = callbacks_of(trainer)
         if self in listed and listed.index(self) < listed.index(owners[0]):
-            raise MisconfigurationException(
+            raise ConfigurationError(
                 f"{type(self).__name__} stands before {type(owners[0]).__name__}, which has the explainers; "
                 "list it after that one in trainer.callbacks."
             )
         if self.explainers and self is not owners[0]:
-            raise MisconfigurationException(
+            raise ConfigurationError(
                 f"{type(self).__name__} and {type(owners[0]).__name__} both have explainers; "
                 "give them to one of the two."
             )
-        self._refuse_unheard(owners[0])
+        self._check_decided(owners[0])
 
-    def _refuse_unheard(self, owner: ExplainingCallback) -> None:
+    def _check_decided(self, owner: ExplainingCallback) -> None:
         """Stop where this callback says what is explained, which only the owner of the session decides."""
         said = {} if self is owner else {n: value for n, value in DECIDED.items() if getattr(self, n) != value}
         if said:
             mine = ", ".join(f"{name} = {getattr(self, name)}" for name in said)
-            raise MisconfigurationException(
+            raise ConfigurationError(
                 f"{type(self).__name__} has {mine}, but {type(owner).__name__} has the explainers and decides that; "
                 "set it there."
             )

@@ -16,15 +16,15 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from safetensors.torch import save
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from callbacks.checks import refuse_sharded
+from callbacks.checks import ConfigurationError, check_strategy
 from callbacks.explanation.session import check_counts, epoch_of, evenly_spaced, identity_of, network_of
+from labn.errors import InputError
 from labn.explainers.relevance.crp import CRP, TASKS, Question, Task
-from labn.explainers.relevance.detection_pass import DetectionPassage
+from labn.explainers.relevance.detection_pass import DetectionTrace
 from labn.io.atomic import write_atomically
 from labn.metrics.detection import DetectionScores, check_contrast
 from labn.metrics.statistics import bootstrap_mean, paired_difference
@@ -72,7 +72,7 @@ class DetectionCallback(pl.Callback):
         scores: DetectionScores | None = None,
     ) -> None:
         if unknown := set(tasks) - set(TASKS):
-            raise ValueError(f"tasks has {unknown.pop()!r}; it must be some of {', '.join(TASKS)}.")
+            raise InputError(f"tasks has {unknown.pop()!r}; it must be some of {', '.join(TASKS)}.")
         check_counts(val_images=val_images, test_images=test_images, every_n_epochs=every_n_epochs, top=top)
         self.crp = crp or CRP(score_threshold=0.3)
         if scores is not None:
@@ -92,9 +92,9 @@ class DetectionCallback(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse a trainer whose loops forbid gradients, and one that shards parameters."""
-        refuse_sharded(type(trainer.strategy).__name__)
+        check_strategy(type(trainer.strategy).__name__)
         if any(loop.inference_mode for loop in (trainer.validate_loop, trainer.test_loop)):
-            raise MisconfigurationException(
+            raise ConfigurationError(
                 "DetectionCallback needs gradients at validation and test end: set trainer.inference_mode to false."
             )
 
@@ -173,15 +173,15 @@ class DetectionCallback(pl.Callback):
         assert self._folder is not None
         data = trainer.datamodule  # type: ignore[attr-defined]
         name, classes = data.sample_name(split, index), ["background", *data.class_names]
-        passage = self.crp.passage(network, image)
-        found = passage.detections(self.crp.thresholds).best(self.top)
+        trace = self.crp.trace(network, image)
+        found = trace.detections(self.crp.thresholds).best(self.top)
         questions = [
             Question(p, t, k) for p, k in zip(found.priors.tolist(), found.labels.tolist()) for t in self.tasks
         ]
-        maps = self.crp.ask(passage, questions).maps.view(len(found), len(self.tasks), *passage.size)
+        maps = self.crp.ask(trace, questions).maps.view(len(found), len(self.tasks), *trace.size)
         head = {"split": split, "index": index, "name": name}
-        rows = [head | row for row in detection_rows(found, passage, classes, truth)]
-        measured = self.scores(self.crp, passage, found, index) if self.scores and trainer.state.fn != "fit" else []
+        rows = [head | row for row in detection_rows(found, trace, classes, truth)]
+        measured = self.scores(self.crp, trace, found, index) if self.scores and trainer.state.fn != "fit" else []
         shown = displayable(image, data.mean, data.std)
         heats = [dict(zip(self.tasks, heat.cpu().numpy())) for heat in maps]
         record = {
@@ -264,7 +264,7 @@ SCORES = ("split", "index", "name", "detection", "explainer", "metric", "value")
 
 
 def detection_rows(
-    found: Detections, passage: DetectionPassage, classes: Sequence[str], truth: tuple[Tensor, Tensor]
+    found: Detections, trace: DetectionTrace, classes: Sequence[str], truth: tuple[Tensor, Tensor]
 ) -> list[dict[str, Any]]:
     """One row of `detections.csv` per detection; `source` counts the source maps from 0.
 
@@ -288,7 +288,7 @@ def detection_rows(
             "score": score,
             **dict(zip(("x1", "y1", "x2", "y2"), box)),
             "prior": prior,
-            "source": passage.layout.unit(prior).source,
+            "source": trace.layout.unit(prior).source,
             "overlap": overlap,
         }
         for number, (box, score, label, prior, overlap) in enumerate(zip(*columns))

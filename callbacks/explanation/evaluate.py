@@ -8,9 +8,10 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from callbacks.checks import refuse_unscorable
+from callbacks.checks import check_scorable
 from callbacks.explanation.base import ExplainingCallback
 from callbacks.explanation.session import Batch, Session
+from labn.errors import InputError
 from labn.explainers import Explainer, explainer_by_name
 from labn.inference.fingerprint import digest
 from labn.metrics.base import SampleMetric
@@ -18,7 +19,7 @@ from labn.metrics.insertion_deletion import PatchInsertionDeletion
 from labn.metrics.registry import check_settings, metric_by_name, values_named
 from labn.perturbation.engine import check_chunk_size, check_precision
 from labn.results.fingerprints import describe, source_digest
-from labn.results.store import ScorePart
+from labn.results.store import ScoreShard
 from labn.results.tables import Plan, summary_table, write_results
 
 BASELINES = ("random", "constant")
@@ -72,7 +73,7 @@ class EvaluationCallback(ExplainingCallback):
         check_precision(precision)
         check_chunk_size(chunk_size)
         check_classes(positives_only)
-        refuse_foreign(metric_options or {})
+        check_metric_options(metric_options or {})
         self.baselines = baselines
         self.test_names = self.names = with_variants(metrics, also or [])
         self.val_names = self.test_names if val_metrics is None else val_metrics
@@ -92,7 +93,7 @@ class EvaluationCallback(ExplainingCallback):
             data = trainer.datamodule  # type: ignore[attr-defined]
             positive_classes(data, self.settings["positives_only"])
             built = {n: metric_by_name(n, mean=None, std=None, bias=None, **self.settings) for n in self._due(trainer)}
-            refuse_unscorable(built, data, "test" if trainer.state.fn == "test" else "val")
+            check_scorable(built, data, "test" if trainer.state.fn == "test" else "val")
 
     def _due(self, trainer: pl.Trainer) -> list[str]:
         """Names of the metrics of the running command."""
@@ -146,7 +147,7 @@ class EvaluationCallback(ExplainingCallback):
         for part in reversed(parts):
             session.store.add_scores(part)
 
-    def _score(self, session: Session, batch: Batch, explainer: str, names: list[str]) -> ScorePart:
+    def _score(self, session: Session, batch: Batch, explainer: str, names: list[str]) -> ScoreShard:
         arguments = (session.network, batch.images, session.maps(batch, explainer), batch.targets, batch.indices)
         more: dict[str, Any] = {
             "labels": batch.labels,
@@ -169,10 +170,10 @@ class EvaluationCallback(ExplainingCallback):
                     part.curves[f"{name}/{line}"] = getattr(curves, line).cpu().numpy()
         return part
 
-    def _facts(self, session: Session, batch: Batch, explainer: str) -> ScorePart:
+    def _facts(self, session: Session, batch: Batch, explainer: str) -> ScoreShard:
         """What is known of every sample before anything is scored."""
         own = batch.labels[:, None]
-        return ScorePart(
+        return ScoreShard(
             explainer=explainer,
             key=session.keys[explainer],
             index=batch.indices.cpu().numpy(),
@@ -236,7 +237,7 @@ class EvaluationCallback(ExplainingCallback):
 def check_classes(positives_only: bool | list[int]) -> None:
     """Raise ValueError unless `positives_only` is yes, no, or a list of class numbers."""
     if not isinstance(positives_only, bool) and (not positives_only or min(positives_only) < 0):
-        raise ValueError(f"positives_only is {positives_only}; it must be true, false or a list of class numbers.")
+        raise InputError(f"positives_only is {positives_only}; it must be true, false or a list of class numbers.")
 
 
 def positive_classes(data: Any, positives_only: bool | list[int]) -> list[int] | None:
@@ -248,17 +249,17 @@ def positive_classes(data: Any, positives_only: bool | list[int]) -> list[int] |
     if isinstance(positives_only, bool):
         return list(data.positive_classes) if positives_only else None
     if max(positives_only) >= data.num_classes:
-        raise ValueError(f"positives_only is {positives_only}; the data has {data.num_classes} classes, from 0.")
+        raise InputError(f"positives_only is {positives_only}; the data has {data.num_classes} classes, from 0.")
     return list(positives_only)
 
 
-def refuse_foreign(metric_options: dict[str, Any]) -> None:
+def check_metric_options(metric_options: dict[str, Any]) -> None:
     """Raise ValueError where metrics are to be set to what this callback or the data sets for all of them."""
     for name in metric_options:
         if name in ("fill", "positives_only", *ENGINE):
-            raise ValueError(f"metric_options has {name}, which is an argument of EvaluationCallback itself; set that.")
+            raise InputError(f"metric_options has {name}, which is an argument of EvaluationCallback itself; set that.")
         if name in ("mean", "std", "bias"):
-            raise ValueError(f"metric_options has {name}, which the data says; leave it out.")
+            raise InputError(f"metric_options has {name}, which the data says; leave it out.")
 
 
 def with_variants(metrics: list[str], also: list[str]) -> list[str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from callbacks.explanation.base import ExplainingCallback, callbacks_of
 from callbacks.explanation.evaluate import EvaluationCallback
 from callbacks.explanation.session import Batch, Session, evenly_spaced
+from labn.errors import InputError
 from labn.io.atomic import write_atomically
 from labn.metrics.base import ScoredBatch
 from labn.metrics.insertion_deletion import PatchInsertionDeletion
@@ -56,7 +57,7 @@ class ReportCallback(ExplainingCallback):
         sizes = {"max_images": max_images, "picture_side": picture_side, "map_side": map_side}
         for name, value in {**sizes, "max_megabytes": max_megabytes}.items():
             if value <= 0:
-                raise ValueError(f"{name} is {value}; it must be above 0.")
+                raise InputError(f"{name} is {value}; it must be above 0.")
         self.max_images, self.max_megabytes, self.fine_images = max_images, max_megabytes, fine_images
         self.picture_side, self.map_side = picture_side, map_side
 
@@ -160,7 +161,7 @@ class ReportCallback(ExplainingCallback):
             command=trainer.state.fn.value if trainer.state.fn else "test",
         )
         folder = session.store.folder
-        page = render(run_report(read_stage(folder, self._chosen, room=folder), info))
+        page = render(run_report(read_stage(folder, self._chosen, scratch_dir=folder), info))
         write_atomically(folder / "report.html", page.encode())
 
 

@@ -14,7 +14,8 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
-from labn.explainers import Explainer, TruthMap
+from labn.errors import InputError
+from labn.explainers import Explainer, GroundTruthMap
 from labn.inference.fingerprint import digest, settings_digest, weights_digest
 from labn.perturbation.engine import PerturbationEngine
 from labn.results.fingerprints import describe
@@ -178,7 +179,7 @@ class Session:
             missing = [n for n, index in enumerate(numbers) if index not in found]
             if missing:
                 explainer = self.explainers[name]
-                if isinstance(explainer, TruthMap):
+                if isinstance(explainer, GroundTruthMap):
                     explainer = explainer.given(None if batch.masks is None else batch.masks[missing])
                 maps = explainer(self.network, batch.images[missing], batch.targets[missing], batch.indices[missing])
                 self.store.add_maps(name, self.keys[name], batch.indices[missing], maps)
@@ -203,7 +204,7 @@ def identity_of(trainer: pl.Trainer, network: nn.Module, split: str) -> dict[str
 def check_target(target: int | str) -> None:
     """Raise ValueError unless `target` is a rule of `chosen_classes`."""
     if re.fullmatch(r"label|prediction|top[1-9]\d*|\d+", str(target)) is None:
-        raise ValueError(f"target is {target!r}; it must be label, prediction, top<k> such as top2, or a class index.")
+        raise InputError(f"target is {target!r}; it must be label, prediction, top<k> such as top2, or a class index.")
 
 
 def check_counts(**counts: int | None) -> None:
@@ -214,14 +215,14 @@ def check_counts(**counts: int | None) -> None:
     for name, count in counts.items():
         least = int(name == "test_images")
         if count is not None and count < least:
-            raise ValueError(f"{name} is {count}; it must be at least {least}{', or null for all' * least}.")
+            raise InputError(f"{name} is {count}; it must be at least {least}{', or null for all' * least}.")
 
 
 def check_classes_known(labels: Tensor, probabilities: Tensor) -> None:
     """Raise ValueError where a label (n,) is no class of the network, which gives probabilities (n, K)."""
     classes = probabilities.shape[1]
     if len(labels) and int(labels.max()) >= classes:
-        raise ValueError(
+        raise InputError(
             f"The network gives {classes} logit{'s' * (classes > 1)} per image, but the data has the label "
             f"{int(labels.max())}; it needs one logit per class, also where there are two."
         )
@@ -243,7 +244,7 @@ def chosen_classes(target: str, labels: Tensor, probabilities: Tensor) -> Tensor
     place = {"prediction": "1"}.get(target, target.removeprefix("top"))
     classes, by_rank = probabilities.shape[1], not target.isdigit()
     if int(place) - by_rank >= classes:
-        raise ValueError(f"target is {target}; the network has {classes} classes.")
+        raise InputError(f"target is {target}; the network has {classes} classes.")
     if by_rank:
         return probabilities.topk(int(place), dim=1).indices[:, -1]
     return torch.full_like(labels, int(place))

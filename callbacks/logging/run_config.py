@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.cli import SaveConfigCallback
 
-from callbacks.checkpoint import is_last, refuse_unseen_monitors
+from callbacks.checkpoint import check_monitors, is_last
 from labn.io.atomic import write_atomically
 
 
@@ -29,4 +29,4 @@ class RunConfigCallback(SaveConfigCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse schedules that could not work; before, they were not there to look at."""
-        refuse_unseen_monitors(trainer)
+        check_monitors(trainer)

@@ -34,7 +34,7 @@ def log_results(logger: WandbLogger, folder: Path, split: str, overlays: list[Pa
         table: send the table too; a table's key can be written only once, so not in every epoch.
     """
     pictures = {int(path.name.split("-")[0]): capped(path.read_bytes()) for path in overlays}
-    results = read_stage(folder, pictures, room=folder)
+    results = read_stage(folder, pictures, scratch_dir=folder)
     if pictures:
         logger.log_image(f"maps/{split}", list(pictures.values()), caption=[path.stem for path in overlays])
     for metric in curve_metrics(results.curves):

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import DataLoader, DistributedSampler
 
+from labn.errors import InputError
+
 
 class Key(NamedTuple):
     """What a training sampler hands to the dataset: `sample` (a position in the split) in `epoch`.
@@ -110,12 +112,12 @@ class BalancedSampler(_SeededSampler):
         seed: int = 0,
     ) -> None:
         if batch_size % num_classes:
-            raise ValueError(
+            raise InputError(
                 f"batch_size={batch_size} cannot be balanced: it must be a multiple of the {num_classes} classes."
             )
         self._members = [np.flatnonzero(np.asarray(labels) == c) for c in range(num_classes)]
         if empty := [c for c, members in enumerate(self._members) if not len(members)]:
-            raise ValueError(f"balanced_sampler needs every class in training; class {empty[0]} has no image.")
+            raise InputError(f"balanced_sampler needs every class in training; class {empty[0]} has no image.")
         super().__init__(labels, num_replicas, rank, seed)
         self.batch_size = batch_size
         self.batches = max(1, len(labels) // (batch_size * num_replicas))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from datamodules.io.sources import FileSource, Record, Source, bad_file
+from labn.errors import InputError, MissingFileError
 from labn.io.fits import MAGIC, image_layout, read_fits
 from labn.io.images import MAX_ASPECT, MAX_PIXELS, Array, BadImageError, contents, read_image, squash
 
@@ -89,21 +90,21 @@ def check_frames(path: Path, rows: int) -> None:
         ValueError: no array, another type or shape than (n,H,W) uint8, or another n than `rows`.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; every year of the splits needs its .npy and its .csv.")
+        raise MissingFileError(f"{path} does not exist; every year of the splits needs its .npy and its .csv.")
     try:
         frames = np.lib.format.open_memmap(path, mode="r")
     # A damaged header ends the reader in many ways.
     except Exception as error:
-        raise ValueError(f"{path} is not a whole .npy array of numbers ({error}).") from error
+        raise InputError(f"{path} is not a whole .npy array of numbers ({error}).") from error
     if frames.dtype != np.uint8 or frames.ndim != 3:
-        raise ValueError(f"{path} holds {frames.dtype} of shape {frames.shape}; it must be uint8 (n, height, width).")
+        raise InputError(f"{path} holds {frames.dtype} of shape {frames.shape}; it must be uint8 (n, height, width).")
     if (
         not 0 < max(frames.shape[1:]) <= MAX_ASPECT * min(frames.shape[1:])
         or frames.shape[1] * frames.shape[2] > MAX_PIXELS
     ):
-        raise ValueError(f"{path} holds frames of {frames.shape[1]} x {frames.shape[2]} pixels, which no image has.")
+        raise InputError(f"{path} holds frames of {frames.shape[1]} x {frames.shape[2]} pixels, which no image has.")
     if len(frames) != rows:
-        raise ValueError(f"{path} has {len(frames)} frames but {path.with_suffix('.csv')} has {rows} rows.")
+        raise InputError(f"{path} has {len(frames)} frames but {path.with_suffix('.csv')} has {rows} rows.")
 
 
 class PictureSource(FileSource):

@@ -12,6 +12,7 @@ import numpy as np
 
 from datamodules.base import OnBadImage
 from datamodules.io.sources import Record, bad_file
+from labn.errors import InputError
 from labn.io.images import BadImageError, identical_groups
 from labn.io.readers import garbled, leads_out
 
@@ -96,7 +97,7 @@ def split_off(
         ValueError: `fraction` is not between 0 and 1.
     """
     if not 0.0 < fraction < 1.0:
-        raise ValueError(f"The fraction to split off is {fraction}; it must lie between 0 and 1.")
+        raise InputError(f"The fraction to split off is {fraction}; it must lie between 0 and 1.")
     members: dict[int, list[int]] = defaultdict(list)
     for i, group in enumerate(identical_groups([r.path for r in records])):
         members[group].append(i)

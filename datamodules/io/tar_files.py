@@ -20,6 +20,7 @@ import numpy as np
 
 from datamodules.base import ImageDataModule, Split
 from datamodules.io.sources import Array, Source
+from labn.errors import InputError
 from labn.io.atomic import write_atomically, written_atomically
 
 MANIFEST = "shards.json"
@@ -52,7 +53,7 @@ def encoded(pixels: Array) -> bytes:
         pixels = pixels.astype(np.uint8) * 255
     done, data = cv2.imencode(".png", pixels[..., ::-1] if pixels.ndim == 3 and pixels.shape[2] == 3 else pixels)
     if not done:
-        raise ValueError(f"Pixels of shape {pixels.shape} cannot be stored as a PNG.")
+        raise InputError(f"Pixels of shape {pixels.shape} cannot be stored as a PNG.")
     return data.tobytes()
 
 
@@ -90,7 +91,7 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> tuple[int, int, int]:
     return offset, len(data), zlib.crc32(data)
 
 
-def refuse_more_than_shards_keep(data: ImageDataModule) -> None:
+def check_storable(data: ImageDataModule) -> None:
     """Compare the samples of a data module with those of the base class, which are all that shards give back.
 
     Raises:
@@ -99,7 +100,7 @@ def refuse_more_than_shards_keep(data: ImageDataModule) -> None:
     for split in data.splits:
         more = data.dataset(split)[0].keys() - ImageDataModule.dataset(data, split)[0].keys()
         if more:
-            raise ValueError(
+            raise InputError(
                 f"Samples of {type(data).__name__} carry {', '.join(sorted(more))} too, which shards would lose; "
                 "shards are for data sets with one class, and at most one region and one group, per image."
             )
@@ -121,8 +122,8 @@ def write_shards(data: ImageDataModule, folder: Path, samples_per_shard: int = 1
             than what shards keep, as those of `VOC` have.
     """
     if samples_per_shard < 1:
-        raise ValueError(f"samples_per_shard is {samples_per_shard}; it must be at least 1.")
-    refuse_more_than_shards_keep(data)
+        raise InputError(f"samples_per_shard is {samples_per_shard}; it must be at least 1.")
+    check_storable(data)
     splits = {}
     for split in data.splits:
         source = data.source(split)
@@ -176,12 +177,12 @@ class ShardSource(Source):
         try:
             data = self.fetch(name, start, start + size)
         except OSError as error:
-            raise ValueError(f"{where}: cannot be read ({error.strerror or error}); copy the shard again.") from error
+            raise InputError(f"{where}: cannot be read ({error.strerror or error}); copy the shard again.") from error
         if len(data) != size or zlib.crc32(data) != int(span["crc"]):
-            raise ValueError(f"{where}: bytes {start} to {start + size} are not what was written; copy it again.")
+            raise InputError(f"{where}: bytes {start} to {start + size} are not what was written; copy it again.")
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
         if pixels is None:
-            raise ValueError(f"{where}: cannot be decoded; write the shards again.")
+            raise InputError(f"{where}: cannot be decoded; write the shards again.")
         return pixels
 
 
@@ -200,13 +201,13 @@ def check_index(where: str, facts: dict[str, Any], arrays: dict[str, Array]) -> 
         if held is None and name == "group":
             continue
         if held is None or held.shape != (count,) or (held.dtype.kind != "U" if kind is None else held.dtype != kind):
-            raise ValueError(f"{where}: {name} is not an array of {count} entries of the right type; write it again.")
+            raise InputError(f"{where}: {name} is not an array of {count} entries of the right type; write it again.")
     ends = np.zeros(facts["shards"], dtype=np.int64)
     for name in ("image", "mask"):
         shard, offset, size = (arrays[name][field].astype(np.int64) for field in ("shard", "offset", "size"))
         if count and (min(map(np.min, (shard, offset, size))) < 0 or shard.max() >= len(ends) or size.max() > 2**31):
-            raise ValueError(f"{where}: {name} points outside of the {len(ends)} shards; write it again.")
+            raise InputError(f"{where}: {name} points outside of the {len(ends)} shards; write it again.")
         np.maximum.at(ends, shard, offset + size)
     if len(set(arrays["name"].tolist())) != count:
-        raise ValueError(f"{where}: a name comes twice; write it again.")
+        raise InputError(f"{where}: a name comes twice; write it again.")
     return ends.tolist()

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from labn.errors import InputError, MissingFileError
 from labn.io.atomic import write_atomically
 from labn.io.readers import read_table
 from labn.metrics.statistics import Interval, bootstrap_mean, paired_difference
@@ -47,9 +48,7 @@ class Scored:
         """
         path = run / "test" / "scores.csv"
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} does not exist; run `cli.py test --config configs/coarse_fine.yaml` first."
-            )
+            raise MissingFileError(f"{path} does not exist; run `cli.py test --config configs/coarse_fine.yaml` first.")
         values: dict[tuple[str, str], dict[int, float]] = {}
         for row in read_table(path, ("index", "explainer", "metric", "value")):
             column = values.setdefault((row["explainer"], row["metric"]), {})
@@ -66,7 +65,7 @@ class Scored:
         """
         name = "id" if part == "pid" and size == 1 else f"{part}{size}"
         if (explainer, name) not in self.values:
-            raise ValueError(
+            raise InputError(
                 f"{self.path} has no {name} of {explainer}; each map needs insertion, deletion and PID at every size."
             )
         return self.values[explainer, name]
@@ -149,12 +148,12 @@ def run(options: argparse.Namespace) -> None:
     scored = Scored.read(options.run)
     coarse = options.coarse or [name for name in scored.explainers if name.startswith(("dilated", "blurred"))]
     if not coarse:
-        raise ValueError(f"{options.run} has no map called 'dilated' or 'blurred'; name the coarse ones with --coarse.")
+        raise InputError(f"{options.run} has no map called 'dilated' or 'blurred'; name the coarse ones with --coarse.")
     if not scored.patch_sizes:
-        raise ValueError(f"{scored.path} has no insertion at any patch size; test with metrics such as pid16.")
+        raise InputError(f"{scored.path} has no insertion at any patch size; test with metrics such as pid16.")
     for name in (options.fine, *coarse):
         if name not in scored.explainers:
-            raise ValueError(f"{options.run} has no map {name!r}; it has {', '.join(scored.explainers)}.")
+            raise InputError(f"{options.run} has no map {name!r}; it has {', '.join(scored.explainers)}.")
     for part in PARTS:
         print(f"### {part}: {options.fine} ahead of\n\n{leads(scored, options.fine, coarse, part)}\n")
     print("\n".join(verdict(scored, options.fine, coarse, part) for part in PARTS))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from labn.api import explain
+from labn.errors import InputError, MissingFileError
 from labn.explainers import EXPLAINERS, explainer_by_name
 from labn.inference.modes import evaluating, logits_of
 from labn.io.atomic import write_atomically
@@ -88,11 +89,11 @@ def run(options: argparse.Namespace, read: Reader, list_pictures: Lister) -> Non
     for method in options.method:
         explainer_by_name(method)
         if method.lstrip("-") not in METHODS:
-            raise ValueError(f"{method} explains detectors, which `cli.py test` does with callbacks.DetectionCallback.")
+            raise InputError(f"{method} explains detectors, which `cli.py test` does with callbacks.DetectionCallback.")
     check_device(options.device)
     files = _files(options.image, list_pictures)
     if any(path.resolve().parent == (options.out / OVERLAYS).resolve() for path in files):
-        raise ValueError(f"--out is {options.out}, where overlays would replace pictures that --image names.")
+        raise InputError(f"--out is {options.out}, where overlays would replace pictures that --image names.")
     network, preprocessing = load_network(options)
     network = network.to(options.device)
     target = None if options.target is None else class_number(options.target, preprocessing)
@@ -102,7 +103,7 @@ def run(options: argparse.Namespace, read: Reader, list_pictures: Lister) -> Non
         print(f"{path}: {row[1]} ({row[2]:.3f})" + (f", explained {row[3]}" if row[3] != row[1] else ""))
         rows.append((str(path), *row))
     if not rows:
-        raise ValueError("None of the pictures can be read; see the warnings above.")
+        raise InputError("None of the pictures can be read; see the warnings above.")
     write_atomically(options.out / "predictions.csv", csv_bytes(PREDICTIONS, rows))
     print(f"{options.out}: overlays/, maps/ and predictions.csv of {len(rows)} pictures")
 
@@ -113,7 +114,7 @@ def check_device(name: str) -> None:
         torch.zeros(1, device=name).cpu()
     # torch ends in errors of its own for a missing driver, package, device, or kind of device.
     except Exception as error:
-        raise ValueError(
+        raise InputError(
             f"--device is {name!r}, which cannot be used here; it must be cpu, or what torch finds, such as cuda."
         ) from error
 
@@ -126,11 +127,11 @@ def load_network(options: argparse.Namespace) -> tuple[nn.Module, Preprocessing]
             preprocessing.
     """
     if (options.ckpt is None) == (options.model is None) or (options.model is None) != (options.weights is None):
-        raise ValueError("Name the network by --ckpt, or by --model and --weights together.")
+        raise InputError("Name the network by --ckpt, or by --model and --weights together.")
     if options.ckpt is not None:
         network, found = restore(options.ckpt)
         if found is None:
-            raise ValueError(f"{options.ckpt} was saved without a data module and does not know its preprocessing.")
+            raise InputError(f"{options.ckpt} was saved without a data module and does not know its preprocessing.")
         preprocessing = found
     else:
         network, preprocessing = load_pretrained(options.model, options.weights)
@@ -138,7 +139,7 @@ def load_network(options: argparse.Namespace) -> tuple[nn.Module, Preprocessing]
         preprocessing = replace(preprocessing, class_names=read_text(options.class_names).splitlines())
     if options.image_size is not None:
         if options.image_size < 1:
-            raise ValueError(f"--image_size is {options.image_size}; it must be at least 1 pixel.")
+            raise InputError(f"--image_size is {options.image_size}; it must be at least 1 pixel.")
         scale = options.image_size / preprocessing.image_size
         shorter = None if preprocessing.shorter is None else round(preprocessing.shorter * scale)
         preprocessing = replace(preprocessing, image_size=options.image_size, shorter=shorter)
@@ -155,7 +156,7 @@ def class_number(word: str, preprocessing: Preprocessing) -> int:
         return preprocessing.class_names.index(word)
     if not word.isdecimal():
         known = ", ".join(preprocessing.class_names[:10]) or "not known here"
-        raise ValueError(f"--target is {word!r}; it must be a number or a class name ({known}).")
+        raise InputError(f"--target is {word!r}; it must be a number or a class name ({known}).")
     return int(word)
 
 
@@ -174,7 +175,7 @@ def _explain(
     predicted = int(probabilities.argmax())
     chosen = predicted if target is None else target
     if chosen >= len(probabilities):
-        raise ValueError(f"--target is class {chosen}; the network has {len(probabilities)} classes, from 0.")
+        raise InputError(f"--target is class {chosen}; the network has {len(probabilities)} classes, from 0.")
     place = torch.tensor([number])
     maps = {m: explain(network, image[None], m, chosen, indices=place).maps[0].cpu() for m in options.method}
     confidence = float(probabilities[predicted])
@@ -195,10 +196,10 @@ def _files(given: Sequence[Path], list_pictures: Lister) -> list[Path]:
     files = []
     for path in given:
         if not path.exists():
-            raise FileNotFoundError(f"--image {path} does not exist.")
+            raise MissingFileError(f"--image {path} does not exist.")
         found = list_pictures(path) if path.is_dir() else [path]
         if not found:
-            raise FileNotFoundError(f"--image {path} holds no pictures of its own; its subfolders are not searched.")
+            raise MissingFileError(f"--image {path} holds no pictures of its own; its subfolders are not searched.")
         files += found
     return files
 

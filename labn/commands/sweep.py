@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from labn.errors import FailedProcessError, InputError
 from labn.io.atomic import write_atomically
 from labn.io.readers import read_json
 from labn.launch.config_include import expand_parts
@@ -127,7 +128,7 @@ def _step(sweep: Sweep, step: str, seed: int, folder: Path, runner: Runner) -> N
         print(f"{folder}: {step} is done already.", flush=True)
         return
     if step == "fit" and known and not same:
-        raise ValueError(
+        raise InputError(
             f"{folder} was trained with other arguments or configuration files (see {path}); "
             "give the sweep another --run_dir, or remove that folder."
         )
@@ -137,7 +138,7 @@ def _step(sweep: Sweep, step: str, seed: int, folder: Path, runner: Runner) -> N
     print(f"{folder}: {step} ... ({log})", flush=True)
     # The files as they were named: the command puts their parts in front of them itself.
     if status := runner([*sweep.words(step, seed), *_checkpoint(step, folder)], log):
-        raise ChildProcessError(f"{step} of {folder} ended with status {status}; its last lines are in {log}.")
+        raise FailedProcessError(f"{step} of {folder} ended with status {status}; its last lines are in {log}.")
     state[step]["done"] = True
     write_atomically(path, json.dumps(state, indent=1).encode())
 

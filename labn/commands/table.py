@@ -13,7 +13,8 @@ from typing import Any
 
 import yaml
 
-from labn.compare import Run, refuse_mixed
+from labn.compare import Run, check_comparable
+from labn.errors import InputError
 from labn.io.readers import read_json, read_table
 from labn.metrics.statistics import Interval, bootstrap_mean
 from labn.results.reader import StageResults
@@ -104,7 +105,7 @@ class Runs:
         # The folder of a sweep is also that of a single run with the same configuration, which is no further seed.
         folders = seeds or tuple(run for run in [folder] if _tested(run))
         groups = [_groups(run) for run in folders]
-        refuse_mixed([_made(folder.name, run, found) for run, found in zip(folders, groups)])
+        check_comparable([_made(folder.name, run, found) for run, found in zip(folders, groups)])
         accuracies = tuple(value for run in folders for value in _accuracy(run))
         return cls(folders, tuple(map(_scores, folders)), accuracies, groups[0] if groups else {})
 
@@ -121,7 +122,7 @@ class Runs:
         columns = self.columns(explainer, metric)
         names = sorted(set.intersection(*map(set, columns))) if columns else []
         if columns and not names:
-            raise ValueError(
+            raise InputError(
                 f"{', '.join(map(str, self.folders))} have no sample in common that {metric} of {explainer} was scored "
                 "on; test them again with the same configuration."
             )
@@ -167,7 +168,7 @@ def _groups(run: Path) -> dict[str, int]:
 
 
 def _made(label: str, run: Path, groups: dict[str, int]) -> Run:
-    """What `refuse_mixed` must know of a run, without its scores and curves."""
+    """What `check_comparable` must know of a run, without its scores and curves."""
     manifest = read_json(run / "test" / MANIFEST, dict)
     found = dict(enumerate(groups.values())) or None
     return Run(label, run, StageResults(run / "test", groups=found, manifest=manifest), {})
@@ -265,6 +266,6 @@ def run(options: argparse.Namespace) -> None:
     """
     for name in options.names or published():
         if name not in published():
-            raise ValueError(f"there is no table {name!r}; the tables are {', '.join(published())}.")
+            raise InputError(f"there is no table {name!r}; the tables are {', '.join(published())}.")
         text = markdown(published()[name], options.runs, options.protocols, options.metrics, options.all)
         print(f"## {name}\n\n{text}\n")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from labn.compare.runs import Run
+from labn.errors import InputError
 from labn.metrics.statistics import Interval, bootstrap_mean
 
 Column = dict[str, float]
@@ -79,7 +80,7 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
             one name, one network is scored differently in two folders, or no sample is common.
     """
     runs = list(runs)
-    refuse_mixed(runs)
+    check_comparable(runs)
     seeds = _by_seed(runs)
     asked = list(dict.fromkeys([name for run in runs for name in run.results.headline]))
     names = _common_names(seeds)
@@ -87,7 +88,7 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
     found = Comparison(runs, {}, [], [], left_out, asked, _groups(runs))
     for (label, explainer, metric), networks in seeds.items():
         if len(networks) != (expected := len({run.checkpoint for run in runs if run.label == label})):
-            raise ValueError(
+            raise InputError(
                 f"{label}: {len(networks)} of its {expected} networks have {metric} of {explainer}; score all of "
                 "them alike, or give the runs labels of their own (LABEL=RUN)."
             )
@@ -122,7 +123,7 @@ def _by_seed(runs: Sequence[Run]) -> dict[tuple[str, str, str], dict[str, Column
             for index, value in scores.items():
                 name = run.results.names[index]
                 if not math.isclose(column.setdefault(name, value), value, rel_tol=1e-4, abs_tol=1e-5):
-                    raise ValueError(
+                    raise InputError(
                         f"{run.results.folder}: {metric} of {explainer} for {name} is {value}, another folder of "
                         f"the same network says {column[name]}; give them labels of their own (LABEL=RUN)."
                     )
@@ -138,7 +139,7 @@ def _groups(runs: Sequence[Run]) -> dict[str, int] | None:
         for index, name in run.results.names.items():
             group = (run.results.groups or {})[index]
             if found.setdefault(name, group) != group:
-                raise ValueError(
+                raise InputError(
                     f"{run.results.folder}: {name} is in group {group}, another run says {found[name]}; test both "
                     "again with one data module."
                 )
@@ -153,7 +154,7 @@ def _common_names(seeds: dict[tuple[str, str, str], dict[str, Column]]) -> dict[
             names[metric] = [name for name in names.get(metric, column) if name in column]
     for metric, common in names.items():
         if not common:
-            raise ValueError(f"{metric}: no sample is common to all runs; explain the same samples in each.")
+            raise InputError(f"{metric}: no sample is common to all runs; explain the same samples in each.")
     return names
 
 
@@ -162,7 +163,7 @@ def _missing(seeds: dict[tuple[str, str, str], dict[str, Column]], metric: str, 
     return len(every) - len(common)
 
 
-def refuse_mixed(runs: Sequence[Run]) -> None:
+def check_comparable(runs: Sequence[Run]) -> None:
     """Stop before runs are put into one table that do not belong together.
 
     Raises:
@@ -210,7 +211,7 @@ def _telling(description: Any) -> Any:
 
 def _refuse(first: Run, other: Run, what: str, mine: Any, theirs: Any) -> None:
     if mine != theirs:
-        raise ValueError(
+        raise InputError(
             f"{first.results.folder} and {other.results.folder} cannot be compared, they differ in {what}: {mine} and "
             f"{theirs}."
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from labn.compare.weights import of_other_weights
+from labn.errors import MissingFileError
 from labn.inference.fingerprint import digest
 from labn.io.readers import read_yaml
 from labn.results.reader import StageResults, read_stage
@@ -105,9 +106,7 @@ def _open(path: Path, stage: str) -> Run:
     folder = path if (path / "scores.csv").is_file() else path / stage
     if not (folder / "scores.csv").is_file():
         command = "validate" if stage.split("/")[0] == "val" else "test"
-        raise FileNotFoundError(
-            f"{path} holds no {stage}/scores.csv; run `{command}` with an EvaluationCallback first."
-        )
+        raise MissingFileError(f"{path} holds no {stage}/scores.csv; run `{command}` with an EvaluationCallback first.")
     run_dir = next((p for p in [folder, *folder.parents][:4] if any(p.glob("*.yaml"))), folder.parent)
     config = run_dir / "fit.yaml"
     content = (read_yaml(config) if config.is_file() else None) or {}

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from labn.errors import InputError
 from labn.inference.fingerprint import state_digest
 from labn.models.backbones import WITHOUT_AUXILIARY
 from labn.models.checkpoints import read_checkpoint
@@ -41,7 +42,7 @@ def network_digests(path: Path) -> Iterator[str]:
     content = read_checkpoint(path)
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
-        raise ValueError(f"{path} is no checkpoint of `cli.py fit`; it has no state_dict.")
+        raise InputError(f"{path} is no checkpoint of `cli.py fit`; it has no state_dict.")
     # A module without a `network` is explained itself.
     own = {name.removeprefix(_NETWORK): value for name, value in state.items() if name.startswith(_NETWORK)} or state
     bare = {name: value for name, value in own.items() if name.split(".")[0] not in WITHOUT_AUXILIARY}

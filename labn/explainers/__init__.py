@@ -3,7 +3,7 @@
 from labn.explainers.attention.own_maps import BranchAttention, LambdaAttention
 from labn.explainers.attention.rollout import AttentionRollout
 from labn.explainers.base import Explainer
-from labn.explainers.baseline import ConstantMap, Negated, RandomMap, TruthMap
+from labn.explainers.baseline import ConstantMap, GroundTruthMap, Negated, RandomMap
 from labn.explainers.cam.ablation import AblationCAM
 from labn.explainers.cam.attention_guided import AttentionMapGuided
 from labn.explainers.cam.gradcam import GradCAM, GradCAMPlusPlus, XGradCAM
@@ -35,6 +35,7 @@ __all__ = [
     "GradCAMPlusPlus",
     "Gradient",
     "GradientTimesInput",
+    "GroundTruthMap",
     "IntegratedGradients",
     "LambdaAttention",
     "Negated",
@@ -45,7 +46,6 @@ __all__ = [
     "ScoreCAM",
     "SmoothGrad",
     "SmoothGradCAMPlusPlus",
-    "TruthMap",
     "XGradCAM",
     "explainer_by_name",
 ]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from labn.errors import InputError
 from labn.inference.modes import evaluating, explaining, logits_of, matching
 
 Targets = Tensor | Sequence[int] | int | None
@@ -27,9 +28,9 @@ def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
 def check_inputs(images: Tensor, targets: Tensor) -> None:
     """Raise ValueError unless images are floating (B, C, H, W) and targets are integer (B,)."""
     if images.ndim != 4 or not images.is_floating_point():
-        raise ValueError(f"images must be a floating tensor (B, C, H, W), got {tuple(images.shape)} {images.dtype}.")
+        raise InputError(f"images must be a floating tensor (B, C, H, W), got {tuple(images.shape)} {images.dtype}.")
     if targets.shape != images.shape[:1] or targets.is_floating_point():
-        raise ValueError(
+        raise InputError(
             f"targets must be integer class indices ({len(images)},), got {tuple(targets.shape)} {targets.dtype}."
         )
 
@@ -43,7 +44,7 @@ def explained_channels(model: nn.Module, images: Tensor) -> Iterator[None]:
         first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
         if first is None or first.in_channels == images.shape[1]:
             raise
-        raise ValueError(
+        raise InputError(
             f"images have {images.shape[1]} channels; {type(model).__name__} expects {first.in_channels}."
         ) from error
 
@@ -98,7 +99,7 @@ def check_targets(targets: Tensor, num_classes: int) -> None:
     """Raise ValueError unless every target is a class index of a model with `num_classes` classes."""
     outside = targets[(targets < 0) | (targets >= num_classes)]
     if len(outside):
-        raise ValueError(
+        raise InputError(
             f"targets must be from 0 to {num_classes - 1}, the model has {num_classes} classes; got {int(outside[0])}."
         )
 
@@ -114,7 +115,7 @@ def class_scores(logits: Tensor, targets: Tensor) -> Tensor:
         ValueError: the logits are not of this shape, or a target is not a class index.
     """
     if logits.ndim != 2 or len(logits) != len(targets):
-        raise ValueError(
+        raise InputError(
             f"The model returned logits of shape {tuple(logits.shape)}; ({len(targets)}, num_classes) is needed."
         )
     check_targets(targets, logits.shape[1])
@@ -140,7 +141,7 @@ def top_k(model: nn.Module, images: Tensor, k: int = 5) -> Tensor:
     """
     logits = _logits(model, images)
     if not 1 <= k <= logits.shape[1]:
-        raise ValueError(f"k must be from 1 to {logits.shape[1]}, the number of classes; got {k}.")
+        raise InputError(f"k must be from 1 to {logits.shape[1]}, the number of classes; got {k}.")
     return logits.topk(k, dim=1).indices
 
 
@@ -161,5 +162,5 @@ def resolve_targets(model: nn.Module, images: Tensor, targets: Targets = None) -
         return torch.full((len(images),), targets, dtype=torch.int64, device=images.device)
     given = torch.as_tensor(targets, device=images.device)
     if given.shape != images.shape[:1] or given.is_floating_point():
-        raise ValueError(f"targets must be {len(images)} class indices, one per image; got {tuple(given.shape)}.")
+        raise InputError(f"targets must be {len(images)} class indices, one per image; got {tuple(given.shape)}.")
     return given.long()

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from labn.errors import InputError
 from labn.explainers.base import Explainer, Targets
 
 
@@ -79,7 +80,7 @@ def blurred(maps: Tensor, sigma: float) -> Tensor:
     return F.conv2d(rows, kernel[None, None, :, None], padding=(reach, 0)).squeeze(1)
 
 
-class TruthMap(Explainer):
+class GroundTruthMap(Explainer):
     """The sample's ground-truth mask as a map: 1 inside and 0 outside, dilated first, then blurred.
 
     It looks at neither model nor image. A good score of maps ranks the exact mask above its coarse copies.
@@ -94,13 +95,13 @@ class TruthMap(Explainer):
 
     def __init__(self, dilation: int = 0, blur: float = 0.0) -> None:
         if dilation < 0 or blur < 0:
-            raise ValueError(f"dilation and blur must not be negative, got {dilation} and {blur}.")
+            raise InputError(f"dilation and blur must not be negative, got {dilation} and {blur}.")
         self.dilation, self.blur = dilation, blur
         self._masks: Tensor | None = None
 
-    def given(self, masks: Tensor | None) -> TruthMap:
+    def given(self, masks: Tensor | None) -> GroundTruthMap:
         """An explainer for the batch of images that these masks (B, H, W) bool belong to."""
-        other = TruthMap(self.dilation, self.blur)
+        other = GroundTruthMap(self.dilation, self.blur)
         other._masks = masks
         return other
 
@@ -112,7 +113,7 @@ class TruthMap(Explainer):
         """
         masks = self._masks
         if masks is None or masks.shape != (len(images), *images.shape[-2:]):
-            raise ValueError("TruthMap needs the ground-truth masks of these images; this data has none.")
+            raise InputError("GroundTruthMap needs the ground-truth masks of these images; this data has none.")
         shown = dilated(masks, self.dilation) if self.dilation else masks
         maps = shown.to(images.device, torch.float32)
         return blurred(maps, self.blur) if self.blur else maps

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from labn.errors import InputError
 from labn.explainers.base import Explainer, class_scores
 from labn.inference.modes import logits_of
 
@@ -43,9 +44,9 @@ def noise_scale(images: Tensor, std: float, relative: bool) -> Tensor:
 def check_noise(n_samples: int, std: float) -> None:
     """Raise ValueError unless there is a sample and the standard deviation is not negative."""
     if n_samples < 1:
-        raise ValueError(f"n_samples must be at least 1, got {n_samples}.")
+        raise InputError(f"n_samples must be at least 1, got {n_samples}.")
     if not std >= 0:
-        raise ValueError(f"std must not be negative, got {std}.")
+        raise InputError(f"std must not be negative, got {std}.")
 
 
 # How an attribution (B, C, H, W) becomes one map (B, H, W).
@@ -67,7 +68,7 @@ def input_gradient(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
     scores = class_scores(logits_of(model(leaf)), targets)
     gradient = torch.autograd.grad(scores.sum(), leaf, allow_unused=True)[0] if scores.requires_grad else None
     if gradient is None:
-        raise ValueError(f"The logits of {type(model).__name__} do not depend on the images; there is no gradient.")
+        raise InputError(f"The logits of {type(model).__name__} do not depend on the images; there is no gradient.")
     return gradient
 
 
@@ -76,7 +77,7 @@ class _Attribution(Explainer):
 
     def __init__(self, channels: str = "sum") -> None:
         if channels not in CHANNELS:
-            raise ValueError(f"channels must be one of {', '.join(CHANNELS)}, got {channels!r}.")
+            raise InputError(f"channels must be one of {', '.join(CHANNELS)}, got {channels!r}.")
         self.channels = channels
 
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
@@ -126,7 +127,7 @@ class IntegratedGradients(_Attribution):
     def __init__(self, n_steps: int = 50, baseline: float | Sequence[float] = 0.0, channels: str = "sum") -> None:
         super().__init__(channels)
         if n_steps < 1:
-            raise ValueError(f"n_steps must be at least 1, got {n_steps}.")
+            raise InputError(f"n_steps must be at least 1, got {n_steps}.")
         self.n_steps, self.baseline = n_steps, baseline
 
     def per_channel(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
@@ -179,5 +180,5 @@ def channel_values(values: float | Sequence[float], images: Tensor, name: str) -
     """
     given = torch.as_tensor([values] if isinstance(values, (int, float)) else list(values)).to(images)
     if len(given) not in (1, images.shape[1]):
-        raise ValueError(f"{name} must be one number or {images.shape[1]}, one per channel; got {len(given)}.")
+        raise InputError(f"{name} must be one number or {images.shape[1]}, one per channel; got {len(given)}.")
     return given.expand(images.shape[1]).view(1, -1, 1, 1)

@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Callable
 from typing import Any
 
+from labn.errors import InputError
 from labn.explainers.attention.own_maps import BranchAttention, LambdaAttention
 from labn.explainers.attention.rollout import AttentionRollout
 from labn.explainers.base import Explainer
@@ -61,5 +62,5 @@ def explainer_by_name(name: str, **arguments: Any) -> Explainer:
         return Negated(explainer_by_name(name[1:], **arguments))
     if name not in EXPLAINERS:
         near = difflib.get_close_matches(name, EXPLAINERS, n=3, cutoff=0.4) or sorted(EXPLAINERS)
-        raise ValueError(f"There is no method {name!r}; did you mean {', '.join(near)}?")
+        raise InputError(f"There is no method {name!r}; did you mean {', '.join(near)}?")
     return EXPLAINERS[name](**arguments)

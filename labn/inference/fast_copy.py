@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from labn.inference.fingerprint import state_key
 from labn.inference.folding import fold_batchnorm
-from labn.inference.hooks import overhearing
+from labn.inference.hooks import recording_calls
 from labn.inference.modes import evaluating, logits_of, matching
 from labn.inference.packing import can_pack, pack_convolutions
 
@@ -29,7 +29,7 @@ _PROBE_SEED = 0
 
 
 @dataclass(frozen=True)
-class Form:
+class FastForm:
     """How a model is run: in which memory format, on a copy or itself, with BatchNorm folded, convolutions packed."""
 
     memory_format: torch.memory_format = torch.contiguous_format
@@ -39,15 +39,15 @@ class Form:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class FastCopy:
     """A form and its copy of the model (None: the model itself is run)."""
 
-    form: Form
+    form: FastForm
     copy: nn.Module | None = None
 
 
-# Prepared copies by model; an entry goes with its model and is replaced when the weights have changed.
-_PREPARED: WeakKeyDictionary[nn.Module, dict[Hashable, tuple[Hashable, Prepared]]] = WeakKeyDictionary()
+# FastCopy copies by model; an entry goes with its model and is replaced when the weights have changed.
+_PREPARED: WeakKeyDictionary[nn.Module, dict[Hashable, tuple[Hashable, FastCopy]]] = WeakKeyDictionary()
 
 
 def cpu_chunk(images: Tensor) -> int:
@@ -55,18 +55,18 @@ def cpu_chunk(images: Tensor) -> int:
     return max(1, min(CPU_CHUNK, CPU_PIXELS // (images.shape[-2] * images.shape[-1])))
 
 
-def _forms(model: nn.Module, probe: Tensor, fold: bool) -> Iterator[Form]:
+def _forms(model: nn.Module, probe: Tensor, fold: bool) -> Iterator[FastForm]:
     """The fastest form first; the last one always holds."""
     last, packs = torch.channels_last, can_pack(probe, torch.float32)
     if any(isinstance(module, nn.Conv2d) for module in model.modules()):
         for folded in (True, False) if fold else (False,):
             for packed in (True, False) if packs else (False,):
-                yield Form(last, True, folded, packed)
-    yield Form(last)
-    yield Form()
+                yield FastForm(last, True, folded, packed)
+    yield FastForm(last)
+    yield FastForm()
 
 
-def _build(model: nn.Module, probe: Tensor, form: Form, dtype: torch.dtype) -> nn.Module | None:
+def _build(model: nn.Module, probe: Tensor, form: FastForm, dtype: torch.dtype) -> nn.Module | None:
     """The model's copy of this form; None where the form does not apply."""
     if not form.copied:
         return model
@@ -78,14 +78,14 @@ def _build(model: nn.Module, probe: Tensor, form: Form, dtype: torch.dtype) -> n
     return copied
 
 
-def _try(model: nn.Module, probe: Tensor, form: Form, expected: Tensor) -> Prepared | None:
+def _try(model: nn.Module, probe: Tensor, form: FastForm, expected: Tensor) -> FastCopy | None:
     """The form's copy if it gives the expected logits on the probe."""
     name = type(model).__name__
     try:
         built = _build(model, probe, form, probe.dtype)
         if built is None:
             return None
-        with overhearing(model) as heard:
+        with recording_calls(model) as heard:
             found = logits_of(built(probe.contiguous(memory_format=form.memory_format)))
     except Exception as error:  # whatever a user's model does when copied or run this way, it still runs as it is
         log.info("%s does not run as %s (%s).", name, form, error)
@@ -95,7 +95,7 @@ def _try(model: nn.Module, probe: Tensor, form: Form, expected: Tensor) -> Prepa
         return None
     difference = _difference(found, expected)
     if difference <= TOLERANCE:
-        return Prepared(form, built if form.copied else None)
+        return FastCopy(form, built if form.copied else None)
     log.warning("%s: %s changes the answer by %.1e, so another form is taken.", name, form, difference)
     return None
 
@@ -107,19 +107,19 @@ def _difference(found: Tensor, expected: Tensor) -> float:
     return max(probability, logits / max(expected.abs().max().item(), torch.finfo(expected.dtype).tiny))
 
 
-def _choose(model: nn.Module, probe: Tensor, fold: bool) -> Prepared:
+def _choose(model: nn.Module, probe: Tensor, fold: bool) -> FastCopy:
     expected = logits_of(model(probe))
     for form in _forms(model, probe, fold):
         prepared = _try(model, probe, form, expected)
         if prepared is not None:
             return prepared
-    return Prepared(Form())
+    return FastCopy(FastForm())
 
 
-def _prepare(model: nn.Module, images: Tensor, fold: bool, dtype: torch.dtype) -> Prepared:
+def _prepare(model: nn.Module, images: Tensor, fold: bool, dtype: torch.dtype) -> FastCopy:
     generator = torch.Generator().manual_seed(_PROBE_SEED)
     probe = torch.randn(1, *images.shape[1:], generator=generator, dtype=torch.float64).to(images)
-    exact = prepare(model, images, fold=fold) if dtype != images.dtype else None
+    exact = fast_copy(model, images, fold=fold) if dtype != images.dtype else None
     with torch.inference_mode(False), torch.no_grad():
         plain = matching(model, images)
         with evaluating(plain, images.device.type):
@@ -127,10 +127,10 @@ def _prepare(model: nn.Module, images: Tensor, fold: bool, dtype: torch.dtype) -
                 return _choose(plain, probe, fold)
             if not exact.form.packed or not can_pack(probe, dtype):
                 return exact
-            return Prepared(exact.form, _build(plain, probe, exact.form, dtype))
+            return FastCopy(exact.form, _build(plain, probe, exact.form, dtype))
 
 
-def prepare(model: nn.Module, images: Tensor, *, fold: bool = True, dtype: torch.dtype | None = None) -> Prepared:
+def fast_copy(model: nn.Module, images: Tensor, *, fold: bool = True, dtype: torch.dtype | None = None) -> FastCopy:
     """The fastest form of `model` that gives its probabilities and logits to 1e-4 on one seeded probe input.
 
     The choice depends on the machine, the weights and the images' shape, device and dtype, never on their content, so

@@ -9,7 +9,7 @@ from torch import nn
 
 
 @contextmanager
-def overhearing(model: nn.Module) -> Iterator[list[nn.Module]]:
+def recording_calls(model: nn.Module) -> Iterator[list[nn.Module]]:
     """A list that fills with the modules of `model` that run within the block.
 
     A copy of the model should run none of them. It does where an attribute holds a function bound to the model's own

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from labn.errors import InputTypeError
 from labn.inference.fingerprint import noting_written
 
 
@@ -21,7 +22,7 @@ def logits_of(output: Any) -> Tensor:
     """
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
-        raise TypeError(
+        raise InputTypeError(
             f"The model returned {type(output).__name__}; a tensor of logits or an object with `.logits` is needed. "
             "Detectors are explained by `crp` and scored by `DetectionCallback`."
         )

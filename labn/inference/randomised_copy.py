@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from labn.errors import InputError
 from labn.inference.fingerprint import state_key
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
@@ -88,7 +89,7 @@ def randomised_copies(model: nn.Module, seed: int = 0, n_stages: int = 1) -> lis
     """
     layers = max(len(_layers(model)), 1)
     if not 1 <= n_stages <= layers:
-        raise ValueError(f"n_stages must be from 1 to {layers}, the layers of {type(model).__name__}; got {n_stages}.")
+        raise InputError(f"n_stages must be from 1 to {layers}, the layers of {type(model).__name__}; got {n_stages}.")
     entries, key = _COPIES.setdefault(model, {}), state_key(model)
     if (seed, n_stages) not in entries or entries[seed, n_stages][0] != key:
         with torch.inference_mode(False), torch.no_grad():

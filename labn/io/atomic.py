@@ -10,20 +10,22 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from labn.errors import FileError
+
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 LEFTOVERS = ".*.tmp"
 """What files are called while they are written; a killed process leaves its last one behind."""
 
 
-def unwritable(path: Path, error: OSError) -> OSError:
+def unwritable(path: Path, error: OSError) -> FileError:
     """An error of the same kind that names the file and says what would help."""
     advice = (
         "free some space and give the same command again"
         if error.errno in FULL
         else "make the folder writable, or give another one"
     )
-    return OSError(error.errno, f"{path} cannot be written: {error.strerror or error}; {advice}.")
+    return FileError(error.errno, f"{path} cannot be written: {error.strerror or error}; {advice}.")
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from labn.errors import InputError
 from labn.io.images import MAX_ASPECT, MAX_PIXELS, Array, BadImageError
 
 _BLOCK, _CARD = 2880, 80
@@ -64,7 +65,7 @@ def keyword(header: dict[str, Any], name: str, path: Path) -> Any:
         ValueError: the header has no such keyword.
     """
     if name not in header:
-        raise ValueError(f"Image {path} has no FITS keyword {name}; its header needs it.")
+        raise InputError(f"Image {path} has no FITS keyword {name}; its header needs it.")
     return header[name]
 
 

@@ -15,6 +15,8 @@ import cv2
 import numpy as np
 from PIL import ExifTags, Image
 
+from labn.errors import InputError
+
 Array = np.ndarray[Any, Any]
 
 Box = tuple[float, float, float, float]
@@ -36,7 +38,7 @@ BLOCK = 2**12
 """Bytes of one of the ranges that `contents` reads."""
 
 
-class BadImageError(ValueError):
+class BadImageError(InputError):
     """An image file that is empty, truncated or no image; the message names it."""
 
 
@@ -135,7 +137,7 @@ def checked_crop(box: Box | None) -> Box | None:
         return None
     left, top, right, bottom = (min(max(edge, 0.0), 1.0) for edge in box)
     if not (left < right and top < bottom and all(-1.0 <= edge <= 2.0 for edge in box)):
-        raise ValueError(
+        raise InputError(
             f"crop is {tuple(box)}; it must be left, top, right, bottom in fractions of width and height (0 to 1, not "
             "pixels), left below right and top below bottom."
         )
@@ -154,7 +156,7 @@ def crop(image: Array, box: Box | None) -> Array:
     left, right = (round(min(max(x, 0.0), 1.0) * width) for x in (box[0], box[2]))
     top, bottom = (round(min(max(y, 0.0), 1.0) * height) for y in (box[1], box[3]))
     if left >= right or top >= bottom:
-        raise ValueError(f"crop {tuple(box)} leaves no pixel of an image of {width} x {height}; widen it.")
+        raise InputError(f"crop {tuple(box)} leaves no pixel of an image of {width} x {height}; widen it.")
     return image[top:bottom, left:right]
 
 
@@ -182,7 +184,7 @@ def centre(image: Array, size: int) -> Array:
     """
     height, width = image.shape[:2]
     if min(height, width) < size:
-        raise ValueError(f"An image of {height} x {width} pixels has no middle of {size} x {size}; resize it first.")
+        raise InputError(f"An image of {height} x {width} pixels has no middle of {size} x {size}; resize it first.")
     top, left = (height - size) // 2, (width - size) // 2
     return image[top : top + size, left : left + size]
 
@@ -212,7 +214,7 @@ def by_stem(paths: Iterable[Path]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in paths:
         if path.stem in found:
-            raise ValueError(f"{found[path.stem]} and {path.name} are both image {path.stem!r}; keep one of them.")
+            raise InputError(f"{found[path.stem]} and {path.name} are both image {path.stem!r}; keep one of them.")
         found[path.stem] = path
     return found
 

@@ -17,7 +17,7 @@ BLOCK = 4096
 """Rows in memory at once."""
 
 
-def scratch(shape: tuple[int, ...], dtype: Any, folder: Path | None) -> np.ndarray:
+def temporary_memmap(shape: tuple[int, ...], dtype: Any, folder: Path | None) -> np.ndarray:
     """An array of zeros that lies on disk in `folder` (the system gives the room back with it), None: in memory."""
     if folder is None or 0 in shape:
         return np.zeros(shape, dtype)

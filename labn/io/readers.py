@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 import numpy as np
 import yaml
 
-from labn.io.memmap import blocks, scratch
+from labn.errors import InputError
+from labn.io.memmap import blocks, temporary_memmap
 
 Value = TypeVar("Value")
 
@@ -48,9 +49,9 @@ def inside(root: Path, name: str, where: str) -> Path:
     """
     if not name.strip() or _OUTSIDE.search(name) or any(len(os.fsencode(part)) > 255 for part in name.split("/")):
         shown = name if len(name) <= 100 else f"{name[:100]}..."
-        raise ValueError(f"{where}: {shown!r} must be a path inside {root}, without '..' and not absolute.")
+        raise InputError(f"{where}: {shown!r} must be a path inside {root}, without '..' and not absolute.")
     if leads_out(root / name, os.path.realpath(root)):
-        raise ValueError(f"{where}: {name!r} is a link that leaves {root}; put the file itself there.")
+        raise InputError(f"{where}: {name!r} is a link that leaves {root}; put the file itself there.")
     return root / name
 
 
@@ -81,13 +82,13 @@ def read_text(path: Path, limit: int = MAX_TEXT) -> str:
         ValueError: it is too large, or no UTF-8 (the message names the line).
     """
     if path.stat().st_size > limit:
-        raise ValueError(f"{path} is larger than {limit} bytes; no such file of this project is.")
+        raise InputError(f"{path} is larger than {limit} bytes; no such file of this project is.")
     data = path.read_bytes()
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {line}: byte {data[error.start]:#04x} is no UTF-8; save it as UTF-8.") from None
+        raise InputError(f"{path}, line {line}: byte {data[error.start]:#04x} is no UTF-8; save it as UTF-8.") from None
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class Line:
             return kind(self.cells[column])
         except (ValueError, OverflowError):
             what = "a whole number" if kind is int else "a number"
-            raise ValueError(f"{self.where}: {column} is {self.cells[column][:100]!r}; it must be {what}.") from None
+            raise InputError(f"{self.where}: {column} is {self.cells[column][:100]!r}; it must be {what}.") from None
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
@@ -131,7 +132,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
             for row in reader:
                 yield reader.line_num, [cell.strip() for cell in row]
         except csv.Error as error:
-            raise ValueError(f"{path}, line {reader.line_num}: no CSV ({error}).") from None
+            raise InputError(f"{path}, line {reader.line_num}: no CSV ({error}).") from None
         except UnicodeDecodeError:
             # The text is decoded in advance; only reading it whole tells the line.
             read_text(path)
@@ -153,7 +154,7 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> Iterator[Line]:
     _, header = next(rows, (1, []))
     for column in columns:
         if column not in header:
-            raise ValueError(
+            raise InputError(
                 f"{path} has no column '{column}' in its first line, only {', '.join(header) or 'nothing'}."
             )
     width = len(header)
@@ -172,13 +173,13 @@ def read_json(path: Path, kind: type[Value]) -> Value:
     try:
         content: Any = json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: no JSON ({error.msg}).") from None
+        raise InputError(f"{path}, line {error.lineno}: no JSON ({error.msg}).") from None
     except RecursionError:
-        raise ValueError(f"{path} is nested too deeply; no file of this project is.") from None
+        raise InputError(f"{path} is nested too deeply; no file of this project is.") from None
     except ValueError as error:  # not UTF-8, which names the file, or a number of thousands of digits
-        raise error if str(path) in str(error) else ValueError(f"{path}: no JSON ({error}).") from None
+        raise error if str(path) in str(error) else InputError(f"{path}: no JSON ({error}).") from None
     if not isinstance(content, kind):
-        raise ValueError(f"{path} holds a {type(content).__name__}; it must hold a {kind.__name__}.")
+        raise InputError(f"{path} holds a {type(content).__name__}; it must hold a {kind.__name__}.")
     return content
 
 
@@ -200,17 +201,17 @@ def read_yaml(path: Path, limit: int | None = None) -> Any:
         loader = yaml.SafeLoader(read_text(path, MAX_YAML))
         node = loader.get_single_node()
         if _unfolded(node, {}) > limit:
-            raise ValueError(
+            raise InputError(
                 f"{path} holds more than {limit} values where its aliases (*name) are written out; write a smaller one."
             )
         return None if node is None else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
-        raise ValueError(f"{path}{line}: no YAML ({error.problem}).") from None
+        raise InputError(f"{path}{line}: no YAML ({error.problem}).") from None
     except RecursionError:
-        raise ValueError(f"{path} is nested too deeply, or an alias in it stands for itself.") from None
+        raise InputError(f"{path} is nested too deeply, or an alias in it stands for itself.") from None
     except (yaml.YAMLError, ValueError) as error:  # a character that is none, or a date that is none
-        raise error if str(path) in str(error) else ValueError(f"{path}: no YAML ({first_line(error)}).") from None
+        raise error if str(path) in str(error) else InputError(f"{path}: no YAML ({first_line(error)}).") from None
 
 
 def _unfolded(node: yaml.Node | None, sizes: dict[int, int]) -> int:
@@ -228,13 +229,13 @@ def first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def read_arrays(path: Path, limit: int = MAX_ARRAYS, room: Path | None = None) -> dict[str, np.ndarray]:
+def read_arrays(path: Path, limit: int = MAX_ARRAYS, scratch_dir: Path | None = None) -> dict[str, np.ndarray]:
     """The arrays of an `.npz`; nothing in it is executed, and it is not unpacked if it says that it is huge.
 
     Args:
         path: the file.
         limit: bytes that all arrays together may take.
-        room: a folder on whose disk the arrays lie while they are in use; None: in memory.
+        scratch_dir: a folder on whose disk the arrays lie while they are in use; None: in memory.
 
     Raises:
         OSError: it cannot be read.
@@ -244,35 +245,35 @@ def read_arrays(path: Path, limit: int = MAX_ARRAYS, room: Path | None = None) -
         with zipfile.ZipFile(path) as archive:
             size = sum(member.file_size for member in archive.infolist())
             if size > limit:
-                raise ValueError(f"it unpacks to {size} bytes, more than {limit}")
-            if room is not None:
+                raise InputError(f"it unpacks to {size} bytes, more than {limit}")
+            if scratch_dir is not None:
                 names = archive.namelist()
-                return {name.removesuffix(".npy"): _mapped(archive, name, room) for name in names}
+                return {name.removesuffix(".npy"): _mapped(archive, name, scratch_dir) for name in names}
         with np.load(path, allow_pickle=False) as file:
             return {name: np.asarray(file[name]) for name in file.files}
     # zipfile, zlib and NumPy's reader of headers end in many ways on a damaged file, such as a place before its start.
     except Exception as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
-        raise ValueError(f"{path} is no whole archive of arrays ({error or type(error).__name__}).") from error
+        raise InputError(f"{path} is no whole archive of arrays ({error or type(error).__name__}).") from error
 
 
-def _mapped(archive: zipfile.ZipFile, name: str, room: Path) -> np.ndarray:
+def _mapped(archive: zipfile.ZipFile, name: str, scratch_dir: Path) -> np.ndarray:
     """A member as `labn.io.memmap.write_npz` writes it, unpacked to disk block by block."""
     with archive.open(name) as file:
         if np.lib.format.read_magic(file) != (1, 0):
-            raise ValueError(f"{name} is of another version than this project's")
+            raise InputError(f"{name} is of another version than this project's")
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
         if dtype.hasobject or fortran or not shape:
-            raise ValueError(f"{name} is no table of plain numbers")
+            raise InputError(f"{name} is no table of plain numbers")
         wanted = math.prod(shape) * dtype.itemsize
         if not 0 <= wanted <= archive.getinfo(name).file_size:
-            raise ValueError(f"{name} is shorter than its shape")
-        held = scratch(shape, dtype, room)
+            raise InputError(f"{name} is shorter than its shape")
+        held = temporary_memmap(shape, dtype, scratch_dir)
         for rows in blocks(len(held)):
             data = file.read(held[rows].nbytes)
             held[rows] = np.frombuffer(data, dtype).reshape(held[rows].shape)
         # The end has to be asked for, because only there the checksum is compared.
         if file.read(1):
-            raise ValueError(f"{name} is longer than its shape")
+            raise InputError(f"{name} is longer than its shape")
         return held

@@ -13,7 +13,7 @@ def holds_fit(run_dir: Path) -> bool:
     return any((run_dir / "checkpoints").glob("*.ckpt")) or bool(log_files(run_dir, "fit"))
 
 
-def move_aside(run_dir: Path) -> Path | None:
+def archive_fit(run_dir: Path) -> Path | None:
     """Move what an earlier fit has left to `<run_dir>/fit.old-<n>`, laid out as a run folder of its own.
 
     That is checkpoints, logs of training, validation results and the configuration. A test's results stay: the next

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from labn.errors import InputError, MissingFileError
 from labn.io.readers import read_yaml
 
 
@@ -18,7 +19,7 @@ def expand_parts(argv: Sequence[str]) -> list[str]:
         ValueError: a part is no YAML, or unfolds into a huge one; or `--parts` is among the words.
     """
     if any(word.split("=")[0] in ("--parts", "--parts+") for word in argv):
-        raise ValueError("--parts is a key of configuration files; on the command line, give the file with --config.")
+        raise InputError("--parts is a key of configuration files; on the command line, give the file with --config.")
     expanded: list[str] = []
     waiting = [word for arg in argv for word in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     for position, word in enumerate(waiting):
@@ -42,12 +43,12 @@ def with_parts(path: Path, naming: Sequence[Path] = ()) -> list[Path]:
         ValueError: `parts` is no list of files, or leads back to a file that named it.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"--config {path} is not a file.")
+        raise MissingFileError(f"--config {path} is not a file.")
     if any(path.samefile(other) for other in naming):
-        raise ValueError(f"{path} is its own part: {' -> '.join(map(str, [*naming, path]))}; take one of these out.")
+        raise InputError(f"{path} is its own part: {' -> '.join(map(str, [*naming, path]))}; take one of these out.")
     content = read_yaml(path)
     parts = content.get("parts") if isinstance(content, dict) else None
     parts = [] if parts is None else parts
     if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
-        raise ValueError(f"{path}: parts is {parts!r}; it must be a list of files, such as [parts/trainer.yaml].")
+        raise InputError(f"{path}: parts is {parts!r}; it must be a list of files, such as [parts/trainer.yaml].")
     return [p for part in parts for p in with_parts(path.parent / part, [*naming, path])] + [path]

@@ -5,19 +5,16 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import linecache
 import re
 from collections.abc import Sequence
 
 import torch
 
+from labn.errors import LostProcessError, UserError
 from labn.perturbation.engine import is_out_of_memory
 
 GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 """What the collectives of gloo and NCCL say when another process of the run has ended."""
-
-OURS = ("labn", "callbacks", "datamodules", "cli", "__main__")
-"""Packages whose errors are written for the user."""
 
 NOISE = re.compile(
     r"(- )?(Does not validate against|Subtypes:|Errors:|Expected a <class 'NoneType'>|Not a valid subclass of"
@@ -35,7 +32,11 @@ LAYOUTS = (
 """What jsonargparse says about a value of another layout, and what shows the right one."""
 
 
-def explained(error: RuntimeError, rank: int) -> Exception | None:
+class OutOfMemory(UserError, torch.OutOfMemoryError):
+    """Memory has run out, on an accelerator or on the CPU; the message says what to lower."""
+
+
+def explained(error: RuntimeError, rank: int) -> UserError | None:
     """An error with a sentence that helps, where the sentence of torch does not; else None.
 
     Args:
@@ -45,33 +46,10 @@ def explained(error: RuntimeError, rank: int) -> Exception | None:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     again = "the same command (fit: with --ckpt_path last) goes on from what is on disk"
     if is_out_of_memory(error):
-        return torch.OutOfMemoryError(
-            f"Rank {rank} is out of memory ({reason}): lower data.init_args.batch_size, and {again}."
-        )
+        return OutOfMemory(f"Rank {rank} is out of memory ({reason}): lower data.init_args.batch_size, and {again}.")
     if any(word in str(error) for word in GONE):
-        return ConnectionError(f"Rank {rank} has lost another process, whose own message says why: {again}.")
+        return LostProcessError(f"Rank {rank} has lost another process, whose own message says why: {again}.")
     return None
-
-
-def sentence_of(error: BaseException) -> str | None:
-    """What a `raise` statement of this project says in `error` or in what caused it; None for what nobody foresaw."""
-    link: BaseException | None = error
-    while link is not None:
-        if _raised_by_us(link):
-            return str(link)
-        link = link.__cause__
-    return None
-
-
-def _raised_by_us(error: BaseException) -> bool:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    if trace is None:
-        return False
-    package = str(trace.tb_frame.f_globals.get("__name__")).split(".")[0]
-    line = linecache.getline(trace.tb_frame.f_code.co_filename, trace.tb_lineno)
-    return package in OURS and line.lstrip().startswith("raise")
 
 
 def config_sentence(message: str, options: Sequence[str] = ()) -> str:

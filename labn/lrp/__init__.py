@@ -3,13 +3,13 @@
 from labn.lrp.config import Config
 from labn.lrp.engine import Relevance, backward, forward, relevance
 from labn.lrp.initial import Contrast, initial_relevance
-from labn.lrp.rules.conservation import Entry, Ledger
+from labn.lrp.rules.conservation import ConservationReport, Entry
 
 __all__ = [
     "Config",
+    "ConservationReport",
     "Contrast",
     "Entry",
-    "Ledger",
     "Relevance",
     "backward",
     "forward",

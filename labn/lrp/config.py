@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from labn.errors import InputError
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -23,7 +25,7 @@ class Config:
 
     Attributes:
         rule: rule of the convolutions, and of values weighed by what the image makes, as in lambda layers, the weights
-            held constant (Ali et al., ICML 2022; see `labn.lrp.weighted_layer`).
+            held constant (Ali et al., ICML 2022; see `labn.lrp.weighted_product`).
         linear_rule: rule of the fully connected layers; None: the same.
         residual: how a residual sum shares relevance between its branches. Under `block`, a block that begins at the
             pixels shares by `ratio`, so that its first layer can have its own rule, unless that is `same`.
@@ -68,15 +70,15 @@ class Config:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, allowed))}.")
+                raise InputError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, allowed))}.")
         if abs(self.alpha - self.beta - 1) > 1e-12 or self.beta < 0:
-            raise ValueError(f"alpha - beta must be 1 with beta >= 0, got alpha={self.alpha}, beta={self.beta}.")
+            raise InputError(f"alpha - beta must be 1 with beta >= 0, got alpha={self.alpha}, beta={self.beta}.")
         if self.block_weights != "signed" and self.residual != "block":
-            raise ValueError(f"block_weights={self.block_weights!r} needs residual='block', got {self.residual!r}.")
+            raise InputError(f"block_weights={self.block_weights!r} needs residual='block', got {self.residual!r}.")
         if self.eps < 0 or self.gamma < 0:
-            raise ValueError(f"eps and gamma must not be negative, got eps={self.eps}, gamma={self.gamma}.")
+            raise InputError(f"eps and gamma must not be negative, got eps={self.eps}, gamma={self.gamma}.")
         if self.eps == 0 and self.eps_mode == "absolute":
-            raise ValueError("eps must be above 0 with eps_mode='absolute': nothing else keeps 0 / 0 away.")
+            raise InputError("eps must be above 0 with eps_mode='absolute': nothing else keeps 0 / 0 away.")
 
     @property
     def folded(self) -> bool:
@@ -92,6 +94,6 @@ class Config:
         low = self.low or tuple(-m / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD))
         high = self.high or tuple((1 - m) / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD))
         if {len(low), len(high)} != {images.shape[1]}:
-            raise ValueError(f"first_layer='zb' needs low and high for each of the {images.shape[1]} image channels.")
+            raise InputError(f"first_layer='zb' needs low and high for each of the {images.shape[1]} image channels.")
         shape = (1, -1, *[1] * (images.ndim - 2))
         return tuple(torch.tensor(b, dtype=images.dtype, device=images.device).view(shape) for b in (low, high))  # type: ignore[return-value]

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from labn.errors import InputError
 from labn.inference.fast_copy import cpu_chunk
 from labn.inference.modes import explaining, logits_of, matching
 from labn.lrp.backward import sweep
 from labn.lrp.config import Config
-from labn.lrp.forward import Passage, run_forward
+from labn.lrp.forward import ForwardTrace, run_forward
 from labn.lrp.initial import Initial, initial_relevance
 from labn.lrp.plan import SAME, Rows, check, plan_for
-from labn.lrp.rules.conservation import Entry, Ledger, joined
+from labn.lrp.rules.conservation import ConservationReport, Entry, joined
 from labn.perturbation.engine import check_chunk_size
 
 
@@ -53,7 +54,7 @@ def propagated(images: Tensor) -> Tensor:
     return images if images.dtype in SAME else images.float()
 
 
-def forward(model: nn.Module, images: Tensor, config: Config | None = None, rows: Rows = logits_of) -> Passage:
+def forward(model: nn.Module, images: Tensor, config: Config | None = None, rows: Rows = logits_of) -> ForwardTrace:
     """Run a model for later sweeps.
 
     Args:
@@ -67,27 +68,27 @@ def forward(model: nn.Module, images: Tensor, config: Config | None = None, rows
     """
     config = config or Config()
     if images.dtype not in SAME:
-        raise ValueError(f"images are {images.dtype}; relevance is propagated in float32 or float64.")
+        raise InputError(f"images are {images.dtype}; relevance is propagated in float32 or float64.")
     plan = plan_for(model, images, rows)
     if images.device.type == "cpu" and images.ndim == 4:
         images = images.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        return run_forward(plan.for_config(config), plan.junctions, config, images)
+        return run_forward(plan.for_config(config), plan.residual_sums, config, images)
 
 
 def backward(
-    passage: Passage,
+    trace: ForwardTrace,
     seeds: dict[str, Tensor] | dict[int, Tensor] | Tensor,
     until: str | int | None = None,
-    ledger: Ledger | None = None,
+    conservation: ConservationReport | None = None,
 ) -> Tensor:
     """Send relevance down from the logits (a tensor (T, K)) or from inner values, by module or by index in the graph.
 
     Args:
-        passage: from `forward`; may be swept repeatedly. T is its batch size, or any number if that is 1.
+        trace: from `forward`; may be swept repeatedly. T is its batch size, or any number if that is 1.
         seeds: where relevance starts.
         until: qualified name of the module at whose output to stop, or index of a value; None: the images.
-        ledger: filled with the account of every layer passed.
+        conservation: filled with the account of every layer passed.
 
     Raises:
         ValueError: T does not fit, or nothing reaches `until`.
@@ -95,15 +96,15 @@ def backward(
             taken apart).
         NotImplementedError: a layer on the way has no rule.
     """
-    graph = passage.graph
-    starts = {graph.logits: seeds} if isinstance(seeds, Tensor) else {_index(passage, n): r for n, r in seeds.items()}
-    check(graph, passage.config, set(starts))
-    counts, batch = {len(seed) for seed in starts.values()}, len(passage.logits)
+    graph = trace.graph
+    starts = {graph.logits: seeds} if isinstance(seeds, Tensor) else {_index(trace, n): r for n, r in seeds.items()}
+    check(graph, trace.config, set(starts))
+    counts, batch = {len(seed) for seed in starts.values()}, len(trace.logits)
     if len(counts) != 1 or (batch != 1 and counts != {batch}):
         given = ", ".join(map(str, sorted(counts)))
-        raise ValueError(f"{given} relevance maps for {batch} images: give one per image, or many for a single image.")
+        raise InputError(f"{given} relevance maps for {batch} images: give one per image, or many for a single image.")
     with torch.no_grad():
-        return sweep(passage, starts, 0 if until is None else _index(passage, until), ledger)
+        return sweep(trace, starts, 0 if until is None else _index(trace, until), conservation)
 
 
 def relevance(
@@ -145,11 +146,13 @@ def relevance(
 def _one_pass(
     model: nn.Module, images: Tensor, targets: Tensor, config: Config | None, init: str | Initial, report: bool
 ) -> Relevance:
-    ledger = Ledger() if report else None
-    passage = forward(model, images, config)
-    start = initial_relevance(passage.logits, targets, init) if isinstance(init, str) else init(passage.logits, targets)
-    pixels = backward(passage, start, ledger=ledger)
-    return Relevance(pixels, passage.logits, start.sum(1, dtype=torch.float64), tuple(ledger.entries) if ledger else ())
+    conservation = ConservationReport() if report else None
+    trace = forward(model, images, config)
+    start = initial_relevance(trace.logits, targets, init) if isinstance(init, str) else init(trace.logits, targets)
+    pixels = backward(trace, start, conservation=conservation)
+    return Relevance(
+        pixels, trace.logits, start.sum(1, dtype=torch.float64), tuple(conservation.entries) if conservation else ()
+    )
 
 
 def _joined(parts: list[Relevance]) -> Relevance:
@@ -160,10 +163,10 @@ def _joined(parts: list[Relevance]) -> Relevance:
     return Relevance(pixels, logits, torch.cat([part.initial for part in parts]), entries)
 
 
-def _index(passage: Passage, name: str | int) -> int:
-    index = name if isinstance(name, int) else passage.graph.outputs.get(name)
+def _index(trace: ForwardTrace, name: str | int) -> int:
+    index = name if isinstance(name, int) else trace.graph.outputs.get(name)
     if index == 0:
         return index
-    if index is None or index not in passage.graph.nodes:
+    if index is None or index not in trace.graph.nodes:
         raise KeyError(f"No module output named '{name}' is left in the recorded network.")
     return index

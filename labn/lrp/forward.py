@@ -12,18 +12,18 @@ from torch import Tensor
 from labn.lrp.config import Config
 from labn.lrp.rules.block import RegionRun, evaluate_region, run_clamped, run_region
 from labn.lrp.rules.elementary import USES_OUTPUT
-from labn.lrp.rules.first_layer import Bounds, Units
-from labn.lrp.rules.image_weights import weighing
-from labn.lrp.rules.residual_sums import SHARES, Junction
+from labn.lrp.rules.first_layer import PixelBounds, UnitActivation
+from labn.lrp.rules.residual_sums import SHARES, ResidualSum
+from labn.lrp.rules.weighted_layer import weighted_layer_of
 from labn.lrp.tracing.graph import Graph, Node
 
 
 @dataclass
-class Passage:
+class ForwardTrace:
     """A forward pass and what it kept for going back.
 
     Attributes:
-        graph, junctions, config: what was run and how.
+        graph, residual_sums, config: what was run and how.
         logits: (B, K).
         kept: by node index, what the backward step of its kind needs.
         units: by node index, what a first linear layer has in place of an image of ones (see `units`); absent: ones.
@@ -32,7 +32,7 @@ class Passage:
     """
 
     graph: Graph
-    junctions: dict[int, Junction]
+    residual_sums: dict[int, ResidualSum]
     config: Config
     logits: Tensor
     kept: dict[int, Any] = field(default_factory=dict)
@@ -44,12 +44,12 @@ class Passage:
 @dataclass
 class _Run:
     graph: Graph
-    junctions: dict[int, Junction]
+    residual_sums: dict[int, ResidualSum]
     config: Config
     values: dict[int, Tensor]
     carrying: set[int]
-    ones: Units
-    extremes: Bounds | None
+    ones: UnitActivation
+    extremes: PixelBounds | None
     kept: dict[int, Any] = field(default_factory=dict)
     units: dict[int, Tensor] = field(default_factory=dict)
     bounds: dict[int, list[Tensor]] = field(default_factory=dict)
@@ -67,10 +67,12 @@ def rule_name(node: Node, config: Config) -> str:
     return config.linear_rule or config.rule if dense else config.rule
 
 
-def run_forward(graph: Graph, junctions: dict[int, Junction], config: Config, images: Tensor) -> Passage:
+def run_forward(graph: Graph, residual_sums: dict[int, ResidualSum], config: Config, images: Tensor) -> ForwardTrace:
     """Run a graph on images (B, C, H, W); values are let go as soon as nothing needs them."""
-    extremes = Bounds(graph, images, *config.bounds(images)) if config.first_layer == "zb" else None
-    run = _Run(graph, junctions, config, {0: images}, graph.reach({graph.logits}), Units(graph, images), extremes)
+    extremes = PixelBounds(graph, images, *config.bounds(images)) if config.first_layer == "zb" else None
+    run = _Run(
+        graph, residual_sums, config, {0: images}, graph.reach({graph.logits}), UnitActivation(graph, images), extremes
+    )
     waiting = {index: node.consumers for index, node in graph.nodes.items()}
     for index, node in graph.nodes.items():
         run.values[index] = FORWARD.get(node.kind, _evaluate)(run, node)
@@ -78,7 +80,7 @@ def run_forward(graph: Graph, junctions: dict[int, Junction], config: Config, im
             waiting[source] = waiting.get(source, 0) - 1
             if source and waiting[source] <= 0:
                 run.values.pop(source, None)
-    return Passage(graph, junctions, config, run.values[graph.logits], run.kept, run.units, run.bounds)
+    return ForwardTrace(graph, residual_sums, config, run.values[graph.logits], run.kept, run.units, run.bounds)
 
 
 def _evaluate(run: _Run, node: Node) -> Tensor:
@@ -137,7 +139,7 @@ def _keep_constants(run: _Run, node: Node) -> None:
 
 def _weighted(run: _Run, node: Node) -> Tensor:
     """Keep the values, the output if the rule divides by it, and the weights of these images."""
-    layer, a = weighing(node, run.values), run.values[node.flow[0]]
+    layer, a = weighted_layer_of(node, run.values), run.values[node.flow[0]]
     z, result = layer.run(a, run.config.folded)
     if run.takes_part(node):
         run.kept[node.index] = (a, z if rule_name(node, run.config) in USES_OUTPUT else None, layer)
@@ -161,7 +163,7 @@ def _is_kept(run: _Run, node: Node) -> bool:
 def _sum(run: _Run, node: Node) -> Tensor:
     if len(node.inputs) == 1 or not run.takes_part(node):
         return node.evaluate(run.values)
-    junction = run.junctions[node.index]
+    junction = run.residual_sums[node.index]
     deep, skip = (run.values[node.inputs[i]] for i in (junction.deep, 1 - junction.deep))
     if run.config.residual in SHARES:
         run.kept[node.index] = SHARES[run.config.residual](deep, skip, junction)

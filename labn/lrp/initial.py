@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from labn.errors import InputError
+
 Initial = Callable[[Tensor, Tensor], Tensor]
 Others = str | int | Sequence[int]
 
@@ -30,7 +32,7 @@ def initial_relevance(logits: Tensor, targets: Tensor, init: str = "probability"
         ValueError: unknown `init`, or a target outside 0..K-1.
     """
     if init not in INITIAL:
-        raise ValueError(f"init={init!r} is not one of {', '.join(map(repr, INITIAL))}.")
+        raise InputError(f"init={init!r} is not one of {', '.join(map(repr, INITIAL))}.")
     _check(targets, logits.shape[1])
     values = INITIAL[init](logits).expand(len(targets), -1)
     chosen = targets[:, None]
@@ -39,7 +41,7 @@ def initial_relevance(logits: Tensor, targets: Tensor, init: str = "probability"
 
 def _check(targets: Tensor, classes: int) -> None:
     if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < classes:
-        raise ValueError(f"targets must lie in 0..{classes - 1}, got {int(targets.min())}..{int(targets.max())}.")
+        raise InputError(f"targets must lie in 0..{classes - 1}, got {int(targets.min())}..{int(targets.max())}.")
 
 
 def check_others(others: Others) -> None:
@@ -50,7 +52,7 @@ def check_others(others: Others) -> None:
         else (others > 0 if isinstance(others, int) else len(others) > 0 and all(isinstance(k, int) for k in others))
     )
     if not valid:
-        raise ValueError(f"others is {others!r}; it must be 'all', a number of classes >= 1, or a list of classes.")
+        raise InputError(f"others is {others!r}; it must be 'all', a number of classes >= 1, or a list of classes.")
 
 
 def rivals(logits: Tensor, targets: Tensor, others: Others, background: int | None = None) -> Tensor:
@@ -80,7 +82,7 @@ def rivals(logits: Tensor, targets: Tensor, others: Others, background: int | No
         _check(listed, classes)
         allowed &= torch.zeros_like(allowed).index_fill_(1, listed, True)
     if not bool(allowed.any(1).all()):
-        raise ValueError(f"others={others!r} leaves a class without any other class to be contrasted with.")
+        raise InputError(f"others={others!r} leaves a class without any other class to be contrasted with.")
     return allowed
 
 

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from labn.errors import InputError, UnsupportedError
 from labn.inference.fingerprint import structure_key, version_of
 from labn.inference.modes import logits_of
 from labn.inference.packing import can_pack
@@ -20,7 +21,7 @@ from labn.lrp.config import Config
 from labn.lrp.forward import run_forward
 from labn.lrp.rules.block import PIECEWISE_LINEAR, carrying_in
 from labn.lrp.rules.linear_layers import Layer
-from labn.lrp.rules.residual_sums import Junction, junction_of
+from labn.lrp.rules.residual_sums import ResidualSum, residual_sum_of
 from labn.lrp.tracing.graph import Graph, build, use_fastest
 from labn.lrp.tracing.recorder import record
 from labn.lrp.tracing.residual_blocks import with_regions
@@ -37,11 +38,11 @@ class Plan:
 
     Attributes:
         graph: as recorded.
-        junctions: the residual sums by index.
+        residual_sums: the residual sums by index.
     """
 
     graph: Graph
-    junctions: dict[int, Junction]
+    residual_sums: dict[int, ResidualSum]
     _regions: dict[tuple[bool, bool], Graph] = field(default_factory=dict)
 
     def for_config(self, config: Config) -> Graph:
@@ -55,7 +56,7 @@ class Plan:
         how = config.block_weights == "signed", config.first_layer == "same"
         if how not in self._regions:
             self._regions[how] = with_regions(self.graph, *how)
-        if self.junctions and not any(node.kind == "region" for node in self._regions[how].nodes.values()):
+        if self.residual_sums and not any(node.kind == "region" for node in self._regions[how].nodes.values()):
             warnings.warn(
                 "residual='block' finds no residual block in this network that can be taken as one layer; "
                 "its sums share their relevance as residual='ratio' does.",
@@ -117,8 +118,10 @@ def _make(model: nn.Module, images: Tensor, layers: dict[tuple[object, ...], Lay
             node.layer = layers.setdefault(_identity_of(node.layer), node.layer)
     if images.device.type == "cpu":
         use_fastest(graph, can_pack(images, images.dtype))
-    junctions = {i: junction_of(n, graph) for i, n in graph.nodes.items() if n.kind == "sum" and len(n.inputs) == 2}
-    return Plan(graph, junctions)
+    residual_sums = {
+        i: residual_sum_of(n, graph) for i, n in graph.nodes.items() if n.kind == "sum" and len(n.inputs) == 2
+    }
+    return Plan(graph, residual_sums)
 
 
 def _identity_of(layer: Layer) -> tuple[object, ...]:
@@ -133,7 +136,7 @@ def check(graph: Graph, config: Config, starts: set[int]) -> None:
         carrying = carrying_in(node)
         bad = [n for n in node.inner if n.index in carrying and n.kind not in PIECEWISE_LINEAR]
         if node.kind not in BACKWARD or bad:
-            raise NotImplementedError(
+            raise UnsupportedError(
                 f"Relevance propagation has no rule for {(bad or [node])[0].label}; "
                 "replace it by a layer with one (convolution, linear, BatchNorm, ReLU, pooling, sums, gates)."
             )
@@ -147,12 +150,12 @@ def _verify(model: nn.Module, plan: Plan, images: Tensor, rows: Rows) -> None:
     others = images.flip(-1) * 0.5 + images.roll(1, -2) * 0.25
     with torch.no_grad():
         expected = rows(model(others))
-        got = run_forward(plan.graph, plan.junctions, Config(residual="duplicate"), others).logits
+        got = run_forward(plan.graph, plan.residual_sums, Config(residual="duplicate"), others).logits
     known = expected.isfinite()
     got, expected = got[known], expected[known]
     scale = torch.cat([expected.abs().flatten(), expected.new_tensor([1e-6])]).max()
     if not torch.allclose(got / scale, expected / scale, atol=SAME[images.dtype], rtol=0):
-        raise ValueError(
+        raise InputError(
             f"{type(model).__name__} does not repeat on other images what was recorded on one batch: its forward pass "
             "branches on pixel values or leaves torch functions (NumPy, custom autograd functions)."
         )

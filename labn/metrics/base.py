@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from labn.errors import InputError, InputTypeError
 from labn.perturbation.engine import PerturbationEngine
 
 Boxes = Sequence[Tensor] | Tensor
@@ -27,7 +28,7 @@ def as_tensor(name: str, given: Any) -> Tensor:
         return torch.as_tensor(given)
     except (TypeError, ValueError, RuntimeError) as error:
         what = f"{type(given).__name__}, of which torch says: {error}".rstrip(".")
-        raise TypeError(f"{name} must be a tensor, an array or lists of numbers, got {what}.") from error
+        raise InputTypeError(f"{name} must be a tensor, an array or lists of numbers, got {what}.") from error
 
 
 @dataclass(frozen=True)
@@ -56,24 +57,24 @@ class ScoredBatch:
             object.__setattr__(self, "maps", self.maps.to(self.images.dtype))
         expected = (len(self.images), *self.images.shape[-2:])
         if self.maps.shape != expected:
-            raise ValueError(f"maps must be {expected} to fit the images, got {tuple(self.maps.shape)}; resize them.")
+            raise InputError(f"maps must be {expected} to fit the images, got {tuple(self.maps.shape)}; resize them.")
         for name in ("targets", "indices", "labels", "predictions"):
             given = getattr(self, name)
             if given is not None and given.shape != expected[:1]:
-                raise ValueError(f"{name} must have one entry per image {expected[:1]}, got {tuple(given.shape)}.")
+                raise InputError(f"{name} must have one entry per image {expected[:1]}, got {tuple(given.shape)}.")
         if self.masks is not None and self.masks.shape != expected:
-            raise ValueError(f"masks must be {expected} to fit the images, got {tuple(self.masks.shape)}.")
+            raise InputError(f"masks must be {expected} to fit the images, got {tuple(self.masks.shape)}.")
         if self.boxes is not None and len(self.boxes) != len(self.images):
-            raise ValueError(f"boxes must have one entry per image {expected[:1]}, got {len(self.boxes)}.")
+            raise InputError(f"boxes must have one entry per image {expected[:1]}, got {len(self.boxes)}.")
         for name in ("targets", "labels"):
             given = getattr(self, name)
             if given is not None and (given.is_floating_point() or given.is_complex()):
-                raise ValueError(f"{name} must be class indices, got {given.dtype}.")
+                raise InputError(f"{name} must be class indices, got {given.dtype}.")
             object.__setattr__(self, name, None if given is None else given.long())
         object.__setattr__(self, "maps", self.maps.detach())
         bad = self.indices.to(self.maps.device)[~self.maps.isfinite().flatten(1).all(1)].tolist()
         if bad:
-            raise ValueError(f"maps must be finite; the map of sample {bad[0]} holds NaN or infinity.")
+            raise InputError(f"maps must be finite; the map of sample {bad[0]} holds NaN or infinity.")
 
     @property
     def true_labels(self) -> Tensor:
@@ -89,7 +90,7 @@ class ScoredBatch:
         if self.cache is None:
             return PerturbationEngine(self.model, self.images, indices=self.indices, **options)
         if self.cache.images.shape != self.images.shape or not torch.equal(self.cache.images, self.images):
-            raise ValueError("cache must be the perturbation engine of these images; it holds others.")
+            raise InputError("cache must be the perturbation engine of these images; it holds others.")
         return self.cache
 
 
@@ -102,7 +103,7 @@ def _corners(boxes: Any) -> Tensor:
 def need_explainer(batch: ScoredBatch, metric: str, why: str) -> None:
     """Raise ValueError unless the batch says what made its maps."""
     if batch.explainer is None:
-        raise ValueError(f"metric {metric!r} {why}: it needs explainer=, as made the maps.")
+        raise InputError(f"metric {metric!r} {why}: it needs explainer=, as made the maps.")
 
 
 class SampleRows(Metric):

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torchvision.ops import box_area
 
+from labn.errors import InputError
 from labn.explainers.relevance.crp import CRP, Question
-from labn.explainers.relevance.detection_pass import DetectionPassage
+from labn.explainers.relevance.detection_pass import DetectionTrace
 from labn.metrics.functional.detection import FRACTIONS, RemovalCurves, map_similarity, removal_curves
 from labn.metrics.functional.localisation import boxes_to_masks, relevance_mass
 from labn.models.detectors import COORDINATES, Detections
@@ -58,13 +59,13 @@ class DetectionScores:
     chunk_size: int | None = None
     seed: int = 0
 
-    def __call__(self, crp: CRP, passage: DetectionPassage, found: Detections, index: int = 0) -> list[Score]:
+    def __call__(self, crp: CRP, trace: DetectionTrace, found: Detections, index: int = 0) -> list[Score]:
         """All scores of the detections of one image; none for no detection.
 
         Args:
             crp: with its class contrast on; the shifts are of its maps for right/down/wider/taller, whatever its
                 `direction`.
-            passage: of the image.
+            trace: of the image.
             found: the detections to score.
             index: of the image in its data set, the source of the random maps.
 
@@ -74,16 +75,16 @@ class DetectionScores:
         check_contrast(crp)
         if not len(found):
             return []
-        return [*self._classes(crp, passage, found, index), *self._coordinates(crp, passage, found)]
+        return [*self._classes(crp, trace, found, index), *self._coordinates(crp, trace, found)]
 
-    def _classes(self, crp: CRP, passage: DetectionPassage, found: Detections, index: int) -> Iterator[Score]:
+    def _classes(self, crp: CRP, trace: DetectionTrace, found: Detections, index: int) -> Iterator[Score]:
         priors, labels = found.priors.tolist(), found.labels.tolist()
-        boxes = boxes_to_masks(found.boxes[:, None].to(passage.image.device), passage.size)
-        other = [runner_up(passage, p, k) for p, k in zip(priors, labels)]
+        boxes = boxes_to_masks(found.boxes[:, None].to(trace.image.device), trace.size)
+        other = [runner_up(trace, p, k) for p, k in zip(priors, labels)]
         maps: dict[str, Tensor] = {}
         for name, method in (("crp", crp), ("lrp", without_contrast(crp))):
             own, rival = (
-                method.ask(passage, [Question(p, "class", k) for p, k in zip(priors, classes)]).maps
+                method.ask(trace, [Question(p, "class", k) for p, k in zip(priors, classes)]).maps
                 for classes in (labels, other)
             )
             maps[name] = own
@@ -92,34 +93,34 @@ class DetectionScores:
         numbers = torch.arange(len(priors), device=own.device) + 1000 * index
         noise = sample_uniform(self.seed, numbers, own[0].numel(), torch.float32).view_as(own)
         for name, heat in (*maps.items(), ("random", noise)):
-            curves = self._curves(passage, heat, found)
+            curves = self._curves(trace, heat, found)
             yield from _rows(name, "confidence", curves.mean_confidence())
         for task, shifts in zip(COORDINATES, curves.mean_shifts().T):
             yield from _rows("random", f"shift_{task}", shifts)
 
-    def _coordinates(self, crp: CRP, passage: DetectionPassage, found: Detections) -> Iterator[Score]:
+    def _coordinates(self, crp: CRP, trace: DetectionTrace, found: Detections) -> Iterator[Score]:
         method = positive(crp)
         for number, task in enumerate(COORDINATES):
-            maps = method.ask(passage, [Question(p, task) for p in found.priors.tolist()]).maps
+            maps = method.ask(trace, [Question(p, task) for p in found.priors.tolist()]).maps
             for name, heat in (("crp", maps), ("-crp", -maps)):
-                curves = self._curves(passage, heat, found)
+                curves = self._curves(trace, heat, found)
                 yield from _rows(name, f"shift_{task}", curves.mean_shifts()[:, number])
 
-    def _curves(self, passage: DetectionPassage, maps: Tensor, found: Detections) -> RemovalCurves:
+    def _curves(self, trace: DetectionTrace, maps: Tensor, found: Detections) -> RemovalCurves:
         return removal_curves(
-            passage.detector,
-            passage.image,
+            trace.detector,
+            trace.image,
             maps,
             found.priors.tolist(),
             found.labels.tolist(),
             self.fractions,
-            (box_area(found.boxes) / math.prod(passage.size)).double().cpu(),
+            (box_area(found.boxes) / math.prod(trace.size)).double().cpu(),
             patch_size=self.patch_size,
             chunk_size=self.chunk_size,
         )
 
 
-def similarity_by_layer(crp: CRP, passage: DetectionPassage, prior: int, labels: tuple[int, int]) -> dict[str, float]:
+def similarity_by_layer(crp: CRP, trace: DetectionTrace, prior: int, labels: tuple[int, int]) -> dict[str, float]:
     """How alike the relevance of two classes is at the input of every convolution, from the head down to the pixels.
 
     Under plain propagation the difference between classes fades from layer to layer; under the contrast it stays
@@ -127,22 +128,22 @@ def similarity_by_layer(crp: CRP, passage: DetectionPassage, prior: int, labels:
 
     Args:
         crp: with the contrast, or `without_contrast`.
-        passage: of an image.
+        trace: of an image.
         prior: the default box.
         labels: two class channels.
 
     Returns:
         Module name -> cosine of the two relevances at its input, top layer first; `pixels` last.
     """
-    starts = [crp.start(passage, Question(prior, "class", label)) for label in labels]
+    starts = [crp.start(trace, Question(prior, "class", label)) for label in labels]
     top = starts[0].window.value
-    graph = passage.passage.graph
+    graph = trace.trace.graph
     reached = graph.reach({top})
     names = {n.inputs[0]: n.call.module for n in graph.nodes.values() if n.kind == "linear" and n.index in reached}
     layers = [index for index in sorted(names, reverse=True) if 0 < index < top]
     found = {"head": map_similarity(*(s.relevance[None] for s in starts))}
-    found |= {names[index]: map_similarity(*passage.maps(starts, until=index).split(1)) for index in layers}
-    found["pixels"] = map_similarity(*passage.maps(starts).split(1))
+    found |= {names[index]: map_similarity(*trace.maps(starts, until=index).split(1)) for index in layers}
+    found["pixels"] = map_similarity(*trace.maps(starts).split(1))
     return {name: float(value) for name, value in found.items()}
 
 
@@ -172,17 +173,17 @@ def check_contrast(crp: CRP) -> None:
         ValueError: it has none.
     """
     if crp.contrast_at == "none":
-        raise ValueError(
+        raise InputError(
             "contrast_at of crp is 'none', so the rows crp and lrp would be identical; set it to source or output, or "
             "leave scores out."
         )
 
 
-def runner_up(passage: DetectionPassage, prior: int, label: int) -> int:
+def runner_up(trace: DetectionTrace, prior: int, label: int) -> int:
     """The most probable object class of a default box other than `label` (the background where there is no other)."""
-    logits = passage.predictions.classes[0, prior].clone()
+    logits = trace.predictions.classes[0, prior].clone()
     logits[label] = -torch.inf
-    background = passage.detector.background
+    background = trace.detector.background
     if background is not None and len(logits) > 2:
         logits[background] = -torch.inf
     return int(logits.argmax())

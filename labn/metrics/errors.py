@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from labn.errors import InputError
 from labn.metrics.base import SampleMetric, ScoredBatch
 from labn.metrics.functional.errors import KINDS, ErrorThresholds, count_errors, region_shares
 from labn.metrics.functional.localisation import relevance_mass
@@ -88,7 +89,7 @@ class ErrorAnalysis(SampleMetric):
     ) -> None:
         super().__init__(["errors_id", "errors_coverage", "errors_outside", "errors_mass"], **kwargs)
         if n_failures < 1:
-            raise ValueError(f"n_failures is {n_failures}; it must be at least 1.")
+            raise InputError(f"n_failures is {n_failures}; it must be at least 1.")
         self.n_failures = n_failures
         self.thresholds = ErrorThresholds(low_coverage, high_outside, high_coverage, low_mass)
         self.area = Options(threshold=area_threshold, level=area_level)

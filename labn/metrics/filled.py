@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from labn.errors import InputError
 from labn.metrics.base import SampleMetric, ScoredBatch
 from labn.perturbation.engine import PerturbationEngine
 from labn.perturbation.fills import FILLS, Channels, FillOptions, fill_with
@@ -28,7 +29,7 @@ SCORE_CLASSES: dict[str, Callable[[ScoredBatch, PerturbationEngine], Tensor]] = 
 def key_of(argument: str, value: str, options: Mapping[str, object]) -> str:
     """`value`; ValueError names the argument and what it may be where there is no such option."""
     if value not in options:
-        raise ValueError(f"{argument} must be one of {sorted(options)}, got {value!r}.")
+        raise InputError(f"{argument} must be one of {sorted(options)}, got {value!r}.")
     return value
 
 
@@ -111,12 +112,12 @@ class FilledMetric(SampleMetric):
         """
         number, read = logits.shape[-1], probability or self.probability
         if number == 1 and read == "softmax":
-            raise ValueError(
+            raise InputError(
                 "the model has one logit, whose softmax is 1 whatever the image shows; insertion-deletion and "
                 "fill_probability read it with probability='sigmoid'."
             )
         if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < number:
-            raise ValueError(
+            raise InputError(
                 f"labels and targets must be from 0 to {number - 1}, as the model has {number} classes; "
                 f"got {int(classes.min())} to {int(classes.max())}."
             )

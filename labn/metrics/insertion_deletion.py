@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from labn.errors import InputError
 from labn.metrics.base import ScoredBatch
 from labn.metrics.filled import FilledMetric, key_of, spread
 from labn.metrics.functional.insertion_deletion import AREAS, PROTOCOLS, InsertionDeletionCurves
@@ -95,9 +96,9 @@ class PatchInsertionDeletion(FilledMetric):
         )  # fmt: skip
         given = [number for number in (step, n_steps, patch_size) if number is not None]
         if len(given) == 3 or min(given) < 1:
-            raise ValueError(f"give step or n_steps, not both, and above 0: {step=}, {n_steps=}, {patch_size=}.")
+            raise InputError(f"give step or n_steps, not both, and above 0: {step=}, {n_steps=}, {patch_size=}.")
         if protocol == "official" and ties != "fraction":
-            raise ValueError(f"protocol='official' lets ties enter together: leave ties at 'fraction', got {ties!r}.")
+            raise InputError(f"protocol='official' lets ties enter together: leave ties at 'fraction', got {ties!r}.")
         self.patch_size, self.step, self.n_steps = patch_size, step, n_steps
         self.protocol = key_of("protocol", protocol, PROTOCOLS)
         self.ties = key_of("ties", ties, TIES)
@@ -109,7 +110,7 @@ class PatchInsertionDeletion(FilledMetric):
         """(K,) int64 numbers of patches moved, for images of this (height, width)."""
         rows, columns = patch_grid(size, self.patch_size)
         if self.protocol == "official" and (size[0] != size[1] or size[0] % self.patch_size):
-            raise ValueError(f"protocol='official' needs square images divisible by {self.patch_size}, got {size}.")
+            raise InputError(f"protocol='official' needs square images divisible by {self.patch_size}, got {size}.")
         step = self.step or default_step(size, self.patch_size)
         step = -(-rows * columns // self.n_steps) if self.n_steps else step
         return PROTOCOLS[self.protocol].counts(rows * columns, step)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from labn.errors import InputError
 from labn.metrics.base import SampleMetric, ScoredBatch
 from labn.metrics.functional.localisation import (
     boxes_to_masks,
@@ -20,7 +21,7 @@ from labn.metrics.functional.localisation import (
 def need_regions(batch: ScoredBatch, name: str) -> None:
     """Raise ValueError naming the metric `name` where a batch has neither masks nor boxes."""
     if batch.masks is None and batch.boxes is None:
-        raise ValueError(f"metric {name!r} compares with ground truth: it needs masks= or boxes=.")
+        raise InputError(f"metric {name!r} compares with ground truth: it needs masks= or boxes=.")
 
 
 def regions_of(batch: ScoredBatch) -> Tensor:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from labn.inference.hooks import overhearing
+from labn.errors import InputError
+from labn.inference.hooks import recording_calls
 from labn.inference.randomised_copy import randomised_copies
 from labn.metrics.base import SampleMetric, ScoredBatch, need_explainer
 from labn.metrics.functional.similarity import rank_correlation
@@ -36,7 +37,7 @@ class Randomisation(SampleMetric):
     def __init__(self, n_stages: int = 1, absolute: bool = False, seed: int = 0, **kwargs: Any) -> None:
         super().__init__(["randomisation"], **kwargs)
         if n_stages < 1:
-            raise ValueError(f"n_stages must be at least 1, got {n_stages}.")
+            raise InputError(f"n_stages must be at least 1, got {n_stages}.")
         self.n_stages, self.absolute, self.seed = n_stages, absolute, seed
 
     def check(self, batch: ScoredBatch) -> None:
@@ -48,10 +49,10 @@ class Randomisation(SampleMetric):
         """Values of a batch: one explanation per stage."""
         values = []
         for network in randomised_copies(batch.model, self.seed, self.n_stages):
-            with overhearing(batch.model) as heard:
+            with recording_calls(batch.model) as heard:
                 maps = batch.explainer(network, batch.images, batch.targets, batch.indices)
             if heard:
-                raise ValueError(
+                raise InputError(
                     f"randomisation: a copy of {type(batch.model).__name__} runs the model's own "
                     f"{type(heard[0]).__name__}, as an attribute of it is a function that holds it; make that a method."
                 )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from labn.errors import InputError, InputTypeError
 from labn.metrics.base import SampleMetric
 from labn.metrics.confidence import ADCC, AverageDrop, PercentIncrease
 from labn.metrics.errors import ErrorAnalysis
@@ -124,7 +125,7 @@ def metric_by_name(name: str, **shared: Any) -> SampleMetric:
     """
     for setting in shared:
         if not any(setting in entry.parameters for entry in REGISTRY):
-            raise TypeError(f"no metric has a setting {setting!r}.")
+            raise InputTypeError(f"no metric has a setting {setting!r}.")
     entry, arguments = _entry_of(name)
     known = {key: value for key, value in shared.items() if key in entry.parameters}
     return entry.metric(**{**known, **arguments})
@@ -142,7 +143,7 @@ def check_settings(names: Sequence[str], settings: Iterable[str]) -> None:
         takers = [arguments for entry, arguments in entries if setting in entry.parameters]
         if all(setting in arguments for arguments in takers):
             why = "say it by their names" if takers else "have no such setting"
-            raise TypeError(f"{setting!r} would do nothing: the metrics {', '.join(names)} {why}.")
+            raise InputTypeError(f"{setting!r} would do nothing: the metrics {', '.join(names)} {why}.")
 
 
 def _entry_of(name: str) -> tuple[MetricEntry, dict[str, Any]]:
@@ -153,7 +154,7 @@ def _entry_of(name: str) -> tuple[MetricEntry, dict[str, Any]]:
             return entry, entry.arguments(match)
     examples = [example for entry in REGISTRY for example in entry.examples]
     near = difflib.get_close_matches(name, examples, n=5, cutoff=0.4) or examples
-    raise ValueError(f"unknown metric {name!r}; near names: {', '.join(near)}.")
+    raise InputError(f"unknown metric {name!r}; near names: {', '.join(near)}.")
 
 
 def values_named(name: str, metric: SampleMetric) -> dict[str, str]:

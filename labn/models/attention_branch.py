@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from labn.errors import InputError
 from labn.models.backbones import backbone_of, build_network, final_linear, input_channels
 from labn.models.checkpoints import load_backbone
 from labn.models.lambda_networks.resnet import LambdaBottleneck, shortcut
@@ -160,7 +161,7 @@ def open_gate(branch: AttentionBranch, theta: float, margin: float) -> None:
         ValueError: a margin that is not above 0, or a threshold of 1 or more, above which there is no map.
     """
     if margin <= 0 or theta >= 1:
-        raise ValueError(f"gate_margin is {margin} with theta {theta}; it must be above 0, with theta below 1.")
+        raise InputError(f"gate_margin is {margin} with theta {theta}; it must be above 0, with theta below 1.")
     last = branch.attention_head[-2]
     assert isinstance(last, nn.BatchNorm2d)
     nn.init.zeros_(last.weight)
@@ -236,7 +237,7 @@ class AttentionBranchNetwork(nn.Module):
             ("lab_block", lab_block, BLOCKS),
         ):
             if value not in known:
-                raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(known)}.")
+                raise InputError(f"{name} is {value!r}; it must be one of {', '.join(known)}.")
         network = build_network(backbone, num_classes, in_channels, **(backbone_options or {}))
         parts = backbone_of(network)
         self.theta, self.gate = theta, gate

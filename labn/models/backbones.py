@@ -13,6 +13,7 @@ import torch
 import torchvision
 from torch import nn
 
+from labn.errors import InputError
 from labn.inference.modes import evaluating, logits_of
 from labn.models.cbam import with_cbam
 from labn.models.checkpoints import load_backbone
@@ -98,7 +99,7 @@ class Backbone:
             ValueError: `after` is outside of the valid range, which is named.
         """
         if not 0 <= after <= len(self.blocks):
-            raise ValueError(f"split is {after}; this backbone has {len(self.blocks)} blocks: 0 to {len(self.blocks)}.")
+            raise InputError(f"split is {after}; this backbone has {len(self.blocks)} blocks: 0 to {len(self.blocks)}.")
         front = OrderedDict([*self.stem.items(), *_stages(self.blocks[:after]).items()])
         back = OrderedDict([*_stages(self.blocks[after:]).items(), *self.head.items()])
         return nn.Sequential(front), nn.Sequential(back)
@@ -122,7 +123,7 @@ def backbone_of(network: nn.Module) -> Backbone:
     stages = [name for name in children if re.fullmatch(r"layer\d+", name)]
     linear = [module for module in children.values() if isinstance(module, nn.Linear)]
     if not stages or not linear:
-        raise ValueError(
+        raise InputError(
             f"{type(network).__name__} cannot carry an attention branch: its children must be a stem, layer1, layer2, "
             "... and a head with a final linear layer, as in a ResNet."
         )
@@ -143,7 +144,7 @@ def input_channels(part: nn.Module) -> int:
             return module.in_channels
         if isinstance(module, nn.Linear):
             return module.in_features
-    raise ValueError(f"{type(part).__name__} has neither a convolution nor a linear layer.")
+    raise InputError(f"{type(part).__name__} has neither a convolution nor a linear layer.")
 
 
 def final_linear(network: nn.Module) -> nn.Linear:
@@ -154,7 +155,7 @@ def final_linear(network: nn.Module) -> nn.Linear:
     """
     layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
     if not layers:
-        raise ValueError(f"{type(network).__name__} has no linear layer to classify with.")
+        raise InputError(f"{type(network).__name__} has no linear layer to classify with.")
     return layers[-1]
 
 
@@ -184,7 +185,7 @@ def _check_chain(network: nn.Module, backbone: Backbone) -> None:
     with evaluating(nn.ModuleList([network, front, back]), image.device.type):
         same = torch.allclose(back(front(image)), logits_of(network(image)), rtol=1e-3, atol=1e-4)
     if not same:
-        raise ValueError(
+        raise InputError(
             f"{type(network).__name__}.forward does more than run its children in order; it cannot be split."
         )
 
@@ -192,7 +193,7 @@ def _check_chain(network: nn.Module, backbone: Backbone) -> None:
 def _ready(network: nn.Module, num_classes: int, options: dict[str, Any]) -> nn.Module:
     classes = final_linear(network).out_features
     if classes != num_classes or options:
-        raise ValueError(
+        raise InputError(
             f"backbone is a ready network with {classes} classes; give num_classes={classes} and no further options "
             f"(got num_classes={num_classes}, options {sorted(options)})."
         )
@@ -201,14 +202,14 @@ def _ready(network: nn.Module, num_classes: int, options: dict[str, Any]) -> nn.
 
 def _from_timm(name: str, num_classes: int, in_channels: int, options: dict[str, Any]) -> nn.Module:
     if name not in timm.list_models():
-        raise ValueError(f"backbone is 'timm/{name}', which this timm ({timm.__version__}) does not know.")
+        raise InputError(f"backbone is 'timm/{name}', which this timm ({timm.__version__}) does not know.")
     return timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels, **options)
 
 
 def _from_torchvision(name: str, num_classes: int, in_channels: int, options: dict[str, Any]) -> nn.Module:
     if name not in torchvision.models.list_models(module=torchvision.models):
         own = ", ".join(OWN)
-        raise ValueError(
+        raise InputError(
             f"backbone is {name!r}; known are {own}, torchvision's classifiers, timm's after 'timm/', and any of them "
             "with a CBAM block after 'cbam/'."
         )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from labn.errors import InputError
 from labn.inference.modes import evaluating
 
 PROBE_SIZE = 96  # enough for every torchvision CNN; only the number of channels is read off
@@ -70,7 +71,7 @@ def with_cbam(network: nn.Module, before: str | None = None, reduction: int = 16
     """
     name = _last_pooling(network) if before is None else before
     if name not in dict(network.named_modules()) or not name:
-        raise ValueError(f"before is {name!r}, which is not a layer of {type(network).__name__}.")
+        raise InputError(f"before is {name!r}, which is not a layer of {type(network).__name__}.")
     pooling = network.get_submodule(name)
     block = CBAM(_channels_into(network, pooling), reduction, kernel_size)
     parent, _, child = name.rpartition(".")
@@ -86,7 +87,7 @@ def _last_pooling(network: nn.Module) -> str:
     for name in ("avgpool", "global_pool"):
         if isinstance(getattr(network, name, None), nn.Module):
             return name
-    raise ValueError(f"{type(network).__name__} has no pooling layer of a known name; say which one with before.")
+    raise InputError(f"{type(network).__name__} has no pooling layer of a known name; say which one with before.")
 
 
 @torch.no_grad()
@@ -105,5 +106,5 @@ def _channels_into(network: nn.Module, layer: nn.Module) -> int:
     finally:
         handle.remove()
     if not shapes or len(shapes[0]) != 4:
-        raise ValueError(f"before names a layer of {type(network).__name__} that sees no feature maps (B, K, h, w).")
+        raise InputError(f"before names a layer of {type(network).__name__} that sees no feature maps (B, K, h, w).")
     return shapes[0][1]

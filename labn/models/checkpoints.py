@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from labn.errors import InputError, MissingFileError
 from labn.models.lambda_networks.layer import LambdaLayer
 
 PREFIXES = re.compile(r"^(?:(?:module|model|network|_orig_mod|feature_extractor|perception_branch)\.)+")
@@ -88,7 +89,7 @@ def load_backbone(model: nn.Module, path: str | Path) -> LoadReport:
         for name, tensor in own.items()
         if canonical(name) in offered and offered[canonical(name)][1].shape == tensor.shape
     }
-    _refuse_other_architecture(path, own, offered, fits)
+    _check_architecture(path, own, offered, fits)
     for name in _stale_statistics(model, fits):
         fits.pop(name, None)
     model.load_state_dict(fits, strict=False)
@@ -114,9 +115,9 @@ def load_classifier(model: nn.Module, path: str | Path) -> LoadReport:
             continue
         found = offered.get(canonical(name))
         if found is None:
-            raise ValueError(f"{path} has no tensor for {name}; give weights of this {type(model).__name__}'s depth.")
+            raise InputError(f"{path} has no tensor for {name}; give weights of this {type(model).__name__}'s depth.")
         if found != tuple(tensor.shape):
-            raise ValueError(
+            raise InputError(
                 f"{path} holds weights of another width: {canonical(name)} is {found}, this {type(model).__name__} "
                 f"needs {tuple(tensor.shape)}; name the backbone that the weights were made for."
             )
@@ -154,7 +155,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
             content = content[key]
     tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
     if not tensors:
-        raise ValueError(f"{path} holds no named tensors; a state dict or a Lightning checkpoint is needed.")
+        raise InputError(f"{path} holds no named tensors; a state dict or a Lightning checkpoint is needed.")
     return tensors
 
 
@@ -167,7 +168,7 @@ def read_checkpoint(path: str | Path) -> Any:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; give a local .safetensors, .pt, .pth or .ckpt file.")
+        raise MissingFileError(f"{path} does not exist; give a local .safetensors, .pt, .pth or .ckpt file.")
     return _read(path)
 
 
@@ -178,11 +179,11 @@ def _read(path: Path) -> Any:
         with torch.serialization.safe_globals(own_data(path)):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} cannot be read as tensors only: {_named_code(path, error)}") from error
+        raise InputError(f"{path} cannot be read as tensors only: {_named_code(path, error)}") from error
     # A file that was made to do harm can end the reader in any way; there is no list of its errors.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{path} cannot be read as tensors only: {reason}") from error
+        raise InputError(f"{path} cannot be read as tensors only: {reason}") from error
 
 
 def _named_code(path: Path, error: Exception) -> str:
@@ -221,13 +222,13 @@ def own_data(path: Path) -> list[Any]:
     return found
 
 
-def _refuse_other_architecture(
+def _check_architecture(
     path: str | Path, own: dict[str, Tensor], offered: dict[str, tuple[str, Tensor]], fits: dict[str, Tensor]
 ) -> None:
     taken = sum(tensor.ndim >= 4 for tensor in fits.values())
     wanted = min(sum(t.ndim >= 4 for t in own.values()), sum(t.ndim >= 4 for _, t in offered.values()))
     if not fits or taken < wanted / 2:
-        raise ValueError(
+        raise InputError(
             f"{path} is of another architecture: {taken} of its convolution kernels fit this network, "
             f"at least {max(1, -(-wanted // 2))} are needed."
         )

@@ -8,6 +8,7 @@ import timm
 import torchvision
 from torch import Tensor, nn
 
+from labn.errors import InputError
 from labn.io.preprocessing import Preprocessing
 from labn.models.backbones import OWN, build_network, final_linear
 from labn.models.checkpoints import canonical, load_backbone, read_tensors
@@ -36,7 +37,7 @@ def load_pretrained(name: str, weights: str | Path) -> tuple[nn.Module, Preproce
         network = build_network(known, num_classes=classes)
     fresh = [n for n in load_backbone(network, weights).fresh if not n.endswith("num_batches_tracked")]
     if fresh:
-        raise ValueError(
+        raise InputError(
             f"{weights} does not fill {name}: {len(fresh)} of its tensors are missing (first: {fresh[0]}); "
             "give the weights of this very model."
         )

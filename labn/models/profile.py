@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from labn.errors import InputError
 from labn.inference.modes import evaluating
 from labn.models.lambda_networks.layer import LambdaLayer
 
@@ -66,7 +67,7 @@ def latency(model: nn.Module, images: Tensor, repeats: int = 5) -> float:
         ValueError: repeats is below 1.
     """
     if repeats < 1:
-        raise ValueError(f"repeats is {repeats}; at least one forward must be timed.")
+        raise InputError(f"repeats is {repeats}; at least one forward must be timed.")
     with evaluating(model, images.device.type):
         return median([_seconds(model, images) for _ in range(repeats + 1)][1:])
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Accuracy, MeanMetric, Metric
 
+from labn.errors import InputError
 from labn.metrics.forecast import ForecastSkill
 from labn.models.backbones import WITHOUT_AUXILIARY
 from labn.models.checkpoints import LoadReport
@@ -67,7 +68,7 @@ class CheckedModule(pl.LightningModule):
         data = getattr(self._trainer, "datamodule", None)
         given, built = getattr(data, "channels", None), self.hparams.get("in_channels")
         if None not in (given, built) and given != built:
-            raise ValueError(
+            raise InputError(
                 f"model.init_args.in_channels is {built}, but images of {type(data).__name__} have {given} channels; "
                 f"set it to {given}."
             )
@@ -100,16 +101,16 @@ class CheckedModule(pl.LightningModule):
     def on_validation_start(self) -> None:
         """Give every rank the running statistics of rank zero, a collective; refuse to validate random weights."""
         synchronise_buffers(self.trainer.strategy.model)
-        self._refuse_random_weights()
+        self._check_trained()
 
     def on_test_start(self) -> None:
         """Refuse to test random weights."""
-        self._refuse_random_weights()
+        self._check_trained()
 
-    def _refuse_random_weights(self) -> None:
+    def _check_trained(self) -> None:
         if self.random_weights:
             network = self.hparams.get("backbone", type(self).__name__)
-            raise ValueError(
+            raise InputError(
                 f"{len(self.random_weights)} weights of {network} (first: {self.random_weights[0]}) are random: give "
                 "--ckpt_path, or a file of weights in the configuration that has them all."
             )
@@ -130,13 +131,13 @@ class CheckedModule(pl.LightningModule):
         if missing or foreign or shapes:
             source = getattr(self._trainer, "ckpt_path", None) if self._trainer else None
             first = (missing or foreign or shapes)[0]
-            raise ValueError(
+            raise InputError(
                 f"The checkpoint {source or ''} is of another architecture than the configured {type(self).__name__}: "
                 f"{len(missing)} tensors missing, {len(foreign)} unknown, {len(shapes)} of another shape "
                 f"(first: {first}); use the configuration that it was trained with."
             )
 
-    def refuse_nan(self, loss: Tensor, batch: dict[str, Any], stage: Literal["train", "val", "test"]) -> None:
+    def check_not_nan(self, loss: Tensor, batch: dict[str, Any], stage: Literal["train", "val", "test"]) -> None:
         """Stop before a loss that is NaN or infinite reaches the weights, a mean or a checkpoint.
 
         Raises:
@@ -152,7 +153,7 @@ class CheckedModule(pl.LightningModule):
             if stage == "test"
             else "look at them, or begin anew with lower learning rates (--ckpt_path last keeps those it has)"
         )
-        raise ValueError(
+        raise InputError(
             f"The {stage} loss is {float(loss)} in epoch {self.current_epoch}, step {self.global_step}, "
             f"samples {shown}: {advice}."
         )
@@ -209,7 +210,7 @@ class ClassificationModule(CheckedModule):
 
     def _step(self, batch: dict[str, Tensor], stage: Literal["train", "val", "test"]) -> Tensor:
         terms, logits = self.losses(batch, stage)
-        self.refuse_nan(terms["loss"].detach(), batch, stage)
+        self.check_not_nan(terms["loss"].detach(), batch, stage)
         self._update(terms["loss"].detach(), logits.detach(), batch, stage)
         if stage == "train":
             values: dict[str, Metric | Tensor] = {f"train/{name}": value.detach() for name, value in terms.items()}

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 
+from labn.errors import MissingFileError
 from labn.inference.modes import logits_of
 from labn.models.backbones import build_network
 from labn.models.cbam import CBAM
@@ -26,7 +27,7 @@ def weights_file(backbone: str, given: str) -> str:
     """
     path = os.path.expandvars(given)
     if not os.path.isfile(path):
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"backbone_ckpt: {path} does not exist; nothing is downloaded, give a local file with the weights of "
             f"{backbone} (.safetensors, .pt, .pth or .ckpt)."
         )

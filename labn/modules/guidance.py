@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from labn.errors import InputError
 from labn.explainers.base import resize_maps
 from labn.modules.losses import kl_divergence
 from labn.perturbation.fills import FILLS
@@ -123,21 +124,21 @@ class SaliencyGuidance:
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
-                raise ValueError(f"guidance.{name} is {getattr(self, name)!r}; it must be one of {', '.join(values)}.")
+                raise InputError(f"guidance.{name} is {getattr(self, name)!r}; it must be one of {', '.join(values)}.")
         if self.source == "gradient" and self.mask_grad != "detached":
-            raise ValueError("guidance.source 'gradient' gives a constant map; set guidance.mask_grad to 'detached'.")
+            raise InputError("guidance.source 'gradient' gives a constant map; set guidance.mask_grad to 'detached'.")
         self._ratios, self._sizes = _listed(self.keep_ratio), _listed(self.patch_size)
         if not self._ratios or not all(0 < ratio <= 1 for ratio in self._ratios):
-            raise ValueError(f"guidance.keep_ratio is {self.keep_ratio}; shares lie in (0, 1].")
+            raise InputError(f"guidance.keep_ratio is {self.keep_ratio}; shares lie in (0, 1].")
         if not self._sizes or not all(1 <= size < math.inf and size == int(size) for size in self._sizes):
-            raise ValueError(
+            raise InputError(
                 f"guidance.patch_size is {self.patch_size}; sides are whole numbers of pixels, at least 1."
             )
         if not 0 <= self.deletion_share <= 1:
-            raise ValueError(f"guidance.deletion_share is {self.deletion_share}; a share lies in [0, 1].")
+            raise InputError(f"guidance.deletion_share is {self.deletion_share}; a share lies in [0, 1].")
         for name in ("kl_weight", "map_weight"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"guidance.{name} is {getattr(self, name)}; a weight is not negative.")
+                raise InputError(f"guidance.{name} is {getattr(self, name)}; a weight is not negative.")
         _check_probabilities("keep", self.keep_probabilities, "keep_ratio", self._ratios)
         _check_probabilities("patch", self.patch_probabilities, "patch_size", self._sizes)
 
@@ -169,12 +170,12 @@ def _check_probabilities(kind: str, given: Sequence[float] | None, of: str, valu
     if given is None:
         return
     if len(given) != len(values):
-        raise ValueError(
+        raise InputError(
             f"guidance.{kind}_probabilities has {len(given)} and guidance.{of} {len(values)} values; give one "
             "probability for each value, or none."
         )
     if not (all(0 <= value < math.inf for value in given) and sum(given) > 0):
-        raise ValueError(f"guidance.{kind}_probabilities is {given}; give numbers that are not negative, nor all 0.")
+        raise InputError(f"guidance.{kind}_probabilities is {given}; give numbers that are not negative, nor all 0.")
 
 
 def draw(values: Sequence[float], probabilities: Sequence[float] | None, generator: torch.Generator) -> float:
@@ -183,7 +184,7 @@ def draw(values: Sequence[float], probabilities: Sequence[float] | None, generat
         return values[0]
     weights = torch.tensor(probabilities if probabilities is not None else [1.0] * len(values))
     if len(weights) != len(values):
-        raise ValueError(f"{len(weights)} probabilities for {len(values)} values; give one each.")
+        raise InputError(f"{len(weights)} probabilities for {len(values)} values; give one each.")
     return values[int(torch.multinomial(weights, 1, generator=generator))]
 
 

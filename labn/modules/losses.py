@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from labn.errors import InputError
+
 
 class WeightedCrossEntropy(nn.Module):
     """Softmax cross entropy with one weight per class (JSAI 2022, eq. 6 and table 1).
@@ -62,9 +64,9 @@ def make_loss(name: str, weights: Sequence[float] | None, num_classes: int) -> W
         ValueError: no such loss, or another number of weights than classes.
     """
     if name not in LOSSES:
-        raise ValueError(f"loss is {name!r}; it must be one of {', '.join(LOSSES)}.")
+        raise InputError(f"loss is {name!r}; it must be one of {', '.join(LOSSES)}.")
     if weights is not None and len(weights) != num_classes:
-        raise ValueError(f"class_weights has {len(weights)} numbers for {num_classes} classes; give one per class.")
+        raise InputError(f"class_weights has {len(weights)} numbers for {num_classes} classes; give one per class.")
     return LOSSES[name](weights)
 
 

@@ -10,6 +10,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from labn.errors import InputError
+
 
 def parameter_groups(network: nn.Module, fast: Iterable[nn.Module], lr: float, fast_lr: float) -> list[dict[str, Any]]:
     """Split the trainable parameters of `network` into two groups, each parameter in exactly one.
@@ -29,7 +31,7 @@ def parameter_groups(network: nn.Module, fast: Iterable[nn.Module], lr: float, f
     own = {id(p) for p in network.parameters()}
     fast_ids = {id(p) for module in fast for p in module.parameters()}
     if not fast_ids <= own:
-        raise ValueError("A module of the fast group is not part of the network.")
+        raise InputError("A module of the fast group is not part of the network.")
     trainable = [p for p in network.parameters() if p.requires_grad]
     groups = [
         {"name": "base", "params": [p for p in trainable if id(p) not in fast_ids], "lr": lr},
@@ -37,7 +39,7 @@ def parameter_groups(network: nn.Module, fast: Iterable[nn.Module], lr: float, f
     ]
     groups = [group for group in groups if group["params"]]
     if not groups:
-        raise ValueError("The network has no trainable parameter; unfreeze some.")
+        raise InputError("The network has no trainable parameter; unfreeze some.")
     return groups
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
+from labn.errors import InputError
 from labn.models.checkpoints import read_checkpoint
 
 _CLASS_KEYS = ("class_path", "_class_path")
@@ -30,13 +31,13 @@ class PlainCheckpointIO(TorchCheckpointIO):
         """
         content = read_checkpoint(path)
         if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
-            raise ValueError(
+            raise InputError(
                 f"{path} is no checkpoint of `cli.py fit`; weights alone go to backbone_ckpt or to explain."
             )
         return content
 
 
-def refuse_foreign_classes(path: Any, content: Any, allowed: Collection[str]) -> None:
+def check_own_classes(path: Any, content: Any, allowed: Collection[str]) -> None:
     """Stop where a checkpoint's hyper-parameters name a class that the command line would import and build.
 
     Args:
@@ -50,13 +51,13 @@ def refuse_foreign_classes(path: Any, content: Any, allowed: Collection[str]) ->
     arguments = content.get("hyper_parameters") if isinstance(content, dict) else None
     for name in _class_paths(arguments):
         if not name.startswith("labn.") and name not in allowed:
-            raise ValueError(
+            raise InputError(
                 f"{path} asks for the class {name}, which neither this project nor the configuration names; "
                 "if it is yours, name it in the configuration."
             )
 
 
-def refuse_other_class(path: Any, content: Any, asked: str | None) -> None:
+def check_same_class(path: Any, content: Any, asked: str | None) -> None:
     """Stop where a checkpoint's module would silently replace the one of the configuration.
 
     Args:
@@ -70,7 +71,7 @@ def refuse_other_class(path: Any, content: Any, asked: str | None) -> None:
     arguments = content.get("hyper_parameters") if isinstance(content, dict) else None
     held = arguments.get("_class_path") if isinstance(arguments, dict) else None
     if held and asked and str(held).rpartition(".")[2] != str(asked).rpartition(".")[2]:
-        raise ValueError(
+        raise InputError(
             f"{path} holds a {held}, but the configuration asks for a {asked}; use the configuration that it was "
             "trained with."
         )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from labn.errors import InputError
 from labn.io.preprocessing import KEY, Preprocessing
 from labn.models.checkpoints import read_checkpoint
 from labn.modules.base import ClassificationModule
@@ -38,9 +39,9 @@ def restore(path: str | Path) -> tuple[nn.Module, Preprocessing | None]:
     module, _, name = str(arguments.get("_class_path", "")).rpartition(".")
     found: Any = getattr(importlib.import_module(module), name, None) if _ours(module) else None
     if isinstance(found, type) and issubclass(found, SSD):
-        raise ValueError(f"{path} holds a detector, which `cli.py test` explains, with callbacks.DetectionCallback.")
+        raise InputError(f"{path} holds a detector, which `cli.py test` explains, with callbacks.DetectionCallback.")
     if not (isinstance(found, type) and issubclass(found, ClassificationModule)) or "state_dict" not in content:
-        raise ValueError(
+        raise InputError(
             f"{path} is no checkpoint of `cli.py fit` with a module of labn.modules; "
             "for other weights give the network's name with --model and the file with --weights."
         )

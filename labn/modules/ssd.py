@@ -13,6 +13,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, Metric
 
+from labn.errors import InputError
 from labn.metrics.average_precision import AveragePrecision
 from labn.models.checkpoints import load_backbone
 from labn.models.detectors import Detections, Predictions, Thresholds, detect, ssd300
@@ -35,11 +36,11 @@ class MatchedMean(MeanMetric):
         return self.mean_value / self.weight.clamp(min=1)
 
 
-def refuse_other_sides(sides: Sequence[int]) -> None:
+def check_image_side(sides: Sequence[int]) -> None:
     """Raise ValueError unless both sides of the images are those that the default boxes are made for."""
     if set(sides) != {SSD300_SIDE}:
         size = " x ".join(map(str, sides))
-        raise ValueError(f"images are {size} pixels; SSD300 needs 300 x 300: set data.init_args.image_size to 300.")
+        raise InputError(f"images are {size} pixels; SSD300 needs 300 x 300: set data.init_args.image_size to 300.")
 
 
 class SSD(CheckedModule):
@@ -85,7 +86,7 @@ class SSD(CheckedModule):
         super().__init__()
         self.save_hyperparameters()
         if optimizer not in OPTIMIZERS:
-            raise ValueError(f"optimizer is {optimizer!r}; it must be one of {', '.join(OPTIMIZERS)}.")
+            raise InputError(f"optimizer is {optimizer!r}; it must be one of {', '.join(OPTIMIZERS)}.")
         self.network = ssd300(num_classes + 1, width, batchnorm)
         self.note_random_weights(None if ckpt is None else load_backbone(self.network, os.path.expandvars(ckpt)))
         self.thresholds = Thresholds(score_threshold, nms_threshold, top_k=top_k)
@@ -101,7 +102,7 @@ class SSD(CheckedModule):
         """
         super().setup(stage)
         data = getattr(self._trainer, "datamodule", None)
-        refuse_other_sides([getattr(data, "image_size", SSD300_SIDE)] * 2)
+        check_image_side([getattr(data, "image_size", SSD300_SIDE)] * 2)
 
     def forward(self, images: Tensor) -> Predictions:
         """Raw predictions for normalised images (B, 3, 300, 300).
@@ -109,7 +110,7 @@ class SSD(CheckedModule):
         Raises:
             ValueError: the images have another size, which the default boxes are not made for.
         """
-        refuse_other_sides(images.shape[-2:])
+        check_image_side(images.shape[-2:])
         return self.network(images.contiguous(memory_format=self.memory_format))
 
     def detections(self, images: Tensor) -> list[Detections]:
@@ -128,7 +129,7 @@ class SSD(CheckedModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """One optimisation step on a batch."""
         terms, _ = self.losses(batch)
-        self.refuse_nan(terms["loss"].detach(), batch, "train")
+        self.check_not_nan(terms["loss"].detach(), batch, "train")
         size = len(batch["image"])
         for name, mean in self.epoch_metrics("train").items():
             mean.update(terms[name.split("/")[1]].detach(), weight=terms["matched"])
@@ -145,7 +146,7 @@ class SSD(CheckedModule):
 
     def _evaluate(self, stage: Literal["val", "test"], batch: dict[str, Any]) -> None:
         terms, predictions = self.losses(batch)
-        self.refuse_nan(terms["loss"].detach(), batch, stage)
+        self.check_not_nan(terms["loss"].detach(), batch, stage)
         for name, mean in self.epoch_metrics(stage).items():
             mean.update(terms[name.split("/")[1]].detach(), weight=terms["matched"])
         size = (batch["image"].shape[-2], batch["image"].shape[-1])

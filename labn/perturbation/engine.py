@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from labn.inference.fast_copy import Form, Prepared, cpu_chunk, prepare
+from labn.errors import InputError
+from labn.inference.fast_copy import FastCopy, FastForm, cpu_chunk, fast_copy
 from labn.inference.modes import evaluating, logits_of, matching
 from labn.perturbation.stateless_random import sample_integers
 
@@ -27,13 +28,13 @@ KEEP = {"first": torch.lt, "rest": torch.ge}
 def check_precision(name: str) -> None:
     """Raise ValueError unless `name` is a precision of `PerturbationEngine`."""
     if name not in PRECISIONS:
-        raise ValueError(f"precision must be one of {sorted(PRECISIONS)}, got {name!r}.")
+        raise InputError(f"precision must be one of {sorted(PRECISIONS)}, got {name!r}.")
 
 
 def check_chunk_size(size: int | None) -> None:
     """Raise ValueError unless `size` is a number of inputs, or None, which lets the engine choose."""
     if size is not None and size < 1:
-        raise ValueError(f"chunk_size must be at least 1, got {size}.")
+        raise InputError(f"chunk_size must be at least 1, got {size}.")
 
 
 class ChunkSize:
@@ -97,18 +98,18 @@ class PerturbationEngine:
         forward: Callable[[Tensor], Any] | None = None,
     ) -> None:
         if images.ndim != 4 or not images.is_floating_point():
-            raise ValueError(f"images must be floating (B, C, H, W), got {tuple(images.shape)} {images.dtype}.")
+            raise InputError(f"images must be floating (B, C, H, W), got {tuple(images.shape)} {images.dtype}.")
         check_precision(precision)
         if precision == "bf16" and images.dtype == torch.float64:
-            raise ValueError("precision='bf16' is autocast, which leaves float64 alone: give float32 images, or fp32.")
+            raise InputError("precision='bf16' is autocast, which leaves float64 alone: give float32 images, or fp32.")
         self.images = images.detach()
         self.indices = torch.arange(len(images)) if indices is None else indices
         self.forwards = self.reused = 0
         self._chunk = ChunkSize(chunk_size, images)
         self._autocast = PRECISIONS[precision]
-        self._prepared = Prepared(Form())
+        self._prepared = FastCopy(FastForm())
         if forward is None:
-            self._prepared = prepare(model, images, fold=fold, dtype=self._autocast)
+            self._prepared = fast_copy(model, images, fold=fold, dtype=self._autocast)
         # `is None` throughout: a compiled module has no truth value.
         unprepared = matching(model, images) if forward is None and self._prepared.copy is None else model
         self._module = unprepared if self._prepared.copy is None else self._prepared.copy
@@ -273,7 +274,7 @@ class PerturbationEngine:
         fill = torch.as_tensor(fill).to(self.images)
         fill = fill.reshape(*[1] * (4 - fill.ndim), *fill.shape)
         if fill.ndim > 4 or any(side not in (1, full) for side, full in zip(fill.shape, self.images.shape)):
-            raise ValueError(f"fill must be broadcastable to {tuple(self.images.shape)}, got {tuple(fill.shape)}.")
+            raise InputError(f"fill must be broadcastable to {tuple(self.images.shape)}, got {tuple(fill.shape)}.")
         for name, known in enumerate(self._fills):
             if known.shape == fill.shape and torch.equal(known, fill):
                 return known, name

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from labn.errors import InputError
 from labn.perturbation.stateless_random import sample_uniform
 
 Channels = Sequence[float] | Tensor
@@ -33,7 +34,7 @@ def _channels(values: Channels | None, default: float, images: Tensor) -> Tensor
     """Per-channel numbers as (1, C, 1, 1) in the images' dtype and on their device."""
     given = torch.as_tensor([default] if values is None else values, dtype=torch.float64).flatten()
     if len(given) not in (1, images.shape[1]):
-        raise ValueError(f"mean and std must have 1 or {images.shape[1]} values (one per channel), got {len(given)}.")
+        raise InputError(f"mean and std must have 1 or {images.shape[1]} values (one per channel), got {len(given)}.")
     return given.to(images.device, images.dtype).expand(images.shape[1]).view(1, -1, 1, 1)
 
 
@@ -51,10 +52,10 @@ def _mean(images: Tensor, options: FillOptions) -> Tensor:
 
 def _bias(images: Tensor, options: FillOptions) -> Tensor:
     if options.bias is None:
-        raise ValueError("fill='bias' needs bias=, the training split's mean image (C, H, W) in pixel space [0, 1].")
+        raise InputError("fill='bias' needs bias=, the training split's mean image (C, H, W) in pixel space [0, 1].")
     bias = options.bias.to(images).expand(1, *options.bias.shape[-3:])
     if bias.shape[1:] != images.shape[1:]:
-        raise ValueError(f"bias must be {tuple(images.shape[1:])} like the images, got {tuple(options.bias.shape)}.")
+        raise InputError(f"bias must be {tuple(images.shape[1:])} like the images, got {tuple(options.bias.shape)}.")
     return _normalise(bias, options, images)
 
 
@@ -141,5 +142,5 @@ def make_fill(
 def fill_with(name: str, images: Tensor, options: FillOptions) -> Tensor:
     """`make_fill` with its keywords in one object."""
     if name not in FILLS:
-        raise ValueError(f"fill must be one of {sorted(FILLS)}, got {name!r}.")
+        raise InputError(f"fill must be one of {sorted(FILLS)}, got {name!r}.")
     return FILLS[name](images, options)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from labn.errors import InputError
 from labn.perturbation.stateless_random import sample_integers
 
 # Patches per step of the released evaluation, by image side and patch side.
@@ -28,7 +29,7 @@ def patch_grid(size: tuple[int, int], patch_size: int) -> tuple[int, int]:
     """
     height, width = size
     if not 1 <= patch_size <= min(height, width):
-        raise ValueError(
+        raise InputError(
             f"patch_size must be from 1 to {min(height, width)} for {height}x{width} maps, got {patch_size}."
         )
     return -(-height // patch_size), -(-width // patch_size)
@@ -73,7 +74,7 @@ def patch_pool(maps: Tensor, patch_size: int, pooling: str = "max") -> Tensor:
         ValueError: unknown pooling, or a patch larger than the image.
     """
     if pooling not in POOLINGS:
-        raise ValueError(f"pooling must be one of {sorted(POOLINGS)}, got {pooling!r}.")
+        raise InputError(f"pooling must be one of {sorted(POOLINGS)}, got {pooling!r}.")
     patch_grid((maps.shape[-2], maps.shape[-1]), patch_size)
     return maps if patch_size == 1 else POOLINGS[pooling](maps.unsqueeze(1), patch_size).squeeze(1)
 
@@ -128,7 +129,7 @@ def patch_ranks(values: Tensor, ties: str = "fraction", *, seed: int = 0, indice
         (B, N) int64 ranks in 0..N-1.
     """
     if ties not in TIES:
-        raise ValueError(f"ties must be one of {sorted(TIES)}, got {ties!r}.")
+        raise InputError(f"ties must be one of {sorted(TIES)}, got {ties!r}.")
     return TIES[ties](values.flatten(1), seed, indices)
 
 

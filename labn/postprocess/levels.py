@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from labn.errors import InputError
+
 Sign = Literal["all", "positive", "negative", "absolute"]
 
 
@@ -24,9 +26,9 @@ def quantise(maps: Tensor, levels: int = 8, mode: Literal["floor", "round", "qua
         mode: how values go to levels.
     """
     if levels < 2:
-        raise ValueError(f"levels must be at least 2, got {levels}.")
+        raise InputError(f"levels must be at least 2, got {levels}.")
     if mode not in _QUANTISERS:
-        raise ValueError(f"mode={mode!r} is not one of {', '.join(map(repr, _QUANTISERS))}.")
+        raise InputError(f"mode={mode!r} is not one of {', '.join(map(repr, _QUANTISERS))}.")
     return _QUANTISERS[mode](maps, levels)
 
 
@@ -74,7 +76,7 @@ _SIGNS: dict[str, Callable[[Tensor], Tensor]] = {
 def with_sign(maps: Tensor, sign: Sign = "positive") -> Tensor:
     """Keep `positive` values, the size of `negative` ones, the `absolute` value, or `all`."""
     if sign not in _SIGNS:
-        raise ValueError(f"sign={sign!r} is not one of {', '.join(map(repr, _SIGNS))}.")
+        raise InputError(f"sign={sign!r} is not one of {', '.join(map(repr, _SIGNS))}.")
     return _SIGNS[sign](maps)
 
 
@@ -87,7 +89,7 @@ def normalise(maps: Tensor, sign: Sign = "all", percentile: float = 98.0) -> Ten
         percentile: of the cumulative mass of |values| in ascending order, in (0, 100]. An all-zero map stays zero.
     """
     if not 0 < percentile <= 100:
-        raise ValueError(f"percentile must lie in (0, 100], got {percentile}.")
+        raise InputError(f"percentile must lie in (0, 100], got {percentile}.")
     chosen = with_sign(maps, sign)
     order = chosen.abs().flatten(1).sort(1).values
     mass = order.double().cumsum(1)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from labn.errors import InputError, InputTypeError
 from labn.postprocess.regions import Options, component_mask, contour_mask, masked, resized, threshold
 
 
@@ -25,7 +26,7 @@ def c1c(maps: Tensor, **options: Any) -> Tensor:
         TypeError: the option `contour`, of which C1C has none.
     """
     if "contour" in options:
-        raise TypeError("c1c keeps a component and has no option 'contour'; c3 has.")
+        raise InputTypeError("c1c keeps a component and has no option 'contour'; c3 has.")
     return _per_map(maps, Options(**options), _component_only)
 
 
@@ -53,7 +54,7 @@ def c3_fallback(maps: Tensor, **options: Any) -> Tensor:
 
 def _per_map(maps: Tensor, options: Options, keep: Callable[[Tensor, Options], Tensor]) -> Tensor:
     if maps.ndim != 3:
-        raise ValueError(f"maps must be (B, H, W), got {tuple(maps.shape)}.")
+        raise InputError(f"maps must be (B, H, W), got {tuple(maps.shape)}.")
     if not len(maps):
         return maps.clone()
     # Half precision cannot tell 256 levels of grey apart, and NumPy has no bfloat16.

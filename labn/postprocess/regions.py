@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from labn.errors import InputError
+
 SUMS_TO_ZERO = 1e-5  # of the sum of absolute values: float32 maps of relevance for one class against others leave less
 
 
@@ -51,9 +53,9 @@ class Options:
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, allowed))}.")
+                raise InputError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(repr, allowed))}.")
         if self.threshold == "quantile" and not 0 <= self.level <= 1:
-            raise ValueError(f"level must lie in [0, 1] for threshold='quantile', got {self.level}.")
+            raise InputError(f"level must lie in [0, 1] for threshold='quantile', got {self.level}.")
 
 
 def resized(one: Tensor, options: Options) -> Tensor:

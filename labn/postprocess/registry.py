@@ -11,6 +11,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from labn.errors import InputError
 from labn.postprocess.levels import normalise, quantise, with_sign
 from labn.postprocess.region_choice import c1c, c3
 from labn.postprocess.regions import Options
@@ -43,7 +44,7 @@ def _step(text: str) -> Callable[[Tensor], Tensor]:
     name, _, options = text.partition(":")
     quantised = name.startswith("hq") and name[2:].isdigit()
     if name not in STEPS and not quantised:
-        raise ValueError(f"postprocess {name!r} is not one of {', '.join(STEPS)} or hq<levels>, such as hq8.")
+        raise InputError(f"postprocess {name!r} is not one of {', '.join(STEPS)} or hq<levels>, such as hq8.")
     step = partial(quantise, levels=int(name[2:])) if quantised else STEPS[name]
     return partial(step, **_values(text, options, OPTIONS.get("hq" if quantised else name, ())))
 
@@ -55,7 +56,7 @@ def _values(text: str, options: str, known: Iterable[str]) -> dict[str, Any]:
         key, equals, value = (part.strip() for part in pair.partition("="))
         if not equals or key not in known:
             allowed = ", ".join(known) or "none"
-            raise ValueError(
+            raise InputError(
                 f"postprocess {text!r} has the option {pair.strip()!r}; options are key=value of {allowed}."
             )
         values[key] = yaml.safe_load(value)

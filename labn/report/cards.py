@@ -10,6 +10,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from labn.errors import InputError
 from labn.report.figures import color_scale
 
 Array = np.ndarray[Any, Any]
@@ -137,5 +138,5 @@ def _encode(suffix: str, array: Array, quality: int | None = None) -> bytes:
     options = [] if quality is None else [cv2.IMWRITE_JPEG_QUALITY, quality]
     ok, data = cv2.imencode(suffix, array, options)
     if not ok:
-        raise ValueError(f"an array {array.shape} {array.dtype} cannot be encoded as {suffix}.")
+        raise InputError(f"an array {array.shape} {array.dtype} cannot be encoded as {suffix}.")
     return data.tobytes()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from labn.io.memmap import blocks, scratch
+from labn.io.memmap import blocks, temporary_memmap
 from labn.report.charts import Panel, Series
 
 GRID = np.linspace(0, 1, 101)
@@ -15,12 +15,12 @@ PROBABILITY, UNIT = "probability", (0.0, 1.0)
 _BLOCK = 1 << 22  # counts of draws held at once
 
 
-def on_grid(x: np.ndarray, y: np.ndarray, room: Path | None = None) -> np.ndarray:
+def on_grid(x: np.ndarray, y: np.ndarray, scratch_dir: Path | None = None) -> np.ndarray:
     """Curves (n, K) at abscissae (n, K), linearly between their points, at the 101 points of `GRID`: (n, 101).
 
-    They lie on the disk of the folder `room`, where one is given.
+    They lie on the disk of the folder `scratch_dir`, where one is given.
     """
-    grid = scratch((len(x), len(GRID)), np.float64, room)
+    grid = temporary_memmap((len(x), len(GRID)), np.float64, scratch_dir)
     for rows in blocks(len(x)):
         grid[rows] = [np.interp(GRID, own, values) for own, values in zip(x[rows], y[rows])]
     return grid
@@ -78,7 +78,7 @@ def curve_panels(
     curves: Mapping[str, np.ndarray],
     explainers: list[str],
     metric: str,
-    room: Path | None = None,
+    scratch_dir: Path | None = None,
     quantity: str = PROBABILITY,
 ) -> list[Panel]:
     """An insertion and a deletion panel of one metric, one line per explainer.
@@ -88,14 +88,14 @@ def curve_panels(
             samples of a group are drawn together.
         explainers: in the order of the table, which also fixes their colours.
         metric: its name.
-        room: a folder on whose disk intermediate results lie; None: in memory.
+        scratch_dir: a folder on whose disk intermediate results lie; None: in memory.
         quantity: what the curves hold, see `StageResults.quantity`; all but probabilities have the range of the data.
     """
     y_range = UNIT if quantity == PROBABILITY else None
     lines = ("insertion", "deletion")
     keys = {name: f"{name}/{metric}" for name in explainers if f"{name}/{metric}/x" in curves}
     grids = [
-        (on_grid(curves[f"{key}/x"], curves[f"{key}/{line}"], room), curves.get(f"{key}/group"))
+        (on_grid(curves[f"{key}/x"], curves[f"{key}/{line}"], scratch_dir), curves.get(f"{key}/group"))
         for line in lines
         for key in keys.values()
     ]

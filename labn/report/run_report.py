@@ -57,7 +57,7 @@ class RunInfo:
 def run_report(results: StageResults, info: RunInfo) -> Report:
     """Put together the report of a results folder."""
     charted = {
-        metric: curve_panels(results.curves, results.explainers, metric, results.room, results.quantity)
+        metric: curve_panels(results.curves, results.explainers, metric, results.scratch_dir, results.quantity)
         for metric in curve_metrics(results.curves)
     }
     training = read_training(info.run_dir, info.epoch)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from labn.errors import InputError, MissingFileError
 from labn.io.readers import Line, read_arrays, read_json, read_table
 from labn.report.cards import Card
 from labn.results.tables import PAIRED, SUMMARY
@@ -46,7 +47,7 @@ class StageResults:
         curves: arrays of `curves.npz`; with groups also `<explainer>/<metric>/group`, (n,) int64.
         manifest: explainer arguments, settings, hashes and versions.
         cards: records of the gallery.
-        room: folder on whose disk large arrays lie meanwhile; None: in memory.
+        scratch_dir: folder on whose disk large arrays lie meanwhile; None: in memory.
     """
 
     folder: Path
@@ -59,7 +60,7 @@ class StageResults:
     curves: dict[str, np.ndarray] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
     cards: list[Card] = field(default_factory=list)
-    room: Path | None = None
+    scratch_dir: Path | None = None
 
     @property
     def explainers(self) -> list[str]:
@@ -84,28 +85,28 @@ class StageResults:
         return [name for name in dict.fromkeys(asked) if name in self.value_names]
 
 
-def read_stage(folder: Path, samples: Collection[int] | None = None, room: Path | None = None) -> StageResults:
+def read_stage(folder: Path, samples: Collection[int] | None = None, scratch_dir: Path | None = None) -> StageResults:
     """Read a results folder.
 
     Args:
         folder: of the stage.
         samples: those whose scores and names are kept; None keeps all, which takes some 100 bytes per score.
-        room: a folder on whose disk the curves lie while they are in use; None: in memory.
+        scratch_dir: a folder on whose disk the curves lie while they are in use; None: in memory.
 
     Raises:
         FileNotFoundError: the folder does not exist.
         ValueError: a file in it is damaged; the message names it and the line.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a results folder; run `test` or `validate` first.")
-    results = StageResults(folder, groups=_groups(folder / "predictions.csv"), room=room)
+        raise MissingFileError(f"{folder} is not a results folder; run `test` or `validate` first.")
+    results = StageResults(folder, groups=_groups(folder / "predictions.csv"), scratch_dir=scratch_dir)
     for row in _lines(folder / "scores.csv", ("index", "name", "explainer", "metric", "value")):
         _keep(results, row, samples)
     return replace(
         results,
         summary=[line.cells for line in _lines(folder / "summary.csv", SUMMARY)],
         paired=[line.cells for line in _lines(folder / "paired.csv", PAIRED)],
-        curves=_with_groups(folder / "curves.npz", results.groups, room),
+        curves=_with_groups(folder / "curves.npz", results.groups, scratch_dir),
         manifest=_json(folder / "maps" / "manifest.json", {}),
         cards=_json(folder / CARDS, []),
     )
@@ -119,7 +120,7 @@ def _keep(results: StageResults, row: Line, samples: Collection[int] | None) -> 
     if results.groups is not None:
         if index not in results.groups:
             path = results.folder / "predictions.csv"
-            raise ValueError(
+            raise InputError(
                 f"{path} has no group for {row['name']} (index {index}), which scores.csv has; test again."
             )
         total.groups.add(results.groups[index])
@@ -139,14 +140,14 @@ def _groups(path: Path) -> dict[int, int] | None:
     return {row.number("index", int): int(row.number("group", np.int64)) for row in rows} or None
 
 
-def _with_groups(path: Path, groups: dict[int, int] | None, room: Path | None) -> dict[str, np.ndarray]:
-    arrays = read_arrays(path, room=room) if path.exists() else {}
+def _with_groups(path: Path, groups: dict[int, int] | None, scratch_dir: Path | None) -> dict[str, np.ndarray]:
+    arrays = read_arrays(path, scratch_dir=scratch_dir) if path.exists() else {}
     if groups is None:
         return arrays
     for key in [name.removesuffix("/index") for name in arrays if name.endswith("/index")]:
         drawn = [groups.get(index) for index in arrays[f"{key}/index"].ravel().tolist()]
         if None in drawn:
-            raise ValueError(
+            raise InputError(
                 f"{path} has a curve of {key} for a sample that predictions.csv has no group for; test again."
             )
         arrays[f"{key}/group"] = np.array(drawn, dtype=np.int64)

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from labn.errors import InputError
 from labn.inference.fingerprint import digest
 from labn.io.atomic import LEFTOVERS, free_aside, remove_leftovers, write_atomically
 from labn.io.readers import read_arrays, read_json
@@ -32,7 +33,7 @@ FORMAT = 2
 
 MAPS, SCORES = ".safetensors", ".npz"
 
-MAX_PART = 2**31
+MAX_SHARD_BYTES = 2**31
 """Bytes that the arrays of one score part may take."""
 
 MANIFEST = "maps/manifest.json"
@@ -44,7 +45,7 @@ DERIVED = (*TABLES, "cards.json", "cards", "report.html", MANIFEST, "overlays")
 
 
 @dataclass
-class ScorePart:
+class ScoreShard:
     """Scores of one explainer on one batch.
 
     Attributes:
@@ -141,7 +142,7 @@ class ResultStore:
 
     # Scores
 
-    def add_scores(self, part: ScorePart) -> None:
+    def add_scores(self, part: ScoreShard) -> None:
         """Save the scores of one explainer on one batch."""
         arrays: dict[str, Any] = {
             "explainer": np.array(part.explainer),
@@ -161,16 +162,16 @@ class ResultStore:
         name = shard_name(part.explainer, part.key, part.index.tolist(), rest)
         write_atomically(self.folder / "parts" / name, buffer.getbuffer())
 
-    def parts(self) -> Iterator[ScorePart]:
+    def parts(self) -> Iterator[ScoreShard]:
         """Every whole score part in the folder, of all ranks and earlier runs, one at a time."""
         for path in ShardIndex(self.folder / "parts", SCORES).all():
             part = self._part(path)
             if part is not None:
                 yield part
 
-    def _part(self, path: Path) -> ScorePart | None:
+    def _part(self, path: Path) -> ScoreShard | None:
         try:
-            return read_part(path)
+            return read_score_shard(path)
         except Exception as error:
             warnings.warn(f"{path} is damaged ({error}); its scores are computed again.", stacklevel=2)
             return None
@@ -210,15 +211,15 @@ def read_maps(path: Path, wanted: set[int]) -> dict[int, Tensor]:
     """
     with safe_open(path, framework="pt") as file:
         if set(file.keys()) != {"index", "maps"}:
-            raise ValueError(f"it holds {', '.join(file.keys())} instead of index and maps")
+            raise InputError(f"it holds {', '.join(file.keys())} instead of index and maps")
         index, stored = file.get_tensor("index"), file.get_slice("maps")
         shape = tuple(stored.get_shape())
         if index.ndim != 1 or index.dtype != torch.int64 or len(shape) != 3 or shape[0] != len(index):
-            raise ValueError(f"{tuple(index.shape)} indices and maps of shape {shape}")
+            raise InputError(f"{tuple(index.shape)} indices and maps of shape {shape}")
         rows = {int(i): n for n, i in enumerate(index.tolist()) if i in wanted}
         maps = file.get_tensor("maps") if rows else None
         if maps is not None and not maps.is_floating_point():
-            raise ValueError(f"maps of type {maps.dtype}")
+            raise InputError(f"maps of type {maps.dtype}")
     return {} if maps is None else {i: maps[n] for i, n in rows.items()}
 
 
@@ -230,19 +231,19 @@ def _identity(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def read_part(path: Path) -> ScorePart:
+def read_score_shard(path: Path) -> ScoreShard:
     """Read one score part; nothing in it is executed.
 
     Raises:
         ValueError: it is damaged, or its arrays do not belong together.
     """
-    arrays = read_arrays(path, MAX_PART)
-    _refuse_unequal(arrays)
+    arrays = read_arrays(path, MAX_SHARD_BYTES)
+    _check_lengths(arrays)
 
     def group(prefix: str) -> dict[str, np.ndarray]:
         return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
 
-    return ScorePart(
+    return ScoreShard(
         explainer=str(arrays["explainer"]),
         key=str(arrays["key"]),
         index=arrays["index"],
@@ -256,7 +257,7 @@ def read_part(path: Path) -> ScorePart:
     )
 
 
-def _refuse_unequal(arrays: dict[str, np.ndarray]) -> None:
+def _check_lengths(arrays: dict[str, np.ndarray]) -> None:
     """Stop unless columns are (n,) numbers, and curves have as many rows as their own index."""
     count, columns = len(arrays["index"]), ("index", "label", "target", "prediction", "probability")
     for name, value in arrays.items():
@@ -268,4 +269,4 @@ def _refuse_unequal(arrays: dict[str, np.ndarray]) -> None:
         else:
             continue
         if not right or value.dtype.kind not in kinds:
-            raise ValueError(f"{name} has shape {value.shape} and type {value.dtype}")
+            raise InputError(f"{name} has shape {value.shape} and type {value.dtype}")

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from labn.io.atomic import write_atomically, written_atomically
-from labn.io.memmap import Stored, blocks, scratch, write_npz
+from labn.io.memmap import Stored, blocks, temporary_memmap, write_npz
 from labn.metrics.statistics import Interval, bootstrap_means
-from labn.results.store import MANIFEST, ResultStore, ScorePart
+from labn.results.store import MANIFEST, ResultStore, ScoreShard
 
 SCORES = ("split", "index", "name", "label", "target", "explainer", "metric", "value")
 
@@ -60,7 +60,7 @@ class Plan:
         """Names of all values, each once, in order."""
         return list(dict.fromkeys(name for _, names in self.metrics.values() for name in names))
 
-    def accepted(self, part: ScorePart) -> set[str]:
+    def accepted(self, part: ScoreShard) -> set[str]:
         """Names of the part's values that the present explainers and metrics made."""
         if self.explainers.get(part.explainer) != part.key:
             return set()
@@ -91,11 +91,11 @@ class Table:
         kinds = {"label": np.int64, "prediction": np.int64, "probability": np.float64}
         self.facts: dict[str, np.ndarray] = {name: np.zeros(size, kind) for name, kind in kinds.items()}
         self.targets = {name: np.zeros(size, dtype=np.int64) for name in plan.explainers}
-        self.values = scratch((len(self._places), size), np.float64, folder)
+        self.values = temporary_memmap((len(self._places), size), np.float64, folder)
         for rows in blocks(size):
             self.values[:, rows] = np.nan
 
-    def add(self, part: ScorePart, accepted: set[str]) -> None:
+    def add(self, part: ScoreShard, accepted: set[str]) -> None:
         """Take the accepted values of a part over; a sample that was scored twice counts once."""
         places, rows = rows_of(self.index, part.index)
         self.seen[places] = True
@@ -129,7 +129,7 @@ def rows_of(index: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return places[rows], rows
 
 
-def collect(parts: Iterable[ScorePart], plan: Plan, folder: Path | None = None) -> Table:
+def collect(parts: Iterable[ScoreShard], plan: Plan, folder: Path | None = None) -> Table:
     """Read the accepted values of all parts; of each part no more than this stays in memory."""
     table = Table(plan, folder)
     for part in parts:
@@ -238,20 +238,20 @@ class Curves:
         self._lines: dict[tuple[str, str], dict[str, np.ndarray]] = {}
         self._seen: dict[tuple[str, str], np.ndarray] = {}
 
-    def add(self, part: ScorePart) -> None:
+    def add(self, part: ScoreShard) -> None:
         """Keep the curves that the present explainers and metrics made."""
         for metric, (key, _) in self.plan.metrics.items():
             known = self.plan.explainers.get(part.explainer) == part.key and part.keys.get(metric) == key
             if known and f"{metric}/x" in part.curves:
                 self._add(part, metric)
 
-    def _add(self, part: ScorePart, metric: str) -> None:
+    def _add(self, part: ScoreShard, metric: str) -> None:
         places, rows = rows_of(self.index, part.curves[f"{metric}/index"])
         own = part.explainer, metric
         for line in LINES:
             curve = part.curves[f"{metric}/{line}"]
             if line not in self._lines.setdefault(own, {}):
-                self._lines[own][line] = scratch((len(self.index), *curve.shape[1:]), curve.dtype, self.folder)
+                self._lines[own][line] = temporary_memmap((len(self.index), *curve.shape[1:]), curve.dtype, self.folder)
             self._lines[own][line][places] = curve[rows]
         self._seen.setdefault(own, np.zeros(len(self.index), dtype=bool))[places] = True
 
@@ -268,7 +268,7 @@ class Curves:
                 yield f"{start}/{line}", (len(places), *held.shape[1:]), held.dtype, rows
 
 
-def _streamed(parts: Iterable[ScorePart], curves: Curves) -> Iterator[ScorePart]:
+def _streamed(parts: Iterable[ScoreShard], curves: Curves) -> Iterator[ScoreShard]:
     for part in parts:
         curves.add(part)
         yield part

@@ -3,7 +3,7 @@
     python tests/benchmarks/crp.py [--width 0.25] [--rounds 5] [--threads 1] [--device cpu]
 
 Bars: one detection's class map <= 2.5; 20 detections of one image at least 1.5 times cheaper than 20 single calls.
-Rounds are interleaved (A B B A); process CPU time on a CPU, medians of ratios. Prepared weights are made once before.
+Rounds are interleaved (A B B A); process CPU time on a CPU, medians of ratios. FastCopy weights are made once before.
 The unit is gradient x input in the faster of both memory formats.
 """
 
@@ -76,10 +76,10 @@ def main() -> None:
     crp, questions = CRP(), [Question(prior, "class", 1) for prior in PRIORS[:20]]
 
     def one(question: Question) -> Tensor:
-        return crp.ask(crp.passage(detector, image), [question]).maps
+        return crp.ask(crp.trace(detector, image), [question]).maps
 
     def together() -> Tensor:
-        return crp.ask(crp.passage(detector, image), questions).maps
+        return crp.ask(crp.trace(detector, image), questions).maps
 
     print(f"{platform.machine()}, {arguments.threads} threads, {arguments.device}, width {arguments.width}")
     for prior, source in ((3000, "conv4_3"), (6500, "conv7")):

@@ -20,7 +20,7 @@ from torchvision.ops import box_iou
 from datamodules import VOC
 from labn.explainers import CRP
 from labn.explainers.relevance.crp import Question
-from labn.explainers.relevance.detection_pass import DetectionPassage
+from labn.explainers.relevance.detection_pass import DetectionTrace
 from labn.metrics.detection import runner_up, similarity_by_layer, without_contrast
 from labn.metrics.functional.detection import map_similarity
 from labn.modules import SSD
@@ -40,29 +40,29 @@ class Study:
         self.false: list[tuple[float, np.ndarray, DetectionRow]] = []
 
     def add(self, detector: torch.nn.Module, sample: dict, shown: np.ndarray, classes: list[str]) -> None:
-        passage = self.crp.passage(detector, sample["image"])
-        found = passage.detections(self.crp.thresholds).best(self.top)
+        trace = self.crp.trace(detector, sample["image"])
+        found = trace.detections(self.crp.thresholds).best(self.top)
         overlaps = box_iou(found.boxes, sample["boxes"]) * (found.labels[:, None] == sample["labels"][None] + 1)
         for n, (prior, label) in enumerate(zip(found.priors.tolist(), found.labels.tolist())):
-            other = runner_up(passage, prior, label)
-            maps = self.maps(passage, prior, label, other)
+            other = runner_up(trace, prior, label)
+            maps = self.maps(trace, prior, label, other)
             self.names = list(maps)
             heats = torch.stack(list(maps.values()))
             self.matrices.append(np.array([map_similarity(heat.expand_as(heats), heats).tolist() for heat in heats]))
-            title = f"{classes[label]} {float(found.scores[n]):.2f}, source {passage.layout.unit(prior).source}"
+            title = f"{classes[label]} {float(found.scores[n]):.2f}, source {trace.layout.unit(prior).source}"
             row = DetectionRow(title, found.boxes[n].tolist(), {k: v.numpy() for k, v in maps.items()})
             if n == 0:
                 for name, method in (("crp", self.crp), ("lrp", self.plain)):
-                    self.layers[name].append(similarity_by_layer(method, passage, prior, (label, other)))
+                    self.layers[name].append(similarity_by_layer(method, trace, prior, (label, other)))
                 self.what_if.append((shown, row))
             if float(overlaps[n].max() if overlaps.shape[1] else 0) < 0.5:
                 self.false.append((float(found.scores[n]), shown, row))
 
-    def maps(self, passage: DetectionPassage, prior: int, label: int, other: int) -> dict[str, torch.Tensor]:
+    def maps(self, trace: DetectionTrace, prior: int, label: int, other: int) -> dict[str, torch.Tensor]:
         """CRP and plain maps of both classes, and the four coordinates."""
         both = [Question(prior, "class", k) for k in (label, other)]
-        contrast = self.crp.ask(passage, [*both, *(Question(prior, t) for t in ("cx", "cy", "w", "h"))]).maps
-        plain = self.plain.ask(passage, both).maps
+        contrast = self.crp.ask(trace, [*both, *(Question(prior, t) for t in ("cx", "cy", "w", "h"))]).maps
+        plain = self.plain.ask(trace, both).maps
         names = ["crp", "crp, what if", "lrp", "lrp, what if", "cx", "cy", "w", "h"]
         return dict(zip(names, [*contrast[:2], *plain, *contrast[2:]]))
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from labn.explainers import RISE, AblationCAM, explainer_by_name
 from labn.explainers.cam.network_tail import Tail
 from labn.explainers.cam.score import ScoreCAM
-from labn.inference.fast_copy import cpu_chunk, prepare
+from labn.inference.fast_copy import cpu_chunk, fast_copy
 
 SIZE = 224
 GRADCAM_FAMILY = ("cam", "gradcam", "gradcam++", "xgradcam", "amg")
@@ -55,7 +55,7 @@ def forwards(model: nn.Module, count: int, batch: int) -> None:
 
 def rise(model: nn.Module, image: Tensor, masks: int) -> Pair:
     """RISE with `masks` masks and one class."""
-    folded = prepare(model, image).copy or model
+    folded = fast_copy(model, image).copy or model
     return lambda: forwards(folded, masks, cpu_chunk(image)), lambda: RISE(masks)(model, image, torch.tensor([1])), 1.05
 
 
@@ -72,7 +72,7 @@ def scorecam(model: nn.Module, image: Tensor, layer: str) -> Pair:
     handle = model.get_submodule(layer).register_forward_hook(lambda _m, _a, out: shapes.append(out.shape[1]))
     forwards(model, 1, 1)
     handle.remove()
-    folded = prepare(model, image).copy or model
+    folded = fast_copy(model, image).copy or model
     explainer = ScoreCAM(layer)
     count = shapes[0] + 2  # the image itself and the baseline
     return lambda: forwards(folded, count, cpu_chunk(image)), lambda: explainer(model, image, torch.tensor([1])), 1.06

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from labn.report import RunInfo, read_stage, render, run_report
-from labn.results.store import ResultStore, ScorePart
+from labn.results.store import ResultStore, ScoreShard
 from labn.results.tables import Plan, write_results
 
 EXPLAINERS = ("gradient", "random", "constant")
@@ -54,13 +54,13 @@ def measured(name: str) -> Iterator[None]:
     print(f"  {name}: {max(peak[0] - before, 0):.0f} MiB, {time.process_time() - cpu:.0f} CPU seconds", flush=True)
 
 
-def part(explainer: str, first: int, last: int) -> ScorePart:
+def part(explainer: str, first: int, last: int) -> ScoreShard:
     """Scores of a batch that follow from its first index."""
     index, noise = np.arange(first, last), np.random.default_rng([len(explainer), first])
     x = np.linspace(0, 1, POINTS, dtype=np.float32)
     lines = {line: noise.random((len(index), POINTS), dtype=np.float32) for line in ("insertion", "deletion")}
     curves = {"pid16/x": np.tile(x, (len(index), 1)), **{f"pid16/{name}": line for name, line in lines.items()}}
-    return ScorePart(
+    return ScoreShard(
         *(explainer, "key", index, index % 2, index % 2, index % 2, noise.random(len(index))),
         values={name: noise.random(len(index)) for name in VALUES},
         keys={"pid16": "key"},
@@ -83,7 +83,7 @@ def tables(count: int) -> None:
             write_results(store, plan, "test", "sample_{:07d}".format, {"class_names": ["a", "b"]})
         shown = set(np.linspace(0, count - 1, SHOWN).astype(int).tolist())
         with measured("report"):
-            results = read_stage(store.folder, shown, room=store.folder)
+            results = read_stage(store.folder, shown, scratch_dir=store.folder)
             render(run_report(results, RunInfo("tables", run_dir, ["a", "b"], count, {})))
 
 

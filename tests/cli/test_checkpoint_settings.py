@@ -9,14 +9,14 @@ from jsonargparse import Namespace
 from callbacks.checkpoint import named_classes
 from callbacks.logging.terminal import say_taken_over
 from labn.models.backbones import build_network
-from labn.modules.plain_checkpoints import refuse_other_class
+from labn.modules.plain_checkpoints import check_same_class
 
 HELD = {"hyper_parameters": {"_class_path": "labn.modules.LABN"}}
 
 
 def test_another_class_is_refused_with_both_names():
     with pytest.raises(ValueError, match=r"a\.ckpt holds a labn\.modules\.LABN, but .* asks for a labn\.modules\.SSD"):
-        refuse_other_class("a.ckpt", HELD, "labn.modules.SSD")
+        check_same_class("a.ckpt", HELD, "labn.modules.SSD")
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_another_class_is_refused_with_both_names():
     [(HELD, "labn.modules.LABN"), (HELD, "labn.modules.labn.LABN"), (HELD, None), ({}, "labn.modules.SSD"), (3, "x.Y")],
 )
 def test_the_same_class_and_what_names_none_pass(content, asked):
-    refuse_other_class("a.ckpt", content, asked)
+    check_same_class("a.ckpt", content, asked)
 
 
 def test_settings_that_the_checkpoint_replaces_are_named(caplog):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from command_line import TINY, call_main, run
 
-from labn.launch.archive_fit import holds_fit, move_aside
+from labn.launch.archive_fit import archive_fit, holds_fit
 from labn.results.training_logs import read_training
 
 CALLBACKS = (
@@ -69,11 +69,11 @@ def test_only_what_a_fit_has_left_is_moved(tmp_path):
     (tmp_path / "logs" / "test" / "metrics.csv").write_text("epoch,test/loss\n0,1\n")
     (tmp_path / "checkpoints").mkdir()
     assert not holds_fit(tmp_path)
-    assert move_aside(tmp_path) is None
+    assert archive_fit(tmp_path) is None
     for number in (1, 2):
         (tmp_path / "checkpoints").mkdir(exist_ok=True)
         (tmp_path / "checkpoints" / "last.ckpt").write_text(str(number))
-        aside = move_aside(tmp_path)
+        aside = archive_fit(tmp_path)
         assert aside == tmp_path / f"fit.old-{number}"
         assert (aside / "checkpoints" / "last.ckpt").read_text() == str(number)
     assert (tmp_path / "logs" / "test" / "metrics.csv").exists()

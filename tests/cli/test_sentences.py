@@ -7,8 +7,9 @@ import pytest
 from command_line import TINY, call_main
 
 import cli
+from labn.errors import sentence_of
 from labn.explainers import explainer_by_name
-from labn.launch.error_messages import config_sentence, sentence_of
+from labn.launch.error_messages import config_sentence
 
 QUICKSTART = ["--config", "configs/quickstart.yaml", *TINY]
 

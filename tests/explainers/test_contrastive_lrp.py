@@ -45,8 +45,8 @@ def test_the_start_is_the_contrast_of_normalised_shares(net, images):
         own = shares[torch.arange(3), targets]
         contrast = own - (shares.sum(1) - own) / 3
     assert contrast.sum(1).abs().max() < 1e-12
-    passage = forward(net, images, Config())
-    expected = backward(passage, {"6": contrast}).sum(1)
+    trace = forward(net, images, Config())
+    expected = backward(trace, {"6": contrast}).sum(1)
     maps = ContrastiveLRP()(net, images, targets)
     torch.testing.assert_close(maps, expected.float(), rtol=1e-5, atol=1e-7 * float(expected.abs().max()))
     assert float((expected.sum((1, 2)) / expected.abs().sum((1, 2))).abs().max()) < 1e-6

@@ -1,4 +1,4 @@
-"""CRP as it is used: many questions of one passage, own detectors, torchvision's, and what goes wrong."""
+"""CRP as it is used: many questions of one trace, own detectors, torchvision's, and what goes wrong."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ QUESTIONS = [Question(p, t, k) for p, k in ((3, 1), (150, 2), (70, 3)) for t in 
 def test_many_questions_are_answered_as_one_by_one_in_any_chunks():
     detector = tiny()
     crp = CRP()
-    passage = crp.passage(detector, picture(detector))
-    together = crp.ask(passage, QUESTIONS)
+    trace = crp.trace(detector, picture(detector))
+    together = crp.ask(trace, QUESTIONS)
     assert isinstance(together, Answers)
     assert together.maps.shape == (15, 32, 32)
     assert together.questions == tuple(QUESTIONS)
-    singles = torch.cat([crp.ask(passage, [q]).maps for q in QUESTIONS])
+    singles = torch.cat([crp.ask(trace, [q]).maps for q in QUESTIONS])
     scale = float(singles.abs().max())
     torch.testing.assert_close(together.maps, singles, rtol=1e-7, atol=1e-9 * scale)
     for size in (1, 4, 100):
         other = CRP(chunk_size=size)
-        torch.testing.assert_close(other.ask(passage, QUESTIONS).maps, singles, rtol=1e-7, atol=1e-9 * scale)
+        torch.testing.assert_close(other.ask(trace, QUESTIONS).maps, singles, rtol=1e-7, atol=1e-9 * scale)
 
 
 @pytest.mark.parametrize(("classify", "locate"), [(3, 1), (1, 3), (3, 5)])
@@ -42,10 +42,10 @@ def test_the_two_heads_of_a_map_may_have_other_kernels(classify, locate):
             heads[n] = torch.nn.Conv2d(head.in_channels, head.out_channels, side, padding=side // 2, bias=False)
     detector = detector.double().eval()
     crp = CRP(chunk_size=100)
-    passage = crp.passage(detector, picture(detector))
-    singles = torch.cat([crp.ask(passage, [q]).maps for q in QUESTIONS])
-    torch.testing.assert_close(crp.ask(passage, QUESTIONS).maps, singles, rtol=1e-7, atol=1e-12)
-    torch.testing.assert_close(crp.ask(passage, QUESTIONS[::-1]).maps, singles.flip(0), rtol=1e-7, atol=1e-12)
+    trace = crp.trace(detector, picture(detector))
+    singles = torch.cat([crp.ask(trace, [q]).maps for q in QUESTIONS])
+    torch.testing.assert_close(crp.ask(trace, QUESTIONS).maps, singles, rtol=1e-7, atol=1e-12)
+    torch.testing.assert_close(crp.ask(trace, QUESTIONS[::-1]).maps, singles.flip(0), rtol=1e-7, atol=1e-12)
 
 
 def test_batchnorm_is_folded_into_what_the_rules_see():
@@ -69,7 +69,7 @@ def test_batchnorm_is_folded_into_what_the_rules_see():
     image = picture(plain)
     crp = CRP()
     maps = [
-        crp.ask(crp.passage(d, image), [Question(3000, "class", 1), Question(6000, "cy")]).maps for d in (normed, plain)
+        crp.ask(crp.trace(d, image), [Question(3000, "class", 1), Question(6000, "cy")]).maps for d in (normed, plain)
     ]
     torch.testing.assert_close(maps[0], maps[1], rtol=1e-5, atol=1e-9)
 
@@ -78,10 +78,10 @@ def test_the_call_explains_the_best_detection_of_the_class():
     detector = tiny()
     image = picture(detector)
     crp = CRP(task="w")
-    passage = crp.passage(detector, image)
-    found = passage.detections(crp.thresholds)
+    trace = crp.trace(detector, image)
+    found = trace.detections(crp.thresholds)
     label = int(found.labels[0])
-    expected = crp.ask(passage, [Question(int(found.priors[0]), "w", label)]).maps
+    expected = crp.ask(trace, [Question(int(found.priors[0]), "w", label)]).maps
     result = explain(detector, image, method=crp)
     assert result.targets.tolist() == [label]
     torch.testing.assert_close(result.maps, expected.float())
@@ -100,9 +100,9 @@ def test_the_negated_method_chooses_the_class_that_the_method_chooses():
 def test_a_question_without_class_asks_for_the_prediction():
     detector = tiny()
     crp = CRP()
-    passage = crp.passage(detector, picture(detector))
-    predicted = int(passage.predictions.classes[0, 40, 1:].argmax()) + 1
-    maps = crp.ask(passage, [Question(40), Question(40, "class", predicted)]).maps
+    trace = crp.trace(detector, picture(detector))
+    predicted = int(trace.predictions.classes[0, 40, 1:].argmax()) + 1
+    maps = crp.ask(trace, [Question(40), Question(40, "class", predicted)]).maps
     assert torch.equal(maps[0], maps[1])
 
 
@@ -110,9 +110,9 @@ def test_no_detection_is_an_empty_result():
     detector = tiny(dtype=torch.float32)
     image = picture(detector, dtype=torch.float32)
     crp = CRP(score_threshold=1.0)
-    passage = crp.passage(detector, image)
-    assert len(passage.detections(crp.thresholds)) == 0
-    assert crp.ask(passage, []).maps.shape == (0, 32, 32)
+    trace = crp.trace(detector, image)
+    assert len(trace.detections(crp.thresholds)) == 0
+    assert crp.ask(trace, []).maps.shape == (0, 32, 32)
     assert float(crp(detector, image, torch.tensor([1])).abs().max()) == 0
     assert explain(detector, image, method=crp).targets.tolist() == [0]
 
@@ -120,27 +120,27 @@ def test_no_detection_is_an_empty_result():
 def test_what_does_not_exist_is_refused():
     detector = tiny(dtype=torch.float32)
     crp = CRP()
-    passage = crp.passage(detector, picture(detector, dtype=torch.float32))
+    trace = crp.trace(detector, picture(detector, dtype=torch.float32))
     with pytest.raises(ValueError, match="class 4 is not one of the detector's 4 classes"):
-        crp.ask(passage, [Question(0, "class", 4)])
+        crp.ask(trace, [Question(0, "class", 4)])
     with pytest.raises(ValueError, match="class 'cat' is not one of"):
-        crp.ask(passage, [Question(0, "class", "cat")])
+        crp.ask(trace, [Question(0, "class", "cat")])
     with pytest.raises(IndexError, match="default box 160 does not exist: the detector has 160"):
-        crp.ask(passage, [Question(160)])
+        crp.ask(trace, [Question(160)])
     with pytest.raises(ValueError, match="task is 'left'; it must be one of class, cx, cy, w, h"):
-        crp.ask(passage, [Question(0, "left")])
+        crp.ask(trace, [Question(0, "left")])
     with pytest.raises(ValueError, match="leaves a class without any other class"):
-        CRP(others=[1]).ask(passage, [Question(0, "class", 1)])
+        CRP(others=[1]).ask(trace, [Question(0, "class", 1)])
     with pytest.raises(TypeError, match=r"SSD is no detector; .* or the `network` of labn.modules.SSD"):
-        crp.passage(SSD(num_classes=2, width=1 / 16), torch.zeros(3, 300, 300))
+        crp.trace(SSD(num_classes=2, width=1 / 16), torch.zeros(3, 300, 300))
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got -1"):
         CRP(chunk_size=-1)
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
-        passage.maps([crp.start(passage, Question(0))], chunk_size=0)
+        trace.maps([crp.start(trace, Question(0))], chunk_size=0)
     with pytest.raises(TypeError, match="Linear is no detector"):
-        crp.passage(torch.nn.Linear(1, 1), torch.zeros(3, 8, 8))
+        crp.trace(torch.nn.Linear(1, 1), torch.zeros(3, 8, 8))
     with pytest.raises(ValueError, match="one image, got 2"):
-        crp.passage(detector, torch.zeros(2, 3, 32, 32))
+        crp.trace(detector, torch.zeros(2, 3, 32, 32))
 
 
 @pytest.mark.parametrize(
@@ -176,18 +176,18 @@ def test_targets_keep_the_contract_of_all_methods():
 def test_a_default_box_and_a_class_may_be_tensors():
     detector = tiny(dtype=torch.float32)
     crp = CRP(score_threshold=0.0)
-    passage = crp.passage(detector, picture(detector, dtype=torch.float32))
-    found = passage.detections(crp.thresholds)
-    given = crp.ask(passage, [Question(found.priors[0], "class", found.labels[0])]).maps
-    assert torch.equal(given, crp.ask(passage, [Question(int(found.priors[0]), "class", int(found.labels[0]))]).maps)
+    trace = crp.trace(detector, picture(detector, dtype=torch.float32))
+    found = trace.detections(crp.thresholds)
+    given = crp.ask(trace, [Question(found.priors[0], "class", found.labels[0])]).maps
+    assert torch.equal(given, crp.ask(trace, [Question(int(found.priors[0]), "class", int(found.labels[0]))]).maps)
 
 
 def test_half_precision_is_explained_in_single():
     detector = tiny(dtype=torch.bfloat16)
     image = picture(detector, dtype=torch.bfloat16)
     crp = CRP()
-    single = crp.ask(crp.passage(detector.float(), image.float()), QUESTIONS).maps
-    found = crp.ask(crp.passage(detector.bfloat16(), image), QUESTIONS).maps
+    single = crp.ask(crp.trace(detector.float(), image.float()), QUESTIONS).maps
+    found = crp.ask(crp.trace(detector.bfloat16(), image), QUESTIONS).maps
     torch.testing.assert_close(found, single, rtol=1e-5, atol=1e-7)
 
 
@@ -207,10 +207,10 @@ def test_heads_that_say_something_else_are_refused():
     image = picture(detector, dtype=torch.float32)
     detector.heads = lambda: tuple(replace(h, boxes=3) for h in TinySSD.heads(detector))
     with pytest.raises(ValueError, match=r"TinySSD predicts 1280 values; .* 240 default boxes x \(4 classes"):
-        CRP().passage(detector, image)
+        CRP().trace(detector, image)
     detector.heads = lambda: tuple(replace(h, classification="low") for h in TinySSD.heads(detector))
     with pytest.raises(ValueError, match=r"heads\(\) names 'low', which is no plain 2-D convolution"):
-        CRP().passage(detector, image)
+        CRP().trace(detector, image)
 
 
 def test_ssdlite_is_refused_naming_the_activation_without_a_rule():
@@ -218,10 +218,10 @@ def test_ssdlite_is_refused_naming_the_activation_without_a_rule():
     model = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3).eval()
     detector = TorchvisionSSD(model)
     crp = CRP()
-    passage = crp.passage(detector, torch.randn(3, 320, 320))
-    assert len(passage.detections(crp.thresholds))
+    trace = crp.trace(detector, torch.randn(3, 320, 320))
+    assert len(trace.detections(crp.thresholds))
     with pytest.raises(NotImplementedError, match=r"no rule for .*(Hardswish|ReLU6)"):
-        crp.ask(passage, [Question(0)])
+        crp.ask(trace, [Question(0)])
 
 
 def test_torchvisions_own_class_needs_no_adapter():
@@ -238,10 +238,10 @@ def test_relevance_stays_in_the_middle_of_the_network_too():
     """The contrast is still zero-sum and as large at conv3 as at the head: signed shares are handed on, not lost."""
     detector = slim()
     crp = CRP()
-    passage = crp.passage(detector, picture(detector))
-    start = crp.start(passage, Question(3000, "class", 1))
-    pool = next(n.index for n in passage.passage.graph.nodes.values() if n.call.module == "model.backbone.features.9")
-    inner = passage.maps([start], until=pool)
+    trace = crp.trace(detector, picture(detector))
+    start = crp.start(trace, Question(3000, "class", 1))
+    pool = next(n.index for n in trace.trace.graph.nodes.values() if n.call.module == "model.backbone.features.9")
+    inner = trace.maps([start], until=pool)
     assert inner.shape[1:] == (8, 75, 75)
     assert abs(float(inner.sum())) < 1e-9
     assert set(COORDINATES) < set(TASKS)

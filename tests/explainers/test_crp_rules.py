@@ -108,12 +108,12 @@ DETECTORS = {"tiny": tiny, "slim": slim}
 def scene(request):
     detector = DETECTORS[request.param]()
     crp = CRP()
-    return crp, crp.passage(detector, picture(detector)), PRIORS[request.param]
+    return crp, crp.trace(detector, picture(detector)), PRIORS[request.param]
 
 
 def test_relevance_sums_to_zero_at_the_head_and_at_the_pixels(scene):
-    crp, passage, priors = scene
-    answers = crp.ask(passage, [Question(p, task, 1) for p in priors for task in ("class", *COORDINATES)])
+    crp, trace, priors = scene
+    answers = crp.ask(trace, [Question(p, task, 1) for p in priors for task in ("class", *COORDINATES)])
     size = answers.maps.abs().flatten(1).sum(1)
     assert float(answers.sums.abs().max()) < 1e-12
     # Nothing is lost below, because no unit of this network is active through its bias alone.
@@ -122,17 +122,17 @@ def test_relevance_sums_to_zero_at_the_head_and_at_the_pixels(scene):
 
 
 def test_without_contrast_the_whole_unit_arrives(scene):
-    _, passage, priors = scene
+    _, trace, priors = scene
     plain = CRP(contrast_at="none")
-    answers = plain.ask(passage, [Question(p, "class", k) for p in priors for k in (0, 2)])
+    answers = plain.ask(trace, [Question(p, "class", k) for p in priors for k in (0, 2)])
     assert answers.sums.tolist() == pytest.approx([1.0] * len(answers.sums))
     assert answers.maps.flatten(1).sum(1).tolist() == pytest.approx([1.0] * len(answers.sums), abs=1e-7)
     assert float(answers.maps.min()) >= 0
 
 
 def test_the_maps_of_all_classes_cancel(scene):
-    crp, passage, priors = scene
-    maps = crp.ask(passage, [Question(priors[1], "class", k) for k in range(4)]).maps
+    crp, trace, priors = scene
+    maps = crp.ask(trace, [Question(priors[1], "class", k) for k in range(4)]).maps
     assert float(maps.sum(0).abs().max()) < 1e-10 * float(maps.abs().max())
 
 
@@ -140,13 +140,13 @@ def test_the_window_is_what_the_engine_finds_from_the_output(scene):
     """z+ from relevance 1 at the target and -1/(K - 1) at the others is the contrast, by linearity."""
     from labn.lrp import backward
 
-    crp, passage, priors = scene
+    crp, trace, priors = scene
     for prior in priors[:2]:
-        seed = torch.zeros_like(passage.passage.logits)
+        seed = torch.zeros_like(trace.trace.logits)
         start = prior * 4
         seed[0, start : start + 4] = torch.tensor([-1 / 3, -1 / 3, 1.0, -1 / 3], dtype=torch.float64)
-        expected = backward(passage.passage, seed).sum(1)
-        got = crp.ask(passage, [Question(prior, "class", 2)]).maps
+        expected = backward(trace.trace, seed).sum(1)
+        got = crp.ask(trace, [Question(prior, "class", 2)]).maps
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9 * float(expected.abs().max()))
 
 
@@ -154,23 +154,23 @@ def test_negative_direction_and_predicted_direction():
     detector = tiny()
     image = picture(detector)
     positive, negative, predicted = (CRP(direction=d) for d in ("positive", "negative", "predicted"))
-    passage = positive.passage(detector, image)
+    trace = positive.trace(detector, image)
     questions = [Question(p, t) for p in (5, 90, 140) for t in COORDINATES]
-    maps = positive.ask(passage, questions).maps
-    torch.testing.assert_close(negative.ask(passage, questions).maps, -maps)
-    signs = torch.stack([passage.predictions.offsets[0, p] for p in (5, 90, 140)]).flatten().sign()
+    maps = positive.ask(trace, questions).maps
+    torch.testing.assert_close(negative.ask(trace, questions).maps, -maps)
+    signs = torch.stack([trace.predictions.offsets[0, p] for p in (5, 90, 140)]).flatten().sign()
     assert set(signs.tolist()) == {-1.0, 1.0}
-    torch.testing.assert_close(predicted.ask(passage, questions).maps, maps * signs[:, None, None])
+    torch.testing.assert_close(predicted.ask(trace, questions).maps, maps * signs[:, None, None])
 
 
 def test_relevance_stays_inside_the_receptive_field():
     detector = slim()
     crp = CRP()
-    passage = crp.passage(detector, picture(detector))
+    trace = crp.trace(detector, picture(detector))
     row, column = 9, 25
     prior = (row * 38 + column) * 4
     for task in ("class", "cx"):
-        heat = crp.ask(passage, [Question(prior, task, 1)]).maps[0]
+        heat = crp.ask(trace, [Question(prior, task, 1)]).maps[0]
         # conv4_3 sees 92 pixels around 8 * cell + 3.5, and the head's window is one cell wider on each side.
         y, x = 8 * row + 3.5, 8 * column + 3.5
         rows = (torch.arange(300) - y).abs() < 54
@@ -189,7 +189,7 @@ def changed(detector, change):
 
 def class_map(detector, label=1, prior=70, **settings):
     crp = CRP(**settings)
-    return crp.ask(crp.passage(detector, picture(detector)), [Question(prior, "class", label)]).maps
+    return crp.ask(crp.trace(detector, picture(detector)), [Question(prior, "class", label)]).maps
 
 
 def test_scaled_permuted_and_biased_classes():
@@ -211,18 +211,18 @@ def test_a_flipped_regression_weight_flips_the_map():
         for head in flipped.locate:
             head.weight.neg_()
     crp = CRP()
-    maps = [crp.ask(crp.passage(d, picture(d)), [Question(70, "w")]).maps for d in (detector, flipped)]
+    maps = [crp.ask(crp.trace(d, picture(d)), [Question(70, "w")]).maps for d in (detector, flipped)]
     torch.testing.assert_close(maps[0], -maps[1])
 
 
 @pytest.mark.parametrize(("prior", "label"), [(3, 1), (100, 3), (159, 2)])
 def test_rivals_may_be_chosen(prior, label):
-    passage = CRP().passage(tiny(), picture(tiny()))
+    trace = CRP().trace(tiny(), picture(tiny()))
 
     def heat(**settings):
-        return CRP(**settings).ask(passage, [Question(prior, "class", label)]).maps
+        return CRP(**settings).ask(trace, [Question(prior, "class", label)]).maps
 
-    logits = passage.predictions.classes[0, prior]
+    logits = trace.predictions.classes[0, prior]
     order = [k for k in logits.argsort(descending=True).tolist() if k != label]
     torch.testing.assert_close(heat(others=2), heat(others=order[:2]))
     assert not torch.allclose(heat(others=2), heat(others=order[1:]))
@@ -242,8 +242,8 @@ def test_contrast_tells_classes_apart_where_plain_propagation_does_not():
 
     def cosine(contrast_at):
         crp = CRP(contrast_at=contrast_at)
-        passage = crp.passage(detector, picture(detector))
-        first, second = (crp.ask(passage, [Question(p, "class", k) for p in priors]).maps.flatten(1) for k in (1, 2))
+        trace = crp.trace(detector, picture(detector))
+        first, second = (crp.ask(trace, [Question(p, "class", k) for p in priors]).maps.flatten(1) for k in (1, 2))
         return torch.cosine_similarity(first, second)
 
     plain, contrastive = cosine("none"), cosine("source")

@@ -5,7 +5,7 @@ from scipy.ndimage import binary_dilation, gaussian_filter
 from torch import nn
 
 from callbacks.explanation.session import describe
-from labn.explainers import TruthMap
+from labn.explainers import GroundTruthMap
 from labn.explainers.baseline import disc
 
 IMAGES, TARGETS = torch.zeros(3, 2, 20, 24), torch.zeros(3, dtype=torch.long)
@@ -16,7 +16,7 @@ def masks():
 
 
 def truth(given, **options):
-    return TruthMap(**options).given(given)(nn.Identity(), IMAGES, TARGETS)
+    return GroundTruthMap(**options).given(given)(nn.Identity(), IMAGES, TARGETS)
 
 
 def test_the_exact_mask_is_the_mask():
@@ -36,10 +36,10 @@ def test_blur_is_gaussian():
 
 
 def test_masks_are_needed_and_do_not_enter_the_settings():
-    with pytest.raises(ValueError, match="TruthMap needs the ground-truth masks of these images"):
-        TruthMap()(nn.Identity(), IMAGES, TARGETS)
-    with pytest.raises(ValueError, match="TruthMap needs the ground-truth masks"):
+    with pytest.raises(ValueError, match="GroundTruthMap needs the ground-truth masks of these images"):
+        GroundTruthMap()(nn.Identity(), IMAGES, TARGETS)
+    with pytest.raises(ValueError, match="GroundTruthMap needs the ground-truth masks"):
         truth(masks()[:2])
     with pytest.raises(ValueError, match="must not be negative"):
-        TruthMap(dilation=-1)
-    assert describe(TruthMap(2).given(masks())) == describe(TruthMap(2))
+        GroundTruthMap(dilation=-1)
+    assert describe(GroundTruthMap(2).given(masks())) == describe(GroundTruthMap(2))

@@ -10,7 +10,7 @@ from command_line import TINY, call_main
 import labn.results.store
 from labn.models.checkpoints import own_data, read_checkpoint
 from labn.modules.guidance import SaliencyGuidance
-from labn.modules.plain_checkpoints import PlainCheckpointIO, refuse_foreign_classes
+from labn.modules.plain_checkpoints import PlainCheckpointIO, check_own_classes
 from labn.modules.restore import restore
 
 QUICKSTART = ["--config", "configs/quickstart.yaml", *TINY]
@@ -91,11 +91,11 @@ def test_hyper_parameters_build_no_foreign_class(tmp_path, monkeypatch, request)
 
 def test_a_class_that_the_configuration_names_is_allowed():
     content = {"hyper_parameters": {"_class_path": "mine.Net", "guidance": {"class_path": "labn.modules.Own"}}}
-    refuse_foreign_classes("a.ckpt", content, {"mine.Net"})
-    refuse_foreign_classes("a.ckpt", {"hyper_parameters": None}, ())
-    refuse_foreign_classes("a.ckpt", [1], ())
+    check_own_classes("a.ckpt", content, {"mine.Net"})
+    check_own_classes("a.ckpt", {"hyper_parameters": None}, ())
+    check_own_classes("a.ckpt", [1], ())
     with pytest.raises(ValueError, match=r"a\.ckpt asks for the class mine\.Net"):
-        refuse_foreign_classes("a.ckpt", content, ())
+        check_own_classes("a.ckpt", content, ())
 
 
 def test_weights_alone_are_no_checkpoint_to_test(tmp_path):

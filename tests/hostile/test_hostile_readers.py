@@ -355,14 +355,14 @@ def test_the_command_line_refuses_a_bomb_before_it_is_unfolded(tmp_path, monkeyp
 
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_arrays_are_whole_or_refused(tmp_path, on_disk):
-    room = tmp_path if on_disk else None
+    scratch_dir = tmp_path if on_disk else None
     rows = np.random.default_rng(0).random((5000, 3), dtype=np.float32)
     path = tmp_path / "a.npz"
     with path.open("wb") as file:
         write_npz(
             file, [("a/x", rows.shape, rows.dtype, [rows[:4096], rows[4096:]]), ("i", (2,), np.dtype(int), [[1, 2]])]
         )
-    found = read_arrays(path, room=room)
+    found = read_arrays(path, scratch_dir=scratch_dir)
     assert list(found) == ["a/x", "i"]
     assert (found["a/x"] == rows).all()
     assert isinstance(found["a/x"], np.memmap) == on_disk
@@ -370,8 +370,8 @@ def test_arrays_are_whole_or_refused(tmp_path, on_disk):
     data[30_000] ^= 1
     path.write_bytes(data)
     with pytest.raises(ValueError, match=r"a\.npz is no whole archive of arrays"):
-        read_arrays(path, room=room)
+        read_arrays(path, scratch_dir=scratch_dir)
     np.savez(path, a=np.array([{}], dtype=object))
     with pytest.raises(ValueError, match=r"a\.npz is no whole archive of arrays"):
-        read_arrays(path, room=room)
+        read_arrays(path, scratch_dir=scratch_dir)
     assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]

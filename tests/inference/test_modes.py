@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from labn.inference.hooks import overhearing
+from labn.inference.hooks import recording_calls
 from labn.inference.modes import evaluating, full_precision
 
 cudnn, mkldnn, matmul = torch.backends.cudnn, torch.backends.mkldnn, torch.backends.cuda.matmul
@@ -100,7 +100,7 @@ def test_a_copy_that_runs_its_model_is_overheard() -> None:
     forward = model.forward
     model.forward = lambda x: forward(x)
     bound = copy.deepcopy(model)
-    with overhearing(model) as heard:
+    with recording_calls(model) as heard:
         clean(x)
         assert not heard
         bound(x)

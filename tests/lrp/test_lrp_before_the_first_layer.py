@@ -7,7 +7,7 @@ from lrp_nets import images, matrix_of, seeded
 from test_lrp_network import adds_up
 from torch import nn
 
-from labn.lrp import Config, Ledger, backward, forward, relevance
+from labn.lrp import Config, ConservationReport, backward, forward, relevance
 
 FIRST = ["ones", "zb", "input", "flat", "w2", "epsilon", "same"]
 BOUNDS = {"low": (-9.0,) * 3, "high": (9.0,) * 3}
@@ -38,15 +38,15 @@ def test_ones_is_the_rule_of_both_steps_together(name):
     conv = seeded(nn.Conv2d(3, 4, 3, padding=1), 3)
     weights, bias, _ = matrix_of(conv, between)
     r = torch.rand(2, len(bias), dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    passage = forward(nn.Sequential(before, conv, nn.Flatten()), images(2, 6)[..., :5], Config(eps=0.0))
+    trace = forward(nn.Sequential(before, conv, nn.Flatten()), images(2, 6)[..., :5], Config(eps=0.0))
     plus = weights.clamp(min=0) @ spread
     total = plus.sum(1)
     expected = torch.where(total > 0, r / total.where(total > 0, torch.ones(())), 0.0) @ plus
-    ledger = Ledger()
-    got = backward(passage, r, ledger=ledger)
+    conservation = ConservationReport()
+    got = backward(trace, r, conservation=conservation)
     assert torch.allclose(got.flatten(1), expected, atol=1e-12)
-    assert torch.allclose(backward(passage, r).flatten(1), expected, atol=1e-12)
-    assert all(torch.allclose(e.arriving, e.delivered + e.leaks, atol=1e-12) for e in ledger.entries)
+    assert torch.allclose(backward(trace, r).flatten(1), expected, atol=1e-12)
+    assert all(torch.allclose(e.arriving, e.delivered + e.leaks, atol=1e-12) for e in conservation.entries)
 
 
 @pytest.mark.parametrize("name", BEFORE)

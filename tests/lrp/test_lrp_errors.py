@@ -114,9 +114,9 @@ def test_dilated_max_pool_has_no_average():
 
 
 def test_unknown_module_and_unreachable_module():
-    passage = forward(small_resnet(), images(1, 16))
-    start = torch.ones_like(passage.logits)
+    trace = forward(small_resnet(), images(1, 16))
+    start = torch.ones_like(trace.logits)
     with pytest.raises(KeyError, match="'layer9'"):
-        backward(passage, start, until="layer9")
+        backward(trace, start, until="layer9")
     with pytest.raises(ValueError, match="does not lie below"):
-        backward(passage, {"first": torch.ones(1, 6, 8, 8, dtype=torch.float64)}, until="second")
+        backward(trace, {"first": torch.ones(1, 6, 8, 8, dtype=torch.float64)}, until="second")

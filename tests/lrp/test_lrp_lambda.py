@@ -125,9 +125,9 @@ def test_every_rule_against_matrices_written_out(drawn, rule, batchnorm, seed):
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(2, layer.channels, height, width, dtype=torch.float64, generator=generator)
     config = Config(rule=rule, batchnorm=batchnorm or "pass", eps=EPS, eps_mode="absolute")
-    passage = forward(net, x, config)
-    r = torch.randn(passage.logits.shape, dtype=torch.float64, generator=generator)
-    got = backward(passage, r, until="0.norm_v")
+    trace = forward(net, x, config)
+    r = torch.randn(trace.logits.shape, dtype=torch.float64, generator=generator)
+    got = backward(trace, r, until="0.norm_v")
     for one in range(2):
         shaped = r[one].view(1, layer.channels, *layer.pool(x).shape[-2:])
         expected = dense(layer, x[one : one + 1], shaped, rule, norm if batchnorm == "fold" else None)
@@ -144,8 +144,8 @@ def test_simple_rule_is_value_gradient_times_value(stride):
     layer.project = lambda _: (query, key, value.requires_grad_())
     expected = value * torch.autograd.grad(layer(x).sum(), value)[0]
     del layer.project
-    passage = forward(net, x, Config(rule="simple"))
-    got = backward(passage, passage.logits, until="0.norm_v")
+    trace = forward(net, x, Config(rule="simple"))
+    got = backward(trace, trace.logits, until="0.norm_v")
     assert torch.allclose(got, expected.flatten(1, 2), atol=1e-12)
 
 
@@ -154,12 +154,12 @@ def test_values_are_one_convolution_with_its_batchnorm():
     layer = seeded(LambdaLayer(4, dim_k=3, heads=2, r=3), 5)
     x, r = torch.randn(1, 4, 5, 5, dtype=torch.float64).abs(), torch.rand(1, 100, dtype=torch.float64)
     config = Config(first_layer="same", batchnorm="fold", eps=EPS, eps_mode="absolute")
-    passage = forward(nn.Sequential(layer, nn.Flatten()), x, config)
-    at_values = backward(passage, r, until="0.norm_v")
+    trace = forward(nn.Sequential(layer, nn.Flatten()), x, config)
+    at_values = backward(trace, r, until="0.norm_v")
     conv = nn.Conv2d(4, 2, 1, bias=False).double()
     conv.weight.data = layer.to_qkv.weight.data[-2:]
     alone = forward(nn.Sequential(conv, layer.norm_v, nn.Flatten()).eval(), x, config)
-    assert torch.allclose(backward(passage, r), backward(alone, at_values.flatten(1)), atol=1e-12)
+    assert torch.allclose(backward(trace, r), backward(alone, at_values.flatten(1)), atol=1e-12)
 
 
 def realistic(make, **options):
@@ -248,11 +248,11 @@ def test_calls_batches_and_formulations_change_nothing(config):
 
 def test_many_maps_over_one_forward():
     net = realistic(slim)
-    passage = forward(net, images(1, 33))
+    trace = forward(net, images(1, 33))
     seeds = torch.eye(3, dtype=torch.float64)
-    together = backward(passage, seeds)
+    together = backward(trace, seeds)
     for row in range(3):
-        assert torch.allclose(together[row : row + 1], backward(passage, seeds[row : row + 1]), atol=1e-14)
+        assert torch.allclose(together[row : row + 1], backward(trace, seeds[row : row + 1]), atol=1e-14)
 
 
 def test_single_precision_follows_double():

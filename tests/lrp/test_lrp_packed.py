@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from labn.inference.packing import can_pack
 from labn.lrp import Config, relevance
 from labn.lrp.rules.linear_layers import Layer, Norm
-from labn.lrp.weighted_layer import PARTS
+from labn.lrp.weighted_product import PARTS
 
 pytestmark = pytest.mark.skipif(
     not can_pack(torch.zeros(1, 3, 8, 8), torch.float32), reason="this machine or build packs no convolutions"

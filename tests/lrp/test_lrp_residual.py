@@ -1,4 +1,4 @@
-"""Residual sums: junctions, shares at their edges, and the block rule with its telescoping."""
+"""Residual sums: residual_sums, shares at their edges, and the block rule with its telescoping."""
 
 import pytest
 import torch
@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from lrp_nets import Block, images, plain, seeded, small_resnet
 from torch import nn
 
-from labn.lrp import Config, Ledger, backward, forward, relevance
+from labn.lrp import Config, ConservationReport, backward, forward, relevance
 from labn.lrp.forward import run_forward
 from labn.lrp.plan import plan_for
-from labn.lrp.rules.residual_sums import SHARES, Junction
+from labn.lrp.rules.residual_sums import SHARES, ResidualSum
 from labn.lrp.tracing.residual_blocks import find_blocks, with_regions
 
 RULES = ["ratio", "symmetric", "block", "ratio_down", "symmetric_down", "signed", "duplicate"]
@@ -22,7 +22,7 @@ numbers = st.lists(st.floats(-1e3, 1e3, allow_nan=False), min_size=3, max_size=3
 def test_the_two_parts_of_a_junction_add_up(f, s, rule, identity):
     f, s = torch.tensor(f, dtype=torch.float64), torch.tensor(s, dtype=torch.float64)
     before = f.clone(), s.clone()
-    part = SHARES[rule](f, s, Junction(0, identity))
+    part = SHARES[rule](f, s, ResidualSum(0, identity))
     assert torch.isfinite(part).all()
     assert torch.equal(f, before[0])
     assert torch.equal(s, before[1])
@@ -33,7 +33,7 @@ def test_the_two_parts_of_a_junction_add_up(f, s, rule, identity):
 def test_shares_where_a_branch_is_zero_or_both_cancel():
     f = torch.tensor([0.0, 2.0, 0.0, 1.0], dtype=torch.float64)
     s = torch.tensor([3.0, 0.0, 0.0, -1.0], dtype=torch.float64)
-    junction = Junction(0, False)
+    junction = ResidualSum(0, False)
     assert SHARES["ratio"](f, s, junction).tolist() == [0, 1, 0.5, 0.5]
     near = SHARES["signed"](f, s + 1e-9, junction)
     assert near[3] > 1e8, "the signed share explodes where the branches cancel"
@@ -77,26 +77,26 @@ def test_deep_branch_gets_its_fixed_share_whatever_the_order_of_the_sum(rule, id
 def test_what_the_branches_receive_adds_up_to_what_arrived(rule, identity):
     skip = nn.Identity() if identity else nn.Conv2d(3, 3, 1)
     net = seeded(Sum(nn.Conv2d(3, 3, 3, padding=1), skip), 2)
-    passage = forward(net, images(2, 4), Config(residual=rule))
+    trace = forward(net, images(2, 4), Config(residual=rule))
     r = torch.randn(2, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     f, s = (net.deep(images(2, 4)), net.skip(images(2, 4)))
-    share = SHARES[rule](f.clone(), s.clone(), Junction(0, identity)) * torch.ones_like(f)
-    deep = backward(passage, r, until="deep")
+    share = SHARES[rule](f.clone(), s.clone(), ResidualSum(0, identity)) * torch.ones_like(f)
+    deep = backward(trace, r, until="deep")
     assert torch.allclose(deep, share * r.view_as(deep), atol=1e-12)
     if not identity:
-        assert torch.allclose(deep + backward(passage, r, until="skip"), r.view_as(deep), atol=1e-9)
-    ledger = Ledger()
-    backward(passage, r, ledger=ledger)
-    assert torch.allclose(ledger.entries[0].delivered, ledger.entries[0].arriving, atol=1e-9)
+        assert torch.allclose(deep + backward(trace, r, until="skip"), r.view_as(deep), atol=1e-9)
+    conservation = ConservationReport()
+    backward(trace, r, conservation=conservation)
+    assert torch.allclose(conservation.entries[0].delivered, conservation.entries[0].arriving, atol=1e-9)
 
 
 def test_duplicate_doubles_and_says_so():
     net = seeded(Sum(nn.Conv2d(3, 2, 1, bias=False), nn.Conv2d(3, 2, 1, bias=False)), 1)
-    ledger = Ledger()
+    conservation = ConservationReport()
     r = torch.rand(1, 32, dtype=torch.float64)
-    got = backward(forward(net, images(1, 4), Config(residual="duplicate")), r, ledger=ledger)
+    got = backward(forward(net, images(1, 4), Config(residual="duplicate")), r, conservation=conservation)
     assert torch.allclose(got.sum(), 2 * r.sum())
-    assert torch.allclose(ledger.entries[0].copied, -r.sum())
+    assert torch.allclose(conservation.entries[0].copied, -r.sum())
 
 
 @pytest.mark.parametrize("batchnorm", ["pass", "fold"])
@@ -138,13 +138,13 @@ def test_a_block_at_the_pixels_leaves_the_first_layer_its_rule(first):
     """Inside of a region there is no place for a rule of the pixels, so that this block shares by `ratio`."""
     net = seeded(nn.Sequential(Block(3, 5, 2), Block(5, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten()), 2)
     x = images(2, 8)
-    passage = forward(net, x, Config(residual="block", first_layer=first, low=(-9.0,) * 3, high=(9.0,) * 3))
-    assert sum(node.kind == "region" for node in passage.graph.nodes.values()) == 1
-    start = torch.ones_like(passage.logits)
+    trace = forward(net, x, Config(residual="block", first_layer=first, low=(-9.0,) * 3, high=(9.0,) * 3))
+    assert sum(node.kind == "region" for node in trace.graph.nodes.values()) == 1
+    start = torch.ones_like(trace.logits)
     lower = nn.Sequential(net[0], nn.Flatten())
     config = Config(first_layer=first, low=(-9.0,) * 3, high=(9.0,) * 3)
-    expected = backward(forward(lower, x, config), backward(passage, start, until="0").flatten(1))
-    assert torch.allclose(backward(passage, start), expected, atol=1e-12)
+    expected = backward(forward(lower, x, config), backward(trace, start, until="0").flatten(1))
+    assert torch.allclose(backward(trace, start), expected, atol=1e-12)
 
 
 class LongSkip(nn.Module):
@@ -191,23 +191,21 @@ def test_row_of_blocks_telescopes_to_one_gradient():
     maps = []
     for telescope in (True, False):
         with torch.no_grad():
-            passage = run_forward(with_regions(plan.graph, telescope), plan.junctions, config, x)
-        maps.append(backward(passage, torch.ones_like(passage.logits)))
+            trace = run_forward(with_regions(plan.graph, telescope), plan.residual_sums, config, x)
+        maps.append(backward(trace, torch.ones_like(trace.logits)))
     assert torch.allclose(maps[0], maps[1], rtol=1e-6, atol=1e-9)
     a = net.stem(x).detach().requires_grad_()
     y = net.third(net.second(net.first(a)))
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), net.head)
     top = backward(
         forward(head, y.detach(), Config(first_layer="same", eps=1e-13, eps_mode="absolute")),
-        torch.ones_like(passage.logits),
+        torch.ones_like(trace.logits),
     )
     s = torch.where(y == 0, 0, top / torch.where(y == 0, 1, y)).detach()
     by_hand = a.detach() * torch.autograd.grad(y, a, s)[0]
     with torch.no_grad():
-        passage = run_forward(with_regions(plan.graph), plan.junctions, config, x)
-    assert torch.allclose(
-        backward(passage, torch.ones_like(passage.logits), until="stem"), by_hand, rtol=1e-6, atol=1e-9
-    )
+        trace = run_forward(with_regions(plan.graph), plan.residual_sums, config, x)
+    assert torch.allclose(backward(trace, torch.ones_like(trace.logits), until="stem"), by_hand, rtol=1e-6, atol=1e-9)
 
 
 def test_block_rule_loses_exactly_the_effective_bias():
@@ -215,11 +213,11 @@ def test_block_rule_loses_exactly_the_effective_bias():
     x = images(2, 6)
     r = torch.rand(2, 45, dtype=torch.float64)
     config = Config(residual="block", first_layer="same", eps=1e-3, eps_mode="absolute")
-    ledger = Ledger()
-    got = backward(forward(nn.Sequential(block, nn.Flatten()), x, config), r, ledger=ledger)
+    conservation = ConservationReport()
+    got = backward(forward(nn.Sequential(block, nn.Flatten()), x, config), r, conservation=conservation)
     y, jx = torch.func.jvp(lambda a: nn.functional.relu(block(a)), (x,), (x,))
     s = r.view_as(y) / (y + 1e-3)
-    entry = ledger.entries[0]
+    entry = conservation.entries[0]
     assert torch.allclose(entry.bias, (s * (y - jx)).flatten(1).sum(1), atol=1e-9)
     assert torch.allclose(entry.dead, (r.view_as(y) * (y == 0)).flatten(1).sum(1), atol=1e-9)
     assert torch.allclose(got.flatten(1).sum(1), (s * jx).flatten(1).sum(1), atol=1e-9)
@@ -263,10 +261,10 @@ def test_clamped_block_is_its_formula_and_conserves(out):
     y = ClampedBlock(block)(x)
     r = torch.rand(2, y[0].numel(), dtype=torch.float64)
     config = Config(residual="block", first_layer="same", block_weights="zplus", eps=1e-3, eps_mode="absolute")
-    ledger = Ledger()
-    got = backward(forward(nn.Sequential(block, nn.Flatten()), x, config), r, ledger=ledger)
+    conservation = ConservationReport()
+    got = backward(forward(nn.Sequential(block, nn.Flatten()), x, config), r, conservation=conservation)
     assert torch.allclose(got, block_by_hand(ClampedBlock(block), x, r.view_as(y), 1e-3), atol=1e-10)
-    entry = ledger.entries[0]
+    entry = conservation.entries[0]
     assert torch.allclose(entry.arriving, entry.delivered + entry.leaks, atol=1e-12)
     assert torch.allclose(entry.eps, (r.view_as(y) * 1e-3 / (y + 1e-3) * (y > 0)).flatten(1).sum(1), atol=1e-12)
     assert (entry.bias == 0).all()
@@ -277,14 +275,14 @@ def test_row_of_clamped_blocks_goes_block_by_block_and_leaves_the_forward_pass_a
     """What a clamped block makes is not what the next one is given, so every block divides by its own output."""
     net, x = small_resnet(3), images(2, 16)
     config = Config(residual="block", first_layer="same", block_weights="zplus", eps=1e-13, eps_mode="absolute")
-    passage = forward(net, x, config)
-    assert torch.allclose(passage.logits, net(x), atol=1e-12)
-    expected = backward(passage, torch.ones_like(passage.logits), until="third")
+    trace = forward(net, x, config)
+    assert torch.allclose(trace.logits, net(x), atol=1e-12)
+    expected = backward(trace, torch.ones_like(trace.logits), until="third")
     a = net.stem(x).detach()
     entries = [a, net.first(a), net.second(net.first(a))]
     for block, entry in zip((net.third, net.second, net.first), reversed(entries)):
         expected = block_by_hand(ClampedBlock(block), entry, expected, 1e-13)
-    got = backward(passage, torch.ones_like(passage.logits), until="stem")
+    got = backward(trace, torch.ones_like(trace.logits), until="stem")
     assert torch.allclose(got, expected, rtol=1e-6, atol=1e-9)
 
 

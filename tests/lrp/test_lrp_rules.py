@@ -5,7 +5,7 @@ import torch
 from lrp_nets import images, matrix_of, seeded
 from torch import nn
 
-from labn.lrp import Config, Ledger, backward, forward
+from labn.lrp import Config, ConservationReport, backward, forward
 
 EPS = 0.01
 
@@ -83,13 +83,13 @@ LAYERS = {
 
 
 def propagate(net, x, r, **config):
-    passage = forward(
+    trace = forward(
         net, x, Config(eps=EPS, eps_mode="absolute", low=(-4.0,) * x.shape[1], high=(3.0,) * x.shape[1], **config)
     )
-    ledger = Ledger()
-    slow, fast = backward(passage, r, ledger=ledger), backward(passage, r)
+    conservation = ConservationReport()
+    slow, fast = backward(trace, r, conservation=conservation), backward(trace, r)
     assert torch.allclose(slow, fast, atol=1e-14), "the account must not change the result"
-    entry = ledger.entries[0]
+    entry = conservation.entries[0]
     assert torch.allclose(entry.arriving, entry.delivered + entry.leaks, atol=1e-11)
     return fast
 
@@ -126,31 +126,31 @@ def test_simple_rule_divides_by_the_output_alone():
     x = torch.randn(1, 6, 1, 1, dtype=torch.float64)
     r = torch.randn(1, 4, dtype=torch.float64)
     net = nn.Sequential(nn.Flatten(), module)
-    passage = forward(net, x, Config(rule="simple", first_layer="same"))
+    trace = forward(net, x, Config(rule="simple", first_layer="same"))
     expected = (module.weight * x.flatten() * (r[0] / module(x.flatten()))[:, None]).sum(0)
-    assert torch.allclose(backward(passage, r).flatten(), expected)
+    assert torch.allclose(backward(trace, r).flatten(), expected)
 
 
 def test_simple_rule_loses_what_arrives_at_a_zero_output():
     module = nn.Linear(2, 2, bias=False).double()
     module.weight.data = torch.tensor([[1.0, -1.0], [1.0, 2.0]], dtype=torch.float64)
     x = torch.ones(1, 2, 1, 1, dtype=torch.float64)
-    ledger = Ledger()
-    passage = forward(nn.Sequential(nn.Flatten(), module), x, Config(rule="simple", first_layer="same"))
-    got = backward(passage, torch.tensor([[5.0, 3.0]], dtype=torch.float64), ledger=ledger)
+    conservation = ConservationReport()
+    trace = forward(nn.Sequential(nn.Flatten(), module), x, Config(rule="simple", first_layer="same"))
+    got = backward(trace, torch.tensor([[5.0, 3.0]], dtype=torch.float64), conservation=conservation)
     assert got.flatten().tolist() == [1.0, 2.0]
-    assert ledger.entries[0].dead.tolist() == [5.0]
+    assert conservation.entries[0].dead.tolist() == [5.0]
 
 
 def test_epsilon_leak_formula():
     module = seeded(nn.Linear(5, 3, bias=False), 6)
     x = torch.randn(4, 5, 1, 1, dtype=torch.float64)
     r = torch.randn(4, 3, dtype=torch.float64)
-    passage = forward(
+    trace = forward(
         nn.Sequential(nn.Flatten(), module), x, Config(rule="epsilon", first_layer="same", eps=EPS, eps_mode="absolute")
     )
     z = module(x.flatten(1))
-    assert torch.allclose(backward(passage, r).flatten(1).sum(1), (r * z / stable(z)).sum(1), atol=1e-12)
+    assert torch.allclose(backward(trace, r).flatten(1).sum(1), (r * z / stable(z)).sum(1), atol=1e-12)
 
 
 def test_relative_eps_follows_each_sample_alone():
@@ -207,10 +207,10 @@ def test_average_pool_shares_by_activation():
 def test_many_relevance_maps_over_one_forward():
     """T seeds over one image give what T single sweeps give."""
     net = seeded(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 5)), 8)
-    passage = forward(net, images(1, 8))
+    trace = forward(net, images(1, 8))
     seeds = torch.eye(5, dtype=torch.float64)
-    together = backward(passage, seeds)
+    together = backward(trace, seeds)
     for row in range(5):
-        assert torch.allclose(together[row : row + 1], backward(passage, seeds[row : row + 1]), atol=1e-14)
+        assert torch.allclose(together[row : row + 1], backward(trace, seeds[row : row + 1]), atol=1e-14)
     with pytest.raises(ValueError, match="3 relevance maps for 2 images"):
         backward(forward(net, images(2, 8)), seeds[:3])

@@ -8,7 +8,7 @@ from torch import nn
 from labn.lrp import Config, backward, forward, relevance
 from labn.lrp.plan import plan_for
 from labn.lrp.rules.elementary import stabiliser
-from labn.lrp.weighted_layer import Dense, Weights, part_of, weighted
+from labn.lrp.weighted_product import Dense, Weights, part_of, weighted
 
 
 class Attention(nn.Module):

@@ -77,9 +77,9 @@ def test_fractions_that_make_no_curve(fractions):
 def test_all_scores_of_an_image():
     detector = tiny(dtype=torch.float32)
     crp = CRP()
-    passage = crp.passage(detector, picture(detector, dtype=torch.float32))
-    found = passage.detections(crp.thresholds).best(2)
-    scores = DetectionScores(fractions=(0, 0.1), seed=3)(crp, passage, found, index=7)
+    trace = crp.trace(detector, picture(detector, dtype=torch.float32))
+    found = trace.detections(crp.thresholds).best(2)
+    scores = DetectionScores(fractions=(0, 0.1), seed=3)(crp, trace, found, index=7)
     names = {(s.explainer, s.metric) for s in scores}
     shifts = {(e, f"shift_{c}") for e in ("crp", "-crp", "random") for c in COORDINATES}
     plain = {(e, m) for e in ("crp", "lrp") for m in ("similarity", "mass", "confidence")}
@@ -87,8 +87,8 @@ def test_all_scores_of_an_image():
     assert len(scores) == 2 * len(names)
     assert {s.detection for s in scores} == {0, 1}
     assert all(math.isfinite(s.value) for s in scores)
-    assert scores == DetectionScores(fractions=(0, 0.1), seed=3)(crp, passage, found, index=7)
-    assert DetectionScores()(crp, passage, found.best(0)) == []
+    assert scores == DetectionScores(fractions=(0, 0.1), seed=3)(crp, trace, found, index=7)
+    assert DetectionScores()(crp, trace, found.best(0)) == []
 
 
 @pytest.mark.parametrize("direction", ["negative", "predicted"])
@@ -96,20 +96,20 @@ def test_shifts_are_towards_right_down_wider_taller_in_any_direction(direction):
     detector = tiny(dtype=torch.float32)
     image = picture(detector, dtype=torch.float32)
     scores = DetectionScores(fractions=(0, 0.1))
-    passage = CRP().passage(detector, image)
-    found = passage.detections(CRP().thresholds).best(3)
-    assert bool((passage.predictions.offsets[0, found.priors] < 0).any())
+    trace = CRP().trace(detector, image)
+    found = trace.detections(CRP().thresholds).best(3)
+    assert bool((trace.predictions.offsets[0, found.priors] < 0).any())
     turned = CRP(direction=direction)
-    assert scores(turned, turned.passage(detector, image), found) == scores(CRP(), passage, found)
+    assert scores(turned, turned.trace(detector, image), found) == scores(CRP(), trace, found)
     assert turned.direction == direction
 
 
 def test_without_contrast_there_is_nothing_to_compare():
     detector = tiny(dtype=torch.float32)
     crp = CRP(contrast_at="none")
-    passage = crp.passage(detector, picture(detector, dtype=torch.float32))
+    trace = crp.trace(detector, picture(detector, dtype=torch.float32))
     with pytest.raises(ValueError, match="contrast_at of crp is 'none', so the rows crp and lrp would be identical"):
-        DetectionScores()(crp, passage, passage.detections(crp.thresholds).best(0))
+        DetectionScores()(crp, trace, trace.detections(crp.thresholds).best(0))
 
 
 def test_the_plain_rival_is_the_same_explainer_without_contrast():
@@ -122,14 +122,14 @@ def test_the_plain_rival_is_the_same_explainer_without_contrast():
 def test_similarity_by_layer_starts_at_the_head_and_ends_at_the_pixels():
     detector = tiny()
     crp = CRP()
-    passage = crp.passage(detector, picture(detector))
-    found = similarity_by_layer(crp, passage, 150, (1, 2))
+    trace = crp.trace(detector, picture(detector))
+    found = similarity_by_layer(crp, trace, 150, (1, 2))
     assert list(found) == ["head", "high.0", "low.3", "pixels"]
-    maps = [crp.start(passage, Question(150, "class", k)) for k in (1, 2)]
+    maps = [crp.start(trace, Question(150, "class", k)) for k in (1, 2)]
     assert found["head"] == pytest.approx(float(map_similarity(*(m.relevance[None] for m in maps))))
-    pixels = passage.maps(maps)
+    pixels = trace.maps(maps)
     assert found["pixels"] == pytest.approx(float(torch.cosine_similarity(*pixels.flatten(1), dim=0)))
-    plain = similarity_by_layer(without_contrast(crp), passage, 150, (1, 2))
+    plain = similarity_by_layer(without_contrast(crp), trace, 150, (1, 2))
     assert plain["pixels"] > plain["head"]
     assert plain["pixels"] > found["pixels"]
 
@@ -137,12 +137,12 @@ def test_similarity_by_layer_starts_at_the_head_and_ends_at_the_pixels():
 def test_the_runner_up_is_another_object_class():
     detector = tiny(dtype=torch.float32)
     crp = CRP()
-    passage = crp.passage(detector, picture(detector, dtype=torch.float32))
-    logits = passage.predictions.classes[0, 9].tolist()
+    trace = crp.trace(detector, picture(detector, dtype=torch.float32))
+    logits = trace.predictions.classes[0, 9].tolist()
     best = max((1, 2, 3), key=lambda k: logits[k])
-    assert runner_up(passage, 9, best) == max({1, 2, 3} - {best}, key=lambda k: logits[k])
+    assert runner_up(trace, 9, best) == max({1, 2, 3} - {best}, key=lambda k: logits[k])
     pair = tiny(2, dtype=torch.float32)
-    assert runner_up(crp.passage(pair, picture(pair, dtype=torch.float32)), 9, 1) == 0
+    assert runner_up(crp.trace(pair, picture(pair, dtype=torch.float32)), 9, 1) == 0
 
 
 def test_removing_what_supports_right_moves_left_in_a_linear_detector():
@@ -157,9 +157,9 @@ def test_removing_what_supports_right_moves_left_in_a_linear_detector():
             head.weight.copy_(head.weight * side)  # evidence on the left of the window pushes right
     image = picture(detector).abs()
     crp = CRP()
-    passage = crp.passage(detector, image)
-    prior = passage.layout.prior(Unit(source=0, row=4, column=4, box=0))
-    heat = crp.ask(passage, [Question(prior, "cx")]).maps
+    trace = crp.trace(detector, image)
+    prior = trace.layout.prior(Unit(source=0, row=4, column=4, box=0))
+    heat = crp.ask(trace, [Question(prior, "cx")]).maps
     supports = removal_curves(detector, image, heat, [prior], [1], (0, 0.02, 0.05))
     contradicts = removal_curves(detector, image, -heat, [prior], [1], (0, 0.02, 0.05))
     assert float(supports.mean_shifts()[0, 0]) < 0

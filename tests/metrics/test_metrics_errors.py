@@ -6,7 +6,7 @@ from scoring_models import Additive, even
 
 from labn.metrics import ErrorAnalysis, PatchInsertionDeletion, metric_by_name
 from labn.metrics.functional import KINDS, ErrorThresholds, count_errors, kinds_of_error, region_shares
-from labn.results.store import ScorePart
+from labn.results.store import ScoreShard
 from labn.results.tables import Plan, collect, count_rows
 
 BOX = torch.zeros(8, 8, dtype=torch.bool)
@@ -102,7 +102,7 @@ def test_counts_of_the_tables_are_those_of_the_metric():
     found, values = metric.per_sample()
     columns = {name: column.double().numpy() for name, column in values.items()}
     index = found.numpy()
-    part = ScorePart("a", "key", index, index, index, index, index / 4.0, columns, {"errors": "digest"})
+    part = ScoreShard("a", "key", index, index, index, index, index / 4.0, columns, {"errors": "digest"})
     plan = Plan({"a": "key"}, {"errors": ("digest", metric.names)}, frozenset(range(4)), {"errors": metric.reduce})
     rows = list(count_rows(collect([part], plan), plan))
     assert rows == [("a", "errors", kind, int(count)) for kind, count in metric.compute().items()]

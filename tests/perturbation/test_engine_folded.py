@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from labn.explainers import Gradient
-from labn.inference.fast_copy import prepare
+from labn.inference.fast_copy import fast_copy
 from labn.inference.folding import fold_batchnorm
 from labn.perturbation.engine import PerturbationEngine
 
@@ -102,7 +102,7 @@ def test_a_convolution_used_twice_is_not_folded(probe):
 def test_a_convolution_whose_output_is_also_read_elsewhere_stays_unfolded_with_a_warning(probe, caplog):
     model = settle(Behind(after=lambda norm, conv: norm + 3 * conv).double())
     with caplog.at_level(logging.WARNING):
-        assert not prepare(model, probe).form.folded
+        assert not fast_copy(model, probe).form.folded
     assert "another form is taken" in caplog.text
 
 
@@ -115,7 +115,7 @@ def test_probabilities_that_are_all_one_do_not_hide_a_wrong_copy(probe, channels
     nn.init.zeros_(head.bias)
     head.bias.data[0] = offset
     with torch.no_grad():
-        assert not prepare(nn.Sequential(model, head).eval(), probe).form.folded
+        assert not fast_copy(nn.Sequential(model, head).eval(), probe).form.folded
 
 
 def test_a_model_that_needs_the_default_memory_format_gets_it(probe):
@@ -123,20 +123,20 @@ def test_a_model_that_needs_the_default_memory_format_gets_it(probe):
         def forward(self, x):
             return x.view(len(x), -1)[:, :3]
 
-    prepared = prepare(Viewing(), probe)
+    prepared = fast_copy(Viewing(), probe)
     assert prepared.form.memory_format == torch.contiguous_format
     assert not prepared.form.folded
 
 
 def test_a_copy_is_made_once_and_again_after_any_training_step(probe):
     model = settle(Block().double())
-    first = prepare(model, probe)
+    first = fast_copy(model, probe)
     assert first.form.folded
-    assert prepare(model, torch.randn_like(probe)).copy is first.copy
+    assert fast_copy(model, torch.randn_like(probe)).copy is first.copy
     for change in (_optimiser_step, _statistics_step, _load):
-        before = prepare(model, probe)
+        before = fast_copy(model, probe)
         change(model)
-        after = prepare(model.eval(), probe)
+        after = fast_copy(model.eval(), probe)
         assert after.copy is not before.copy
         with torch.no_grad():
             assert torch.allclose(after.copy(probe), model(probe), atol=1e-12)
@@ -179,9 +179,9 @@ def test_a_copy_is_made_again_after_edits_of_settings_modules_and_hooks(probe):
     }
     for name, edit in edits.items():
         model = Scaled().double()
-        before = prepare(model, probe)
+        before = fast_copy(model, probe)
         edit(model)
-        after = prepare(model, probe)
+        after = fast_copy(model, probe)
         assert after.copy is not before.copy, name
         with torch.no_grad():
             assert torch.allclose(after.copy(probe), model(probe), atol=1e-12), name
@@ -190,9 +190,9 @@ def test_a_copy_is_made_again_after_edits_of_settings_modules_and_hooks(probe):
 
 def test_what_a_forward_pass_writes_on_the_model_makes_no_new_copy(probe):
     model = Scaled().double()
-    first = prepare(model, probe)
+    first = fast_copy(model, probe)
     model(probe)
-    assert prepare(model, probe) is first
+    assert fast_copy(model, probe) is first
 
 
 def test_what_a_backward_pass_writes_on_the_model_makes_no_new_copy_for_every_batch(probe):
@@ -209,23 +209,23 @@ def test_what_a_backward_pass_writes_on_the_model_makes_no_new_copy_for_every_ba
     copies = []
     for _ in range(4):
         explainer(model, probe, torch.tensor([0]))
-        copies.append(prepare(model, probe).copy)
+        copies.append(fast_copy(model, probe).copy)
     assert copies[1] is copies[2] is copies[3]
 
 
 def test_a_setting_may_hold_itself(probe):
     model = Scaled().double()
     model.by_name["self"] = model.by_name
-    first = prepare(model, probe)
-    assert prepare(model, probe) is first
+    first = fast_copy(model, probe)
+    assert fast_copy(model, probe) is first
 
 
 def test_a_forward_of_the_instance_s_own_is_what_runs(probe):
     """Its function is bound to the layers of the model itself, which a copy would run too."""
     model = Scaled().double()
-    before = prepare(model, probe)
+    before = fast_copy(model, probe)
     _replace_forward(model)
-    after = prepare(model, probe)
+    after = fast_copy(model, probe)
     assert before.form.copied
     assert not after.form.copied
 
@@ -262,9 +262,9 @@ def _load(model: nn.Module) -> None:
 
 def test_the_copy_goes_with_its_model(probe):
     model = settle(Block().double())
-    copy = weakref.ref(prepare(model, probe).copy)
+    copy = weakref.ref(fast_copy(model, probe).copy)
     plain = weakref.ref(model)
-    prepare(model, probe, fold=False)
+    fast_copy(model, probe, fold=False)
     del model
     gc.collect()
     assert plain() is None
@@ -273,7 +273,7 @@ def test_the_copy_goes_with_its_model(probe):
 
 def test_the_choice_depends_on_no_image_content(probe):
     model = settle(Block().double())
-    assert prepare(model, torch.full_like(probe, torch.nan)).form.folded
+    assert fast_copy(model, torch.full_like(probe, torch.nan)).form.folded
 
 
 def test_weights_under_a_parametrization_stay(probe):

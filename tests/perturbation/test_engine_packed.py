@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from labn.inference.fast_copy import prepare
+from labn.inference.fast_copy import fast_copy
 from labn.inference.packing import PackedConv2d, can_pack
 
 PROBE = torch.randn(1, 4, 12, 10, generator=torch.Generator().manual_seed(0))
@@ -33,7 +33,7 @@ def network() -> nn.Sequential:
 def test_the_copy_is_packed_and_the_model_untouched():
     model = network()
     weights = copy.deepcopy(model.state_dict())
-    prepared = prepare(model, PROBE)
+    prepared = fast_copy(model, PROBE)
     assert prepared.form.packed
     assert sum(isinstance(module, PackedConv2d) for module in prepared.copy.modules()) == 2
     with torch.no_grad():
@@ -46,7 +46,7 @@ def test_a_hooked_or_reflecting_convolution_stays():
     model = network()
     model[2] = nn.Conv2d(5, 5, 3, padding=1, padding_mode="reflect")
     model[0].register_forward_hook(lambda module, inputs, output: output * 2)
-    prepared = prepare(model, PROBE)
+    prepared = fast_copy(model, PROBE)
     with torch.no_grad():
         assert torch.allclose(prepared.copy(PROBE), model(PROBE), atol=1e-6)
     assert not any(isinstance(module, PackedConv2d) for module in prepared.copy.modules())
@@ -54,4 +54,4 @@ def test_a_hooked_or_reflecting_convolution_stays():
 
 def test_float64_is_not_packed():
     assert not can_pack(PROBE.double(), torch.float64)
-    assert not prepare(network().double(), PROBE.double()).form.packed
+    assert not fast_copy(network().double(), PROBE.double()).form.packed

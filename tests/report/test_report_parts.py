@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_stage import CLASSES, PATCH, SIZE, make_stage
 
-from labn.io.memmap import scratch
+from labn.io.memmap import temporary_memmap
 from labn.report import RunInfo, curves, render, run_report
 from labn.report.caveats import caveats
 from labn.report.charts import HEIGHT, WIDTH, Panel, Series, nice_ticks
@@ -68,7 +68,7 @@ def test_many_tables_on_disk_have_the_bands_of_each_alone(tmp_path, monkeypatch)
     monkeypatch.setattr(curves, "_BLOCK", 900)
     stored = []
     for grid, groups in tables:
-        kept = scratch(grid.shape, float, tmp_path)
+        kept = temporary_memmap(grid.shape, float, tmp_path)
         kept[:] = grid
         stored.append((kept, groups))
     for found, wanted in zip(bands(stored), expected):

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labn.io.atomic import write_atomically
-from labn.io.memmap import BLOCK, blocks, scratch, write_npz
+from labn.io.memmap import BLOCK, blocks, temporary_memmap, write_npz
 from labn.results.shard_index import LONGEST, ShardIndex, readable_name, shard_name
-from labn.results.store import ResultStore, ScorePart
+from labn.results.store import ResultStore, ScoreShard
 from labn.results.tables import Plan, collect, write_results
 
 INDICES = st.lists(st.sets(st.integers(0, 400), min_size=1, max_size=6), min_size=0, max_size=30)
@@ -58,7 +58,7 @@ def part(indices, values, explainer="a", points=3):
     index = np.array(indices)
     curves = {"m/index": index, **{f"m/{line}": np.outer(index + 1.0, np.ones(points)) for line in ("x", "insertion")}}
     curves["m/deletion"] = np.outer(-index - 1.0, np.ones(points))
-    return ScorePart(
+    return ScoreShard(
         *(explainer, "k", index, index % 2, index % 2, index % 3, index / 10),
         {"v": np.array(values)},
         {"m": "d"},
@@ -111,7 +111,7 @@ LINES = ("x", "insertion", "deletion")
     value=st.sampled_from([np.nan, np.inf, -np.inf, 0.0, -0.0, 1e308]), rows=st.integers(1, 3), width=st.integers(1, 5)
 )
 def test_streamed_archives_are_what_numpy_writes(tmp_path_factory, value, rows, width):
-    held = scratch((rows, width), np.float64, tmp_path_factory.mktemp("scratch"))
+    held = temporary_memmap((rows, width), np.float64, tmp_path_factory.mktemp("scratch"))
     held[:] = value
     path = tmp_path_factory.mktemp("npz") / "a.npz"
     with path.open("wb") as file:

@@ -8,12 +8,12 @@ import torch
 
 from labn.inference.fingerprint import digest, weights_digest
 from labn.io.atomic import check_writable, write_atomically
-from labn.results.store import ResultStore, ScorePart
+from labn.results.store import ResultStore, ScoreShard
 
 
 def part(indices, explainer="labn", key="k", value=1.0):
     n = len(indices)
-    return ScorePart(
+    return ScoreShard(
         explainer=explainer,
         key=key,
         index=np.array(indices),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from labn.errors import InputError
 from labn.explainers.base import Explainer
 from labn.inference.modes import logits_of
 from labn.models.attention_branch import gate_attention
@@ -20,7 +21,7 @@ class BranchAttention(Explainer):
 
     def __init__(self, explain_map: str = "raw") -> None:
         if explain_map not in ("raw", "thresholded"):
-            raise ValueError(f"explain_map is {explain_map!r}; it must be raw or thresholded.")
+            raise InputError(f"explain_map is {explain_map!r}; it must be raw or thresholded.")
         self.explain_map = explain_map
 
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
@@ -29,7 +30,7 @@ class BranchAttention(Explainer):
             attention = getattr(model(images), "attention", None)
         theta = getattr(model, "theta", 0.0)
         if attention is None:
-            raise ValueError(f"{type(model).__name__} has no attention branch; choose a method that needs none.")
+            raise InputError(f"{type(model).__name__} has no attention branch; choose a method that needs none.")
         if self.explain_map == "thresholded":
             attention = gate_attention(attention, float(theta))
         return attention.squeeze(1)
@@ -49,10 +50,10 @@ class LambdaAttention(Explainer):
         """(B, h, w) mean of the content path."""
         layers = [module for module in model.modules() if isinstance(module, LambdaLayer)]
         if not layers:
-            raise ValueError(f"{type(model).__name__} has no lambda layer; choose another method than lambda.")
+            raise InputError(f"{type(model).__name__} has no lambda layer; choose another method than lambda.")
         chosen = min(1, len(layers) - 1) if self.layer is None else self.layer
         if not 0 <= chosen < len(layers):
-            raise ValueError(f"layer is {chosen}, but the network has {len(layers)} lambda layers, numbered from 0.")
+            raise InputError(f"layer is {chosen}, but the network has {len(layers)} lambda layers, numbered from 0.")
         inputs: list[Tensor] = []
         hook = layers[chosen].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
         try:

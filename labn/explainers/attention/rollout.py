@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from labn.errors import InputError
 from labn.explainers.base import Explainer
 from labn.explainers.cam.features import fast_logits
 from labn.explainers.cam.target_layer import watching
@@ -35,7 +36,7 @@ def rollout(attentions: Iterable[Tensor]) -> Tensor:
         mixed = mixed / mixed.sum(dim=-1, keepdim=True)
         result = mixed if result is None else mixed @ result
     if result is None:
-        raise ValueError("rollout needs the attention of at least one layer.")
+        raise InputError("rollout needs the attention of at least one layer.")
     return result
 
 
@@ -113,7 +114,7 @@ def token_grid(tokens: int, size: torch.Size, embeddings: Sequence[tuple[int, in
         rows = round(((tokens - prefix) * size[0] / size[1]) ** 0.5)
         if rows and (tokens - prefix) % rows == 0 and rows * size[1] == (tokens - prefix) // rows * size[0]:
             return rows, (tokens - prefix) // rows, prefix
-    raise ValueError(f"rollout cannot place {tokens} tokens on an image of {size[0]} x {size[1]} pixels.")
+    raise InputError(f"rollout cannot place {tokens} tokens on an image of {size[0]} x {size[1]} pixels.")
 
 
 class AttentionRollout(Explainer):
@@ -142,7 +143,7 @@ class AttentionRollout(Explainer):
         shapes = {tuple(attention.shape) for attention in recorder.attentions}
         if len(shapes) != 1 or next(iter(shapes))[0] != len(images):
             found = f"attention matrices of shapes {sorted(shapes)}" if shapes else "no self-attention"
-            raise ValueError(f"rollout needs global self-attention with one number of tokens; {found} in this model.")
+            raise InputError(f"rollout needs global self-attention with one number of tokens; {found} in this model.")
         rolled = rollout(recorder.attentions)
         rows, columns, prefix = token_grid(rolled.shape[-1], images.shape[-2:], grids)
         by_token = prefix > 0 and getattr(model, "global_pool", "token") in ("token", "")

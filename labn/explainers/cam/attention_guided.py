@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from labn.errors import InputError
 from labn.explainers.cam.features import gradient_features
 from labn.explainers.cam.gradcam import GradCAM
 from labn.inference.modes import evaluating, matching
@@ -37,7 +38,7 @@ class ParameterFreeGates:
 
     def __init__(self, box: int = 1) -> None:
         if box < 1 or box % 2 == 0:
-            raise ValueError(f"box must be odd and at least 1, got {box}.")
+            raise InputError(f"box must be odd and at least 1, got {box}.")
         self.box = box
 
     def channel_gate(self, x: Tensor) -> Tensor:
@@ -119,11 +120,11 @@ class AttentionMapGuided(GradCAM):
     ) -> None:
         super().__init__(target_layer, relu)
         if isinstance(attention, str) and attention not in ("parameter_free", "cbam"):
-            raise ValueError(f"attention must be parameter_free, cbam or a module with two gates, got {attention!r}.")
+            raise InputError(f"attention must be parameter_free, cbam or a module with two gates, got {attention!r}.")
         if order not in ORDERS:
-            raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {order!r}.")
+            raise InputError(f"order must be one of {', '.join(ORDERS)}, got {order!r}.")
         if apply_to not in ("weighted", "activation"):
-            raise ValueError(f"apply_to must be weighted or activation, got {apply_to!r}.")
+            raise InputError(f"apply_to must be weighted or activation, got {apply_to!r}.")
         ParameterFreeGates(box)
         self.attention, self.order, self.apply_to = attention, order, apply_to
         self.residual, self.normalise, self.box = residual, normalise, box
@@ -177,7 +178,7 @@ def _cbam_of(model: nn.Module) -> CBAM:
     """The last CBAM block of a network."""
     blocks = [module for module in model.modules() if isinstance(module, CBAM)]
     if not blocks:
-        raise ValueError(
+        raise InputError(
             f"{type(model).__name__} has no CBAM block, which attention='cbam' needs; take parameter_free, "
             "or a network made by labn.models.cbam.with_cbam."
         )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from labn.errors import InputError
 from labn.explainers.base import class_scores
 from labn.explainers.cam.target_layer import find_target_layer, is_channels_last, named_layer
 from labn.inference.modes import logits_of
@@ -71,7 +72,7 @@ def replacing_output(layer: nn.Module, size: torch.Size, change: Callable[[Tenso
     def hook(module: nn.Module, _args: Any, output: Any) -> Tensor:
         if not isinstance(output, Tensor) or output.ndim != 4:
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise ValueError(f"target_layer ({type(module).__name__}) returns {shape}; (B, K, h, w) is needed.")
+            raise InputError(f"target_layer ({type(module).__name__}) returns {shape}; (B, K, h, w) is needed.")
         if is_channels_last(output.shape, size):
             return change(output.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return change(output)
@@ -128,7 +129,7 @@ def gradient_features(
     with torch.no_grad(), replacing_output(layer, images.shape[-2:], start_graph):
         logits = fast_logits(model, images)
     if not kept or not logits.requires_grad:
-        raise ValueError(
+        raise InputError(
             f"The logits of {type(model).__name__} do not depend on target_layer; name a layer before them."
         )
     (gradients,) = torch.autograd.grad(class_scores(logits, targets).sum(), kept[0])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from labn.errors import InputError
 from labn.explainers.base import check_targets
 from labn.explainers.cam.features import Features, layer_features
 from labn.explainers.cam.gradcam import ActivationMap
@@ -71,7 +72,7 @@ class CAM(ActivationMap):
         check_targets(targets, features.logits.shape[1])
         tail = linear_tail(model, features)
         if tail is None:
-            raise ValueError(
+            raise InputError(
                 f"{type(model).__name__} does not end in global average pooling and one linear layer "
                 "after target_layer, which CAM needs; take gradcam."
             )

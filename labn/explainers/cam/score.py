@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from labn.errors import InputError
 from labn.explainers.base import check_targets
 from labn.explainers.cam.features import layer_features
 from labn.explainers.cam.gradcam import ActivationMap
@@ -71,11 +72,11 @@ class ScoreCAM(ActivationMap):
     ) -> None:
         super().__init__(target_layer, relu)
         if score not in SCORES:
-            raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}.")
+            raise InputError(f"score must be one of {', '.join(SCORES)}, got {score!r}.")
         if weighting not in WEIGHTINGS:
-            raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}.")
+            raise InputError(f"weighting must be one of {', '.join(WEIGHTINGS)}, got {weighting!r}.")
         if channels is not None and channels < 1:
-            raise ValueError(f"channels must be at least 1, got {channels}.")
+            raise InputError(f"channels must be at least 1, got {channels}.")
         check_precision(precision)
         self.score, self.weighting, self.channels = score, weighting, channels
         self.chunk_size, self.fold, self.precision = chunk_size, fold, precision

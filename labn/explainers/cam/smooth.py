@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from labn.errors import InputError
 from labn.explainers.cam.features import gradient_features, layer_features
 from labn.explainers.cam.gradcam import ActivationMap, plus_plus_factor
 from labn.explainers.gradient import check_noise, gaussian_noise, noise_scale
@@ -41,7 +42,7 @@ class SmoothGradCAMPlusPlus(ActivationMap):
         super().__init__(target_layer, relu)
         check_noise(n_samples, std)
         if numerator not in NUMERATORS:
-            raise ValueError(f"numerator must be one of {', '.join(NUMERATORS)}, got {numerator!r}.")
+            raise InputError(f"numerator must be one of {', '.join(NUMERATORS)}, got {numerator!r}.")
         self.n_samples, self.std, self.relative = n_samples, std, relative
         self.numerator, self.seed = numerator, seed
 

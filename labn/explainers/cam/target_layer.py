@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from labn.errors import InputError
 from labn.inference.fingerprint import structure_key
 from labn.inference.modes import explaining, logits_of
 
@@ -46,7 +47,7 @@ def named_layer(model: nn.Module, name: str) -> nn.Module:
         if name and known in layers:
             return layers[known]
     near = difflib.get_close_matches(name, [n.removeprefix(COMPILED) for n in layers if n], n=5, cutoff=0.0)
-    raise ValueError(f"target_layer {name!r} is not a layer of {type(model).__name__}; near it: {', '.join(near)}.")
+    raise InputError(f"target_layer {name!r} is not a layer of {type(model).__name__}; near it: {', '.join(near)}.")
 
 
 def is_strided(rows: int, columns: int, size: torch.Size) -> bool:
@@ -179,10 +180,10 @@ def search_target_layer(model: nn.Module, images: Tensor) -> str:
         place = _last_map(model, seen, logits)
     if place is None:
         way_out = "take the method rollout, or name one" if any(s.is_tokens for s in seen) else "name one"
-        raise ValueError(f"{type(model).__name__} has no layer with spatial feature maps; {way_out} with target_layer.")
+        raise InputError(f"{type(model).__name__} has no layer with spatial feature maps; {way_out} with target_layer.")
     name = _outermost(seen, place).removeprefix(COMPILED)
     if _mostly_tokens(model, seen, place):
-        raise ValueError(
+        raise InputError(
             f"{type(model).__name__} works on tokens after {name!r}, its last layer with feature maps; "
             "take the method rollout, or name a layer with target_layer."
         )

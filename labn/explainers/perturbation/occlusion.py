@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from labn.errors import InputError
 from labn.explainers.base import Explainer, check_targets
 from labn.explainers.cam.score import SCORES
 from labn.explainers.gradient import channel_values
@@ -51,9 +52,9 @@ class Occlusion(Explainer):
         fold: bool = True,
     ) -> None:
         if not 1 <= stride <= window:
-            raise ValueError(f"stride must be from 1 to window ({window}), got {stride}.")
+            raise InputError(f"stride must be from 1 to window ({window}), got {stride}.")
         if score not in SCORES:
-            raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}.")
+            raise InputError(f"score must be one of {', '.join(SCORES)}, got {score!r}.")
         self.window, self.stride, self.baseline, self.score = window, stride, baseline, score
         self.chunk_size, self.fold = chunk_size, fold
 

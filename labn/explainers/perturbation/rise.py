@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from labn.errors import InputError
 from labn.explainers.base import Explainer, check_targets
 from labn.perturbation.engine import PerturbationEngine
 
@@ -172,13 +173,13 @@ class RISE(Explainer):
         precision: str = "fp32",
     ) -> None:
         if n_masks < 1 or grid < 1:
-            raise ValueError(f"n_masks and grid must be at least 1, got {n_masks} and {grid}.")
+            raise InputError(f"n_masks and grid must be at least 1, got {n_masks} and {grid}.")
         if not 0 < p <= 1:
-            raise ValueError(f"p must be above 0 and at most 1, got {p}.")
+            raise InputError(f"p must be above 0 and at most 1, got {p}.")
         if sampler not in SAMPLERS:
-            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}.")
+            raise InputError(f"sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}.")
         if sampler == "orthogonal" and p != 0.5:
-            raise ValueError(f"sampler='orthogonal' needs p=0.5, got {p}; take stratified.")
+            raise InputError(f"sampler='orthogonal' needs p=0.5, got {p}; take stratified.")
         self.n_masks, self.grid, self.p, self.seed = n_masks, grid, p, seed
         self.chunk_size, self.sampler, self.fold, self.precision = chunk_size, sampler, fold, precision
 
@@ -202,9 +203,9 @@ class RISE(Explainer):
                 where the standard error is asked for.
         """
         if classes.ndim != 2 or len(classes) != len(images):
-            raise ValueError(f"classes must be ({len(images)}, T), got {tuple(classes.shape)}.")
+            raise InputError(f"classes must be ({len(images)}, T), got {tuple(classes.shape)}.")
         if standard_error and self.n_masks < 2 * GROUP:
-            raise ValueError(f"standard_error needs n_masks of at least {2 * GROUP}, got {self.n_masks}.")
+            raise InputError(f"standard_error needs n_masks of at least {2 * GROUP}, got {self.n_masks}.")
         return self._stream(model, images, classes.to(images.device), standard_error)
 
     def _stream(self, model: nn.Module, images: Tensor, classes: Tensor, error: bool) -> RiseMaps:

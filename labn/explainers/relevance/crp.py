@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from labn.errors import InputError
 from labn.explainers.base import Explainer, Targets, check_targets, resolve_targets
-from labn.explainers.relevance.detection_pass import DetectionPassage, Start
+from labn.explainers.relevance.detection_pass import DetectionTrace, Start
 from labn.inference.modes import explaining, matching
 from labn.lrp.config import Config, FirstName
 from labn.lrp.engine import propagated
@@ -196,7 +197,7 @@ class CRP(Explainer):
 
     # Any question about one image
 
-    def passage(self, detector: nn.Module, image: Tensor) -> DetectionPassage:
+    def trace(self, detector: nn.Module, image: Tensor) -> DetectionTrace:
         """One forward of one image (C, H, W) or (1, C, H, W), for any number of `ask`s.
 
         Raises:
@@ -206,55 +207,55 @@ class CRP(Explainer):
         found = matching(detector_of(detector), image)
         assert isinstance(found, Detector)
         with explaining(found, image.device.type):
-            return DetectionPassage(found, image.clone(), self.config)
+            return DetectionTrace(found, image.clone(), self.config)
 
-    def ask(self, passage: DetectionPassage, questions: Sequence[Question]) -> Answers:
-        """Maps for any questions about the image of `passage`: one backward sweep for several of them.
+    def ask(self, trace: DetectionTrace, questions: Sequence[Question]) -> Answers:
+        """Maps for any questions about the image of `trace`: one backward sweep for several of them.
 
         Raises:
             ValueError: a class that the detector does not have, or an unknown task.
             IndexError: a default box that does not exist.
             NotImplementedError: a layer without a rule; the message names it.
         """
-        with explaining(passage.detector, passage.image.device.type):
-            starts = [self.start(passage, question) for question in questions]
-            maps = passage.maps(starts, chunk_size=self.chunk_size).sum(1)
+        with explaining(trace.detector, trace.image.device.type):
+            starts = [self.start(trace, question) for question in questions]
+            maps = trace.maps(starts, chunk_size=self.chunk_size).sum(1)
         sums = torch.tensor([float(s.relevance.sum(dtype=torch.float64)) for s in starts], dtype=torch.float64)
         return Answers(maps, sums, tuple(questions))
 
-    def start(self, passage: DetectionPassage, question: Question) -> Start:
+    def start(self, trace: DetectionTrace, question: Question) -> Start:
         """Relevance at the head's input for one question."""
         _among("task", question.task, TASKS)
         rule = self._class_start if question.task == "class" else self._coordinate_start
-        return rule(passage, question)
+        return rule(trace, question)
 
-    def _class_start(self, passage: DetectionPassage, question: Question) -> Start:
-        detector, target = passage.detector, self.label_of(passage, question)
-        logits = passage.predictions.classes[:, question.prior]
+    def _class_start(self, trace: DetectionTrace, question: Question) -> Start:
+        detector, target = trace.detector, self.label_of(trace, question)
+        logits = trace.predictions.classes[:, question.prior]
         excluded = None if self.background else detector.background
         others = rivals(logits, torch.tensor([target], device=logits.device), self.others, excluded)[0]
-        window = passage.window(question.prior, localisation=False)
+        window = trace.window(question.prior, localisation=False)
         relevance = CLASS_RULES[self.contrast_at](window.contributions, target, others)
         if self.initial == "score":
             relevance = relevance * logits[0].softmax(0)[target]
         return Start(window, relevance.view_as(window.inputs))
 
-    def _coordinate_start(self, passage: DetectionPassage, question: Question) -> Start:
+    def _coordinate_start(self, trace: DetectionTrace, question: Question) -> Start:
         number = COORDINATES.index(question.task)
-        window = passage.window(question.prior, localisation=True)
+        window = trace.window(question.prior, localisation=True)
         relevance = COORDINATE_RULES[self.localisation](window.contributions, number)
-        predicted = float(passage.predictions.offsets[0, question.prior, number])
+        predicted = float(trace.predictions.offsets[0, question.prior, number])
         backwards = self.direction == "negative" or (self.direction == "predicted" and predicted < 0)
         return Start(window, (-relevance if backwards else relevance).view_as(window.inputs))
 
-    def label_of(self, passage: DetectionPassage, question: Question) -> int:
+    def label_of(self, trace: DetectionTrace, question: Question) -> int:
         """The class channel that a question is about; the most probable object class where it names none."""
-        passage.layout.unit(question.prior)
+        trace.layout.unit(question.prior)
         if question.label is not None:
-            return passage.detector.class_index(question.label)
-        logits = passage.predictions.classes[0, question.prior].clone()
-        if passage.detector.background is not None:
-            logits[passage.detector.background] = -torch.inf
+            return trace.detector.class_index(question.label)
+        logits = trace.predictions.classes[0, question.prior].clone()
+        if trace.detector.background is not None:
+            logits[trace.detector.background] = -torch.inf
         return int(logits.argmax())
 
     # The contract of every explainer
@@ -272,7 +273,7 @@ class CRP(Explainer):
         """
         detector = detector_of(model)
         if targets is None:
-            found = [self.passage(detector, image).detections(self.thresholds) for image in images]
+            found = [self.trace(detector, image).detections(self.thresholds) for image in images]
             return torch.tensor([int(d.labels[0]) if len(d) else detector.background or 0 for d in found])
         if isinstance(targets, str):
             targets = detector.class_index(targets)
@@ -287,11 +288,11 @@ class CRP(Explainer):
         return torch.cat([self._best(detector, image, int(k)) for image, k in zip(images, targets)])
 
     def _best(self, detector: Detector, image: Tensor, label: int) -> Tensor:
-        passage = self.passage(detector, image)
-        prior = best_prior(passage.detections(self.thresholds), label)
+        trace = self.trace(detector, image)
+        prior = best_prior(trace.detections(self.thresholds), label)
         if prior is None:
             return image.new_zeros(1, *image.shape[1:])
-        return self.ask(passage, [Question(prior, self.task, label)]).maps
+        return self.ask(trace, [Question(prior, self.task, label)]).maps
 
 
 def best_prior(found: Detections, label: int) -> int | None:
@@ -302,4 +303,4 @@ def best_prior(found: Detections, label: int) -> int | None:
 
 def _among(name: str, value: object, allowed: Collection[str]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}.")
+        raise InputError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}.")

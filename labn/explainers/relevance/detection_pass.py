@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from labn.errors import InputError
 from labn.lrp.config import Config
 from labn.lrp.engine import backward, forward
 from labn.lrp.tracing.graph import Node
@@ -48,7 +49,7 @@ class Start:
     relevance: Tensor
 
 
-class DetectionPassage:
+class DetectionTrace:
     """A recorded forward pass of a detector over one image.
 
     Args:
@@ -66,18 +67,18 @@ class DetectionPassage:
 
     def __init__(self, detector: Detector, image: Tensor, config: Config) -> None:
         if len(image) != 1:
-            raise ValueError(f"a detection passage holds one image, got {len(image)}.")
+            raise InputError(f"a detection trace holds one image, got {len(image)}.")
         self.detector, self.image = detector, image
-        self.passage = forward(detector, image, config, _rows)
+        self.trace = forward(detector, image, config, _rows)
         heads = detector.heads()
         self._classes = [self._node(head.classification) for head in heads]
         self._offsets = [self._node(head.localisation) for head in heads]
         grids = tuple((node.call.shape[-2], node.call.shape[-1]) for node in self._classes)
         self.layout = detector.layout(grids)
         count, classes = self.layout.starts[-1], detector.num_classes
-        logits = self.passage.logits
+        logits = self.trace.logits
         if logits.shape[1] != count * (classes + 4):
-            raise ValueError(
+            raise InputError(
                 f"{type(detector).__name__} predicts {logits.shape[1]} values; its heads() and num_classes say "
                 f"{count} default boxes x ({classes} classes + 4 coordinates)."
             )
@@ -85,10 +86,10 @@ class DetectionPassage:
         self.predictions = Predictions(scores.view(1, count, classes), offsets.view(1, count, 4), grids)
 
     def _node(self, name: str) -> Node:
-        graph = self.passage.graph
+        graph = self.trace.graph
         node = graph.nodes.get(graph.outputs.get(name, -1))
         if node is None or node.layer is None or node.layer.operation != "conv2d" or node.layer.options["groups"] != 1:
-            raise ValueError(
+            raise InputError(
                 f"heads() names '{name}', which is no plain 2-D convolution that {type(self.detector).__name__} runs."
             )
         return node
@@ -121,7 +122,7 @@ class DetectionPassage:
             slice(at * s, at * s + d * (k - 1) + 1, d)
             for at, s, d, k in zip((unit.row, unit.column), stride, dilation, kernel.shape[2:])
         )
-        inputs = F.pad(self.passage.kept[node.index][0][0], (padding[1], padding[1], padding[0], padding[0]))
+        inputs = F.pad(self.trace.kept[node.index][0][0], (padding[1], padding[1], padding[0], padding[0]))
         return Window(node.inputs[0], rows, columns, padding, inputs[:, rows, columns], kernel)
 
     def maps(self, starts: list[Start], until: int = 0, chunk_size: int | None = None) -> Tensor:
@@ -144,11 +145,11 @@ class DetectionPassage:
     def _sweep(self, starts: list[Start], until: int) -> Tensor:
         values = {start.window.value for start in starts}
         seeds = {value: self._seed(starts, value) for value in values}
-        return backward(self.passage, seeds, until)
+        return backward(self.trace, seeds, until)
 
     def _seed(self, starts: list[Start], value: int) -> Tensor:
         node = next(n for n in (*self._classes, *self._offsets) if n.inputs[0] == value)
-        layer_input = self.passage.kept[node.index][0]
+        layer_input = self.trace.kept[node.index][0]
         channels, height, width = layer_input.shape[1:]
         seed = layer_input.new_zeros(len(starts), channels, height, width)
         for row, start in enumerate(starts):

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from labn.errors import InputError
 from labn.explainers.base import Explainer
 from labn.lrp.config import BlockWeights, Config, FirstName, ResidualName, RuleName
 from labn.lrp.engine import relevance
@@ -50,7 +51,7 @@ class LRP(Explainer):
         block_weights: BlockWeights = "signed",
     ) -> None:
         if init not in INITIAL:
-            raise ValueError(f"init={init!r} is not one of {', '.join(map(repr, INITIAL))}.")
+            raise InputError(f"init={init!r} is not one of {', '.join(map(repr, INITIAL))}.")
         self.config = Config(
             rule=rule,
             linear_rule=linear_rule,

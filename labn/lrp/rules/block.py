@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from labn.lrp.rules.conservation import Ledger
-from labn.lrp.rules.image_weights import weighing
+from labn.lrp.rules.conservation import ConservationReport
 from labn.lrp.rules.linear_layers import Norm, gradients, transposable
+from labn.lrp.rules.weighted_layer import weighted_layer_of
 from labn.lrp.tracing.graph import Node
 
 # What a region may contain: each of these is linear in its carried input once ReLU and max masks are fixed.
@@ -106,7 +106,7 @@ def _linear(node: Node, values: dict[int, Tensor]) -> Tensor:
 
 
 def _weighted(node: Node, values: dict[int, Tensor]) -> Tensor:
-    return weighing(node, values).run(values[node.flow[0]], True)[1]
+    return weighted_layer_of(node, values).run(values[node.flow[0]], True)[1]
 
 
 _AFFINE: dict[str, Callable[[Node, dict[int, Tensor]], Tensor]] = {"linear": _linear, "weighted": _weighted}
@@ -118,7 +118,7 @@ def _clamped_linear(node: Node, values: dict[int, Tensor]) -> Tensor:
 
 
 def _clamped_weighted(node: Node, values: dict[int, Tensor]) -> Tensor:
-    return transposable(weighing(node, values), values[node.flow[0]], "plus", True)
+    return transposable(weighted_layer_of(node, values), values[node.flow[0]], "plus", True)
 
 
 def _clamped_norm(node: Node, values: dict[int, Tensor]) -> Tensor:
@@ -140,9 +140,9 @@ _CLAMPED: dict[str, Callable[[Node, dict[int, Tensor]], Tensor]] = {
 }
 
 
-def book_biases(ledger: Ledger, node: Node, run: RegionRun, s: Tensor) -> None:
+def book_biases(conservation: ConservationReport, node: Node, run: RegionRun, s: Tensor) -> None:
     """Book what the effective bias of a region keeps: <s, y - J x> = sum over its biases b of <d<s, y>/db, b>."""
     probe = run_region(node, run.sources, with_biases=True)
     if probe.biases:
         for bias, gradient in zip(probe.biases, gradients(probe.output, probe.biases, s)):
-            ledger.biased(gradient * bias.detach())
+            conservation.biased(gradient * bias.detach())

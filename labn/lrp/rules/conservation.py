@@ -48,7 +48,7 @@ def joined(rows: tuple[Entry, ...]) -> Entry:
 
 
 @dataclass
-class Ledger:
+class ConservationReport:
     """Entries in the order in which relevance passed the layers, output first."""
 
     entries: list[Entry] = field(default_factory=list)

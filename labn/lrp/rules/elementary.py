@@ -12,10 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from labn.errors import InputError
 from labn.lrp.config import Config
-from labn.lrp.rules.conservation import Ledger
-from labn.lrp.rules.image_weights import Weighing
+from labn.lrp.rules.conservation import ConservationReport
 from labn.lrp.rules.linear_layers import Layer
+from labn.lrp.rules.weighted_layer import WeightedLayer
 
 
 @dataclass
@@ -28,25 +29,25 @@ class Step:
         z: (B, out, ...) what it made before its BatchNorm (after it, when folded); None if no rule asked for it.
         r: (T, out, ...) relevance at its output; T = B, or any T when B = 1.
         non_negative: a >= 0 is known.
-        config, ledger: choices, and the account to fill in (None: not wanted).
+        config, conservation: choices, and the account to fill in (None: not wanted).
         unit: (1 or B, in, ...) what a first layer has in place of an image of ones; None: ones.
         bounds: what it has in place of the lowest and the highest pixels; None: those.
         denominators: z + e by part, kept by the forward pass where many relevances meet one input (None: not kept).
     """
 
-    layer: Layer | Weighing
+    layer: Layer | WeightedLayer
     a: Tensor
     z: Tensor | None
     r: Tensor
     non_negative: bool
     config: Config
-    ledger: Ledger | None = None
+    conservation: ConservationReport | None = None
     denominators: dict[str, Tensor] | None = None
     unit: Tensor | None = None
     bounds: Sequence[Tensor] | None = None
 
     def apply(self, a: Tensor, part: str) -> Tensor:
-        """sum_i a_i rho(w_ij), without bias; for the parts see `labn.lrp.weighted_layer.part_of`."""
+        """sum_i a_i rho(w_ij), without bias; for the parts see `labn.lrp.weighted_product.part_of`."""
         return self.layer.apply(a, part, self.config.folded)
 
     def adjoint(self, s: Tensor, part: str) -> Tensor:
@@ -55,7 +56,7 @@ class Step:
 
     def divide(self, z: Tensor, r: Tensor | None = None) -> Tensor:
         """s = R / (z + e)."""
-        return divide(self.r if r is None else r, z, self.config, self.ledger)
+        return divide(self.r if r is None else r, z, self.config, self.conservation)
 
     def share(self, part: str, z: Callable[[], Tensor], r: Tensor) -> Tensor:
         """`divide` by the z of a part of the contributions, which is made at its first use only."""
@@ -83,13 +84,13 @@ def stabiliser(z: Tensor, config: Config) -> Tensor:
     return torch.copysign(size, z, out=absolute)
 
 
-def divide(r: Tensor, z: Tensor, config: Config, ledger: Ledger | None) -> Tensor:
+def divide(r: Tensor, z: Tensor, config: Config, conservation: ConservationReport | None) -> Tensor:
     """s = R / (z + e), booking what e keeps."""
     e = stabiliser(z, config)
-    if ledger is None:
+    if conservation is None:
         return torch.div(r, e.add_(z), out=e) if r.shape == e.shape else r / e.add_(z)
     s = r / (z + e)
-    ledger.stabilised(z, s * e)
+    conservation.stabilised(z, s * e)
     return s
 
 
@@ -97,8 +98,8 @@ def simple(step: Step) -> Tensor:
     """LRP-0: R_i = a_i sum_j w_ij R_j / z_j; nothing passes where z_j = 0."""
     z = _output(step)
     s = torch.where(z == 0, 0, step.r / torch.where(z == 0, 1, z))
-    if step.ledger is not None:
-        step.ledger.stabilised(z, torch.where(z == 0, step.r, 0))
+    if step.conservation is not None:
+        step.conservation.stabilised(z, torch.where(z == 0, step.r, 0))
     _book_bias(step, s, "weight")
     return step.a * step.adjoint(s, "weight")
 
@@ -133,8 +134,8 @@ def gamma(step: Step) -> Tensor:
     z = z if step.non_negative else z + step.apply(step.a.clamp(max=0), minus)
     lifted = None if bias is None else step.layer.per_channel(bias + step.config.gamma * bias.clamp(min=0))
     s = step.divide(z if lifted is None else z + lifted)
-    if step.ledger is not None and lifted is not None:
-        step.ledger.biased(s * lifted)
+    if step.conservation is not None and lifted is not None:
+        step.conservation.biased(s * lifted)
     r = step.a.clamp(min=0) * step.adjoint(s, plus)
     return r if step.non_negative else r + step.a.clamp(max=0) * step.adjoint(s, minus)
 
@@ -173,14 +174,14 @@ USES_OUTPUT = {"simple", "epsilon"}
 
 def _output(step: Step) -> Tensor:
     if step.z is None:
-        raise ValueError("This rule divides by the layer's output, which the forward pass did not keep.")
+        raise InputError("This rule divides by the layer's output, which the forward pass did not keep.")
     return step.z
 
 
 def _book_bias(step: Step, s: Tensor, part: str) -> None:
     bias = step.layer.offset(step.config.folded)
-    if step.ledger is not None and bias is not None:
-        step.ledger.biased(s * step.layer.per_channel(bias))
+    if step.conservation is not None and bias is not None:
+        step.conservation.biased(s * step.layer.per_channel(bias))
 
 
 def _signed_part(step: Step, r: Tensor, same: str, other: str) -> Tensor:
@@ -194,7 +195,7 @@ def _signed_part(step: Step, r: Tensor, same: str, other: str) -> Tensor:
 
 def _divide_positive(step: Step, z: Tensor) -> Tensor:
     """`divide` for a fresh z >= 0: in place where no account is kept."""
-    if step.ledger is not None:
+    if step.conservation is not None:
         return step.divide(z)
     if step.config.eps_mode == "absolute":
         return torch.div(step.r, z.add_(step.config.eps), out=z)

@@ -20,7 +20,7 @@ from labn.lrp.tracing.graph import Graph, Node
 _UNCHANGED = {"norm", "relu", "identity", "pass", "rescale", "product"}
 
 
-class Units:
+class UnitActivation:
     """What every value that has no linear layer below is made of, for images (B, C, H, W); each is made once.
 
     Args:
@@ -53,7 +53,7 @@ class Units:
         return None if made is None or plain else made(node, {index: self.filled(index) for index in node.inputs})
 
 
-class Bounds:
+class PixelBounds:
     """Between which values every value lies that has no linear layer below, for images (B, C, H, W); made once each.
 
     A gate and an L2 norm, which depend on the image, are read as factors of at most 1: the bounds stay as they are.

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from labn.errors import InputError
 from labn.inference.packing import PackedKernel
 from labn.lrp.tracing.recorder import Call
-from labn.lrp.weighted_layer import part_of
+from labn.lrp.weighted_product import part_of
 
 
 @dataclass
@@ -161,7 +162,7 @@ class Layer:
 
 
 class Linear(Protocol):
-    """What a `Layer` and a `labn.lrp.rules.image_weights.Weighing` have in common."""
+    """What a `Layer` and a `labn.lrp.rules.weighted_layer.WeightedLayer` have in common."""
 
     def apply(self, a: Tensor, part: str, folded: bool = False, bias: Tensor | None = None) -> Tensor:
         """rho(W) a + b."""
@@ -212,7 +213,7 @@ def _explicit_padding(padding: Any, weight: Tensor, dilation: Any) -> Any:
         return padding
     reach = [d * (k - 1) for d, k in zip(_spread(dilation, weight.ndim - 2), weight.shape[2:])]
     if any(r % 2 for r in reach):
-        raise ValueError(
+        raise InputError(
             f"padding='same' with the even kernel {tuple(weight.shape[2:])} pads unevenly; give the padding as numbers."
         )
     return [r // 2 for r in reach]

@@ -12,7 +12,7 @@ from labn.lrp.tracing.graph import Graph, Node
 
 
 @dataclass(frozen=True)
-class Junction:
+class ResidualSum:
     """A residual sum as the rules see it.
 
     Attributes:
@@ -36,29 +36,29 @@ def shares_by_size(f: Tensor, s: Tensor) -> Tensor:
     return size.div_(s.abs().add_(size)).nan_to_num_(nan=0.5)
 
 
-def _ratio(f: Tensor, s: Tensor, junction: Junction) -> Tensor:
+def _ratio(f: Tensor, s: Tensor, junction: ResidualSum) -> Tensor:
     return shares_by_size(f, s)
 
 
-def _symmetric(f: Tensor, s: Tensor, junction: Junction) -> Tensor:
+def _symmetric(f: Tensor, s: Tensor, junction: ResidualSum) -> Tensor:
     return f.new_full((), 0.5)
 
 
-def _ratio_down(f: Tensor, s: Tensor, junction: Junction) -> Tensor:
+def _ratio_down(f: Tensor, s: Tensor, junction: ResidualSum) -> Tensor:
     return f.new_ones(()) if junction.identity else shares_by_size(f, s)
 
 
-def _symmetric_down(f: Tensor, s: Tensor, junction: Junction) -> Tensor:
+def _symmetric_down(f: Tensor, s: Tensor, junction: ResidualSum) -> Tensor:
     return f.new_full((), 1.0 if junction.identity else 0.5)
 
 
-def _signed(f: Tensor, s: Tensor, junction: Junction) -> Tensor:
+def _signed(f: Tensor, s: Tensor, junction: ResidualSum) -> Tensor:
     total = f + s
     return torch.where(total == 0, 0.5, f / torch.where(total == 0, 1, total))
 
 
 # The share of R that F receives; S receives the rest, so that the two always add up to R.
-SHARES: dict[str, Callable[[Tensor, Tensor, Junction], Tensor]] = {
+SHARES: dict[str, Callable[[Tensor, Tensor, ResidualSum], Tensor]] = {
     "ratio": _ratio,
     "symmetric": _symmetric,
     "ratio_down": _ratio_down,
@@ -68,13 +68,13 @@ SHARES: dict[str, Callable[[Tensor, Tensor, Junction], Tensor]] = {
 }
 
 
-def junction_of(node: Node, graph: Graph) -> Junction:
+def residual_sum_of(node: Node, graph: Graph) -> ResidualSum:
     """Which operand of a sum is the deep branch: the one with more linear layers since the branches parted."""
     ancestors = [_depths(index, graph) for index in node.inputs]
     common = max(set(ancestors[0]) & set(ancestors[1]), default=0)
     depths = [found.get(common, 0) for found in ancestors]
     deep = 0 if depths[0] >= depths[1] else 1
-    return Junction(deep, identity=min(depths) == 0)
+    return ResidualSum(deep, identity=min(depths) == 0)
 
 
 def _depths(index: int, graph: Graph) -> dict[int, int]:

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from labn.errors import InputError
+
 
 @dataclass(frozen=True)
 class Ref:
@@ -179,7 +181,7 @@ def record(model: nn.Module, images: Tensor, rows: Callable[[Any], Tensor]) -> R
             output = rows(model(images))  # which may have to be put together from the parts of an output
         logits = recorder.index_of(output)
     if not logits:
-        raise ValueError(
+        raise InputError(
             f"The logits of {type(model).__name__} do not depend on the images through visible torch functions."
         )
     return Recording(recorder.calls, logits, recorder.outputs)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from labn.errors import InputError
+
 ROUNDING = 1e-6  # of a probability, from float32 logits
 
 
@@ -55,5 +57,5 @@ def percent_counts(pixels: int, percents: Sequence[float]) -> Tensor:
         ValueError: a percentage that is not above 0 and at most 100.
     """
     if not percents or not all(0 < percent <= 100 for percent in percents):
-        raise ValueError(f"percents must be above 0 and at most 100, got {list(percents)}.")
+        raise InputError(f"percents must be above 0 and at most 100, got {list(percents)}.")
     return torch.tensor([max(1, int(pixels * percent / 100 + 0.5)) for percent in percents])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from labn.errors import InputError
 from labn.models.detectors import Detector
 from labn.perturbation.engine import PerturbationEngine
 from labn.perturbation.patches import patch_pool, patch_ranks, ranks_to_pixels
@@ -85,7 +86,7 @@ def removal_curves(
     """
     wanted = torch.as_tensor(fractions, dtype=torch.float64)
     if len(wanted) < 2 or wanted[0] != 0 or bool((wanted.diff() <= 0).any()) or wanted[-1] > 1:
-        raise ValueError(f"fractions must start with 0 and ascend to at most 1, got {list(fractions)}.")
+        raise InputError(f"fractions must start with 0 and ascend to at most 1, got {list(fractions)}.")
     rows, classes = len(maps), detector.num_classes
     chosen = torch.as_tensor(list(priors), device=image.device)
 

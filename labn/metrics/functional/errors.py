@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from labn.errors import InputError
+
 KINDS = ("insufficient", "over", "wrong", "other")
 
 
@@ -29,7 +31,7 @@ class ErrorThresholds:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             if not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value}; it is a share and must lie in [0, 1].")
+                raise InputError(f"{name} is {value}; it is a share and must lie in [0, 1].")
 
 
 def region_shares(areas: Tensor, regions: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from labn.errors import InputError
 from labn.metrics.functional.similarity import midranks
 
 
@@ -29,7 +30,7 @@ def boxes_to_masks(boxes: Sequence[Tensor] | Tensor, size: tuple[int, int]) -> T
     """
     for sample, one in enumerate(boxes):
         if one.ndim != 2 or one.shape[1] != 4:
-            raise ValueError(f"boxes must be one (n, 4) tensor per image, got {tuple(one.shape)} for image {sample}.")
+            raise InputError(f"boxes must be one (n, 4) tensor per image, got {tuple(one.shape)} for image {sample}.")
     return torch.stack([_union(one, size) for one in boxes])
 
 
@@ -42,7 +43,7 @@ def _union(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 
 def _flat(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     if maps.shape != masks.shape:
-        raise ValueError(f"masks must be {tuple(maps.shape)} like the maps, got {tuple(masks.shape)}.")
+        raise InputError(f"masks must be {tuple(maps.shape)} like the maps, got {tuple(masks.shape)}.")
     return maps.double().flatten(1), masks.bool().flatten(1)
 
 

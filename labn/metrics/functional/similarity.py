@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from labn.errors import InputError
+
 
 def midranks(values: Tensor) -> Tensor:
     """Ranks 1..P of (B, P) in ascending order, tied values sharing their mean rank; float64."""
@@ -43,7 +45,7 @@ def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
 
 def _flat(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     if first.shape != second.shape:
-        raise ValueError(f"the maps must have one size, got {tuple(first.shape)} and {tuple(second.shape)}.")
+        raise InputError(f"the maps must have one size, got {tuple(first.shape)} and {tuple(second.shape)}.")
     return first.double().flatten(1).contiguous(), second.double().flatten(1).contiguous()
 
 

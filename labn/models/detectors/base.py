@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from labn.errors import InputError
+
 Coordinate = Literal["cx", "cy", "w", "h"]
 COORDINATES: tuple[Coordinate, ...] = ("cx", "cy", "w", "h")
 
@@ -162,7 +164,7 @@ class Detector(nn.Module, ABC):
         index = known.index(wanted) if isinstance(wanted, str) and wanted in known else wanted
         if isinstance(index, str) or int(index) != index or not 0 <= index < self.num_classes:
             names = f" ({', '.join(known)})" if known else ""
-            raise ValueError(f"class {wanted!r} is not one of the detector's {self.num_classes} classes{names}.")
+            raise InputError(f"class {wanted!r} is not one of the detector's {self.num_classes} classes{names}.")
         return int(index)
 
 

@@ -9,6 +9,7 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.ssd import SSD
 from torchvision.ops import box_iou
 
+from labn.errors import InputError, InputTypeError
 from labn.models.detectors.base import Detector, Head, Predictions
 from labn.models.detectors.decode import corners
 from labn.models.detectors.vgg import VGGFeatures
@@ -38,7 +39,7 @@ class TorchvisionSSD(Detector):
         self.variances = (1 / wx, 1 / wy, 1 / ww, 1 / wh)
         self.num_classes = model.head.classification_head.num_columns
         if class_names is not None and len(class_names) != self.num_classes:
-            raise ValueError(f"class_names has {len(class_names)} names for {self.num_classes} classes.")
+            raise InputError(f"class_names has {len(class_names)} names for {self.num_classes} classes.")
         self.class_names = class_names
 
     def forward(self, images: Tensor) -> Predictions:
@@ -125,7 +126,7 @@ def detector_of(model: nn.Module) -> Detector:
         return model
     if isinstance(model, SSD):
         return TorchvisionSSD(model)
-    raise TypeError(
+    raise InputTypeError(
         f"{type(model).__name__} is no detector; give torchvision's SSD, a subclass of labn.models.detectors.Detector, "
         "or the `network` of labn.modules.SSD."
     )

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from labn.errors import InputError
+
 # Channels of VGG-16's convolutions up to conv4_3; None is a max pool.
 FRONT: tuple[int | None, ...] = (64, 64, None, 128, 128, None, 256, 256, 256, None, 512, 512, 512)
 # Channels inside and at the output of conv8 to conv11, and the stride of the second convolution.
@@ -64,7 +66,7 @@ class VGGFeatures(nn.Module):
 class _Widths:
     def __init__(self, factor: float) -> None:
         if factor <= 0:
-            raise ValueError(f"width must be positive, got {factor}.")
+            raise InputError(f"width must be positive, got {factor}.")
         self.factor = factor
 
     def __call__(self, channels: int) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from labn.lrp.weighted_layer import weighted
+from labn.errors import InputError
+from labn.lrp.weighted_product import weighted
 from labn.models.lambda_networks.linear_map import LambdaWeights, apply_lambdas, content_lambdas
 from labn.models.lambda_networks.position import FORMULATIONS
 
@@ -105,10 +106,10 @@ class LambdaLayer(nn.Module):
 
 def _check(channels: int, heads: int, r: int, stride: int, formulation: str) -> None:
     if channels % heads:
-        raise ValueError(f"channels is {channels}; it must be a multiple of heads ({heads}).")
+        raise InputError(f"channels is {channels}; it must be a multiple of heads ({heads}).")
     if r < 1 or r % 2 == 0:
-        raise ValueError(f"r is {r}; the side of the position window must be odd and positive.")
+        raise InputError(f"r is {r}; the side of the position window must be odd and positive.")
     if stride not in (1, 2):
-        raise ValueError(f"stride is {stride}; it must be 1 or 2.")
+        raise InputError(f"stride is {stride}; it must be 1 or 2.")
     if formulation != "auto" and formulation not in FORMULATIONS:
-        raise ValueError(f"formulation is {formulation!r}; it must be auto or one of {', '.join(FORMULATIONS)}.")
+        raise InputError(f"formulation is {formulation!r}; it must be auto or one of {', '.join(FORMULATIONS)}.")

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from labn.lrp.weighted_layer import Weights, part_of
+from labn.lrp.weighted_product import Weights, part_of
 from labn.models.lambda_networks.position import Span, position_path, spans
 
 TILE = 7

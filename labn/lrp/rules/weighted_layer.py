@@ -7,17 +7,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from labn.errors import InputError
 from labn.lrp.tracing.graph import Node
 from labn.lrp.tracing.recorder import Ref, substitute
-from labn.lrp.weighted_layer import Weights
+from labn.lrp.weighted_product import Weights
 
 # What a negative factor g makes of a part: rho(g w) = g rho'(w).
 TURNED = {"plus": "minus", "minus": "plus", "gamma": "gamma-", "gamma-": "gamma"}
 
 
 @dataclass(frozen=True)
-class Weighing:
-    """The weights of one call of `labn.lrp.weighted_layer.weighted` on some images, used like a `Layer`.
+class WeightedLayer:
+    """The weights of one call of `labn.lrp.weighted_product.weighted` on some images, used like a `Layer`.
 
     Attributes:
         weights: A and b of these images.
@@ -75,7 +76,7 @@ class Weighing:
     def _known(self, part: str) -> Weights:
         known = self.weights.parts
         if known is not None and part.partition(":")[0] not in known:
-            raise ValueError(
+            raise InputError(
                 f"{type(self.weights).__name__} of {self.label} has no part '{part}', which the rule asks for; it has "
                 f"{', '.join(map(repr, known))} (the rules simple and epsilon need 'weight' only)."
             )
@@ -86,12 +87,12 @@ def _times(values: Tensor, factor: Tensor | None) -> Tensor:
     return values if factor is None else values * factor
 
 
-def weighing(node: Node, values: dict[int, Tensor]) -> Weighing:
+def weighted_layer_of(node: Node, values: dict[int, Tensor]) -> WeightedLayer:
     """The weights of a node of kind `weighted`, made from the constants among `values`, without gradients to them."""
     make, *constants = substitute(
         node.call.args[1:], lambda leaf: values[leaf.index].detach() if isinstance(leaf, Ref) else leaf
     )
     if node.norm is None:
-        return Weighing(make(*constants), node.label)
+        return WeightedLayer(make(*constants), node.label)
     axes = (-1, *[1] * (len(node.call.shape) - 2))
-    return Weighing(make(*constants), node.label, node.norm.scale.view(axes), node.norm.shift.view(axes))
+    return WeightedLayer(make(*constants), node.label, node.norm.scale.view(axes), node.norm.shift.view(axes))
