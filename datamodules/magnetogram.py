@@ -13,12 +13,12 @@ from typing import Any, Literal
 import numpy as np
 
 from datamodules.base import SPLITS, ImageDataModule, OnBadImage, Split, data_root
-from datamodules.io.solar_frames import PictureSource, Preparation, YearSource, bad_picture, check_frames, is_fits
+from datamodules.io.solar_frames import PictureSource, Preparation, YearSource, bad_picture, check_frames
 from datamodules.io.sources import Record, Source
 from datamodules.io.splits import readable
 from datamodules.io.transforms import PUBLISHED, Augmentation
 from labn.errors import InputError, MissingFileError
-from labn.io.fits import keyword, read_header
+from labn.io.fits import is_fits, keyword, read_header
 from labn.io.images import Array, BadImageError
 from labn.io.readers import Line, inside, read_rows, read_table
 

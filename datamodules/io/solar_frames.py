@@ -10,8 +10,8 @@ import numpy as np
 
 from datamodules.io.sources import FileSource, Record, Source, bad_file
 from labn.errors import InputError, MissingFileError
-from labn.io.fits import MAGIC, image_layout, read_fits
-from labn.io.images import MAX_ASPECT, MAX_PIXELS, Array, BadImageError, contents, read_image, squash
+from labn.io.fits import image_layout, is_fits, read_picture
+from labn.io.images import MAX_ASPECT, MAX_PIXELS, Array, BadImageError, blacken_caption, contents, to_square
 
 # Of a file with a year of frames; one for every nine hourly frames.
 _BLOCKS = 1024
@@ -34,10 +34,7 @@ class Preparation:
     def __call__(self, frame: Array) -> Array:
         """(H,W) or (H,W,C) uint8 -> (size,size,C) uint8."""
         frame = frame if frame.ndim == 3 else frame[..., None]
-        if self.caption:
-            frame = frame.copy()
-            frame[round(len(frame) * (1.0 - self.caption)) :] = 0
-        return frame if frame.shape[:2] == (self.size, self.size) else squash(frame, self.size)
+        return to_square(blacken_caption(frame, self.caption), self.size)
 
 
 class YearSource(Source):
@@ -127,15 +124,8 @@ class PictureSource(FileSource):
 
     def load(self, index: int) -> tuple[Array, None]:
         """See `Source.load`."""
-        path = self.records[index].path
-        frame = read_fits(path, *self.preparation.fits_range) if is_fits(path) else read_image(path, channels=1)
+        frame = read_picture(self.records[index].path, 1, self.preparation.fits_range)
         return self.preparation(frame), None
-
-
-def is_fits(path: Path) -> bool:
-    """Whether a file begins as FITS files do."""
-    with path.open("rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
 
 
 def bad_picture(record: Record) -> str | None:

@@ -19,15 +19,13 @@ from datamodules.io.image_checks import check_image
 from datamodules.io.transforms import Transform
 from labn.io.images import (
     Box,
-    centre,
     contents,
     crop,
     digest,
     read_image,
     read_mask,
-    resize_short_side,
-    squash,
     squash_mask,
+    to_square,
 )
 
 Array = np.ndarray[Any, Any]
@@ -121,21 +119,13 @@ class FileSource(Source):
     def load(self, index: int) -> tuple[Array, Array | None]:
         """See `Source.load`. Raises `BadImageError` naming a file that cannot be decoded."""
         record = self.records[index]
-        image = self._framed(read_image(record.path, self.channels))
+        image = to_square(crop(read_image(record.path, self.channels), self.crop), self.size, self.shorter)
         if not self.has_masks:
             return image, None
         mask = np.zeros((self.size, self.size), dtype=bool)
         for path in record.masks:
             mask |= squash_mask(crop(read_mask(path), self.crop), self.size)
         return image, mask
-
-    def _framed(self, pixels: Array) -> Array:
-        shown = crop(pixels, self.crop)
-        return (
-            squash(shown, self.size)
-            if self.shorter is None
-            else centre(resize_short_side(shown, self.shorter), self.size)
-        )
 
 
 class ArraySource(Source):

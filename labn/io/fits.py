@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from labn.errors import InputError
-from labn.io.images import MAX_ASPECT, MAX_PIXELS, Array, BadImageError
+from labn.io.images import MAX_ASPECT, MAX_PIXELS, Array, BadImageError, read_image
 
 _BLOCK, _CARD = 2880, 80
 
@@ -17,6 +17,12 @@ _MAX_BLOCKS = 1024
 _TYPES = {8: "u1", 16: ">i2", 32: ">i4", 64: ">i8", -32: ">f4", -64: ">f8"}
 
 MAGIC = b"SIMPLE  ="
+
+
+def is_fits(path: Path) -> bool:
+    """Whether the file starts with the first card of a FITS header, whatever its suffix is."""
+    with path.open("rb") as file:
+        return file.read(len(MAGIC)) == MAGIC
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -129,3 +135,19 @@ def read_fits(path: Path, low: float, high: float) -> Array:
     with np.errstate(over="ignore", invalid="ignore"):
         grey = np.clip((zero + scale * values - low) / (high - low), 0.0, 1.0) * 255.0
     return np.rint(np.nan_to_num(grey, nan=0.0)).astype(np.uint8).reshape(shape)[::-1]
+
+
+def read_picture(path: Path, channels: int, fits_range: tuple[float, float] | None) -> Array:
+    """A picture (H,W,C) uint8: an image file, or a FITS file where `fits_range` is given.
+
+    Args:
+        path: the file.
+        channels: 3 (RGB) or 1 (grey) for image files; FITS files are always grey.
+        fits_range: physical values that become black and white; None reads image files only.
+
+    Raises:
+        BadImageError: the file is damaged or is not an image.
+    """
+    if fits_range is not None and is_fits(path):
+        return read_fits(path, *fits_range)[..., None]
+    return read_image(path, channels)

@@ -160,8 +160,39 @@ def crop(image: Array, box: Box | None) -> Array:
     return image[top:bottom, left:right]
 
 
+def blacken_caption(image: Array, caption: float) -> Array:
+    """Paint the lowest `caption` (a share of the height) of an image (H,W,C) black, in a copy; 0 returns the image."""
+    if not caption:
+        return image
+    image = image.copy()
+    image[round(len(image) * (1.0 - caption)) :] = 0
+    return image
+
+
+def to_square(image: Array, size: int, shorter: int | None = None) -> Array:
+    """Bring (H,W,C) uint8 to (size,size,C).
+
+    Args:
+        image: the pixels.
+        size: side of the square in pixels.
+        shorter: None squashes the whole image; else the shorter side is resized to this many pixels and the central
+            square is taken, which keeps the aspect.
+
+    Example:
+        >>> image = np.zeros((6, 12, 3), np.uint8)
+        >>> to_square(image, 4).shape, to_square(image, 4, shorter=5).shape
+        ((4, 4, 3), (4, 4, 3))
+    """
+    return squash(image, size) if shorter is None else centre(resize_short_side(image, shorter), size)
+
+
 def squash(image: Array, size: int) -> Array:
-    """Resize (H,W,C) uint8 to (size,size,C) without keeping the aspect: area average to shrink, else bilinear."""
+    """Resize (H,W,C) uint8 to (size,size,C) without keeping the aspect: area average to shrink, else bilinear.
+
+    An image of that size is returned as it is.
+    """
+    if image.shape[:2] == (size, size):
+        return image
     shrinks = min(image.shape[:2]) >= size
     out = cv2.resize(image, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
     return out if out.ndim == 3 else out[..., None]

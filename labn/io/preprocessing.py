@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from labn.io.fits import read_picture
+from labn.io.images import blacken_caption, crop, to_square
 
 KEY = "preprocessing"
 """Where checkpoints keep it."""
@@ -47,6 +51,26 @@ class Preprocessing:
         """Lists, numbers and texts only, which a checkpoint can hold."""
         found = asdict(self)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
+
+    def read(self, path: Path) -> np.ndarray:
+        """Pixels (S, S, C) uint8 of a picture file, prepared as the data modules prepare theirs.
+
+        Raises:
+            BadImageError: the file cannot be decoded.
+            InputError: `crop` leaves no pixel of the picture, or a FITS keyword is missing.
+
+        Example:
+            >>> import tempfile, cv2
+            >>> preprocessing = Preprocessing(image_size=4, mean=[0.5] * 3, std=[0.25] * 3, shorter=6)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     path = Path(folder) / "red.png"
+            ...     _ = cv2.imwrite(str(path), np.full((12, 24, 3), (0, 0, 200), np.uint8))  # OpenCV writes BGR
+            ...     pixels = preprocessing.read(path)
+            >>> pixels.shape, pixels[0, 0].tolist()
+            ((4, 4, 3), [200, 0, 0])
+        """
+        pixels = blacken_caption(read_picture(path, self.channels, self.fits_range), self.caption)
+        return to_square(crop(pixels, self.crop), self.image_size, self.shorter)
 
     def normalise(self, pixels: np.ndarray) -> Tensor:
         """Pixels (H, W, C) uint8 as the normalised float32 image (C, H, W)."""

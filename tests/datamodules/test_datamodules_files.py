@@ -7,6 +7,7 @@ import pytest
 from PIL import ExifTags, Image
 from small_data import write_image
 
+from datamodules.base import data_root
 from datamodules.io.image_checks import check_image
 from datamodules.io.sources import Record
 from datamodules.io.splits import readable, split_off, without_copies
@@ -15,7 +16,6 @@ from labn.io.images import (
     BadImageError,
     contents,
     crop,
-    data_root,
     identical_groups,
     oriented_size,
     read_image,
