@@ -14,11 +14,11 @@ import numpy as np
 
 from datamodules.base import ImageDataModule, OnBadImage, Split, data_root
 from datamodules.io.sources import Record, Source
-from datamodules.io.splits import readable, split_off, without_copies
+from datamodules.io.splits import readable_records, split_off, without_copies
 from datamodules.io.transforms import Augmentation
 from labn.errors import InputError, MissingFileError
-from labn.io.images import contents, read_image, resize_short_side
-from labn.io.readers import inside, read_text
+from labn.io.images import content_hash, read_image, resize_short_side
+from labn.io.readers import path_inside, read_text
 
 Value = TypeVar("Value")
 
@@ -26,7 +26,7 @@ Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
-class Bird:
+class BirdImage:
     """One image of the lists.
 
     Attributes:
@@ -45,7 +45,7 @@ class Bird:
 
 
 @dataclass(frozen=True)
-class Column(Generic[Value]):
+class NumberedList(Generic[Value]):
     """One list as read: number of the image (or class) -> its value, and -> the line that it stands in."""
 
     file: Path
@@ -77,7 +77,7 @@ def _box(rest: list[str]) -> Box:
     return x, y, width, height
 
 
-def read_column(file: Path, parse: Callable[[list[str]], Value], wanted: str) -> Column[Value]:
+def read_list(file: Path, parse: Callable[[list[str]], Value], wanted: str) -> NumberedList[Value]:
     """Read one list: on every line a number and what `parse` makes of the rest; empty lines are skipped.
 
     Raises:
@@ -86,7 +86,7 @@ def read_column(file: Path, parse: Callable[[list[str]], Value], wanted: str) ->
     """
     if not file.is_file():
         raise MissingFileError(f"{file} does not exist; `root` must hold CUB-200-2011 in its own layout.")
-    column: Column[Value] = Column(file, {}, {})
+    column: NumberedList[Value] = NumberedList(file, {}, {})
     for line, text in enumerate(read_text(file).splitlines(), start=1):
         if not (words := text.split()):
             continue
@@ -105,10 +105,10 @@ def read_column(file: Path, parse: Callable[[list[str]], Value], wanted: str) ->
 
 def read_classes(root: Path) -> dict[int, str]:
     """Class number -> class name, such as `001.Black_footed_Albatross`, from `classes.txt`."""
-    return read_column(root / "classes.txt", _text, "a class number and its name").values
+    return read_list(root / "classes.txt", _text, "a class number and its name").values
 
 
-def read_birds(root: Path) -> list[Bird]:
+def read_birds(root: Path) -> list[BirdImage]:
     """All images of the lists, in the order of `images.txt`.
 
     Raises:
@@ -118,25 +118,25 @@ def read_birds(root: Path) -> list[Bird]:
             another class than its label; the message names file and line.
     """
     names = read_classes(root)
-    images = read_column(root / "images.txt", _text, "an image number and a path")
-    labels = read_column(root / "image_class_labels.txt", _whole, "an image number and a class number")
-    training = read_column(root / "train_test_split.txt", _flag, "an image number and 0 (test) or 1 (training)")
-    boxes = read_column(
+    images = read_list(root / "images.txt", _text, "an image number and a path")
+    labels = read_list(root / "image_class_labels.txt", _whole, "an image number and a class number")
+    training = read_list(root / "train_test_split.txt", _flag, "an image number and 0 (test) or 1 (training)")
+    boxes = read_list(
         root / "bounding_boxes.txt", _box, "an image number and x, y, width, height in pixels with an area"
     )
-    others: tuple[Column[Any], ...] = (labels, training, boxes)
+    others: tuple[NumberedList[Any], ...] = (labels, training, boxes)
     for other in others:
-        _same_images(images, other)
+        _check_same_images(images, other)
     for number, name in images.values.items():
-        inside(root / "images", name, images.where(number))
-        _right_folder(number, images, labels, names)
+        path_inside(root / "images", name, images.where(number))
+        _check_folder(number, images, labels, names)
     return [
-        Bird(path, labels.values[n], training.values[n], boxes.values[n], boxes.where(n))
+        BirdImage(path, labels.values[n], training.values[n], boxes.values[n], boxes.where(n))
         for n, path in images.values.items()
     ]
 
 
-def _same_images(images: Column[str], other: Column[Any]) -> None:
+def _check_same_images(images: NumberedList[str], other: NumberedList[Any]) -> None:
     if missing := [number for number in images.values if number not in other.values]:
         raise InputError(
             f"{images.where(missing[0])}: image {missing[0]} ({images.values[missing[0]]}) has no line in "
@@ -148,7 +148,7 @@ def _same_images(images: Column[str], other: Column[Any]) -> None:
         )
 
 
-def _right_folder(number: int, images: Column[str], labels: Column[int], names: dict[int, str]) -> None:
+def _check_folder(number: int, images: NumberedList[str], labels: NumberedList[int], names: dict[int, str]) -> None:
     species = labels.values[number]
     if species not in names:
         raise InputError(f"{labels.where(number)}: class {species} is not listed in {labels.file.parent}/classes.txt.")
@@ -201,7 +201,7 @@ class BoxSource(Source):
     @property
     def identity(self) -> list[object]:  # type: ignore[override]
         """Contents of all files, read when asked, boxes and the setting."""
-        return ["boxes", self.short_side, *((contents(r.path), r.box) for r in self.records)]
+        return ["boxes", self.short_side, *((content_hash(r.path), r.box) for r in self.records)]
 
     def load(self, index: int) -> tuple[Array, Array]:
         """See `Source.load`.
@@ -220,12 +220,12 @@ class BoxSource(Source):
                 f"which has {width} x {height} pixels; boxes are x, y, width, height."
             )
         resized = resize_short_side(image, self.short_side)
-        columns = _inside(x / width, (x + box_width) / width, resized.shape[1])
-        rows = _inside(y / height, (y + box_height) / height, resized.shape[0])
+        columns = _pixels_between(x / width, (x + box_width) / width, resized.shape[1])
+        rows = _pixels_between(y / height, (y + box_height) / height, resized.shape[0])
         return resized, rows[:, None] & columns
 
 
-def _inside(low: float, high: float, size: int) -> Array:
+def _pixels_between(low: float, high: float, size: int) -> Array:
     """Which of `size` pixel centres, as shares of the side, lie in [low, high)."""
     centres: Array = (np.arange(size) + 0.5) / size
     return (centres >= low) & (centres < high)
@@ -305,7 +305,7 @@ class CUB(ImageDataModule):
         self._chosen = classes
 
     @cached_property
-    def _birds(self) -> list[Bird]:
+    def _birds(self) -> list[BirdImage]:
         return read_birds(data_root("cub10", self.root))
 
     @cached_property
@@ -336,8 +336,8 @@ class CUB(ImageDataModule):
 
     def _build(self) -> dict[Split, Source]:
         root = data_root("cub10", self.root)
-        test, notes_test = readable(self._records(root, training=False), self.on_bad_image, [root])
-        train, notes_train = readable(self._records(root, training=True), self.on_bad_image, [root])
+        test, notes_test = readable_records(self._records(root, training=False), self.on_bad_image, [root])
+        train, notes_train = readable_records(self._records(root, training=True), self.on_bad_image, [root])
         train, notes_copies = without_copies(train, test)
         train, val, notes_groups = split_off(train, self.val_fraction, self.split_seed)
         self._notes = [*notes_test, *notes_train, *notes_copies, *notes_groups]

@@ -10,17 +10,17 @@ from pathlib import Path
 
 from datamodules.base import SPLITS, ImageDataModule, OnBadImage, Split, data_root
 from datamodules.io.sources import FileSource, Record, Source
-from datamodules.io.splits import readable, split_off, without_copies
+from datamodules.io.splits import readable_records, split_off, without_copies
 from datamodules.io.transforms import PUBLISHED, Augmentation
 from labn.errors import InputError, MissingFileError
-from labn.io.images import by_stem, checked_crop, image_files, other_files
-from labn.io.readers import garbled
+from labn.io.images import by_stem, check_crop, image_files, other_files
+from labn.io.readers import non_utf8_name
 
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 
 
 @dataclass
-class _Seen:
+class _FolderScan:
     """What reading the folders came across: entries that are no images, images, those with a mask, masks of none."""
 
     others: Counter[str] = field(default_factory=Counter)
@@ -39,7 +39,7 @@ class _Seen:
 
 def _subfolders(folder: Path) -> list[str]:
     names = sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    if shown := next(filter(None, map(garbled, names)), None):
+    if shown := next(filter(None, map(non_utf8_name, names)), None):
         raise InputError(f"The name of class folder {folder}/{shown} is not UTF-8; rename the folder.")
     return names
 
@@ -123,7 +123,7 @@ class ImageFolder(ImageDataModule):
             cache_images,
             cache_dir,
         )
-        self.crop = checked_crop(crop)
+        self.crop = check_crop(crop)
         self.root = Path(os.path.expandvars(root))
         self.mask_root = None if mask_root is None else Path(os.path.expandvars(mask_root))
         self.val_fraction, self.test_fraction, self.split_seed = val_fraction, test_fraction, split_seed
@@ -167,7 +167,7 @@ class ImageFolder(ImageDataModule):
     def _build(self) -> dict[Split, Source]:
         if self.mask_root is not None and not self.mask_root.is_dir():
             raise MissingFileError(f"mask_root {self.mask_root} does not exist.")
-        self._notes, self._seen = [], _Seen()
+        self._notes, self._seen = [], _FolderScan()
         parts = self._given() if self._has("train") else self._drawn(self._read(self.root, ""))
         if self.mask_root is not None and not self._seen.masked:
             first = f"{self._seen.alone[0]} fits none" if self._seen.alone else "it has none in the folders of `root`"
@@ -220,7 +220,7 @@ class ImageFolder(ImageDataModule):
             )
         records = [r for label, name in enumerate(self.class_names) for r in self._class(folder / name, part, label)]
         roots = [self.root] if self.mask_root is None else [self.root, self.mask_root]
-        good, notes = readable(records, self.on_bad_image, roots)
+        good, notes = readable_records(records, self.on_bad_image, roots)
         self._notes += notes
         return good
 

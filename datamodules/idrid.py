@@ -10,11 +10,11 @@ from typing import Literal
 
 from datamodules.base import ImageDataModule, OnBadImage, Split, data_root
 from datamodules.io.sources import FileSource, Record, Source
-from datamodules.io.splits import readable, split_off, without_copies
+from datamodules.io.splits import readable_records, split_off, without_copies
 from datamodules.io.transforms import PUBLISHED, Augmentation
 from labn.errors import InputError, MissingFileError
-from labn.io.images import by_stem, checked_crop, image_files
-from labn.io.readers import inside, read_table
+from labn.io.images import by_stem, check_crop, image_files
+from labn.io.readers import path_inside, read_table
 
 _GRADING, _SEGMENTATION = "B. Disease Grading", "A. Segmentation"
 _IMAGES = "1. Original Images"
@@ -53,7 +53,7 @@ def _add_grade(grades: dict[str, int], name: str, grade: str, where: str) -> Non
     grades[name] = int(grade)
 
 
-def match(images: list[Path], grades: dict[str, int], csv_path: Path) -> list[tuple[Path, int]]:
+def pair_with_grades(images: list[Path], grades: dict[str, int], csv_path: Path) -> list[tuple[Path, int]]:
     """Pair every image file with its grade, sorted by file name.
 
     Raises:
@@ -82,7 +82,7 @@ def lesion_masks(root: Path) -> dict[tuple[str, str], tuple[Path, ...]]:
         return {}
     truths = root / _SEGMENTATION / "2. All Segmentation Groundtruths"
     for row in read_table(table, ("segmentation set", "segmentation image", "grading set", "grading image")):
-        image = inside(truths, f"{row['segmentation set']}/{row['segmentation image']}", row.where)
+        image = path_inside(truths, f"{row['segmentation set']}/{row['segmentation image']}", row.where)
         masks = [p for kind in _LESIONS for p in (image.parent / kind).glob(f"{glob.escape(image.name)}_*")]
         found[row["grading set"], row["grading image"]] += sorted(masks)
     return {key: tuple(paths) for key, paths in found.items()}
@@ -160,7 +160,7 @@ class IDRiD(ImageDataModule):
         )
         if task not in ("binary", "grades"):
             raise InputError(f"task is {task!r}; it must be 'binary' or 'grades'.")
-        self.root, self.task, self.crop, self.masks = root, task, checked_crop(crop), masks
+        self.root, self.task, self.crop, self.masks = root, task, check_crop(crop), masks
         self.val_fraction, self.split_seed = val_fraction, split_seed
         self.class_names = ["no retinopathy", "retinopathy"] if task == "binary" else list(_GRADES)
         self.positive_classes = tuple(range(1, len(self.class_names)))
@@ -168,8 +168,8 @@ class IDRiD(ImageDataModule):
     def _build(self) -> dict[Split, Source]:
         root = data_root("idrid", self.root)
         masks = lesion_masks(root) if self.masks else {}
-        test, notes_test = readable(self._records(root, "test", masks), self.on_bad_image, [root])
-        train, notes_train = readable(self._records(root, "train", masks), self.on_bad_image, [root])
+        test, notes_test = readable_records(self._records(root, "test", masks), self.on_bad_image, [root])
+        train, notes_train = readable_records(self._records(root, "train", masks), self.on_bad_image, [root])
         train, notes_copies = without_copies(train, test)
         train, val, notes_groups = split_off(train, self.val_fraction, self.split_seed)
         self._notes = [*notes_test, *notes_train, *notes_copies, *notes_groups]
@@ -184,7 +184,7 @@ class IDRiD(ImageDataModule):
         if not folder.is_dir():
             raise MissingFileError(f"Image folder {folder} does not exist; `root` must contain '{_GRADING}'.")
         table = root / _GRADING / "2. Groundtruths" / _CSVS[split]
-        pairs = match(image_files(folder), read_grades(table), table)
+        pairs = pair_with_grades(image_files(folder), read_grades(table), table)
         binary = self.task == "binary"
         return [
             Record(path.stem, min(grade, 1) if binary else grade, path, masks.get((_FOLDERS[split], path.stem), ()))

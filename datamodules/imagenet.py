@@ -13,7 +13,7 @@ from torchvision.models import ResNet50_Weights
 
 from datamodules.base import ImageDataModule, OnBadImage, Split, data_root
 from datamodules.io.sources import FileSource, Record, Source
-from datamodules.io.splits import readable
+from datamodules.io.splits import readable_records
 from labn.errors import InputError, MissingFileError
 from labn.io.images import image_files
 from labn.io.readers import read_rows
@@ -27,7 +27,7 @@ def synsets() -> dict[str, int]:
     return {synset: index for index, synset in enumerate(ImageNetInfo().label_names())}
 
 
-def class_of(word: str, where: str) -> int:
+def class_index(word: str, where: str) -> int:
     """Class index of a synset or of a number from 0 to 999.
 
     Raises:
@@ -39,7 +39,7 @@ def class_of(word: str, where: str) -> int:
     return index
 
 
-def by_synset(files: list[Path], argument: str) -> list[int]:
+def labels_by_synset(files: list[Path], argument: str) -> list[int]:
     """The synset in the file's own name, else in that of its folder."""
     labels = []
     for file in files:
@@ -49,11 +49,11 @@ def by_synset(files: list[Path], argument: str) -> list[int]:
                 f"Image {file} has no synset (n and eight digits) in its name or its folder's; "
                 "set class_rule to every:<k> or csv:<file>."
             )
-        labels.append(class_of(found[0], f"Image {file}"))
+        labels.append(class_index(found[0], f"Image {file}"))
     return labels
 
 
-def by_position(files: list[Path], argument: str) -> list[int]:
+def labels_by_position(files: list[Path], argument: str) -> list[int]:
     """Number i in sorted order has class `argument` * i."""
     if not argument.isdecimal() or int(argument) * (len(files) - 1) >= len(synsets()):
         raise InputError(
@@ -63,7 +63,7 @@ def by_position(files: list[Path], argument: str) -> list[int]:
     return [int(argument) * position for position in range(len(files))]
 
 
-def by_table(files: list[Path], argument: str) -> list[int]:
+def labels_by_table(files: list[Path], argument: str) -> list[int]:
     """A CSV file with a header: image name, then synset or class index (further words after it are ignored)."""
     path = Path(os.path.expandvars(argument))
     if not path.is_file():
@@ -72,13 +72,13 @@ def by_table(files: list[Path], argument: str) -> list[int]:
     rows = {Path(row[0]).stem: (f"{path}, line {line}", (row[1].split() or [""])[0]) for line, row in table}
     if missing := [image for image in files if image.stem not in rows]:
         raise InputError(f"Image {missing[0]} has no row in {path} ({len(missing)} such images).")
-    return [class_of(word, where) for where, word in (rows[image.stem] for image in files)]
+    return [class_index(word, where) for where, word in (rows[image.stem] for image in files)]
 
 
-RULES: dict[str, Callable[[list[Path], str], list[int]]] = {
-    "synset": by_synset,
-    "every": by_position,
-    "csv": by_table,
+CLASS_RULES: dict[str, Callable[[list[Path], str], list[int]]] = {
+    "synset": labels_by_synset,
+    "every": labels_by_position,
+    "csv": labels_by_table,
 }
 
 
@@ -126,9 +126,9 @@ class ImageNet(ImageDataModule):
         if shorter < image_size:
             raise InputError(f"shorter is {shorter}; it must be at least image_size, {image_size}.")
         rule, _, self._argument = class_rule.partition(":")
-        if rule not in RULES:
+        if rule not in CLASS_RULES:
             raise InputError(f"class_rule is {class_rule!r}; it must be synset, every:<k> or csv:<file>.")
-        self.root, self.class_rule, self.shorter, self._rule = root, class_rule, shorter, RULES[rule]
+        self.root, self.class_rule, self.shorter, self._rule = root, class_rule, shorter, CLASS_RULES[rule]
         self.class_names = list(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
         self.positive_classes = tuple(range(len(self.class_names)))
 
@@ -140,6 +140,6 @@ class ImageNet(ImageDataModule):
             raise InputError(f"{folder} holds neither images nor folders of images.")
         labels = self._rule(files, self._argument)
         records = [Record(str(f.relative_to(folder)), label, f) for f, label in zip(files, labels)]
-        records, self._notes = readable(records, self.on_bad_image, [root])
+        records, self._notes = readable_records(records, self.on_bad_image, [root])
         source = FileSource(records, self.image_size, shorter=self.shorter)
         return {"val": source, "test": source}

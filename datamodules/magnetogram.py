@@ -13,14 +13,14 @@ from typing import Any, Literal
 import numpy as np
 
 from datamodules.base import SPLITS, ImageDataModule, OnBadImage, Split, data_root
-from datamodules.io.solar_frames import PictureSource, Preparation, YearSource, bad_picture, check_frames
+from datamodules.io.solar_frames import PictureSource, Preparation, YearSource, check_frames, frame_error
 from datamodules.io.sources import Record, Source
-from datamodules.io.splits import readable
+from datamodules.io.splits import readable_records
 from datamodules.io.transforms import PUBLISHED, Augmentation
 from labn.errors import InputError, MissingFileError
-from labn.io.fits import is_fits, keyword, read_header
+from labn.io.fits import is_fits, read_header, required_keyword
 from labn.io.images import Array, BadImageError
-from labn.io.readers import Line, inside, read_rows, read_table
+from labn.io.readers import TableRow, path_inside, read_rows, read_table
 
 FLAGS = ("none", "C", "M", "X")
 
@@ -61,7 +61,7 @@ class Columns:
     time: str | None = None
 
 
-def date_in(text: str) -> date | None:
+def find_date(text: str) -> date | None:
     """The first calendar date in a text such as `hmi.m_720s.20140501_120000` or `2014.05.01_12:00`; None without."""
     for match in _DATE.finditer(text):
         year, month, day = (int(match[group]) for group in (1, 3, 4))
@@ -72,7 +72,7 @@ def date_in(text: str) -> date | None:
     return None
 
 
-def read_flares(path: Path, columns: Columns) -> list[Frame]:
+def read_flare_table(path: Path, columns: Columns) -> list[Frame]:
     """The rows of a label table, in order.
 
     Raises:
@@ -98,13 +98,13 @@ def read_flares(path: Path, columns: Columns) -> list[Frame]:
     return list(frames.values())
 
 
-def _frame(row: Line, columns: Columns) -> Frame:
+def _frame(row: TableRow, columns: Columns) -> Frame:
     name, flag, where = row[columns.image], row[columns.flag], row.where
     if flag not in {"0", "1", "2", "3"}:
         raise InputError(f"{where}: flag {flag!r} of {name!r} must be 0 (none), 1 (C), 2 (M) or 3 (X).")
     if columns.time is None:
         return Frame(name, int(flag), None, where)
-    day = date_in(row[columns.time])
+    day = find_date(row[columns.time])
     if day is None:
         raise InputError(f"{where}: column '{columns.time}' holds {row[columns.time]!r}, which has no date.")
     return Frame(name, int(flag), day, where)
@@ -213,7 +213,7 @@ class Magnetogram(ImageDataModule):
             raise InputError(f"fits_range is {fits_range}; its first value must be below its second.")
         self.root, self.labels_file, self.pictures, self.columns = root, labels, pictures, columns
         self.fits_time, self.frames_per_day, self.task = fits_time, frames_per_day, task
-        self.years = disjoint({"train": train_years, "val": val_years, "test": test_years})
+        self.years = check_years({"train": train_years, "val": val_years, "test": test_years})
         self.caption, self.fits_range = caption, (fits_range[0], fits_range[1])
         self.preparation = Preparation(image_size, caption, self.fits_range)
         self.class_names = ["below M", "M or above"] if task == "binary" else list(FLAGS)
@@ -240,13 +240,13 @@ class Magnetogram(ImageDataModule):
 
     def _years(self, root: Path, years: Sequence[int]) -> YearSource:
         files = [root / f"{year}.npy" for year in years]
-        tables = [read_flares(file.with_suffix(".csv"), self.columns) for file in files]
+        tables = [read_flare_table(file.with_suffix(".csv"), self.columns) for file in files]
         for file, table in zip(files, tables):
             check_frames(file, len(table))
         rows = [(number, row) for number, table in enumerate(tables) for row in range(len(table))]
         frames = [frame for table in tables for frame in table]
         names = [f"{files[number].stem}/{frame.name}" for (number, _), frame in zip(rows, frames)]
-        days = self._days([frame.day or date_in(frame.name) for frame in frames], f"{', '.join(map(str, years))}")
+        days = self._days([frame.day or find_date(frame.name) for frame in frames], f"{', '.join(map(str, years))}")
         return YearSource(files, np.array(rows), names, self._classes(frames), days, self.preparation)
 
     def _days(self, days: Sequence[date | None], where: str) -> np.ndarray[Any, Any]:
@@ -257,13 +257,13 @@ class Magnetogram(ImageDataModule):
     def _from_pictures(self, root: Path) -> dict[Split, Source]:
         table = root / str(self.labels_file)
         folder = root / self.pictures
-        frames = read_flares(table, self.columns)
-        paths = [inside(folder, frame.name, frame.where) for frame in frames]
+        frames = read_flare_table(table, self.columns)
+        paths = [path_inside(folder, frame.name, frame.where) for frame in frames]
         records = [Record(f.name, int(c), path) for f, c, path in zip(frames, self._classes(frames), paths)]
         for record, frame in zip(records, frames):
             if not record.path.is_file():
                 raise MissingFileError(f"{frame.where}: {folder} has no picture {record.name!r}.")
-        good, notes = readable(records, self.on_bad_image, [root, folder], bad_picture)
+        good, notes = readable_records(records, self.on_bad_image, [root, folder], frame_error)
         self._notes += notes
         known = {frame.name: frame.day for frame in frames}
         days = {record.name: known[record.name] or self._date(record.path) for record in good}
@@ -281,14 +281,14 @@ class Magnetogram(ImageDataModule):
         """Date of a picture that has none in the table: from the FITS header, else from the file's name."""
         text = path.name
         if is_fits(path):
-            text = str(keyword(read_header(path)[0], self.fits_time, path))
-        found = date_in(text)
+            text = str(required_keyword(read_header(path)[0], self.fits_time, path))
+        found = find_date(text)
         if found is None:
             raise BadImageError(f"Image {path} has no date in '{text}'; name a column with it (columns.time).")
         return found
 
 
-def disjoint(years: dict[Split, list[int]]) -> dict[Split, list[int]]:
+def check_years(years: dict[Split, list[int]]) -> dict[Split, list[int]]:
     """The years of the splits, sorted.
 
     Raises:

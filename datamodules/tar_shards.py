@@ -14,12 +14,20 @@ import fsspec
 
 from datamodules.base import SPLITS, ImageDataModule, Split
 from datamodules.io.sources import Source
-from datamodules.io.tar_files import FORMAT, MANIFEST, PREPARATION, ShardSource, check_index, index_name, shard_file
+from datamodules.io.tar_files import (
+    FORMAT,
+    MANIFEST,
+    PREPARATION_FIELDS,
+    ShardSource,
+    check_index,
+    index_name,
+    shard_file,
+)
 from datamodules.io.transforms import PUBLISHED, Augmentation
 from labn.errors import InputError, MissingFileError
 from labn.io.readers import read_arrays, read_json
 
-_FACTS: dict[str, type] = {
+_MANIFEST_TYPES: dict[str, type] = {
     "splits": dict,
     "class_names": list,
     "positive_classes": list,
@@ -30,9 +38,9 @@ _FACTS: dict[str, type] = {
 }
 
 
-def _whole_preparation(facts: dict[str, Any]) -> bool:
+def _valid_preparation(facts: dict[str, Any]) -> bool:
     """Whether what a manifest may leave out is absent, null or of the right kind."""
-    given = {name: facts[name] for name in PREPARATION[2:] if facts.get(name) is not None}
+    given = {name: facts[name] for name in PREPARATION_FIELDS[2:] if facts.get(name) is not None}
     numbers = {"crop": 4, "shorter": 1, "caption": 1, "fits_range": 2}
     return all(
         len(values := value if isinstance(value, list) else [value]) == numbers[name]
@@ -43,7 +51,7 @@ def _whole_preparation(facts: dict[str, Any]) -> bool:
 
 
 @dataclass(frozen=True)
-class Place:
+class ShardFolder:
     """A folder, or an address of one, whose files are read by ranges of bytes."""
 
     root: str
@@ -103,7 +111,7 @@ class TarShards(ImageDataModule):
         cache_images: bool = False,
         cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
-        self.place = Place(os.path.expandvars(root).rstrip("/"))
+        self.place = ShardFolder(os.path.expandvars(root).rstrip("/"))
         self._manifest = facts = self._facts()
         self.channels = facts["channels"]
         super().__init__(
@@ -128,7 +136,7 @@ class TarShards(ImageDataModule):
         with self._local(MANIFEST) as path:
             facts = read_json(path, dict)
         where = f"{self.place.root}/{MANIFEST}"
-        for name, kind in _FACTS.items():
+        for name, kind in _MANIFEST_TYPES.items():
             if not isinstance(facts.get(name), kind):
                 raise InputError(f"{where}: {name} is {facts.get(name)!r}; write the shards again.")
         channels, sizes = facts["channels"], (facts["channels"], facts["image_size"])
@@ -137,7 +145,7 @@ class TarShards(ImageDataModule):
             raise InputError(f"{where}: channels, image_size, mean and std do not fit; write the shards again.")
         if not all(isinstance(number, float) and math.isfinite(number) for number in numbers) or min(facts["std"]) <= 0:
             raise InputError(f"{where}: mean and std must be numbers, std above 0; write the shards again.")
-        if not _whole_preparation(facts):
+        if not _valid_preparation(facts):
             raise InputError(f"{where}: crop, shorter, caption or fits_range is damaged; write the shards again.")
         if facts.get("format") != FORMAT or not set(facts["splits"]) <= set(SPLITS):
             raise InputError(f"{where} is of another format than {FORMAT}; write the shards again.")

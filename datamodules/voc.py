@@ -18,24 +18,24 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from datamodules.base import SPLITS, ImageDataModule, OnBadImage, Split, data_root
 from datamodules.io.boxes import BoxDataset, BoxTransform, Objects, collate_boxes
 from datamodules.io.sources import FileSource, Record, Source
-from datamodules.io.splits import readable
+from datamodules.io.splits import readable_records
 from datamodules.io.transforms import Augmentation
 from labn.errors import InputError, MissingFileError
 from labn.io.images import MAX_PIXELS, SUFFIXES, by_stem, oriented_size
-from labn.io.readers import inside, read_text
+from labn.io.readers import path_inside, read_text
 
-Pixels = tuple[float, float, float, float]
+PixelBox = tuple[float, float, float, float]
 
 MAX_XML = 2**24
 """Bytes of one annotation."""
 
 
 @dataclass(frozen=True)
-class Annotated:
+class AnnotatedObject:
     """One object as the file gives it: class name, edges in pixels (x1, y1, x2, y2), and its flag."""
 
     name: str
-    box: Pixels
+    box: PixelBox
     difficult: bool
 
 
@@ -45,7 +45,7 @@ class Annotation:
 
     width: int
     height: int
-    objects: tuple[Annotated, ...]
+    objects: tuple[AnnotatedObject, ...]
     notes: tuple[str, ...]
 
 
@@ -66,20 +66,22 @@ def read_annotation(path: Path, on_bad_box: str = "stop") -> Annotation:
     """
     if not path.is_file():
         raise MissingFileError(f"Annotation {path} does not exist.")
-    root = _parsed(path)
+    root = _parse_xml(path)
     size = int(_number(root, "size/width", str(path))), int(_number(root, "size/height", str(path)))
     if min(size) < 1:
         raise InputError(f"{path}: size is {size[0]} x {size[1]}; width and height must be at least one pixel.")
-    objects: list[Annotated] = []
+    objects: list[AnnotatedObject] = []
     notes: list[str] = []
     for place, item in enumerate(root.iter("object"), start=1):
-        found, note = _checked(_object(item, f"{path}, object {place}"), size, on_bad_box, f"{path}, object {place}")
+        found, note = _clip_or_drop(
+            _parse_object(item, f"{path}, object {place}"), size, on_bad_box, f"{path}, object {place}"
+        )
         objects += [found] if found else []
         notes += [note] if note else []
     return Annotation(size[0], size[1], tuple(objects), tuple(notes))
 
 
-def _parsed(path: Path) -> ElementTree.Element:
+def _parse_xml(path: Path) -> ElementTree.Element:
     """The root element; a document type, with which a few lines become gigabytes or name other files, is refused."""
     if path.stat().st_size > MAX_XML:
         raise InputError(f"{path} is larger than {MAX_XML} bytes; no annotation of one image is.")
@@ -102,31 +104,31 @@ def _parsed(path: Path) -> ElementTree.Element:
         raise InputError(f"{path}, line {line}, column {column}: broken XML ({reason}); repair the file.") from error
 
 
-def _checked(
-    found: Annotated, size: tuple[int, int], on_bad_box: str, where: str
-) -> tuple[Annotated | None, str | None]:
+def _clip_or_drop(
+    found: AnnotatedObject, size: tuple[int, int], on_bad_box: str, where: str
+) -> tuple[AnnotatedObject | None, str | None]:
     """The object as it is used (None: not at all), and what there is to say about it."""
     x1, y1, x2, y2 = found.box
     if x2 - x1 <= 1 or y2 - y1 <= 1:  # edges are one pixel further apart than VOC's inclusive coordinates
         return None, f"{where} ({found.name}) has a box without area and is left out."
     width, height = size
-    inside = (max(x1, 0.0), max(y1, 0.0), min(x2, width), min(y2, height))
-    if inside == found.box:
+    path_inside = (max(x1, 0.0), max(y1, 0.0), min(x2, width), min(y2, height))
+    if path_inside == found.box:
         return found, None
-    if on_bad_box == "stop" or inside[2] <= inside[0] or inside[3] <= inside[1]:
+    if on_bad_box == "stop" or path_inside[2] <= path_inside[0] or path_inside[3] <= path_inside[1]:
         raise InputError(
             f"{where} ({found.name}): its box reaches outside the image of {width} x {height} pixels; correct it, or "
             "set on_bad_box: clip for boxes that lie partly inside."
         )
-    return replace(found, box=inside), f"{where} ({found.name}) reaches outside the image and is clipped."
+    return replace(found, box=path_inside), f"{where} ({found.name}) reaches outside the image and is clipped."
 
 
-def _object(item: ElementTree.Element, where: str) -> Annotated:
+def _parse_object(item: ElementTree.Element, where: str) -> AnnotatedObject:
     name = (item.findtext("name") or "").strip()
     if not name:
         raise InputError(f"{where} has no name; give it the name of a class.")
     x1, y1, x2, y2 = (_number(item, f"bndbox/{field}", where) for field in ("xmin", "ymin", "xmax", "ymax"))
-    return Annotated(name, (x1 - 1, y1 - 1, x2, y2), (item.findtext("difficult") or "0").strip() == "1")
+    return AnnotatedObject(name, (x1 - 1, y1 - 1, x2, y2), (item.findtext("difficult") or "0").strip() == "1")
 
 
 def _number(element: ElementTree.Element, field: str, where: str) -> float:
@@ -248,7 +250,7 @@ class VOC(ImageDataModule):
             raise InputError(f"Image list {path} is empty; every split needs an image.")
         seen: dict[str, int] = {}
         for number, word in lines:
-            inside(self.root / "Annotations", f"{word}.xml", f"{path}, line {number}")
+            path_inside(self.root / "Annotations", f"{word}.xml", f"{path}, line {number}")
             if word in seen:
                 raise InputError(
                     f"{path}, line {number}: {word!r} stands in line {seen[word]} already; every image needs exactly "
@@ -287,7 +289,7 @@ class VOC(ImageDataModule):
         sources: dict[Split, Source] = {}
         for split in SPLITS:
             records = [self._record(name, images) for name in self._lists[split]]
-            good, notes = readable(records, self.on_bad_image, [self.root])
+            good, notes = readable_records(records, self.on_bad_image, [self.root])
             self._notes += notes
             for record in good:
                 self._check_size(record)
@@ -297,7 +299,7 @@ class VOC(ImageDataModule):
     def _record(self, name: str, images: dict[str, Any]) -> Record:
         if name not in images:
             raise MissingFileError(f"Image {self.root / 'JPEGImages' / name}.jpg of the image lists does not exist.")
-        return Record(name, largest(self._objects[name]), images[name])
+        return Record(name, largest_class(self._objects[name]), images[name])
 
     def _check_size(self, record: Record) -> None:
         """Boxes are scaled by the annotation's size, so an image of another size would get them in wrong places."""
@@ -341,7 +343,7 @@ class VOCSource(FileSource):
         return [*super().identity, "boxes", *objects]
 
 
-def largest(objects: Objects) -> int:
+def largest_class(objects: Objects) -> int:
     """Class of the object with the largest area, -1 where there is none."""
     if not len(objects):
         return -1

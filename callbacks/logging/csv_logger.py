@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
-from labn.io.atomic import unwritable, write_atomically
+from labn.io.atomic import write_atomically, write_error
 from labn.results.tables import csv_bytes
 
 
@@ -49,7 +49,7 @@ def named(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise unwritable(path, error) from error
+        raise write_error(path, error) from error
 
 
 def as_csv(keys: list[str], rows: list[dict[str, Any]]) -> bytes:

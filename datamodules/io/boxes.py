@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from datamodules.io.sources import ImageDataset, Source
-from datamodules.io.transforms import Augmentation, composed, reseed, to_tensor
+from datamodules.io.transforms import Augmentation, compose, reseed, to_tensor
 
 Array = np.ndarray[Any, Any]
 
-LISTS = ("boxes", "labels", "difficult")
+OBJECT_FIELDS = ("boxes", "labels", "difficult")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class BoxTransform:
         min_visibility: float = 0.3,
     ) -> None:
         boxes = A.BboxParams(format="albumentations", label_fields=["numbers"], min_visibility=min_visibility)
-        self._compose, self._random = composed(size, mean, std, augmentation, boxes if augmentation else None)
+        self._compose, self._random = compose(size, mean, std, augmentation, boxes if augmentation else None)
 
     def __call__(self, image: Array, objects: Objects, seed: Sequence[int] = (0,)) -> tuple[Tensor, Objects]:
         """Transform one sample; the random numbers come from `seed` alone."""
@@ -115,5 +115,5 @@ class BoxDataset(ImageDataset):
 
 def collate_boxes(samples: list[dict[str, Any]]) -> dict[str, Any]:
     """A batch: tensors stacked, the box fields as lists with one tensor per image."""
-    stacked = default_collate([{k: v for k, v in sample.items() if k not in LISTS} for sample in samples])
-    return {**stacked, **{name: [sample[name] for sample in samples] for name in LISTS}}
+    stacked = default_collate([{k: v for k, v in sample.items() if k not in OBJECT_FIELDS} for sample in samples])
+    return {**stacked, **{name: [sample[name] for sample in samples] for name in OBJECT_FIELDS}}

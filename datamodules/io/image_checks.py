@@ -6,12 +6,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from labn.io.images import BadImageError, read_image, refused_size, regular_size
+from labn.io.images import BadImageError, read_image, regular_file_size, size_error
 
 _JPEG, _PNG, _WEBP = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF"
 
 
-def check_image(path: Path) -> str | None:
+def image_error(path: Path) -> str | None:
     """Why `path` cannot be a whole image, or None.
 
     Of a JPEG only header and last KiB are read, where its end-of-image marker must be; one without, which may have
@@ -19,20 +19,20 @@ def check_image(path: Path) -> str | None:
     and it is decoded where one does not fit, of a WebP the length, and what has neither (BMP, TIFF) is decoded.
     """
     try:
-        size = regular_size(path)
+        size = regular_file_size(path)
         with path.open("rb") as file:
             head = file.read(16)
             file.seek(max(0, size - 1024))
             tail = file.read()
     except OSError as error:
         return f"cannot be read ({error.strerror})"
-    if reason := refused_size(path):
+    if reason := size_error(path):
         return reason
     if head.startswith(_JPEG):
         whole = b"\xff\xd9" in tail or _is_whole_jpeg(path)
         return None if whole else "is truncated (no end-of-image marker)"
     if head.startswith(_PNG):
-        return _damage_of_png(path, tail)
+        return _png_error(path, tail)
     if head.startswith(_WEBP) or _can_be_decoded(path):
         return None
     return "cannot be decoded (it is truncated or damaged, or its values have neither 8 nor 16 bits)"
@@ -49,7 +49,7 @@ def _is_whole_jpeg(path: Path) -> bool:
     return True
 
 
-def _damage_of_png(path: Path, tail: bytes) -> str | None:
+def _png_error(path: Path, tail: bytes) -> str | None:
     try:
         with Image.open(path, formats=("PNG",)) as image:
             image.verify()

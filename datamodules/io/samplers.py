@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from labn.errors import InputError
 
 
-class Key(NamedTuple):
+class SampleKey(NamedTuple):
     """What a training sampler hands to the dataset: `sample` (a position in the split) in `epoch`.
 
     The epoch travels with the index because persistent workers hold their own copy of the dataset, which a
@@ -57,8 +57,8 @@ class _SeededSampler(DistributedSampler):
     def _order(self) -> np.ndarray[Any, Any]:
         raise NotImplementedError
 
-    def __iter__(self) -> Iterator[Key]:  # type: ignore[override]
-        return (Key(int(i), self.epoch) for i in self._order())
+    def __iter__(self) -> Iterator[SampleKey]:  # type: ignore[override]
+        return (SampleKey(int(i), self.epoch) for i in self._order())
 
 
 class ShuffledSampler(_SeededSampler):
@@ -127,12 +127,12 @@ class BalancedSampler(_SeededSampler):
         rng = self._rng()
         rounds = self.batches * self.num_replicas
         share = self.batch_size // len(self._members)
-        columns = [_cycled(rng, members, rounds * share).reshape(rounds, share) for members in self._members]
+        columns = [_repeat_shuffled(rng, members, rounds * share).reshape(rounds, share) for members in self._members]
         batches = np.concatenate(columns, axis=1)
         return rng.permuted(batches, axis=1)[self.rank :: self.num_replicas].ravel()
 
 
-def _cycled(rng: np.random.Generator, members: np.ndarray[Any, Any], count: int) -> np.ndarray[Any, Any]:
+def _repeat_shuffled(rng: np.random.Generator, members: np.ndarray[Any, Any], count: int) -> np.ndarray[Any, Any]:
     """`count` members, in a new random order each time all of them have been used."""
     rounds = -(-count // len(members))
     return np.concatenate([rng.permutation(members) for _ in range(rounds)])[:count]

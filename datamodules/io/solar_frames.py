@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules.io.sources import FileSource, Record, Source, bad_file
+from datamodules.io.sources import FileSource, Record, Source, file_error
 from labn.errors import InputError, MissingFileError
 from labn.io.fits import image_layout, is_fits, read_picture
-from labn.io.images import MAX_ASPECT, MAX_PIXELS, Array, BadImageError, blacken_caption, contents, to_square
+from labn.io.images import MAX_ASPECT, MAX_PIXELS, Array, BadImageError, blacken_caption, content_hash, to_square
 
 # Of a file with a year of frames; one for every nine hourly frames.
 _BLOCKS = 1024
@@ -69,7 +69,7 @@ class YearSource(Source):
     @property
     def identity(self) -> list[object]:  # type: ignore[override]
         """Names and contents of the files, the rows taken from them, and the preparation."""
-        files = [(file.name, contents(file, _BLOCKS)) for file in self.files]
+        files = [(file.name, content_hash(file, _BLOCKS)) for file in self.files]
         return ["years", self.preparation, *files, *self.rows.tolist()]
 
     def load(self, index: int) -> tuple[Array, None]:
@@ -128,11 +128,11 @@ class PictureSource(FileSource):
         return self.preparation(frame), None
 
 
-def bad_picture(record: Record) -> str | None:
+def frame_error(record: Record) -> str | None:
     """A sentence naming a picture that cannot be read, or None; FITS headers are read, nothing is decoded."""
     path = record.path
     if not path.is_file() or not is_fits(path):
-        return bad_file(record)
+        return file_error(record)
     try:
         image_layout(path)
     except BadImageError as error:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.io.image_checks import check_image
+from datamodules.io.image_checks import image_error
 from datamodules.io.transforms import Transform
 from labn.io.images import (
     Box,
-    contents,
+    content_hash,
     crop,
     digest,
     read_image,
@@ -75,10 +75,10 @@ class Record:
     masks: tuple[Path, ...] = ()
 
 
-def bad_file(record: Record) -> str | None:
+def file_error(record: Record) -> str | None:
     """A sentence naming the first file of `record` that cannot be read, or None."""
     for path in (record.path, *record.masks):
-        if reason := check_image(path):
+        if reason := image_error(path):
             return f"Image {path} {reason}."
     return None
 
@@ -112,7 +112,7 @@ class FileSource(Source):
     @property
     def identity(self) -> list[object]:  # type: ignore[override]
         """Contents of all files, read when asked, and the settings."""
-        files = [[contents(p) for p in (r.path, *r.masks)] for r in self.records]
+        files = [[content_hash(p) for p in (r.path, *r.masks)] for r in self.records]
         kept_aspect = [] if self.shorter is None else [self.shorter]
         return ["files", self.size, self.crop, self.channels, self.has_masks, *kept_aspect, *files]
 

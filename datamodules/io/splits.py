@@ -11,19 +11,19 @@ from typing import TypeVar
 import numpy as np
 
 from datamodules.base import OnBadImage
-from datamodules.io.sources import Record, bad_file
+from datamodules.io.sources import Record, file_error
 from labn.errors import InputError
 from labn.io.images import BadImageError, identical_groups
-from labn.io.readers import garbled, leads_out
+from labn.io.readers import leaves_folder, non_utf8_name
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
-def readable(
+def readable_records(
     records: Sequence[AnyRecord],
     on_bad_image: OnBadImage,
     roots: Sequence[Path],
-    check: Callable[[AnyRecord], str | None] = bad_file,
+    check: Callable[[AnyRecord], str | None] = file_error,
 ) -> tuple[list[AnyRecord], list[str]]:
     """Check all files cheaply.
 
@@ -42,24 +42,24 @@ def readable(
     good, notes = [], []
     real_roots = [os.path.realpath(root) for root in roots]
     for record in records:
-        reason = _garbled_name(record) or _foreign_link(record, real_roots) or check(record)
+        reason = _name_error(record) or _link_error(record, real_roots) or check(record)
         if reason and on_bad_image == "stop":
             raise BadImageError(f"{reason[:-1]}: replace it, or set on_bad_image: skip to leave the sample out.")
         if reason:
-            notes.append(f"  skipped {garbled(record.name) or record.name}: {reason}")
+            notes.append(f"  skipped {non_utf8_name(record.name) or record.name}: {reason}")
         else:
             good.append(record)
     return good, notes
 
 
-def _garbled_name(record: Record) -> str | None:
-    shown = garbled(record.name)
+def _name_error(record: Record) -> str | None:
+    shown = non_utf8_name(record.name)
     return shown and f"Image {shown} has a name that is not UTF-8 (rename it)."
 
 
-def _foreign_link(record: Record, real_roots: Sequence[str]) -> str | None:
+def _link_error(record: Record, real_roots: Sequence[str]) -> str | None:
     for path in (record.path, *record.masks):
-        if all(leads_out(path, root) for root in real_roots):
+        if all(leaves_folder(path, root) for root in real_roots):
             return f"Image {path} is a link that leaves the data folder {real_roots[0]}."
     return None
 

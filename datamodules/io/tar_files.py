@@ -27,7 +27,7 @@ MANIFEST = "shards.json"
 
 FORMAT = 1
 
-PREPARATION = ("image_size", "channels", "crop", "shorter", "caption", "fits_range")
+PREPARATION_FIELDS = ("image_size", "channels", "crop", "shorter", "caption", "fits_range")
 """What the manifest keeps of how pictures are prepared, beside mean and standard deviation."""
 
 SPAN = np.dtype([("shard", np.int32), ("offset", np.int64), ("size", np.int64), ("crc", np.uint32)])
@@ -47,7 +47,7 @@ def shard_file(split: str, number: int) -> str:
     return f"{split}-{number:05d}.tar"
 
 
-def encoded(pixels: Array) -> bytes:
+def encode_png(pixels: Array) -> bytes:
     """(H,W,C) uint8 (RGB or grey) or (H,W) bool as a PNG, without loss."""
     if pixels.dtype == bool:
         pixels = pixels.astype(np.uint8) * 255
@@ -69,10 +69,10 @@ def write_split(source: Source, split: str, folder: Path, samples_per_shard: int
         ):
             for index in part:
                 pixels, region = source.load(index)
-                image[index] = (number, *_add(tar, f"{index:09d}.png", encoded(pixels)))
+                image[index] = (number, *_add_file(tar, f"{index:09d}.png", encode_png(pixels)))
                 if region is not None:
-                    mask[index] = (number, *_add(tar, f"{index:09d}.mask.png", encoded(region)))
-                _add(tar, f"{index:09d}.cls", str(int(source.labels[index])).encode())
+                    mask[index] = (number, *_add_file(tar, f"{index:09d}.mask.png", encode_png(region)))
+                _add_file(tar, f"{index:09d}.cls", str(int(source.labels[index])).encode())
     arrays = {"image": image, "mask": mask, "label": source.labels, "name": np.array(source.names)}
     if source.groups is not None:
         arrays["group"] = source.groups
@@ -82,7 +82,7 @@ def write_split(source: Source, split: str, folder: Path, samples_per_shard: int
     return shards
 
 
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> tuple[int, int, int]:
+def _add_file(tar: tarfile.TarFile, name: str, data: bytes) -> tuple[int, int, int]:
     """Offset, size and checksum of what was added."""
     entry = tarfile.TarInfo(name)
     entry.size = len(data)
@@ -139,7 +139,7 @@ def write_shards(data: ImageDataModule, folder: Path, samples_per_shard: int = 1
         "splits": splits,
         "class_names": list(data.class_names),
         "positive_classes": list(data.positive_classes),
-        **{name: getattr(data, name) for name in PREPARATION},
+        **{name: getattr(data, name) for name in PREPARATION_FIELDS},
         "mean": [float(value) for value in data.mean],
         "std": [float(value) for value in data.std],
     }

@@ -114,7 +114,7 @@ class Transform:
     def __init__(
         self, size: int, mean: Sequence[float], std: Sequence[float], augmentation: Augmentation | None = None
     ) -> None:
-        self._compose, self._random = composed(size, mean, std, augmentation)
+        self._compose, self._random = compose(size, mean, std, augmentation)
         self._size = None if augmentation and augmentation.crop_scale else size
 
     def __call__(
@@ -141,7 +141,7 @@ class Transform:
         )
 
 
-def composed(
+def compose(
     size: int,
     mean: Sequence[float],
     std: Sequence[float],

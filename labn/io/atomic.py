@@ -18,7 +18,7 @@ LEFTOVERS = ".*.tmp"
 """What files are called while they are written; a killed process leaves its last one behind."""
 
 
-def unwritable(path: Path, error: OSError) -> FileError:
+def write_error(path: Path, error: OSError) -> FileError:
     """An error of the same kind that names the file and says what would help."""
     advice = (
         "free some space and give the same command again"
@@ -47,7 +47,7 @@ def written_atomically(path: Path) -> Iterator[BinaryIO]:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise unwritable(path, error) from error
+        raise write_error(path, error) from error
 
 
 def check_writable(folder: Path, argument: str) -> None:
@@ -61,13 +61,13 @@ def check_writable(folder: Path, argument: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"whole")
     except OSError as error:
-        raise unwritable(Path(f"{argument} {folder}"), error) from error
+        raise write_error(Path(f"{argument} {folder}"), error) from error
     finally:
         with suppress(OSError):
             probe.unlink()
 
 
-def free_aside(folder: Path) -> Path:
+def unused_folder(folder: Path) -> Path:
     """`<folder>.old-1`, `.old-2`, ...: the first that does not exist, where what is in the way can be kept."""
     return next(aside for n in itertools.count(1) if not (aside := Path(f"{folder}.old-{n}")).exists())
 

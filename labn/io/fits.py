@@ -44,11 +44,11 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
                 if card[:8].rstrip() == "END":
                     return cards, file.tell()
                 if card[8:10] == "= ":
-                    cards[card[:8].rstrip()] = _value(card[10:])
+                    cards[card[:8].rstrip()] = _parse_value(card[10:])
     raise BadImageError(f"Image {path} has a FITS header of more than {_MAX_BLOCKS} blocks.")
 
 
-def _value(text: str) -> bool | int | float | str:
+def _parse_value(text: str) -> bool | int | float | str:
     text = text.strip()
     if text.startswith("'"):
         # A quote inside a string is written twice.
@@ -64,7 +64,7 @@ def _value(text: str) -> bool | int | float | str:
     return text
 
 
-def keyword(header: dict[str, Any], name: str, path: Path) -> Any:
+def required_keyword(header: dict[str, Any], name: str, path: Path) -> Any:
     """Value of a keyword.
 
     Raises:
@@ -75,14 +75,14 @@ def keyword(header: dict[str, Any], name: str, path: Path) -> Any:
     return header[name]
 
 
-def _whole(header: dict[str, Any], name: str, path: Path) -> int:
-    value = keyword(header, name, path)
+def _integer(header: dict[str, Any], name: str, path: Path) -> int:
+    value = required_keyword(header, name, path)
     if type(value) is not int:
         raise BadImageError(f"Image {path}: FITS keyword {name} is {value!r}; it must be a whole number.")
     return value
 
 
-def _real(header: dict[str, Any], name: str, path: Path) -> float:
+def _scaling(header: dict[str, Any], name: str, path: Path) -> float:
     """BZERO or BSCALE, whose defaults change nothing."""
     value = header.get(name, {"BZERO": 0.0, "BSCALE": 1.0}[name])
     if type(value) not in (int, float):
@@ -98,12 +98,12 @@ def image_layout(path: Path) -> tuple[dict[str, Any], int, tuple[int, int], np.d
         ValueError: a keyword is missing.
     """
     header, offset = read_header(path)
-    kind = _TYPES.get(_whole(header, "BITPIX", path))
-    if keyword(header, "NAXIS", path) != 2 or kind is None:
+    kind = _TYPES.get(_integer(header, "BITPIX", path))
+    if required_keyword(header, "NAXIS", path) != 2 or kind is None:
         raise BadImageError(
             f"Image {path} has no two-dimensional primary image (compressed ones lie in an extension: unpack it)."
         )
-    shape = _whole(header, "NAXIS2", path), _whole(header, "NAXIS1", path)
+    shape = _integer(header, "NAXIS2", path), _integer(header, "NAXIS1", path)
     if min(shape) < 1 or shape[0] * shape[1] > MAX_PIXELS or max(shape) > MAX_ASPECT * min(shape):
         raise BadImageError(f"Image {path} promises {shape[1]} x {shape[0]} pixels, which no image of the Sun has.")
     stored = np.dtype(kind)
@@ -127,7 +127,7 @@ def read_fits(path: Path, low: float, high: float) -> Array:
         ValueError: likewise.
     """
     header, offset, shape, kind = image_layout(path)
-    zero, scale = (_real(header, name, path) for name in ("BZERO", "BSCALE"))
+    zero, scale = (_scaling(header, name, path) for name in ("BZERO", "BSCALE"))
     stored = np.fromfile(path, dtype=kind, count=shape[0] * shape[1], offset=offset)
     values = stored.astype(np.float64)
     if "BLANK" in header and kind.kind != "f":

@@ -35,14 +35,14 @@ MAX_BYTES = 2**31
 """Of one image file."""
 
 BLOCK = 2**12
-"""Bytes of one of the ranges that `contents` reads."""
+"""Bytes of one of the ranges that `content_hash` reads."""
 
 
 class BadImageError(InputError):
     """An image file that is empty, truncated or no image; the message names it."""
 
 
-def regular_size(path: Path) -> int:
+def regular_file_size(path: Path) -> int:
     """Bytes of a file. Raises `OSError` for what is none, such as a pipe, which would never end, and for a huge one."""
     info = path.stat()
     if not stat.S_ISREG(info.st_mode):
@@ -52,7 +52,7 @@ def regular_size(path: Path) -> int:
     return info.st_size
 
 
-def refused_size(path: Path) -> str | None:
+def size_error(path: Path) -> str | None:
     """Why the size that an image's header promises is refused, or None; no pixel is decoded."""
     try:
         with Image.open(path, formats=_FORMATS) as image:
@@ -72,7 +72,7 @@ def refused_size(path: Path) -> str | None:
 def oriented_size(path: Path) -> tuple[int, int]:
     """(width, height) of an image as `read_image` gives it, its EXIF orientation applied; no pixel is decoded.
 
-    `path` must have passed `refused_size`.
+    `path` must have passed `size_error`.
     """
     base = ExifTags.Base
     with Image.open(path, formats=_FORMATS) as image:
@@ -96,7 +96,7 @@ def read_image(path: Path, channels: int = 3) -> Array:
     Raises:
         BadImageError: the file is missing, promises a huge size, or cannot be decoded.
     """
-    image = _decoded(path, cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR)
+    image = _decode(path, cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR)
     return image[..., None] if channels == 1 else np.ascontiguousarray(image[..., ::-1])
 
 
@@ -107,16 +107,16 @@ def read_mask(path: Path) -> Array:
         BadImageError: as of `read_image`.
     """
     # Neither as grey nor as 8 bits: both round small values to 0.
-    return cv2.inRange(_decoded(path, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH), (0, 0, 0), (0, 0, 0)) == 0
+    return cv2.inRange(_decode(path, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH), (0, 0, 0), (0, 0, 0)) == 0
 
 
-def _decoded(path: Path, flags: int) -> Array:
+def _decode(path: Path, flags: int) -> Array:
     try:
-        regular_size(path)
+        regular_file_size(path)
         data = np.fromfile(path, dtype=np.uint8)
     except OSError as error:
         raise BadImageError(f"Image {path} cannot be read ({error.strerror}); put it back or replace it.") from error
-    if reason := refused_size(path):
+    if reason := size_error(path):
         raise BadImageError(f"Image {path} {reason}; replace it or take it out of the data.")
     try:
         image = cv2.imdecode(data, flags)
@@ -127,7 +127,7 @@ def _decoded(path: Path, flags: int) -> Array:
     return image
 
 
-def checked_crop(box: Box | None) -> Box | None:
+def check_crop(box: Box | None) -> Box | None:
     """`box` itself: left, top, right, bottom in fractions of a picture, which `crop` clips to [0, 1].
 
     Raises:
@@ -263,7 +263,7 @@ def identical_groups(paths: Sequence[Path]) -> list[int]:
     return groups
 
 
-def contents(path: Path, blocks: int = 16) -> str:
+def content_hash(path: Path, blocks: int = 16) -> str:
     """Hash (32 hex digits) of a file's size and bytes, the same for every copy of it.
 
     All bytes count in a file of up to `blocks` times 4 KiB; of a larger one so many ranges of 4 KiB do, evenly spaced

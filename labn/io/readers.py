@@ -35,7 +35,7 @@ MAX_YAML, MAX_NODES = 2**24, 100_000
 _OUTSIDE = re.compile(r"^[\\/]|^[A-Za-z]:|(^|[\\/])\.\.([\\/]|$)|[\x00-\x1f]")
 
 
-def inside(root: Path, name: str, where: str) -> Path:
+def path_inside(root: Path, name: str, where: str) -> Path:
     """`root / name`, where that lies in `root`, also once links are followed.
 
     Args:
@@ -50,12 +50,12 @@ def inside(root: Path, name: str, where: str) -> Path:
     if not name.strip() or _OUTSIDE.search(name) or any(len(os.fsencode(part)) > 255 for part in name.split("/")):
         shown = name if len(name) <= 100 else f"{name[:100]}..."
         raise InputError(f"{where}: {shown!r} must be a path inside {root}, without '..' and not absolute.")
-    if leads_out(root / name, os.path.realpath(root)):
+    if leaves_folder(root / name, os.path.realpath(root)):
         raise InputError(f"{where}: {name!r} is a link that leaves {root}; put the file itself there.")
     return root / name
 
 
-def garbled(name: str) -> str | None:
+def non_utf8_name(name: str) -> str | None:
     """How a file name whose bytes are not UTF-8 is shown (`caf\\xe9.png`); None for one that tables can hold."""
     try:
         name.encode()
@@ -64,7 +64,7 @@ def garbled(name: str) -> str | None:
     return None
 
 
-def leads_out(path: Path, real_root: str) -> bool:
+def leaves_folder(path: Path, real_root: str) -> bool:
     """Whether `path` lies outside of `real_root` (a path without links) once links are followed."""
     real = os.path.realpath(path)
     return real != real_root and not real.startswith(real_root.rstrip(os.sep) + os.sep)
@@ -92,7 +92,7 @@ def read_text(path: Path, limit: int = MAX_TEXT) -> str:
 
 
 @dataclass(frozen=True)
-class Line:
+class TableRow:
     """One row of a table.
 
     Attributes:
@@ -139,7 +139,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
             raise
 
 
-def read_table(path: Path, columns: Sequence[str] = ()) -> Iterator[Line]:
+def read_table(path: Path, columns: Sequence[str] = ()) -> Iterator[TableRow]:
     """The rows of a CSV file whose first line names the columns, one at a time; empty rows are left out.
 
     Args:
@@ -160,7 +160,7 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> Iterator[Line]:
     width = len(header)
     for number, row in rows:
         if any(row):
-            yield Line(f"{path}, line {number}", dict(zip(header, [*row[:width], *[""] * (width - len(row))])))
+            yield TableRow(f"{path}, line {number}", dict(zip(header, [*row[:width], *[""] * (width - len(row))])))
 
 
 def read_json(path: Path, kind: type[Value]) -> Value:
@@ -200,7 +200,7 @@ def read_yaml(path: Path, limit: int | None = None) -> Any:
     try:
         loader = yaml.SafeLoader(read_text(path, MAX_YAML))
         node = loader.get_single_node()
-        if _unfolded(node, {}) > limit:
+        if _count_values(node, {}) > limit:
             raise InputError(
                 f"{path} holds more than {limit} values where its aliases (*name) are written out; write a smaller one."
             )
@@ -214,13 +214,13 @@ def read_yaml(path: Path, limit: int | None = None) -> Any:
         raise error if str(path) in str(error) else InputError(f"{path}: no YAML ({first_line(error)}).") from None
 
 
-def _unfolded(node: yaml.Node | None, sizes: dict[int, int]) -> int:
+def _count_values(node: yaml.Node | None, sizes: dict[int, int]) -> int:
     """Values of a node where aliases are written out; each node is looked at once."""
     if node is None or isinstance(node, yaml.ScalarNode):
         return 1
     if id(node) not in sizes:
         below = itertools.chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
-        sizes[id(node)] = 1 + sum(_unfolded(child, sizes) for child in below)
+        sizes[id(node)] = 1 + sum(_count_values(child, sizes) for child in below)
     return sizes[id(node)]
 
 
@@ -248,7 +248,7 @@ def read_arrays(path: Path, limit: int = MAX_ARRAYS, scratch_dir: Path | None = 
                 raise InputError(f"it unpacks to {size} bytes, more than {limit}")
             if scratch_dir is not None:
                 names = archive.namelist()
-                return {name.removesuffix(".npy"): _mapped(archive, name, scratch_dir) for name in names}
+                return {name.removesuffix(".npy"): _unpack_to_disk(archive, name, scratch_dir) for name in names}
         with np.load(path, allow_pickle=False) as file:
             return {name: np.asarray(file[name]) for name in file.files}
     # zipfile, zlib and NumPy's reader of headers end in many ways on a damaged file, such as a place before its start.
@@ -258,7 +258,7 @@ def read_arrays(path: Path, limit: int = MAX_ARRAYS, scratch_dir: Path | None = 
         raise InputError(f"{path} is no whole archive of arrays ({error or type(error).__name__}).") from error
 
 
-def _mapped(archive: zipfile.ZipFile, name: str, scratch_dir: Path) -> np.ndarray:
+def _unpack_to_disk(archive: zipfile.ZipFile, name: str, scratch_dir: Path) -> np.ndarray:
     """A member as `labn.io.memmap.write_npz` writes it, unpacked to disk block by block."""
     with archive.open(name) as file:
         if np.lib.format.read_magic(file) != (1, 0):

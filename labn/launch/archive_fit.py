@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from labn.io.atomic import free_aside, unwritable
+from labn.io.atomic import unused_folder, write_error
 from labn.results.training_logs import log_files
 
 
@@ -27,7 +27,7 @@ def archive_fit(run_dir: Path) -> Path | None:
     """
     if not holds_fit(run_dir):
         return None
-    aside = free_aside(run_dir / "fit")
+    aside = unused_folder(run_dir / "fit")
     logs = [path.parent for path in log_files(run_dir, "fit")]
     # Checkpoints first: with them gone, nobody goes on from a fit whose logs are elsewhere.
     for path in (run_dir / "checkpoints", *logs, run_dir / "val", run_dir / "fit.yaml"):
@@ -37,5 +37,5 @@ def archive_fit(run_dir: Path) -> Path | None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 path.rename(target)
             except OSError as error:
-                raise unwritable(target, error) from error
+                raise write_error(target, error) from error
     return aside

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from labn.errors import InputError, MissingFileError
-from labn.io.readers import Line, read_arrays, read_json, read_table
-from labn.report.cards import Card
+from labn.io.readers import TableRow, read_arrays, read_json, read_table
 from labn.results.tables import PAIRED, SUMMARY
 
+Card = dict[str, Any]
+"""What the gallery keeps of one sample, see `labn.report.cards.make_card`."""
 CARDS = "cards.json"
 
 
@@ -112,7 +113,7 @@ def read_stage(folder: Path, samples: Collection[int] | None = None, scratch_dir
     )
 
 
-def _keep(results: StageResults, row: Line, samples: Collection[int] | None) -> None:
+def _keep(results: StageResults, row: TableRow, samples: Collection[int] | None) -> None:
     """Count a row of `scores.csv`, and keep it where its sample is asked for."""
     index, value, key = row.number("index", int), row.number("value", float), (row["explainer"], row["metric"])
     total, column = results.totals.setdefault(key, Total()), results.scores.setdefault(key, {})
@@ -129,7 +130,7 @@ def _keep(results: StageResults, row: Line, samples: Collection[int] | None) -> 
         results.names[index] = row["name"]
 
 
-def _lines(path: Path, columns: Sequence[str]) -> Iterator[Line]:
+def _lines(path: Path, columns: Sequence[str]) -> Iterator[TableRow]:
     return read_table(path, columns) if path.exists() else iter(())
 
 

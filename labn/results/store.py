@@ -24,7 +24,7 @@ from torch import Tensor
 
 from labn.errors import InputError
 from labn.inference.fingerprint import digest
-from labn.io.atomic import LEFTOVERS, free_aside, remove_leftovers, write_atomically
+from labn.io.atomic import LEFTOVERS, remove_leftovers, unused_folder, write_atomically
 from labn.io.readers import read_arrays, read_json
 from labn.results.shard_index import ShardIndex, shard_name
 
@@ -100,7 +100,7 @@ class ResultStore:
         if any(found.is_file() and not found.match(LEFTOVERS) for found in self.folder.rglob("*")):
             theirs = _identity(path)
             if theirs != mine:
-                aside = free_aside(self.folder)
+                aside = unused_folder(self.folder)
                 self.folder.rename(aside)
                 changed = [k for k in mine if not theirs or theirs.get(k) != mine[k]]
                 warnings.warn(

@@ -8,13 +8,13 @@ from PIL import ExifTags, Image
 from small_data import write_image
 
 from datamodules.base import data_root
-from datamodules.io.image_checks import check_image
+from datamodules.io.image_checks import image_error
 from datamodules.io.sources import Record
-from datamodules.io.splits import readable, split_off, without_copies
+from datamodules.io.splits import readable_records, split_off, without_copies
 from labn.io.images import (
     BLOCK,
     BadImageError,
-    contents,
+    content_hash,
     crop,
     identical_groups,
     oriented_size,
@@ -38,7 +38,7 @@ def test_data_root_prefers_the_argument_then_the_variable(tmp_path: Path, monkey
 def test_whole_images_pass_the_check(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"image.{suffix}"
     write_image(path, 0)
-    assert check_image(path) is None
+    assert image_error(path) is None
     assert read_image(path).shape == (40, 60, 3)
 
 
@@ -66,7 +66,7 @@ def test_truncated_images_are_found(tmp_path: Path, suffix: str, reason: str, pa
     write_image(path, 0, (200, 200, 3))
     data = path.read_bytes()
     path.write_bytes(data[: int(part * len(data))])
-    assert reason in str(check_image(path))
+    assert reason in str(image_error(path))
 
 
 @pytest.mark.parametrize("suffix", ["bmp", "tif", "webp"])
@@ -76,7 +76,7 @@ def test_truncated_images_without_an_end_marker_are_found(tmp_path: Path, suffix
     write_image(path, 0, (200, 200, 3))
     data = path.read_bytes()
     path.write_bytes(data[: int(part * len(data))])
-    assert re.search("cannot be decoded|is not an image", str(check_image(path)))
+    assert re.search("cannot be decoded|is not an image", str(image_error(path)))
 
 
 def test_damaged_data_of_a_png_are_found(tmp_path: Path) -> None:
@@ -85,13 +85,13 @@ def test_damaged_data_of_a_png_are_found(tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 255
     path.write_bytes(data)
-    assert check_image(path) == "is damaged (a checksum does not fit)"
+    assert image_error(path) == "is damaged (a checksum does not fit)"
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.int32])
 def test_values_of_32_bits_are_found_and_left_out(tmp_path: Path, kind: type) -> None:
     Image.fromarray(np.arange(1600, dtype=kind).reshape(40, 40)).save(tmp_path / "bad.tif")
-    good, notes = readable([Record("bad", 0, tmp_path / "bad.tif")], "skip", [tmp_path])
+    good, notes = readable_records([Record("bad", 0, tmp_path / "bad.tif")], "skip", [tmp_path])
     assert not good
     assert "neither 8 nor 16 bits" in notes[0]
 
@@ -102,14 +102,14 @@ def test_data_behind_the_end_are_no_damage(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"image.{suffix}"
     write_image(path, 0)
     path.write_bytes(path.read_bytes() + bytes(5000))
-    assert check_image(path) is None
+    assert image_error(path) is None
     assert read_image(path).shape == (40, 60, 3)
 
 
 def test_only_the_ends_of_a_jpeg_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_image(tmp_path / "image.jpg", 0)
     monkeypatch.setattr(cv2, "imdecode", None)
-    assert check_image(tmp_path / "image.jpg") is None
+    assert image_error(tmp_path / "image.jpg") is None
 
 
 def test_reading_advises_no_setting(tmp_path: Path) -> None:
@@ -123,9 +123,9 @@ def test_reading_advises_no_setting(tmp_path: Path) -> None:
 def test_other_bad_files_are_found(tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("not an image")
     (tmp_path / "empty.jpg").touch()
-    assert check_image(tmp_path / "text.jpg") == "is not an image"
-    assert check_image(tmp_path / "empty.jpg") == "is not an image"
-    assert "cannot be read" in str(check_image(tmp_path / "absent.jpg"))
+    assert image_error(tmp_path / "text.jpg") == "is not an image"
+    assert image_error(tmp_path / "empty.jpg") == "is not an image"
+    assert "cannot be read" in str(image_error(tmp_path / "absent.jpg"))
     for name in ("text.jpg", "empty.jpg"):
         with pytest.raises(BadImageError, match=f"{name} is not an image; replace it"):
             read_image(tmp_path / name)
@@ -194,9 +194,9 @@ def test_crop_and_squash() -> None:
     np.testing.assert_array_equal(squash_mask(mask, 4), np.kron([[0, 1], [1, 0]], np.ones((2, 2))) > 0)
 
 
-def records(tmp_path: Path, contents: list[str], prefix: str = "r") -> list[Record]:
+def records(tmp_path: Path, content_hash: list[str], prefix: str = "r") -> list[Record]:
     made = []
-    for i, content in enumerate(contents):
+    for i, content in enumerate(content_hash):
         path = tmp_path / f"{prefix}{i}.jpg"
         path.write_text(content)
         made.append(Record(path.stem, i % 2, path))
@@ -219,8 +219,8 @@ def test_copies_of_held_out_images_leave_training(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_split_has_no_overlap_and_keeps_copies_together(tmp_path: Path, seed: int) -> None:
-    contents = [str(i) for i in range(30)] + ["3", "3", "7"]
-    every = records(tmp_path, contents)
+    content_hash = [str(i) for i in range(30)] + ["3", "3", "7"]
+    every = records(tmp_path, content_hash)
     train, val, notes = split_off(every, 0.2, seed)
     names = {r.name for r in train} | {r.name for r in val}
     assert len(train) + len(val) == len(names) == 33
@@ -242,12 +242,12 @@ def test_bad_images_stop_or_are_skipped_and_reported(tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_text("nothing")
     every = [Record("good", 0, tmp_path / "good.png"), Record("bad", 1, tmp_path / "bad.png")]
     with pytest.raises(BadImageError, match=r"bad\.png is not an image: replace it, or set on_bad_image: skip"):
-        readable(every, "stop", [tmp_path])
-    good, notes = readable(every, "skip", [tmp_path])
+        readable_records(every, "stop", [tmp_path])
+    good, notes = readable_records(every, "skip", [tmp_path])
     assert [r.name for r in good] == ["good"]
     assert "skipped bad" in notes[0]
     masked = [Record("masked", 0, tmp_path / "good.png", (tmp_path / "bad.png",))]
-    assert readable(masked, "skip", [tmp_path])[0] == []
+    assert readable_records(masked, "skip", [tmp_path])[0] == []
 
 
 @pytest.mark.parametrize("size", [0, 1, 16 * BLOCK, 16 * BLOCK + 1, 100 * BLOCK])
@@ -258,19 +258,19 @@ def test_contents_see_size_head_middle_and_tail(tmp_path: Path, size: int) -> No
     found = []
     for version in changed:
         file.write_bytes(version)
-        found.append(contents(file))
+        found.append(content_hash(file))
     assert len(set(found)) == len(set(changed))
     (tmp_path / "copy").write_bytes(data)
-    assert contents(tmp_path / "copy") == found[0]
+    assert content_hash(tmp_path / "copy") == found[0]
 
 
 def test_contents_of_a_large_file_are_sampled_evenly(tmp_path: Path) -> None:
     size, file = 100 * BLOCK, tmp_path / "a"
     file.write_bytes(bytes(size))
-    first, seen = contents(file), 0
+    first, seen = content_hash(file), 0
     for place in range(0, size, BLOCK):
         data = bytearray(size)
         data[place : place + BLOCK] = b"x" * BLOCK
         file.write_bytes(data)
-        seen += contents(file) != first
+        seen += content_hash(file) != first
     assert 16 <= seen <= 32

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from datamodules import Columns, Magnetogram
-from datamodules.magnetogram import date_in, day_numbers
+from datamodules.magnetogram import day_numbers, find_date
 from labn.io.images import BadImageError
 
 SPLITS = {"train_years": [2011, 2012], "val_years": [2013], "test_years": [2014]}
@@ -113,12 +113,12 @@ def test_frames_without_dates_are_grouped_by_number(years: Path) -> None:
     ],
 )
 def test_dates_are_found_in_names(text: str, expected: str | None) -> None:
-    found = date_in(text)
+    found = find_date(text)
     assert (found and found.isoformat()) == expected
 
 
 def test_days_are_ordinal_numbers() -> None:
-    days = [date_in("20140501"), date_in("20140501"), date_in("20140502")]
+    days = [find_date("20140501"), find_date("20140501"), find_date("20140502")]
     assert np.diff(day_numbers(days, 24)).tolist() == [0, 1]
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, DistributedSampler
 
-from datamodules.io.samplers import BalancedSampler, Key, ShuffledSampler, UnrepeatedDistributedSampler
+from datamodules.io.samplers import BalancedSampler, SampleKey, ShuffledSampler, UnrepeatedDistributedSampler
 
 
 @pytest.mark.parametrize("world", range(1, 9))
@@ -101,7 +101,7 @@ class _Keys:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, key: Key) -> int:
+    def __getitem__(self, key: SampleKey) -> int:
         return self.labels[key[0]]
 
 

@@ -26,13 +26,13 @@ from hypothesis import strategies as st
 from small_voc import annotation, write_voc, xml
 
 from datamodules import CUB, VOC, IDRiD, ImageFolder, Magnetogram
-from datamodules.io.image_checks import check_image
+from datamodules.io.image_checks import image_error
 from datamodules.magnetogram import Columns
 from datamodules.voc import MAX_XML, read_annotation
 from labn.io.fits import image_layout
 from labn.io.images import MAX_PIXELS, BadImageError, read_image
 from labn.io.memmap import write_npz
-from labn.io.readers import inside, read_arrays, read_json, read_table, read_yaml
+from labn.io.readers import path_inside, read_arrays, read_json, read_table, read_yaml
 
 ROUNDS = 12
 YEARS = {"train_years": [2015], "val_years": [2016], "test_years": [2017]}
@@ -77,7 +77,7 @@ def test_an_image_that_promises_too_much_is_not_unpacked(tmp_path, width, height
     tracemalloc.start()
     with pytest.raises(BadImageError, match=rf"bomb\.png .*{message}"):
         read_image(path)
-    assert message.split(" ")[0] in str(check_image(path))
+    assert message.split(" ")[0] in str(image_error(path))
     assert tracemalloc.get_traced_memory()[1] < 2**24
     tracemalloc.stop()
 
@@ -87,14 +87,14 @@ def test_an_image_that_promises_too_much_is_not_unpacked(tmp_path, width, height
 )
 def test_content_that_is_no_image_is_refused_whatever_its_name(tmp_path, content):
     (tmp_path / "a.jpg").write_bytes(content)
-    assert check_image(tmp_path / "a.jpg") == "is not an image"
+    assert image_error(tmp_path / "a.jpg") == "is not an image"
     with pytest.raises(BadImageError, match=r"a\.jpg is not an image"):
         read_image(tmp_path / "a.jpg")
 
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.png")
-    assert check_image(tmp_path / "a.png") == "cannot be read (not a regular file)"
+    assert image_error(tmp_path / "a.png") == "cannot be read (not a regular file)"
     with pytest.raises(BadImageError, match="not a regular file"):
         read_image(tmp_path / "a.png")
 
@@ -102,7 +102,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 def test_a_picture_of_another_format_than_its_name_is_read(tmp_path):
     picture(tmp_path / "a.png")
     (tmp_path / "a.png").rename(tmp_path / "a.JPEG")
-    assert check_image(tmp_path / "a.JPEG") is None
+    assert image_error(tmp_path / "a.JPEG") is None
     assert read_image(tmp_path / "a.JPEG").shape == (24, 24, 3)
 
 
@@ -112,12 +112,12 @@ def test_a_picture_of_another_format_than_its_name_is_read(tmp_path):
 )
 def test_paths_that_leave_the_folder(tmp_path, name):
     with pytest.raises(ValueError, match=r"list\.txt, line 3: .* must be a path inside .*, without '\.\.'"):
-        inside(tmp_path, name, "list.txt, line 3")
+        path_inside(tmp_path, name, "list.txt, line 3")
 
 
 @pytest.mark.parametrize("name", ["a.png", "b/a.png", "..a.png", "a..b", "b/...", "C3.png"])
 def test_paths_that_stay(tmp_path, name):
-    assert inside(tmp_path, name, "list") == tmp_path / name
+    assert path_inside(tmp_path, name, "list") == tmp_path / name
 
 
 def test_links_may_stay_in_the_folder_but_not_leave_it(tmp_path):
@@ -127,11 +127,11 @@ def test_links_may_stay_in_the_folder_but_not_leave_it(tmp_path):
     (root / "out").symlink_to(tmp_path)
     (root / "loop").symlink_to(root / "loop")
     (tmp_path / "linked").symlink_to(root)
-    assert inside(tmp_path / "linked", "in/a.png", "list")
+    assert path_inside(tmp_path / "linked", "in/a.png", "list")
     with pytest.raises(
         ValueError, match=r"list, line 1: 'out/a\.png' is a link that leaves .*data; put the file itself"
     ):
-        inside(root, "out/a.png", "list, line 1")
+        path_inside(root, "out/a.png", "list, line 1")
 
 
 def edit(path, old, new):
