@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
-import itertools
 import logging
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,11 +21,9 @@ os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ.setdefault("LABN_DATA", "../shared/data")
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -44,22 +41,16 @@ from callbacks.checkpoint import (
     named_classes,
 )
 from callbacks.checks import check_strategy
+from callbacks.logging.loggers import default_loggers, unused_version
 from callbacks.logging.run_config import RunConfigCallback
 from callbacks.logging.terminal import SentenceParser, no_advertisement, say_figures, say_taken_over
-from callbacks.logging.wandb_logger import RunWandbLogger, first_line
-from datamodules.io.solar_frames import PictureSource, Preparation
-from datamodules.io.sources import FileSource, Record
-from datamodules.io.tar_files import write_shards
 from labn.commands import coarse, compare, doctor, explain, shards, sweep, table
 from labn.errors import sentence_of
 from labn.io.atomic import check_writable
-from labn.io.images import image_files
-from labn.io.preprocessing import Preprocessing
-from labn.io.readers import read_yaml
 from labn.launch import archive_fit as earlier_fit
 from labn.launch.allocator import keep_freed_memory
-from labn.launch.config_include import expand_parts, with_parts
-from labn.launch.error_messages import config_sentence, explained
+from labn.launch.config_include import configurations, expand_includes, experiment_name
+from labn.launch.error_messages import explained
 from labn.launch.slurm import requeue_on_signal, restarted
 from labn.models.checkpoints import own_data, read_checkpoint
 from labn.modules.plain_checkpoints import check_own_classes, check_same_class
@@ -71,7 +62,16 @@ CHECKPOINTS = (BEST, LAST)
 
 
 class LabnCLI(LightningCLI):
-    """LightningCLI with one run folder per configuration, and checkpoints found by `best` and `last`."""
+    """LightningCLI with one run folder per experiment, and checkpoints found by `best` and `last`.
+
+    Args:
+        experiment: name of the run folder in `runs/`, unless `--run_dir` names one.
+        kwargs: arguments of `LightningCLI`.
+    """
+
+    def __init__(self, *args: Any, experiment: str, **kwargs: Any) -> None:
+        self.experiment = experiment
+        super().__init__(*args, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -85,12 +85,14 @@ class LabnCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add this project's own arguments and tie the number of classes to the data."""
-        parser.add_argument("--parts", type=list[str], default=[], help="Configuration files read before this one.")
+        parser.add_argument(
+            "--include", type=list[str], default=[], help="In a file: configurations that are read before this one."
+        )
         parser.add_argument(
             "--run_dir",
             type=str | None,
             default=None,
-            help="Folder of checkpoints, logs and results; default runs/<last configuration outside parts/>.",
+            help="Folder of checkpoints, logs and results; default runs/<name of the first --config>.",
         )
         parser.add_argument(
             "--imports", type=list[str], default=[], help="Modules of your own to import first, such as a new metric."
@@ -114,7 +116,7 @@ class LabnCLI(LightningCLI):
         """Settle the run folder and the checkpoint before anything is built."""
         self.subcommand = self.config["subcommand"]
         config = self.config[self.subcommand]
-        run_dir = Path(config.run_dir or Path("runs") / self._experiment())
+        run_dir = Path(config.run_dir or Path("runs") / self.experiment)
         config.run_dir = str(run_dir)
         for name in config.imports:
             importlib.import_module(name)
@@ -195,104 +197,24 @@ class LabnCLI(LightningCLI):
         config = self.config[self.subcommand]
         return self.subcommand == "fit" and not config.get("ckpt_path") and not config.trainer.get("fast_dev_run")
 
-    def _experiment(self) -> str:
-        files = [Path(str(file)) for file in self.config[self.subcommand].get("config") or []]
-        experiments = [file for file in files if file.parent.name != "parts"]
-        return experiments[-1].stem if experiments else "default"
 
-
-def unused_version(folder: Path, command: str) -> str:
-    """`fit`, `fit-1`, ...: the first that no earlier run has filled, because Lightning would empty it."""
-    names = itertools.chain([command], (f"{command}-{n}" for n in itertools.count(1)))
-    return next(name for name in names if not (folder / name / "metrics.csv").exists())
-
-
-def default_loggers(run_dir: Path, wandb_mode: str, version: str) -> list[Logger]:
-    """A CSV logger to `logs/<version>` and, unless disabled or not installed, a Weights & Biases logger.
-
-    Raises:
-        ValueError: `wandb_mode` is none of offline, online and disabled.
-    """
-    if wandb_mode not in ("offline", "online", "disabled"):
-        raise InputError(f"--wandb is {wandb_mode!r}; it must be offline, online or disabled.")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    loggers: list[Logger] = [callbacks.RunLogger(save_dir=run_dir, name="logs", version=version)]
-    wandb = None if wandb_mode == "disabled" else wandb_logger(run_dir, wandb_mode)
-    return loggers if wandb is None else [*loggers, wandb]
-
-
-def wandb_logger(run_dir: Path, mode: str) -> Logger | None:
-    """A Weights & Biases logger; `online` falls back to an offline run, which `wandb sync` can send later.
-
-    None, with a warning, where there is no working package: everything is in the run folder all the same.
-    """
-    # Pictures of tables wait there for `wandb sync`; the default is a folder of the user's, apart from the run.
-    os.environ.setdefault("WANDB_DATA_DIR", str((run_dir / "wandb").absolute()))
-    for offline in (True,) if mode == "offline" else (False, True):
-        try:
-            logger = RunWandbLogger(project="labn", name=run_dir.name, save_dir=run_dir, offline=offline)
-            _ = logger.experiment
-            return logger
-        except Exception as error:
-            instead = "everything is" if offline else "logging offline, everything is"
-            warnings.warn(
-                f"Weights & Biases is not available ({first_line(error)}); {instead} in {run_dir}.", stacklevel=2
-            )
-    return None
-
-
-def read_picture(path: Path, wanted: Preprocessing) -> np.ndarray:
-    """A picture file as (size, size, C) uint8, prepared as the data modules do.
-
-    Raises:
-        BadImageError: the file cannot be decoded.
-    """
-    record = Record(path.name, 0, path)
-    if wanted.fits_range is not None:
-        preparation = Preparation(wanted.image_size, wanted.caption, wanted.fits_range)
-        return PictureSource([record], np.zeros(1, dtype=np.int64), preparation).load(0)[0]
-    source = FileSource([record], wanted.image_size, wanted.crop, wanted.channels, shorter=wanted.shorter)
-    return source.load(0)[0]
-
-
-def data_of(paths: Sequence[Path]) -> pl.LightningDataModule:
-    """The data module of configurations, of which later ones win, as in the other commands.
-
-    Raises:
-        ValueError: they name none, or with arguments that it does not have.
-    """
-    parser = LightningArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(pl.LightningDataModule, "data")
-    config = None
-    for file in (part for path in paths for part in with_parts(path)):
-        content = read_yaml(file)
-        if isinstance(content, dict) and "data" in content:
-            try:
-                config = parser.parse_object({"data": content["data"]}, config)
-            except argparse.ArgumentError as error:
-                raise InputError(f"{file}: {config_sentence(str(error))}") from error
-    if config is None:
-        raise InputError(f"--config {' '.join(map(str, paths))} names no data module under `data:`.")
-    return parser.instantiate_classes(config).data
-
-
-COMMANDS: dict[str, tuple[ModuleType, Callable[[argparse.Namespace], None]]] = {
-    "compare": (compare, compare.run),
-    "doctor": (doctor, doctor.run),
-    "explain": (explain, lambda options: explain.run(options, read_picture, image_files)),
-    "shards": (shards, lambda options: shards.run(options, data_of, write_shards)),
-    "sweep": (sweep, sweep.run),
-    "table": (table, table.run),
-    "coarse": (coarse, coarse.run),
+COMMANDS: dict[str, ModuleType] = {
+    "compare": compare,
+    "doctor": doctor,
+    "explain": explain,
+    "shards": shards,
+    "sweep": sweep,
+    "table": table,
+    "coarse": coarse,
 }
-"""Commands without a trainer: what declares their arguments, and what runs them."""
+"""Commands without a trainer: modules with `SUMMARY`, `DETAILS`, `add_arguments(parser)` and `run(options)`."""
 
 
 DESCRIPTION = "Train image classifiers, explain their predictions with maps, and measure how good the maps are."
 EPILOG = "\n".join(
     [
         "commands without a trainer:",
-        *(f"    {name:<20}{module.SUMMARY}" for name, (module, _) in COMMANDS.items()),
+        *(f"    {name:<20}{module.SUMMARY}" for name, module in COMMANDS.items()),
         "",
         "python cli.py fit --config configs/quickstart.yaml",
         "python cli.py test --config configs/quickstart.yaml --ckpt_path best",
@@ -306,7 +228,7 @@ class MainHelp(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
 
 def run_command(name: str, argv: Sequence[str]) -> None:
     """Run one of `COMMANDS`; bad input ends with one sentence and exit status 2."""
-    module, work = COMMANDS[name]
+    module = COMMANDS[name]
     parser = argparse.ArgumentParser(
         prog=f"cli.py {name}",
         description=module.SUMMARY,
@@ -316,7 +238,7 @@ def run_command(name: str, argv: Sequence[str]) -> None:
     module.add_arguments(parser)
     options = parser.parse_args(argv)
     try:
-        work(options)
+        module.run(options)
     except Exception as error:
         sentence = str(error) if isinstance(error, OSError) else sentence_of(error)
         if sentence is None:
@@ -330,7 +252,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given and given[0] in COMMANDS:
         run_command(given[0], given[1:])
         return
-    words = expand_parts(given)
+    words = expand_includes(given)
     known = [*LabnCLI.subcommands(), *COMMANDS]
     if words and not words[0].startswith("-") and words[0] not in known:
         near = difflib.get_close_matches(words[0], known, n=1)
@@ -338,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"there is no command {words[0]!r}; {hint}The commands are {', '.join(known)}.")
     requeue_on_signal()
     try:
-        train_or_evaluate(words)
+        train_or_evaluate(words, experiment_name(configurations(given)))
     except SIGTERMException as error:
         # Lightning's own exit status would say that all went well.
         print("Terminated; the same command (fit: with --ckpt_path last) goes on from here.", file=sys.stderr)
@@ -350,9 +272,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise better from error
 
 
-def train_or_evaluate(words: list[str]) -> None:
-    """Run a command that has a trainer."""
-    # sys.argv stays as it is: the launcher of further ranks starts them with it, and they expand their own parts.
+def train_or_evaluate(words: list[str], experiment: str) -> None:
+    """Run a command that has a trainer.
+
+    Args:
+        words: arguments with the included configurations in place.
+        experiment: default name of the run folder.
+    """
+    # sys.argv stays as it is: the launcher of further ranks starts them with it, and they expand it themselves.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     # Between Lightning and torch; nobody who runs a command can do anything about it.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
@@ -370,9 +297,10 @@ def train_or_evaluate(words: list[str]) -> None:
         save_config_callback=RunConfigCallback,
         parser_class=SentenceParser,
         parser_kwargs={"description": DESCRIPTION, "epilog": EPILOG, "formatter_class": MainHelp},
-        # The parts are read by now, and their paths mean nothing in a configuration that is printed or kept.
-        args=[*words, "--parts=[]"] if "--config" in words or "-c" in words else words,
+        # Included files are read by now, and their paths mean nothing in a configuration that is printed or kept.
+        args=[*words, "--include=[]"] if "--config" in words or "-c" in words else words,
         auto_configure_optimizers=False,
+        experiment=experiment,
     )
 
 

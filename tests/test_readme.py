@@ -49,19 +49,18 @@ ELSEWHERE = {
     "pip install -q -e .": ".ci/run",
     "pip install -q -e '.[test]'": ".ci/run",
     "python -m pytest -q -n auto": ".ci/run",
-    "python cli.py fit --config configs/idrid_labn.yaml --config configs/parts/ddp.yaml": (
+    "python cli.py fit --config configs/idrid/idrid_labn.yaml --config configs/shared/ddp.yaml": (
         "tests/test_readme.py::test_lines_for_several_nodes_parse"
     ),
-    "python cli.py test --config configs/quickstart.yaml --config configs/parts/ddp_cpu.yaml --ckpt_path best": (
+    "python cli.py test --config configs/quickstart.yaml --config configs/shared/ddp_cpu.yaml --ckpt_path best": (
         "tests/ddp/test_ranks.py::test_processes_write_the_rows_of_one"
     ),
-    "torchrun --nproc_per_node 2 cli.py test --config configs/quickstart.yaml --config configs/parts/ddp_cpu.yaml "
+    "torchrun --nproc_per_node 2 cli.py test --config configs/quickstart.yaml --config configs/shared/ddp_cpu.yaml "
     "--ckpt_path best": "tests/test_readme.py::test_torchrun_writes_the_same_rows",
     "torchrun --nnodes 2 --node_rank 0 --nproc_per_node 4 --master_addr node0 --master_port 29500 cli.py fit "
-    "--config configs/idrid_labn.yaml --config configs/parts/ddp.yaml --trainer.num_nodes 2 --trainer.devices 4": (
-        "tests/test_readme.py::test_lines_for_several_nodes_parse"
-    ),
-    "srun python cli.py fit --config configs/idrid_labn.yaml --config configs/parts/ddp.yaml "
+    "--config configs/idrid/idrid_labn.yaml --config configs/shared/ddp.yaml "
+    "--trainer.num_nodes 2 --trainer.devices 4": ("tests/test_readme.py::test_lines_for_several_nodes_parse"),
+    "srun python cli.py fit --config configs/idrid/idrid_labn.yaml --config configs/shared/ddp.yaml "
     "--trainer.num_nodes 2 --trainer.devices 4": "tests/test_readme.py::test_lines_for_several_nodes_parse",
 }
 """Executed by another test, in small, or by `.ci/run`; so is every experiment of `configs/`."""
@@ -179,7 +178,7 @@ def test_torchrun_writes_the_same_rows(tmp_path):
     tables = []
     for name, command in (
         ("one", [sys.executable, *words]),
-        ("two", [*start, *words, "--config", "configs/parts/ddp_cpu.yaml"]),
+        ("two", [*start, *words, "--config", "configs/shared/ddp_cpu.yaml"]),
     ):
         done = subprocess.run(
             [*command, *TINY, f"--run_dir={tmp_path / name}"],

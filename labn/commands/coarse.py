@@ -1,8 +1,8 @@
 """Coarse against fine: at which patch size does the score rank the exact mask above its coarse copies?
 
 The argument for patches (JSAI 2022, section 4.4) is that single pixels do not score fine maps fairly. Here the truth is
-known: `configs/coarse_fine.yaml` scores the exact lesion masks of synthetic images, dilated and blurred copies of them
-for every patch size, and this command reads its results.
+known: `configs/synthetic/coarse_fine.yaml` scores the exact lesion masks of synthetic images, and dilated and blurred
+copies of them, for every patch size; this command reads its results.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SUMMARY = "Coarse against fine: at which patch size does the score rank the exac
 DETAILS = """\
 Reads the results of:
 
-  python cli.py test --config configs/coarse_fine.yaml --ckpt_path runs/quickstart/checkpoints/best.ckpt
+  python cli.py test --config configs/synthetic/coarse_fine.yaml --ckpt_path runs/quickstart/checkpoints/best.ckpt
 """
 PARTS = {"insertion": "insertion (higher is better)", "deletion": "deletion (lower is better)", "pid": "PID"}
 
@@ -48,7 +48,9 @@ class Scored:
         """
         path = run / "test" / "scores.csv"
         if not path.is_file():
-            raise MissingFileError(f"{path} does not exist; run `cli.py test --config configs/coarse_fine.yaml` first.")
+            raise MissingFileError(
+                f"{path} does not exist; run `cli.py test --config configs/synthetic/coarse_fine.yaml` first."
+            )
         values: dict[tuple[str, str], dict[int, float]] = {}
         for row in read_table(path, ("index", "explainer", "metric", "value")):
             column = values.setdefault((row["explainer"], row["metric"]), {})

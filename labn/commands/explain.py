@@ -7,11 +7,10 @@ import io
 import itertools
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -21,18 +20,14 @@ from labn.errors import InputError, MissingFileError
 from labn.explainers import EXPLAINERS, explainer_by_name
 from labn.inference.modes import evaluating, logits_of
 from labn.io.atomic import write_atomically
+from labn.io.images import image_files
 from labn.io.preprocessing import Preprocessing
-from labn.io.readers import garbled, read_text
+from labn.io.readers import non_utf8_name, read_text
 from labn.models.pretrained import load_pretrained
 from labn.modules.restore import restore
 from labn.report.figures import displayable, overlay_figure
 from labn.results.shard_index import readable_name
 from labn.results.tables import csv_bytes
-
-Reader = Callable[[Path, Preprocessing], np.ndarray]
-"""Picture file -> (size, size, C) uint8."""
-Lister = Callable[[Path], list[Path]]
-"""Folder -> its picture files."""
 
 METHODS = tuple(name for name in EXPLAINERS if name != "crp")
 """Methods for classifiers."""
@@ -73,13 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
 
 
-def run(options: argparse.Namespace, read: Reader, list_pictures: Lister) -> None:
+def run(options: argparse.Namespace) -> None:
     """Explain every picture.
-
-    Args:
-        options: the parsed arguments.
-        read: picture file -> pixels as the network expects them.
-        list_pictures: folder -> its pictures.
 
     Raises:
         FileNotFoundError: a picture, folder or file of weights does not exist.
@@ -91,14 +81,14 @@ def run(options: argparse.Namespace, read: Reader, list_pictures: Lister) -> Non
         if method.lstrip("-") not in METHODS:
             raise InputError(f"{method} explains detectors, which `cli.py test` does with callbacks.DetectionCallback.")
     check_device(options.device)
-    files = _files(options.image, list_pictures)
+    files = _files(options.image)
     if any(path.resolve().parent == (options.out / OVERLAYS).resolve() for path in files):
         raise InputError(f"--out is {options.out}, where overlays would replace pictures that --image names.")
     network, preprocessing = load_network(options)
     network = network.to(options.device)
     target = None if options.target is None else class_number(options.target, preprocessing)
     rows = []
-    for number, (path, name, image) in enumerate(_readable(files, preprocessing, read)):
+    for number, (path, name, image) in enumerate(_readable(files, preprocessing)):
         row = _explain(network, image.to(options.device), preprocessing, options, target, number, name)
         print(f"{path}: {row[1]} ({row[2]:.3f})" + (f", explained {row[3]}" if row[3] != row[1] else ""))
         rows.append((str(path), *row))
@@ -192,27 +182,27 @@ def _explain(
     return predicted, names[0], confidence, names[1]
 
 
-def _files(given: Sequence[Path], list_pictures: Lister) -> list[Path]:
+def _files(given: Sequence[Path]) -> list[Path]:
     files = []
     for path in given:
         if not path.exists():
             raise MissingFileError(f"--image {path} does not exist.")
-        found = list_pictures(path) if path.is_dir() else [path]
+        found = image_files(path) if path.is_dir() else [path]
         if not found:
             raise MissingFileError(f"--image {path} holds no pictures of its own; its subfolders are not searched.")
         files += found
     return files
 
 
-def _readable(files: Sequence[Path], preprocessing: Preprocessing, read: Reader) -> Iterator[tuple[Path, str, Tensor]]:
+def _readable(files: Sequence[Path], preprocessing: Preprocessing) -> Iterator[tuple[Path, str, Tensor]]:
     """Path, a name that is unique among the files, and normalised image; what cannot be read is warned about."""
     taken: set[str] = set()
     for path in files:
-        if shown := garbled(str(path)):
+        if shown := non_utf8_name(str(path)):
             warnings.warn(f"The name of picture {shown} is not UTF-8; rename the file. It is skipped.", stacklevel=2)
             continue
         try:
-            image = preprocessing.normalise(read(path, preprocessing))
+            image = preprocessing.normalise(preprocessing.read(path))
         except ValueError as error:
             warnings.warn(f"{error} It is skipped.", stacklevel=2)
             continue

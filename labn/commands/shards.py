@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.cli import LightningArgumentParser
+
+from labn.errors import InputError
+from labn.io.readers import read_yaml
+from labn.launch.config_include import with_includes
+from labn.launch.error_messages import config_sentence
 
 SUMMARY = "Write the data set of a configuration to tar shards, for datamodules.TarShards."
 DETAILS = """\
@@ -15,7 +23,7 @@ lists of boxes, are refused.
 
 example:
   python cli.py shards --config configs/quickstart.yaml --out runs/shards/quickstart
-  python cli.py fit --config configs/quickstart_shards.yaml
+  python cli.py fit --config configs/synthetic/quickstart_shards.yaml
 """
 
 
@@ -28,20 +36,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples_per_shard", type=int, default=1000, help="samples of one tar file (default: 1000)")
 
 
-def run(
-    options: argparse.Namespace, build: Callable[[list[Path]], Any], write: Callable[[Any, Path, int], dict[str, Any]]
-) -> None:
-    """Write the shards and say what is in them.
-
-    Args:
-        options: the parsed arguments.
-        build: configurations -> their data module.
-        write: data module, folder and samples per shard -> the manifest.
+def run(options: argparse.Namespace) -> None:
+    """Write the shards and print how many samples and shards each split has.
 
     Raises:
-        FileNotFoundError: a configuration or the data is missing.
-        ValueError: no configuration has data, the data is bad, or of a kind that shards do not keep.
+        MissingFileError: a configuration or the data is missing.
+        InputError: no configuration has data, the data is bad, or of a kind that shards cannot hold.
     """
-    manifest = write(build(options.config), options.out, options.samples_per_shard)
+    manifest = data_module_of(options.config).write_shards(options.out, options.samples_per_shard)
     for split, facts in manifest["splits"].items():
         print(f"{options.out}: {split}, {facts['samples']} samples in {facts['shards']} shards")
+
+
+def data_module_of(paths: Sequence[Path]) -> Any:
+    """The data module that configurations describe under `data:`; later files win, as in `fit`.
+
+    Raises:
+        InputError: the files describe none, or give arguments that the data module does not have.
+    """
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningDataModule, "data")
+    config = None
+    for file in (included for path in paths for included in with_includes(path)):
+        content = read_yaml(file)
+        if isinstance(content, dict) and "data" in content:
+            try:
+                config = parser.parse_object({"data": content["data"]}, config)
+            except argparse.ArgumentError as error:
+                raise InputError(f"{file}: {config_sentence(str(error))}") from error
+    if config is None:
+        raise InputError(f"--config {' '.join(map(str, paths))} names no data module under `data:`.")
+    return parser.instantiate_classes(config).data

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import itertools
 import json
 import shlex
 import subprocess
@@ -17,14 +16,14 @@ from typing import Any
 from labn.errors import FailedProcessError, InputError
 from labn.io.atomic import write_atomically
 from labn.io.readers import read_json
-from labn.launch.config_include import expand_parts
+from labn.launch.config_include import configurations, expand_includes, experiment_name
 
 SUMMARY = "Fit and test a configuration once per seed, in RUN_DIR/seed=N/."
 DETAILS = """\
 The same command again skips what is finished and resumes what was interrupted. All words behind `--` go to both
 commands:
 
-  python cli.py sweep --config configs/idrid_labn.yaml --seeds 38 39 40 41 42 -- --wandb=disabled
+  python cli.py sweep --config configs/idrid/idrid_labn.yaml --seeds 38 39 40 41 42 -- --wandb=disabled
 """
 STATE = "sweep.json"
 STEPS = ("fit", "test")
@@ -68,13 +67,13 @@ class Sweep:
         return [*seeded, *self.options]
 
     def signature(self, step: str, seed: int) -> dict[str, Any]:
-        """What a finished step is known by: its arguments and the contents of all files that it reads, parts too.
+        """The identity of a finished step: its arguments and the contents of all files that it reads.
 
         Raises:
             FileNotFoundError: one of them does not exist.
         """
-        files = configurations(_named(self.files(step)))
-        every = [*files, *configurations(self.options)]
+        files = _files_read(_named(self.files(step)))
+        every = [*files, *_files_read(self.options)]
         contents = {file: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12] for file in every}
         return {"words": [step, *_named(files), *self._rest(seed)], "files": contents}
 
@@ -83,10 +82,9 @@ def _named(files: Sequence[str]) -> list[str]:
     return [f"--config={file}" for file in files]
 
 
-def configurations(words: Sequence[str]) -> list[str]:
-    """The files that a command reads, in order: those that the words name behind their parts."""
-    read = expand_parts(words)
-    return [word for option, word in itertools.pairwise(read) if option in ("--config", "-c")]
+def _files_read(words: Sequence[str]) -> list[str]:
+    """The configurations that a command reads, in order: those in `words`, each behind the files that it includes."""
+    return [str(path) for path in configurations(expand_includes(words))]
 
 
 def start(words: list[str], log: Path) -> int:
@@ -103,7 +101,7 @@ def run_all(sweep: Sweep, runner: Runner = start) -> None:
         runner: runs the words of a command, with a log file, and returns the exit status.
 
     Raises:
-        FileNotFoundError: a configuration, or a part of one, does not exist.
+        FileNotFoundError: a configuration, or a file that it includes, does not exist.
         ValueError: a folder was trained with other arguments or other configuration files.
         ChildProcessError: a command failed; the log is named.
     """
@@ -136,7 +134,7 @@ def _step(sweep: Sweep, step: str, seed: int, folder: Path, runner: Runner) -> N
     write_atomically(path, json.dumps(state, indent=1).encode())
     log = folder / f"{step}.log"
     print(f"{folder}: {step} ... ({log})", flush=True)
-    # The files as they were named: the command puts their parts in front of them itself.
+    # The files as they were named: the command puts the included ones in front of them itself.
     if status := runner([*sweep.words(step, seed), *_checkpoint(step, folder)], log):
         raise FailedProcessError(f"{step} of {folder} ended with status {status}; its last lines are in {log}.")
     state[step]["done"] = True
@@ -156,13 +154,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fit_config", action="append", default=[], help="read by fit only, after --config")
     parser.add_argument("--test_config", action="append", default=[], help="read by the test only, after --config")
     parser.add_argument("--seeds", type=int, nargs="+", required=True, help="the papers used five: 38 39 40 41 42")
-    parser.add_argument("--run_dir", type=Path, help="default runs/<last configuration outside parts/>")
+    parser.add_argument("--run_dir", type=Path, help="default runs/<name of the first --config>")
     parser.add_argument("options", nargs="*", help="further words of fit and test, behind --")
 
 
 def run(options: argparse.Namespace) -> None:
     """Train and test every seed; as `run_all` for the raised errors."""
-    named = [Path(file) for file in options.config if Path(file).parent.name != "parts"]
-    folder = options.run_dir or Path("runs") / (named[-1].stem if named else "default")
+    folder = options.run_dir or Path("runs") / experiment_name([Path(file) for file in options.config])
     files = tuple(options.config), tuple(options.fit_config), tuple(options.test_config)
     run_all(Sweep(*files, tuple(options.seeds), folder, tuple(options.options)))

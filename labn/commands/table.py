@@ -43,6 +43,7 @@ class Row:
         explainer: method scored there.
         mean: one number per metric; empty for a method that the paper does not have.
         sd: their standard deviations over runs, empty where none are printed.
+        config: configuration of the runs.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Row:
     explainer: str
     mean: tuple[float, ...]
     sd: tuple[float, ...]
+    config: str = ""
 
 
 @dataclass(frozen=True)
@@ -70,12 +72,17 @@ def published() -> dict[str, PaperTable]:
             table["source"],
             tuple(table["metrics"]),
             tuple(
-                Row(r["name"], r["run"], r["explainer"], tuple(r["mean"]), tuple(r.get("sd", ())))
+                Row(r["name"], r["run"], r["explainer"], tuple(r["mean"]), tuple(r.get("sd", ())), config_of(table, r))
                 for r in table["rows"]
             ),
         )
         for name, table in content.items()
     }
+
+
+def config_of(table: dict[str, Any], row: dict[str, Any]) -> str:
+    """Path of the configuration of a row's runs."""
+    return f"configs/{table['configs']}/{row['run']}.yaml"
 
 
 @dataclass(frozen=True)
@@ -239,9 +246,7 @@ def _unpublished(table: PaperTable, name: str, runs: Runs) -> list[Row]:
 def described(runs: Runs, row: Row, folder: Path) -> str:
     """How many runs and samples stand behind a row, or how to make some."""
     if not runs.folders:
-        return (
-            f"not run; python cli.py sweep --config configs/{row.run}.yaml --seeds 38 39 40 41 42 ({folder / row.run})"
-        )
+        return f"not run; python cli.py sweep --config {row.config} --seeds 38 39 40 41 42 ({folder / row.run})"
     metrics = {metric for scores in runs.scores for explainer, metric in scores if explainer == row.explainer}
     samples = max((len(runs.common(row.explainer, metric)) for metric in metrics), default=0)
     missing = max((runs.left_out(row.explainer, metric) for metric in metrics), default=0)

@@ -1,54 +1,82 @@
-"""Configurations that name other ones under `parts:`."""
+"""Configurations that build on other ones: the key `include:`.
+
+LightningCLI's own means do not give one file per experiment: `--config` several times moves the choice to the command
+line, and a file for a single group (`data: data.yaml`) cannot be combined with entries of the same group, so that an
+experiment could not append its callbacks to those of a shared trainer. So a file may name others under `include:`, and
+the command line reads these first.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from labn.errors import InputError, MissingFileError
 from labn.io.readers import read_yaml
 
 
-def expand_parts(argv: Sequence[str]) -> list[str]:
-    """Put the files that a configuration names under `parts:` in front of it, as configurations of their own.
+def expand_includes(argv: Sequence[str]) -> list[str]:
+    """Put the files that a configuration includes in front of it, as `--config` arguments of their own.
 
-    Paths are relative to the naming file; parts may name parts. Later files win, so an experiment overrides its parts.
+    Later files win, so an experiment overrides the files that it includes.
 
     Raises:
-        FileNotFoundError: a part does not exist.
-        ValueError: a part is no YAML, or unfolds into a huge one; or `--parts` is among the words.
+        MissingFileError: an included file does not exist.
+        InputError: a file is no YAML or unfolds into a huge one, or `--include` is among the arguments.
     """
-    if any(word.split("=")[0] in ("--parts", "--parts+") for word in argv):
-        raise InputError("--parts is a key of configuration files; on the command line, give the file with --config.")
+    if any(word.split("=")[0] in ("--include", "--include+") for word in argv):
+        raise InputError("--include is a key of configuration files; on the command line, give the file with --config.")
     expanded: list[str] = []
-    waiting = [word for arg in argv for word in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
-    for position, word in enumerate(waiting):
-        if position and waiting[position - 1] in ("--config", "-c"):
+    words = [word for argument in argv for word in _separated(argument)]
+    for position, word in enumerate(words):
+        if position and words[position - 1] in ("--config", "-c"):
             expanded.pop()
-            expanded += [item for path in with_parts(Path(word)) for item in ("--config", str(path))]
+            expanded += [item for path in with_includes(Path(word)) for item in ("--config", str(path))]
         else:
             expanded.append(word)
     return expanded
 
 
-def with_parts(path: Path, naming: Sequence[Path] = ()) -> list[Path]:
-    """`path` behind all the files that it names under `parts:`, depth first.
+def _separated(argument: str) -> list[str]:
+    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
+
+
+def configurations(argv: Sequence[str]) -> list[Path]:
+    """The files that `--config` names in the arguments of a command, in order, without the files that they include."""
+    words = [word for argument in argv for word in _separated(argument)]
+    return [Path(word) for option, word in pairwise(words) if option in ("--config", "-c")]
+
+
+def experiment_name(files: Sequence[Path]) -> str:
+    """The name of the run folder: that of the first configuration, without its suffix; `default` without any.
+
+    Example:
+        >>> experiment_name([Path("configs/idrid/idrid_labn.yaml"), Path("configs/shared/ddp.yaml")])
+        'idrid_labn'
+    """
+    return files[0].stem if files else "default"
+
+
+def with_includes(path: Path, including: Sequence[Path] = ()) -> list[Path]:
+    """All files that `path` includes, depth first, and `path` itself as the last one.
 
     Args:
-        path: a configuration.
-        naming: those that have led to it.
+        path: a configuration; included paths are relative to its folder.
+        including: the files that have led to `path`.
 
     Raises:
-        FileNotFoundError: it does not exist.
-        ValueError: `parts` is no list of files, or leads back to a file that named it.
+        MissingFileError: `path` does not exist.
+        InputError: `include` is no list of files, or leads back to a file that included it.
     """
     if not path.is_file():
         raise MissingFileError(f"--config {path} is not a file.")
-    if any(path.samefile(other) for other in naming):
-        raise InputError(f"{path} is its own part: {' -> '.join(map(str, [*naming, path]))}; take one of these out.")
+    if any(path.samefile(other) for other in including):
+        chain = " -> ".join(map(str, [*including, path]))
+        raise InputError(f"{path} includes itself: {chain}; take one of these out.")
     content = read_yaml(path)
-    parts = content.get("parts") if isinstance(content, dict) else None
-    parts = [] if parts is None else parts
-    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
-        raise InputError(f"{path}: parts is {parts!r}; it must be a list of files, such as [parts/trainer.yaml].")
-    return [p for part in parts for p in with_parts(path.parent / part, [*naming, path])] + [path]
+    included = content.get("include") if isinstance(content, dict) else None
+    included = [] if included is None else included
+    if not isinstance(included, list) or not all(isinstance(name, str) for name in included):
+        raise InputError(f"{path}: include is {included!r}; it must be a list of files, such as [shared/trainer.yaml].")
+    return [file for name in included for file in with_includes(path.parent / name, [*including, path])] + [path]

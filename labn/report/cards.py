@@ -12,9 +12,9 @@ import numpy as np
 
 from labn.errors import InputError
 from labn.report.figures import color_scale
+from labn.results.reader import Card
 
 Array = np.ndarray[Any, Any]
-Card = dict[str, Any]
 
 LEVELS = 254
 """Maps are stored as 0..254, so that level 127 is exactly 0 on a symmetric scale."""

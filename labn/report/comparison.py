@@ -11,12 +11,12 @@ from labn.compare.merge import Comparison
 from labn.compare.runs import Run
 from labn.metrics.registry import metric_by_name, values_named
 from labn.metrics.statistics import Interval
-from labn.report.cards import Card
 from labn.report.caveats import caveats
 from labn.report.curves import curve_metrics, curve_panels, on_grid
 from labn.report.page import Cell, Report, Table, thin
 from labn.report.run_report import made_with
 from labn.report.training import training_panels
+from labn.results.reader import Card
 from labn.results.training_logs import read_training
 
 GRIDS = ("x", "insertion", "deletion")

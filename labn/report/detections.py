@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from labn.report.cards import Card, Picture, make_card
+from labn.report.cards import Picture, make_card
 from labn.report.page import Cell, Report, Table, thin
+from labn.results.reader import Card
 
 JUDGED = ("prediction", "target", "confidence")
 """What a picture's card says beside the class and its score, and a detection's does not: whether it is right."""

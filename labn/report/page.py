@@ -18,8 +18,8 @@ import numpy as np
 from markupsafe import Markup
 
 from labn.report import charts
-from labn.report.cards import Card
 from labn.report.charts import Panel
+from labn.results.reader import Card
 
 SCRIPTS = ("data.js", "maps.js", "gallery.js", "player.js", "main.js")
 COLORS = ("RdBu_r", "inferno")

@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from labn.report.cards import Card
 from labn.report.caveats import caveats
 from labn.report.charts import nice_ticks, span
 from labn.report.curves import PROBABILITY, UNIT, curve_metrics, curve_panels
 from labn.report.page import Cell, Report, Table, thin
 from labn.report.training import training_panels
-from labn.results.reader import StageResults
+from labn.results.reader import Card, StageResults
 from labn.results.training_logs import read_training
 
 

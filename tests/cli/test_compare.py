@@ -10,7 +10,7 @@ import yaml
 from command_line import TINY, call_main
 
 from labn.explainers import EXPLAINERS
-from labn.launch.config_include import with_parts
+from labn.launch.config_include import with_includes
 from labn.models import build_network
 
 ROOT = Path(__file__).parents[2]
@@ -24,10 +24,10 @@ BASELINES = {"random", "constant"}
 
 
 def explainers_of(path):
-    """The explainers that a file and its parts hand to the last ExplanationCallback."""
+    """The explainers that a file and those that it includes hand to the last ExplanationCallback."""
     found = {}
-    for part in with_parts(path):
-        trainer = yaml.safe_load(part.read_text()).get("trainer", {})
+    for file in with_includes(path):
+        trainer = yaml.safe_load(file.read_text()).get("trainer", {})
         for entry in trainer.get("callbacks", []) + trainer.get("callbacks+", []):
             if entry["class_path"] == "callbacks.ExplanationCallback":
                 found = entry["init_args"]["explainers"]
@@ -40,12 +40,14 @@ def test_the_maps_that_know_nothing_are_not_switched_off(path):
     assert "baselines" not in path.read_text()
 
 
-@pytest.mark.parametrize("name", ["imagenet_compare.yaml", "parts/compare_on_cpu.yaml"])
+@pytest.mark.parametrize("name", ["imagenet/imagenet_compare.yaml", "imagenet/on_cpu.yaml"])
 def test_every_method_for_a_plain_network_is_compared(name):
     assert set(explainers_of(CONFIGS / name)) == set(EXPLAINERS) - OF_OTHERS - FORMS - BASELINES
 
 
-@pytest.mark.parametrize("name", ["idrid_compare.yaml", "quickstart_compare.yaml", "parts/idrid_compare_on_cpu.yaml"])
+@pytest.mark.parametrize(
+    "name", ["idrid/idrid_compare.yaml", "synthetic/quickstart_compare.yaml", "idrid/on_cpu_compare.yaml"]
+)
 def test_every_method_for_a_lambda_network_is_compared(name):
     expected = set(EXPLAINERS) - FORMS - BASELINES - {"abn", "rollout", "crp"} | {"-labn"}
     assert set(explainers_of(CONFIGS / name)) == expected
@@ -77,7 +79,7 @@ def test_given_weights_are_compared_on_imagenet_without_training(tmp_path, monke
     data = {"root": tmp_path, "class_rule": "every:190", "image_size": 32, "shorter": 36, "batch_size": 4}
     call_main(
         [
-            *("test", "--config", "configs/imagenet_compare.yaml", "--config", str(small)),
+            *("test", "--config", "configs/imagenet/imagenet_compare.yaml", "--config", str(small)),
             *("--model.init_args.backbone", "timm/resnet10t"),
             *(f"--model.init_args.backbone_ckpt={tmp_path}/weights.pt", f"--run_dir={tmp_path}/run"),
             *(f"--data.init_args.{name}={value}" for name, value in data.items()),
@@ -97,7 +99,9 @@ def test_weights_that_are_not_here_are_named(name, tmp_path, monkeypatch):
     monkeypatch.setenv("LABN_DATA", str(tmp_path))
     (tmp_path / "imagenet").mkdir()
     with pytest.raises(ValueError, match=rf"backbone_ckpt: {tmp_path}/imagenet/{name}.pth does not exist"):
-        call_main(["test", "--config", f"configs/amg_{name}.yaml", "--wandb=disabled", f"--run_dir={tmp_path}/run"])
+        call_main(
+            ["test", "--config", f"configs/imagenet/amg_{name}.yaml", "--wandb=disabled", f"--run_dir={tmp_path}/run"]
+        )
 
 
 def cheaper(folder):
@@ -127,7 +131,7 @@ def test_the_whole_table_of_the_quickstart(tmp_path, monkeypatch):
         ["fit", "--config", "configs/quickstart.yaml", f"--run_dir={tmp_path}/fit", *quick, "--trainer.max_epochs=1"]
     )
     checkpoint = f"--ckpt_path={tmp_path}/fit/checkpoints/last.ckpt"
-    compare = ["--config", "configs/quickstart_compare.yaml", "--data.init_args.n_test=2"]
+    compare = ["--config", "configs/synthetic/quickstart_compare.yaml", "--data.init_args.n_test=2"]
     call_main(["test", *compare, "--config", cheaper(tmp_path), checkpoint, f"--run_dir={tmp_path}/run", *run])
     summary = summary_of(tmp_path / "run" / "test")
     for explainer in BASELINES | set(explainers_of(CONFIGS / "quickstart_compare.yaml")):

@@ -9,14 +9,29 @@ import yaml
 from command_line import call_main
 
 from labn.commands.table import ACCURACY, published
+from labn.launch.config_include import with_includes
 
 ROOT = Path(__file__).parents[2]
 PARSED = {}
-EXPERIMENTS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").rglob("*.yaml"))}
+
+
+def content(path):
+    return [yaml.safe_load(file.read_text()) or {} for file in with_includes(path)]
+
+
+def is_experiment(path):
+    """Whether a file, with those that it includes, is complete; the others are read beside one that is."""
+    files = content(path)
+    has = [any("class_path" in file.get(key, {}) for file in files) for key in ("data", "model")]
+    return all(has) and any("callbacks" in file.get("trainer", {}) for file in files)
+
+
+EXPERIMENTS = [path for path in CONFIGS.values() if is_experiment(path)]
 
 
 def resolved(path, monkeypatch, capsys, *arguments):
-    """A configuration with all its parts and defaults, parsed once per file."""
+    """A configuration with all included files and defaults, parsed once per file."""
     if (path, arguments) not in PARSED:
         PARSED[path, arguments] = printed(path, monkeypatch, capsys, *arguments)
     return copy.deepcopy(PARSED[path, arguments])
@@ -35,9 +50,9 @@ def test_every_experiment_parses_and_prints_itself(path, tmp_path, monkeypatch, 
     config = resolved(path, monkeypatch, capsys)
     assert config["trainer"]["inference_mode"] is False
     printed = tmp_path / "printed.yaml"
-    printed.write_text(yaml.safe_dump({**config, "parts": []}))
+    printed.write_text(yaml.safe_dump({**config, "include": []}))
     again = resolved(printed, monkeypatch, capsys)
-    assert {**again, "parts": None} == {**config, "parts": None}
+    assert {**again, "include": None} == {**config, "include": None}
 
 
 @pytest.mark.slow
@@ -108,7 +123,7 @@ AUGMENTATION = {
 
 
 def test_idrid_is_the_published_column(monkeypatch, capsys):
-    config = resolved(ROOT / "configs/idrid_labn.yaml", monkeypatch, capsys)
+    config = resolved(CONFIGS["idrid_labn"], monkeypatch, capsys)
     model, data = config["model"]["init_args"], config["data"]["init_args"]
     assert {name: model[name] for name in MODEL} == MODEL
     assert {name: data[name] for name in DATA} == DATA
@@ -130,12 +145,12 @@ def test_idrid_is_the_published_column(monkeypatch, capsys):
 
 
 def test_the_resnet50_configuration_differs_in_the_backbone_only(monkeypatch, capsys):
-    plain = resolved(ROOT / "configs/idrid_labn.yaml", monkeypatch, capsys)
-    other = resolved(ROOT / "configs/idrid_labn_resnet50.yaml", monkeypatch, capsys)
+    plain = resolved(CONFIGS["idrid_labn"], monkeypatch, capsys)
+    other = resolved(CONFIGS["idrid_labn_resnet50"], monkeypatch, capsys)
     differing = {k for k, v in plain["model"]["init_args"].items() if other["model"]["init_args"][k] != v}
     assert differing == {"backbone", "backbone_ckpt"}
-    assert {k: v for k, v in plain.items() if k not in ("model", "parts")} == {
-        k: v for k, v in other.items() if k not in ("model", "parts")
+    assert {k: v for k, v in plain.items() if k not in ("model", "include")} == {
+        k: v for k, v in other.items() if k not in ("model", "include")
     }
 
 
@@ -146,7 +161,7 @@ def chosen(config, part, expected):
 
 
 def test_magnetograms_are_the_published_column(monkeypatch, capsys):
-    config = resolved(ROOT / "configs/magnetogram_labn.yaml", monkeypatch, capsys)
+    config = resolved(CONFIGS["magnetogram_labn"], monkeypatch, capsys)
     model = {
         **MODEL,
         "backbone": "magnetogram_net",
@@ -194,8 +209,8 @@ GUIDANCE = {
 
 @pytest.mark.parametrize("name", ["idrid", "magnetogram"])
 def test_accv_adds_guidance_and_the_bias_image_and_changes_nothing_else(name, monkeypatch, capsys):
-    plain = resolved(ROOT / f"configs/{name}_labn.yaml", monkeypatch, capsys)
-    guided = resolved(ROOT / f"configs/{name}_labn_accv22.yaml", monkeypatch, capsys)
+    plain = resolved(CONFIGS[f"{name}_labn"], monkeypatch, capsys)
+    guided = resolved(CONFIGS[f"{name}_labn_accv22"], monkeypatch, capsys)
     guidance = guided["model"]["init_args"].pop("guidance")
     assert {key: guidance[key] for key in GUIDANCE} == GUIDANCE
     assert plain["model"]["init_args"].pop("guidance") is None
@@ -204,19 +219,19 @@ def test_accv_adds_guidance_and_the_bias_image_and_changes_nothing_else(name, mo
         "bias",
     )
     callback(guided, "EvaluationCallback")["fill"] = "black"
-    assert {**guided, "parts": None} == {**plain, "parts": None}
+    assert {**guided, "include": None} == {**plain, "include": None}
 
 
 @pytest.mark.parametrize(("name", "change"), [("b3", {"split": 3}), ("b13", {"split": 13}), ("theta0", {"theta": 0.0})])
 def test_an_ablation_changes_one_value(name, change, monkeypatch, capsys):
-    plain = resolved(ROOT / "configs/idrid_labn.yaml", monkeypatch, capsys)
-    other = resolved(ROOT / f"configs/idrid_ablation_{name}.yaml", monkeypatch, capsys)
+    plain = resolved(CONFIGS["idrid_labn"], monkeypatch, capsys)
+    other = resolved(CONFIGS[f"idrid_ablation_{name}"], monkeypatch, capsys)
     plain["model"]["init_args"] |= change
-    assert {**other, "parts": None} == {**plain, "parts": None}
+    assert {**other, "include": None} == {**plain, "include": None}
 
 
 def test_the_baselines_share_data_and_optimiser(monkeypatch, capsys):
-    plain = resolved(ROOT / "configs/idrid_labn.yaml", monkeypatch, capsys)
+    plain = resolved(CONFIGS["idrid_labn"], monkeypatch, capsys)
     optimiser = ("class_weights", "lr", "head_lr", "weight_decay", "lr_factor", "lr_patience", "min_lr", "loss")
     for name, class_path, special in (
         ("lambda", "labn.modules.Classifier", {"backbone": "lambda_resnet50"}),
@@ -226,7 +241,7 @@ def test_the_baselines_share_data_and_optimiser(monkeypatch, capsys):
             {"backbone": "resnet50", "split": 13, "theta": 0.0, "gate": "residual", "branch": "abn"},
         ),
     ):
-        other = resolved(ROOT / f"configs/idrid_{name}.yaml", monkeypatch, capsys)
+        other = resolved(CONFIGS[f"idrid_{name}"], monkeypatch, capsys)
         assert other["model"]["class_path"] == class_path
         assert chosen(other, "model", special) == special
         assert chosen(other, "model", optimiser) == chosen(plain, "model", optimiser)
@@ -243,7 +258,21 @@ def score_of(metric):
 def test_every_published_row_has_a_configuration_that_scores_it(monkeypatch, capsys):
     for table in published().values():
         for row in table.rows:
-            config = resolved(ROOT / f"configs/{row.run}.yaml", monkeypatch, capsys)
+            config = resolved(CONFIGS[f"{row.run}"], monkeypatch, capsys)
             assert row.explainer in callback(config, "ExplanationCallback")["explainers"]
             scores = {score_of(metric) for metric in table.metrics if metric != ACCURACY}
             assert scores <= set(callback(config, "EvaluationCallback")["metrics"])
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_an_experiment_is_read_from_at_most_three_files(path):
+    assert len(set(with_includes(path))) <= 3
+
+
+def test_no_two_configurations_share_a_run_folder():
+    assert len(CONFIGS) == len(list((ROOT / "configs").rglob("*.yaml")))
+
+
+def test_a_published_row_names_its_configuration():
+    for table in published().values():
+        assert all((ROOT / row.config).is_file() for row in table.rows)

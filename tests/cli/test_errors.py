@@ -22,11 +22,11 @@ def test_best_without_a_run_is_an_error(tmp_path):
         call_main(["test", *QUICKSTART, f"--run_dir={tmp_path}", "--ckpt_path=best"])
 
 
-def test_the_run_folder_is_the_experiment_not_its_parts(tmp_path, monkeypatch, request):
+def test_the_run_folder_is_named_after_the_first_configuration(tmp_path, monkeypatch, request):
     configs = request.config.rootpath / "configs"
-    (tmp_path / "mine.yaml").write_text(f"parts: [{configs / 'quickstart.yaml'}]")
+    (tmp_path / "mine.yaml").write_text(f"include: [{configs / 'quickstart.yaml'}]")
     monkeypatch.chdir(tmp_path)
-    command = ["test", "-c", "mine.yaml", "--config", str(configs / "parts" / "ddp_cpu.yaml"), "--ckpt_path=best"]
+    command = ["test", "-c", "mine.yaml", "--config", str(configs / "shared" / "ddp_cpu.yaml"), "--ckpt_path=best"]
     with pytest.raises(FileNotFoundError, match=r"runs/mine/checkpoints/best\.ckpt"):
         call_main(command)
 

@@ -81,7 +81,7 @@ def test_only_what_a_fit_has_left_is_moved(tmp_path):
 
 @pytest.mark.slow
 def test_processes_that_are_started_later_do_not_move_what_the_first_has_begun(tmp_path):
-    two = ["--config", "configs/parts/ddp_cpu.yaml", "--trainer.devices=2", f"--trainer.callbacks={CALLBACKS}"]
+    two = ["--config", "configs/shared/ddp_cpu.yaml", "--trainer.devices=2", f"--trainer.callbacks={CALLBACKS}"]
     for _ in range(2):
         run("fit", *two, "--trainer.max_epochs=1", run_dir=tmp_path)
     assert [path.name for path in tmp_path.glob("fit.old-*")] == ["fit.old-1"]

@@ -31,8 +31,8 @@ def test_a_printed_configuration_can_be_given_back_from_any_folder(tmp_path, cap
     assert printed(tmp_path / "mine.yaml", capsys) == first
 
 
-@pytest.mark.parametrize("word", ["--parts=x.yaml", "--parts", "--parts+=x.yaml"])
-def test_parts_on_the_command_line_are_refused_with_what_to_write(word):
+@pytest.mark.parametrize("word", ["--include=x.yaml", "--include", "--include+=x.yaml"])
+def test_include_on_the_command_line_is_refused_with_what_to_write(word):
     with pytest.raises(ValueError, match="on the command line, give the file with --config"):
         call_main(["fit", word, "x.yaml"])
 

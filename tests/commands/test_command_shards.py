@@ -24,7 +24,7 @@ def test_the_command_writes_what_a_configuration_names(tmp_path, monkeypatch, re
     call_main(["shards", *apart, f"--out={tmp_path / 'apart'}"])
     assert (tmp_path / "apart" / MANIFEST).read_bytes() == (tmp_path / "out" / MANIFEST).read_bytes()
     with pytest.raises(SystemExit):
-        call_main(["shards", "--config", "configs/parts/trainer.yaml", f"--out={tmp_path}"])
+        call_main(["shards", "--config", "configs/shared/trainer.yaml", f"--out={tmp_path}"])
     assert "names no data module under `data:`" in capsys.readouterr().err
 
 

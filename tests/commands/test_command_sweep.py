@@ -7,7 +7,7 @@ import pytest
 from command_line import call_main
 
 from labn.commands.sweep import STATE, Sweep, run_all
-from labn.launch.config_include import expand_parts
+from labn.launch.config_include import expand_includes
 
 
 class Recorder:
@@ -92,11 +92,11 @@ def test_other_settings_are_not_mixed_into_a_trained_folder(sweep, tmp_path):
 
 
 @pytest.fixture
-def with_parts(tmp_path):
-    """Words of a sweep over a file whose part appends a callback, with a test file that has a part too."""
+def with_includes(tmp_path):
+    """Words of a sweep over a file that includes another, with a test file that does so too."""
     append = "trainer: {callbacks+: [{class_path: lightning.pytorch.callbacks.LearningRateMonitor}]}\n"
-    files = {"more": append, "a": "parts: [more.yaml]\n", "tested": "trainer: {limit_test_batches: 1}\n"}
-    for name, text in {**files, "test": "parts: [tested.yaml]\n"}.items():
+    files = {"more": append, "a": "include: [more.yaml]\n", "tested": "trainer: {limit_test_batches: 1}\n"}
+    for name, text in {**files, "test": "include: [tested.yaml]\n"}.items():
         (tmp_path / f"{name}.yaml").write_text(text)
     files = [f"--config={tmp_path / 'a.yaml'}", f"--test_config={tmp_path / 'test.yaml'}"]
     return ["sweep", *files, "--seeds", "1", f"--run_dir={tmp_path / 'runs'}"]
@@ -110,26 +110,26 @@ def started(words, monkeypatch):
     return recorder.calls
 
 
-def test_parts_are_read_once(with_parts, monkeypatch):
-    fit, test = started(with_parts, monkeypatch)
-    read = [[Path(word).stem for word in expand_parts(words) if word.endswith(".yaml")] for words in (fit, test)]
+def test_included_files_are_read_once(with_includes, monkeypatch):
+    fit, test = started(with_includes, monkeypatch)
+    read = [[Path(word).stem for word in expand_includes(words) if word.endswith(".yaml")] for words in (fit, test)]
     assert read == [["more", "a"], ["more", "a", "tested", "test"]]
 
 
-def test_a_changed_part_of_a_test_file_is_tested_again(with_parts, tmp_path, monkeypatch):
-    assert [words[0] for words in started(with_parts, monkeypatch)] == ["fit", "test"]
-    assert started(with_parts, monkeypatch) == []
+def test_a_seed_is_tested_again_after_an_included_file_has_changed(with_includes, tmp_path, monkeypatch):
+    assert [words[0] for words in started(with_includes, monkeypatch)] == ["fit", "test"]
+    assert started(with_includes, monkeypatch) == []
     (tmp_path / "tested.yaml").write_text("trainer: {limit_test_batches: 3}\n")
-    assert [words[0] for words in started(with_parts, monkeypatch)] == ["test"]
+    assert [words[0] for words in started(with_includes, monkeypatch)] == ["test"]
     (tmp_path / "more.yaml").write_text("trainer: {max_epochs: 1}\n")
     with pytest.raises(SystemExit):
-        started(with_parts, monkeypatch)
+        started(with_includes, monkeypatch)
 
 
-def test_a_missing_file_is_named_before_anything_is_run(with_parts, tmp_path, monkeypatch, capsys):
+def test_a_missing_file_is_named_before_anything_is_run(with_includes, tmp_path, monkeypatch, capsys):
     (tmp_path / "tested.yaml").unlink()
     with pytest.raises(SystemExit):
-        started(with_parts, monkeypatch)
+        started(with_includes, monkeypatch)
     assert f"{tmp_path / 'tested.yaml'} is not a file" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
@@ -154,12 +154,12 @@ def test_the_state_says_what_is_done(sweep):
 
 def test_the_folder_is_named_after_the_experiment(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "parts").mkdir()
-    for name in ("exp.yaml", "parts/reduced.yaml"):
+    (tmp_path / "overlays").mkdir()
+    for name in ("exp.yaml", "overlays/reduced.yaml"):
         (tmp_path / name).write_text("{}\n")
     seen = []
     monkeypatch.setattr("labn.commands.sweep.run_all", seen.append)
-    files = ["--config", "exp.yaml", "--config", "parts/reduced.yaml"]
+    files = ["--config", "exp.yaml", "--config", "overlays/reduced.yaml"]
     call_main(["sweep", *files, "--seeds", "1", "2", "--", "--trainer.max_epochs=1"])
     (sweep,) = seen
     assert str(sweep.folder) == "runs/exp"

@@ -5,7 +5,7 @@ import csv
 import pytest
 from command_line import run
 
-TWO = ["--config", "configs/parts/ddp_cpu.yaml"]
+TWO = ["--config", "configs/shared/ddp_cpu.yaml"]
 THREE = [*TWO, "--trainer.devices=3"]
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,7 @@ from datamodules import SyntheticFundus
 from datamodules.io.tar_files import write_shards
 
 pytestmark = pytest.mark.slow
-TWO = ["--config", "configs/parts/ddp_cpu.yaml"]
+TWO = ["--config", "configs/shared/ddp_cpu.yaml"]
 QUICK = [word for word in TINY if ".n_" not in word]
 SIZE = {"n_train": 24, "n_val": 8, "n_test": 13}
 
@@ -30,7 +30,8 @@ def test_one_and_two_processes_with_and_without_workers_write_the_scores_of_the_
     assert len({row["index"] for row in wanted}) == SIZE["n_test"] // 2  # positive samples
     shards = [checkpoint, *QUICK, f"--data.init_args.root={tmp_path / 'shards'}"]
     for number, more in enumerate(([], WORKERS, TWO, [*TWO, *WORKERS])):
-        run("test", *more, *shards, config="configs/quickstart_shards.yaml", run_dir=tmp_path / str(number), tiny=False)
+        config = "configs/synthetic/quickstart_shards.yaml"
+        run("test", *more, *shards, config=config, run_dir=tmp_path / str(number), tiny=False)
         found = table(tmp_path / str(number))
         if more in ([], WORKERS):
             assert found == wanted

@@ -1,0 +1,63 @@
+"""The loggers of a command: a CSV log in the run folder and, unless disabled, Weights & Biases."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import warnings
+from pathlib import Path
+
+from lightning.pytorch.loggers import Logger
+
+from callbacks.logging.csv_logger import RunLogger
+from callbacks.logging.wandb_logger import RunWandbLogger
+from labn.errors import InputError
+from labn.io.readers import first_line
+
+WANDB_MODES = ("offline", "online", "disabled")
+
+
+def default_loggers(run_dir: Path, wandb_mode: str, version: str) -> list[Logger]:
+    """A CSV logger to `<run_dir>/logs/<version>` and, unless disabled or not installed, a Weights & Biases logger.
+
+    Args:
+        run_dir: the run folder.
+        wandb_mode: offline, online or disabled.
+        version: folder of the CSV log, see `unused_version`.
+
+    Raises:
+        InputError: `wandb_mode` is none of these.
+    """
+    if wandb_mode not in WANDB_MODES:
+        raise InputError(f"--wandb is {wandb_mode!r}; it must be offline, online or disabled.")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    loggers: list[Logger] = [RunLogger(save_dir=run_dir, name="logs", version=version)]
+    wandb = None if wandb_mode == "disabled" else wandb_logger(run_dir, wandb_mode)
+    return loggers if wandb is None else [*loggers, wandb]
+
+
+def wandb_logger(run_dir: Path, mode: str) -> Logger | None:
+    """A Weights & Biases logger; `online` falls back to an offline run, which `wandb sync` can send later.
+
+    Returns:
+        None, after a warning, where no working package is installed: the run folder holds everything as well.
+    """
+    # `wandb sync` looks for the pictures of tables here; the package's default lies outside of the run folder.
+    os.environ.setdefault("WANDB_DATA_DIR", str((run_dir / "wandb").absolute()))
+    for offline in (True,) if mode == "offline" else (False, True):
+        try:
+            logger = RunWandbLogger(project="labn", name=run_dir.name, save_dir=run_dir, offline=offline)
+            _ = logger.experiment
+            return logger
+        except Exception as error:
+            instead = "everything is" if offline else "logging offline, everything is"
+            warnings.warn(
+                f"Weights & Biases is not available ({first_line(error)}); {instead} in {run_dir}.", stacklevel=2
+            )
+    return None
+
+
+def unused_version(logs: Path, command: str) -> str:
+    """The first of `fit`, `fit-1`, ... that no earlier run has filled: Lightning empties a version that it is given."""
+    names = itertools.chain([command], (f"{command}-{n}" for n in itertools.count(1)))
+    return next(name for name in names if not (logs / name / "metrics.csv").exists())
