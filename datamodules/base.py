@@ -1,4 +1,4 @@
-"""What all data modules share: batches as dicts, exact sharding, seeded augmentation, data hashes, the bias image."""
+"""The base of all data modules: batches as dicts, exact sharding, seeded augmentation, data hashes, bias image."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from abc import abstractmethod
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import cv2
 import torch
@@ -16,33 +16,34 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, default_collate
 
+from datamodules.io import tar_files
 from datamodules.io.samplers import BalancedSampler, EvaluationLoader, ShuffledSampler, UnrepeatedDistributedSampler
 from datamodules.io.sources import ArraySource, ImageDataset, Source
+from datamodules.io.splits import SPLITS, OnBadImage, Split
 from datamodules.io.statistics import cached, channel_statistics, default_cache_dir, pixel_mean
 from datamodules.io.transforms import Augmentation, Transform
 from labn.errors import InputError, MissingFileError
 from labn.io.images import digest
 from labn.io.preprocessing import Preprocessing
 
-Split = Literal["train", "val", "test"]
-OnBadImage = Literal["stop", "skip"]
-SPLITS: tuple[Split, ...] = ("train", "val", "test")
-LISTED_CLASSES = 20  # `report()` counts the images of every class up to so many
+MAX_LISTED_CLASSES = 20
+"""`report()` gives the number of images of every class where a data set has at most this many classes."""
+
 _STAGES: dict[str | None, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), None: SPLITS}
 
 
 def data_root(name: str, root: str | os.PathLike[str] | None = None) -> Path:
-    """Folder of data set `name`: `root` with its `$VARIABLES` expanded, else `$LABN_DATA/<name>`.
+    """The folder of data set `name`: `root` with its `$VARIABLES` expanded, or `$LABN_DATA/<name>` where it is None.
 
-    LABN_DATA defaults to `../shared/data`, which is seen from the working directory, then from the project's root.
+    Without LABN_DATA, `../shared/data/<name>` is looked for from the working directory, then from the project's root.
 
     Raises:
-        FileNotFoundError: the folder does not exist.
+        MissingFileError: the folder does not exist.
     """
     if root is None:
         project = Path(__file__).resolve().parent.parent
-        given = os.environ.get("LABN_DATA")
-        bases = [Path(given)] if given else [Path("../shared/data"), project / "../shared/data"]
+        data = os.environ.get("LABN_DATA")
+        bases = [Path(data)] if data else [Path("../shared/data"), project / "../shared/data"]
         candidates = [base / name for base in bases]
     else:
         candidates = [Path(os.path.expandvars(root))]
@@ -55,53 +56,74 @@ def data_root(name: str, root: str | os.PathLike[str] | None = None) -> Path:
 
 
 def _one_thread(worker: int) -> None:
-    # Decoding and augmentation are already spread over the workers; nested thread pools only fight for the cores.
+    # Decoding and augmentation are already spread over the workers; OpenCV's own threads would compete for the same
+    # cores.
     cv2.setNumThreads(0)
 
 
 class ImageDataModule(LightningDataModule):
-    """Base of the data modules. A batch is a dict
+    """The base class of all data modules: a subclass names its classes and implements `_build`.
+
+    A batch is a dict with
 
     - `image` (B,C,S,S) float32, normalised with `mean` and `std`;
-    - `label` (B,) int64;
-    - `index` (B,) int64, the position in the split's dataset, the same for any number of ranks and workers;
-    - `mask` (B,S,S) bool, in every batch of a data set that has ground-truth regions at all; a row that is all False
-      means that this sample has none;
-    - `boxes` (B,1,4) float32, x1, y1, x2, y2 in pixels, where the regions are boxes: the same region, and four zeros
-      where there is none;
-    - `group` (B,) int64, where samples are not independent: equal for those that belong together (a day, a patient).
+    - `label` (B,) int64, the class;
+    - `index` (B,) int64, the sample's position in its split, the same for any number of processes and workers;
+    - `mask` (B,S,S) bool, the ground-truth region, in every batch of a data set that has such regions; a sample
+      without a region has an all-False mask;
+    - `boxes` (B,1,4) float32, x1, y1, x2, y2 in pixels, where the regions are boxes: the bounding box of `mask`, four
+      zeros for an empty mask;
+    - `group` (B,) int64, where samples are not independent: the number of the day or patient that they belong to.
 
-    Training data is shuffled (or class-balanced) and augmented with randomness from (seed, epoch, index) alone;
-    validation and test data is resized and normalised, never augmented, in order, each sample on exactly one rank.
-    Everything but the pixels is available without `setup`.
+    Training data is shuffled (or class-balanced) and augmented; its random numbers depend on (seed, epoch, index)
+    alone. Validation and test data is resized and normalised, never augmented, and comes in order, each sample in
+    exactly one process. Names, labels, groups and hashes are available without `setup`.
 
     Args:
         image_size: side S of the images in pixels.
-        mean: per channel, of values in [0,1]; None: computed from the training split and cached.
-        std: likewise, all above 0; computed, that of a channel that never changes is 1.
+        mean: mean of each channel, for pixel values in [0,1]; None computes it from the training split and caches it.
+        std: standard deviation of each channel, above 0; None computes it likewise, with 1 for a constant channel.
         batch_size: samples per batch and process.
         num_workers: worker processes per loader.
-        seed: of the order of training samples and of the augmentation.
-        balanced_sampler: batches of batch_size / num_classes samples of each class (labels only, nothing decoded).
+        seed: seed of the order of training samples and of the augmentation.
+        balanced_sampler: draw training batches with batch_size / num_classes samples of each class.
         drop_last: leave out an incomplete last training batch.
-        augmentation: of the training split; None for none.
-        on_bad_image: "stop" raises before training, naming the file; "skip" leaves the sample out and reports it.
+        augmentation: augmentation of the training split; None trains without augmentation.
+        on_bad_image: "stop" raises an error that names the file, before training; "skip" leaves the sample out and
+            lists it in `report()`.
         cache_images: decode each split once, into uint8 memory, before its first epoch.
-        cache_dir: folder of the bias image and of computed statistics; None for `$XDG_CACHE_HOME/labn`, else
-            `~/.cache/labn`.
+        cache_dir: folder for the bias image and for computed statistics; None takes `$XDG_CACHE_HOME/labn`, or
+            `~/.cache/labn` without that variable.
 
     Raises:
-        ValueError: `image_size` or `batch_size` below 1, another `on_bad_image`, `mean` or `std` without exactly one
-            number per channel, or a `std` that is not above 0.
+        InputError: `image_size` or `batch_size` is below 1, `on_bad_image` is unknown, `mean` or `std` does not have
+            one number per channel, or a `std` is not above 0.
 
     Attributes:
-        class_names: one per class.
-        positive_classes: classes that metrics with `positives_only` score.
+        class_names: names of the classes, in the order of their labels.
+        positive_classes: labels that metrics with `positives_only` score.
         channels: number of channels C.
-        crop: left, top, right, bottom of what is used of every image, in fractions; None for all of it.
-        shorter: None where images are squashed; else what their shorter side becomes before the middle is taken.
-        fits_range: of solar frames, the physical values in FITS images that become black and white; None for others.
+        crop: left, top, right, bottom of the used region of every image, as fractions of its size; None uses all of it.
+        shorter: length in pixels that the shorter side is resized to before the central square is taken; None squashes
+            the whole image.
+        fits_range: physical values of FITS images that become black and white; None where FITS files are not read.
         caption: share of the height, at the bottom of solar frames, that is painted black.
+
+    Example:
+        A data module of one's own needs class names and one `Source` per split:
+
+        >>> import numpy as np
+        >>> from datamodules.io.sources import ArraySource
+        >>> class Squares(ImageDataModule):
+        ...     class_names = ["dark", "bright"]
+        ...     def _build(self):
+        ...         images = [np.full((8, 8, 3), grey, np.uint8) for grey in (0, 50, 200, 250)]
+        ...         labels = np.array([0, 0, 1, 1])
+        ...         return {"test": ArraySource(["a", "b", "c", "d"], labels, images, None, ["squares"])}
+        >>> data = Squares(image_size=8, mean=[0.5] * 3, std=[0.5] * 3, batch_size=3)
+        >>> batch = next(iter(data.test_dataloader()))
+        >>> batch["image"].shape, batch["label"].tolist()
+        (torch.Size([3, 3, 8, 8]), [0, 0, 1])
     """
 
     class_names: list[str]
@@ -138,7 +160,7 @@ class ImageDataModule(LightningDataModule):
         if any(values is not None and len(values) != self.channels for values in (mean, std)):
             raise InputError(f"`mean` and `std` need {self.channels} numbers each, one per channel.")
         if not all(0.0 < value < math.inf for value in std or ()):
-            raise InputError(f"std is {std}; what pixels are divided by must be above 0.")
+            raise InputError(f"std is {std}; pixels are divided by it, so every number must be finite and above 0.")
         self.on_bad_image, self.cache_images = on_bad_image, cache_images
         self.cache_dir = Path(cache_dir) if cache_dir is not None else default_cache_dir()
         self._mean, self._std = mean, std
@@ -149,7 +171,7 @@ class ImageDataModule(LightningDataModule):
 
     @abstractmethod
     def _build(self) -> dict[Split, Source]:
-        """Make the sources of the splits that there are, noting in `self._notes` what was left out."""
+        """Make one source for each split of the data set, and list omitted files in `self._notes`."""
 
     @cached_property
     def _sources(self) -> dict[Split, Source]:
@@ -162,12 +184,12 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def mean(self) -> list[float]:
-        """Mean per channel, of values in [0,1]: as given, else of the training split."""
+        """Mean of each channel for values in [0,1]: the argument, or computed from the training split."""
         return self._statistics[0].tolist() if self._mean is None else self._mean
 
     @property
     def std(self) -> list[float]:
-        """Standard deviation per channel, of values in [0,1]: as given, else of the training split (1 for 0)."""
+        """Standard deviation of each channel for values in [0,1]: the argument, or computed (1 instead of 0)."""
         return [value or 1.0 for value in self._statistics[1].tolist()] if self._std is None else self._std
 
     @cached_property
@@ -177,14 +199,14 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def splits(self) -> list[Split]:
-        """The splits that this data set has."""
+        """Names of the splits of this data set, in the order train, val, test."""
         return [split for split in SPLITS if split in self._sources]
 
     def source(self, split: Split) -> Source:
-        """Names, labels and pixels of a split.
+        """The source of a split: its names, labels and pixels.
 
         Raises:
-            ValueError: `split` is not train, val or test, or this data set does not have it.
+            InputError: `split` is not train, val or test, is not a split of this data set, or has no image.
         """
         if split not in SPLITS:
             raise InputError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}.")
@@ -193,24 +215,24 @@ class ImageDataModule(LightningDataModule):
             raise InputError(f"{type(self).__name__} has no {split} split, only {has}.")
         source = self._preloaded.get(split, self._sources[split])
         if not len(source):
-            raise InputError(f"Split {split} has no image left; give it some, or change its fraction.")
+            raise InputError(f"Split {split} has no image left; add images to it, or change its fraction.")
         return source
 
     def dataset(self, split: Split, augment: bool = False) -> ImageDataset:
-        """The split as a dataset of single samples, augmented only on request."""
+        """The split as a dataset of single samples; `augment` applies the training augmentation."""
         transform = Transform(self.image_size, self.mean, self.std, self.augmentation if augment else None)
         return ImageDataset(self.source(split), transform, self.seed)
 
     def sample_name(self, split: Split, index: int) -> str:
-        """Name of sample `index` (its `index` in a batch), unique within the split."""
+        """Name of the sample whose `index` in a batch is `index`; names are unique within the split."""
         return self.source(split).names[index]
 
     def labels(self, split: Split) -> Tensor:
-        """Labels (N,) int64 of a split; decodes no image."""
+        """Labels (N,) int64 of a split; no image is decoded."""
         return torch.from_numpy(self.source(split).labels.copy())
 
     def groups(self, split: Split) -> Tensor | None:
-        """Group (N,) int64 of every sample of a split, None where samples are independent."""
+        """Group (N,) int64 of every sample of a split; None where samples are independent."""
         groups = self.source(split).groups
         return None if groups is None else torch.from_numpy(groups.copy())
 
@@ -219,10 +241,10 @@ class ImageDataModule(LightningDataModule):
         return self.source(split).has_masks
 
     def fingerprint(self, split: Split) -> str:
-        """Hash (16 hex digits) of a split: of names, labels, contents of the files and all that changes the pixels.
+        """Data hash (16 hex digits) of a split: names, labels, file contents and all settings that change pixels.
 
-        The data hash of results and of what is cached; read once, and the same for every copy of the data set. Of
-        files above 64 KiB it sees parts only, see `labn.io.images.contents`.
+        Results and cached files are labelled with it. It is computed once per process and is equal for every copy of
+        the data set. Of files above 64 KiB it reads samples only, see `labn.io.images.content_hash`.
         """
         if split not in self._hashes:
             settings = (self.image_size, self.channels, self.crop, self.shorter, self.caption, self.fits_range)
@@ -230,26 +252,26 @@ class ImageDataModule(LightningDataModule):
         return self._hashes[split]
 
     def bias_image(self) -> Tensor:
-        """Pixel-wise mean of the training split, (C,S,S) float32 in [0,1], not normalised, without augmentation.
+        """Pixel-wise mean (C,S,S) float32 in [0,1] of the training images, neither normalised nor augmented.
 
-        Computed once in float64 and kept in `cache_dir` under the fingerprint of the training split.
+        It is computed once, in float64, and stored in `cache_dir` under the training split's fingerprint.
         """
         path = self.cache_dir / f"bias_{self.fingerprint('train')}.safetensors"
         return cached(path, lambda: pixel_mean(self.source("train"), self.image_size)).float()
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was left out of the splits, and why; one sentence each."""
-        _ = self._sources
+        """Files that were left out of the splits, with the reason; one sentence each."""
+        _ = self._sources  # fills `_notes`
         return tuple(note.strip() for note in self._notes)
 
     def preprocessing(self) -> Preprocessing:
-        """What an image goes through, without augmentation; checkpoints keep it."""
+        """The steps from a picture file to a network's input, without augmentation; checkpoints store them."""
         mean, std, names = list(self.mean), list(self.std), list(self.class_names)
         return Preprocessing(self.image_size, mean, std, self.crop, self.shorter, names, self.caption, self.fits_range)
 
     def report(self) -> str:
-        """Counts per split and class, and what was left out and why, one line each."""
+        """Number of images per split and class, then the notes about omitted files, one line each."""
         lines = [self._counts(split) for split in SPLITS if split in self._sources]
         return "\n".join([f"{type(self).__name__}:", *lines, *self._notes])
 
@@ -257,12 +279,12 @@ class ImageDataModule(LightningDataModule):
         labels = self.labels(split)
         counts = torch.bincount(labels, minlength=self.num_classes).tolist()
         per_class = ", ".join(f"{name} {count}" for name, count in zip(self.class_names, counts))
-        if self.num_classes > LISTED_CLASSES:
+        if self.num_classes > MAX_LISTED_CLASSES:
             per_class = f"{sum(count > 0 for count in counts)} of {self.num_classes} classes"
         return f"  {split}: {len(labels)} images ({per_class}), data hash {self.fingerprint(split)}"
 
     def setup(self, stage: str | None = None) -> None:
-        """Check all files and, with `cache_images`, decode the splits that `stage` needs."""
+        """Check all files, print the report once and, with `cache_images`, decode the splits that `stage` needs."""
         if not self._reported:
             rank_zero_info(self.report())
             self._reported = True
@@ -275,7 +297,7 @@ class ImageDataModule(LightningDataModule):
 
     @staticmethod
     def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Samples of a dataset as one batch."""
+        """Stack samples of a dataset into one batch."""
         return default_collate(samples)
 
     def _loader(
@@ -294,10 +316,12 @@ class ImageDataModule(LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled or class-balanced, augmented, this rank's share; the same number of batches on every rank.
+        """This process's share of the training split, shuffled or class-balanced, and augmented.
+
+        Every process gets the same number of batches.
 
         Raises:
-            ValueError: `drop_last` would leave out the only batch.
+            InputError: `drop_last` would leave out the only batch.
         """
         dataset, (world, rank) = self.dataset("train", augment=True), self._ranks()
         if self.balanced_sampler:
@@ -313,35 +337,68 @@ class ImageDataModule(LightningDataModule):
         return self._loader(dataset, shuffled, self.drop_last)
 
     def eval_dataloader(self, split: Split) -> DataLoader:
-        """This rank's share of a split, in order, not augmented; over all ranks every sample comes exactly once.
+        """This process's share of a split, in order and not augmented; all shares together hold every sample once.
 
-        A rank beyond the number of samples has no batch.
+        With more processes than samples, the last processes get no batch.
 
         Raises:
-            ValueError: there are more processes than samples, and the module does not say that it copes with a rank
-                without a batch.
+            InputError: there are more processes than samples, and the LightningModule does not set
+                `allow_zero_length_dataloader_with_multiple_devices`.
         """
         dataset, (world, rank) = self.dataset(split), self._ranks()
-        if len(dataset) < world and not self._module_copes():
-            # The module logs in its steps, so the others would wait forever for a process without a batch.
+        if len(dataset) < world and not self._module_allows_empty_loaders():
+            # A module that logs in its steps synchronises there: the other processes would wait forever for one
+            # without a batch.
             raise InputError(
                 f"Split {split} has {len(dataset)} images for {world} processes; use at most {len(dataset)} processes, "
                 "or a module that logs when an epoch ends and sets allow_zero_length_dataloader_with_multiple_devices."
             )
         return self._loader(dataset, UnrepeatedDistributedSampler(dataset, world, rank), kind=EvaluationLoader)
 
-    def _module_copes(self) -> bool:
+    def _module_allows_empty_loaders(self) -> bool:
         module = getattr(self.trainer, "lightning_module", None)
         return bool(getattr(module, "allow_zero_length_dataloader_with_multiple_devices", False))
 
     def val_dataloader(self) -> DataLoader:
-        """Loader of the validation split, see `eval_dataloader`."""
+        """Loader of the validation split; see `eval_dataloader`."""
         return self.eval_dataloader("val")
 
     def test_dataloader(self) -> DataLoader:
-        """Loader of the test split, see `eval_dataloader`."""
+        """Loader of the test split; see `eval_dataloader`."""
         return self.eval_dataloader("test")
 
     def predict_dataloader(self) -> DataLoader:
-        """Loader of the test split, see `eval_dataloader`."""
+        """Loader of the test split; see `eval_dataloader`."""
         return self.eval_dataloader("test")
+
+    def check_storable(self) -> None:
+        """Compare the samples of this data module with those of the base class, which are all that shards can hold.
+
+        Raises:
+            InputError: samples have further fields, as the lists of objects of `VOC`.
+        """
+        for split in self.splits:
+            extra = self.dataset(split)[0].keys() - ImageDataModule.dataset(self, split)[0].keys()
+            if extra:
+                raise InputError(
+                    f"Samples of {type(self).__name__} carry {', '.join(sorted(extra))} too, which shards would lose; "
+                    "shards are for data sets with one class, and at most one region and one group, per image."
+                )
+
+    def write_shards(self, folder: str | os.PathLike[str], samples_per_shard: int = 1000) -> dict[str, Any]:
+        """Write every split to tar files with an index, for `datamodules.TarShards`.
+
+        Pixels are stored losslessly as this data module prepares them: cropped and resized, not augmented.
+
+        Args:
+            folder: folder to write to; it is created, and existing shards in it are replaced.
+            samples_per_shard: samples in one tar file.
+
+        Returns:
+            The manifest: class names, preparation, and for every split its numbers of samples and shards.
+
+        Raises:
+            InputError: `samples_per_shard` is below 1, a picture cannot be read, or samples have fields that shards
+                cannot hold, as those of `VOC` have.
+        """
+        return tar_files.write_shards(self, Path(folder), samples_per_shard)

@@ -1,4 +1,4 @@
-"""CUB-200-2011 (Wah et al., Caltech technical report 2011): 200 kinds of birds with boxes, in its own layout."""
+"""CUB-200-2011 (Wah et al., Caltech technical report 2011): 200 bird species with bounding boxes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from datamodules.base import ImageDataModule, OnBadImage, Split, data_root
+from datamodules.base import ImageDataModule, data_root
 from datamodules.io.sources import Record, Source
-from datamodules.io.splits import readable_records, split_off, without_copies
+from datamodules.io.splits import Split, readable_records, split_off, without_copies
 from datamodules.io.transforms import Augmentation
 from labn.errors import InputError, MissingFileError
 from labn.io.images import content_hash, read_image, resize_short_side
@@ -27,14 +27,14 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class BirdImage:
-    """One image of the lists.
+    """One image of the data set's lists.
 
     Attributes:
-        path: the file, relative to the folder `images`.
-        species: its class number, from 1 as in `classes.txt`.
-        training: whether the official split has it in training.
-        box: x and y of the upper left corner, width, height, in pixels of the file, decimals kept.
-        where: file and line of the box, for errors that show once the image is read.
+        path: path of the image file, relative to the folder `images`.
+        species: class number, from 1 as in `classes.txt`.
+        training: whether the official split has the image in its training set.
+        box: x and y of the upper left corner, width and height, in pixels of the file, with decimals.
+        where: file and line of the box, for errors that can only be found once the image is read.
     """
 
     path: str
@@ -46,7 +46,13 @@ class BirdImage:
 
 @dataclass(frozen=True)
 class NumberedList(Generic[Value]):
-    """One list as read: number of the image (or class) -> its value, and -> the line that it stands in."""
+    """The content of one list file.
+
+    Attributes:
+        file: path of the list.
+        values: number of the image (or class) -> its value.
+        lines: number of the image (or class) -> its line in the file, from 1.
+    """
 
     file: Path
     values: dict[int, Value]
@@ -78,15 +84,20 @@ def _box(rest: list[str]) -> Box:
 
 
 def read_list(file: Path, parse: Callable[[list[str]], Value], wanted: str) -> NumberedList[Value]:
-    """Read one list: on every line a number and what `parse` makes of the rest; empty lines are skipped.
+    """Read a list file with a number and a value on every line; empty lines are skipped.
+
+    Args:
+        file: path of the list.
+        parse: words after the number -> value; a ValueError or KeyError means that the line is malformed.
+        wanted: description of a well-formed line, for the error message.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a line is not `wanted`, or a number comes twice; the message names file and line.
+        MissingFileError: the file does not exist.
+        InputError: a line is malformed, or a number has two lines; the message names file and line.
     """
     if not file.is_file():
         raise MissingFileError(f"{file} does not exist; `root` must hold CUB-200-2011 in its own layout.")
-    column: NumberedList[Value] = NumberedList(file, {}, {})
+    content: NumberedList[Value] = NumberedList(file, {}, {})
     for line, text in enumerate(read_text(file).splitlines(), start=1):
         if not (words := text.split()):
             continue
@@ -94,13 +105,13 @@ def read_list(file: Path, parse: Callable[[list[str]], Value], wanted: str) -> N
             number, value = int(words[0]), parse(words[1:])
         except (ValueError, KeyError):
             raise InputError(f"{file}, line {line}: '{text.strip()}' must be {wanted}.") from None
-        if number in column.values:
+        if number in content.values:
             raise InputError(
-                f"{file}, line {line}: number {number} stands in line {column.lines[number]} already; "
+                f"{file}, line {line}: number {number} is already in line {content.lines[number]}; "
                 "every number needs exactly one line."
             )
-        column.values[number], column.lines[number] = value, line
-    return column
+        content.values[number], content.lines[number] = value, line
+    return content
 
 
 def read_classes(root: Path) -> dict[int, str]:
@@ -109,13 +120,13 @@ def read_classes(root: Path) -> dict[int, str]:
 
 
 def read_birds(root: Path) -> list[BirdImage]:
-    """All images of the lists, in the order of `images.txt`.
+    """Read all images of the lists, in the order of `images.txt`.
 
     Raises:
-        FileNotFoundError: a list is missing.
-        ValueError: a path that leaves the folder `images`, or the lists disagree: an image without label, split or box,
-            an entry for an image that is not listed, a class that is not in `classes.txt`, or an image in the folder of
-            another class than its label; the message names file and line.
+        MissingFileError: a list is missing.
+        InputError: a path leaves the folder `images`, or the lists disagree: an image has no label, split or box, an
+            entry belongs to an unlisted image, a class is not in `classes.txt`, or an image lies in the folder of
+            another class; the message names file and line.
     """
     names = read_classes(root)
     images = read_list(root / "images.txt", _text, "an image number and a path")
@@ -174,11 +185,11 @@ CROP_AND_FLIP = Augmentation(
 
 @dataclass(frozen=True)
 class BoxRecord(Record):
-    """An image file with the box of what it shows.
+    """An image file with the bounding box of its object.
 
     Attributes:
-        box: x and y of the upper left corner, width, height, in pixels of the file.
-        where: file and line that the box comes from.
+        box: x and y of the upper left corner, width and height, in pixels of the file.
+        where: file and line of the box, for error messages.
     """
 
     box: Box = (0.0, 0.0, 0.0, 0.0)
@@ -186,9 +197,9 @@ class BoxRecord(Record):
 
 
 class BoxSource(Source):
-    """Images whose shorter side is resized to `short_side`, and masks that are True inside the box.
+    """Images whose shorter side is resized to `short_side`, with masks that are True inside the box.
 
-    A pixel is inside where its centre is, after the box has been scaled like the image.
+    The box is scaled with the image; a pixel lies inside the box if its centre does.
     """
 
     has_masks = has_boxes = True
@@ -200,7 +211,7 @@ class BoxSource(Source):
 
     @property
     def identity(self) -> list[object]:  # type: ignore[override]
-        """Contents of all files, read when asked, boxes and the setting."""
+        """Content hashes of all files (computed on access), boxes, and `short_side`."""
         return ["boxes", self.short_side, *((content_hash(r.path), r.box) for r in self.records)]
 
     def load(self, index: int) -> tuple[Array, Array]:
@@ -208,7 +219,7 @@ class BoxSource(Source):
 
         Raises:
             BadImageError: the file cannot be decoded.
-            ValueError: the box lies outside of the image; the message names its file and line.
+            InputError: the box lies outside the image; the message names file and line of the box.
         """
         record = self.records[index]
         image = read_image(record.path)
@@ -216,7 +227,7 @@ class BoxSource(Source):
         x, y, box_width, box_height = record.box
         if x >= width or y >= height or x + box_width <= 0 or y + box_height <= 0:
             raise InputError(
-                f"{record.where}: box {record.box} lies outside of {record.path}, "
+                f"{record.where}: box {record.box} lies outside {record.path}, "
                 f"which has {width} x {height} pixels; boxes are x, y, width, height."
             )
         resized = resize_short_side(image, self.short_side)
@@ -226,7 +237,7 @@ class BoxSource(Source):
 
 
 def _pixels_between(low: float, high: float, size: int) -> Array:
-    """Which of `size` pixel centres, as shares of the side, lie in [low, high)."""
+    """Boolean (size,): True for pixels whose centre, as a fraction of the side, lies in [low, high)."""
     centres: Array = (np.arange(size) + 0.5) / size
     return (centres >= low) & (centres < high)
 
@@ -234,33 +245,44 @@ def _pixels_between(low: float, high: float, size: int) -> Array:
 class CUB(ImageDataModule):
     """CUB-200-2011 with its official split, or any subset of its classes.
 
-    Training images show the whole picture (shorter side `resize`) to the random resized crop; validation and test
-    images are its middle. `mask` and `boxes` are the bird's bounding box, cut at the border of what is shown, which
-    may leave nothing of it. Grey pictures are repeated over three channels. Validation is held out of the official
-    training images at random (seeded); the official test images are the test split.
+    Every picture is resized so that its shorter side is `resize`. Training draws random resized crops from the whole
+    picture; validation and test take the central square. `mask` and `boxes` are the bird's bounding box, clipped to
+    the shown square, and empty where the box lies outside. Grey pictures are repeated over three channels. The
+    validation split is drawn from the official training images at random (seeded); the test split is the official one.
 
     Args:
-        root: folder with `images.txt`; None for `$LABN_DATA/cub10` (LABN_DATA defaults to ../shared/data).
-        classes: numbers (1 to 200) of the classes to use, in the order of their labels; None: all that have images.
-        image_size: side in pixels.
-        resize: shorter side of the whole picture in pixels, at least `image_size`.
-        val_fraction: share of the training images held out; 200 of 5994 in the C3-LRP paper.
-        split_seed: of that choice.
-        mean: per channel, of values in [0,1]; ImageNet's by default.
-        std: per channel, likewise.
-        batch_size: see `ImageDataModule`, as for all further arguments.
-        num_workers: worker processes per loader.
-        seed: of the training order and the augmentation.
-        balanced_sampler: class-balanced batches.
-        drop_last: leave out an incomplete last training batch.
-        augmentation: of the training split; random resized crop and horizontal flip by default, None for none.
-        on_bad_image: "stop" or "skip".
-        cache_images: keep decoded images in memory.
-        cache_dir: folder of the bias image.
+        root: folder with `images.txt`; None takes `$LABN_DATA/cub10`.
+        classes: numbers (1 to 200) of the classes to use, in the order of their labels; None uses every class that has
+            images.
+        image_size: side of the square in pixels.
+        resize: length of the picture's shorter side in pixels, at least `image_size`.
+        val_fraction: share of the training images for validation; 200 of 5994 in the C3-LRP paper.
+        split_seed: seed of the validation split.
+        mean: mean of each channel for values in [0,1]; ImageNet's by default.
+        std: standard deviation of each channel for values in [0,1]; ImageNet's by default.
+        augmentation: augmentation of the training split; by default random resized crop and horizontal flip.
+        kwargs: further arguments of `ImageDataModule`.
 
     Raises:
-        FileNotFoundError: a list or an image is missing (when the data is first needed, as for all below).
-        ValueError: the lists disagree (file and line are named), an unknown or empty class, a bad image file.
+        MissingFileError: a list or an image is missing (raised when the data is first used, as the errors below).
+        InputError: the lists disagree (the message names file and line), a class is unknown or has no image, or an
+            image file is damaged.
+
+    Example:
+        >>> import tempfile, cv2
+        >>> lines = {"classes": "1 001.Gull\\n2 002.Tern", "images": "1 001.Gull/a.jpg\\n2 002.Tern/b.jpg"}
+        >>> lines |= {"image_class_labels": "1 1\\n2 2", "train_test_split": "1 1\\n2 0"}
+        >>> lines |= {"bounding_boxes": "1 2 3 8 9\\n2 10 6 8 8"}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name, text in lines.items():
+        ...         _ = (Path(folder) / f"{name}.txt").write_text(text)
+        ...     for name in ("001.Gull/a.jpg", "002.Tern/b.jpg"):
+        ...         (Path(folder) / "images" / name).parent.mkdir(parents=True)
+        ...         _ = cv2.imwrite(f"{folder}/images/{name}", np.zeros((20, 30, 3), np.uint8))
+        ...     data = CUB(folder, image_size=8, resize=10)
+        ...     names, sample = data.class_names, data.dataset("test")[0]
+        >>> names, sample["label"], sample["boxes"].tolist()
+        (['001.Gull', '002.Tern'], 1, [[0.0, 0.0, 1.0, 3.0]])
     """
 
     def __init__(
@@ -273,34 +295,14 @@ class CUB(ImageDataModule):
         split_seed: int = 42,
         mean: list[float] | None = [0.485, 0.456, 0.406],  # noqa: B006 (read only)
         std: list[float] | None = [0.229, 0.224, 0.225],  # noqa: B006 (read only)
-        batch_size: int = 32,
-        num_workers: int = 0,
-        seed: int = 42,
-        balanced_sampler: bool = False,
-        drop_last: bool = False,
         augmentation: Augmentation | None = CROP_AND_FLIP,
-        on_bad_image: OnBadImage = "stop",
-        cache_images: bool = False,
-        cache_dir: str | os.PathLike[str] | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            image_size,
-            mean,
-            std,
-            batch_size,
-            num_workers,
-            seed,
-            balanced_sampler,
-            drop_last,
-            augmentation,
-            on_bad_image,
-            cache_images,
-            cache_dir,
-        )
+        super().__init__(image_size, mean, std, augmentation=augmentation, **kwargs)
         if resize < image_size:
             raise InputError(f"resize is {resize}; it must be at least image_size, {image_size}.")
         if classes is not None and len(set(classes)) != len(classes):
-            raise InputError(f"classes is {classes}; name each class once.")
+            raise InputError(f"classes is {classes}; give each class once.")
         self.root, self.shorter, self.val_fraction, self.split_seed = root, resize, val_fraction, split_seed
         self._chosen = classes
 
@@ -310,10 +312,10 @@ class CUB(ImageDataModule):
 
     @cached_property
     def classes(self) -> list[int]:
-        """Official numbers of the classes in use, in the order of their labels.
+        """Official numbers of the used classes, in the order of their labels.
 
         Raises:
-            ValueError: fewer than two, or one without an image.
+            InputError: there are fewer than two classes, or a class has no image.
         """
         present = {bird.species for bird in self._birds}
         chosen = sorted(present) if self._chosen is None else self._chosen
@@ -325,13 +327,13 @@ class CUB(ImageDataModule):
 
     @cached_property
     def class_names(self) -> list[str]:  # type: ignore[override]
-        """Names from `classes.txt`, with their numbers: `001.Black_footed_Albatross`."""
+        """Names from `classes.txt`, which begin with the class number: `001.Black_footed_Albatross`."""
         names = read_classes(data_root("cub10", self.root))
         return [names[number] for number in self.classes]
 
     @property
     def positive_classes(self) -> tuple[int, ...]:  # type: ignore[override]
-        """All classes: each is scored, also with `positives_only`."""
+        """All labels: no class of birds is negative, so `positives_only` leaves none out."""
         return tuple(range(self.num_classes))
 
     def _build(self) -> dict[Split, Source]:
@@ -341,9 +343,9 @@ class CUB(ImageDataModule):
         train, notes_copies = without_copies(train, test)
         train, val, notes_groups = split_off(train, self.val_fraction, self.split_seed)
         self._notes = [*notes_test, *notes_train, *notes_copies, *notes_groups]
-        parts: dict[Split, list[BoxRecord]] = {"train": train, "val": val, "test": test}
+        splits: dict[Split, list[BoxRecord]] = {"train": train, "val": val, "test": test}
         assert self.shorter is not None
-        return {split: BoxSource(records, self.shorter) for split, records in parts.items()}
+        return {split: BoxSource(records, self.shorter) for split, records in splits.items()}
 
     def _records(self, root: Path, training: bool) -> list[BoxRecord]:
         labels = {number: label for label, number in enumerate(self.classes)}

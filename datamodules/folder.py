@@ -1,4 +1,4 @@
-"""ImageFolder: a user's own pictures, one folder per class."""
+"""ImageFolder: pictures of one's own, in one folder per class."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from datamodules.base import SPLITS, ImageDataModule, OnBadImage, Split, data_root
+from datamodules.base import ImageDataModule, data_root
 from datamodules.io.sources import FileSource, Record, Source
-from datamodules.io.splits import readable_records, split_off, without_copies
+from datamodules.io.splits import SPLITS, Split, readable_records, split_off, without_copies
 from datamodules.io.transforms import PUBLISHED, Augmentation
 from labn.errors import InputError, MissingFileError
 from labn.io.images import by_stem, check_crop, image_files, other_files
@@ -21,19 +22,28 @@ _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test"
 
 @dataclass
 class _FolderScan:
-    """What reading the folders came across: entries that are no images, images, those with a mask, masks of none."""
+    """Counts of the entries of all class folders, for `report()`.
+
+    Attributes:
+        others: suffix -> number of entries that are not images.
+        images: number of images.
+        masked: number of images with a mask.
+        unpaired_masks: mask files without an image of the same name.
+    """
 
     others: Counter[str] = field(default_factory=Counter)
     images: int = 0
     masked: int = 0
-    alone: list[Path] = field(default_factory=list)
+    unpaired_masks: list[Path] = field(default_factory=list)
 
     def notes(self) -> list[str]:
-        """A line about the entries that were left out, and one about images and masks where they do not pair up."""
+        """One line each about entries that are not images, masks without an image, and images with a mask."""
         kinds = ", ".join(f"{count} {kind}" for kind, count in self.others.most_common())
-        notes = [f"  left out {self.others.total()} entries that no image is named like: {kinds}"] if kinds else []
-        if self.alone:
-            notes.append(f"  left out {len(self.alone)} masks without an image, such as {self.alone[0]}")
+        notes = [f"  left out {self.others.total()} entries that are not image files: {kinds}"] if kinds else []
+        if self.unpaired_masks:
+            notes.append(
+                f"  left out {len(self.unpaired_masks)} masks without an image, such as {self.unpaired_masks[0]}"
+            )
         return [*notes, f"  {self.masked} of {self.images} images have a mask"] if self.masked else notes
 
 
@@ -45,42 +55,50 @@ def _subfolders(folder: Path) -> list[str]:
 
 
 class ImageFolder(ImageDataModule):
-    """Images in `root/<class>/*`, or in `root/{train,val,test}/<class>/*`; classes are numbered in sorted order.
+    """Images in `root/<class>/*` or in `root/{train,val,test}/<class>/*`; labels follow the sorted class names.
 
-    Without `train` all images are split at random (seeded) into training, validation and test; with `train` but
-    without `val`, validation is split off training. Byte-identical images never end up on two sides: held-out ones
-    stay, their copies leave training, and `report()` says so. Colour images lose an alpha channel, 16-bit values are
-    divided by 256, grey images are repeated over three channels (or colour ones averaged with `channels: 1`).
+    Without a folder `train`, all images are split at random (seeded) into training, validation and test; with `train`
+    but without `val`, validation is split off the training images. Byte-identical images never lie in two splits: the
+    held-out image stays, its copies are removed from training, and `report()` lists them. Alpha channels are dropped,
+    16-bit values are divided by 256, and grey images are repeated over three channels (with `channels: 1`, colour
+    images are converted to grey).
 
     Args:
         root: the folder; `$VARIABLES` are expanded.
         image_size: side in pixels; images are squashed to a square.
         channels: 3 (RGB) or 1 (grey).
-        mask_root: folder with ground-truth regions, laid out as `root`, with a file of the image's name (any image
-            suffix) where there is a region; every pixel that is not 0 belongs to it; `report()` counts the images that
-            have one. None: no `mask` in batches.
-        crop: (left, top, right, bottom) in fractions of width and height; None for no crop.
-        val_fraction: share of the images (of those left after the test split) for validation, where none is given.
-        test_fraction: share of the images for the test, where no split is given.
-        split_seed: of the random splits.
-        positive_classes: names of the classes that `positives_only` metrics score; None: all but the first.
-        mean: per channel, of values in [0,1]; None: computed from the training split and cached.
-        std: likewise.
-        batch_size: see `ImageDataModule`, as for all further arguments.
-        num_workers: worker processes per loader.
-        seed: of the training order and the augmentation.
-        balanced_sampler: class-balanced batches.
-        drop_last: leave out an incomplete last training batch.
-        augmentation: of the training split; None for none.
-        on_bad_image: "stop" or "skip".
-        cache_images: keep decoded images in memory.
-        cache_dir: folder of the bias image and of computed statistics.
+        mask_root: folder of ground-truth regions with the same subfolders as `root`; the mask of an image has the
+            image's name with any image suffix, and its non-zero pixels are the region. Images may lack a mask. None
+            leaves `mask` out of the batches.
+        crop: (left, top, right, bottom) as fractions of width and height; None uses the whole image.
+        val_fraction: share of the images outside the test split for validation, where `root` has no folder `val`.
+        test_fraction: share of all images for the test, where `root` has no folder `train`.
+        split_seed: seed of the random splits.
+        positive_classes: names of the classes that `positives_only` metrics score; None takes all but the first.
+        mean: mean of each channel for values in [0,1]; None computes it from the training split and caches it.
+        std: standard deviation of each channel for values in [0,1]; None computes it likewise.
+        augmentation: augmentation of the training split; the published one (JSAI 2022) by default.
+        kwargs: further arguments of `ImageDataModule`.
 
     Raises:
-        FileNotFoundError: `root`, `mask_root` or a split's folder is missing (when the data is first needed).
-        ValueError: an empty crop or one in pixels (at once), fewer than two classes, unequal classes between splits, a
-            folder beside `train` that is no split, a class without image, two masks of one image, no mask of any image,
-            a bad image file.
+        MissingFileError: `root`, `mask_root` or the folder of a split is missing (when the data is first used).
+        InputError: the crop is empty or given in pixels (at once); or, when the data is first used, there are fewer
+            than two classes, splits differ in their classes, a folder beside `train` has the name of another split
+            convention, a class has no image, an image has two masks, no image has a mask, or a file is damaged.
+
+    Example:
+        >>> import tempfile, cv2
+        >>> import numpy as np
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name, grey in (("cat", 60), ("dog", 180)):
+        ...         (Path(folder) / name).mkdir()
+        ...         for number in range(5):
+        ...             picture = np.full((6, 9, 3), grey + number, np.uint8)
+        ...             _ = cv2.imwrite(f"{folder}/{name}/{number}.png", picture)
+        ...     data = ImageFolder(folder, image_size=4, mean=[0.5] * 3, std=[0.5] * 3)
+        ...     sizes = {split: len(data.labels(split)) for split in data.splits}
+        >>> data.class_names, sizes
+        (['cat', 'dog'], {'train': 6, 'val': 2, 'test': 2})
     """
 
     def __init__(
@@ -96,33 +114,13 @@ class ImageFolder(ImageDataModule):
         positive_classes: list[str] | None = None,
         mean: list[float] | None = None,
         std: list[float] | None = None,
-        batch_size: int = 32,
-        num_workers: int = 0,
-        seed: int = 42,
-        balanced_sampler: bool = False,
-        drop_last: bool = False,
         augmentation: Augmentation | None = PUBLISHED,
-        on_bad_image: OnBadImage = "stop",
-        cache_images: bool = False,
-        cache_dir: str | os.PathLike[str] | None = None,
+        **kwargs: Any,
     ) -> None:
         if channels not in (1, 3):
             raise InputError(f"channels is {channels}; it must be 1 (grey) or 3 (RGB).")
         self.channels = channels
-        super().__init__(
-            image_size,
-            mean,
-            std,
-            batch_size,
-            num_workers,
-            seed,
-            balanced_sampler,
-            drop_last,
-            augmentation,
-            on_bad_image,
-            cache_images,
-            cache_dir,
-        )
+        super().__init__(image_size, mean, std, augmentation=augmentation, **kwargs)
         self.crop = check_crop(crop)
         self.root = Path(os.path.expandvars(root))
         self.mask_root = None if mask_root is None else Path(os.path.expandvars(mask_root))
@@ -134,8 +132,8 @@ class ImageFolder(ImageDataModule):
         """Names of the class folders, sorted.
 
         Raises:
-            FileNotFoundError: `root` does not exist.
-            ValueError: it holds fewer than two class folders, or folders of splits by other names.
+            MissingFileError: `root` does not exist.
+            InputError: `root` holds fewer than two class folders, or only folders with other names for splits.
         """
         folder = self._folder("train") if self._has("train") else data_root(self.root.name, self.root)
         names = _subfolders(folder)
@@ -147,10 +145,10 @@ class ImageFolder(ImageDataModule):
 
     @property
     def positive_classes(self) -> tuple[int, ...]:  # type: ignore[override]
-        """Numbers of the positive classes.
+        """Labels of the positive classes.
 
         Raises:
-            ValueError: a name given is no class.
+            InputError: `positive_classes` has a name that is not a class.
         """
         if self._positive is None:
             return tuple(range(1, self.num_classes))
@@ -167,77 +165,82 @@ class ImageFolder(ImageDataModule):
     def _build(self) -> dict[Split, Source]:
         if self.mask_root is not None and not self.mask_root.is_dir():
             raise MissingFileError(f"mask_root {self.mask_root} does not exist.")
-        self._notes, self._seen = [], _FolderScan()
-        parts = self._given() if self._has("train") else self._drawn(self._read(self.root, ""))
-        if self.mask_root is not None and not self._seen.masked:
-            first = f"{self._seen.alone[0]} fits none" if self._seen.alone else "it has none in the folders of `root`"
+        self._notes, self._scan = [], _FolderScan()
+        splits = self._read_splits() if self._has("train") else self._draw_splits(self._read(self.root, ""))
+        if self.mask_root is not None and not self._scan.masked:
+            unpaired = self._scan.unpaired_masks
+            first = f"{unpaired[0]} fits none" if unpaired else "it has none in the folders of `root`"
             raise InputError(
                 f"mask_root {self.mask_root} has no mask with the name of an image ({first}); rename them."
             )
-        self._notes += self._seen.notes()
+        self._notes += self._scan.notes()
         return {
             split: FileSource(records, self.image_size, self.crop, self.channels, self.mask_root is not None)
-            for split, records in parts.items()
+            for split, records in splits.items()
         }
 
-    def _drawn(self, records: list[Record]) -> dict[Split, list[Record]]:
-        """Test, then validation, split off all images."""
+    def _draw_splits(self, records: list[Record]) -> dict[Split, list[Record]]:
+        """Split the test images off all images at random, then the validation images off the rest."""
         rest, test, notes = split_off(records, self.test_fraction, self.split_seed)
         train, val, _ = split_off(rest, self.val_fraction, self.split_seed)
         self._notes += notes
         return {"train": train, "val": val, "test": test}
 
-    def _given(self) -> dict[Split, list[Record]]:
-        """The splits of the folder names; validation drawn from training where it has no folder."""
-        self._look_beside()
+    def _read_splits(self) -> dict[Split, list[Record]]:
+        """Read the splits from their folders; without a folder `val`, split validation off training at random."""
+        self._check_other_folders()
         if not self._has("test"):
             raise MissingFileError(f"{self.root} has a folder 'train' but no folder 'test'.")
         test = self._read(self._folder("test"), "test")
-        val = self._apart(self._read(self._folder("val"), "val"), test) if self._has("val") else []
-        train = self._apart(self._read(self._folder("train"), "train"), [*val, *test])
+        val = self._without_copies(self._read(self._folder("val"), "val"), test) if self._has("val") else []
+        train = self._without_copies(self._read(self._folder("train"), "train"), [*val, *test])
         if not self._has("val"):
             train, val, notes = split_off(train, self.val_fraction, self.split_seed)
             self._notes += notes
         return {"train": train, "val": val, "test": test}
 
-    def _look_beside(self) -> None:
-        """Refuse a folder beside `train` that is a split by its name, and note any other one."""
+    def _check_other_folders(self) -> None:
+        """Raise for a folder beside `train` with another name for a split (`validation`), and note all others."""
         for folder in (self.root / name for name in _subfolders(self.root) if name not in SPLITS):
             if folder.name.lower() in _SPLIT_NAMES:
-                raise InputError(f"{folder} is no split by its name; rename it to train, val or test, or move it away.")
+                raise InputError(f"{folder} is not read as a split; rename it to train, val or test, or move it away.")
             if self.mask_root is None or not self.mask_root.is_relative_to(folder):
                 self._notes.append(f"  left out folder {folder.name} beside train")
 
-    def _apart(self, records: list[Record], held_out: list[Record]) -> list[Record]:
-        kept, notes = without_copies(records, held_out)
+    def _without_copies(self, records: list[Record], held_out: list[Record]) -> list[Record]:
+        remaining, notes = without_copies(records, held_out)
         self._notes += notes
-        return kept
+        return remaining
 
-    def _read(self, folder: Path, part: str) -> list[Record]:
+    def _read(self, folder: Path, subfolder: str) -> list[Record]:
         if self.class_names != _subfolders(folder):
             raise InputError(
                 f"{folder} has other class folders than training: {', '.join(self.class_names)} are needed."
             )
-        records = [r for label, name in enumerate(self.class_names) for r in self._class(folder / name, part, label)]
+        records = [
+            r
+            for label, name in enumerate(self.class_names)
+            for r in self._class_records(folder / name, subfolder, label)
+        ]
         roots = [self.root] if self.mask_root is None else [self.root, self.mask_root]
         good, notes = readable_records(records, self.on_bad_image, roots)
         self._notes += notes
         return good
 
-    def _class(self, folder: Path, part: str, label: int) -> list[Record]:
+    def _class_records(self, folder: Path, subfolder: str, label: int) -> list[Record]:
         files = image_files(folder)
         if not files:
             raise InputError(f"Class folder {folder} has no image; remove it or put images there.")
-        masks = self._masks(part, folder.name)
+        masks = self._masks(subfolder, folder.name)
         stems = {file.stem for file in files}
-        self._seen.others += other_files(folder)
-        self._seen.images += len(files)
-        self._seen.masked += len(stems & masks.keys())
-        self._seen.alone += [path for stem, (path, *_) in masks.items() if stem not in stems]
+        self._scan.others += other_files(folder)
+        self._scan.images += len(files)
+        self._scan.masked += len(stems & masks.keys())
+        self._scan.unpaired_masks += [path for stem, (path, *_) in masks.items() if stem not in stems]
         return [Record(f"{folder.name}/{f.name}", label, f, masks.get(f.stem, ())) for f in files]
 
-    def _masks(self, part: str, name: str) -> dict[str, tuple[Path, ...]]:
-        """Image stem to mask file, for one class folder."""
-        folder = self.mask_root and self.mask_root / part / name
+    def _masks(self, subfolder: str, name: str) -> dict[str, tuple[Path, ...]]:
+        """Image name without suffix -> its mask files, for one class folder."""
+        folder = self.mask_root and self.mask_root / subfolder / name
         files = by_stem(image_files(folder)) if folder and folder.is_dir() else {}
         return {stem: (path,) for stem, path in files.items()}

@@ -1,4 +1,4 @@
-"""IDRiD, the Indian Diabetic Retinopathy Image Dataset (Porwal et al., Data 2018), in its own folder layout."""
+"""IDRiD, the Indian Diabetic Retinopathy Image Dataset (Porwal et al., Data 2018), in its published layout."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import glob
 import os
 from collections import defaultdict
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from datamodules.base import ImageDataModule, OnBadImage, Split, data_root
+from datamodules.base import ImageDataModule, data_root
 from datamodules.io.sources import FileSource, Record, Source
-from datamodules.io.splits import readable_records, split_off, without_copies
+from datamodules.io.splits import Split, readable_records, split_off, without_copies
 from datamodules.io.transforms import PUBLISHED, Augmentation
 from labn.errors import InputError, MissingFileError
 from labn.io.images import by_stem, check_crop, image_files
@@ -23,19 +23,19 @@ _CSVS = {
     "train": "a. IDRiD_Disease Grading_Training Labels.csv",
     "test": "b. IDRiD_Disease Grading_Testing Labels.csv",
 }
-# The optic disc is part of a healthy eye: not a lesion.
+# Without "5. Optic Disc", which is not a lesion: every healthy eye has one.
 _LESIONS = ("1. Microaneurysms", "2. Haemorrhages", "3. Hard Exudates", "4. Soft Exudates")
 _GRADES = ["no retinopathy", "mild", "moderate", "severe", "proliferative"]
 
 
 def read_grades(path: Path) -> dict[str, int]:
-    """Image name to grade, from one of the data set's CSV files.
+    """Image name -> grade (0 to 4), from one of the data set's label files.
 
-    Lives with the files as published: trailing empty columns and rows, header names with trailing spaces.
+    The published files have empty trailing columns and rows, and spaces behind column names; all are ignored.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a column is missing, a name comes twice, or a grade is not an integer from 0 to 4.
+        MissingFileError: the file does not exist.
+        InputError: a column is missing, a name has two rows, or a grade is not an integer from 0 to 4.
     """
     if not path.is_file():
         raise MissingFileError(f"Label file {path} does not exist.")
@@ -47,7 +47,7 @@ def read_grades(path: Path) -> dict[str, int]:
 
 def _add_grade(grades: dict[str, int], name: str, grade: str, where: str) -> None:
     if name in grades:
-        raise InputError(f"{where}: image {name!r} has a row already; every image needs exactly one.")
+        raise InputError(f"{where}: image {name!r} already has a row; every image needs exactly one.")
     if grade not in {"0", "1", "2", "3", "4"}:
         raise InputError(f"{where}: retinopathy grade {grade!r} of image {name!r} must be an integer from 0 to 4.")
     grades[name] = int(grade)
@@ -57,7 +57,7 @@ def pair_with_grades(images: list[Path], grades: dict[str, int], csv_path: Path)
     """Pair every image file with its grade, sorted by file name.
 
     Raises:
-        ValueError: a row has no image, an image has no row, or two images share a name; the message names it.
+        InputError: a row has no image, an image has no row, or two images share a name; the message names it.
     """
     by_name = by_stem(images)
     folder = images[0].parent if images else "the image folder"
@@ -71,56 +71,61 @@ def pair_with_grades(images: list[Path], grades: dict[str, int], csv_path: Path)
 
 
 def lesion_masks(root: Path) -> dict[tuple[str, str], tuple[Path, ...]]:
-    """(grading folder, grading image) to the lesion mask files of its segmentation twin; empty without that part.
+    """(grading folder, image name) -> lesion mask files of the same photograph in the segmentation data.
 
-    `segmentation_to_grading.csv` says which grading image a segmentation image is. Where two segmentation images are
-    the same grading image, their masks are united.
+    `segmentation_to_grading.csv` maps segmentation images to grading images. Where two segmentation images are the
+    same grading image, both sets of masks are taken. Without that table the result is empty.
     """
     table = root / "segmentation_to_grading.csv"
-    found: dict[tuple[str, str], list[Path]] = defaultdict(list)
+    masks: dict[tuple[str, str], list[Path]] = defaultdict(list)
     if not table.is_file():
         return {}
     truths = root / _SEGMENTATION / "2. All Segmentation Groundtruths"
     for row in read_table(table, ("segmentation set", "segmentation image", "grading set", "grading image")):
         image = path_inside(truths, f"{row['segmentation set']}/{row['segmentation image']}", row.where)
-        masks = [p for kind in _LESIONS for p in (image.parent / kind).glob(f"{glob.escape(image.name)}_*")]
-        found[row["grading set"], row["grading image"]] += sorted(masks)
-    return {key: tuple(paths) for key, paths in found.items()}
+        paths = [p for kind in _LESIONS for p in (image.parent / kind).glob(f"{glob.escape(image.name)}_*")]
+        masks[row["grading set"], row["grading image"]] += sorted(paths)
+    return {key: tuple(paths) for key, paths in masks.items()}
 
 
 class IDRiD(ImageDataModule):
     """IDRiD disease grading: 413 training and 103 test fundus photographs, grades 0 (healthy) to 4 (proliferative).
 
-    The papers' preparation (JSAI 2022): crop to (290, 0, 3701, 2849) of the 4288 x 2848 originals, given as fractions
-    so that scaled copies work too, then a squash to 224 x 224. One training image equals a test image and leaves the
-    training split (412 remain); identical training images stay on one side of the train / validation split. Both are
-    in `report()`. `mask` is the union of microaneurysms, haemorrhages, hard and soft exudates of the images that are
-    also in the segmentation part, and all False for the others.
+    Images are prepared as in JSAI 2022: cropped to (290, 0, 3701, 2849) of the 4288 x 2848 originals, then squashed to
+    224 x 224. The crop is given in fractions, so that scaled copies of the data set work too. One training image is
+    identical to a test image and is removed from training (412 remain); identical training images stay on one side of
+    the train / validation split; `report()` lists both. `mask` is the union of microaneurysms, haemorrhages, hard and
+    soft exudates for the images that the segmentation data contains, and all False for the others.
 
     Args:
-        root: folder with "B. Disease Grading"; None for `$LABN_DATA/idrid` (LABN_DATA defaults to ../shared/data).
+        root: folder with "B. Disease Grading"; None takes `$LABN_DATA/idrid`.
         task: "binary" (grade 0 against 1-4) or "grades" (five classes).
         image_size: side in pixels.
-        crop: (left, top, right, bottom) in fractions of width and height, clipped to the image; None for no crop.
+        crop: (left, top, right, bottom) as fractions of width and height, clipped to the image; None uses all of it.
         val_fraction: share of the training images for validation.
-        split_seed: of the train / validation split.
+        split_seed: seed of the train / validation split.
         masks: whether batches carry lesion masks.
-        mean: per channel, of values in [0,1].
-        std: per channel, likewise.
-        batch_size: see `ImageDataModule`, as for all further arguments.
-        num_workers: worker processes per loader.
-        seed: of the training order and the augmentation.
-        balanced_sampler: class-balanced batches.
-        drop_last: leave out an incomplete last training batch.
-        augmentation: of the training split; the papers' by default, None for none.
-        on_bad_image: "stop" or "skip".
-        cache_images: keep decoded images in memory.
-        cache_dir: folder of the bias image.
+        mean: mean of each channel for values in [0,1]; by default that of the cropped training images.
+        std: standard deviation of each channel for values in [0,1]; by default that of the cropped training images.
+        augmentation: augmentation of the training split; the published one (JSAI 2022) by default.
+        cache_images: decode each split once, into uint8 memory; on by default, because the originals are large.
+        kwargs: further arguments of `ImageDataModule`.
 
     Raises:
-        FileNotFoundError: a folder or a label file is missing (when the data is first needed, as for all below).
-        ValueError: an empty crop or one in pixels (at once), a row without image, an image without row, two images of
-            one name, a grade outside 0-4, a bad image file.
+        MissingFileError: a folder or a label file is missing (raised when the data is first used).
+        InputError: the crop is empty or given in pixels (at once); or, when the data is first used, a row has no image,
+            an image has no row, two images share a name, a grade is not in 0-4, or an image file is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> data = IDRiD(task="grades")
+        >>> data.class_names
+        ['no retinopathy', 'mild', 'moderate', 'severe', 'proliferative']
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     table = Path(folder) / "labels.csv"
+        ...     _ = table.write_text("Image name,Retinopathy grade,,\\nIDRiD_001,3,,\\nIDRiD_002,0,,\\n")
+        ...     read_grades(table)
+        {'IDRiD_001': 3, 'IDRiD_002': 0}
     """
 
     def __init__(
@@ -134,30 +139,11 @@ class IDRiD(ImageDataModule):
         masks: bool = True,
         mean: list[float] | None = [0.4329, 0.2094, 0.0687],  # noqa: B006 (read only)
         std: list[float] | None = [0.3083, 0.1643, 0.0829],  # noqa: B006 (read only)
-        batch_size: int = 32,
-        num_workers: int = 0,
-        seed: int = 42,
-        balanced_sampler: bool = False,
-        drop_last: bool = False,
         augmentation: Augmentation | None = PUBLISHED,
-        on_bad_image: OnBadImage = "stop",
         cache_images: bool = True,
-        cache_dir: str | os.PathLike[str] | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            image_size,
-            mean,
-            std,
-            batch_size,
-            num_workers,
-            seed,
-            balanced_sampler,
-            drop_last,
-            augmentation,
-            on_bad_image,
-            cache_images,
-            cache_dir,
-        )
+        super().__init__(image_size, mean, std, augmentation=augmentation, cache_images=cache_images, **kwargs)
         if task not in ("binary", "grades"):
             raise InputError(f"task is {task!r}; it must be 'binary' or 'grades'.")
         self.root, self.task, self.crop, self.masks = root, task, check_crop(crop), masks
@@ -173,10 +159,10 @@ class IDRiD(ImageDataModule):
         train, notes_copies = without_copies(train, test)
         train, val, notes_groups = split_off(train, self.val_fraction, self.split_seed)
         self._notes = [*notes_test, *notes_train, *notes_copies, *notes_groups]
-        parts: dict[Split, list[Record]] = {"train": train, "val": val, "test": test}
+        splits: dict[Split, list[Record]] = {"train": train, "val": val, "test": test}
         return {
             split: FileSource(records, self.image_size, self.crop, has_masks=bool(masks))
-            for split, records in parts.items()
+            for split, records in splits.items()
         }
 
     def _records(self, root: Path, split: str, masks: dict[tuple[str, str], tuple[Path, ...]]) -> list[Record]:

@@ -1,4 +1,4 @@
-"""ImageNet (ILSVRC 2012) for testing: the validation layout, or a flat folder with a rule for the classes."""
+"""ImageNet (ILSVRC 2012) for testing: one folder per class, or a flat folder with a rule for the labels."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from timm.data import ImageNetInfo
 from torchvision.models import ResNet50_Weights
 
-from datamodules.base import ImageDataModule, OnBadImage, Split, data_root
+from datamodules.base import ImageDataModule, data_root
 from datamodules.io.sources import FileSource, Record, Source
-from datamodules.io.splits import readable_records
+from datamodules.io.splits import Split, readable_records
 from labn.errors import InputError, MissingFileError
 from labn.io.images import image_files
 from labn.io.readers import read_rows
@@ -23,15 +24,15 @@ _SYNSET = re.compile(r"n\d{8}")
 
 @cache
 def synsets() -> dict[str, int]:
-    """WordNet synset (`n01440764`) to class index, in the order in which every ImageNet classifier numbers them."""
+    """WordNet synset (`n01440764`) -> class index, in the usual order of ImageNet classifiers."""
     return {synset: index for index, synset in enumerate(ImageNetInfo().label_names())}
 
 
 def class_index(word: str, where: str) -> int:
-    """Class index of a synset or of a number from 0 to 999.
+    """Class index of a word that is a synset or a number from 0 to 999.
 
     Raises:
-        ValueError: it is neither; the message begins with `where`.
+        InputError: the word is neither; the message begins with `where`.
     """
     index = synsets().get(word, int(word) if word.isdecimal() else -1)
     if not 0 <= index < len(synsets()):
@@ -40,31 +41,34 @@ def class_index(word: str, where: str) -> int:
 
 
 def labels_by_synset(files: list[Path], argument: str) -> list[int]:
-    """The synset in the file's own name, else in that of its folder."""
+    """Labels from the synset in the file's name, or in the name of its folder; `argument` is not used."""
     labels = []
     for file in files:
-        found = _SYNSET.search(file.stem) or _SYNSET.search(file.parent.name)
-        if found is None:
+        synset = _SYNSET.search(file.stem) or _SYNSET.search(file.parent.name)
+        if synset is None:
             raise InputError(
                 f"Image {file} has no synset (n and eight digits) in its name or its folder's; "
                 "set class_rule to every:<k> or csv:<file>."
             )
-        labels.append(class_index(found[0], f"Image {file}"))
+        labels.append(class_index(synset[0], f"Image {file}"))
     return labels
 
 
 def labels_by_position(files: list[Path], argument: str) -> list[int]:
-    """Number i in sorted order has class `argument` * i."""
+    """Labels `argument` * i for image i in sorted order."""
     if not argument.isdecimal() or int(argument) * (len(files) - 1) >= len(synsets()):
         raise InputError(
-            f"class_rule is 'every:{argument}'; the number after every: times {len(files) - 1}, the last image's "
-            "position, must be a class from 0 to 999."
+            f"class_rule is 'every:{argument}'; the number after 'every:' times {len(files) - 1}, the position of the "
+            "last image, must be a class from 0 to 999."
         )
     return [int(argument) * position for position in range(len(files))]
 
 
 def labels_by_table(files: list[Path], argument: str) -> list[int]:
-    """A CSV file with a header: image name, then synset or class index (further words after it are ignored)."""
+    """Labels from the CSV file `argument`: a header, then rows of image name and synset or class index.
+
+    Words behind the first of the second column are ignored, as the boxes in LOC_val_solution.csv.
+    """
     path = Path(os.path.expandvars(argument))
     if not path.is_file():
         raise MissingFileError(f"class_rule is 'csv:{argument}'; there is no such file.")
@@ -83,28 +87,39 @@ CLASS_RULES: dict[str, Callable[[list[Path], str], list[int]]] = {
 
 
 class ImageNet(ImageDataModule):
-    """ImageNet's validation images, as the split of both `validate` and `test`; there is no training split.
+    """ImageNet's validation images as the `val` and the `test` split; there is no training split.
 
-    Reads `val/<synset>/*`, else the images of the flat folder `val`, else those of `images`, else the same two layouts
-    in `root` itself. FastCopy as classifiers are tested: the shorter side resized, the central square taken.
+    The images lie in `root/val`, or else in `root/images`, or else in `root`: all in the folder itself, or in one
+    subfolder per class. They are prepared as is usual for testing classifiers: the shorter side is resized and the
+    central square is taken.
 
     Args:
-        root: the folder; None for `$LABN_DATA/imagenet`; `$VARIABLES` are expanded.
-        class_rule: "synset", the synset in the name of the file or its folder; "every:<k>", number i of the sorted
-            images has class k*i; "csv:<file>", a table (with a header) of image name and synset or class index, as
-            ImageNet's own LOC_val_solution.csv is one.
+        root: the folder; `$VARIABLES` are expanded; None takes `$LABN_DATA/imagenet`.
+        class_rule: "synset" takes the synset in the name of the file or of its folder; "every:<k>" gives image i of the
+            sorted images class k*i; "csv:<file>" reads a table (with a header) of image name and synset or class
+            index, such as ImageNet's LOC_val_solution.csv.
         image_size: side of the central square in pixels.
-        shorter: what the shorter side is resized to, in pixels.
-        mean: per channel, of values in [0,1]; ImageNet's.
-        std: likewise.
-        batch_size: see `ImageDataModule`, as for all further arguments.
-        num_workers: worker processes per loader.
-        on_bad_image: "stop" or "skip".
-        cache_images: keep decoded images in memory.
+        shorter: length in pixels that the shorter side is resized to.
+        mean: mean of each channel for values in [0,1]; ImageNet's by default.
+        std: standard deviation of each channel for values in [0,1]; ImageNet's by default.
+        kwargs: further arguments of `ImageDataModule`.
 
     Raises:
-        FileNotFoundError: `root` or the table of classes is missing (when the data is first needed, as for all below).
-        ValueError: no image, an image without class, an unknown rule, a bad image file.
+        MissingFileError: `root` or the table of classes is missing (raised when the data is first used).
+        InputError: the rule is unknown (at once); or, when the data is first used, there is no image, an image has no
+            class, or an image file is damaged.
+
+    Example:
+        >>> import tempfile, cv2
+        >>> import numpy as np
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for synset in ("n01440764", "n01443537"):
+        ...         (Path(folder) / "val" / synset).mkdir(parents=True)
+        ...         _ = cv2.imwrite(f"{folder}/val/{synset}/1.png", np.zeros((9, 12, 3), np.uint8))
+        ...     data = ImageNet(folder, image_size=6, shorter=8)
+        ...     labels = data.labels("test").tolist()
+        >>> labels, [data.class_names[label] for label in labels]
+        ([0, 1], ['tench', 'goldfish'])
     """
 
     def __init__(
@@ -115,14 +130,9 @@ class ImageNet(ImageDataModule):
         shorter: int = 256,
         mean: list[float] | None = [0.485, 0.456, 0.406],  # noqa: B006 (read only)
         std: list[float] | None = [0.229, 0.224, 0.225],  # noqa: B006 (read only)
-        batch_size: int = 32,
-        num_workers: int = 0,
-        on_bad_image: OnBadImage = "stop",
-        cache_images: bool = False,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            image_size, mean, std, batch_size, num_workers, on_bad_image=on_bad_image, cache_images=cache_images
-        )
+        super().__init__(image_size, mean, std, **kwargs)
         if shorter < image_size:
             raise InputError(f"shorter is {shorter}; it must be at least image_size, {image_size}.")
         rule, _, self._argument = class_rule.partition(":")
@@ -135,6 +145,7 @@ class ImageNet(ImageDataModule):
     def _build(self) -> dict[Split, Source]:
         root = data_root("imagenet", self.root)
         folder = next(path for path in (root / "val", root / "images", root) if path.is_dir())
+        # Images in the folder itself make the layout flat; only without any are subfolders read.
         files = image_files(folder) or [f for sub in sorted(folder.iterdir()) if sub.is_dir() for f in image_files(sub)]
         if not files:
             raise InputError(f"{folder} holds neither images nor folders of images.")

@@ -1,4 +1,4 @@
-"""Magnetogram: full-disk solar frames with the largest flare of the next 24 hours as label (the DeFN data)."""
+"""Magnetogram: full-disk solar images, labelled with the largest flare of the next 24 hours (the DeFN data)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from datamodules.base import SPLITS, ImageDataModule, OnBadImage, Split, data_root
+from datamodules.base import ImageDataModule, data_root
 from datamodules.io.solar_frames import PictureSource, Preparation, YearSource, check_frames, frame_error
 from datamodules.io.sources import Record, Source
-from datamodules.io.splits import readable_records
+from datamodules.io.splits import SPLITS, Split, readable_records
 from datamodules.io.transforms import PUBLISHED, Augmentation
 from labn.errors import InputError, MissingFileError
 from labn.io.fits import is_fits, read_header, required_keyword
@@ -24,8 +24,11 @@ from labn.io.readers import TableRow, path_inside, read_rows, read_table
 
 FLAGS = ("none", "C", "M", "X")
 
-POSITIVE = 2  # from this flag on: a flare of class M or above
+FIRST_POSITIVE_FLAG = 2
+"""Flags from here on stand for a flare of class M or above."""
 
+# A year from 1900 to 2099, month and day with one and the same separator (or none) between them; the digits of a time
+# of day may follow, other digits may not, which keeps counters such as 20140501234 from being read as dates.
 _DATE = re.compile(r"(?<!\d)((?:19|20)\d\d)([-._/]?)([01]\d)\2([0-3]\d)(?=\D|$|\d{4,6}(?!\d))")
 
 
@@ -34,10 +37,10 @@ class Frame:
     """One row of a label table.
 
     Attributes:
-        name: of the frame.
-        flag: an index of FLAGS.
-        day: its date, where a column gives it.
-        where: file and line.
+        name: name of the frame.
+        flag: class of the largest flare, an index of FLAGS.
+        day: date of the frame; None where no column gives it.
+        where: file and line of the row, for error messages.
     """
 
     name: str
@@ -51,9 +54,13 @@ class Columns:
     """Names of the columns of a label table.
 
     Attributes:
-        image: name of the frame, a file name where the frames are files.
-        flag: 0 (none, A or B), 1 (C), 2 (M) or 3 (X): the largest flare within 24 hours.
-        time: date of the frame; None reads it from the frame's name (or FITS header).
+        image: column with the name of the frame; a file name in the picture layout.
+        flag: column with the largest flare within 24 hours: 0 (none, A or B), 1 (C), 2 (M) or 3 (X).
+        time: column with the date of the frame; None reads the date from the frame's name or FITS header.
+
+    Example:
+        >>> Columns(image="filename", time="timestamp")
+        Columns(image='filename', flag='flag', time='timestamp')
     """
 
     image: str = "image"
@@ -62,7 +69,12 @@ class Columns:
 
 
 def find_date(text: str) -> date | None:
-    """The first calendar date in a text such as `hmi.m_720s.20140501_120000` or `2014.05.01_12:00`; None without."""
+    """The first calendar date in a text such as `hmi.m_720s.20140501_120000`; None for a text without a date.
+
+    Example:
+        >>> find_date("hmi.m_720s.20140501_120000"), find_date("2014.05.01_12:00"), find_date("frame 17")
+        (datetime.date(2014, 5, 1), datetime.date(2014, 5, 1), None)
+    """
     for match in _DATE.finditer(text):
         year, month, day = (int(match[group]) for group in (1, 3, 4))
         try:
@@ -73,12 +85,12 @@ def find_date(text: str) -> date | None:
 
 
 def read_flare_table(path: Path, columns: Columns) -> list[Frame]:
-    """The rows of a label table, in order.
+    """Read the rows of a label table, in order.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: a column is missing, a flag is not an integer from 0 to 3, a time column holds no date, or a frame
-            has two rows.
+        MissingFileError: the file does not exist.
+        InputError: a column is missing, a flag is not an integer from 0 to 3, a cell of the time column has no date, or
+            a frame has two rows.
     """
     if not path.is_file():
         raise MissingFileError(f"Label file {path} does not exist.")
@@ -91,7 +103,7 @@ def read_flare_table(path: Path, columns: Columns) -> list[Frame]:
         frame = _frame(row, columns)
         if frame.name in frames:
             raise InputError(
-                f"{frame.where}: {frame.name!r} has a row already ({frames[frame.name].where}); every frame needs "
+                f"{frame.where}: {frame.name!r} already has a row ({frames[frame.name].where}); every frame needs "
                 "exactly one."
             )
         frames[frame.name] = frame
@@ -111,9 +123,13 @@ def _frame(row: TableRow, columns: Columns) -> Frame:
 
 
 def day_numbers(days: Sequence[date | None], frames_per_day: int) -> Array:
-    """(N,) int64, the same for all frames of a day: its ordinal number, the blocks of the bootstrap.
+    """Group (N,) int64 of every frame for the bootstrap: the ordinal number of its day.
 
-    Where no frame has a date, every `frames_per_day` consecutive frames count as a day.
+    If a frame has no date, every `frames_per_day` consecutive frames count as one day.
+
+    Example:
+        >>> day_numbers([None] * 5, frames_per_day=2).tolist()
+        [0, 0, 1, 1, 2]
     """
     if any(day is None for day in days):
         return np.arange(len(days), dtype=np.int64) // frames_per_day
@@ -121,45 +137,51 @@ def day_numbers(days: Sequence[date | None], frames_per_day: int) -> Array:
 
 
 class Magnetogram(ImageDataModule):
-    """Solar frames in grey, split by years, in one of two layouts.
+    """Full-disk solar frames in grey, split by years, in one of two layouts.
 
     - Memory maps (the layout of DeFN, Nishizuka et al. 2018): `root/{year}.npy`, (n,H,W) uint8, with `root/{year}.csv`,
-      one row per frame in the same order. A frame is read when it is needed; memory stays flat for any n.
-    - Pictures: with `labels`, that CSV file has one row per PNG, JPEG or FITS file of `pictures`.
+      one row per frame in the same order. Frames are read one by one, so that memory use does not depend on n.
+    - Pictures: the CSV file `labels` has one row for each PNG, JPEG or FITS file in the folder `pictures`.
 
-    The flag of a frame is the class of the largest flare in the 24 hours after it: 0 none (or A, B), 1 C, 2 M, 3 X.
-    Hourly frames are alike: batches carry the day as `group`, and intervals draw whole days.
+    The label is the class of the largest flare in the 24 hours after the frame: 0 none (or A, B), 1 C, 2 M, 3 X. Frames
+    of one day are nearly equal, so batches carry the day as `group`, and confidence intervals resample whole days.
 
     Args:
-        root: the folder; None for `$LABN_DATA/magnetogram`.
-        labels: CSV file of the picture layout, seen from `root`; None for the layout of memory maps.
-        pictures: folder of the pictures, seen from `root`.
+        root: the folder; None takes `$LABN_DATA/magnetogram`.
+        labels: path of the label file of the picture layout, relative to `root`; None reads memory maps.
+        pictures: folder of the pictures, relative to `root`.
         columns: names of the CSV columns.
-        fits_time: keyword of a FITS header that holds the date, where no time column does.
-        frames_per_day: consecutive frames that count as a day where neither column nor name has a date.
+        fits_time: keyword of the FITS header that holds the date, used where no time column does.
+        frames_per_day: number of consecutive frames that count as one day where neither column nor name has a date.
         train_years: years of the training split.
-        val_years: of validation.
-        test_years: of the test. A year that is in none of the three is left out.
+        val_years: years of the validation split.
+        test_years: years of the test split. Years in none of the three lists are left out.
         task: "binary" (below M against M or above) or "classes" (none, C, M, X).
         image_size: side in pixels; frames of another size are squashed.
-        caption: share of the height at the bottom that is painted black, for pictures with a line of text there.
+        caption: share of the height that is painted black at the bottom, for pictures with a line of text there.
         fits_range: physical values of FITS images (gauss) that become black and white; undefined pixels become black.
-        mean: one number, of values in [0,1]; None: computed from the training split and cached.
-        std: likewise.
-        batch_size: see `ImageDataModule`, as for all further arguments.
-        num_workers: worker processes per loader.
-        seed: of the training order and the augmentation.
-        balanced_sampler: class-balanced batches.
-        drop_last: leave out an incomplete last training batch.
-        augmentation: of the training split; the papers' by default, None for none.
-        on_bad_image: "stop" or "skip".
-        cache_images: keep decoded images in memory.
-        cache_dir: folder of the bias image and of computed statistics.
+        mean: mean in a list of one number, for values in [0,1]; None computes it from the training split.
+        std: standard deviation in a list of one number, for values in [0,1]; None computes it likewise.
+        augmentation: augmentation of the training split; the published one (JSAI 2022) by default.
+        kwargs: further arguments of `ImageDataModule`.
 
     Raises:
-        FileNotFoundError: a folder, label file, year or picture is missing (when the data is first needed, as below).
-        ValueError: a year in two splits, `.npy` and `.csv` of different length, another type or shape than (n,H,W)
-            uint8, a flag outside 0-3, a missing column or FITS keyword, no positive frame in a split, a bad picture.
+        MissingFileError: a folder, label file, year or picture is missing (raised when the data is first used).
+        InputError: an argument is wrong or a year is in two splits (at once); or, when the data is first used, `.npy`
+            and `.csv` differ in length, an array is not (n,H,W) uint8, a flag is not in 0-3, a column or FITS keyword
+            is missing, a split has no positive frame, or a picture is damaged.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for year in (2015, 2016, 2017):
+        ...         np.save(f"{folder}/{year}.npy", np.zeros((2, 8, 8), np.uint8))
+        ...         table = f"image,flag\\n{year}0101_00,0\\n{year}0102_00,3\\n"
+        ...         _ = (Path(folder) / f"{year}.csv").write_text(table)
+        ...     data = Magnetogram(folder, train_years=[2015], image_size=8)
+        ...     sample = data.dataset("test")[1]
+        >>> sample["image"].shape, data.class_names[sample["label"]], date.fromordinal(sample["group"]).isoformat()
+        (torch.Size([1, 8, 8]), 'M or above', '2017-01-02')
     """
 
     channels = 1
@@ -181,34 +203,14 @@ class Magnetogram(ImageDataModule):
         fits_range: tuple[float, float] = (-1500.0, 1500.0),
         mean: list[float] | None = [0.3625],  # noqa: B006 (read only)
         std: list[float] | None = [0.2234],  # noqa: B006 (read only)
-        batch_size: int = 32,
-        num_workers: int = 0,
-        seed: int = 42,
-        balanced_sampler: bool = False,
-        drop_last: bool = False,
         augmentation: Augmentation | None = PUBLISHED,
-        on_bad_image: OnBadImage = "stop",
-        cache_images: bool = False,
-        cache_dir: str | os.PathLike[str] | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            image_size,
-            mean,
-            std,
-            batch_size,
-            num_workers,
-            seed,
-            balanced_sampler,
-            drop_last,
-            augmentation,
-            on_bad_image,
-            cache_images,
-            cache_dir,
-        )
+        super().__init__(image_size, mean, std, augmentation=augmentation, **kwargs)
         if task not in ("binary", "classes"):
             raise InputError(f"task is {task!r}; it must be 'binary' or 'classes'.")
         if not 0.0 <= caption < 1.0:
-            raise InputError(f"caption is {caption}; it is a share of the height, from 0 to below 1.")
+            raise InputError(f"caption is {caption}; it must be a share of the height, at least 0 and below 1.")
         if not fits_range[0] < fits_range[1]:
             raise InputError(f"fits_range is {fits_range}; its first value must be below its second.")
         self.root, self.labels_file, self.pictures, self.columns = root, labels, pictures, columns
@@ -233,21 +235,21 @@ class Magnetogram(ImageDataModule):
 
     def _classes(self, frames: Sequence[Frame]) -> np.ndarray[Any, Any]:
         flags = np.array([frame.flag for frame in frames], dtype=np.int64)
-        return (flags >= POSITIVE).astype(np.int64) if self.task == "binary" else flags
+        return (flags >= FIRST_POSITIVE_FLAG).astype(np.int64) if self.task == "binary" else flags
 
     def _from_years(self, root: Path) -> dict[Split, Source]:
-        return {split: self._years(root, self.years[split]) for split in SPLITS}
+        return {split: self._year_source(root, self.years[split]) for split in SPLITS}
 
-    def _years(self, root: Path, years: Sequence[int]) -> YearSource:
+    def _year_source(self, root: Path, years: Sequence[int]) -> YearSource:
         files = [root / f"{year}.npy" for year in years]
         tables = [read_flare_table(file.with_suffix(".csv"), self.columns) for file in files]
         for file, table in zip(files, tables):
             check_frames(file, len(table))
-        rows = [(number, row) for number, table in enumerate(tables) for row in range(len(table))]
+        positions = [(number, row) for number, table in enumerate(tables) for row in range(len(table))]
         frames = [frame for table in tables for frame in table]
-        names = [f"{files[number].stem}/{frame.name}" for (number, _), frame in zip(rows, frames)]
+        names = [f"{files[number].stem}/{frame.name}" for (number, _), frame in zip(positions, frames)]
         days = self._days([frame.day or find_date(frame.name) for frame in frames], f"{', '.join(map(str, years))}")
-        return YearSource(files, np.array(rows), names, self._classes(frames), days, self.preparation)
+        return YearSource(files, np.array(positions), names, self._classes(frames), days, self.preparation)
 
     def _days(self, days: Sequence[date | None], where: str) -> np.ndarray[Any, Any]:
         if any(day is None for day in days):
@@ -265,11 +267,13 @@ class Magnetogram(ImageDataModule):
                 raise MissingFileError(f"{frame.where}: {folder} has no picture {record.name!r}.")
         good, notes = readable_records(records, self.on_bad_image, [root, folder], frame_error)
         self._notes += notes
-        known = {frame.name: frame.day for frame in frames}
-        days = {record.name: known[record.name] or self._date(record.path) for record in good}
-        return {split: self._pictures(split, good, days, table) for split in SPLITS}
+        table_days = {frame.name: frame.day for frame in frames}
+        days = {record.name: table_days[record.name] or self._file_date(record.path) for record in good}
+        return {split: self._picture_source(split, good, days, table) for split in SPLITS}
 
-    def _pictures(self, split: Split, records: Sequence[Record], days: dict[str, date], table: Path) -> PictureSource:
+    def _picture_source(
+        self, split: Split, records: Sequence[Record], days: dict[str, date], table: Path
+    ) -> PictureSource:
         for year in self.years[split]:
             if not any(day.year == year for day in days.values()):
                 raise InputError(f"{table} has no picture of {year}, which {split}_years names.")
@@ -277,29 +281,31 @@ class Magnetogram(ImageDataModule):
         groups = np.array([days[record.name].toordinal() for record in chosen], dtype=np.int64)
         return PictureSource(chosen, groups, self.preparation)
 
-    def _date(self, path: Path) -> date:
-        """Date of a picture that has none in the table: from the FITS header, else from the file's name."""
+    def _file_date(self, path: Path) -> date:
+        """Date of a picture without a date in the table: from its FITS header, or else from its file name."""
         text = path.name
         if is_fits(path):
             text = str(required_keyword(read_header(path)[0], self.fits_time, path))
-        found = find_date(text)
-        if found is None:
-            raise BadImageError(f"Image {path} has no date in '{text}'; name a column with it (columns.time).")
-        return found
+        day = find_date(text)
+        if day is None:
+            raise BadImageError(f"Image {path} has no date in '{text}'; set columns.time to a column with the date.")
+        return day
 
 
 def check_years(years: dict[Split, list[int]]) -> dict[Split, list[int]]:
-    """The years of the splits, sorted.
+    """Sort the years of each split.
 
     Raises:
-        ValueError: a year is in two splits or twice in one, or a split has none.
+        InputError: a year is in two splits or twice in one, or a split has no year.
     """
-    seen: dict[int, str] = {}
+    split_of: dict[int, str] = {}
     for split, chosen in years.items():
         if not chosen:
             raise InputError(f"{split}_years is empty; every split needs a year.")
         for year in chosen:
-            if year in seen:
-                raise InputError(f"Year {year} is in {seen[year]}_years and in {split}_years; give it to one split.")
-            seen[year] = split
+            if year in split_of:
+                raise InputError(
+                    f"Year {year} is in {split_of[year]}_years and in {split}_years; give it to one split."
+                )
+            split_of[year] = split
     return {split: sorted(chosen) for split, chosen in years.items()}

@@ -1,15 +1,15 @@
-"""SyntheticFundus: seeded fundus-like images with exact lesion masks, made on the fly, no file needed."""
+"""SyntheticFundus: seeded fundus-like images with exact lesion masks, painted in memory without any file."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import cv2
 import numpy as np
 
-from datamodules.base import SPLITS, ImageDataModule, Split
+from datamodules.base import ImageDataModule
 from datamodules.io.sources import Source
+from datamodules.io.splits import SPLITS, Split
 from datamodules.io.transforms import FLIPS, Augmentation
 from labn.errors import InputError
 
@@ -29,19 +29,19 @@ _DISC = np.array([1.0, 0.80, 0.50])
 
 
 class FundusPainter:
-    """Draws fundus-like images: an orange disc on black, optic disc, vessels, uneven light, and spots.
+    """Paints fundus-like images: an orange disc on black with optic disc, vessels, uneven light and spots.
 
-    Every image holds 4 to 6 pairs of spots: a bright and a dark one. In a healthy eye both lie apart, as smooth
-    compact blobs. In a diseased eye 2 or 3 pairs are put together as a lesion: the dark spot in the middle, the
-    bright pixels spread around it as a broken ring (like the circinate exudates around a leaking microaneurysm). A
-    lesion has exactly as many bright and dark pixels, of the same colours, as the pair it replaces: only their
-    arrangement tells the classes apart, and neither colours nor their amounts do.
+    Every image has 4 to 6 pairs of a bright and a dark spot. In a healthy eye the spots of a pair lie apart, as smooth
+    compact blobs. In a diseased eye 2 or 3 pairs form lesions: the dark spot lies in the middle, and the bright pixels
+    form a broken ring around it (like circinate exudates around a leaking microaneurysm). A lesion has exactly as many
+    bright and dark pixels, of the same colours, as the pair that it replaces, so that only their arrangement, and
+    neither colours nor amounts, distinguishes the classes.
 
     Args:
         size: side in pixels, at least 48; all shapes scale with it.
 
     Raises:
-        ValueError: `size` is below 48, where a ring has no room for its gaps.
+        InputError: `size` is below 48, where the gaps of a ring would vanish.
     """
 
     def __init__(self, size: int) -> None:
@@ -53,24 +53,24 @@ class FundusPainter:
         self.dy, self.dx = np.mgrid[-reach : reach + 1, -reach : reach + 1].astype(np.float32)
 
     def paint(self, rng: np.random.Generator, diseased: bool) -> tuple[Array, Array]:
-        """One image.
+        """Paint one image.
 
         Args:
-            rng: the only source of randomness.
-            diseased: whether there are lesions.
+            rng: generator of all random numbers of the image.
+            diseased: whether to paint lesions.
 
         Returns:
-            image (S,S,3) uint8 RGB and mask (S,S) bool: exactly the lesions' pixels, all False in a healthy eye.
+            image (S,S,3) uint8 RGB and mask (S,S) bool, True on exactly the pixels of the lesions.
         """
         centre = self.size / 2 + rng.normal(0, 0.6 * self.unit, 2)
         radius = self.size * rng.uniform(0.44, 0.48)
         image = self._eye(rng, centre, radius)
         mask = np.zeros((self.size, self.size), dtype=bool)
         self._spots(rng, image, mask, centre, radius, lesions=int(rng.integers(2, 4)) if diseased else 0)
-        return self._exposed(rng, image, centre, radius), mask
+        return self._expose(rng, image, centre, radius), mask
 
     def _eye(self, rng: np.random.Generator, centre: Array, radius: float) -> Array:
-        """Disc with optic disc, macula and vessels, (S,S,3) float32."""
+        """The disc (S,S,3) float32 with optic disc, macula and vessels, in [0,1]."""
         tint = _BACKGROUND * rng.uniform(0.85, 1.15, 3).clip(0.9, 1.1)
         image = np.broadcast_to(tint, (self.size, self.size, 3)).astype(np.float32)
         side = rng.choice((-1.0, 1.0))
@@ -87,7 +87,7 @@ class FundusPainter:
         return np.exp(-((self.x - centre[0]) ** 2 + (self.y - centre[1]) ** 2) / (2 * width**2))
 
     def _vessels(self, rng: np.random.Generator, image: Array, head: Array, away: float, radius: float) -> None:
-        """Four arcades leaving the optic disc, each with two branches, drawn anti-aliased into `image`."""
+        """Paint four vessel arcades from the optic disc, each with two branches, anti-aliased into `image`."""
         layer = np.zeros((self.size, self.size), dtype=np.uint8)
         for vertical, spread in ((-1, 1.0), (-1, 0.45), (1, 1.0), (1, 0.45)):
             bend = rng.uniform(0.8, 1.15)
@@ -105,13 +105,14 @@ class FundusPainter:
         image += (layer[..., None] / 255.0).astype(np.float32) * (_VESSEL - image)
 
     def _stroke(self, layer: Array, points: Array, width: float, strength: int) -> None:
-        fixed = np.round(points * 16).astype(np.int32)[:, None]
-        cv2.polylines(layer, [fixed], False, strength, max(1, round(width)), cv2.LINE_AA, shift=4)
+        # `shift=4`: OpenCV takes sub-pixel coordinates as integers in units of 1/16 pixel.
+        fixed_point = np.round(points * 16).astype(np.int32)[:, None]
+        cv2.polylines(layer, [fixed_point], False, strength, max(1, round(width)), cv2.LINE_AA, shift=4)
 
     def _spots(
         self, rng: np.random.Generator, image: Array, mask: Array, centre: Array, radius: float, lesions: int
     ) -> None:
-        """Draw all pairs of spots, the first `lesions` of them put together (and near each other) as lesions."""
+        """Paint all pairs of spots; the first `lesions` pairs form lesions, which lie near each other."""
         taken: list[tuple[float, float, float]] = []
         turn = rng.uniform(0, 2 * np.pi)
         focus = centre + radius * rng.uniform(0.2, 0.5) * np.array([np.cos(turn), np.sin(turn)])
@@ -119,25 +120,25 @@ class FundusPainter:
             ring, core = self._lesion(rng)
             colours = (_BRIGHT * rng.uniform(0.85, 1.0), _DARK * rng.uniform(0.85, 1.15))
             if pair < lesions:
-                at = self._place(rng, taken, focus, 0.22 * radius, 5.2 * self.unit, centre, radius)
+                at = self._free_position(rng, taken, focus, 0.22 * radius, 5.2 * self.unit, centre, radius)
                 for pixels, colour in zip((ring, core), colours):
                     self._fill(rng, image, pixels, at, colour)
                     mask[pixels[0] + at[1], pixels[1] + at[0]] = True
                 continue
             for pixels, colour in zip((ring, core), colours):
                 blob = self._blob(rng, len(pixels[0]))
-                at = self._place(rng, taken, centre, 0.5 * radius, 3.8 * self.unit, centre, radius)
+                at = self._free_position(rng, taken, centre, 0.5 * radius, 3.8 * self.unit, centre, radius)
                 self._fill(rng, image, blob, at, colour)
 
     def _lesion(self, rng: np.random.Generator) -> tuple[Pixels, Pixels]:
-        """Offsets (rows, columns) of a broken ring and of the round spot in its middle."""
+        """Pixel offsets (rows, columns) of a broken ring and of the round spot in its middle."""
         distance, angle = np.hypot(self.dx, self.dy), np.arctan2(self.dy, self.dx)
         ring = np.abs(distance - rng.uniform(3.4, 4.2) * self.unit) < 0.75 * self.unit
         gaps = np.cos(rng.integers(4, 7) * angle + rng.uniform(0, 2 * np.pi)) > -0.45
         return self._offsets(ring & gaps), self._offsets(distance < rng.uniform(1.45, 1.95) * self.unit)
 
     def _blob(self, rng: np.random.Generator, count: int) -> Pixels:
-        """Offsets of a smooth ellipse of exactly `count` pixels: those nearest to its centre."""
+        """Pixel offsets of an ellipse: the `count` pixels with the smallest elliptic distance to its centre."""
         turn, stretch = rng.uniform(0, np.pi), rng.uniform(1.0, 1.7)
         along = self.dx * np.cos(turn) + self.dy * np.sin(turn)
         across = self.dy * np.cos(turn) - self.dx * np.sin(turn)
@@ -151,33 +152,33 @@ class FundusPainter:
         middle = self.dx.shape[0] // 2
         return rows - middle, columns - middle
 
-    def _place(
+    def _free_position(
         self,
         rng: np.random.Generator,
         taken: list[tuple[float, float, float]],
         focus: Array,
         spread: float,
-        room: float,
+        reach: float,
         centre: Array,
         radius: float,
     ) -> Array:
-        """A free pixel (x, y) near `focus` for a shape of radius `room`, well inside the disc."""
-        gap = room
+        """A pixel (x, y) near `focus` where a shape of radius `reach` overlaps no other shape and lies in the disc."""
+        gap = reach
         while True:
             at = focus + rng.normal(0, spread, 2)
-            inside = np.hypot(*(at - centre)) < 0.9 * radius - room
+            inside = np.hypot(*(at - centre)) < 0.9 * radius - reach
             if inside and all((at[0] - x) ** 2 + (at[1] - y) ** 2 > (gap + r) ** 2 for x, y, r in taken):
                 taken.append((float(at[0]), float(at[1]), gap))
                 return np.round(at).astype(int)
-            # In a crowded eye shapes may come closer, and the search widens, so that it always ends.
+            # Smaller gaps and a wider search after each failure make the loop end in a crowded eye too.
             gap, spread = 0.995 * gap, min(1.01 * spread, 0.6 * radius)
 
     def _fill(self, rng: np.random.Generator, image: Array, pixels: Pixels, at: Array, colour: Array) -> None:
         grain = rng.normal(1, 0.06, (len(pixels[0]), 1))
         image[pixels[0] + at[1], pixels[1] + at[0]] = colour * grain
 
-    def _exposed(self, rng: np.random.Generator, image: Array, centre: Array, radius: float) -> Array:
-        """Uneven light, the round field of view, sensor noise: (S,S,3) uint8."""
+    def _expose(self, rng: np.random.Generator, image: Array, centre: Array, radius: float) -> Array:
+        """Apply uneven light, the round field of view and sensor noise; return (S,S,3) uint8."""
         light = 0.62 + 0.42 * self._glow(centre + rng.normal(0, 0.3 * radius, 2), rng.uniform(0.8, 1.3) * radius)
         edge = radius - np.hypot(self.x - centre[0], self.y - centre[1])
         image *= (light * np.clip(edge / (1.5 * self.unit), 0, 1))[..., None]
@@ -185,43 +186,50 @@ class FundusPainter:
         return (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
 
 
-# To be raised whenever the same arguments paint other pixels: it is part of the data hash.
+# Part of the data hash; has to be increased whenever the same arguments paint other pixels.
 _VERSION = 1
 
 
 def synthetic_labels(seed: int, split: int, count: int) -> np.ndarray:
-    """A seeded order of floor(count / 2) ones and as many (or one more) zeros, (count,) int64."""
+    """Labels (count,) int64 in a seeded order: floor(count / 2) ones, and zeros.
+
+    Example:
+        >>> sorted(synthetic_labels(0, 0, 5).tolist())
+        [0, 0, 0, 1, 1]
+    """
     labels = np.arange(count, dtype=np.int64) % 2
     return np.random.default_rng([seed, split]).permutation(labels)
 
 
 class SyntheticFundus(ImageDataModule):
-    """Two classes of synthetic fundus images: healthy (0) and with lesions (1), the latter with their exact mask.
+    """Synthetic fundus images of two classes, healthy (0) and with lesions (1), with exact masks of the lesions.
 
     Image `index` of a split depends on (data_seed, split, index) alone. Lesions are broken bright rings around a dark
-    spot and cover at most 3 % of the pixels; every image also carries bright and dark blobs of the same colours, and
-    the same number of bright and dark pixels, so that colour statistics do not tell the classes apart. A split is
-    painted once, in `setup`, and kept in memory (uint8).
+    spot and cover at most 3 % of the pixels. Every image has bright and dark blobs of the same colours and with as many
+    pixels, so that colour statistics do not distinguish the classes. A split is painted once, in `setup`, and kept in
+    memory (uint8).
 
     Args:
-        n_train: training images, half of them with lesions, as in the other splits.
-        n_val: validation images.
-        n_test: test images.
+        n_train: number of training images; half of the images of every split have lesions.
+        n_val: number of validation images.
+        n_test: number of test images.
         image_size: side in pixels, at least 48.
-        data_seed: of the images.
-        mean: per channel, of values in [0,1].
-        std: per channel, likewise.
-        batch_size: see `ImageDataModule`, as for all further arguments.
-        num_workers: worker processes per loader.
-        seed: of the training order and the augmentation.
-        balanced_sampler: class-balanced batches.
-        drop_last: leave out an incomplete last training batch.
-        augmentation: of the training split; only flips by default (a crop or an erased rectangle can remove all
-            lesions of an image, whose label then is wrong), None for none.
-        cache_dir: folder of the bias image.
+        data_seed: seed of the images.
+        mean: mean of each channel for values in [0,1].
+        std: standard deviation of each channel for values in [0,1].
+        augmentation: augmentation of the training split; only flips by default, because a crop or an erased rectangle
+            can remove all lesions of an image and make its label wrong.
+        kwargs: further arguments of `ImageDataModule`.
 
     Raises:
-        ValueError: a split has fewer than two images, or `image_size` is below 48.
+        InputError: a split has fewer than two images, or `image_size` is below 48.
+
+    Example:
+        >>> data = SyntheticFundus(n_train=4, n_val=2, n_test=2, image_size=48, batch_size=2)
+        >>> data.setup("test")
+        >>> batch = next(iter(data.test_dataloader()))
+        >>> batch["image"].shape, batch["mask"].any(dim=(1, 2)).tolist() == batch["label"].bool().tolist()
+        (torch.Size([2, 3, 48, 48]), True)
     """
 
     def __init__(
@@ -233,27 +241,10 @@ class SyntheticFundus(ImageDataModule):
         data_seed: int = 0,
         mean: list[float] | None = [0.454, 0.215, 0.091],  # noqa: B006 (read only)
         std: list[float] | None = [0.348, 0.187, 0.085],  # noqa: B006 (read only)
-        batch_size: int = 32,
-        num_workers: int = 0,
-        seed: int = 42,
-        balanced_sampler: bool = False,
-        drop_last: bool = False,
         augmentation: Augmentation | None = FLIPS,
-        cache_dir: str | os.PathLike[str] | None = None,
+        **kwargs: Any,
     ) -> None:
-        super().__init__(
-            image_size,
-            mean,
-            std,
-            batch_size,
-            num_workers,
-            seed,
-            balanced_sampler,
-            drop_last,
-            augmentation,
-            cache_images=True,
-            cache_dir=cache_dir,
-        )
+        super().__init__(image_size, mean, std, augmentation=augmentation, cache_images=True, **kwargs)
         self.counts: dict[Split, int] = {"train": n_train, "val": n_val, "test": n_test}
         for split, count in self.counts.items():
             if count < 2:
@@ -267,7 +258,7 @@ class SyntheticFundus(ImageDataModule):
 
 
 class PaintedSource(Source):
-    """A split of `SyntheticFundus`: every image is painted when it is asked for."""
+    """A split of `SyntheticFundus`; `load` paints the image."""
 
     has_masks = True
 

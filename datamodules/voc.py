@@ -1,4 +1,4 @@
-"""Object detection data in the Pascal VOC layout: VOC itself, and any set of images with XML annotations."""
+"""Object detection data in the Pascal VOC layout: VOC itself, or any set of images with XML annotations."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from xml.parsers import expat
 import numpy as np
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from datamodules.base import SPLITS, ImageDataModule, OnBadImage, Split, data_root
+from datamodules.base import ImageDataModule, data_root
 from datamodules.io.boxes import BoxDataset, BoxTransform, Objects, collate_boxes
 from datamodules.io.sources import FileSource, Record, Source
-from datamodules.io.splits import readable_records
+from datamodules.io.splits import SPLITS, Split, readable_records
 from datamodules.io.transforms import Augmentation
 from labn.errors import InputError, MissingFileError
 from labn.io.images import MAX_PIXELS, SUFFIXES, by_stem, oriented_size
@@ -27,12 +27,18 @@ from labn.io.readers import path_inside, read_text
 PixelBox = tuple[float, float, float, float]
 
 MAX_XML = 2**24
-"""Bytes of one annotation."""
+"""Largest size of an annotation file in bytes."""
 
 
 @dataclass(frozen=True)
 class AnnotatedObject:
-    """One object as the file gives it: class name, edges in pixels (x1, y1, x2, y2), and its flag."""
+    """One object of an annotation file.
+
+    Attributes:
+        name: name of the class.
+        box: edges x1, y1, x2, y2 in pixels.
+        difficult: whether the file marks the object as difficult to recognise.
+    """
 
     name: str
     box: PixelBox
@@ -41,7 +47,14 @@ class AnnotatedObject:
 
 @dataclass(frozen=True)
 class Annotation:
-    """One XML file: image size in pixels, objects, and what was left out of them, one sentence each."""
+    """The content of one annotation file.
+
+    Attributes:
+        width: width of the image in pixels.
+        height: height of the image in pixels.
+        objects: objects that are used.
+        notes: one sentence for each object that was clipped or left out.
+    """
 
     width: int
     height: int
@@ -50,19 +63,30 @@ class Annotation:
 
 
 def read_annotation(path: Path, on_bad_box: str = "stop") -> Annotation:
-    """Read one annotation.
+    """Read an annotation file.
 
-    VOC counts pixels from 1 and includes the last one, so x1 = xmin - 1 and x2 = xmax as edges. An object without area
-    (xmax <= xmin or ymax <= ymin) is left out with a note.
+    VOC counts pixels from 1 and includes the last one, so the edges are x1 = xmin - 1 and x2 = xmax. An object without
+    area (xmax <= xmin or ymax <= ymin) is left out with a note.
 
     Args:
         path: the XML file.
-        on_bad_box: for a box that leaves the image: `stop` raises, `clip` cuts it and notes it.
+        on_bad_box: `stop` raises for a box that reaches outside the image, `clip` clips it with a note.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: broken XML or a document type (the message has file and line), a missing or non-numeric field, or a
-            box outside.
+        MissingFileError: the file does not exist.
+        InputError: the XML is broken or declares a document type (the message has file and line), a field is missing or
+            not a number, or a box reaches outside the image.
+
+    Example:
+        >>> import tempfile
+        >>> text = '''<annotation><size><width>20</width><height>10</height></size><object><name>cat</name>
+        ... <bndbox><xmin>1</xmin><ymin>3</ymin><xmax>8</xmax><ymax>10</ymax></bndbox></object></annotation>'''
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "1.xml"
+        ...     _ = path.write_text(text)
+        ...     annotation = read_annotation(path)
+        >>> annotation.objects[0].box
+        (0.0, 2.0, 8.0, 10.0)
     """
     if not path.is_file():
         raise MissingFileError(f"Annotation {path} does not exist.")
@@ -72,19 +96,21 @@ def read_annotation(path: Path, on_bad_box: str = "stop") -> Annotation:
         raise InputError(f"{path}: size is {size[0]} x {size[1]}; width and height must be at least one pixel.")
     objects: list[AnnotatedObject] = []
     notes: list[str] = []
-    for place, item in enumerate(root.iter("object"), start=1):
-        found, note = _clip_or_drop(
-            _parse_object(item, f"{path}, object {place}"), size, on_bad_box, f"{path}, object {place}"
-        )
-        objects += [found] if found else []
+    for number, element in enumerate(root.iter("object"), start=1):
+        where = f"{path}, object {number}"
+        used, note = _clip_or_drop(_parse_object(element, where), size, on_bad_box, where)
+        objects += [used] if used else []
         notes += [note] if note else []
     return Annotation(size[0], size[1], tuple(objects), tuple(notes))
 
 
 def _parse_xml(path: Path) -> ElementTree.Element:
-    """The root element; a document type, with which a few lines become gigabytes or name other files, is refused."""
+    """The root element of an XML file without a document type.
+
+    A document type could expand a few lines to gigabytes, or include other files; the first pass raises for it.
+    """
     if path.stat().st_size > MAX_XML:
-        raise InputError(f"{path} is larger than {MAX_XML} bytes; no annotation of one image is.")
+        raise InputError(f"{path} is larger than {MAX_XML} bytes; an annotation file must be smaller.")
     data = path.read_bytes()
     first = expat.ParserCreate()
 
@@ -105,22 +131,22 @@ def _parse_xml(path: Path) -> ElementTree.Element:
 
 
 def _clip_or_drop(
-    found: AnnotatedObject, size: tuple[int, int], on_bad_box: str, where: str
+    item: AnnotatedObject, size: tuple[int, int], on_bad_box: str, where: str
 ) -> tuple[AnnotatedObject | None, str | None]:
-    """The object as it is used (None: not at all), and what there is to say about it."""
-    x1, y1, x2, y2 = found.box
+    """The object with its box clipped to the image, or None if it has no area; and a note about the change."""
+    x1, y1, x2, y2 = item.box
     if x2 - x1 <= 1 or y2 - y1 <= 1:  # edges are one pixel further apart than VOC's inclusive coordinates
-        return None, f"{where} ({found.name}) has a box without area and is left out."
+        return None, f"{where} ({item.name}) has a box without area and is left out."
     width, height = size
-    path_inside = (max(x1, 0.0), max(y1, 0.0), min(x2, width), min(y2, height))
-    if path_inside == found.box:
-        return found, None
-    if on_bad_box == "stop" or path_inside[2] <= path_inside[0] or path_inside[3] <= path_inside[1]:
+    clipped = (max(x1, 0.0), max(y1, 0.0), min(x2, width), min(y2, height))
+    if clipped == item.box:
+        return item, None
+    if on_bad_box == "stop" or clipped[2] <= clipped[0] or clipped[3] <= clipped[1]:
         raise InputError(
-            f"{where} ({found.name}): its box reaches outside the image of {width} x {height} pixels; correct it, or "
+            f"{where} ({item.name}): its box reaches outside the image of {width} x {height} pixels; correct it, or "
             "set on_bad_box: clip for boxes that lie partly inside."
         )
-    return replace(found, box=path_inside), f"{where} ({found.name}) reaches outside the image and is clipped."
+    return replace(item, box=clipped), f"{where} ({item.name}) reaches outside the image and is clipped."
 
 
 def _parse_object(item: ElementTree.Element, where: str) -> AnnotatedObject:
@@ -146,23 +172,51 @@ DETECTION = Augmentation(vertical_flip=0.0, rotation=0.0, crop_scale=(0.5, 1.0),
 
 
 class VOC(ImageDataModule):
-    """`root/{Annotations,ImageSets/Main,JPEGImages}`, images squashed to image_size x image_size.
+    """Images with boxed objects in `root/{Annotations,ImageSets/Main,JPEGImages}`, squashed to squares.
 
     Batches carry `boxes`, `labels` and `difficult` as lists with one tensor per image: (n,4) float32 x1, y1, x2, y2 in
-    pixels of the resized image, (n,) int64 object classes (no background; 0 is the first of `class_names`), (n,) bool.
-    `label` is the class of the image's largest object, -1 where there is none. Difficult objects are left out of
-    training; boxes without area are dropped everywhere with a warning.
+    pixels of the resized image, (n,) int64 object classes (0 is the first of `class_names`; there is no background
+    class), and (n,) bool. `label` is the class of the image's largest object, or -1 for an image without objects.
+    Difficult objects are left out of training; boxes without area are dropped in every split, with a warning.
 
     Args:
         root: the data set's folder; None takes `$LABN_DATA/<name>`.
         name: folder of the data set in `$LABN_DATA`.
-        classes: names of the object classes, in order; None finds them (sorted) in the annotations of all splits.
-        image_sets: split -> name of its list in ImageSets/Main, without `.txt`. Validation and test may share images,
-            training shares none with them.
-        on_bad_box: for a box that reaches outside its image: "stop" raises, "clip" cuts it and reports it.
-        min_visibility: training objects of which a crop leaves less than this share are dropped.
-        image_size, mean, std, batch_size, num_workers, seed, drop_last, augmentation, on_bad_image, cache_images,
-            cache_dir: see `ImageDataModule`.
+        classes: names of the object classes, in the order of their labels; None takes all names in the annotations of
+            all splits, sorted.
+        image_sets: split -> name of its list in ImageSets/Main, without `.txt`. Validation and test may share images;
+            training must not share images with them.
+        on_bad_box: "stop" raises for a box that reaches outside its image, "clip" clips it and lists it in `report()`.
+        min_visibility: training objects are dropped where a crop leaves less than this share of their area.
+        image_size: side in pixels; SSD300 needs 300.
+        mean: mean of each channel for values in [0,1]; ImageNet's by default.
+        std: standard deviation of each channel for values in [0,1]; ImageNet's by default.
+        augmentation: augmentation of the training split; by default horizontal flips, crops of at least half of the
+            image, and colour jitter.
+        kwargs: further arguments of `ImageDataModule`.
+
+    Raises:
+        MissingFileError: a folder, list, annotation or image is missing (raised when the data is first used).
+        InputError: an argument is wrong (at once); or, when the data is first used, lists overlap or name an image
+            twice, an annotation is broken, its size is not that of the image, or a class is not in `classes`.
+
+    Example:
+        >>> import tempfile, cv2
+        >>> object_ = "<object><name>cat</name><bndbox>{}</bndbox></object>"
+        >>> edges = "<xmin>1</xmin><ymin>1</ymin><xmax>10</xmax><ymax>5</ymax>"
+        >>> size = "<size><width>20</width><height>10</height></size>"
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     for name in ("Annotations", "ImageSets/Main", "JPEGImages"):
+        ...         (Path(folder) / name).mkdir(parents=True)
+        ...     for split in ("train", "val", "test"):
+        ...         _ = Path(f"{folder}/ImageSets/Main/{split}.txt").write_text(f"{split}_1")
+        ...         annotation = f"<annotation>{size}{object_.format(edges)}</annotation>"
+        ...         _ = Path(f"{folder}/Annotations/{split}_1.xml").write_text(annotation)
+        ...         _ = cv2.imwrite(f"{folder}/JPEGImages/{split}_1.png", np.zeros((10, 20, 3), np.uint8))
+        ...     data = VOC(folder, image_size=40)
+        ...     sample = data.dataset("test")[0]
+        >>> data.class_names, sample["labels"].tolist(), sample["boxes"].tolist()
+        (['cat'], [0], [[0.0, 0.0, 20.0, 20.0]])
     """
 
     positive_classes = ()
@@ -178,31 +232,14 @@ class VOC(ImageDataModule):
         image_size: int = 300,
         mean: list[float] | None = [0.485, 0.456, 0.406],  # noqa: B006
         std: list[float] | None = [0.229, 0.224, 0.225],  # noqa: B006
-        batch_size: int = 32,
-        num_workers: int = 0,
-        seed: int = 42,
-        drop_last: bool = False,
         augmentation: Augmentation | None = DETECTION,
-        on_bad_image: OnBadImage = "stop",
-        cache_images: bool = False,
-        cache_dir: str | os.PathLike[str] | None = None,
+        **kwargs: Any,
     ) -> None:
         if on_bad_box not in ("stop", "clip"):
             raise InputError(f"on_bad_box is {on_bad_box!r}; it must be 'stop' or 'clip'.")
-        super().__init__(
-            image_size,
-            mean,
-            std,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            drop_last=drop_last,
-            augmentation=augmentation,
-            on_bad_image=on_bad_image,
-            cache_images=cache_images,
-            cache_dir=cache_dir,
-        )
-        self._place = (name, root)
+        # Classes of images with several objects cannot be balanced, so `balanced_sampler` is not offered.
+        super().__init__(image_size, mean, std, augmentation=augmentation, balanced_sampler=False, **kwargs)
+        self._root_arguments = (name, root)
         self.image_sets = {split: split for split in SPLITS} | (image_sets or {})
         if unknown := self.image_sets.keys() - set(SPLITS):
             raise InputError(f"image_sets has the split {unknown.pop()!r}; splits are {', '.join(SPLITS)}.")
@@ -214,19 +251,19 @@ class VOC(ImageDataModule):
         """The data set's folder.
 
         Raises:
-            FileNotFoundError: it does not exist.
+            MissingFileError: the folder does not exist.
         """
-        return data_root(*self._place)
+        return data_root(*self._root_arguments)
 
     @cached_property
     def class_names(self) -> list[str]:  # type: ignore[override]
-        """Object classes: as given, else all names in the annotations, sorted."""
+        """Object classes: the argument `classes`, or all names in the annotations, sorted."""
         if self._classes is not None:
             return self._classes
-        found = {o.name for file in self._annotations.values() for o in file.objects}
-        if not found:
+        names = {o.name for file in self._annotations.values() for o in file.objects}
+        if not names:
             raise InputError(f"No annotation of {self.root} names an object; a detector needs at least one class.")
-        return sorted(found)
+        return sorted(names)
 
     @cached_property
     def _lists(self) -> dict[Split, list[str]]:
@@ -248,16 +285,16 @@ class VOC(ImageDataModule):
         lines = [(n, text.split()[0]) for n, text in enumerate(read_text(path).splitlines(), start=1) if text.strip()]
         if not lines:
             raise InputError(f"Image list {path} is empty; every split needs an image.")
-        seen: dict[str, int] = {}
+        line_of: dict[str, int] = {}
         for number, word in lines:
             path_inside(self.root / "Annotations", f"{word}.xml", f"{path}, line {number}")
-            if word in seen:
+            if word in line_of:
                 raise InputError(
-                    f"{path}, line {number}: {word!r} stands in line {seen[word]} already; every image needs exactly "
+                    f"{path}, line {number}: {word!r} is already in line {line_of[word]}; every image needs exactly "
                     "one line."
                 )
-            seen[word] = number
-        return list(seen)
+            line_of[word] = number
+        return list(line_of)
 
     @cached_property
     def _annotations(self) -> dict[str, Annotation]:
@@ -269,10 +306,10 @@ class VOC(ImageDataModule):
         return {name: self._numbered(name, file) for name, file in self._annotations.items()}
 
     def _numbered(self, name: str, file: Annotation) -> Objects:
-        for place, found in enumerate(file.objects, start=1):
-            if found.name not in self.class_names:
+        for number, item in enumerate(file.objects, start=1):
+            if item.name not in self.class_names:
                 raise InputError(
-                    f"{self.root / 'Annotations' / name}.xml, object {place}: class {found.name!r} is not one of "
+                    f"{self.root / 'Annotations' / name}.xml, object {number}: class {item.name!r} is not one of "
                     f"{', '.join(self.class_names)}; add it to `classes`, or leave `classes` out."
                 )
         scale = np.array([file.width, file.height] * 2, dtype=np.float64)
@@ -302,12 +339,12 @@ class VOC(ImageDataModule):
         return Record(name, largest_class(self._objects[name]), images[name])
 
     def _check_size(self, record: Record) -> None:
-        """Boxes are scaled by the annotation's size, so an image of another size would get them in wrong places."""
-        file, found = self._annotations[record.name], oriented_size(record.path)
-        if found != (file.width, file.height):
+        """Compare the image's size with that of its annotation, which the boxes are scaled by."""
+        file, size = self._annotations[record.name], oriented_size(record.path)
+        if size != (file.width, file.height):
             raise InputError(
                 f"Annotation {self.root / 'Annotations' / record.name}.xml is of {file.width} x {file.height} pixels, "
-                f"but image {record.path} has {found[0]} x {found[1]} (as its EXIF orientation turns it); make them "
+                f"but image {record.path} has {size[0]} x {size[1]} (with its EXIF orientation applied); make them "
                 "agree."
             )
 
@@ -316,7 +353,7 @@ class VOC(ImageDataModule):
         return [self._objects[name] for name in self.source(split).names]
 
     def dataset(self, split: Split, augment: bool = False) -> BoxDataset:
-        """The split as a dataset of single samples, augmented and without difficult objects only on request."""
+        """The split as a dataset of single samples; `augment` also leaves difficult objects out."""
         chosen = self.augmentation if augment else None
         transform = BoxTransform(self.image_size, self.mean, self.std, chosen, self.min_visibility)
         return BoxDataset(self.source(split), self.objects(split), transform, self.seed, drop_difficult=augment)
@@ -330,7 +367,7 @@ class VOC(ImageDataModule):
 
 
 class VOCSource(FileSource):
-    """Image files whose data hash depends on their objects too."""
+    """Image files whose data hash includes their objects."""
 
     def __init__(self, records: list[Record], size: int, objects: list[Objects]) -> None:
         super().__init__(records, size)
@@ -338,13 +375,13 @@ class VOCSource(FileSource):
 
     @property
     def identity(self) -> list[object]:  # type: ignore[override]
-        """Files, settings and objects."""
+        """The identity of the files and settings, followed by all objects."""
         objects = [(o.boxes.tolist(), o.labels.tolist(), o.difficult.tolist()) for o in self._objects]
         return [*super().identity, "boxes", *objects]
 
 
 def largest_class(objects: Objects) -> int:
-    """Class of the object with the largest area, -1 where there is none."""
+    """Class of the object with the largest area; -1 without any object."""
     if not len(objects):
         return -1
     x1, y1, x2, y2 = objects.boxes.T

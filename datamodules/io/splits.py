@@ -1,4 +1,4 @@
-"""Splitting file records so that byte-identical images never end up on two sides."""
+"""Splits of a data set: their names, checks of their files, and random splits that keep identical images together."""
 
 from __future__ import annotations
 
@@ -6,15 +6,21 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 
-from datamodules.base import OnBadImage
 from datamodules.io.sources import Record, file_error
 from labn.errors import InputError
 from labn.io.images import BadImageError, identical_groups
 from labn.io.readers import leaves_folder, non_utf8_name
+
+Split = Literal["train", "val", "test"]
+
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+OnBadImage = Literal["stop", "skip"]
+"""A damaged file raises an error, or its sample is left out with a note."""
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
 
@@ -25,19 +31,19 @@ def readable_records(
     roots: Sequence[Path],
     check: Callable[[AnyRecord], str | None] = file_error,
 ) -> tuple[list[AnyRecord], list[str]]:
-    """Check all files cheaply.
+    """Check the files of all records without decoding them where the format allows it.
 
     Args:
         records: images with their masks.
-        on_bad_image: "stop" or "skip".
-        roots: folders of the data set; a link that leaves all of them is bad.
-        check: gives a sentence about a bad file.
+        on_bad_image: "stop" raises at the first damaged file; "skip" leaves its record out.
+        roots: folders of the data set; a link whose target lies outside all of them counts as damaged.
+        check: returns one sentence about a damaged file of a record, or None.
 
     Returns:
-        The good records and a note for each bad one.
+        The readable records, and a note for each of the others.
 
     Raises:
-        BadImageError: a file is bad and `on_bad_image` is "stop".
+        BadImageError: a file is damaged and `on_bad_image` is "stop".
     """
     good, notes = [], []
     real_roots = [os.path.realpath(root) for root in roots]
@@ -65,36 +71,37 @@ def _link_error(record: Record, real_roots: Sequence[str]) -> str | None:
 
 
 def without_copies(records: Sequence[AnyRecord], held_out: Sequence[Record]) -> tuple[list[AnyRecord], list[str]]:
-    """Leave out of `records` what is byte-identical to one of `held_out`.
+    """Leave out the records whose image is byte-identical to an image of `held_out`.
 
     Returns:
-        The records that stay and a note for each that leaves.
+        The remaining records, and a note for each record that was left out.
     """
     everything: list[Record] = [*held_out, *records]
     groups = identical_groups([r.path for r in everything])
-    seen = dict(zip(groups, held_out))
-    kept, notes = [], []
+    originals = dict(zip(groups, held_out))
+    remaining, notes = [], []
     for record, group in zip(records, groups[len(held_out) :]):
-        if group in seen:
+        if group in originals:
             notes.append(
                 f"  left out of training: {record.name} (class {record.label}) is byte-identical to the held-out image "
-                f"{seen[group].name} (class {seen[group].label})"
+                f"{originals[group].name} (class {originals[group].label})"
             )
         else:
-            kept.append(record)
-    return kept, notes
+            remaining.append(record)
+    return remaining, notes
 
 
 def split_off(
     records: Sequence[AnyRecord], fraction: float, seed: int
 ) -> tuple[list[AnyRecord], list[AnyRecord], list[str]]:
-    """Split at random into (1 - fraction) and round(fraction * N) records; identical images stay together.
+    """Split off round(fraction * N) of N records at random (seeded); byte-identical images stay on one side.
 
     Returns:
-        The two parts, each in the order of `records`, and a note for each set of identical images.
+        The remaining records, those split off, each in the order of `records`, and a note for each set of identical
+        images.
 
     Raises:
-        ValueError: `fraction` is not between 0 and 1.
+        InputError: `fraction` is not between 0 and 1.
     """
     if not 0.0 < fraction < 1.0:
         raise InputError(f"The fraction to split off is {fraction}; it must lie between 0 and 1.")
@@ -102,14 +109,15 @@ def split_off(
     for i, group in enumerate(identical_groups([r.path for r in records])):
         members[group].append(i)
     groups = list(members.values())
-    wanted = round(fraction * len(records))
+    count = round(fraction * len(records))
     chosen: set[int] = set()
+    # Whole groups of identical images are drawn; one that would exceed the count is passed over.
     for g in np.random.default_rng(seed).permutation(len(groups)):
-        if len(chosen) + len(groups[g]) <= wanted:
+        if len(chosen) + len(groups[g]) <= count:
             chosen.update(groups[g])
     rest = [r for i, r in enumerate(records) if i not in chosen]
-    part = [r for i, r in enumerate(records) if i in chosen]
-    return rest, part, [_note(records, g) for g in groups if len(g) > 1]
+    split = [r for i, r in enumerate(records) if i in chosen]
+    return rest, split, [_note(records, g) for g in groups if len(g) > 1]
 
 
 def _note(records: Sequence[Record], group: Sequence[int]) -> str:

@@ -1,8 +1,9 @@
-"""Splits in tar files with an index: which shard, which bytes, which checksum (the layout of WebDataset, read exactly).
+"""Splits in tar files with an index of shard, byte range and checksum of every sample (the layout of WebDataset).
 
-A folder holds `shards.json`, and for every split `<split>.index.npz` with the tar files `<split>-00000.tar`, ... In a
-tar file sample 12 is `000000012.png`, its region `000000012.mask.png` and its class `000000012.cls`, so that tools that
-read such files in order can read them too. The index lets any process read any sample by itself.
+A folder holds the manifest `shards.json` and, for every split, the index `<split>.index.npz` and the tar files
+`<split>-00000.tar`, `<split>-00001.tar`, ... Sample 12 is stored as `000000012.png`, its region as `000000012.mask.png`
+and its class as `000000012.cls`, so that WebDataset tools, which read tar files in order, can read them too. With the
+index, any process can read any single sample.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ import tarfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
 
-from datamodules.base import ImageDataModule, Split
 from datamodules.io.sources import Array, Source
+from datamodules.io.splits import Split
 from labn.errors import InputError
 from labn.io.atomic import write_atomically, written_atomically
 
@@ -28,13 +29,41 @@ MANIFEST = "shards.json"
 FORMAT = 1
 
 PREPARATION_FIELDS = ("image_size", "channels", "crop", "shorter", "caption", "fits_range")
-"""What the manifest keeps of how pictures are prepared, beside mean and standard deviation."""
+"""Settings of the picture preparation that the manifest stores beside mean and standard deviation."""
 
 SPAN = np.dtype([("shard", np.int32), ("offset", np.int64), ("size", np.int64), ("crc", np.uint32)])
-"""Where the bytes of a picture lie; a size of 0: there is none."""
+"""Shard number, byte range and CRC-32 of a picture; a size of 0 means that the sample has no such picture."""
 
 Fetch = Callable[[str, int, int], bytes]
-"""Name of a file of the folder, first byte, byte behind the last -> the bytes between."""
+"""(file name, start, end) -> the bytes from `start` to before `end`."""
+
+
+class Storable(Protocol):
+    """The attributes of `ImageDataModule` that are written to shards."""
+
+    class_names: list[str]
+    positive_classes: tuple[int, ...]
+
+    @property
+    def splits(self) -> list[Split]:
+        """Names of the splits."""
+
+    @property
+    def mean(self) -> list[float]:
+        """Mean of each channel."""
+
+    @property
+    def std(self) -> list[float]:
+        """Standard deviation of each channel."""
+
+    def source(self, split: Split) -> Source:
+        """The source of a split."""
+
+    def fingerprint(self, split: Split) -> str:
+        """Data hash of a split."""
+
+    def check_storable(self) -> None:
+        """Raise InputError for samples with further fields than shards can hold."""
 
 
 def index_name(split: str) -> str:
@@ -48,9 +77,10 @@ def shard_file(split: str, number: int) -> str:
 
 
 def encode_png(pixels: Array) -> bytes:
-    """(H,W,C) uint8 (RGB or grey) or (H,W) bool as a PNG, without loss."""
+    """A lossless PNG of (H,W,C) uint8 (RGB or grey) or of (H,W) bool."""
     if pixels.dtype == bool:
         pixels = pixels.astype(np.uint8) * 255
+    # OpenCV expects BGR.
     done, data = cv2.imencode(".png", pixels[..., ::-1] if pixels.ndim == 3 and pixels.shape[2] == 3 else pixels)
     if not done:
         raise InputError(f"Pixels of shape {pixels.shape} cannot be stored as a PNG.")
@@ -58,16 +88,16 @@ def encode_png(pixels: Array) -> bytes:
 
 
 def write_split(source: Source, split: str, folder: Path, samples_per_shard: int) -> int:
-    """Write the pixels of a split as its data set prepares them, before augmentation; returns the number of shards."""
+    """Write the samples of a split, prepared and not augmented, and their index; return the number of shards."""
     image, mask = np.zeros(len(source), SPAN), np.zeros(len(source), SPAN)
     shards = -(-len(source) // samples_per_shard)
     for number in range(shards):
-        part = range(number * samples_per_shard, min((number + 1) * samples_per_shard, len(source)))
+        indices = range(number * samples_per_shard, min((number + 1) * samples_per_shard, len(source)))
         with (
             written_atomically(folder / shard_file(split, number)) as file,
             tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
         ):
-            for index in part:
+            for index in indices:
                 pixels, region = source.load(index)
                 image[index] = (number, *_add_file(tar, f"{index:09d}.png", encode_png(pixels)))
                 if region is not None:
@@ -83,47 +113,26 @@ def write_split(source: Source, split: str, folder: Path, samples_per_shard: int
 
 
 def _add_file(tar: tarfile.TarFile, name: str, data: bytes) -> tuple[int, int, int]:
-    """Offset, size and checksum of what was added."""
+    """Add a file to a tar archive; return offset, size and CRC-32 of its data."""
+    # A default `TarInfo` has time stamp, owner and mode fixed, so that equal samples give equal tar files.
     entry = tarfile.TarInfo(name)
     entry.size = len(data)
+    # The data follows one header block.
     offset = tar.offset + tarfile.BLOCKSIZE  # type: ignore[attr-defined]
     tar.addfile(entry, io.BytesIO(data))
     return offset, len(data), zlib.crc32(data)
 
 
-def check_storable(data: ImageDataModule) -> None:
-    """Compare the samples of a data module with those of the base class, which are all that shards give back.
+def write_shards(data: Storable, folder: Path, samples_per_shard: int = 1000) -> dict[str, Any]:
+    """Write every split of a data module to tar files; see `ImageDataModule.write_shards`.
 
     Raises:
-        ValueError: they have further fields.
-    """
-    for split in data.splits:
-        more = data.dataset(split)[0].keys() - ImageDataModule.dataset(data, split)[0].keys()
-        if more:
-            raise InputError(
-                f"Samples of {type(data).__name__} carry {', '.join(sorted(more))} too, which shards would lose; "
-                "shards are for data sets with one class, and at most one region and one group, per image."
-            )
-
-
-def write_shards(data: ImageDataModule, folder: Path, samples_per_shard: int = 1000) -> dict[str, Any]:
-    """Write every split of a data module to tar files; the manifest comes last, so that a folder with it is whole.
-
-    Args:
-        data: a data module of single images, each with one class and at most one region and one group.
-        folder: is made; shards that are there already are written again.
-        samples_per_shard: of one tar file.
-
-    Returns:
-        The manifest.
-
-    Raises:
-        ValueError: `samples_per_shard` is below 1, a picture cannot be read, or samples of `data` have more to them
-            than what shards keep, as those of `VOC` have.
+        InputError: `samples_per_shard` is below 1, a picture cannot be read, or samples have fields that shards cannot
+            hold.
     """
     if samples_per_shard < 1:
         raise InputError(f"samples_per_shard is {samples_per_shard}; it must be at least 1.")
-    check_storable(data)
+    data.check_storable()
     splits = {}
     for split in data.splits:
         source = data.source(split)
@@ -143,19 +152,20 @@ def write_shards(data: ImageDataModule, folder: Path, samples_per_shard: int = 1
         "mean": [float(value) for value in data.mean],
         "std": [float(value) for value in data.std],
     }
+    # The manifest comes last: a folder that has one is complete.
     write_atomically(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
     return manifest
 
 
 class ShardSource(Source):
-    """One split, read sample by sample: a process touches the bytes of its own indices only.
+    """A split in tar shards, read sample by sample: a process reads only the bytes of its own samples.
 
     Args:
-        where: the folder, for messages.
-        fetch: reads a range of bytes of one of its files.
+        where: the folder of the shards, for error messages.
+        fetch: reads a byte range of one of the folder's files.
         split: name of the split.
-        facts: its entry of the manifest.
-        arrays: its index.
+        facts: the split's entry in the manifest.
+        arrays: the arrays of the split's index.
     """
 
     def __init__(self, where: str, fetch: Fetch, split: Split, facts: dict[str, Any], arrays: dict[str, Array]) -> None:
@@ -166,7 +176,12 @@ class ShardSource(Source):
         self.identity = ["shards", facts["fingerprint"], zlib.crc32(self.image.tobytes() + self.mask.tobytes())]
 
     def load(self, index: int) -> tuple[Array, Array | None]:
-        """See `Source.load`. Raises `ValueError` naming a shard whose bytes are missing or not those of the index."""
+        """See `Source.load`.
+
+        Raises:
+            InputError: the bytes of the sample are missing, or differ from the checksum of the index; the message
+                names the shard.
+        """
         pixels = self._decoded(self.image[index], index)
         image = np.ascontiguousarray(pixels[..., ::-1]) if pixels.ndim == 3 else pixels[..., None]
         return image, self._decoded(self.mask[index], index) > 0 if self.has_masks else None
@@ -179,7 +194,7 @@ class ShardSource(Source):
         except OSError as error:
             raise InputError(f"{where}: cannot be read ({error.strerror or error}); copy the shard again.") from error
         if len(data) != size or zlib.crc32(data) != int(span["crc"]):
-            raise InputError(f"{where}: bytes {start} to {start + size} are not what was written; copy it again.")
+            raise InputError(f"{where}: bytes {start} to {start + size} fail the checksum; copy the shard again.")
         pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
         if pixels is None:
             raise InputError(f"{where}: cannot be decoded; write the shards again.")
@@ -187,20 +202,21 @@ class ShardSource(Source):
 
 
 def check_index(where: str, facts: dict[str, Any], arrays: dict[str, Array]) -> list[int]:
-    """Compare a split's index with the manifest.
+    """Compare the index of a split with its entry in the manifest.
 
     Returns:
-        For every shard the number of bytes that it must have at least.
+        The smallest size in bytes that each shard must have.
 
     Raises:
-        ValueError: an array is missing, of another type or length, or points outside of the shards.
+        InputError: an array is missing, has another type or length, or points outside the shards.
     """
     count, kinds = facts["samples"], {"image": SPAN, "mask": SPAN, "label": np.int64, "name": None, "group": np.int64}
     for name, kind in kinds.items():
-        held = arrays.get(name)
-        if held is None and name == "group":
+        array = arrays.get(name)
+        if array is None and name == "group":
             continue
-        if held is None or held.shape != (count,) or (held.dtype.kind != "U" if kind is None else held.dtype != kind):
+        right_type = array is not None and (array.dtype.kind == "U" if kind is None else array.dtype == kind)
+        if array is None or array.shape != (count,) or not right_type:
             raise InputError(f"{where}: {name} is not an array of {count} entries of the right type; write it again.")
     ends = np.zeros(facts["shards"], dtype=np.int64)
     for name in ("image", "mask"):

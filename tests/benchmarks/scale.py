@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from callbacks import EvaluationCallback, ExplanationCallback
-from datamodules.base import ImageDataModule, Split
+from datamodules.base import ImageDataModule
+from datamodules.io.splits import Split
 from datamodules.io.sources import Source
 from labn.explainers import explainer_by_name
 from labn.results.shard_index import shard_name

@@ -267,7 +267,7 @@ def test_files_of_the_same_names_and_sizes_are_told_apart_by_their_contents(tmp_
 def test_files_are_read_for_the_hash_once(small_idrid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = IDRiD(root=small_idrid, image_size=32, cache_images=False)
     first = data.fingerprint("test")
-    monkeypatch.setattr(sources, "contents", lambda path: pytest.fail("read again"))
+    monkeypatch.setattr(sources, "content_hash", lambda path: pytest.fail("read again"))
     assert data.fingerprint("test") == first
 
 

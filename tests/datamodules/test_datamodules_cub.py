@@ -134,7 +134,7 @@ def edit(path: Path, line: int, text: str | None) -> None:
         ("images.txt", 12, None, r"image_class_labels\.txt, line 12: image 12 is not listed in .*images\.txt"),
         (LABELS, 3, "3 8", r"image_class_labels\.txt, line 3: class 8 is not listed in .*classes\.txt"),
         (LABELS, 3, "3 2", r"images\.txt, line 3: 001\.Heron/bird_3\.jpg is not in the folder of class 2"),
-        (LABELS, 4, "3 1", r"image_class_labels\.txt, line 4: number 3 stands in line 3 already"),
+        (LABELS, 4, "3 1", r"image_class_labels\.txt, line 4: number 3 is already in line 3"),
         (SPLIT, 6, "6 2", r"train_test_split\.txt, line 6: '6 2' must be an image number and 0 \(test\)"),
         (BOXES, 7, "7 1.0 2.0 3.0", r"bounding_boxes\.txt, line 7: .* must be an image number and x, y,"),
         (BOXES, 7, "7 1.0 2.0 0.0 3.0", r"bounding_boxes\.txt, line 7: .* in pixels with an area"),
@@ -166,7 +166,7 @@ def test_missing_list_and_missing_or_broken_image(birds: Path) -> None:
 def test_box_outside_of_its_image_is_named_with_its_line(birds: Path) -> None:
     edit(birds / "bounding_boxes.txt", 4, "4 70.0 5.0 10.0 10.0")
     with pytest.raises(
-        ValueError, match=r"bounding_boxes\.txt, line 4: box .* lies outside of .*bird_4\.jpg, which has 60 x 40"
+        ValueError, match=r"bounding_boxes\.txt, line 4: box .* lies outside .*bird_4\.jpg, which has 60 x 40"
     ):
         next(iter(small(birds).test_dataloader()))
 
@@ -174,7 +174,7 @@ def test_box_outside_of_its_image_is_named_with_its_line(birds: Path) -> None:
 def test_arguments(birds: Path) -> None:
     with pytest.raises(ValueError, match="resize is 200; it must be at least image_size, 224"):
         CUB(resize=200)
-    with pytest.raises(ValueError, match=r"classes is \[1, 1\]; name each class once"):
+    with pytest.raises(ValueError, match=r"classes is \[1, 1\]; give each class once"):
         CUB(classes=[1, 1])
     with pytest.raises(ValueError, match=r"classes has 9, of which .* lists no image"):
         _ = small(birds, classes=[1, 9]).num_classes

@@ -143,7 +143,7 @@ def write_splits(root: Path, *parts: str) -> Path:
 @pytest.mark.parametrize("name", ["valid", "Validation", "dev"])
 def test_a_split_of_another_name_is_refused(tmp_path: Path, name: str) -> None:
     root = write_splits(tmp_path / "given", "train", "test", name)
-    with pytest.raises(ValueError, match=rf"given/{name} is no split by its name; rename it to train, val or test"):
+    with pytest.raises(ValueError, match=rf"given/{name} is not read as a split; rename it to train, val or test"):
         folder(root).report()
 
 
@@ -170,7 +170,7 @@ def test_files_of_other_kinds_are_counted(pictures: Path) -> None:
     (pictures / "dog" / ".hidden").touch()
     (pictures / "dog" / "deeper").mkdir()
     report = folder(pictures, mean=[0.5] * 3, std=[0.5] * 3).report()
-    assert "left out 5 entries that no image is named like: 3 .gif, 1 .txt, 1 folder" in report
+    assert "left out 5 entries that are not image files: 3 .gif, 1 .txt, 1 folder" in report
 
 
 def test_masks_that_fit_no_image_are_refused(pictures: Path) -> None:
@@ -205,7 +205,7 @@ def test_a_channel_that_never_changes_is_divided_by_1(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("std", [[0.0, 0.2, 0.2], [0.2, -0.1, 0.2], [0.2, 0.2, float("nan")]])
 def test_a_std_that_is_not_above_0_is_refused(pictures: Path, std: list[float]) -> None:
-    with pytest.raises(ValueError, match=r"std is \[.*\]; what pixels are divided by must be above 0"):
+    with pytest.raises(ValueError, match=r"std is \[.*\]; pixels are divided by it"):
         folder(pictures, mean=[0.5] * 3, std=std)
 
 

@@ -85,7 +85,7 @@ def test_label_file_problems_are_named(small_idrid: Path) -> None:
     table = grading_csv(small_idrid, "train")
     text = table.read_text()
     table.write_text(text + "IDRiD_001,0,0\n")
-    with pytest.raises(ValueError, match="image 'IDRiD_001' has a row already"):
+    with pytest.raises(ValueError, match="image 'IDRiD_001' already has a row"):
         small(small_idrid).setup("fit")
     table.write_text(text.replace("Retinopathy grade", "Grade"))
     with pytest.raises(ValueError, match="has no column 'Retinopathy grade'"):

@@ -159,7 +159,7 @@ def replace(old: str, new: str) -> object:
         (cut_off, ValueError, r"2012\.npy is not a whole \.npy array"),
         (replace("_TAI.png,3", "_TAI.png,4"), ValueError, r"2012\.csv, line 5: flag '4' of .* must be 0 \(none\), 1"),
         (replace("_TAI.png,3", "_TAI.png,M1.2"), ValueError, r"line 5: flag 'M1\.2'"),
-        (replace("0110_010000", "0110_000000"), ValueError, r"2012\.csv, line 3: .* has a row already \(.* line 2\)"),
+        (replace("0110_010000", "0110_000000"), ValueError, r"2012\.csv, line 3: .* already has a row \(.* line 2\)"),
         (replace("image,flag", "image,class"), ValueError, r"2012\.csv has no column 'flag' \(columns\.flag\)"),
     ],
 )

@@ -41,7 +41,7 @@ def spots(painter: FundusPainter, seed: int, diseased: bool, monkeypatch: pytest
         sizes.append(len(pixels[0]))
 
     monkeypatch.setattr(painter, "_fill", fill)
-    monkeypatch.setattr(painter, "_exposed", lambda rng, image, centre, radius: image)
+    monkeypatch.setattr(painter, "_expose", lambda rng, image, centre, radius: image)
     image, mask = painter.paint(np.random.default_rng(seed), diseased)
     return image[..., 0], mask, np.array(sizes)
 

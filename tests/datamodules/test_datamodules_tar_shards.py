@@ -169,7 +169,7 @@ DAMAGE = {
         r"test-00000\.tar does not exist, but",
     ),
     "cut": (cut, ValueError, r"test-00000\.tar is truncated \(2000 of \d+ bytes\); copy it again"),
-    "flip": (flip, ValueError, r"test-00000\.tar, sample 0: bytes \d+ to \d+ are not what was written"),
+    "flip": (flip, ValueError, r"test-00000\.tar, sample 0: bytes \d+ to \d+ fail the checksum"),
 }
 
 

@@ -149,7 +149,7 @@ def test_an_annotation_must_have_the_size_of_its_image(root):
 
 def test_an_image_listed_twice_is_named_with_its_lines(root):
     (root / "ImageSets" / "Main" / "train.txt").write_text("a\nb\n\na\n")
-    with pytest.raises(ValueError, match=r"train\.txt, line 4: 'a' stands in line 1 already; every image needs"):
+    with pytest.raises(ValueError, match=r"train\.txt, line 4: 'a' is already in line 1; every image needs"):
         module(root).labels("train")
 
 
