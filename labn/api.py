@@ -130,7 +130,7 @@ def evaluate(
     again = maker if maker is None or indices is not None else _without_indices(maker)
     with explained_channels(model, images):
         how: dict[str, Any] = {"chunk_size": chunk_size, "fold": fold, "precision": precision}
-        engine = PerturbationEngine(model, images, indices=places, **how)
+        engine = PerturbationEngine.for_model(model, images, indices=places, **how)
         # Classes are those of the model as it is, whatever the precision of the forwards.
         known = None if precision == "fp32" else resolve_targets(model, images)
         if targets is None:

@@ -13,11 +13,12 @@ from callbacks.explanation.base import ExplainingCallback
 from callbacks.explanation.session import Batch, Session
 from labn.errors import InputError
 from labn.explainers import Explainer, explainer_by_name
+from labn.inference.chunk_size import check_chunk_size
 from labn.inference.fingerprint import digest
 from labn.metrics.base import SampleMetric
 from labn.metrics.insertion_deletion import PatchInsertionDeletion
 from labn.metrics.registry import check_settings, metric_by_name, values_named
-from labn.perturbation.engine import check_chunk_size, check_precision
+from labn.perturbation.engine import check_precision
 from labn.results.fingerprints import describe, source_digest
 from labn.results.store import ScoreShard
 from labn.results.tables import Plan, summary_table, write_results

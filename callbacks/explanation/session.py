@@ -148,7 +148,7 @@ class Session:
             return None
         images, labels, indices = (raw[name][rows] for name in ("image", "label", "index"))
         self.reached |= set(indices.tolist())
-        engine = PerturbationEngine(self.network, images.float(), indices=indices, **self.engine_options)
+        engine = PerturbationEngine.for_model(self.network, images.float(), indices=indices, **self.engine_options)
         probabilities = self._unperturbed(engine, images.float()).softmax(dim=1)
         check_classes_known(labels, probabilities)
         predictions = probabilities.argmax(dim=1)
@@ -168,7 +168,7 @@ class Session:
         """Logits of the images in full precision, whatever that of the perturbed forwards."""
         if self.engine_options.get("precision", "fp32") == "fp32":
             return engine.original()
-        return PerturbationEngine(self.network, images, **{**self.engine_options, "precision": "fp32"}).original()
+        return PerturbationEngine.for_model(self.network, images, **{**self.engine_options, "precision": "fp32"}).original()
 
     def maps(self, batch: Batch, name: str) -> Tensor:
         """Maps (n, H, W) of the explainer `name` for the batch: from memory, from disk, or computed and saved."""

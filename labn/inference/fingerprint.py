@@ -1,4 +1,9 @@
-"""Fingerprints of a model: whether it is still the one that a copy, a plan or a result was made from."""
+"""Fingerprints of a model, and caches of what was made from it.
+
+Two kinds of fingerprint serve two purposes. Keys (`structure_key`, `state_key`) tell within one process, quickly and by
+object identity, whether a model has changed; `ModelCache` compares them. Digests (`weights_digest`, `settings_digest`)
+are hashes of contents that are the same in every process; results on disk are filed under them.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +11,35 @@ import hashlib
 import itertools
 import json
 import weakref
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+T = TypeVar("T")
+
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 OWNED = frozenset(vars(nn.Module()))
-"""What every module has: its tensors, children and hooks, which are looked at one by one, and the training flag, which
-does not count, as everything runs in eval mode."""
+"""The attributes of every module. Its tensors, children and hooks are compared one by one; the training flag is
+ignored, because everything here runs in eval mode."""
 
 CONTAINERS = (list, tuple, dict, set, frozenset)
 
 DEPTH = 4
-"""Of containers in containers that are looked into; one may hold itself."""
+"""Levels of nested containers that are compared by value; the limit ends the recursion in a container of itself."""
 
-# Names that a module writes itself as it runs, such as the last attention or its gradient: results, no settings.
+# Attributes that a module writes during its own forward, such as the last attention or its gradient. They are results
+# and not settings, so the keys ignore them.
 _written: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 class _Identity:
-    """Equal to that of the very same object only, also when another one has come to live at its address."""
+    """Compares equal for the very same object only, also when another object has been created at its address."""
 
     __slots__ = ("address", "reference")
 
@@ -39,7 +47,7 @@ class _Identity:
         self.address = id(thing)
         try:
             self.reference: Any = weakref.ref(thing)
-        except TypeError:  # some built-in types have no weak references; their addresses have to do
+        except TypeError:  # some built-in types have no weak references; the address alone has to do
             self.reference = None
 
     def __eq__(self, other: object) -> bool:
@@ -55,16 +63,16 @@ class _Identity:
 
 
 def version_of(tensor: Tensor) -> int:
-    """Counts changes in place; inference tensors have no counter."""
+    """The tensor's count of in-place changes; 0 for inference tensors, which keep no count."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def structure_key(model: nn.Module) -> Hashable:
-    """Changes whenever a module, one of its hooks or one of its attributes that `forward` may read does.
+    """A key that changes with every module of `model`, every forward hook and every attribute `forward` may read.
 
-    Numbers, strings, lists and dictionaries of them count by value, tensors by identity and version, everything else
-    (functions, a `forward` of the instance's own) by identity: what changes inside such an object leaves no trace. What
-    the model was seen to write itself (`noting_written`) does not count, nor do metrics of torchmetrics.
+    Numbers, strings, and lists and dictionaries of these are compared by value, tensors by identity and version, and
+    everything else (functions, a `forward` set on the instance) by identity: a change inside such an object does not
+    change the key. Attributes that the model writes itself (`noting_written`) and metrics of torchmetrics are ignored.
     """
     return tuple(
         (_Identity(module), type(module), tuple(_hooks(module)), tuple(_settings(module).items()))
@@ -73,9 +81,9 @@ def structure_key(model: nn.Module) -> Hashable:
 
 
 def state_key(model: nn.Module) -> Hashable:
-    """`structure_key`, which also changes whenever a parameter or buffer is replaced or modified in place.
+    """`structure_key`, which also changes when a parameter or buffer is replaced or modified in place.
 
-    Changes through `.data` leave no trace.
+    A change through `.data` does not change the key, because torch does not count it.
     """
     tensors = [*model.parameters(), *model.buffers()]
     return structure_key(model), tuple((_Identity(t), t.data_ptr(), version_of(t)) for t in tensors)
@@ -83,14 +91,54 @@ def state_key(model: nn.Module) -> Hashable:
 
 @contextmanager
 def noting_written(model: nn.Module) -> Iterator[None]:
-    """Remember which attributes `model` writes itself as it runs within the block, so that keys leave them out."""
+    """Record which attributes `model` writes on itself during the block, so that the keys ignore them from then on."""
     before = [(module, _settings(module)) for module in _modules(model)]
     yield
     for module, old in before:
         new = _settings(module)
+        # `_written` serves as a default that no setting is equal to.
         changed = {name for name in old.keys() | new.keys() if old.get(name, _written) != new.get(name, _written)}
         if changed:
             _written.setdefault(module, set()).update(changed)
+
+
+class ModelCache(Generic[T]):
+    """Values that were made from a model; each is made again after the model has changed, and dropped with the model.
+
+    Args:
+        key_of: the key that tells whether a model has changed, `state_key` or `structure_key`.
+
+    Example:
+        >>> cache, layer = ModelCache(), nn.Linear(1, 1, bias=False)
+        >>> double = lambda: float(2 * layer.weight)
+        >>> _ = nn.init.constant_(layer.weight, 3.0)
+        >>> cache.get(layer, "double", double), cache.get(layer, "double", lambda: 0.0)
+        (6.0, 6.0)
+        >>> _ = nn.init.constant_(layer.weight, 4.0)
+        >>> cache.get(layer, "double", double)
+        8.0
+    """
+
+    def __init__(self, key_of: Callable[[nn.Module], Hashable] = state_key) -> None:
+        self._key_of = key_of
+        # Weak keys: an entry must not keep its model alive. A value must not refer to the model for the same reason.
+        self._entries: WeakKeyDictionary[nn.Module, dict[Hashable, tuple[Hashable, T]]] = WeakKeyDictionary()
+
+    def get(self, model: nn.Module, name: Hashable, build: Callable[[], T], valid_for: Hashable = None) -> T:
+        """The value kept under `name`, or `build()` where there is none or the model has changed.
+
+        Args:
+            model: the model that the value is made from.
+            name: distinguishes the values of one model; each keeps one value.
+            build: makes the value.
+            valid_for: a further condition: a value that was made for another one is replaced.
+        """
+        entries = self._entries.setdefault(model, {})
+        if name not in entries or entries[name][0] != (self._key_of(model), valid_for):
+            value = build()
+            # The key is taken after `build`, which may run the model and so reveal attributes that it writes itself.
+            entries[name] = ((self._key_of(model), valid_for), value)
+        return entries[name][1]
 
 
 def _modules(model: nn.Module) -> Iterator[nn.Module]:
@@ -103,71 +151,79 @@ def _hooks(module: nn.Module) -> list[Hashable]:
 
 
 def _settings(module: nn.Module) -> dict[str, Hashable]:
-    """Attributes of the module's own, each as something that changes when it does."""
+    """Attribute name -> a key of its value, for the attributes that the module has beyond those of `nn.Module`."""
     ignored = _written.get(module, ())
     return {
-        name: _fingerprint(value) for name, value in vars(module).items() if name not in OWNED and name not in ignored
+        name: _value_key(value) for name, value in vars(module).items() if name not in OWNED and name not in ignored
     }
 
 
-def _fingerprint(value: Any, depth: int = DEPTH) -> Hashable:
+def _value_key(value: Any, depth: int = DEPTH) -> Hashable:
     if isinstance(value, PLAIN):
         return type(value), value
     if isinstance(value, Tensor):
         return _Identity(value), version_of(value)
     if isinstance(value, CONTAINERS) and depth:
         items = itertools.chain.from_iterable(value.items()) if isinstance(value, dict) else value
-        inside = [_fingerprint(item, depth - 1) for item in items]
+        inside = [_value_key(item, depth - 1) for item in items]
         return type(value), frozenset(inside) if isinstance(value, (set, frozenset)) else tuple(inside)
     return _Identity(value)
 
 
+def _blake2b(chunks: Iterable[bytes], size: int = 64) -> str:
+    """BLAKE2b of `size` bytes of the concatenated chunks, in hexadecimal digits: the only hash of this project."""
+    found = hashlib.blake2b(digest_size=size)
+    for chunk in chunks:
+        found.update(chunk)
+    return found.hexdigest()
+
+
 def digest(*things: Any) -> str:
-    """Twelve hexadecimal digits that depend on the JSON form of `things`."""
-    text = json.dumps(things, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+    """Twelve hexadecimal digits of a hash of the JSON form of `things`.
+
+    Example:
+        >>> digest("lrp", {"rule": "zplus"}) == digest("lrp", {"rule": "zplus"}), len(digest("lrp"))
+        (True, 12)
+    """
+    return _blake2b([json.dumps(things, sort_keys=True, default=str).encode()], size=6)
 
 
 def weights_digest(model: nn.Module) -> str:
-    """Hash of a model's state: names, shapes and values of every parameter and persistent buffer."""
+    """Sixteen hexadecimal digits of a hash of names, shapes and values of every parameter and persistent buffer."""
     return state_digest(model.state_dict())
 
 
 def state_digest(state: Mapping[str, Any]) -> str:
     """`weights_digest` of the model that has this state dict."""
-    found = hashlib.blake2b(digest_size=8)
-    for name, tensor in sorted(state.items()):
-        if not isinstance(tensor, Tensor):
-            continue
-        found.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        found.update(_content(tensor))
-    return found.hexdigest()
+    tensors = ((name, tensor) for name, tensor in sorted(state.items()) if isinstance(tensor, Tensor))
+    chunks = ((f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode(), _content(tensor)) for name, tensor in tensors)
+    return _blake2b(itertools.chain.from_iterable(chunks), size=8)
 
 
 def tensor_digest(tensor: Tensor) -> str:
-    """Hash of a tensor's shape, type and values; no arithmetic, whose last digits depend on the number of threads."""
-    return digest(list(tensor.shape), str(tensor.dtype), hashlib.blake2b(_content(tensor)).hexdigest())
+    """Hash of a tensor's shape, dtype and bytes; sums would differ in their last digits with the number of threads."""
+    return digest(list(tensor.shape), str(tensor.dtype), _blake2b([_content(tensor)]))
 
 
 def _content(tensor: Tensor) -> bytes:
-    # As bytes, because NumPy does not know every type, such as bfloat16.
+    # A view as bytes, because NumPy does not know every dtype, such as bfloat16.
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def settings_digest(model: nn.Module) -> str:
-    """Hash of what a model's state leaves out: every submodule's class and plain public attributes, such as theta."""
+    """Hash of what a state dict leaves out: every submodule's class and plain public attributes, such as theta."""
     plain = (str, int, float, bool, tuple, type(None))
     return digest(
         [
             (
                 name,
                 type(module).__qualname__,
-                {k: v for k, v in vars(module).items() if _public(k) and type(v) in plain},
+                {k: v for k, v in vars(module).items() if _is_public(k) and type(v) in plain},
             )
             for name, module in model.named_modules()
         ]
     )
 
 
-def _public(name: str) -> bool:
+def _is_public(name: str) -> bool:
     return not name.startswith("_") and name != "training"

@@ -1,9 +1,9 @@
 """BatchNorm folded into the convolutions before it, on a copy.
 
-In eval mode BatchNorm is an affine map per channel, y = g (w * x + c - mean) / sqrt(var + eps) + b, so it goes into the
-weights of the convolution before it. Which convolution that is, is seen by tracing one probe input with hooks (also
-through Python control flow). What the trace cannot see (a convolution's output read twice) is checked by
-`labn.inference.fast_copy`.
+In eval mode BatchNorm is an affine map per channel, y = g (w * x + c - mean) / sqrt(var + eps) + b, which the weights
+of the convolution before it can absorb. One probe input, traced with hooks, shows which convolution feeds which
+BatchNorm, also through Python control flow. The trace does not show whether something else reads the convolution's
+output; `labn.inference.fast_copy` therefore compares the folded copy's logits with the model's.
 """
 
 from __future__ import annotations
@@ -16,22 +16,24 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from labn.inference.hooks import temporary_hooks
+
 Pair = tuple[_ConvNd, _BatchNorm]
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether somebody's code runs around the module, so that it must stay as it is."""
+    """Whether forward hooks are registered on the module, whose effect a folded or packed copy would lose."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def plain_convolution(conv: _ConvNd) -> bool:
-    """Whether the module does nothing but convolve with its own weight, unobserved."""
+    """Whether the module only convolves its input with its own weight: no subclass, hook or parametrisation."""
     stock = type(conv).forward in (nn.Conv1d.forward, nn.Conv2d.forward, nn.Conv3d.forward)
     return stock and not hooked(conv) and not nn.utils.parametrize.is_parametrized(conv)
 
 
 class _Trace:
-    """Records, during one forward, which BatchNorm reads the untouched output of which convolution."""
+    """Records, during one forward, which BatchNorm reads the unmodified output of which convolution."""
 
     def __init__(self) -> None:
         self.outputs: dict[int, tuple[_ConvNd, Tensor, int]] = {}
@@ -48,7 +50,7 @@ class _Trace:
         assert isinstance(norm, _BatchNorm)
         if inputs and id(inputs[0]) in self.outputs:
             conv, output, version = self.outputs[id(inputs[0])]
-            if output._version == version:
+            if output._version == version:  # no in-place operation in between
                 self.pairs.append((conv, norm))
 
     def once(self) -> list[Pair]:
@@ -57,22 +59,19 @@ class _Trace:
 
 
 def _trace(model: nn.Module, probe: Tensor) -> list[Pair]:
-    trace, handles = _Trace(), []
-    for module in list(model.modules()):
-        if isinstance(module, _ConvNd) and plain_convolution(module):
-            handles.append(module.register_forward_hook(trace.conv_hook))
-        elif isinstance(module, _BatchNorm) and module.running_mean is not None and not hooked(module):
-            handles.append(module.register_forward_pre_hook(trace.norm_hook))
-    try:
+    trace, modules = _Trace(), list(model.modules())
+    convolutions: list[nn.Module] = [m for m in modules if isinstance(m, _ConvNd) and plain_convolution(m)]
+    norms: list[nn.Module] = [
+        m for m in modules if isinstance(m, _BatchNorm) and m.running_mean is not None and not hooked(m)
+    ]
+    before, after = dict.fromkeys(norms, trace.norm_hook), dict.fromkeys(convolutions, trace.conv_hook)
+    with temporary_hooks(before, after):
         model(probe)
-    finally:
-        for handle in handles:
-            handle.remove()
     return trace.once()
 
 
 def _merge(conv: _ConvNd, norm: _BatchNorm) -> None:
-    """Put the BatchNorm into the convolution's weights; computed in float64, stored in the weights' dtype."""
+    """Multiply the BatchNorm into the convolution's weights, in float64, and store them in their own dtype."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     mean, var = norm.running_mean.double(), norm.running_var.double()
@@ -86,13 +85,13 @@ def _merge(conv: _ConvNd, norm: _BatchNorm) -> None:
 
 
 def _replacement(norm: nn.Module) -> nn.Module:
-    """What stays of a BatchNorm: nothing, or the dropout and activation that timm's `BatchNormAct2d` holds."""
-    rest = [part for name in ("drop", "act") if isinstance(part := getattr(norm, name, None), nn.Module)]
-    return nn.Sequential(*rest).eval() if rest else nn.Identity()
+    """The module in place of a folded BatchNorm: identity, or dropout and activation of timm's `BatchNormAct2d`."""
+    others = [module for name in ("drop", "act") if isinstance(module := getattr(norm, name, None), nn.Module)]
+    return nn.Sequential(*others).eval() if others else nn.Identity()
 
 
 def replace_modules(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> None:
-    """Put each key's value in its place, wherever the model registers it."""
+    """Replace every key of `replacements` by its value, under every name that the model registers it by."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if child in replacements:
@@ -104,10 +103,10 @@ def fold_batchnorm(model: nn.Module, probe: Tensor) -> nn.Module | None:
 
     Args:
         model: any module of the probe's device and dtype; not changed.
-        probe: (1, C, H, W), the input that is traced.
+        probe: (1, C, H, W), the input whose forward is traced.
 
     Returns:
-        The copy, or None where there is nothing to fold.
+        The copy, or None for a model without such a BatchNorm.
     """
     folded = copy.deepcopy(model).eval()
     pairs = _trace(folded, probe)

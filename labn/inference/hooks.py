@@ -2,23 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from torch import nn
+
+Hooks = Mapping[nn.Module, Callable[..., Any]]
+
+
+@contextmanager
+def temporary_hooks(
+    before: Hooks | None = None, after: Hooks | None = None, *, prepend: bool = False
+) -> Iterator[None]:
+    """Register forward hooks for the duration of a block and remove them on every way out of it.
+
+    Args:
+        before: module -> `hook(module, args)`, called before the module's forward (a forward pre-hook).
+        after: module -> `hook(module, args, output)`, called after the module's forward; what it returns, if anything,
+            replaces the output.
+        prepend: run the hooks of `before` ahead of those that are registered already.
+
+    Example:
+        >>> import torch
+        >>> layer, seen = torch.nn.ReLU(), []
+        >>> with temporary_hooks(after={layer: lambda module, args, output: seen.append(output)}):
+        ...     _ = layer(torch.tensor([-1.0, 2.0]))
+        >>> seen, len(layer._forward_hooks)
+        ([tensor([0., 2.])], 0)
+    """
+    with ExitStack() as handles:
+        for module, hook in (before or {}).items():
+            handles.callback(module.register_forward_pre_hook(hook, prepend=prepend).remove)
+        for module, hook in (after or {}).items():
+            handles.callback(module.register_forward_hook(hook).remove)
+        yield
 
 
 @contextmanager
 def recording_calls(model: nn.Module) -> Iterator[list[nn.Module]]:
     """A list that fills with the modules of `model` that run within the block.
 
-    A copy of the model should run none of them. It does where an attribute holds a function bound to the model's own
-    layers (its `forward`, wrapped), because `copy.deepcopy` keeps functions as they are.
+    A copy of the model must not run any of them. It does so where an attribute holds a function that is bound to the
+    model's own layers (its `forward`, wrapped), because `copy.deepcopy` does not copy functions.
     """
-    heard: list[nn.Module] = []
-    hooks = [m.register_forward_pre_hook(lambda module, _: heard.append(module)) for m in model.modules()]
-    try:
-        yield heard
-    finally:
-        for hook in hooks:
-            hook.remove()
+    called: list[nn.Module] = []
+    with temporary_hooks(before=dict.fromkeys(model.modules(), lambda module, _: called.append(module))):
+        yield called

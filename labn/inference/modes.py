@@ -1,4 +1,4 @@
-"""Run a model for explanation: eval mode, full precision, logits out, nothing about the model changed."""
+"""Running a model for explanation: in eval mode and full precision, without changing anything about it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def logits_of(output: Any) -> Tensor:
     """Logits (B, num_classes) of a model's output: the tensor itself, or the `.logits` of a dataclass.
 
     Raises:
-        TypeError: the output is neither.
+        InputTypeError: the output is neither.
     """
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
@@ -30,10 +30,10 @@ def logits_of(output: Any) -> Tensor:
 
 
 def matching(model: nn.Module, images: Tensor) -> nn.Module:
-    """`model` itself where its floating tensors share the images' device and dtype, else a copy that does.
+    """`model` itself if its floating tensors have the images' device and dtype, else a converted copy.
 
-    Explanations take device and dtype from the images, so that float64 images mean float64 arithmetic and a
-    bfloat16 model is explained in float32; the model passed in is never converted in place.
+    Explanations take device and dtype from the images: float64 images mean float64 arithmetic, and float32 images
+    explain a bfloat16 model in float32. The model passed in is never converted in place.
     """
     tensors = [*model.parameters(), *model.buffers()]
     same = all(t.device == images.device and (t.dtype == images.dtype or not t.is_floating_point()) for t in tensors)
@@ -42,11 +42,11 @@ def matching(model: nn.Module, images: Tensor) -> nn.Module:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Compute in IEEE single precision, whatever training allows, restoring the settings afterwards.
+    """Compute in IEEE single precision within the block, and restore torch's settings afterwards.
 
     cuDNN convolves in TensorFloat-32 (10 bits of mantissa) by default, and `torch.set_float32_matmul_precision` or the
-    newer `fp32_precision` lower matrix products and convolutions on GPU and CPU. They change maps and scores in the
-    third digit, and relevance is not conserved.
+    newer `fp32_precision` reduce the precision of matrix products and convolutions on GPU and CPU. Reduced precision
+    changes maps and scores in the third digit, and relevance is then not conserved.
     """
     with ExitStack() as changed:
         for read, write, full in _OLDER:
@@ -71,7 +71,7 @@ _OLDER: tuple[tuple[Callable[[], Any], Callable[[Any], None], Any], ...] = (
 
 @contextmanager
 def _older(read: Callable[[], Any], write: Callable[[Any], None], full: Any) -> Iterator[None]:
-    """A setting of PyTorch's older interface, left alone where the newer one contradicts it: reading it then fails."""
+    """Change one setting of PyTorch's older interface, unless the newer one contradicts it: reading it then fails."""
     try:
         before = read()
     except RuntimeError:
@@ -87,27 +87,27 @@ def _older(read: Callable[[], Any], write: Callable[[Any], None], full: Any) -> 
 
 @contextmanager
 def _newer(settings: Any) -> Iterator[None]:
-    """One operation of one backend in the newer interface; what it inherits it inherits again afterwards."""
+    """Set one operation of one backend to IEEE precision in the newer interface, and restore it afterwards."""
     before = settings.fp32_precision
     settings.fp32_precision = "ieee"
     try:
         yield
     finally:
-        settings.fp32_precision = "none"
+        settings.fp32_precision = "none"  # inherit from the backend again; enough where the value was inherited
         if settings.fp32_precision != before:
             settings.fp32_precision = before
 
 
 @contextmanager
 def evaluating(model: nn.Module, device_type: str = "cpu") -> Iterator[None]:
-    """Run `model` eagerly in eval mode and full precision, restoring the train flag of every submodule afterwards.
+    """Run `model` eagerly in eval mode and full precision, and restore every submodule's training flag afterwards.
 
-    The flags are set and not `model.eval()` called: a `train` of a module's own may do more than set them, such as
-    merge low-rank weights, and nothing about the model is to change.
+    The flags are set one by one, without `model.eval()`: a module may override `train` to do more than set them, such
+    as merging low-rank weights, and the model must not change.
 
-    Hooks added after the first call of a compiled model do not fire while a gradient comes out all the same, so
-    compiled code is bypassed here (`force_eager`). Gradient mode is left to the caller. What the model writes on itself
-    meanwhile is noted as no setting of it (`labn.inference.fingerprint.noting_written`).
+    Hooks that are added after the first call of a compiled model do not fire, although gradients still arrive, so
+    compiled code is bypassed (`force_eager`). The gradient mode stays the caller's. Attributes that the model writes on
+    itself during the block do not count as its settings (`labn.inference.fingerprint.noting_written`).
     """
     flags = [(module, module.training) for module in model.modules()]
     for module, _ in flags:
@@ -123,9 +123,10 @@ def evaluating(model: nn.Module, device_type: str = "cpu") -> Iterator[None]:
 
 @contextmanager
 def explaining(model: nn.Module, device_type: str = "cpu") -> Iterator[None]:
-    """`evaluating` with gradients on, whatever the caller's gradient mode; use `torch.autograd.grad` inside.
+    """`evaluating` with gradients switched on, whatever the caller's gradient mode.
 
-    `.backward()` would fill `.grad` and change the next optimiser step under gradient accumulation.
+    Use `torch.autograd.grad` inside: `.backward()` would fill `.grad` and change the next optimiser step under gradient
+    accumulation.
     """
     with torch.inference_mode(False), torch.enable_grad(), evaluating(model, device_type):
         yield

@@ -1,7 +1,7 @@
-"""Convolutions on the CPU with their weights reordered once into oneDNN's blocked layout, instead of at every call.
+"""Convolutions on the CPU whose weights are reordered into oneDNN's blocked layout once, not at every call.
 
 The stock layer reorders its weights in every forward, and on one thread it takes a slower path for 1x1 kernels in
-batches below 16. The operators are those that `torch.compile` emits when it freezes a model.
+batches below 16. The operators used here are those that `torch.compile` emits when it freezes a model.
 """
 
 from __future__ import annotations
@@ -13,25 +13,27 @@ import torch
 from torch import Tensor, nn
 
 from labn.inference.folding import plain_convolution, replace_modules
+from labn.inference.hooks import temporary_hooks
 
 
 def can_pack(probe: Tensor, dtype: torch.dtype) -> bool:
-    """Whether this machine and build pack convolutions of `dtype` for images like the probe."""
+    """Whether this machine and this build of torch pack convolutions of `dtype` for images like the probe."""
     operators = torch.ops.mkldnn
     if probe.device.type != "cpu" or probe.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
         return False
+    # Both operators are private and may be missing in another release; convolutions then stay as they are.
     if not (hasattr(operators, "_convolution_pointwise") and hasattr(operators, "_reorder_convolution_weight")):
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and operators._is_mkldnn_bf16_supported())
 
 
 class PackedKernel:
-    """A convolution's weights in the blocked layout, ready to be applied; inference only.
+    """The weights of a convolution in the blocked layout, for inference only.
 
     Args:
         weight: (C_out, C_in / groups, kH, kW), float32 or bfloat16.
         geometry: padding, stride, dilation and groups.
-        input_size: (N, C, H, W) that the layout is chosen for; other sizes work.
+        input_size: (N, C, H, W) for which the layout is chosen; inputs of other sizes give the same values.
     """
 
     def __init__(self, weight: Tensor, geometry: tuple[Any, ...], input_size: Sequence[int]) -> None:
@@ -48,9 +50,9 @@ class PackedConv2d(nn.Module):
     """A `Conv2d` with fixed, packed weights, for inference.
 
     Args:
-        conv: zero-padded convolution; not changed.
-        input_size: (N, C, H, W) that the layout is chosen for; other sizes work.
-        dtype: float32, or bfloat16 in which inputs are then converted.
+        conv: a convolution with zero padding; not changed.
+        input_size: (N, C, H, W) for which the layout is chosen; inputs of other sizes give the same values.
+        dtype: float32 or bfloat16; inputs are converted to it.
     """
 
     def __init__(self, conv: nn.Conv2d, input_size: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -66,32 +68,30 @@ class PackedConv2d(nn.Module):
         return self.kernel(x.to(self.dtype), self.bias)
 
 
+def _is_packable(module: nn.Module) -> bool:
+    return (
+        isinstance(module, nn.Conv2d)
+        and plain_convolution(module)
+        and module.padding_mode == "zeros"
+        and not isinstance(module.padding, str)
+    )
+
+
 def pack_convolutions(model: nn.Module, probe: Tensor, batch: int, dtype: torch.dtype) -> None:
-    """Replace the plain `Conv2d`s of `model` by packed ones, in place.
+    """Replace the plain `Conv2d` layers of `model` by packed ones, in place.
 
     Args:
         model: a copy that may be changed.
-        probe: (1, C, H, W), run once to see each convolution's input size.
-        batch: batch size that layouts are chosen for.
+        probe: (1, C, H, W), run once to record the input size of every convolution.
+        batch: batch size for which the layouts are chosen.
         dtype: see `PackedConv2d`.
     """
     sizes: dict[nn.Conv2d, tuple[int, ...]] = {}
 
-    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def record_size(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(module, nn.Conv2d)
         sizes[module] = (batch, *inputs[0].shape[1:])
 
-    handles = [
-        module.register_forward_pre_hook(note)
-        for module in list(model.modules())
-        if isinstance(module, nn.Conv2d)
-        and plain_convolution(module)
-        and module.padding_mode == "zeros"
-        and not isinstance(module.padding, str)
-    ]
-    try:
+    with temporary_hooks(before={m: record_size for m in list(model.modules()) if _is_packable(m)}):
         model(probe)
-    finally:
-        for handle in handles:
-            handle.remove()
     replace_modules(model, {conv: PackedConv2d(conv, size, dtype) for conv, size in sizes.items()})

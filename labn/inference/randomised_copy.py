@@ -1,22 +1,19 @@
-"""Copies of a model with random weights, from the output towards the input."""
+"""Copies of a model whose weights are randomised layer by layer, from the output towards the input."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from labn.errors import InputError
-from labn.inference.fingerprint import state_key
+from labn.inference.fingerprint import ModelCache
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
 
-# Random copies by model; an entry goes with its model and is replaced when the weights have changed.
-_COPIES: WeakKeyDictionary[nn.Module, dict[Hashable, tuple[Hashable, list[nn.Module]]]] = WeakKeyDictionary()
+_copies: ModelCache[list[nn.Module]] = ModelCache()
 
 
 def _fan_in(parameter: Tensor) -> int:
@@ -24,7 +21,7 @@ def _fan_in(parameter: Tensor) -> int:
 
 
 def _uniform(parameter: Tensor, bound: float, generator: torch.Generator) -> Tensor:
-    """Values in [-bound, bound), drawn on the CPU in float64 so that every device and dtype sees the same ones."""
+    """Values in [-bound, bound), drawn on the CPU in float64 so that every device and dtype gets the same ones."""
     return (2 * torch.rand(parameter.shape, generator=generator, dtype=torch.float64) - 1) * bound
 
 
@@ -35,9 +32,9 @@ def _shuffled(parameter: Tensor, generator: torch.Generator) -> Tensor:
 def _randomise(module: nn.Module, generator: torch.Generator) -> None:
     """Replace the module's own parameters in place.
 
-    Kernels, matrices and the biases beside them come from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default, under
-    which no depth saturates the softmax; vectors alone (the scale of a branch) keep their values in another order; a
-    normalisation becomes the identity, as its running statistics fit the old weights only.
+    Kernels, matrices and their biases are drawn from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default, which does
+    not saturate the softmax at any depth. Vectors without a matrix beside them (the scale of a branch) are shuffled. A
+    normalisation becomes the identity, because its running statistics belong to the old weights.
     """
     if isinstance(module, NORMS):
         module.reset_parameters()
@@ -45,13 +42,14 @@ def _randomise(module: nn.Module, generator: torch.Generator) -> None:
     own = [parameter for parameter in module.parameters(recurse=False) if parameter.is_floating_point()]
     fans = [_fan_in(parameter) for parameter in own if parameter.ndim > 1]
     for parameter in own:
+        # A bias is drawn with the fan-in of the matrix beside it, as in PyTorch's own layers.
         fan_in = _fan_in(parameter) if parameter.ndim > 1 else fans[0] if fans else None
         new = _uniform(parameter, fan_in**-0.5, generator) if fan_in else _shuffled(parameter, generator)
         parameter.copy_(new)
 
 
 def _layers(model: nn.Module) -> list[str]:
-    """Names of the modules that hold weights or statistics themselves, the last first."""
+    """Names of the modules with parameters or statistics of their own, the last first."""
     return [
         name
         for name, module in model.named_modules()
@@ -61,13 +59,15 @@ def _layers(model: nn.Module) -> list[str]:
 
 def _build(model: nn.Module, seed: int, n_stages: int) -> list[nn.Module]:
     names = _layers(model)
+    # One generator runs through all stages, so that the fully randomised copy does not depend on their number.
     generator, copies = torch.Generator().manual_seed(seed), []
     current = model
-    for stage in range(n_stages):
-        current = copy.deepcopy(current)
-        for name in names[stage * len(names) // n_stages : (stage + 1) * len(names) // n_stages]:
-            _randomise(current.get_submodule(name), generator)
-        copies.append(current)
+    with torch.inference_mode(False), torch.no_grad():
+        for stage in range(n_stages):
+            current = copy.deepcopy(current)
+            for name in names[stage * len(names) // n_stages : (stage + 1) * len(names) // n_stages]:
+                _randomise(current.get_submodule(name), generator)
+            copies.append(current)
     return copies
 
 
@@ -77,21 +77,23 @@ def randomised_copies(model: nn.Module, seed: int = 0, n_stages: int = 1) -> lis
     The layers (modules with weights of their own, in order of registration) are divided into `n_stages` groups; the
     k-th copy has the last k groups randomised, the last copy all of them. Its weights do not depend on `n_stages`.
 
-    The copies are kept with the model until its weights change.
+    The copies are cached until the model or its weights change.
 
     Args:
         model: any module; not changed.
         seed: of the generator.
-        n_stages: number of copies, at least 1; each takes the memory of the model.
+        n_stages: number of copies, from 1 to the number of layers; each takes the memory of the model.
 
     Raises:
-        ValueError: no stage, or more stages than layers.
+        InputError: `n_stages` is outside of this range.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+        >>> last, both = randomised_copies(model, n_stages=2)
+        >>> torch.equal(last[0].weight, model[0].weight), torch.equal(both[0].weight, model[0].weight)
+        (True, False)
     """
     layers = max(len(_layers(model)), 1)
     if not 1 <= n_stages <= layers:
         raise InputError(f"n_stages must be from 1 to {layers}, the layers of {type(model).__name__}; got {n_stages}.")
-    entries, key = _COPIES.setdefault(model, {}), state_key(model)
-    if (seed, n_stages) not in entries or entries[seed, n_stages][0] != key:
-        with torch.inference_mode(False), torch.no_grad():
-            entries[seed, n_stages] = (key, _build(model, seed, n_stages))
-    return entries[seed, n_stages][1]
+    return _copies.get(model, (seed, n_stages), lambda: _build(model, seed, n_stages))

@@ -1,18 +1,30 @@
-"""Layer-wise relevance propagation that conserves, on any network of linear layers, ReLUs, pools, sums and gates."""
+"""Layer-wise relevance propagation through networks of linear layers, ReLUs, pools, sums and gates; see README.md."""
 
 from labn.lrp.config import Config
 from labn.lrp.engine import Relevance, backward, forward, relevance
 from labn.lrp.initial import Contrast, initial_relevance
 from labn.lrp.rules.conservation import ConservationReport, Entry
+from labn.lrp.weight_transforms import Flat, Gamma, Identity, Negative, Positive, Square, WeightTransform
+from labn.lrp.weighted_product import Dense, Weights, weighted
 
 __all__ = [
     "Config",
     "ConservationReport",
     "Contrast",
+    "Dense",
     "Entry",
+    "Flat",
+    "Gamma",
+    "Identity",
+    "Negative",
+    "Positive",
     "Relevance",
+    "Square",
+    "WeightTransform",
+    "Weights",
     "backward",
     "forward",
     "initial_relevance",
     "relevance",
+    "weighted",
 ]

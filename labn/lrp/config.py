@@ -1,7 +1,8 @@
-"""The choices of a relevance propagation, checked once."""
+"""The choices of a relevance propagation, checked when they are made."""
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,33 +14,55 @@ from labn.errors import InputError
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-RuleName = Literal["simple", "epsilon", "zplus", "alphabeta", "gamma", "flat"]
-FirstName = Literal["ones", "zb", "input", "flat", "w2", "epsilon", "same"]
+# The types also list the earlier names, because the command line checks configurations against them.
+RuleName = Literal["lrp0", "epsilon", "zplus", "alphabeta", "gamma", "flat", "simple"]
+FirstName = Literal["ones", "zbox", "alpha1beta0", "flat", "wsquare", "epsilon", "same", "zb", "input", "w2"]
 BlockWeights = Literal["signed", "zplus"]
+EARLIER_NAMES = {
+    "rule": {"simple": "lrp0"},
+    "linear_rule": {"simple": "lrp0"},
+    "first_layer": {"zb": "zbox", "input": "alpha1beta0", "w2": "wsquare"},
+}
+"""Field -> earlier name of a rule -> its name; the earlier names are accepted for one version."""
+
 ResidualName = Literal["ratio", "symmetric", "block", "ratio_down", "symmetric_down", "signed", "duplicate"]
 
 
 @dataclass(frozen=True)
 class Config:
-    """How relevance is propagated; the defaults are ratio splitting with z+ (ECCV 2024) with the bias left out.
+    """How relevance is propagated; the defaults are ratio splitting with z+ without biases (ECCV 2024).
 
     Attributes:
-        rule: rule of the convolutions, and of values weighed by what the image makes, as in lambda layers, the weights
-            held constant (Ali et al., ICML 2022; see `labn.lrp.weighted_product`).
-        linear_rule: rule of the fully connected layers; None: the same.
-        residual: how a residual sum shares relevance between its branches. Under `block`, a block that begins at the
-            pixels shares by `ratio`, so that its first layer can have its own rule, unless that is `same`.
-        block_weights: under `residual="block"`, the block as it is (`signed`) or with BatchNorm folded, its weights
-            clamped at zero and its biases left out (`zplus`), which conserves relevance.
+        rule: rule of the convolutions: `lrp0`, `epsilon`, `zplus`, `alphabeta`, `gamma` or `flat`. It is also the rule
+            of values that are multiplied by weights from the same image, as in lambda layers; these weights count as
+            constants (Ali et al., ICML 2022; see `labn.lrp.weighted_product`).
+        linear_rule: rule of the fully connected layers; None: that of the convolutions.
+        residual: how a residual sum F + S divides relevance between its branches: `ratio` (by |F| and |S|), `symmetric`
+            (one half each), `ratio_down` and `symmetric_down` (the same at downsampling blocks; an identity shortcut
+            gets nothing), `signed` (by F and S), `duplicate` (everything to both), or `block`: a residual block is
+            differentiated as one layer (C3-LRP, JSAI 2024). Under `block`, a block that contains the first layer is
+            divided by `ratio`, so that the first layer keeps its own rule, unless that rule is `same`.
+        block_weights: under `residual="block"`, either the block as it is (`signed`), or the block with BatchNorm
+            folded, weights clamped at zero and biases left out (`zplus`), which conserves relevance.
         batchnorm: `pass` hands relevance through a BatchNorm unchanged, `fold` joins it to the layer before.
-        pooling: max pooling, `winner` takes all or `average` over the same windows.
-        first_layer: rule where the images enter: `ones` (activation replaced by 1), `zb` (pixel bounds), `input`
-            (z+ on both signs of the pixels), `flat`, `w2` (squared weights), `epsilon`, or `same` as the other layers.
-            Pooling and resizing of signed values before it share by coefficients alone, but for `epsilon` and `same`.
-        eps, eps_mode: stabiliser, `relative` to the mean |z| of the sample's layer or `absolute`.
-        alpha, beta, gamma: parameters of the rules so named, alpha - beta = 1.
-        low, high: per channel, the bounds of normalised pixels for `zb`; None: black and white after ImageNet's
+        pooling: at a max pooling, the `winner` takes all, or relevance is divided as at an `average` pooling over the
+            same windows.
+        first_layer: rule of the first linear layer: `ones` (activation replaced by 1), `zbox` (pixel bounds),
+            `alpha1beta0` (z+ for pixels of both signs), `flat`, `wsquare` (squared weights), `epsilon`, or `same` as
+            the other layers. Pooling and resizing of signed values before that layer divide relevance by their
+            coefficients alone, except under `epsilon` and `same`.
+        eps, eps_mode: stabiliser of denominators, `relative` to the sample's mean |z| in the layer, or `absolute`.
+        alpha, beta, gamma: parameters of the rules of these names; alpha - beta = 1.
+        low, high: per channel, the bounds of normalised pixels for `zbox`; None: black and white after ImageNet's
             normalisation.
+
+    Raises:
+        InputError: an unknown name, or parameters outside of their ranges.
+
+    Example:
+        >>> from labn.lrp import Config
+        >>> Config(rule="epsilon", batchnorm="fold").residual
+        'ratio'
     """
 
     rule: RuleName = "zplus"
@@ -58,14 +81,15 @@ class Config:
     high: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        self._rename_rules()
         choices = {
-            "rule": ("simple", "epsilon", "zplus", "alphabeta", "gamma", "flat"),
-            "linear_rule": (None, "simple", "epsilon", "zplus", "alphabeta", "gamma", "flat"),
+            "rule": ("lrp0", "epsilon", "zplus", "alphabeta", "gamma", "flat"),
+            "linear_rule": (None, "lrp0", "epsilon", "zplus", "alphabeta", "gamma", "flat"),
             "residual": ("ratio", "symmetric", "block", "ratio_down", "symmetric_down", "signed", "duplicate"),
             "block_weights": ("signed", "zplus"),
             "batchnorm": ("pass", "fold"),
             "pooling": ("winner", "average"),
-            "first_layer": ("ones", "zb", "input", "flat", "w2", "epsilon", "same"),
+            "first_layer": ("ones", "zbox", "alpha1beta0", "flat", "wsquare", "epsilon", "same"),
             "eps_mode": ("relative", "absolute"),
         }
         for name, allowed in choices.items():
@@ -78,22 +102,33 @@ class Config:
         if self.eps < 0 or self.gamma < 0:
             raise InputError(f"eps and gamma must not be negative, got eps={self.eps}, gamma={self.gamma}.")
         if self.eps == 0 and self.eps_mode == "absolute":
-            raise InputError("eps must be above 0 with eps_mode='absolute': nothing else keeps 0 / 0 away.")
+            raise InputError("eps must be above 0 with eps_mode='absolute', which nothing else protects from 0 / 0.")
+
+    def _rename_rules(self) -> None:
+        """Replace the earlier names of rules, with one warning for all of them."""
+        renamed = {}
+        for field, names in EARLIER_NAMES.items():
+            earlier = getattr(self, field)
+            if earlier in names:
+                object.__setattr__(self, field, names[earlier])  # the dataclass is frozen
+                renamed[field] = f"{field}={earlier!r} is now {field}={names[earlier]!r}"
+        if renamed:
+            warnings.warn("; ".join(renamed.values()) + ".", DeprecationWarning, stacklevel=4)
 
     @property
     def folded(self) -> bool:
-        """Whether rules see BatchNorm as part of the layer before it."""
+        """Whether the rules see a BatchNorm as one layer with the convolution before it."""
         return self.batchnorm == "fold"
 
     def bounds(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Lowest and highest pixel value per channel, each (1, C, 1, 1).
+        """The lowest and the highest pixel value per channel, each (1, C, 1, 1).
 
         Raises:
-            ValueError: not one bound per channel of the images.
+            InputError: the number of bounds is not the number of image channels.
         """
         low = self.low or tuple(-m / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD))
         high = self.high or tuple((1 - m) / s for m, s in zip(IMAGENET_MEAN, IMAGENET_STD))
         if {len(low), len(high)} != {images.shape[1]}:
-            raise InputError(f"first_layer='zb' needs low and high for each of the {images.shape[1]} image channels.")
+            raise InputError(f"first_layer='zbox' needs low and high for each of the {images.shape[1]} image channels.")
         shape = (1, -1, *[1] * (images.ndim - 2))
         return tuple(torch.tensor(b, dtype=images.dtype, device=images.device).view(shape) for b in (low, high))  # type: ignore[return-value]

@@ -8,15 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from labn.errors import InputError
-from labn.inference.fast_copy import cpu_chunk
+from labn.inference.chunk_size import check_chunk_size, cpu_chunk
 from labn.inference.modes import explaining, logits_of, matching
 from labn.lrp.backward import sweep
 from labn.lrp.config import Config
 from labn.lrp.forward import ForwardTrace, run_forward
 from labn.lrp.initial import Initial, initial_relevance
-from labn.lrp.plan import SAME, Rows, check, plan_for
+from labn.lrp.plan import TOLERANCES, ReadLogits, check, plan_for
 from labn.lrp.rules.conservation import ConservationReport, Entry, joined
-from labn.perturbation.engine import check_chunk_size
 
 
 @dataclass(frozen=True)
@@ -51,10 +50,12 @@ def propagated(images: Tensor) -> Tensor:
 
     In half precision the shares of a large layer lie below the smallest number, or add up to anything but one.
     """
-    return images if images.dtype in SAME else images.float()
+    return images if images.dtype in TOLERANCES else images.float()
 
 
-def forward(model: nn.Module, images: Tensor, config: Config | None = None, rows: Rows = logits_of) -> ForwardTrace:
+def forward(
+    model: nn.Module, images: Tensor, config: Config | None = None, read_logits: ReadLogits = logits_of
+) -> ForwardTrace:
     """Run a model for later sweeps.
 
     Args:
@@ -67,9 +68,9 @@ def forward(model: nn.Module, images: Tensor, config: Config | None = None, rows
         ValueError: the model cannot be recorded, or the images are in half precision (see `propagated`).
     """
     config = config or Config()
-    if images.dtype not in SAME:
+    if images.dtype not in TOLERANCES:
         raise InputError(f"images are {images.dtype}; relevance is propagated in float32 or float64.")
-    plan = plan_for(model, images, rows)
+    plan = plan_for(model, images, read_logits)
     if images.device.type == "cpu" and images.ndim == 4:
         images = images.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():

@@ -16,6 +16,7 @@ from labn.lrp.rules.first_layer import PixelBounds, UnitActivation
 from labn.lrp.rules.residual_sums import SHARES, ResidualSum
 from labn.lrp.rules.weighted_layer import weighted_layer_of
 from labn.lrp.tracing.graph import Graph, Node
+from labn.lrp.weight_transforms import Identity, WeightTransform
 
 
 @dataclass
@@ -27,7 +28,7 @@ class ForwardTrace:
         logits: (B, K).
         kept: by node index, what the backward step of its kind needs.
         units: by node index, what a first linear layer has in place of an image of ones (see `units`); absent: ones.
-        bounds: by node index, what it has in place of the lowest and highest pixels, where its rule is `zb`.
+        bounds: by node index, what it has in place of the lowest and highest pixels, where its rule is `zbox`.
         denominators: by node index and part of the contributions, what several sweeps of many relevances divide by.
     """
 
@@ -38,7 +39,7 @@ class ForwardTrace:
     kept: dict[int, Any] = field(default_factory=dict)
     units: dict[int, Tensor] = field(default_factory=dict)
     bounds: dict[int, list[Tensor]] = field(default_factory=dict)
-    denominators: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    denominators: dict[int, dict[WeightTransform, Tensor]] = field(default_factory=dict)
 
 
 @dataclass
@@ -69,7 +70,7 @@ def rule_name(node: Node, config: Config) -> str:
 
 def run_forward(graph: Graph, residual_sums: dict[int, ResidualSum], config: Config, images: Tensor) -> ForwardTrace:
     """Run a graph on images (B, C, H, W); values are let go as soon as nothing needs them."""
-    extremes = PixelBounds(graph, images, *config.bounds(images)) if config.first_layer == "zb" else None
+    extremes = PixelBounds(graph, images, *config.bounds(images)) if config.first_layer == "zbox" else None
     run = _Run(
         graph, residual_sums, config, {0: images}, graph.reach({graph.logits}), UnitActivation(graph, images), extremes
     )
@@ -117,7 +118,7 @@ def _linear(run: _Run, node: Node) -> Tensor:
     takes_part = run.takes_part(node)
     keeps_output = takes_part and rule_name(node, run.config) in USES_OUTPUT
     folded = run.config.folded or not keeps_output
-    z = layer.apply(a, "weight", folded, layer.offset(folded))
+    z = layer.apply(a, Identity(), folded, layer.offset(folded))
     if takes_part:
         run.kept[node.index] = (a, z if keeps_output else None)
         if node.first:

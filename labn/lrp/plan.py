@@ -1,4 +1,4 @@
-"""From a model to a graph that is ready to run, made once per model, image shape and state of the weights."""
+"""The recorded graph of a model with its prepared weights, made once per image shape and state of the weights."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from labn.errors import InputError, UnsupportedError
-from labn.inference.fingerprint import structure_key, version_of
+from labn.inference.fingerprint import ModelCache, structure_key, version_of
 from labn.inference.modes import logits_of
 from labn.inference.packing import can_pack
 from labn.lrp.backward import BACKWARD
@@ -26,10 +25,13 @@ from labn.lrp.tracing.graph import Graph, build, use_fastest
 from labn.lrp.tracing.recorder import record
 from labn.lrp.tracing.residual_blocks import with_regions
 
-Rows = Callable[[Any], Tensor]
-"""What a model returns -> (B, K), the values that relevance starts from."""
-KEPT_SHAPES = 4
-SAME = {torch.float64: 1e-8, torch.float32: 1e-3}  # how exactly a recording must repeat the model
+ReadLogits = Callable[[Any], Tensor]
+"""The output of a model -> (B, K), the values that relevance starts from."""
+
+KEPT_SHAPES = 4  # plans per model; each holds the graph of one image shape
+
+TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3}
+"""Largest difference between a recording's logits and the model's, relative to the largest logit."""
 
 
 @dataclass
@@ -37,8 +39,8 @@ class Plan:
     """The graph of one model for one image shape.
 
     Attributes:
-        graph: as recorded.
-        residual_sums: the residual sums by index.
+        graph: the recorded graph.
+        residual_sums: node index -> residual sum.
     """
 
     graph: Graph
@@ -46,59 +48,65 @@ class Plan:
     _regions: dict[tuple[bool, bool], Graph] = field(default_factory=dict)
 
     def for_config(self, config: Config) -> Graph:
-        """The graph that the residual rule of `config` runs on: under `block` with blocks as regions (see `blocks`).
+        """The graph for the residual rule of `config`: under `block`, residual blocks are joined to regions.
 
-        With clamped weights what a block makes is not what the next one is given, so that the two do not cancel and a
-        row is no single gradient: every block is a region of its own.
+        Consecutive blocks become one region, whose relevance is a single gradient, because the output that the lower
+        block divides by cancels the input that the upper block multiplies with. With clamped weights these two differ,
+        so that every block is then a region of its own.
         """
         if config.residual != "block":
             return self.graph
-        how = config.block_weights == "signed", config.first_layer == "same"
-        if how not in self._regions:
-            self._regions[how] = with_regions(self.graph, *how)
-        if self.residual_sums and not any(node.kind == "region" for node in self._regions[how].nodes.values()):
+        options = config.block_weights == "signed", config.first_layer == "same"
+        if options not in self._regions:
+            self._regions[options] = with_regions(self.graph, *options)
+        graph = self._regions[options]
+        if self.residual_sums and not any(node.kind == "region" for node in graph.nodes.values()):
             warnings.warn(
                 "residual='block' finds no residual block in this network that can be taken as one layer; "
                 "its sums share their relevance as residual='ratio' does.",
                 stacklevel=2,
             )
-        return self._regions[how]
+        return graph
 
 
 @dataclass
-class _Store:
-    state: tuple[object, ...]
-    plans: OrderedDict[tuple[object, ...], Plan] = field(default_factory=OrderedDict)
+class _Plans:
+    """The plans of one model by image shape; they share the layers and with them the prepared weights."""
+
+    by_shape: OrderedDict[tuple[object, ...], Plan] = field(default_factory=OrderedDict)
     layers: dict[tuple[object, ...], Layer] = field(default_factory=dict)
 
 
-# A memo, not state: what it holds follows from the model alone, and goes when the model goes.
-_stores: WeakKeyDictionary[nn.Module, _Store] = WeakKeyDictionary()
+def plan_for(model: nn.Module, images: Tensor, read_logits: ReadLogits = logits_of) -> Plan:
+    """The plan of `model` for images of this shape; weights that an earlier call prepared are used again.
 
+    Args:
+        model: in eval mode.
+        images: (B, C, H, W), on which the model is recorded the first time.
+        read_logits: see `ReadLogits`.
 
-def plan_for(model: nn.Module, images: Tensor, rows: Rows = logits_of) -> Plan:
-    """The plan of `model` for images of this shape; weights prepared for an earlier call are used again.
-
-    Whether the model is still the same is seen from its modules (`structure_key`), and from address, version
-    counter, first and last value of every parameter and buffer (edits through `.data` leave no trace in the counter).
+    Raises:
+        InputError: the recording does not repeat the model on other images.
     """
-    state = _state_of(model)
-    store = _stores.get(model)
-    if store is None or store.state != state:
-        store = _stores[model] = _Store(state)
-    key = (tuple(images.shape), images.dtype, images.device, rows)
-    if key not in store.plans:
-        plan = _make(model, images, store.layers, rows)
-        if not store.plans:
-            _verify(model, plan, images, rows)
-        store.plans[key] = plan
-    store.plans.move_to_end(key)
-    while len(store.plans) > KEPT_SHAPES:
-        store.plans.popitem(last=False)
-    return store.plans[key]
+    plans = plans_of(model)
+    key = (tuple(images.shape), images.dtype, images.device, read_logits)
+    if key not in plans.by_shape:
+        plan = _make(model, images, plans.layers, read_logits)
+        if not plans.by_shape:
+            _verify(model, plan, images, read_logits)
+        plans.by_shape[key] = plan
+    plans.by_shape.move_to_end(key)
+    while len(plans.by_shape) > KEPT_SHAPES:
+        plans.by_shape.popitem(last=False)
+    return plans.by_shape[key]
 
 
 def _state_of(model: nn.Module) -> tuple[object, ...]:
+    """A key of the modules (`structure_key`) and of every parameter and buffer.
+
+    Besides address and version, it holds the first and the last value of every tensor: an edit through `.data` does not
+    count as a new version.
+    """
     tensors = [tensor.detach() for tensor in (*model.parameters(), *model.buffers())]
     addresses = tuple((t.data_ptr(), version_of(t)) for t in tensors)
     ends = [t.as_strided((2,), (_last(t),)).double() for t in tensors if t.is_floating_point() and t.numel()]
@@ -106,13 +114,21 @@ def _state_of(model: nn.Module) -> tuple[object, ...]:
     return structure_key(model), addresses, samples
 
 
+_cache: ModelCache[_Plans] = ModelCache(_state_of)
+
+
+def plans_of(model: nn.Module) -> _Plans:
+    """The plans of a model; empty again after the model has changed."""
+    return _cache.get(model, "plans", _Plans)
+
+
 def _last(tensor: Tensor) -> int:
     """Distance in memory from a tensor's first to its last value."""
     return sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride()))
 
 
-def _make(model: nn.Module, images: Tensor, layers: dict[tuple[object, ...], Layer], rows: Rows) -> Plan:
-    graph = build(record(model, images, rows))
+def _make(model: nn.Module, images: Tensor, layers: dict[tuple[object, ...], Layer], read_logits: ReadLogits) -> Plan:
+    graph = build(record(model, images, read_logits))
     for node in graph.nodes.values():
         if node.layer is not None:
             node.layer = layers.setdefault(_identity_of(node.layer), node.layer)
@@ -130,7 +146,16 @@ def _identity_of(layer: Layer) -> tuple[object, ...]:
 
 
 def check(graph: Graph, config: Config, starts: set[int]) -> None:
-    """Raise NotImplementedError naming the first layer on the way of relevance that has no rule."""
+    """Check that every layer which relevance passes has a rule.
+
+    Args:
+        graph: the graph that relevance passes.
+        config: the rules.
+        starts: indices of the values at which relevance starts.
+
+    Raises:
+        UnsupportedError: the message names the layer without a rule that is nearest to the logits.
+    """
     reached = graph.reach(starts)
     for node in sorted((n for i, n in graph.nodes.items() if i in reached), key=lambda n: -n.index):
         carrying = carrying_in(node)
@@ -142,19 +167,20 @@ def check(graph: Graph, config: Config, starts: set[int]) -> None:
             )
 
 
-def _verify(model: nn.Module, plan: Plan, images: Tensor, rows: Rows) -> None:
-    """Raise ValueError unless the recording, run on other images, gives the model's own logits where these are finite.
+def _verify(model: nn.Module, plan: Plan, images: Tensor, read_logits: ReadLogits) -> None:
+    """Check that the recording, run on other images, gives the model's own logits where these are finite.
 
-    The images stay within the values seen, as products of what an image makes (lambda layers) may square to infinity.
+    The other images stay within the range of the given ones: products of two values that grow with the image, as in
+    lambda layers, may overflow otherwise.
     """
     others = images.flip(-1) * 0.5 + images.roll(1, -2) * 0.25
     with torch.no_grad():
-        expected = rows(model(others))
-        got = run_forward(plan.graph, plan.residual_sums, Config(residual="duplicate"), others).logits
-    known = expected.isfinite()
-    got, expected = got[known], expected[known]
+        expected = read_logits(model(others))
+        logits = run_forward(plan.graph, plan.residual_sums, Config(residual="duplicate"), others).logits
+    finite = expected.isfinite()
+    logits, expected = logits[finite], expected[finite]
     scale = torch.cat([expected.abs().flatten(), expected.new_tensor([1e-6])]).max()
-    if not torch.allclose(got / scale, expected / scale, atol=SAME[images.dtype], rtol=0):
+    if not torch.allclose(logits / scale, expected / scale, atol=TOLERANCES[images.dtype], rtol=0):
         raise InputError(
             f"{type(model).__name__} does not repeat on other images what was recorded on one batch: its forward pass "
             "branches on pixel values or leaves torch functions (NumPy, custom autograd functions)."

@@ -88,7 +88,7 @@ class ScoredBatch:
     def engine(self, **options: Any) -> PerturbationEngine:
         """`cache`, which must hold these images, or a new engine with `options`."""
         if self.cache is None:
-            return PerturbationEngine(self.model, self.images, indices=self.indices, **options)
+            return PerturbationEngine.for_model(self.model, self.images, indices=self.indices, **options)
         if self.cache.images.shape != self.images.shape or not torch.equal(self.cache.images, self.images):
             raise InputError("cache must be the perturbation engine of these images; it holds others.")
         return self.cache

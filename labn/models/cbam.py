@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from labn.errors import InputError
+from labn.inference.hooks import temporary_hooks
 from labn.inference.modes import evaluating
 
 PROBE_SIZE = 96  # enough for every torchvision CNN; only the number of channels is read off
@@ -99,12 +100,8 @@ def _channels_into(network: nn.Module, layer: nn.Module) -> int:
     def see(_module: nn.Module, args: tuple[Any, ...]) -> None:
         shapes.append(args[0].shape)
 
-    handle = layer.register_forward_pre_hook(see)
-    try:
-        with evaluating(network, first.weight.device.type):
-            network(first.weight.new_zeros(1, first.in_channels, PROBE_SIZE, PROBE_SIZE))
-    finally:
-        handle.remove()
+    with temporary_hooks(before={layer: see}), evaluating(network, first.weight.device.type):
+        network(first.weight.new_zeros(1, first.in_channels, PROBE_SIZE, PROBE_SIZE))
     if not shapes or len(shapes[0]) != 4:
         raise InputError(f"before names a layer of {type(network).__name__} that sees no feature maps (B, K, h, w).")
     return shapes[0][1]

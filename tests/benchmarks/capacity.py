@@ -69,7 +69,7 @@ def forwards(job: Job, maps: int) -> int:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(1, job.channels, job.size, job.size, generator=generator)
     label = torch.zeros(1, dtype=torch.long)
-    engine = PerturbationEngine(Free(), images, indices=label, fold=False)
+    engine = PerturbationEngine.for_model(Free(), images, indices=label, fold=False)
     for _ in range(maps):
         heat = torch.rand(1, job.size, job.size, generator=generator)
         for patch_size in PATCHES:
@@ -80,7 +80,7 @@ def forwards(job: Job, maps: int) -> int:
 def cpu_rate(job: Job, count: int) -> float:
     """Forwards per CPU second of one thread; the best of three."""
     images = torch.randn(1, job.channels, job.size, job.size, generator=torch.Generator().manual_seed(0))
-    engine = PerturbationEngine(job.network, images, fold=True)
+    engine = PerturbationEngine.for_model(job.network, images, fold=True)
     best = 0.0
     for _ in range(4):  # the first one prepares the network
         start = time.process_time()

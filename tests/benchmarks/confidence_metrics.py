@@ -32,7 +32,7 @@ def score(model: nn.Module, images: Tensor, maps: Tensor, names: list[str], need
     targets, indices = torch.zeros(len(images), dtype=torch.long), torch.arange(len(images))
 
     def work() -> int:
-        engine = PerturbationEngine(model, images, fold=fold)
+        engine = PerturbationEngine.for_model(model, images, fold=fold)
         for name in names:
             metric_by_name(name).score(model, images, maps, targets, indices, cache=engine)
         if engine.forwards != needed * len(images):

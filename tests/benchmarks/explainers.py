@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from labn.explainers import RISE, AblationCAM, explainer_by_name
 from labn.explainers.cam.network_tail import Tail
 from labn.explainers.cam.score import ScoreCAM
-from labn.inference.fast_copy import cpu_chunk, fast_copy
+from labn.inference.chunk_size import cpu_chunk
+from labn.inference.fast_copy import fast_copy
 
 SIZE = 224
 GRADCAM_FAMILY = ("cam", "gradcam", "gradcam++", "xgradcam", "amg")

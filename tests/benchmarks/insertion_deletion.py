@@ -73,7 +73,7 @@ def score(model: nn.Module, patch_size: int, steps: int, variant: str) -> tuple[
     curves = []
 
     def work() -> int:
-        engine = PerturbationEngine(model, image, **metric.engine_options)
+        engine = PerturbationEngine.for_model(model, image, **metric.engine_options)
         curves.append(metric.curves(model, image, maps, label, label, cache=engine))
         return 2 * len(curves[0].counts) - 2  # both curves, less the end points that they share
 

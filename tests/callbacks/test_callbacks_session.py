@@ -75,8 +75,8 @@ def test_maps_on_disk_keep_the_keys_that_they_were_written_under():
 
 def test_maps_and_scores_that_have_changed_have_other_keys(monkeypatch):
     changed = [
-        LRP(first_layer="zb"),
-        CRP(first_layer="zb"),
+        LRP(first_layer="zbox"),
+        CRP(first_layer="zbox"),
         AttentionMapGuided(attention="cbam"),
         PatchInsertionDeletion(4, area="mean"),
     ]

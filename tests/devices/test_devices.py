@@ -101,8 +101,8 @@ def test_curves_of_insertion_and_deletion(device: torch.device) -> None:
 
 
 def test_the_folded_copy_is_used_there(device: torch.device) -> None:
-    engine = PerturbationEngine(network("gradcam").to(device), pictures().to(device))
-    plain = PerturbationEngine(network("gradcam").to(device), pictures().to(device), fold=False)
+    engine = PerturbationEngine.for_model(network("gradcam").to(device), pictures().to(device))
+    plain = PerturbationEngine.for_model(network("gradcam").to(device), pictures().to(device), fold=False)
     assert engine.folded
     assert difference(engine.original(), plain.original().cpu()) <= ROUNDING
 
@@ -200,7 +200,7 @@ def test_chunks_shrink_until_they_fit(gpu: torch.device) -> None:
         (torch.cuda.memory_reserved() + 2**30) / torch.cuda.get_device_properties(gpu).total_memory
     )
     try:
-        engine = PerturbationEngine(nn.Sequential(nn.Conv2d(3, 64, 3), nn.Flatten(2), Mean()), images)
+        engine = PerturbationEngine.for_model(nn.Sequential(nn.Conv2d(3, 64, 3), nn.Flatten(2), Mean()), images)
         assert engine.run(lambda position: images.expand(len(position), -1, -1, -1), 512).shape == (512, 64)
         assert engine.forwards == 512
     finally:

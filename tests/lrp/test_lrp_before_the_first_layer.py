@@ -9,7 +9,7 @@ from torch import nn
 
 from labn.lrp import Config, ConservationReport, backward, forward, relevance
 
-FIRST = ["ones", "zb", "input", "flat", "w2", "epsilon", "same"]
+FIRST = ["ones", "zbox", "alpha1beta0", "flat", "wsquare", "epsilon", "same"]
 BOUNDS = {"low": (-9.0,) * 3, "high": (9.0,) * 3}
 BEFORE = {
     "resize": nn.Upsample(size=(9, 7), mode="bilinear"),
@@ -57,7 +57,7 @@ def test_account_adds_up(name, first, residual):
     config = Config(first_layer=first, residual=residual, **BOUNDS)
     result = relevance(net, images(2, 8), torch.tensor([0, 2]), config, report=True)
     assert adds_up(result) < 1e-9
-    if first in ("ones", "flat", "w2"):
+    if first in ("ones", "flat", "wsquare"):
         assert (result.relevance >= 0).all()
         assert torch.allclose(result.arrived, result.initial, rtol=1e-6)
 
@@ -83,7 +83,7 @@ def test_zb_gives_a_filled_border_no_share_and_no_pixel_a_negative_one(before):
             seeded(net, seed),
             images(2, 8).clamp(-1.5, 1.5),
             torch.tensor([0, 3]),
-            Config(first_layer="zb", low=(-1.5,) * 3, high=(1.5,) * 3),
+            Config(first_layer="zbox", low=(-1.5,) * 3, high=(1.5,) * 3),
             report=True,
         )
         assert (result.relevance >= 0).all()
@@ -111,7 +111,7 @@ def normed(net):
     return nn.Sequential(norm, net).eval()
 
 
-@pytest.mark.parametrize("first", ["ones", "zb", "input", "flat", "w2"])
+@pytest.mark.parametrize("first", ["ones", "zbox", "alpha1beta0", "flat", "wsquare"])
 @pytest.mark.parametrize("inside", [Scaled, normed])
 def test_a_normalisation_in_the_network_is_one_outside(first, inside):
     net, x, chosen = (
@@ -126,7 +126,7 @@ def test_a_normalisation_in_the_network_is_one_outside(first, inside):
     outside = relevance(net, (x - scaled.shift) / scale, chosen, Config(first_layer=first, low=low, high=high))
     found = relevance(inside(net), x, chosen, Config(first_layer=first, low=(0.0,) * 3, high=(1.0,) * 3))
     assert torch.allclose(found.relevance, outside.relevance, atol=1e-14)
-    assert first != "zb" or (found.relevance >= 0).all()
+    assert first != "zbox" or (found.relevance >= 0).all()
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])

@@ -104,7 +104,7 @@ def test_wrong_init_target_and_bounds():
     with pytest.raises(ValueError, match=r"targets must lie in 0\.\.2, got 0\.\.3"):
         relevance(plain(), images(), torch.tensor([0, 3]))
     with pytest.raises(ValueError, match="low and high for each of the 3 image channels"):
-        relevance(plain(), images(), torch.tensor([0, 1]), Config(first_layer="zb", low=(0.0,), high=(1.0,)))
+        relevance(plain(), images(), torch.tensor([0, 1]), Config(first_layer="zbox", low=(0.0,), high=(1.0,)))
 
 
 def test_dilated_max_pool_has_no_average():
@@ -120,3 +120,18 @@ def test_unknown_module_and_unreachable_module():
         backward(trace, start, until="layer9")
     with pytest.raises(ValueError, match="does not lie below"):
         backward(trace, {"first": torch.ones(1, 6, 8, 8, dtype=torch.float64)}, until="second")
+
+
+@pytest.mark.parametrize(("earlier", "now"), [
+    ({"rule": "simple"}, {"rule": "lrp0"}),
+    ({"linear_rule": "simple"}, {"linear_rule": "lrp0"}),
+    ({"first_layer": "zb"}, {"first_layer": "zbox"}),
+    ({"first_layer": "input"}, {"first_layer": "alpha1beta0"}),
+    ({"first_layer": "w2", "rule": "simple"}, {"first_layer": "wsquare", "rule": "lrp0"}),
+])  # fmt: skip
+def test_the_earlier_name_of_a_rule_becomes_its_name_with_one_warning(earlier, now):
+    with pytest.warns(DeprecationWarning, match="is now") as caught:
+        config = Config(**earlier)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert config == Config(**now)

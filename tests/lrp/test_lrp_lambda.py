@@ -57,7 +57,7 @@ def contributions_of(rule, w, a, b, r):
     """What each input (..., inputs) of the dense layer w (outputs, inputs), b gets from each output, per output."""
     c = w * a
     up, down = c.clamp(min=0), c.clamp(max=0)
-    if rule == "simple":
+    if rule == "lrp0":
         return c * (r / (c.sum(-1) + b))[..., None]
     if rule == "epsilon":
         return share(c, r, c.sum(-1) + b)
@@ -112,7 +112,7 @@ def layers(draw):
 @settings(max_examples=60, deadline=None)
 @given(
     layers(),
-    st.sampled_from(["simple", "epsilon", "zplus", "alphabeta", "gamma", "flat"]),
+    st.sampled_from(["lrp0", "epsilon", "zplus", "alphabeta", "gamma", "flat"]),
     st.sampled_from([None, "pass", "fold"]),
     st.integers(0, 2**31),
 )
@@ -144,7 +144,7 @@ def test_simple_rule_is_value_gradient_times_value(stride):
     layer.project = lambda _: (query, key, value.requires_grad_())
     expected = value * torch.autograd.grad(layer(x).sum(), value)[0]
     del layer.project
-    trace = forward(net, x, Config(rule="simple"))
+    trace = forward(net, x, Config(rule="lrp0"))
     got = backward(trace, trace.logits, until="0.norm_v")
     assert torch.allclose(got, expected.flatten(1, 2), atol=1e-12)
 
@@ -187,11 +187,11 @@ def adds_up(result):
     return float(torch.maximum((result.arrived + result.leaked - result.initial).abs(), single).div(scale).max())
 
 
-@pytest.mark.parametrize("rule", ["zplus", "epsilon", "simple", "alphabeta", "gamma", "flat"])
+@pytest.mark.parametrize("rule", ["zplus", "epsilon", "lrp0", "alphabeta", "gamma", "flat"])
 @pytest.mark.parametrize("residual", ["ratio", "block", "signed"])
 @pytest.mark.parametrize("batchnorm", ["pass", "fold"])
 def test_account_adds_up(rule, residual, batchnorm):
-    config = Config(rule=rule, residual=residual, batchnorm=batchnorm, first_layer="input", eps=1e-6)
+    config = Config(rule=rule, residual=residual, batchnorm=batchnorm, first_layer="alpha1beta0", eps=1e-6)
     result = relevance(realistic(slim, dim_u=2, r=5), images(2, 33), TARGETS, config, "one", report=True)
     assert adds_up(result) < 1e-9
     assert any("LambdaLayer, weighted" in entry.name for entry in result.entries) or residual == "block"

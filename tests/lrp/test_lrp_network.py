@@ -22,16 +22,16 @@ def adds_up(result):
     return float(torch.maximum(whole, single).max())
 
 
-@pytest.mark.parametrize("rule", ["zplus", "epsilon", "simple", "alphabeta", "gamma"])
+@pytest.mark.parametrize("rule", ["zplus", "epsilon", "lrp0", "alphabeta", "gamma"])
 @pytest.mark.parametrize("residual", RESIDUALS)
 @pytest.mark.parametrize("batchnorm", ["pass", "fold"])
 def test_account_adds_up(rule, residual, batchnorm):
-    config = Config(rule=rule, residual=residual, batchnorm=batchnorm, first_layer="input", eps=1e-6)
+    config = Config(rule=rule, residual=residual, batchnorm=batchnorm, first_layer="alpha1beta0", eps=1e-6)
     result = relevance(small_resnet(1), images(2, 17), torch.tensor([1, 3]), config, report=True)
     assert adds_up(result) < 1e-9
 
 
-@pytest.mark.parametrize("first", ["ones", "zb", "input", "flat", "w2", "epsilon", "same"])
+@pytest.mark.parametrize("first", ["ones", "zbox", "alpha1beta0", "flat", "wsquare", "epsilon", "same"])
 def test_account_adds_up_for_every_first_layer_rule(first):
     config = Config(first_layer=first, low=(-9.0,) * 3, high=(9.0,) * 3)
     result = relevance(small_resnet(1), images(2, 17), torch.tensor([1, 3]), config, report=True)
@@ -103,7 +103,7 @@ def test_timm_networks(name, residual):
 
 def test_simple_rule_is_gradient_times_input_on_a_bias_free_relu_network():
     net, x = plain(), images(3, 11)
-    config = Config(rule="simple", first_layer="same")
+    config = Config(rule="lrp0", first_layer="same")
     leaf = x.clone().requires_grad_()
     targets = torch.tensor([0, 1, 2])
     gradient = torch.autograd.grad(net(leaf).gather(1, targets[:, None]).sum(), leaf)[0]
@@ -112,7 +112,7 @@ def test_simple_rule_is_gradient_times_input_on_a_bias_free_relu_network():
 
 def test_block_rule_on_a_bias_free_network_is_gradient_times_activation():
     net = small_resnet(2, biased=False)
-    config = Config(residual="block", rule="simple", first_layer="same", batchnorm="fold", eps=1e-14)
+    config = Config(residual="block", rule="lrp0", first_layer="same", batchnorm="fold", eps=1e-14)
     x, targets = images(2, 17), torch.tensor([1, 3])
     leaf = x.clone().requires_grad_()
     gradient = torch.autograd.grad(net(leaf).gather(1, targets[:, None]).sum(), leaf)[0]
@@ -155,7 +155,7 @@ def test_prepared_weights_serve_every_image_size():
     sizes = []
     for side in (32, 33, 40, 48, 56, 64):
         relevance(net, torch.randn(1, 3, side, side), targets)
-        layers = plan._stores[net].layers.values()
+        layers = plan.plans_of(net).layers.values()
         sizes.append((len(layers), sum(len(layer._prepared) + len(layer._packed) for layer in layers)))
     assert set(sizes) == {sizes[0]}
 

@@ -68,7 +68,9 @@ def test_deep_branch_gets_its_fixed_share_whatever_the_order_of_the_sum(rule, id
     for conv in (net.a, net.b, net.c):
         conv.weight.data.abs_()
     x = torch.rand(1, 1, 1, 2, dtype=torch.float64) + 0.1
-    got = backward(forward(net, x, Config(residual=rule, first_layer="input")), torch.ones(1, 1, dtype=torch.float64))
+    got = backward(
+        forward(net, x, Config(residual=rule, first_layer="alpha1beta0")), torch.ones(1, 1, dtype=torch.float64)
+    )
     assert torch.allclose(got.flatten(), torch.tensor([share, 1 - share], dtype=torch.float64))
 
 
@@ -133,7 +135,7 @@ def test_block_rule_is_its_formula():
     assert torch.allclose(got, block_by_hand(block, x, r.view(2, 5, 3, 3), eps), atol=1e-10)
 
 
-@pytest.mark.parametrize("first", ["ones", "flat", "w2", "zb", "input"])
+@pytest.mark.parametrize("first", ["ones", "flat", "wsquare", "zbox", "alpha1beta0"])
 def test_a_block_at_the_pixels_leaves_the_first_layer_its_rule(first):
     """Inside of a region there is no place for a rule of the pixels, so that this block shares by `ratio`."""
     net = seeded(nn.Sequential(Block(3, 5, 2), Block(5, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten()), 2)
@@ -287,7 +289,7 @@ def test_row_of_clamped_blocks_goes_block_by_block_and_leaves_the_forward_pass_a
 
 
 def test_clamped_block_conserves_through_the_whole_network():
-    config = Config(residual="block", block_weights="zplus", first_layer="input")
+    config = Config(residual="block", block_weights="zplus", first_layer="alpha1beta0")
     result = relevance(small_resnet(1), images(2, 17), torch.tensor([1, 3]), config, "one", report=True)
     assert torch.allclose(result.arrived + result.leaked, result.initial, atol=1e-12)
     assert (result.arrived > 0.99).all()

@@ -51,11 +51,11 @@ def dense_ones(a, w, b, r):
     return share(w.clamp(min=0), r)
 
 
-def dense_zb(a, w, b, r):
+def dense_zbox(a, w, b, r):
     return share(w * a + 4 * w.clamp(min=0) - 3 * w.clamp(max=0), r)
 
 
-def dense_w2(a, w, b, r):
+def dense_wsquare(a, w, b, r):
     return share(w**2, r)
 
 
@@ -68,10 +68,10 @@ DENSE = {
 }
 FIRST = {
     "ones": dense_ones,
-    "zb": dense_zb,
-    "input": dense_zplus,
+    "zbox": dense_zbox,
+    "alpha1beta0": dense_zplus,
     "flat": dense_flat,
-    "w2": dense_w2,
+    "wsquare": dense_wsquare,
     "epsilon": dense_epsilon,
 }
 LAYERS = {
@@ -126,7 +126,7 @@ def test_simple_rule_divides_by_the_output_alone():
     x = torch.randn(1, 6, 1, 1, dtype=torch.float64)
     r = torch.randn(1, 4, dtype=torch.float64)
     net = nn.Sequential(nn.Flatten(), module)
-    trace = forward(net, x, Config(rule="simple", first_layer="same"))
+    trace = forward(net, x, Config(rule="lrp0", first_layer="same"))
     expected = (module.weight * x.flatten() * (r[0] / module(x.flatten()))[:, None]).sum(0)
     assert torch.allclose(backward(trace, r).flatten(), expected)
 
@@ -136,7 +136,7 @@ def test_simple_rule_loses_what_arrives_at_a_zero_output():
     module.weight.data = torch.tensor([[1.0, -1.0], [1.0, 2.0]], dtype=torch.float64)
     x = torch.ones(1, 2, 1, 1, dtype=torch.float64)
     conservation = ConservationReport()
-    trace = forward(nn.Sequential(nn.Flatten(), module), x, Config(rule="simple", first_layer="same"))
+    trace = forward(nn.Sequential(nn.Flatten(), module), x, Config(rule="lrp0", first_layer="same"))
     got = backward(trace, torch.tensor([[5.0, 3.0]], dtype=torch.float64), conservation=conservation)
     assert got.flatten().tolist() == [1.0, 2.0]
     assert conservation.entries[0].dead.tolist() == [5.0]

@@ -8,7 +8,8 @@ from torch import nn
 from labn.lrp import Config, backward, forward, relevance
 from labn.lrp.plan import plan_for
 from labn.lrp.rules.elementary import stabiliser
-from labn.lrp.weighted_product import Dense, Weights, part_of, weighted
+from labn.lrp.weight_transforms import Flat, Gamma, Identity, Negative, Positive, Square
+from labn.lrp.weighted_product import Dense, Weights, weighted
 
 
 class Attention(nn.Module):
@@ -50,7 +51,7 @@ def test_the_product_is_the_plain_one_with_all_its_gradients():
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("rule", ["zplus", "epsilon", "simple", "alphabeta", "gamma", "flat"])
+@pytest.mark.parametrize("rule", ["zplus", "epsilon", "lrp0", "alphabeta", "gamma", "flat"])
 @pytest.mark.parametrize("residual", ["ratio", "block"])
 def test_attention_is_read_as_a_linear_layer_with_these_weights(rule, residual):
     """A network whose attention is constant, equal to this image's, has the same relevance."""
@@ -148,13 +149,15 @@ def test_signed_dense_weights_by_zplus():
     assert stabiliser(up.sum(2), config).unique().tolist() == [0.01]
 
 
-def test_weights_without_a_part_name_the_layer():
+def test_the_error_for_an_unsupported_weight_transform_names_the_layer():
     class OnlyWhole(Dense):
-        parts = ("weight",)
+        transforms = (Identity,)
 
     net, x = network(Attention(dense=OnlyWhole)), images(1, 6)
     relevance(net, x, torch.tensor([1]), Config(rule="epsilon", linear_rule="epsilon"))
-    with pytest.raises(ValueError, match=r"OnlyWhole of 'middle' \(Attention, weighted\) has no part 'plus'.*'weight'"):
+    with pytest.raises(
+        ValueError, match=r"OnlyWhole of 'middle' \(Attention, weighted\) does not support .* Positive\(\).* Identity"
+    ):
         relevance(net, x, torch.tensor([1]))
 
 
@@ -244,12 +247,19 @@ def test_taken_apart_equals_two_layers():
     assert torch.allclose(found.relevance, wanted.relevance, atol=1e-12)
 
 
-@pytest.mark.parametrize(("name", "expected"), [
-    ("weight", [-2.0, 0.0, 4.0]), ("plus", [0.0, 0.0, 4.0]), ("minus", [-2.0, 0.0, 0.0]), ("flat", [1.0, 1.0, 1.0]),
-    ("square", [4.0, 0.0, 16.0]), ("gamma:0.5", [-2.0, 0.0, 6.0]), ("gamma-:0.5", [-3.0, 0.0, 4.0]),
-])  # fmt: skip
-def test_parts(name, expected):
-    assert part_of(name)(torch.tensor([-2.0, 0.0, 4.0])).tolist() == expected
+@pytest.mark.parametrize(("transform", "expected"), [
+    (Identity(), [-2.0, 0.0, 4.0]), (Positive(), [0.0, 0.0, 4.0]), (Negative(), [-2.0, 0.0, 0.0]),
+    (Flat(), [1.0, 1.0, 1.0]), (Square(), [4.0, 0.0, 16.0]), (Gamma(0.5), [-2.0, 0.0, 6.0]),
+    (Gamma(0.5, -1), [-3.0, 0.0, 4.0]),
+], ids=str)  # fmt: skip
+def test_weight_transforms_on_a_negative_a_zero_and_a_positive_weight(transform, expected):
+    assert transform(torch.tensor([-2.0, 0.0, 4.0])).tolist() == expected
+
+
+@pytest.mark.parametrize("transform", [Identity(), Positive(), Negative(), Gamma(0.5), Gamma(0.5, -1)], ids=str)
+def test_the_mirrored_transform_is_the_one_that_a_negative_factor_leaves(transform):
+    weight = torch.tensor([-2.0, 0.0, 4.0])
+    assert torch.equal(transform(-3 * weight), -3 * transform.mirrored(weight))
 
 
 def test_weights_cannot_be_made_without_their_two_directions():

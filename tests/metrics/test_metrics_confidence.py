@@ -187,7 +187,7 @@ def test_metrics_share_their_forwards():
     seen = torch.stack(model.seen)
     assert [int((seen == image).flatten(1).all(1).sum()) for image in images] == [1, 1, 1]
 
-    engine = PerturbationEngine(model, images, fold=False)
+    engine = PerturbationEngine.for_model(model, images, fold=False)
     forwards = []
     for name in names:
         metric_by_name(name, fill="black", step=4).score(model, images, maps, TARGETS, INDICES, cache=engine)
@@ -204,7 +204,7 @@ def test_positives_only_leaves_samples_out_and_costs_nothing_for_them():
     (images, maps), model = batch(), Wavy(16)
     labels = torch.tensor([0, 1, 0])
     for metric in (AverageDrop(positives_only=True), PercentageIn(positives_only=True)):
-        engine = PerturbationEngine(model, images, fold=False)
+        engine = PerturbationEngine.for_model(model, images, fold=False)
         found = metric.score(model, images, maps, TARGETS, INDICES, labels=labels, cache=engine)
         assert all(values.isnan().tolist() == [True, False, True] for values in found.values())
         assert engine.forwards == (2 if isinstance(metric, AverageDrop) else 6)

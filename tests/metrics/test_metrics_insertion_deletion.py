@@ -256,7 +256,7 @@ class TestSharing:
     labels = torch.ones(2, dtype=torch.long)
 
     def run(self, names, *maps):
-        engine = PerturbationEngine(Wavy(36), self.images)
+        engine = PerturbationEngine.for_model(Wavy(36), self.images)
         forwards = []
         for name in names:
             for one in maps or (self.maps,):
@@ -279,7 +279,7 @@ class TestSharing:
         assert len(set(self.run(["id", "id@stable"], self.maps, -self.maps))) == 1
 
     def test_curves_after_a_score_cost_nothing_more(self):
-        engine, metric = PerturbationEngine(Wavy(36), self.images), PatchInsertionDeletion(2, step=2)
+        engine, metric = PerturbationEngine.for_model(Wavy(36), self.images), PatchInsertionDeletion(2, step=2)
         arguments = (Wavy(36), self.images, self.maps, self.labels, torch.arange(2))
         values = metric.score(*arguments, cache=engine)
         before = engine.forwards
@@ -287,7 +287,7 @@ class TestSharing:
         assert engine.forwards == before
 
     def test_an_engine_of_other_images_is_refused(self):
-        engine = PerturbationEngine(Wavy(36), self.images + 1)
+        engine = PerturbationEngine.for_model(Wavy(36), self.images + 1)
         with pytest.raises(ValueError, match="holds others"):
             PatchInsertionDeletion(2).score(
                 Wavy(36), self.images, self.maps, self.labels, torch.arange(2), cache=engine

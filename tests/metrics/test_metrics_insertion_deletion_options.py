@@ -38,7 +38,7 @@ class TestOptions:
         model, labels = Additive(even(4, 4)), torch.tensor([0, 2, 0])
         labels[1] = 1
         metric = PatchInsertionDeletion(2, positives_only=True, fold=False)
-        engine = PerturbationEngine(model, white(4, 4).expand(3, -1, -1, -1), fold=False)
+        engine = PerturbationEngine.for_model(model, white(4, 4).expand(3, -1, -1, -1), fold=False)
         values = score(metric, model, engine.images, self.maps, labels, cache=engine)
         assert values["pid"].isnan().tolist() == [True, False, True]
         assert engine.forwards == 1 + 1 + 2 * 3
@@ -51,7 +51,7 @@ class TestOptions:
         labels = right.clone()
         labels[1] = (labels[1] + 1) % 3
         metric = PatchInsertionDeletion(2, correct_only=True, fold=False)
-        engine = PerturbationEngine(model, self.images, fold=False)
+        engine = PerturbationEngine.for_model(model, self.images, fold=False)
         values = score(metric, model, self.images, self.maps, labels, cache=engine)
         assert values["pid"].isnan().tolist() == [False, True, False]
         assert engine.forwards == 3 + 1 + 2 * 2 * 3  # images, the bare fill, both curves of two in between

@@ -141,7 +141,7 @@ def test_the_mask_is_the_insertion_metrics_mask_for_the_same_map_and_count(size,
 
     metric = PatchInsertionDeletion(patch, step=count, ties="stable", fill="mean")
     images = torch.ones(2, 1, *size, dtype=torch.float64)
-    engine = PerturbationEngine(nn.Identity(), images, forward=watching)
+    engine = PerturbationEngine(watching, images)
     metric.score(nn.Identity(), images, values, torch.zeros(2, dtype=torch.long), torch.arange(2), cache=engine)
     inputs = {tuple(mask.flatten().tolist()) for mask in torch.cat(shown)}
     assert all(tuple(mask.flatten().tolist()) in inputs for mask in kept)

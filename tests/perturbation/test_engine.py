@@ -57,14 +57,14 @@ def naive(model, images, ranks, counts, fill, keep):
 @pytest.mark.parametrize("fold", [True, False])
 def test_masked_is_the_naive_loop(model, images, ranks, keep, fill_shape, fold):
     fill = torch.randn(fill_shape, dtype=torch.float64)
-    engine = PerturbationEngine(model, images, fold=fold)
+    engine = PerturbationEngine.for_model(model, images, fold=fold)
     assert engine.folded is fold
     logits = engine.masked(ranks, COUNTS, fill, keep)
     assert torch.allclose(logits, naive(model, images, ranks, COUNTS, fill, keep), atol=1e-12)
 
 
 def test_insertion_and_deletion_share_their_end_points(model, images, ranks):
-    engine = PerturbationEngine(model, images)
+    engine = PerturbationEngine.for_model(model, images)
     insertion = engine.masked(ranks, COUNTS, 0.0, "first")
     assert engine.forwards == 2 * 3 + 1  # the bare fill is the same for both images
     deletion = engine.masked(ranks, COUNTS, 0.0, "rest")
@@ -80,7 +80,7 @@ def test_insertion_and_deletion_share_their_end_points(model, images, ranks):
 def test_the_negated_map_needs_no_new_forward(model, images):
     values = torch.rand(2, 9, generator=torch.Generator().manual_seed(2))
     counts = torch.arange(0, 10, 3)
-    engine = PerturbationEngine(model, images)
+    engine = PerturbationEngine.for_model(model, images)
     results = {}
     for sign in (1, -1):
         ranks = ranks_to_pixels(patch_ranks(sign * values), 2, (6, 6))
@@ -92,7 +92,7 @@ def test_the_negated_map_needs_no_new_forward(model, images):
 
 
 def test_equal_pixel_sets_of_different_patch_sizes_run_once(model, images):
-    engine = PerturbationEngine(model, images)
+    engine = PerturbationEngine.for_model(model, images)
     coarse = torch.tensor([[0, 1, 2, 3]] * 2)
     engine.masked(ranks_to_pixels(coarse, 3, (6, 6)), torch.tensor([1, 2]), 0.0)
     before = engine.forwards
@@ -102,7 +102,7 @@ def test_equal_pixel_sets_of_different_patch_sizes_run_once(model, images):
 
 
 def test_different_fills_are_kept_apart_and_equal_ones_recognised(model, images, ranks):
-    engine = PerturbationEngine(model, images)
+    engine = PerturbationEngine.for_model(model, images)
     black = engine.masked(ranks, COUNTS, torch.zeros(1, 3, 1, 1))
     white = engine.masked(ranks, COUNTS, torch.ones(1, 3, 1, 1))
     assert engine.forwards == 2 + 2 * 5  # the full image is shared
@@ -113,7 +113,7 @@ def test_different_fills_are_kept_apart_and_equal_ones_recognised(model, images,
 
 def test_some_samples_of_the_batch(model, images, ranks):
     fill = torch.randn(2, 3, 6, 6, dtype=torch.float64)
-    engine = PerturbationEngine(model, images)
+    engine = PerturbationEngine.for_model(model, images)
     some = engine.masked(ranks[1:], COUNTS, fill, samples=torch.tensor([1]))
     assert engine.forwards == 4
     assert torch.allclose(some, engine.masked(ranks, COUNTS, fill)[1:])
@@ -121,8 +121,8 @@ def test_some_samples_of_the_batch(model, images, ranks):
 
 @pytest.mark.parametrize("chunk_size", [1, 3, 64])
 def test_logits_do_not_depend_on_the_chunk(model, images, ranks, chunk_size):
-    one = PerturbationEngine(model, images, chunk_size=chunk_size).masked(ranks, COUNTS, 0.0)
-    assert torch.allclose(one, PerturbationEngine(model, images).masked(ranks, COUNTS, 0.0), atol=1e-12)
+    one = PerturbationEngine.for_model(model, images, chunk_size=chunk_size).masked(ranks, COUNTS, 0.0)
+    assert torch.allclose(one, PerturbationEngine.for_model(model, images).masked(ranks, COUNTS, 0.0), atol=1e-12)
 
 
 def test_soft_tells_binary_weights_apart():
@@ -131,13 +131,15 @@ def test_soft_tells_binary_weights_apart():
     images = torch.ones(1, 1, 8, 8, dtype=torch.float64)
     weights = (torch.rand(20_000, 8, 8, generator=generator) < 0.5).double()
     readout = nn.Sequential(nn.Flatten(), nn.Linear(64, 2, dtype=torch.float64)).requires_grad_(False)
-    found = PerturbationEngine(readout, images, chunk_size=4096).soft(weights, samples=torch.zeros(20_000).long())
+    found = PerturbationEngine.for_model(readout, images, chunk_size=4096).soft(
+        weights, samples=torch.zeros(20_000).long()
+    )
     assert torch.allclose(found, readout(weights[:, None]), atol=1e-12)
 
 
 def test_soft_weights_blend_image_and_fill_and_run_once(model, images):
     weights = torch.rand(2, 6, 6, dtype=torch.float64)
-    engine = PerturbationEngine(model, images)
+    engine = PerturbationEngine.for_model(model, images)
     logits = engine.soft(weights, 0.5)
     blended = weights[:, None] * images + (1 - weights[:, None]) * 0.5
     assert torch.allclose(logits, model.eval()(blended), atol=1e-12)
@@ -158,7 +160,7 @@ def test_inputs_are_streamed_one_chunk_alive_at_a_time(images):
         seen.append((len(batch), sum(ref() is not None for ref in alive)))
         return batch.mean((2, 3))
 
-    engine = PerturbationEngine(nn.Identity(), images, chunk_size=4, forward=forward)
+    engine = PerturbationEngine(forward, images, chunk_size=4)
     logits = engine.run(lambda position: torch.ones(len(position), 3, 6, 6).double() * position.view(-1, 1, 1, 1), 30)
     assert logits[:, 0].tolist() == list(range(30))
     assert [size for size, _ in seen] == [4] * 7 + [2]
@@ -175,7 +177,7 @@ def test_running_out_of_memory_halves_the_chunk(images, error):
             raise error
         return batch.mean((2, 3))
 
-    engine = PerturbationEngine(nn.Identity(), images, chunk_size=16, forward=forward)
+    engine = PerturbationEngine(forward, images, chunk_size=16)
     logits = engine.run(lambda position: images[position % 2], 7)
     assert torch.allclose(logits, images.mean((2, 3))[torch.arange(7) % 2])
     assert sizes == [7, 3, 3, 1]
@@ -187,7 +189,7 @@ def test_a_chunk_of_one_that_does_not_fit_raises(images):
         raise torch.OutOfMemoryError("full")
 
     with pytest.raises(torch.OutOfMemoryError):
-        PerturbationEngine(nn.Identity(), images, forward=forward).original()
+        PerturbationEngine(forward, images).original()
 
 
 def test_other_errors_pass(images):
@@ -195,7 +197,7 @@ def test_other_errors_pass(images):
         raise RuntimeError("shapes do not match")
 
     with pytest.raises(RuntimeError, match="shapes do not match"):
-        PerturbationEngine(nn.Identity(), images, forward=forward).original()
+        PerturbationEngine(forward, images).original()
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
 
 
@@ -205,7 +207,7 @@ def test_the_model_is_left_as_it_was(model, images, ranks):
     before = {name: (tensor.clone(), tensor._version) for name, tensor in model.state_dict(keep_vars=True).items()}
     hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     for fold in (True, False):
-        PerturbationEngine(model, images, fold=fold).masked(ranks, COUNTS, 0.0)
+        PerturbationEngine.for_model(model, images, fold=fold).masked(ranks, COUNTS, 0.0)
     for name, tensor in model.state_dict(keep_vars=True).items():
         assert torch.equal(tensor, before[name][0])
         assert tensor._version == before[name][1]
@@ -218,15 +220,15 @@ def test_the_model_is_left_as_it_was(model, images, ranks):
 
 def test_float64_images_mean_float64_arithmetic_for_a_float32_model(images):
     model = Net()
-    exact = PerturbationEngine(Net().double(), images).original()
-    assert torch.allclose(PerturbationEngine(model, images).original(), exact, atol=1e-12)
+    exact = PerturbationEngine.for_model(Net().double(), images).original()
+    assert torch.allclose(PerturbationEngine.for_model(model, images).original(), exact, atol=1e-12)
     assert next(model.parameters()).dtype == torch.float32
 
 
 def test_bf16_is_close_and_keeps_the_images_dtype(images, ranks):
     images = images.float()
-    exact = PerturbationEngine(Net(), images).masked(ranks, COUNTS, 0.0).softmax(-1)
-    engine = PerturbationEngine(Net(), images, precision="bf16")
+    exact = PerturbationEngine.for_model(Net(), images).masked(ranks, COUNTS, 0.0).softmax(-1)
+    engine = PerturbationEngine.for_model(Net(), images, precision="bf16")
     rough = engine.masked(ranks, COUNTS, 0.0).softmax(-1)
     assert rough.dtype == torch.float32
     assert 0 < (rough - exact).abs().max() < 0.02
@@ -238,21 +240,21 @@ def test_bf16_is_close_and_keeps_the_images_dtype(images, ranks):
 )
 def test_bad_options_are_named(model, images, options, message):
     with pytest.raises(ValueError, match=message):
-        PerturbationEngine(model, images, **options)
+        PerturbationEngine.for_model(model, images, **options)
 
 
 def test_bad_shapes_are_named(model, images, ranks):
     with pytest.raises(ValueError, match="images must be floating"):
-        PerturbationEngine(model, images[0])
+        PerturbationEngine.for_model(model, images[0])
     with pytest.raises(ValueError, match="fill must be broadcastable"):
-        PerturbationEngine(model, images).masked(ranks, COUNTS, torch.zeros(1, 3, 4, 4))
+        PerturbationEngine.for_model(model, images).masked(ranks, COUNTS, torch.zeros(1, 3, 4, 4))
 
 
 def test_it_works_inside_inference_mode_and_with_gradients_on(model, images, ranks):
-    outside = PerturbationEngine(model, images).masked(ranks, COUNTS, 0.0)
+    outside = PerturbationEngine.for_model(model, images).masked(ranks, COUNTS, 0.0)
     assert not outside.requires_grad
     with torch.inference_mode():
-        inside = PerturbationEngine(model, images).masked(ranks, COUNTS, 0.0)
+        inside = PerturbationEngine.for_model(model, images).masked(ranks, COUNTS, 0.0)
     assert torch.equal(outside, inside)
 
 
@@ -263,7 +265,7 @@ def test_logits_that_are_nan_are_told(images):
         def forward(self, x):
             return torch.where(x[:, 0, 0, :1] == 0, torch.nan, x[:, 0, 0, :1]) + torch.ones(1, 2, dtype=x.dtype)
 
-    engine = PerturbationEngine(Broken(), images, indices=torch.tensor([26, 7]))
+    engine = PerturbationEngine.for_model(Broken(), images, indices=torch.tensor([26, 7]))
     with pytest.warns(UserWarning, match=r"Broken gives NaN for 1 of 1 inputs made of the samples \[26, 7\]"):
         engine.filled(0.0)
     assert not engine.original().isnan().any()

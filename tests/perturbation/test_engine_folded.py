@@ -239,7 +239,7 @@ def test_layers_that_a_function_holds_are_run_in_eval_mode_and_learn_nothing(pro
     with torch.no_grad():
         expected = model(images)
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    found = PerturbationEngine(model.train(), images).original()
+    found = PerturbationEngine.for_model(model.train(), images).original()
     assert torch.allclose(found, expected, atol=1e-12)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 

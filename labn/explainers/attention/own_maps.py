@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from labn.errors import InputError
 from labn.explainers.base import Explainer
+from labn.inference.hooks import temporary_hooks
 from labn.inference.modes import logits_of
 from labn.models.attention_branch import gate_attention
 from labn.models.lambda_networks.layer import LambdaLayer
@@ -55,10 +56,6 @@ class LambdaAttention(Explainer):
         if not 0 <= chosen < len(layers):
             raise InputError(f"layer is {chosen}, but the network has {len(layers)} lambda layers, numbered from 0.")
         inputs: list[Tensor] = []
-        hook = layers[chosen].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
-        try:
-            with torch.no_grad():
-                logits_of(model(images))
-                return layers[chosen].content(inputs[0]).mean(dim=1)
-        finally:
-            hook.remove()
+        with torch.no_grad(), temporary_hooks(before={layers[chosen]: lambda _, args: inputs.append(args[0])}):
+            logits_of(model(images))
+            return layers[chosen].content(inputs[0]).mean(dim=1)

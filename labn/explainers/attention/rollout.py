@@ -15,6 +15,7 @@ from labn.errors import InputError
 from labn.explainers.base import Explainer
 from labn.explainers.cam.features import fast_logits
 from labn.explainers.cam.target_layer import watching
+from labn.inference.hooks import temporary_hooks
 from labn.inference.modes import logits_of
 from labn.models.lambda_networks.layer import LambdaLayer
 
@@ -171,16 +172,9 @@ def implicit_attention(layer: LambdaLayer, x: Tensor) -> Tensor:
 def _lambda_rollout(model: nn.Module, images: Tensor) -> Tensor:
     """(B, h, w): mean row of the rollout over the lambda layers at the last resolution."""
     inputs: list[tuple[LambdaLayer, Tensor]] = []
-    hooks = [
-        module.register_forward_pre_hook(lambda layer, args: inputs.append((layer, args[0])))
-        for module in model.modules()
-        if isinstance(module, LambdaLayer)
-    ]
-    try:
+    layers = [module for module in model.modules() if isinstance(module, LambdaLayer)]
+    with temporary_hooks(before=dict.fromkeys(layers, lambda layer, args: inputs.append((layer, args[0])))):
         fast_logits(model, images)
-    finally:
-        for hook in hooks:
-            hook.remove()
     size = inputs[-1][1].shape[-2:]
     rolled = rollout(implicit_attention(layer, x) for layer, x in inputs if x.shape[-2:] == size)
     return rolled.mean(dim=1).unflatten(1, tuple(size))

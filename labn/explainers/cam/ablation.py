@@ -71,10 +71,10 @@ class AblationCAM(ActivationMap):
             tail = Tail(model, layer, image[None])
             check_targets(target[None], tail.logits.shape[1])
             seen.append((tail.activations, tail.logits))
-            lost.append(self._lost(model, tail, image[None], target))
+            lost.append(self._lost(tail, image[None], target))
         return Features(*(torch.cat(column) for column in zip(*seen))), torch.stack(lost)
 
-    def _lost(self, model: nn.Module, tail: Tail, image: Tensor, target: Tensor) -> Tensor:
+    def _lost(self, tail: Tail, image: Tensor, target: Tensor) -> Tensor:
         """(K,): y_c minus y_c without each feature map."""
         chunk = self.chunk_size or max(1, CHUNK_NUMBERS // tail.activations.numel())
 
@@ -83,7 +83,7 @@ class AblationCAM(ActivationMap):
             maps[torch.arange(len(channels), device=maps.device), channels] = 0
             return maps
 
-        engine = PerturbationEngine(model, image, chunk_size=chunk, forward=tail)
+        engine = PerturbationEngine(tail, image, chunk_size=chunk)
         without = engine.run(ablated, tail.activations.shape[1])
         return tail.logits[0, target] - without[:, target]
 

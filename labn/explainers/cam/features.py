@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from labn.errors import InputError
 from labn.explainers.base import class_scores
 from labn.explainers.cam.target_layer import find_target_layer, is_channels_last, named_layer
+from labn.inference.hooks import temporary_hooks
 from labn.inference.modes import logits_of
 
 
@@ -77,11 +78,8 @@ def replacing_output(layer: nn.Module, size: torch.Size, change: Callable[[Tenso
             return change(output.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return change(output)
 
-    handle = layer.register_forward_hook(hook)
-    try:
+    with temporary_hooks(after={layer: hook}):
         yield
-    finally:
-        handle.remove()
 
 
 def layer_features(model: nn.Module, layer: nn.Module, images: Tensor) -> Features:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from labn.explainers.cam.features import fast_logits, replacing_output
 from labn.explainers.cam.target_layer import is_channels_last
+from labn.inference.hooks import temporary_hooks
 from labn.inference.modes import logits_of
 
 
@@ -35,12 +36,8 @@ class _Trunk:
         self.shape = torch.Size()
         self.calls: Counter[nn.Module] = Counter()
         self._open = True
-        hooks = [module.register_forward_hook(self._see) for module in model.modules()]
-        try:
+        with temporary_hooks(after=dict.fromkeys(model.modules(), self._see)):
             self.logits = fast_logits(model, image)
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _see(self, module: nn.Module, _args: Any, output: Any) -> None:
         self.calls[module] += 1
@@ -90,11 +87,8 @@ class _Whole:
 
     def __call__(self, activations: Tensor) -> Tensor:
         """Logits (n, num_classes) for the layer's output (n, ...)."""
-        handle = self.layer.register_forward_hook(lambda _module, _args, _output: activations)
-        try:
+        with temporary_hooks(after={self.layer: lambda _module, _args, _output: activations}):
             return logits_of(self.model(self.image.expand(len(activations), -1, -1, -1)))
-        finally:
-            handle.remove()
 
 
 class Tail:

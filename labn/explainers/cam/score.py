@@ -92,7 +92,9 @@ class ScoreCAM(ActivationMap):
         """(B, h, w) weighted sum at the layer's resolution."""
         features = layer_features(model, self.layer(model, images), images)
         check_targets(targets, features.logits.shape[1])
-        engine = PerturbationEngine(model, images, chunk_size=self.chunk_size, fold=self.fold, precision=self.precision)
+        engine = PerturbationEngine.for_model(
+            model, images, chunk_size=self.chunk_size, fold=self.fold, precision=self.precision
+        )
         baselines = SCORES[self.score](engine.filled(0.0)).gather(1, targets[:, None])
         scores = torch.cat([torch.zeros_like(features.activations[:, :, 0, 0]), baselines], dim=1)
         for row, image, maps, taken, target in zip(

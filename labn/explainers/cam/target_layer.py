@@ -4,36 +4,31 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from labn.errors import InputError
-from labn.inference.fingerprint import structure_key
+from labn.inference.fingerprint import ModelCache, structure_key
+from labn.inference.hooks import temporary_hooks
 from labn.inference.modes import explaining, logits_of
 
 POOLING = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 COMPILED = "_orig_mod."  # the prefix that `torch.compile` puts before the names of a module's own layers
 
-# Names by model and image shape, each with the structure that it was found in.
-_found: WeakKeyDictionary[nn.Module, dict[tuple[int, ...], tuple[Hashable, str]]] = WeakKeyDictionary()
+_names: ModelCache[str] = ModelCache(structure_key)  # the weights do not decide which layer is the last one
 
 
 @contextmanager
 def watching(modules: Mapping[str, nn.Module], see: Callable[[str, Any, Any], None]) -> Iterator[None]:
-    """Call `see(name, args, output)` after every forward of `modules`, as they complete; hooks go with the block."""
-    hooks = [m.register_forward_hook(lambda _m, a, out, name=name: see(name, a, out)) for name, m in modules.items()]
-    try:
+    """Call `see(name, args, output)` after every forward of `modules` within the block, in the order of completion."""
+    with temporary_hooks(after={m: lambda _m, a, out, name=name: see(name, a, out) for name, m in modules.items()}):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def named_layer(model: nn.Module, name: str) -> nn.Module:
@@ -191,10 +186,5 @@ def search_target_layer(model: nn.Module, images: Tensor) -> str:
 
 
 def find_target_layer(model: nn.Module, images: Tensor) -> str:
-    """`search_target_layer`, searched once per image size, and again after the model's layers have changed."""
-    found = _found.setdefault(model, {})
-    size = tuple(images.shape[1:])
-    if size not in found or found[size][0] != structure_key(model):
-        name = search_target_layer(model, images)
-        found[size] = (structure_key(model), name)
-    return found[size][1]
+    """`search_target_layer`, cached per image size until the model's layers change."""
+    return _names.get(model, tuple(images.shape[1:]), lambda: search_target_layer(model, images))

@@ -63,7 +63,7 @@ class Occlusion(Explainer):
         rows = window_coverage(images.shape[-2], self.window, self.stride, images)
         columns = window_coverage(images.shape[-1], self.window, self.stride, images)
         baseline = channel_values(self.baseline, images, "baseline")
-        engine = PerturbationEngine(model, images, chunk_size=self.chunk_size, fold=self.fold)
+        engine = PerturbationEngine.for_model(model, images, chunk_size=self.chunk_size, fold=self.fold)
         original = engine.original()
         check_targets(targets, original.shape[1])
         scores = SCORES[self.score](original).gather(1, targets[:, None])

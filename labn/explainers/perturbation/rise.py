@@ -211,7 +211,7 @@ class RISE(Explainer):
     def _stream(self, model: nn.Module, images: Tensor, classes: Tensor, error: bool) -> RiseMaps:
         bank = MaskBank.draw(self.n_masks, self.grid, self.p, self.seed, self.sampler)
         options = {"chunk_size": self.chunk_size, "fold": self.fold, "precision": self.precision}
-        engine = PerturbationEngine(model, images, **options)  # type: ignore[arg-type]
+        engine = PerturbationEngine.for_model(model, images, **options)  # type: ignore[arg-type]
         moments = _Moments((*classes.shape, *images.shape[-2:]), images.device, error)
         for start in range(0, len(bank), GROUP):
             masks = bank.render(start, min(start + GROUP, len(bank)), images)

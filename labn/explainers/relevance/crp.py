@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from labn.errors import InputError
 from labn.explainers.base import Explainer, Targets, check_targets, resolve_targets
 from labn.explainers.relevance.detection_pass import DetectionTrace, Start
+from labn.inference.chunk_size import check_chunk_size
 from labn.inference.modes import explaining, matching
 from labn.lrp.config import Config, FirstName
 from labn.lrp.engine import propagated
 from labn.lrp.initial import check_others, rivals
 from labn.models.detectors import COORDINATES, Detections, Detector, Thresholds, detector_of
-from labn.perturbation.engine import check_chunk_size
 
 
 def share(contributions: Tensor) -> Tensor:
@@ -145,7 +145,8 @@ class CRP(Explainer):
             `alpha2beta1`.
         direction: the statement is right/down/wider/taller (`positive`), its opposite (`negative`), or whichever was
             `predicted`.
-        first_layer: rule at the pixels: `input` (alpha1-beta0 on both signs), `zb`, `w2`, `flat`, `ones` or `epsilon`.
+        first_layer: rule at the pixels: `alpha1beta0` (for pixels of both signs), `zbox`, `wsquare`, `flat`, `ones` or
+            `epsilon`.
         pooling: `winner` takes all, or `average`.
         batchnorm: `fold` it into the convolutions, or `pass` relevance through.
         eps, eps_mode, low, high: see `labn.lrp.Config`.
@@ -162,7 +163,7 @@ class CRP(Explainer):
         initial: Literal["one", "score"] = "one",
         localisation: Literal["opposite", "others", "none", "eps", "alpha2beta1"] = "opposite",
         direction: Literal["positive", "negative", "predicted"] = "positive",
-        first_layer: FirstName = "input",
+        first_layer: FirstName = "alpha1beta0",
         pooling: Literal["winner", "average"] = "winner",
         batchnorm: Literal["pass", "fold"] = "fold",
         eps: float = 1e-9,
@@ -263,7 +264,7 @@ class CRP(Explainer):
     @property
     def revision(self) -> int:
         """As that of `LRP`."""
-        return int(self.config.first_layer == "zb")
+        return int(self.config.first_layer == "zbox")
 
     def choose_targets(self, model: nn.Module, images: Tensor, targets: Targets) -> Tensor:
         """Class channels (B,): those given, or that of each image's best detection (the background without one).

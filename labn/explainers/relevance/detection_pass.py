@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from labn.errors import InputError
+from labn.inference.chunk_size import check_chunk_size
 from labn.lrp.config import Config
 from labn.lrp.engine import backward, forward
 from labn.lrp.tracing.graph import Node
+from labn.lrp.weight_transforms import Identity
 from labn.models.detectors import Detections, Detector, Predictions, Thresholds, Unit, detect
-from labn.perturbation.engine import check_chunk_size
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class DetectionTrace:
 
     def _window(self, node: Node, unit: Unit, outputs: int) -> Window:
         assert node.layer is not None
-        kernel = node.layer.prepared("weight", True)[unit.box * outputs : (unit.box + 1) * outputs]
+        kernel = node.layer.prepared(Identity(), True)[unit.box * outputs : (unit.box + 1) * outputs]
         options = node.layer.options
         stride, padding, dilation = (_pair(options[name]) for name in ("stride", "padding", "dilation"))
         rows, columns = (

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from labn.errors import InputError
 from labn.explainers.base import Explainer
+from labn.inference.chunk_size import check_chunk_size
 from labn.lrp.config import BlockWeights, Config, FirstName, ResidualName, RuleName
 from labn.lrp.engine import relevance
 from labn.lrp.initial import INITIAL, Contrast, Initial, check_others
-from labn.perturbation.engine import check_chunk_size
 from labn.postprocess import apply, check_names
 
 
@@ -21,7 +21,7 @@ class LRP(Explainer):
 
     Args:
         residual, rule, linear_rule, block_weights, batchnorm, pooling, first_layer: see `labn.lrp.Config`, as for the
-            next ones. `simple`, `epsilon` and `gamma` divide by signed sums, whose biases belong to them: with
+            next ones. `lrp0`, `epsilon` and `gamma` divide by signed sums, whose biases belong to them: with
             BatchNorm they want `batchnorm="fold"`.
         eps, eps_mode, alpha, beta, gamma, low, high: see `labn.lrp.Config`.
         init: relevance at the target's logit: its softmax `probability`, the `logit`, or `one`.
@@ -76,7 +76,7 @@ class LRP(Explainer):
     @property
     def revision(self) -> int:
         """1 where pixel bounds pass a normalisation inside of the network, as they did not before."""
-        return int(self.config.first_layer == "zb")
+        return int(self.config.first_layer == "zbox")
 
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
         """Maps (B, H, W)."""

@@ -12,6 +12,7 @@ from labn.lrp.rules.conservation import ConservationReport
 from labn.lrp.rules.linear_layers import Norm, gradients, transposable
 from labn.lrp.rules.weighted_layer import weighted_layer_of
 from labn.lrp.tracing.graph import Node
+from labn.lrp.weight_transforms import Identity, Positive
 
 # What a region may contain: each of these is linear in its carried input once ReLU and max masks are fixed.
 PIECEWISE_LINEAR = {
@@ -102,7 +103,7 @@ def _evaluate(node: Node, values: dict[int, Tensor], biases: list[Tensor] | None
 
 def _linear(node: Node, values: dict[int, Tensor]) -> Tensor:
     assert node.layer is not None
-    return node.layer.apply(values[node.inputs[0]], "weight", True, node.layer.offset(True))
+    return node.layer.apply(values[node.inputs[0]], Identity(), True, node.layer.offset(True))
 
 
 def _weighted(node: Node, values: dict[int, Tensor]) -> Tensor:
@@ -114,11 +115,11 @@ _AFFINE: dict[str, Callable[[Node, dict[int, Tensor]], Tensor]] = {"linear": _li
 
 def _clamped_linear(node: Node, values: dict[int, Tensor]) -> Tensor:
     assert node.layer is not None
-    return node.layer.apply(values[node.inputs[0]], "plus", True)
+    return node.layer.apply(values[node.inputs[0]], Positive(), True)
 
 
 def _clamped_weighted(node: Node, values: dict[int, Tensor]) -> Tensor:
-    return transposable(weighted_layer_of(node, values), values[node.flow[0]], "plus", True)
+    return transposable(weighted_layer_of(node, values), values[node.flow[0]], Positive(), True)
 
 
 def _clamped_norm(node: Node, values: dict[int, Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ from labn.lrp.config import Config
 from labn.lrp.rules.conservation import ConservationReport
 from labn.lrp.rules.linear_layers import Layer
 from labn.lrp.rules.weighted_layer import WeightedLayer
+from labn.lrp.weight_transforms import Flat, Gamma, Identity, Negative, Positive, Square, WeightTransform
 
 
 @dataclass
@@ -42,36 +43,36 @@ class Step:
     non_negative: bool
     config: Config
     conservation: ConservationReport | None = None
-    denominators: dict[str, Tensor] | None = None
+    denominators: dict[WeightTransform, Tensor] | None = None
     unit: Tensor | None = None
     bounds: Sequence[Tensor] | None = None
 
-    def apply(self, a: Tensor, part: str) -> Tensor:
+    def apply(self, a: Tensor, transform: WeightTransform) -> Tensor:
         """sum_i a_i rho(w_ij), without bias; for the parts see `labn.lrp.weighted_product.part_of`."""
-        return self.layer.apply(a, part, self.config.folded)
+        return self.layer.apply(a, transform, self.config.folded)
 
-    def adjoint(self, s: Tensor, part: str) -> Tensor:
+    def adjoint(self, s: Tensor, transform: WeightTransform) -> Tensor:
         """sum_j rho(w_ij) s_j."""
-        return self.layer.adjoint(s, part, self.config.folded, self.a)
+        return self.layer.adjoint(s, transform, self.config.folded, self.a)
 
     def divide(self, z: Tensor, r: Tensor | None = None) -> Tensor:
         """s = R / (z + e)."""
         return divide(self.r if r is None else r, z, self.config, self.conservation)
 
-    def share(self, part: str, z: Callable[[], Tensor], r: Tensor) -> Tensor:
+    def share(self, transform: WeightTransform, z: Callable[[], Tensor], r: Tensor) -> Tensor:
         """`divide` by the z of a part of the contributions, which is made at its first use only."""
         if self.denominators is None:
             return self.divide(z(), r)
-        if part not in self.denominators:
+        if transform not in self.denominators:
             made = z()
-            self.denominators[part] = stabiliser(made, self.config).add_(made)
-        return r / self.denominators[part]
+            self.denominators[transform] = stabiliser(made, self.config).add_(made)
+        return r / self.denominators[transform]
 
-    def uniform(self, part: str) -> Tensor:
+    def uniform(self, transform: WeightTransform) -> Tensor:
         """R_i = u_i sum_j rho(w_ij) R_j / sum_i' u_i' rho(w_i'j), whatever the pixels; u = 1 but behind padding."""
         if self.unit is None:
-            return self.adjoint(self.divide(self.apply(torch.ones_like(self.a[:1]), part)), part)
-        return self.unit * self.adjoint(self.divide(self.apply(self.unit, part)), part)
+            return self.adjoint(self.divide(self.apply(torch.ones_like(self.a[:1]), transform)), transform)
+        return self.unit * self.adjoint(self.divide(self.apply(self.unit, transform)), transform)
 
 
 def stabiliser(z: Tensor, config: Config) -> Tensor:
@@ -94,45 +95,45 @@ def divide(r: Tensor, z: Tensor, config: Config, conservation: ConservationRepor
     return s
 
 
-def simple(step: Step) -> Tensor:
+def lrp0(step: Step) -> Tensor:
     """LRP-0: R_i = a_i sum_j w_ij R_j / z_j; nothing passes where z_j = 0."""
     z = _output(step)
     s = torch.where(z == 0, 0, step.r / torch.where(z == 0, 1, z))
     if step.conservation is not None:
         step.conservation.stabilised(z, torch.where(z == 0, step.r, 0))
-    _book_bias(step, s, "weight")
-    return step.a * step.adjoint(s, "weight")
+    _book_bias(step, s)
+    return step.a * step.adjoint(s, Identity())
 
 
 def epsilon(step: Step) -> Tensor:
     """R_i = a_i sum_j w_ij R_j / (z_j + e sign(z_j)), the bias a part of z."""
     s = step.divide(_output(step))
-    _book_bias(step, s, "weight")
-    return step.a * step.adjoint(s, "weight")
+    _book_bias(step, s)
+    return step.a * step.adjoint(s, Identity())
 
 
 def zplus(step: Step) -> Tensor:
     """R_i = sum_j (a_i w_ij)+ R_j / sum_i' (a_i' w_i'j)+, the bias left out (alpha-beta with 1 and 0)."""
     if not step.non_negative:
-        return _signed_part(step, step.r, "plus", "minus")
+        return _signed_share(step, step.r, Positive())
     if len(step.r) != len(step.a):
-        return _signed_part(step, step.r, "plus", "minus")
-    return step.adjoint(_divide_positive(step, step.apply(step.a, "plus")), "plus").mul_(step.a)
+        return _signed_share(step, step.r, Positive())
+    return step.adjoint(_divide_positive(step, step.apply(step.a, Positive())), Positive()).mul_(step.a)
 
 
 def alphabeta(step: Step) -> Tensor:
     """alpha times the share of positive contributions minus beta times the share of negative ones."""
-    positive = _signed_part(step, step.config.alpha * step.r, "plus", "minus")
-    return positive + _signed_part(step, -step.config.beta * step.r, "minus", "plus")
+    positive = _signed_share(step, step.config.alpha * step.r, Positive())
+    return positive + _signed_share(step, -step.config.beta * step.r, Negative())
 
 
 def gamma(step: Step) -> Tensor:
     """LRP-gamma: w + gamma w+ in place of w (for a < 0: w + gamma w-), the bias changed alike."""
-    plus, minus = f"gamma:{step.config.gamma}", f"gamma-:{step.config.gamma}"
+    plus, minus = Gamma(step.config.gamma), Gamma(step.config.gamma, -1)
     bias = step.layer.offset(step.config.folded)
     z = step.apply(step.a.clamp(min=0), plus)
     z = z if step.non_negative else z + step.apply(step.a.clamp(max=0), minus)
-    lifted = None if bias is None else step.layer.per_channel(bias + step.config.gamma * bias.clamp(min=0))
+    lifted = None if bias is None else step.layer.per_channel(plus(bias))
     s = step.divide(z if lifted is None else z + lifted)
     if step.conservation is not None and lifted is not None:
         step.conservation.biased(s * lifted)
@@ -142,34 +143,34 @@ def gamma(step: Step) -> Tensor:
 
 def flat(step: Step) -> Tensor:
     """Every input of a window gets the same share: a and w replaced by 1."""
-    return step.uniform("flat")
+    return step.uniform(Flat())
 
 
-def squared(step: Step) -> Tensor:
+def wsquare(step: Step) -> Tensor:
     """The w^2 rule: R_i = sum_j w_ij^2 R_j / sum_i' w_i'j^2, whatever the pixels (Montavon et al. 2017)."""
-    return step.uniform("square")
+    return step.uniform(Square())
 
 
 def ones(step: Step) -> Tensor:
     """z+ with the activation replaced by ones, so that the share does not depend on the pixels (ECCV 2024)."""
-    return step.uniform("plus")
+    return step.uniform(Positive())
 
 
-def zb(step: Step) -> Tensor:
+def zbox(step: Step) -> Tensor:
     """zB: contributions a w - l w+ - h w- of pixels between l and h (Montavon et al. 2017)."""
     low, high = (b.expand_as(step.a) for b in step.bounds or step.config.bounds(step.a))
-    pairs = [(step.a, "weight"), (-low, "plus"), (-high, "minus")]
-    s = step.divide(torch.stack([step.apply(a, part) for a, part in pairs]).sum(0))
-    return torch.stack([a * step.adjoint(s, part) for a, part in pairs]).sum(0)
+    terms: list[tuple[Tensor, WeightTransform]] = [(step.a, Identity()), (-low, Positive()), (-high, Negative())]
+    s = step.divide(torch.stack([step.apply(a, rho) for a, rho in terms]).sum(0))
+    return torch.stack([a * step.adjoint(s, rho) for a, rho in terms]).sum(0)
 
 
 RULES: dict[str, Callable[[Step], Tensor]] = {
-    "simple": simple, "epsilon": epsilon, "zplus": zplus, "alphabeta": alphabeta, "gamma": gamma, "flat": flat,
-    "ones": ones, "zb": zb, "input": zplus, "w2": squared,
+    "lrp0": lrp0, "epsilon": epsilon, "zplus": zplus, "alphabeta": alphabeta, "gamma": gamma, "flat": flat,
+    "ones": ones, "zbox": zbox, "alpha1beta0": zplus, "wsquare": wsquare,
 }  # fmt: skip
 
 # These divide by what the layer made, so the forward pass keeps it.
-USES_OUTPUT = {"simple", "epsilon"}
+USES_OUTPUT = {"lrp0", "epsilon"}
 
 
 def _output(step: Step) -> Tensor:
@@ -178,17 +179,17 @@ def _output(step: Step) -> Tensor:
     return step.z
 
 
-def _book_bias(step: Step, s: Tensor, part: str) -> None:
+def _book_bias(step: Step, s: Tensor) -> None:
     bias = step.layer.offset(step.config.folded)
     if step.conservation is not None and bias is not None:
         step.conservation.biased(s * step.layer.per_channel(bias))
 
 
-def _signed_part(step: Step, r: Tensor, same: str, other: str) -> Tensor:
+def _signed_share(step: Step, r: Tensor, same: WeightTransform) -> Tensor:
     """Share r by (a w)+ for `same`='plus', by (a w)- for 'minus': a+ meets `same` weights and a- the `other` ones."""
     if step.non_negative:
         return step.a * step.adjoint(step.share(same, lambda: step.apply(step.a, same), r), same)
-    up, down = step.a.clamp(min=0), step.a.clamp(max=0)
+    other, up, down = same.mirrored, step.a.clamp(min=0), step.a.clamp(max=0)
     s = step.share(same, lambda: step.apply(up, same) + step.apply(down, other), r)
     return up * step.adjoint(s, same) + down * step.adjoint(s, other)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from labn.errors import InputError
 from labn.inference.packing import PackedKernel
 from labn.lrp.tracing.recorder import Call
-from labn.lrp.weighted_product import part_of
+from labn.lrp.weight_transforms import WeightTransform
 
 
 @dataclass
@@ -59,12 +59,12 @@ class Layer:
     norm: Norm | None = None
     memory_format: torch.memory_format = torch.contiguous_format
     packs: bool = False
-    _prepared: dict[tuple[str, bool], Tensor] = field(default_factory=dict, repr=False)
-    _packed: dict[tuple[str, bool, bool], PackedKernel] = field(default_factory=dict, repr=False)
+    _prepared: dict[tuple[WeightTransform, bool], Tensor] = field(default_factory=dict, repr=False)
+    _packed: dict[tuple[WeightTransform, bool, bool], PackedKernel] = field(default_factory=dict, repr=False)
 
-    def prepared(self, part: str, folded: bool) -> Tensor:
-        """The weight's `part` (see `part_of`), with BatchNorm folded in or not; made once, kept."""
-        key = (part, folded and self.norm is not None)
+    def prepared(self, transform: WeightTransform, folded: bool) -> Tensor:
+        """rho(W), with BatchNorm folded in or not; computed once and kept."""
+        key = (transform, folded and self.norm is not None)
         if key not in self._prepared:
             made = self._made(*key)
             if made is self.weight:
@@ -72,9 +72,9 @@ class Layer:
             self._prepared[key] = made
         return self._prepared[key]
 
-    def _made(self, part: str, folded: bool) -> Tensor:
+    def _made(self, transform: WeightTransform, folded: bool) -> Tensor:
         base = self.weight * self._per_output(self.norm.scale) if folded and self.norm else self.weight
-        made = part_of(part)(base)
+        made = transform(base)
         return made if made is self.weight or made.ndim != 4 else made.contiguous(memory_format=self.memory_format)
 
     def offset(self, folded: bool) -> Tensor | None:
@@ -84,22 +84,22 @@ class Layer:
         shift = self.norm.shift
         return shift if self.bias is None else self.bias * self.norm.scale + shift
 
-    def apply(self, a: Tensor, part: str, folded: bool = False, bias: Tensor | None = None) -> Tensor:
-        """z = rho(W) a + b for inputs a (B, in, ...), with the weight's `part` as in `prepared`."""
+    def apply(self, a: Tensor, transform: WeightTransform, folded: bool = False, bias: Tensor | None = None) -> Tensor:
+        """z = rho(W) a + b for inputs a (B, in, ...), with rho(W) as in `prepared`."""
         if not self.packs:
-            return getattr(F, self.operation)(a, self.prepared(part, folded), bias, **self.options)
+            return getattr(F, self.operation)(a, self.prepared(transform, folded), bias, **self.options)
         if a.requires_grad and torch.is_grad_enabled():
-            return transposable(self, a, part, folded, bias)
-        key = (part, folded and self.norm is not None, False)
+            return transposable(self, a, transform, folded, bias)
+        key = (transform, folded and self.norm is not None, False)
         if key not in self._packed:
             self._packed[key] = PackedKernel(self._made(*key[:2]), self._geometry(), a.shape)
         return self._packed[key](a, bias)
 
-    def adjoint(self, s: Tensor, part: str, folded: bool, a: Tensor) -> Tensor:
+    def adjoint(self, s: Tensor, transform: WeightTransform, folded: bool, a: Tensor) -> Tensor:
         """rho(W)^T s: the gradient at inputs like a (B, in, ...), whatever their values; s may have another batch."""
         if self.packs and self._is_reversible():
-            return self._packed_adjoint(part, folded and self.norm is not None, s)(s)
-        weight = self.prepared(part, folded)
+            return self._packed_adjoint(transform, folded and self.norm is not None, s)(s)
+        weight = self.prepared(transform, folded)
         if self.operation == "linear":
             return s @ weight
         if self._is_pointwise() and s.is_contiguous(memory_format=torch.channels_last):
@@ -115,11 +115,13 @@ class Layer:
         )
         return gradients[0]
 
-    def _packed_adjoint(self, part: str, folded: bool, s: Tensor) -> PackedKernel:
+    def _packed_adjoint(self, transform: WeightTransform, folded: bool, s: Tensor) -> PackedKernel:
         """Without stride the transpose is the convolution with the turned kernel, in and out exchanged."""
-        key = (part, folded, True)
+        key = (transform, folded, True)
         if key not in self._packed:
-            turned = self._made(part, folded).flip(2, 3).transpose(0, 1).contiguous(memory_format=self.memory_format)
+            turned = (
+                self._made(transform, folded).flip(2, 3).transpose(0, 1).contiguous(memory_format=self.memory_format)
+            )
             rest = [k - 1 - p for k, p in zip(self.weight.shape[2:], self._geometry()[0])]
             self._packed[key] = PackedKernel(turned, (rest, [1, 1], [1, 1], 1), s.shape)
         return self._packed[key]
@@ -164,30 +166,34 @@ class Layer:
 class Linear(Protocol):
     """What a `Layer` and a `labn.lrp.rules.weighted_layer.WeightedLayer` have in common."""
 
-    def apply(self, a: Tensor, part: str, folded: bool = False, bias: Tensor | None = None) -> Tensor:
+    def apply(self, a: Tensor, transform: WeightTransform, folded: bool = False, bias: Tensor | None = None) -> Tensor:
         """rho(W) a + b."""
 
-    def adjoint(self, s: Tensor, part: str, folded: bool, a: Tensor) -> Tensor:
+    def adjoint(self, s: Tensor, transform: WeightTransform, folded: bool, a: Tensor) -> Tensor:
         """rho(W)^T s."""
 
 
-def transposable(layer: Linear, a: Tensor, part: str, folded: bool = False, bias: Tensor | None = None) -> Tensor:
+def transposable(
+    layer: Linear, a: Tensor, transform: WeightTransform, folded: bool = False, bias: Tensor | None = None
+) -> Tensor:
     """`layer.apply` with `layer.adjoint` as its gradient at the input, where autograd has none or a costly one."""
-    result: Tensor = _Transposable.apply(a, bias, layer, part, folded)
+    result: Tensor = _Transposable.apply(a, bias, layer, transform, folded)
     return result
 
 
 class _Transposable(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, a: Tensor, bias: Tensor | None, layer: Linear, part: str, folded: bool) -> Tensor:
+    def forward(
+        ctx: Any, a: Tensor, bias: Tensor | None, layer: Linear, transform: WeightTransform, folded: bool
+    ) -> Tensor:
         ctx.save_for_backward(a)
-        ctx.choice = (layer, part, folded)
-        return layer.apply(a.detach(), part, folded, bias)
+        ctx.choice = (layer, transform, folded)
+        return layer.apply(a.detach(), transform, folded, bias)
 
     @staticmethod
     def backward(ctx: Any, *s: Tensor) -> tuple[Tensor | None, ...]:
-        layer, part, folded = ctx.choice
-        return layer.adjoint(s[0], part, folded, *ctx.saved_tensors), None, None, None, None
+        layer, transform, folded = ctx.choice
+        return layer.adjoint(s[0], transform, folded, *ctx.saved_tensors), None, None, None, None
 
 
 def _spread(value: int | Sequence[int], dims: int) -> list[int]:

@@ -10,10 +10,8 @@ from torch import Tensor
 from labn.errors import InputError
 from labn.lrp.tracing.graph import Node
 from labn.lrp.tracing.recorder import Ref, substitute
+from labn.lrp.weight_transforms import Flat, WeightTransform
 from labn.lrp.weighted_product import Weights
-
-# What a negative factor g makes of a part: rho(g w) = g rho'(w).
-TURNED = {"plus": "minus", "minus": "plus", "gamma": "gamma-", "gamma-": "gamma"}
 
 
 @dataclass(frozen=True)
@@ -49,36 +47,37 @@ class WeightedLayer:
         """An offset as it is: it has the output's axes."""
         return vector
 
-    def apply(self, a: Tensor, part: str, folded: bool = False, bias: Tensor | None = None) -> Tensor:
+    def apply(self, a: Tensor, transform: WeightTransform, folded: bool = False, bias: Tensor | None = None) -> Tensor:
         """rho(A) a + b, or rho(g A) a + b.
 
         Raises:
-            ValueError: the weights have no such part.
+            InputError: the weights do not support the transform.
         """
-        z = torch.stack([_times(self._known(name).apply(a, name), g) for name, g in self._terms(part, folded)]).sum(0)
+        terms = self._terms(transform, folded)
+        z = torch.stack([_times(self._supporting(rho).apply(a, rho), g) for rho, g in terms]).sum(0)
         return z if bias is None else z + bias
 
-    def adjoint(self, s: Tensor, part: str, folded: bool, a: Tensor) -> Tensor:
+    def adjoint(self, s: Tensor, transform: WeightTransform, folded: bool, a: Tensor) -> Tensor:
         """rho(A)^T s, or rho(g A)^T s, added up where one value of a (B, ...) met several weights by broadcasting."""
-        terms = self._terms(part, folded)
-        r = torch.stack([self._known(name).adjoint(_times(s, g), name) for name, g in terms]).sum(0)
+        terms = self._terms(transform, folded)
+        r = torch.stack([self._supporting(rho).adjoint(_times(s, g), rho) for rho, g in terms]).sum(0)
         return r if r.shape[1:] == a.shape[1:] else r.sum_to_size(len(r), *a.shape[1:])
 
-    def _terms(self, part: str, folded: bool) -> list[tuple[str, Tensor | None]]:
-        """rho(g A) as a sum of g' rho'(A): channels with g >= 0, and those with g < 0, which turn signs."""
-        kind, colon, value = part.partition(":")
-        if not folded or self.scale is None or kind == "flat":
-            return [(part, None)]
-        if kind not in TURNED or bool((self.scale >= 0).all()):
-            return [(part, self.scale)]
-        return [(part, self.scale.clamp(min=0)), (TURNED[kind] + colon + value, self.scale.clamp(max=0))]
+    def _terms(self, transform: WeightTransform, folded: bool) -> list[tuple[WeightTransform, Tensor | None]]:
+        """rho(g A) as a sum of terms g' rho'(A): one for the channels with g >= 0, one for those with g < 0."""
+        if not folded or self.scale is None or isinstance(transform, Flat):
+            return [(transform, None)]
+        if transform.mirrored == transform or bool((self.scale >= 0).all()):
+            return [(transform, self.scale)]
+        return [(transform, self.scale.clamp(min=0)), (transform.mirrored, self.scale.clamp(max=0))]
 
-    def _known(self, part: str) -> Weights:
-        known = self.weights.parts
-        if known is not None and part.partition(":")[0] not in known:
+    def _supporting(self, transform: WeightTransform) -> Weights:
+        supported = self.weights.transforms
+        if supported is not None and not isinstance(transform, supported):
             raise InputError(
-                f"{type(self.weights).__name__} of {self.label} has no part '{part}', which the rule asks for; it has "
-                f"{', '.join(map(repr, known))} (the rules simple and epsilon need 'weight' only)."
+                f"{type(self.weights).__name__} of {self.label} does not support the weight transform {transform}, "
+                f"which the rule needs; it supports {', '.join(kind.__name__ for kind in supported)} (the rules lrp0 "
+                "and epsilon need Identity only)."
             )
         return self.weights
 

@@ -7,7 +7,7 @@ block, a timm model, a functional `F.relu` and an in-place `x += shortcut` all l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from labn.errors import InputError
+from labn.inference.hooks import temporary_hooks
 
 
 @dataclass(frozen=True)
@@ -154,13 +155,12 @@ class _Recorder(TorchFunctionMode):
 
 @contextmanager
 def _watching(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
-    """Follow which module is running, through hooks that are gone afterwards."""
-    with ExitStack() as hooks:
-        for name, module in model.named_modules():
-            before = module.register_forward_pre_hook(partial(recorder.enter, name), prepend=True)
-            after = module.register_forward_hook(partial(recorder.leave, name))
-            hooks.callback(before.remove)
-            hooks.callback(after.remove)
+    """Tell the recorder which module is running."""
+    modules = list(model.named_modules())
+    enter = {module: partial(recorder.enter, name) for name, module in modules}
+    leave = {module: partial(recorder.leave, name) for name, module in modules}
+    # Ahead of the model's own pre-hooks, whose operations then belong to the module that they are registered on.
+    with temporary_hooks(before=enter, after=leave, prepend=True):
         yield
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from labn.errors import InputError
+from labn.inference.modes import evaluating
 from labn.models.detectors import Detector
 from labn.perturbation.engine import PerturbationEngine
 from labn.perturbation.patches import patch_pool, patch_ranks, ranks_to_pixels
@@ -94,13 +95,14 @@ def removal_curves(
         predictions = logits_of_units(detector, batch, chosen)
         return predictions.flatten(1)
 
-    engine = PerturbationEngine(detector, image, chunk_size=chunk_size, forward=units)
+    engine = PerturbationEngine(units, image, chunk_size=chunk_size)
     size = (image.shape[-2], image.shape[-1])
     values = patch_pool(maps.to(image), patch_size, "sum").flatten(1)
     ranks = ranks_to_pixels(patch_ranks(values, "stable"), patch_size, size)
     counts = (torch.as_tensor(areas, dtype=torch.float64).view(-1, 1) * wanted * values.shape[1]).round().long()
     samples = torch.zeros(rows, dtype=torch.long)
-    found = engine.masked(ranks, counts, fill, keep="rest", samples=samples)
+    with evaluating(detector, image.device.type):  # the engine knows the function alone, not the detector in it
+        found = engine.masked(ranks, counts, fill, keep="rest", samples=samples)
     found = found.unflatten(2, (rows, classes + 4))[torch.arange(rows), :, torch.arange(rows)].double().cpu()
     probability = found[..., :classes].softmax(-1)[torch.arange(rows), :, torch.as_tensor(list(labels))]
     return RemovalCurves(wanted, probability, found[..., classes:], torch.tensor(detector.variances).double())

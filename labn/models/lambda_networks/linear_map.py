@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from labn.lrp.weighted_product import Weights, part_of
+from labn.lrp.weight_transforms import Flat, WeightTransform
+from labn.lrp.weighted_product import Weights
 from labn.models.lambda_networks.position import Span, position_path, spans
 
 TILE = 7
@@ -60,10 +61,10 @@ class PositionWeights:
         last, dim_u = s.movedim(2, -1), self._inner.shape[1]
         result = s.new_zeros(max(len(self.query), len(s)), dim_u, *s.shape[-2:], s.shape[2])
         for row, column, weights in self._tiles():
-            part = last[:, :, row.start : row.stop, column.start : column.stop].flatten(1, 3)
+            here = last[:, :, row.start : row.stop, column.start : column.stop].flatten(1, 3)
             shape = (dim_u, row.last - row.first, column.last - column.first)
             reached = result[:, :, row.first : row.last, column.first : column.last]
-            reached += (change(weights).mT @ part).unflatten(1, shape)
+            reached += (change(weights).mT @ here).unflatten(1, shape)
         return result.movedim(-1, 2)
 
     @contextmanager
@@ -129,8 +130,8 @@ class LambdaWeights(Weights):
         bias: b (dk,) or None.
         dim_v: dv, values per head.
         formulation: how the position path of the forward pass is computed, see `labn.models.lambda_networks.position`.
-        pool: identity or average pooling of Y, a part of the linear map: its windows share relevance out by what they
-            were given, not by signed sums of it, which may cancel.
+        pool: identity or average pooling of Y, which belongs to the linear map: its windows divide relevance by the
+            contributions to a window, not by the signed sums in it, which may cancel.
 
     Values (B, du, dv, H, W) become outputs (B, heads * dv, H', W'), head by head.
     """
@@ -157,24 +158,24 @@ class LambdaWeights(Weights):
         position = position_path(self.query.to(value.dtype), window, value, self.formulation)
         return self.pool((apply_lambdas(lambdas, self.query) + position).flatten(1, 2))
 
-    def apply(self, value: Tensor, part: str) -> Tensor:
-        """The sum of both paths with their weights changed; `flat` gives each value of a channel the weight 1."""
-        query, key = self._content(part)
+    def apply(self, value: Tensor, transform: WeightTransform) -> Tensor:
+        """The sum of both paths with their weights changed; under `Flat` every value of a channel has the weight 1."""
+        query, key = self._content(transform)
         content = apply_lambdas(content_lambdas(key, value), query)
-        whole = content if part == "flat" else content + self._position.sum(value, part_of(part))
+        whole = content if isinstance(transform, Flat) else content + self._position.sum(value, transform)
         return self.pool(whole.flatten(1, 2))
 
-    def adjoint(self, s: Tensor, part: str) -> Tensor:
+    def adjoint(self, s: Tensor, transform: WeightTransform) -> Tensor:
         """The transposes of pooling and of the two paths."""
         s = self._unpool(s).unflatten(1, (self.query.shape[1], -1))
-        query, key = self._content(part)
+        query, key = self._content(transform)
         lambdas = query.transpose(1, 2).flatten(2, 4) @ s.movedim(2, -1).flatten(1, 3)
         content = (key.transpose(2, 1).flatten(2).mT @ lambdas).mT
         content = content.unflatten(2, (key.shape[1], *s.shape[-2:])).transpose(1, 2)
-        return content if part == "flat" else content + self._position.spread(s, part_of(part))
+        return content if isinstance(transform, Flat) else content + self._position.spread(s, transform)
 
     def held(self) -> AbstractContextManager[None]:
-        """The parts that a rule asks for have the products of queries and window in common."""
+        """All transforms of one rule share the products of queries and window."""
         return self._position.held()
 
     def offset(self) -> Tensor | None:
@@ -194,11 +195,11 @@ class LambdaWeights(Weights):
         with torch.enable_grad():
             return torch.autograd.grad(self.pool(leaf), leaf, s)[0]
 
-    def _content(self, part: str) -> tuple[Tensor, Tensor]:
+    def _content(self, transform: WeightTransform) -> tuple[Tensor, Tensor]:
         """Two factors of the changed weights of the content path: rho(Q K) = rho(Q) K, as K >= 0."""
-        if part == "flat":
+        if isinstance(transform, Flat):
             return torch.full_like(self.query, 1 / self.query.shape[2]), torch.ones_like(self.key)
-        return part_of(part)(self.query), self.key
+        return transform(self.query), self.key
 
 
 def content_lambdas(key: Tensor, value: Tensor) -> Tensor:
