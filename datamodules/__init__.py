@@ -1,4 +1,4 @@
-"""LightningDataModules, one per data set."""
+"""LightningDataModules, one per data set; README.md beside this file shows the folder layout of each."""
 
 from datamodules.base import ImageDataModule
 from datamodules.cub import CUB

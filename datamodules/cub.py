@@ -282,7 +282,7 @@ class CUB(ImageDataModule):
         ...     data = CUB(folder, image_size=8, resize=10)
         ...     names, sample = data.class_names, data.dataset("test")[0]
         >>> names, sample["label"], sample["boxes"].tolist()
-        (['001.Gull', '002.Tern'], 1, [[0.0, 0.0, 1.0, 3.0]])
+        (['001.Gull', '002.Tern'], 1, [[2.0, 2.0, 6.0, 6.0]])
     """
 
     def __init__(

@@ -1,1 +1,1 @@
-"""What the data modules are made of: sources of samples, splits, samplers, transforms, statistics, tar files."""
+"""Building blocks of the data modules: sources of samples, splits, samplers, transforms, statistics, tar files."""

@@ -1,4 +1,4 @@
-"""Images with object boxes: a transform that moves the boxes along, samples, and batches of unequal box counts."""
+"""Images with object boxes: a transform of image and boxes, a dataset, and batches with unequal numbers of boxes."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Objects:
 
     Attributes:
         boxes: (n, 4) float x1, y1, x2, y2 as fractions of the image's width and height, in [0, 1].
-        labels: (n,) int64 object classes, 0 is the first (no background).
-        difficult: (n,) bool, objects that evaluation does not count.
+        labels: (n,) int64 object classes, from 0; there is no background class.
+        difficult: (n,) bool, objects that evaluation counts neither as hits nor as misses.
     """
 
     boxes: Array
@@ -38,19 +38,19 @@ class Objects:
         return len(self.labels)
 
     def select(self, chosen: Array) -> Objects:
-        """The objects that a boolean mask or an array of positions chooses."""
+        """The objects at the True entries of a boolean mask, or at an array of positions."""
         return Objects(self.boxes[chosen], self.labels[chosen], self.difficult[chosen])
 
 
 class BoxTransform:
-    """uint8 image (S,S,C) with objects to a normalised tensor with the objects that are still visible.
+    """Transforms an image (S,S,C) uint8 and its objects to a normalised tensor and the objects that remain visible.
 
     Args:
         size: side of the images, in pixels.
-        mean: per channel, of values in [0,1].
-        std: per channel, likewise.
-        augmentation: None (evaluation) or the training augmentation.
-        min_visibility: objects of which a crop leaves less than this share of the area are dropped.
+        mean: mean of each channel for values in [0,1].
+        std: standard deviation of each channel for values in [0,1].
+        augmentation: the training augmentation; None for evaluation.
+        min_visibility: objects are dropped where a crop leaves less than this share of their area.
     """
 
     def __init__(
@@ -65,25 +65,26 @@ class BoxTransform:
         self._compose, self._random = compose(size, mean, std, augmentation, boxes if augmentation else None)
 
     def __call__(self, image: Array, objects: Objects, seed: Sequence[int] = (0,)) -> tuple[Tensor, Objects]:
-        """Transform one sample; the random numbers come from `seed` alone."""
+        """Transform one sample; the random numbers depend on `seed` alone."""
         if not self._random:
             return to_tensor(self._compose(image=image)["image"]), objects
         reseed(self._compose, seed)
+        # The objects' numbers pass through albumentations as labels and tell which objects it has dropped.
         out = self._compose(image=image, bboxes=objects.boxes, numbers=np.arange(len(objects)))
-        kept = objects.select(np.asarray(out["numbers"], dtype=np.int64))
+        visible = objects.select(np.asarray(out["numbers"], dtype=np.int64))
         moved = np.asarray(out["bboxes"], dtype=np.float64).reshape(-1, 4)
-        return to_tensor(out["image"]), Objects(moved, kept.labels, kept.difficult)
+        return to_tensor(out["image"]), Objects(moved, visible.labels, visible.difficult)
 
 
 class BoxDataset(ImageDataset):
-    """Samples with `boxes` (n,4) float32 in pixels, `labels` (n,) int64 and `difficult` (n,) bool beside the others.
+    """Samples with `image`, `label`, `index`, `boxes` (n,4) float32 in pixels, `labels` (n,) int64, `difficult` (n,).
 
     Args:
-        source: pixels and names.
-        objects: one entry per sample.
-        transform: moves the boxes along.
-        seed: of the augmentation.
-        drop_difficult: leave difficult objects out (training).
+        source: pixels, names and labels.
+        objects: the objects of each sample.
+        transform: transform of image and objects.
+        seed: seed of the augmentation.
+        drop_difficult: leave difficult objects out, as in training.
     """
 
     def __init__(
@@ -114,6 +115,14 @@ class BoxDataset(ImageDataset):
 
 
 def collate_boxes(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch: tensors stacked, the box fields as lists with one tensor per image."""
+    """Make a batch: tensors are stacked; `boxes`, `labels` and `difficult` stay lists with one tensor per image.
+
+    Example:
+        >>> sample = {"image": torch.zeros(3, 4, 4), "labels": torch.tensor([1]), "difficult": torch.tensor([False])}
+        >>> one, two = {**sample, "boxes": torch.zeros(1, 4)}, {**sample, "boxes": torch.zeros(2, 4)}
+        >>> batch = collate_boxes([one, two])
+        >>> batch["image"].shape, [len(boxes) for boxes in batch["boxes"]]
+        (torch.Size([2, 3, 4, 4]), [1, 2])
+    """
     stacked = default_collate([{k: v for k, v in sample.items() if k not in OBJECT_FIELDS} for sample in samples])
     return {**stacked, **{name: [sample[name] for sample in samples] for name in OBJECT_FIELDS}}

@@ -1,4 +1,4 @@
-"""Checks of image files before training, as cheap as their formats allow."""
+"""Checks of image files before training, without decoding them where the format allows it."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ _JPEG, _PNG, _WEBP = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF"
 
 
 def image_error(path: Path) -> str | None:
-    """Why `path` cannot be a whole image, or None.
+    """The reason why `path` is not a complete image, as the end of a sentence; None for a complete image.
 
-    Of a JPEG only header and last KiB are read, where its end-of-image marker must be; one without, which may have
-    other data behind it as the photos of telephones do, is decoded. Of a PNG the checksums of all chunks are compared
-    and it is decoded where one does not fit, of a WebP the length, and what has neither (BMP, TIFF) is decoded.
+    - JPEG: the header is read, and the last KiB must have the end-of-image marker. A file without it is decoded,
+      because photographs of phones may have further data behind the marker.
+    - PNG: the checksums of all chunks are compared; where one fails, the file is decoded.
+    - WebP: the header is read, which includes the length.
+    - BMP, TIFF: the file is decoded.
     """
     try:
         size = regular_file_size(path)
@@ -39,11 +41,11 @@ def image_error(path: Path) -> str | None:
 
 
 def _is_whole_jpeg(path: Path) -> bool:
-    """Whether Pillow decodes it, which stops at missing data; OpenCV 4 fills in grey."""
+    """Whether Pillow decodes the whole file; Pillow raises for missing data, where OpenCV 4 fills in grey."""
     try:
         with Image.open(path, formats=("JPEG",)) as image:
             image.load()
-    # It ends in many ways on a damaged file.
+    # Pillow raises many kinds of errors for damaged files.
     except Exception:
         return False
     return True
@@ -53,7 +55,7 @@ def _png_error(path: Path, tail: bytes) -> str | None:
     try:
         with Image.open(path, formats=("PNG",)) as image:
             image.verify()
-    # It ends in many ways on a damaged file.
+    # Pillow raises many kinds of errors for damaged files.
     except Exception:
         if not _can_be_decoded(path):
             return "is damaged (a checksum does not fit)" if b"IEND" in tail else "is truncated (no IEND chunk)"

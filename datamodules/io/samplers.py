@@ -1,4 +1,4 @@
-"""Samplers that are exact under several processes and carry the epoch to the augmentation."""
+"""Samplers that are exact with several processes and pass the epoch to the augmentation."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from labn.errors import InputError
 
 
 class SampleKey(NamedTuple):
-    """What a training sampler hands to the dataset: `sample` (a position in the split) in `epoch`.
+    """The key that a training sampler passes to the dataset: position of the sample in its split, and epoch.
 
-    The epoch travels with the index because persistent workers hold their own copy of the dataset, which a
-    `set_epoch` in the main process would not reach.
+    The epoch is passed with every sample because persistent workers have their own copies of the dataset, which
+    `set_epoch` in the main process does not reach.
     """
 
     sample: int
@@ -23,16 +23,20 @@ class SampleKey(NamedTuple):
 
 
 class UnrepeatedDistributedSampler(DistributedSampler):
-    """Evaluation order 0, 1, ... N-1 dealt to the ranks in turn, every index exactly once over all ranks.
+    """Deals the indices 0, 1, ..., N-1 to the ranks in turn; every index belongs to exactly one rank.
 
-    The stock `DistributedSampler` repeats leading samples up to a multiple of the number of ranks, which biases
-    every mean. Ranks get `ceil` or `floor` of N / ranks samples, none at all where N < ranks. Being a
-    `DistributedSampler`, it is left alone by Lightning whatever `use_distributed_sampler` says.
+    PyTorch's `DistributedSampler` repeats the first samples until all ranks have equally many, which biases every mean.
+    Here, ranks get floor(N / ranks) or ceil(N / ranks) samples, and some get none where N < ranks. Lightning does not
+    replace subclasses of `DistributedSampler`, whatever `use_distributed_sampler` is.
 
     Args:
-        dataset: anything with a length.
+        dataset: any object with a length.
         num_replicas: number of ranks.
         rank: this rank, 0 <= rank < num_replicas.
+
+    Example:
+        >>> [list(UnrepeatedDistributedSampler(range(5), num_replicas=2, rank=rank)) for rank in (0, 1)]
+        [[0, 2, 4], [1, 3]]
     """
 
     def __init__(self, dataset: Sized, num_replicas: int = 1, rank: int = 0) -> None:
@@ -45,13 +49,13 @@ class UnrepeatedDistributedSampler(DistributedSampler):
 
 
 class _SeededSampler(DistributedSampler):
-    """Common part of the training samplers: a global order drawn from (seed, epoch), sharded by rank."""
+    """Base of the training samplers: a global order drawn from (seed, epoch), of which each rank takes its share."""
 
     def __init__(self, dataset: Sized, num_replicas: int, rank: int, seed: int) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, seed=seed)  # type: ignore[arg-type]
 
     def _rng(self) -> np.random.Generator:
-        # A sequence, not seed + epoch: seed 38 at epoch 1 must not repeat seed 39 at epoch 0.
+        # A pair and not the sum: seed 38 in epoch 1 must differ from seed 39 in epoch 0.
         return np.random.default_rng([self.seed, self.epoch])
 
     def _order(self) -> np.ndarray[Any, Any]:
@@ -62,16 +66,23 @@ class _SeededSampler(DistributedSampler):
 
 
 class ShuffledSampler(_SeededSampler):
-    """A permutation of the samples drawn from (seed, epoch), dealt to the ranks in turn.
+    """Deals a permutation of the samples, drawn from (seed, epoch), to the ranks in turn.
 
-    Training needs the same number of batches on every rank, so the permutation's head is repeated up to a multiple
-    of `num_replicas` (never with one process).
+    Training needs the same number of batches on every rank, so the first samples of the permutation are repeated up to
+    a multiple of `num_replicas`; a single process repeats none.
 
     Args:
-        dataset: anything with a length.
+        dataset: any object with a length.
         num_replicas: number of ranks.
         rank: this rank.
-        seed: first half of the seed; the epoch of `set_epoch` is the other.
+        seed: seed of the permutations, together with the epoch of `set_epoch`.
+
+    Example:
+        >>> sampler = ShuffledSampler(range(4), seed=1)
+        >>> sampler.set_epoch(2)
+        >>> keys = list(sampler)
+        >>> sorted(key.sample for key in keys), keys[0].epoch
+        ([0, 1, 2, 3], 2)
     """
 
     def __init__(self, dataset: Sized, num_replicas: int = 1, rank: int = 0, seed: int = 0) -> None:
@@ -83,23 +94,28 @@ class ShuffledSampler(_SeededSampler):
 
 
 class BalancedSampler(_SeededSampler):
-    """Every `batch_size` consecutive samples of a rank hold batch_size / classes samples of each class.
+    """Yields samples so that every batch of a rank has batch_size / num_classes samples of each class.
 
-    A plain sampler rather than a batch sampler, so that Lightning's own batching (and its `set_epoch`) stays in
-    charge; pair it with `DataLoader(batch_size=batch_size, drop_last=True)`. An epoch is floor(N / (batch_size *
-    ranks)) batches per rank, at least one; a class is gone through without repetition before it starts again.
-    Only labels are read, no image.
+    It is a sampler of samples and not of batches, because Lightning calls `set_epoch` on the former only; use it with
+    `DataLoader(batch_size=batch_size, drop_last=True)`. An epoch has floor(N / (batch_size * ranks)) batches per rank,
+    at least one. The samples of a class repeat only after all of them have been used. Only labels are read.
 
     Args:
-        labels: class of every sample, values 0 .. num_classes - 1.
+        labels: class of every sample, from 0 to num_classes - 1.
         batch_size: samples per batch and rank, a multiple of `num_classes`.
-        num_classes: number of classes; every one needs a sample.
+        num_classes: number of classes; each needs a sample.
         num_replicas: number of ranks.
         rank: this rank.
-        seed: first half of the seed; the epoch of `set_epoch` is the other.
+        seed: seed of the order, together with the epoch of `set_epoch`.
 
     Raises:
-        ValueError: `batch_size` is no multiple of `num_classes`, or a class has no sample.
+        InputError: `batch_size` is not a multiple of `num_classes`, or a class has no sample.
+
+    Example:
+        >>> labels = [0, 0, 0, 0, 0, 1]
+        >>> sampler = BalancedSampler(labels, batch_size=2, num_classes=2)
+        >>> [labels[key.sample] for key in sampler].count(1), len(sampler)
+        (3, 6)
     """
 
     def __init__(
@@ -133,25 +149,25 @@ class BalancedSampler(_SeededSampler):
 
 
 def _repeat_shuffled(rng: np.random.Generator, members: np.ndarray[Any, Any], count: int) -> np.ndarray[Any, Any]:
-    """`count` members, in a new random order each time all of them have been used."""
+    """`count` of the members, shuffled anew whenever all of them have been used."""
     rounds = -(-count // len(members))
     return np.concatenate([rng.permutation(members) for _ in range(rounds)])[:count]
 
 
 class EvaluationLoader(DataLoader[Any]):
-    """A loader that announces on every rank the number of batches of the rank that has most.
+    """A loader whose length on every rank is the number of batches of the rank with the most samples.
 
-    Where there are fewer samples than ranks, some ranks have no batch at all. Lightning leaves out the whole loop, its
-    hooks included, on a rank whose loader announces nothing, and the other ranks then wait forever at the first
-    barrier of an epoch's end. With this length that rank goes through an epoch without batches: iteration ends where
-    the rank's samples do. It also makes every rank see the same number where batches are limited to a share.
+    With fewer samples than ranks, some ranks have no batch. On a rank whose loader has length 0, Lightning skips the
+    whole loop with all its hooks, and the other ranks wait forever at the first collective at the end of the epoch.
+    With the common length, such a rank runs an epoch without batches: iteration ends with the rank's samples. The
+    common length also makes `limit_val_batches` as a fraction mean the same number on every rank.
 
-    The sampler is a `DistributedSampler` over the whole split, such as `UnrepeatedDistributedSampler`; another one, as
-    Lightning puts in its place for `overfit_batches`, gives every rank the same batches.
+    The length is computed from a `DistributedSampler` over the whole split, such as `UnrepeatedDistributedSampler`.
+    With any other sampler, as Lightning uses for `overfit_batches`, every rank has the same batches.
     """
 
     def __len__(self) -> int:
-        """Batches of rank zero, which has ceil(N / ranks) of the N samples."""
+        """Number of batches of rank zero, which has ceil(N / ranks) of the N samples."""
         if not isinstance(self.sampler, DistributedSampler):
             return super().__len__()
         assert self.batch_size is not None

@@ -1,4 +1,4 @@
-"""Where full-disk solar frames come from: memory maps, one per year, or pictures (PNG, JPEG, FITS)."""
+"""Sources of full-disk solar frames: one memory map per year, or picture files (PNG, JPEG, FITS)."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ from labn.errors import InputError, MissingFileError
 from labn.io.fits import image_layout, is_fits, read_picture
 from labn.io.images import MAX_ASPECT, MAX_PIXELS, Array, BadImageError, blacken_caption, content_hash, to_square
 
-# Of a file with a year of frames; one for every nine hourly frames.
+# Number of 4 KiB samples in the content hash of a file with a year of frames: one for every nine hourly frames.
 _BLOCKS = 1024
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """How a frame becomes an input.
+    """The steps from a frame to a network's input. The data hash includes the `repr` of this dataclass.
 
     Attributes:
         size: side in pixels; frames of another size are squashed.
-        caption: share of the height, at the bottom, that is painted black because it carries text.
+        caption: share of the height that is painted black at the bottom, because text is written there.
         fits_range: physical values that become black and white.
+
+    Example:
+        >>> Preparation(size=4, caption=0.25)(np.full((8, 8), 200, np.uint8))[..., 0].tolist()
+        [[200, 200, 200, 200], [200, 200, 200, 200], [200, 200, 200, 200], [0, 0, 0, 0]]
     """
 
     size: int
@@ -32,7 +36,7 @@ class Preparation:
     fits_range: tuple[float, float] = (-1500.0, 1500.0)
 
     def __call__(self, frame: Array) -> Array:
-        """(H,W) or (H,W,C) uint8 -> (size,size,C) uint8."""
+        """Prepare a frame (H,W) or (H,W,C) uint8 as (size,size,C) uint8."""
         frame = frame if frame.ndim == 3 else frame[..., None]
         return to_square(blacken_caption(frame, self.caption), self.size)
 
@@ -40,16 +44,16 @@ class Preparation:
 class YearSource(Source):
     """Frames of `{year}.npy` files, each (n,H,W) uint8.
 
-    A frame is read through a memory map that lives no longer than the read: nothing is ever loaded whole, no page
-    stays in the process, and a copy for a worker process carries paths only.
+    Every frame is read through a memory map that is opened for this one read. No file is ever loaded whole, no page
+    stays mapped in the process, and the copy for a worker process holds paths only.
 
     Args:
-        files: the files, one after another.
-        rows: (N,2) int64, for every sample the number of its file and of its frame therein.
-        names: one per sample.
+        files: the files of the split.
+        positions: (N,2) int64, the number of the file and the number of the frame in it, for every sample.
+        names: names of the samples.
         labels: (N,) int64 classes.
         groups: (N,) int64 days.
-        preparation: see there.
+        preparation: steps from frame to input.
     """
 
     has_masks = False
@@ -57,60 +61,58 @@ class YearSource(Source):
     def __init__(
         self,
         files: Sequence[Path],
-        rows: Array,
+        positions: Array,
         names: Sequence[str],
         labels: Array,
         groups: Array,
         preparation: Preparation,
     ) -> None:
-        self.files, self.rows, self.names = list(files), rows, names
+        self.files, self.positions, self.names = list(files), positions, names
         self.labels, self.groups, self.preparation = labels, groups, preparation
 
     @property
     def identity(self) -> list[object]:  # type: ignore[override]
-        """Names and contents of the files, the rows taken from them, and the preparation."""
+        """The preparation, names and content hashes of the files, and the positions of the samples in them."""
         files = [(file.name, content_hash(file, _BLOCKS)) for file in self.files]
-        return ["years", self.preparation, *files, *self.rows.tolist()]
+        return ["years", self.preparation, *files, *self.positions.tolist()]
 
     def load(self, index: int) -> tuple[Array, None]:
         """See `Source.load`."""
-        file, row = self.rows[index]
-        frame = np.array(np.load(self.files[file], mmap_mode="r", allow_pickle=False)[row])
+        file, number = self.positions[index]
+        frame = np.array(np.load(self.files[file], mmap_mode="r", allow_pickle=False)[number])
         return self.preparation(frame), None
 
 
 def check_frames(path: Path, rows: int) -> None:
-    """Compare a `{year}.npy` with the number of rows of its table; only the header is read.
+    """Compare the array of a `{year}.npy` with the number of rows of its table; only the array's header is read.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: no array, another type or shape than (n,H,W) uint8, or another n than `rows`.
+        MissingFileError: the file does not exist.
+        InputError: the file is not an array (n,H,W) uint8, or n differs from `rows`.
     """
     if not path.is_file():
         raise MissingFileError(f"{path} does not exist; every year of the splits needs its .npy and its .csv.")
     try:
         frames = np.lib.format.open_memmap(path, mode="r")
-    # A damaged header ends the reader in many ways.
+    # NumPy raises many kinds of errors for damaged headers.
     except Exception as error:
         raise InputError(f"{path} is not a whole .npy array of numbers ({error}).") from error
     if frames.dtype != np.uint8 or frames.ndim != 3:
         raise InputError(f"{path} holds {frames.dtype} of shape {frames.shape}; it must be uint8 (n, height, width).")
-    if (
-        not 0 < max(frames.shape[1:]) <= MAX_ASPECT * min(frames.shape[1:])
-        or frames.shape[1] * frames.shape[2] > MAX_PIXELS
-    ):
-        raise InputError(f"{path} holds frames of {frames.shape[1]} x {frames.shape[2]} pixels, which no image has.")
+    height, width = frames.shape[1:]
+    if not 0 < max(height, width) <= MAX_ASPECT * min(height, width) or height * width > MAX_PIXELS:
+        raise InputError(f"{path} holds frames of {height} x {width} pixels, a size that no image may have.")
     if len(frames) != rows:
         raise InputError(f"{path} has {len(frames)} frames but {path.with_suffix('.csv')} has {rows} rows.")
 
 
 class PictureSource(FileSource):
-    """Solar pictures in files, read as grey; FITS files are scaled by `preparation.fits_range`.
+    """Solar picture files, read as grey; FITS files are scaled by `preparation.fits_range`.
 
     Args:
-        records: the samples.
+        records: picture files with names and labels.
         groups: (N,) int64 days.
-        preparation: see there.
+        preparation: steps from frame to input.
     """
 
     def __init__(self, records: Sequence[Record], groups: Array, preparation: Preparation) -> None:
@@ -119,7 +121,7 @@ class PictureSource(FileSource):
 
     @property
     def identity(self) -> list[object]:  # type: ignore[override]
-        """As of `FileSource`, with the preparation."""
+        """The preparation and the identity of `FileSource`."""
         return ["sun", self.preparation, *super().identity]
 
     def load(self, index: int) -> tuple[Array, None]:
@@ -129,7 +131,7 @@ class PictureSource(FileSource):
 
 
 def frame_error(record: Record) -> str | None:
-    """A sentence naming a picture that cannot be read, or None; FITS headers are read, nothing is decoded."""
+    """A sentence about a picture that cannot be read, or None; of FITS files only the header is read."""
     path = record.path
     if not path.is_file() or not is_fits(path):
         return file_error(record)

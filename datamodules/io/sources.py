@@ -1,4 +1,4 @@
-"""Where a split's samples come from: names and labels at once, pixels on demand."""
+"""Sources of a split's samples: names and labels at once, pixels on demand."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ Array = np.ndarray[Any, Any]
 
 
 class Source(ABC):
-    """One split: `names`, `labels` (no image is decoded for them) and `load`.
+    """One split of a data set. Names and labels are available without decoding an image.
 
     Attributes:
-        names: one per sample, unique within the split.
-        labels: (N,) int64.
+        names: names of the samples, unique within the split.
+        labels: (N,) int64 classes.
         has_masks: whether `load` returns masks.
-        has_boxes: whether the region of a mask is a box, so that samples carry it as `boxes` too.
-        groups: (N,) int64, what samples that are not independent have in common (a day, a patient); None: they are.
-        identity: what the data hash is made from beside names, labels and the data module's own settings.
+        has_boxes: whether the regions are boxes; samples then have `boxes` too.
+        groups: (N,) int64 group of every sample (a day, a patient); None where samples are independent.
+        identity: all values that the data hash depends on, beside names, labels and the data module's settings.
     """
 
     names: Sequence[str]
@@ -52,22 +52,30 @@ class Source(ABC):
 
     @abstractmethod
     def load(self, index: int) -> tuple[Array, Array | None]:
-        """Image (H,W,C) uint8 and, where the data has masks, mask (H,W) bool (all False: none for this sample).
+        """Load image (H,W,C) uint8 and mask (H,W) bool; the mask is None where `has_masks` is False.
 
-        All images of a source have H = W, or those that a transform cuts to one size.
+        A sample without a region has an all-False mask. Images that are larger than the input are cut to size by the
+        transform.
         """
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def fingerprint(self) -> str:
-        """Hash of names, labels and `identity`."""
+        """Hash (16 hex digits) of `identity`, names and labels."""
         return digest([*self.identity, *self.names, *self.labels.tolist()])
 
 
 @dataclass(frozen=True)
 class Record:
-    """One image file: its name in results, class, and the mask files whose union is its ground-truth region."""
+    """One image file of a data set.
+
+    Attributes:
+        name: name of the sample in results.
+        label: class.
+        path: path of the image file.
+        masks: mask files whose union is the ground-truth region.
+    """
 
     name: str
     label: int
@@ -76,7 +84,7 @@ class Record:
 
 
 def file_error(record: Record) -> str | None:
-    """A sentence naming the first file of `record` that cannot be read, or None."""
+    """A sentence about the first file of `record` that cannot be read; None where all can be read."""
     for path in (record.path, *record.masks):
         if reason := image_error(path):
             return f"Image {path} {reason}."
@@ -84,15 +92,16 @@ def file_error(record: Record) -> str | None:
 
 
 class FileSource(Source):
-    """Images in files, cropped, then squashed to (size,size), or cut out of their centre with their aspect kept.
+    """Image files, cropped and brought to (size,size).
 
     Args:
-        records: the samples.
+        records: image files with names, labels and masks.
         size: side in pixels.
-        crop: (left, top, right, bottom) as fractions of each image's size, or None.
+        crop: (left, top, right, bottom) as fractions of each image's size; None uses the whole image.
         channels: 3 (RGB) or 1 (grey).
-        has_masks: whether samples carry a `mask`, all False for records without mask files.
-        shorter: None squashes; else the shorter side is resized to it and the middle taken (without masks).
+        has_masks: whether `load` returns masks; a record without mask files has an all-False mask.
+        shorter: None squashes the image; else its shorter side is resized to this many pixels and the central square is
+            taken. Masks are always squashed, so that `shorter` is for data without masks.
     """
 
     def __init__(
@@ -111,13 +120,18 @@ class FileSource(Source):
 
     @property
     def identity(self) -> list[object]:  # type: ignore[override]
-        """Contents of all files, read when asked, and the settings."""
+        """Settings and content hashes of all files, computed on access."""
         files = [[content_hash(p) for p in (r.path, *r.masks)] for r in self.records]
-        kept_aspect = [] if self.shorter is None else [self.shorter]
-        return ["files", self.size, self.crop, self.channels, self.has_masks, *kept_aspect, *files]
+        # Only listed where it is set, which keeps the data hashes of earlier versions.
+        shorter = [] if self.shorter is None else [self.shorter]
+        return ["files", self.size, self.crop, self.channels, self.has_masks, *shorter, *files]
 
     def load(self, index: int) -> tuple[Array, Array | None]:
-        """See `Source.load`. Raises `BadImageError` naming a file that cannot be decoded."""
+        """See `Source.load`.
+
+        Raises:
+            BadImageError: a file cannot be decoded; the message names it.
+        """
         record = self.records[index]
         image = to_square(crop(read_image(record.path, self.channels), self.crop), self.size, self.shorter)
         if not self.has_masks:
@@ -129,7 +143,7 @@ class FileSource(Source):
 
 
 class ArraySource(Source):
-    """A split held in memory: N images (H,W,C) uint8, N masks (H,W) bool or None, groups (N,) int64 or None."""
+    """A split in memory: N images (H,W,C) uint8, N masks (H,W) bool or None, groups (N,) int64 or None."""
 
     def __init__(
         self,
@@ -147,7 +161,7 @@ class ArraySource(Source):
 
     @classmethod
     def preloaded(cls, source: Source) -> ArraySource:
-        """Decode `source` once, with a few threads (the decoder releases the interpreter lock)."""
+        """Decode all samples of `source` with a few threads; the decoder releases the interpreter lock."""
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             loaded = list(pool.map(source.load, range(len(source))))
         images = [image for image, _ in loaded]
@@ -160,10 +174,15 @@ class ArraySource(Source):
 
 
 class ImageDataset(Dataset[dict[str, Any]]):
-    """Samples as the dict of the batch contract, one at a time.
+    """Single samples as dicts with the fields of a batch, see `ImageDataModule`.
 
-    Indexed by an int (epoch 0) or by `(index, epoch)`; the augmentation's randomness is a function of
-    (seed, epoch, index) alone, so workers, ranks and batch size do not change it.
+    A sample is indexed by an int (epoch 0) or by `(index, epoch)`. The random numbers of the augmentation depend on
+    (seed, epoch, index) alone, and not on workers, ranks or batch size.
+
+    Args:
+        source: names, labels and pixels of the split.
+        transform: transform of image and mask.
+        seed: seed of the augmentation.
     """
 
     def __init__(self, source: Source, transform: Transform, seed: int = 0) -> None:
@@ -186,7 +205,14 @@ class ImageDataset(Dataset[dict[str, Any]]):
 
 
 def bounding_box(mask: Tensor) -> Tensor:
-    """The smallest box (1,4) float32, x1, y1, x2, y2 in pixels, around a mask (H,W); four zeros where it is empty."""
+    """The smallest box (1,4) float32, x1, y1, x2, y2 in pixels, around a mask (H,W); zeros for an empty mask.
+
+    Example:
+        >>> mask = torch.zeros(4, 5, dtype=torch.bool)
+        >>> mask[1:3, 2] = True
+        >>> bounding_box(mask).tolist()
+        [[2.0, 1.0, 3.0, 3.0]]
+    """
     rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
     if not len(rows):
         return torch.zeros(1, 4)

@@ -1,4 +1,4 @@
-"""Statistics of a split, streamed in float64 and cached on disk under the data's fingerprint."""
+"""Statistics of a split, computed image by image and cached on disk under the split's data hash."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from labn.io.images import centre
 
 
 def default_cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/labn`, else `~/.cache/labn`."""
+    """The folder `$XDG_CACHE_HOME/labn`, or `~/.cache/labn` without that variable."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "labn"
 
 
 def pixel_mean(source: Source, size: int) -> Tensor:
-    """Pixel-wise mean of the (size,size) middles of a split's images: the bias image b = (1/N) sum_i x_i of ACCV 2022.
+    """Pixel-wise mean of the central squares of a split's images: the bias image b = (1/N) sum_i x_i (ACCV 2022).
 
     Returns:
-        (C,size,size) float64 in [0,1], exact: the uint8 values are summed as integers below 2^53.
+        (C,size,size) float64 in [0,1].
     """
+    # The sums are exact: float64 holds sums of uint8 values as integers below 2^53.
     total = np.zeros(centre(source.load(0)[0], size).shape, dtype=np.float64)
     for index in range(len(source)):
         total += centre(source.load(index)[0], size)
@@ -37,12 +38,14 @@ def pixel_mean(source: Source, size: int) -> Tensor:
 
 
 def channel_statistics(source: Source) -> Tensor:
-    """Mean and (population) standard deviation of each channel over all pixels of a split.
+    """Mean and (population) standard deviation of each channel over all pixels of a split, for values in [0,1].
 
     Returns:
-        (2,C) float64 of values in [0,1]: means, then standard deviations, exactly 0 for a channel that never changes.
+        (2,C) float64: the means, then the standard deviations, exactly 0 for a constant channel.
     """
-    sums = np.zeros((2, source.load(0)[0].shape[-1]), dtype=object)  # whole numbers of any size, so that nothing rounds
+    # Python integers of any size, so that sums do not round: n * sum(x^2) - sum(x)^2 is exactly 0 for a constant
+    # channel, where floats would leave a small number, possibly below 0.
+    sums = np.zeros((2, source.load(0)[0].shape[-1]), dtype=object)
     pixels = 0
     for index in range(len(source)):
         image = source.load(index)[0].astype(np.int64)
@@ -54,9 +57,9 @@ def channel_statistics(source: Source) -> Tensor:
 
 
 def cached(path: Path, compute: Callable[[], Tensor]) -> Tensor:
-    """The tensor stored at `path`; computed and stored there where it is absent or damaged.
+    """The tensor stored at `path`; a missing or damaged file is computed and stored again.
 
-    A cache folder that cannot be written costs a warning and the saving, not the run.
+    A cache folder that cannot be written gives a warning, and the tensor is returned without being stored.
     """
     if path.is_file():
         try:
@@ -67,5 +70,6 @@ def cached(path: Path, compute: Callable[[], Tensor]) -> Tensor:
     try:
         write_atomically(path, save({"value": value}))
     except OSError as error:
-        warnings.warn(f"{error.strerror} The place is data.init_args.cache_dir; the run goes on.", stacklevel=2)
+        advice = "Set data.init_args.cache_dir to another folder; the run continues."
+        warnings.warn(f"{error.strerror} {advice}", stacklevel=2)
     return value

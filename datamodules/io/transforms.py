@@ -1,4 +1,4 @@
-"""Augmentation (training only) and the evaluation transform, both on uint8 images with their masks."""
+"""The training augmentation and the evaluation transform of uint8 images and their masks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from labn.io.images import centre
 
-# Without this albumentations asks the package index for its newest version on every import.
+# By default, albumentations asks the package index for its newest version on every import.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 Array = np.ndarray[Any, Any]
@@ -24,29 +24,37 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The JSAI 2022 training augmentation, step by step; a step of strength 0 (or None) is left out.
+    """The training augmentation of JSAI 2022; a step with strength 0 (or None) is left out.
 
-    Order: horizontal flip, vertical flip, rotation, random resized crop, colour jitter, normalisation, random erasing.
-    The image has been resized to the model's input before the first step. The mask moves along, and is emptied where
-    the image is erased. A configuration that names only some of the fields keeps the data module's default for the
-    others.
+    The steps are, in this order: horizontal flip, vertical flip, rotation, random resized crop, colour jitter,
+    normalisation, random erasing. Images are resized to the model's input before the first step. Masks are flipped,
+    rotated and cropped with their images, and set to False where the image is erased. In a configuration, fields that
+    are not named keep the data module's defaults.
 
     Args:
         horizontal_flip: probability.
         vertical_flip: probability.
-        rotation: limit in degrees, drawn from [-rotation, rotation]; corners are filled with black.
-        crop_scale: area of the random resized crop as a share of the image, or None for no crop. As in torchvision a
-            crop that does not fit is drawn again, ten times at most, then the whole image is taken. Shares above 1
-            never fit, so the published (0.7, 1.3) yields crops of 0.7 to 1.0 (median 0.79) and the whole image in 3 %
-            of cases; (0.7, 1.0) clamps it.
-        crop_ratio: width / height of the crop.
-        brightness: factor drawn from [1 - b, 1 + b].
-        contrast: likewise.
-        saturation: likewise.
-        hue: shift drawn from [-hue, hue], at most 0.5.
-        erasing: probability of erasing one rectangle (to the normalised value 0, the mean colour).
-        erasing_scale: its area as a share of the image.
-        erasing_ratio: its width / height.
+        rotation: limit in degrees; the angle is drawn from [-rotation, rotation], and corners are filled with black.
+        crop_scale: range of the area of the random resized crop, as a share of the image; None for no crop. As in
+            torchvision, a crop that does not fit is drawn again, at most ten times, before the whole image is taken.
+            Shares above 1 never fit, so the published (0.7, 1.3) gives crops of 0.7 to 1.0 (median 0.79), and the whole
+            image in 3 % of all cases.
+        crop_ratio: range of width / height of the crop.
+        brightness: strength b; the factor is drawn from [1 - b, 1 + b].
+        contrast: strength, as for brightness.
+        saturation: strength, as for brightness.
+        hue: limit of the shift, at most 0.5; the shift is drawn from [-hue, hue].
+        erasing: probability of erasing one rectangle, which is set to the mean colour (0 after normalisation).
+        erasing_scale: range of the rectangle's area, as a share of the image.
+        erasing_ratio: range of the rectangle's width / height.
+
+    Example:
+        >>> flips = Augmentation(rotation=0, crop_scale=None, brightness=0, contrast=0, saturation=0, erasing=0)
+        >>> transform = Transform(2, mean=[0.0], std=[1.0], augmentation=flips)
+        >>> image = np.array([[[255], [0]], [[0], [0]]], dtype=np.uint8)
+        >>> tensor, _ = transform(image, seed=(1, 2, 3))
+        >>> tensor.shape, tensor.sum().item()
+        (torch.Size([1, 2, 2]), 1.0)
     """
 
     horizontal_flip: float = 0.5
@@ -70,7 +78,7 @@ FLIPS = Augmentation(rotation=0.0, crop_scale=None, brightness=0.0, contrast=0.0
 
 def _crop(size: int, scale: Sequence[float], ratio: Sequence[float]) -> Any:
     crop = A.RandomResizedCrop(size=(size, size), ratio=(ratio[0], ratio[1]), p=1.0)
-    # Set afterwards, because the constructor refuses shares above 1, which the published augmentation has.
+    # Set after construction, because the constructor raises for shares above 1, as in the published augmentation.
     crop.scale = (scale[0], scale[1])
     return crop
 
@@ -99,16 +107,17 @@ def _around_one(strength: float) -> tuple[float, float]:
 
 
 class Transform:
-    """uint8 image (H,W,C) and mask (H,W) to normalised float32 tensors of one size, augmented or not.
+    """Transforms image (H,W,C) uint8 and mask (H,W) bool to a normalised float32 tensor and a mask of one size.
 
-    Of an image that is larger than `size` the random resized crop sees all, and without one the middle is taken.
-    All random numbers come from the `seed` of the call: the same seed gives the same result in any process.
+    The random resized crop of the augmentation sees the whole image; without it, the central (size,size) square of a
+    larger image is taken. All random numbers depend on the `seed` of the call: equal seeds give equal results in every
+    process.
 
     Args:
-        size: side of the (square) images, in pixels.
-        mean: per channel, of values in [0,1].
-        std: per channel, likewise.
-        augmentation: None (evaluation) or the training augmentation.
+        size: side of the square output in pixels.
+        mean: mean of each channel for values in [0,1].
+        std: standard deviation of each channel for values in [0,1].
+        augmentation: the training augmentation; None for evaluation.
     """
 
     def __init__(
@@ -128,7 +137,7 @@ class Transform:
             seed: integers, for instance (seed, epoch, index).
 
         Returns:
-            image (C,H,W) float32 and mask (H,W) bool (None where None came in).
+            image (C,size,size) float32 and mask (size,size) bool; None for a mask of None.
         """
         if self._random:
             reseed(self._compose, seed)
@@ -148,9 +157,17 @@ def compose(
     augmentation: Augmentation | None = None,
     bbox_params: Any | None = None,
 ) -> tuple[Any, bool]:
-    """All steps as one callable, normalisation included, and whether any of them is random.
+    """Compose all steps, including normalisation.
 
-    `bbox_params` (of albumentations) makes the steps move boxes along.
+    Args:
+        size: side of the square output in pixels.
+        mean: mean of each channel for values in [0,1].
+        std: standard deviation of each channel for values in [0,1].
+        augmentation: the training augmentation; None for evaluation.
+        bbox_params: albumentations' `BboxParams`, where boxes are transformed too.
+
+    Returns:
+        The composed transform, and whether any of its steps is random.
     """
     steps = _steps(augmentation, size) if augmentation else []
     erase = augmentation and augmentation.erasing
@@ -163,9 +180,9 @@ def compose(
 
 
 def reseed(compose: Any, seed: Sequence[int]) -> None:
-    """Let all steps draw from one generator that follows from `seed` alone."""
-    # `Compose.set_random_seed` would give every step its OWN generator with the SAME seed, so that for instance
-    # both flips always happen together; one generator shared by all steps keeps them independent.
+    """Let all steps draw from one generator that depends on `seed` alone."""
+    # `Compose.set_random_seed` would give every step its own generator with the same seed, so that, for instance, both
+    # flips would always happen together; one generator shared by all steps keeps the steps independent.
     numpy_seed, python_seed = np.random.SeedSequence(list(seed)).generate_state(2, np.uint64)
     compose.set_random_state(np.random.default_rng(numpy_seed), random.Random(int(python_seed)))
 

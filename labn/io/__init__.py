@@ -1,1 +1,1 @@
-"""Files: safe readers, atomic writes, memory maps, images, FITS, and the preprocessing of pictures."""
+"""Safe readers, atomic writes, memory maps, image and FITS files, and the preprocessing of pictures."""

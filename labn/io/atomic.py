@@ -1,4 +1,4 @@
-"""Atomic writes: a file with its final name is whole, and errors name the file and the remedy."""
+"""Atomic writes: a file with its final name is complete, and errors name the file and the remedy."""
 
 from __future__ import annotations
 
@@ -12,35 +12,45 @@ from typing import BinaryIO
 
 from labn.errors import FileError
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 LEFTOVERS = ".*.tmp"
-"""What files are called while they are written; a killed process leaves its last one behind."""
+"""Pattern of the names that files have while they are written; a killed process leaves such a file behind."""
 
 
 def write_error(path: Path, error: OSError) -> FileError:
-    """An error of the same kind that names the file and says what would help."""
+    """A `FileError` with the same error number, whose message names the file and the remedy."""
     advice = (
-        "free some space and give the same command again"
-        if error.errno in FULL
-        else "make the folder writable, or give another one"
+        "free some space and run the same command again"
+        if error.errno in _DISK_FULL
+        else "make the folder writable, or choose another one"
     )
     return FileError(error.errno, f"{path} cannot be written: {error.strerror or error}; {advice}.")
 
 
 @contextmanager
 def written_atomically(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, which gets the name `path` once the block has ended well.
+    """Open a temporary file for writing, which is renamed to `path` when the block ends without an error.
 
     Raises:
-        OSError: the folder cannot be written, or the disk is full; nothing half-written stays.
+        FileError: the folder cannot be written, or the disk is full; the temporary file is removed.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with written_atomically(Path(folder) / "a.txt") as file:
+        ...         _ = file.write(b"complete")
+        ...     sorted(os.listdir(folder))
+        ['a.txt']
     """
+    # The process number keeps two processes that write the same file from sharing a temporary file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
                 yield file
+                # Without this, a crash of the machine could leave a renamed file whose data never reached the disk.
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, path)
@@ -51,10 +61,14 @@ def written_atomically(path: Path) -> Iterator[BinaryIO]:
 
 
 def check_writable(folder: Path, argument: str) -> None:
-    """Fail at once, and not after the first epoch, where results cannot be written.
+    """Write a small file to `folder` and remove it, to find an unwritable folder before the first epoch.
+
+    Args:
+        folder: the folder; it is created.
+        argument: name of the argument that gives the folder, for the message.
 
     Raises:
-        OSError: `folder`, which `argument` names, cannot be made or written.
+        FileError: the folder cannot be created or written.
     """
     probe = folder / f".probe.{os.getpid()}.tmp"
     try:
@@ -68,17 +82,21 @@ def check_writable(folder: Path, argument: str) -> None:
 
 
 def unused_folder(folder: Path) -> Path:
-    """`<folder>.old-1`, `.old-2`, ...: the first that does not exist, where what is in the way can be kept."""
-    return next(aside for n in itertools.count(1) if not (aside := Path(f"{folder}.old-{n}")).exists())
+    """The first of `<folder>.old-1`, `<folder>.old-2`, ... that does not exist, to move the folder's content to."""
+    return next(path for n in itertools.count(1) if not (path := Path(f"{folder}.old-{n}")).exists())
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete what killed processes have left half-written in `folder` itself; nobody may be writing there."""
+    """Delete the temporary files that killed processes left in `folder`; no process may be writing there."""
     for path in folder.glob(LEFTOVERS):
         path.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
-    """Write `data` to `path` so that a reader sees either nothing or the whole file."""
+    """Write `data` to `path` so that a reader sees either the complete new file or none of it.
+
+    Raises:
+        FileError: the folder cannot be written, or the disk is full.
+    """
     with written_atomically(path) as file:
         file.write(data)

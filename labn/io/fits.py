@@ -1,4 +1,4 @@
-"""Reading FITS images without further packages: header cards and the primary image (FITS standard 4.0)."""
+"""A reader of FITS images without further packages: header cards and the primary image (FITS standard 4.0)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from labn.io.images import MAX_ASPECT, MAX_PIXELS, Array, BadImageError, read_im
 _BLOCK, _CARD = 2880, 80
 
 _MAX_BLOCKS = 1024
+"""Largest number of header blocks that is read; a file without an END card would be read to its end otherwise."""
 
+# BITPIX -> NumPy type; FITS stores numbers big-endian.
 _TYPES = {8: "u1", 16: ">i2", 32: ">i4", 64: ">i8", -32: ">f4", -64: ">f8"}
 
 MAGIC = b"SIMPLE  ="
@@ -26,10 +28,10 @@ def is_fits(path: Path) -> bool:
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """Keywords of the primary header with their values (bool, int, float or str), and where the data begins (bytes).
+    """Read the primary header: keyword -> value (bool, int, float or str), and the offset of the data in bytes.
 
     Raises:
-        BadImageError: the file is no FITS file, or ends inside its header.
+        BadImageError: the file is not a FITS file, or ends inside its header.
     """
     cards: dict[str, Any] = {}
     with path.open("rb") as file:
@@ -58,17 +60,17 @@ def _parse_value(text: str) -> bool | int | float | str:
         return text == "T"
     for kind in (int, float):
         try:
-            return kind(text.replace("D", "E"))
+            return kind(text.replace("D", "E"))  # Fortran writes double exponents as 1.5D3
         except ValueError:
             continue
     return text
 
 
 def required_keyword(header: dict[str, Any], name: str, path: Path) -> Any:
-    """Value of a keyword.
+    """Value of a keyword that the header must have.
 
     Raises:
-        ValueError: the header has no such keyword.
+        InputError: the header does not have the keyword.
     """
     if name not in header:
         raise InputError(f"Image {path} has no FITS keyword {name}; its header needs it.")
@@ -78,12 +80,12 @@ def required_keyword(header: dict[str, Any], name: str, path: Path) -> Any:
 def _integer(header: dict[str, Any], name: str, path: Path) -> int:
     value = required_keyword(header, name, path)
     if type(value) is not int:
-        raise BadImageError(f"Image {path}: FITS keyword {name} is {value!r}; it must be a whole number.")
+        raise BadImageError(f"Image {path}: FITS keyword {name} is {value!r}; it must be an integer.")
     return value
 
 
 def _scaling(header: dict[str, Any], name: str, path: Path) -> float:
-    """BZERO or BSCALE, whose defaults change nothing."""
+    """BZERO or BSCALE, with the standard's defaults 0 and 1."""
     value = header.get(name, {"BZERO": 0.0, "BSCALE": 1.0}[name])
     if type(value) not in (int, float):
         raise BadImageError(f"Image {path}: FITS keyword {name} is {value!r}; it must be a number.")
@@ -91,40 +93,43 @@ def _scaling(header: dict[str, Any], name: str, path: Path) -> float:
 
 
 def image_layout(path: Path) -> tuple[dict[str, Any], int, tuple[int, int], np.dtype[Any]]:
-    """Header, offset of the pixels, (height, width) and stored type of the primary image; no pixel is read.
+    """Header, offset of the pixels in bytes, (height, width), and stored type of the primary image.
+
+    No pixel is read.
 
     Raises:
-        BadImageError: no FITS file, a truncated one, or no two-dimensional primary image.
-        ValueError: a keyword is missing.
+        BadImageError: the file is not a FITS file, is truncated, or has no two-dimensional primary image.
+        InputError: a keyword is missing.
     """
     header, offset = read_header(path)
     kind = _TYPES.get(_integer(header, "BITPIX", path))
     if required_keyword(header, "NAXIS", path) != 2 or kind is None:
         raise BadImageError(
-            f"Image {path} has no two-dimensional primary image (compressed ones lie in an extension: unpack it)."
+            f"Image {path} has no two-dimensional primary image; unpack a compressed image, which is an extension."
         )
     shape = _integer(header, "NAXIS2", path), _integer(header, "NAXIS1", path)
     if min(shape) < 1 or shape[0] * shape[1] > MAX_PIXELS or max(shape) > MAX_ASPECT * min(shape):
-        raise BadImageError(f"Image {path} promises {shape[1]} x {shape[0]} pixels, which no image of the Sun has.")
+        raise BadImageError(f"Image {path} declares {shape[1]} x {shape[0]} pixels, a size that no image may have.")
     stored = np.dtype(kind)
     if path.stat().st_size < offset + shape[0] * shape[1] * stored.itemsize:
-        raise BadImageError(f"Image {path} is truncated (its header promises {shape[1]} x {shape[0]} pixels).")
+        raise BadImageError(f"Image {path} is truncated (its header declares {shape[1]} x {shape[0]} pixels).")
     return header, offset, shape, stored
 
 
 def read_fits(path: Path, low: float, high: float) -> Array:
-    """The primary image as (H,W) uint8, first row on top: `low` becomes 0, `high` 255, undefined pixels 0.
+    """Read the primary image as (H,W) uint8 with the top row first.
 
-    Physical values are BZERO + BSCALE * stored ones; FITS counts rows from below, so they are turned over.
+    Physical values are BZERO + BSCALE * stored values (FITS standard 4.0, section 4.4.2.5). They are mapped linearly
+    from [low, high] to [0, 255] and clipped; undefined pixels (BLANK or NaN) become 0.
 
     Args:
         path: an uncompressed FITS file with a two-dimensional primary image.
-        low: physical value (gauss in a magnetogram) that is shown black.
-        high: physical value that is shown white, above `low`.
+        low: physical value (gauss in a magnetogram) that becomes black.
+        high: physical value that becomes white, above `low`.
 
     Raises:
-        BadImageError: as of `image_layout`.
-        ValueError: likewise.
+        BadImageError: see `image_layout`.
+        InputError: see `image_layout`.
     """
     header, offset, shape, kind = image_layout(path)
     zero, scale = (_scaling(header, name, path) for name in ("BZERO", "BSCALE"))
@@ -134,6 +139,7 @@ def read_fits(path: Path, low: float, high: float) -> Array:
         values[stored == header["BLANK"]] = np.nan
     with np.errstate(over="ignore", invalid="ignore"):
         grey = np.clip((zero + scale * values - low) / (high - low), 0.0, 1.0) * 255.0
+    # FITS stores the bottom row first.
     return np.rint(np.nan_to_num(grey, nan=0.0)).astype(np.uint8).reshape(shape)[::-1]
 
 

@@ -1,4 +1,4 @@
-"""Image files: where the data lies, reading, byte-identical pairs."""
+"""Image files: decoding, resizing, listing, content hashes, and groups of byte-identical files."""
 
 from __future__ import annotations
 
@@ -26,24 +26,28 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp"}
 _FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP")
 
 MAX_PIXELS = 2**27
-"""Of one image: a few bytes can promise more pixels than there is memory."""
+"""Largest number of pixels of an image; a header of a few bytes can declare more pixels than memory can hold."""
 
 MAX_ASPECT = 256
-"""Longer side over shorter: bringing the shorter side to a given size multiplies the longer one too."""
+"""Largest ratio of the longer to the shorter side; resizing the shorter side enlarges the longer side as well."""
 
 MAX_BYTES = 2**31
-"""Of one image file."""
+"""Largest size of an image file in bytes."""
 
 BLOCK = 2**12
-"""Bytes of one of the ranges that `content_hash` reads."""
+"""Number of bytes of each range that `content_hash` reads."""
 
 
 class BadImageError(InputError):
-    """An image file that is empty, truncated or no image; the message names it."""
+    """An image file is missing, empty, damaged or not an image; the message names it."""
 
 
 def regular_file_size(path: Path) -> int:
-    """Bytes of a file. Raises `OSError` for what is none, such as a pipe, which would never end, and for a huge one."""
+    """Size of a regular file in bytes.
+
+    Raises:
+        OSError: the path is not a regular file (reading a pipe would never end), or the file is above MAX_BYTES.
+    """
     info = path.stat()
     if not stat.S_ISREG(info.st_mode):
         raise OSError(errno.EINVAL, "not a regular file", path)
@@ -53,37 +57,40 @@ def regular_file_size(path: Path) -> int:
 
 
 def size_error(path: Path) -> str | None:
-    """Why the size that an image's header promises is refused, or None; no pixel is decoded."""
+    """The reason why the size in an image's header is not accepted, as the end of a sentence; or None.
+
+    No pixel is decoded.
+    """
     try:
         with Image.open(path, formats=_FORMATS) as image:
             width, height = image.size
     except Image.DecompressionBombError:
-        return f"promises more than {MAX_PIXELS} pixels"
-    # Its readers of headers end in many ways on a damaged file.
+        return f"declares more than {MAX_PIXELS} pixels"
+    # Pillow raises many kinds of errors for damaged headers.
     except Exception:
         return "is not an image"
     if width * height > MAX_PIXELS:
-        return f"promises {width} x {height} pixels, more than {MAX_PIXELS}"
+        return f"declares {width} x {height} pixels, more than {MAX_PIXELS}"
     if not 0 < max(width, height) <= MAX_ASPECT * min(width, height):
         return f"has {width} x {height} pixels; the longer side may be {MAX_ASPECT} times the shorter at most"
     return None
 
 
 def oriented_size(path: Path) -> tuple[int, int]:
-    """(width, height) of an image as `read_image` gives it, its EXIF orientation applied; no pixel is decoded.
+    """(width, height) of the image that `read_image` returns, with its EXIF orientation applied.
 
-    `path` must have passed `size_error`.
+    No pixel is decoded. `size_error(path)` must be None.
     """
     base = ExifTags.Base
     with Image.open(path, formats=_FORMATS) as image:
         (width, height), tags = image.size, _tags(image)
-        if image.format == "TIFF":  # whose size some versions of Pillow turn themselves
+        if image.format == "TIFF":  # some versions of Pillow apply the orientation to the size of a TIFF
             width, height = tags.get(base.ImageWidth, width), tags.get(base.ImageLength, height)
     return (height, width) if tags.get(base.Orientation) in range(5, 9) else (width, height)
 
 
 def _tags(image: Image.Image) -> Mapping[int, Any]:
-    # Metadata may be damaged in any way; decoding ignores it then.
+    # Pillow raises many kinds of errors for damaged metadata, which decoders ignore.
     try:
         return dict(image.getexif())
     except Exception:
@@ -91,22 +98,24 @@ def _tags(image: Image.Image) -> Mapping[int, Any]:
 
 
 def read_image(path: Path, channels: int = 3) -> Array:
-    """Decode to (H,W,channels) uint8, RGB or grey; alpha is dropped, 16-bit values are divided by 256.
+    """Decode an image to (H,W,channels) uint8, RGB or grey, with its EXIF orientation applied.
+
+    Alpha channels are dropped, and 16-bit values are divided by 256.
 
     Raises:
-        BadImageError: the file is missing, promises a huge size, or cannot be decoded.
+        BadImageError: the file is missing, declares a size out of range, or cannot be decoded.
     """
     image = _decode(path, cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR)
     return image[..., None] if channels == 1 else np.ascontiguousarray(image[..., ::-1])
 
 
 def read_mask(path: Path) -> Array:
-    """Decode to (H,W) bool: every pixel of 8 or 16 bits that is not 0 belongs to the region; alpha is dropped.
+    """Decode a mask to (H,W) bool: True for every pixel with a non-zero value of 8 or 16 bits; alpha is dropped.
 
     Raises:
-        BadImageError: as of `read_image`.
+        BadImageError: see `read_image`.
     """
-    # Neither as grey nor as 8 bits: both round small values to 0.
+    # Read with all colours and bits: conversions to grey or to 8 bits would round small values to 0.
     return cv2.inRange(_decode(path, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH), (0, 0, 0), (0, 0, 0)) == 0
 
 
@@ -128,10 +137,10 @@ def _decode(path: Path, flags: int) -> Array:
 
 
 def check_crop(box: Box | None) -> Box | None:
-    """`box` itself: left, top, right, bottom in fractions of a picture, which `crop` clips to [0, 1].
+    """Check a crop box (left, top, right, bottom as fractions of width and height) and return it.
 
     Raises:
-        ValueError: pixels instead of fractions, or nothing lies between the edges.
+        InputError: the box is given in pixels, or is empty after clipping to [0, 1].
     """
     if box is None:
         return None
@@ -145,10 +154,14 @@ def check_crop(box: Box | None) -> Box | None:
 
 
 def crop(image: Array, box: Box | None) -> Array:
-    """The part of (H,W,...) inside `box`: left, top, right, bottom in fractions of the size, clipped to the image.
+    """Crop (H,W,...) to `box`: left, top, right, bottom as fractions of the size, clipped to the image.
 
     Raises:
-        ValueError: the image is so small that no pixel lies inside.
+        InputError: the image is so small that the box has no pixel.
+
+    Example:
+        >>> crop(np.arange(8).reshape(2, 4), (0.25, 0.0, 0.75, 1.0)).tolist()
+        [[1, 2], [5, 6]]
     """
     if box is None:
         return image
@@ -199,7 +212,7 @@ def squash(image: Array, size: int) -> Array:
 
 
 def resize_short_side(image: Array, size: int) -> Array:
-    """Resize (H,W,C) uint8 so that its shorter side is `size`, keeping the aspect; area average to shrink."""
+    """Resize (H,W,C) uint8 to a shorter side of `size`, keeping the aspect: area average to shrink, else bilinear."""
     height, width = image.shape[:2]
     scale = size / min(height, width)
     shape = (max(size, round(width * scale)), max(size, round(height * scale)))
@@ -208,50 +221,50 @@ def resize_short_side(image: Array, size: int) -> Array:
 
 
 def centre(image: Array, size: int) -> Array:
-    """The (size,size,...) middle of (H,W,...); an image of that size is returned as it is.
+    """The central square (size,size,...) of (H,W,...).
 
     Raises:
-        ValueError: a side is shorter than `size`.
+        InputError: a side is shorter than `size`.
     """
     height, width = image.shape[:2]
     if min(height, width) < size:
-        raise InputError(f"An image of {height} x {width} pixels has no middle of {size} x {size}; resize it first.")
+        raise InputError(f"An image of {height} x {width} pixels has no central {size} x {size}; resize it first.")
     top, left = (height - size) // 2, (width - size) // 2
     return image[top : top + size, left : left + size]
 
 
 def squash_mask(mask: Array, size: int) -> Array:
-    """Resize (H,W) bool to (size,size) bool, nearest neighbour with pixel centres aligned."""
+    """Resize (H,W) bool to (size,size) bool by nearest neighbours, with pixel centres aligned."""
     return cv2.resize(mask.astype(np.uint8), (size, size), interpolation=cv2.INTER_NEAREST_EXACT) > 0
 
 
 def image_files(folder: Path) -> list[Path]:
-    """Image files of `folder`, sorted by name, subfolders and hidden files left out."""
+    """Files of `folder` with the suffix of an image, sorted by name; hidden files and subfolders are not listed."""
     return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
 
 
 def other_files(folder: Path) -> Counter[str]:
-    """How many entries of each suffix `image_files` leaves out of `folder`, hidden ones not counted."""
-    left = (p for p in folder.iterdir() if p.suffix.lower() not in SUFFIXES and not p.name.startswith("."))
-    return Counter("folder" if p.is_dir() else p.suffix.lower() or "without suffix" for p in left)
+    """Suffix -> number of entries of `folder` that `image_files` does not list; hidden entries are not counted."""
+    others = (p for p in folder.iterdir() if p.suffix.lower() not in SUFFIXES and not p.name.startswith("."))
+    return Counter("folder" if p.is_dir() else p.suffix.lower() or "without suffix" for p in others)
 
 
 def by_stem(paths: Iterable[Path]) -> dict[str, Path]:
-    """Files by their names without suffix.
+    """File name without suffix -> file.
 
     Raises:
-        ValueError: two files share one, as `a.jpg` and `a.png` do.
+        InputError: two files differ only in their suffix, as `a.jpg` and `a.png` do.
     """
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for path in paths:
-        if path.stem in found:
-            raise InputError(f"{found[path.stem]} and {path.name} are both image {path.stem!r}; keep one of them.")
-        found[path.stem] = path
-    return found
+        if path.stem in files:
+            raise InputError(f"{files[path.stem]} and {path.name} are both image {path.stem!r}; keep one of them.")
+        files[path.stem] = path
+    return files
 
 
 def identical_groups(paths: Sequence[Path]) -> list[int]:
-    """A group number for every path; byte-identical files share one. Only files of equal size are hashed."""
+    """A group number for every path, equal for byte-identical files; only files of equal size are hashed."""
     by_size: dict[int, list[int]] = defaultdict(list)
     for i, path in enumerate(paths):
         by_size[path.stat().st_size].append(i)
@@ -264,11 +277,11 @@ def identical_groups(paths: Sequence[Path]) -> list[int]:
 
 
 def content_hash(path: Path, blocks: int = 16) -> str:
-    """Hash (32 hex digits) of a file's size and bytes, the same for every copy of it.
+    """Hash (32 hex digits) of a file's size and bytes, equal for every copy of the file.
 
-    All bytes count in a file of up to `blocks` times 4 KiB; of a larger one so many ranges of 4 KiB do, evenly spaced
-    from its first byte to its last, so that a data set is hashed without reading it whole: a change that leaves the
-    size and all of these ranges as they are goes unnoticed.
+    Of a file of at most `blocks` * 4 KiB all bytes are hashed. Of a larger file, `blocks` ranges of 4 KiB are, evenly
+    spaced from the first byte to the last, so that a large data set is hashed in little time. A change outside these
+    ranges that keeps the size is not detected.
     """
     hashed = hashlib.sha256()
     with path.open("rb", buffering=0) as file:

@@ -1,4 +1,4 @@
-"""Large tables on disk while results are merged: a file without a name, mapped into memory, gone afterwards."""
+"""Temporary arrays in memory-mapped files, for tables of results that are larger than memory."""
 
 from __future__ import annotations
 
@@ -14,36 +14,45 @@ Stored = tuple[str, tuple[int, ...], np.dtype[Any], Iterable[np.ndarray]]
 """Name, shape and type of an array, and its rows in blocks."""
 
 BLOCK = 4096
-"""Rows in memory at once."""
+"""Number of rows that are in memory at once."""
 
 
 def temporary_memmap(shape: tuple[int, ...], dtype: Any, folder: Path | None) -> np.ndarray:
-    """An array of zeros that lies on disk in `folder` (the system gives the room back with it), None: in memory."""
+    """An array of zeros in a temporary file of `folder`, or in memory where `folder` is None.
+
+    The file has no name; the system frees its space together with the array.
+    """
     if folder is None or 0 in shape:
         return np.zeros(shape, dtype)
     folder.mkdir(parents=True, exist_ok=True)
-    # The mapping outlives the file's handle.
+    # The mapping stays valid after the file is closed.
     with tempfile.TemporaryFile(dir=folder) as file:
         file.truncate(int(np.prod(shape)) * np.dtype(dtype).itemsize)
         return np.memmap(file, dtype=dtype, mode="r+", shape=shape)
 
 
 def blocks(size: int) -> Iterator[slice]:
-    """`range(size)` in slices of at most BLOCK."""
+    """Slices of at most BLOCK rows that cover `range(size)`.
+
+    Example:
+        >>> list(blocks(5000))
+        [slice(0, 4096, None), slice(4096, 5000, None)]
+    """
     return (slice(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK))
 
 
 def write_npz(file: BinaryIO, arrays: Iterable[Stored]) -> None:
-    """A compressed `.npz`, written block by block; equal arrays give equal bytes.
+    """Write arrays to a compressed `.npz`, block by block; equal arrays give equal bytes.
 
     Args:
-        file: open for writing.
-        arrays: what goes into it.
+        file: a file that is open for writing.
+        arrays: name, shape, type and row blocks of every array.
     """
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, shape, dtype, rows in arrays:
+        for name, shape, dtype, row_blocks in arrays:
+            # The size of the entry is not known in advance, so its header has to allow for more than 4 GiB.
             with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
                 header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(entry, header)
-                for block in rows:
+                for block in row_blocks:
                     entry.write(np.ascontiguousarray(block, dtype=dtype).tobytes())

@@ -1,4 +1,4 @@
-"""What a picture goes through before a network sees it; kept in checkpoints, so that they can be used alone."""
+"""The steps from a picture file to a network's input; checkpoints store them, so that they suffice for predictions."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from labn.io.fits import read_picture
 from labn.io.images import blacken_caption, crop, to_square
 
 KEY = "preprocessing"
-"""Where checkpoints keep it."""
+"""Key of the preprocessing in checkpoints."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Crop or blacken the caption, squash to a square (or cut it out of the middle), normalise.
+    """Blacken the caption, crop, bring to a square, and normalise.
 
     Attributes:
-        image_size: side of the square in pixels.
-        mean: per channel, of values in [0, 1].
-        std: per channel, likewise.
-        crop: left, top, right, bottom in fractions of the picture; None for no crop.
-        shorter: None squashes; else the shorter side is resized to it and the central square taken.
-        class_names: one per class; empty where they are not known.
-        caption: share of the height, at the bottom, that is painted black because it carries text.
-        fits_range: physical values of a FITS picture that become black and white; None where such files are not read.
+        image_size: side S of the square in pixels.
+        mean: mean of each channel for values in [0, 1].
+        std: standard deviation of each channel for values in [0, 1].
+        crop: left, top, right, bottom as fractions of the picture's size; None uses the whole picture.
+        shorter: None squashes the picture; else its shorter side is resized to this many pixels and the central square
+            is taken.
+        class_names: names of the classes; empty where they are not known.
+        caption: share of the height that is painted black at the bottom, because text is written there.
+        fits_range: physical values of FITS files that become black and white; None where FITS files are not read.
     """
 
     image_size: int
@@ -48,9 +49,8 @@ class Preprocessing:
         return len(self.mean)
 
     def plain(self) -> dict[str, Any]:
-        """Lists, numbers and texts only, which a checkpoint can hold."""
-        found = asdict(self)
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
+        """The attributes as a dict of lists, numbers and strings, which a checkpoint read as plain data may hold."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
     def read(self, path: Path) -> np.ndarray:
         """Pixels (S, S, C) uint8 of a picture file, prepared as the data modules prepare theirs.
@@ -73,11 +73,11 @@ class Preprocessing:
         return to_square(crop(pixels, self.crop), self.image_size, self.shorter)
 
     def normalise(self, pixels: np.ndarray) -> Tensor:
-        """Pixels (H, W, C) uint8 as the normalised float32 image (C, H, W)."""
+        """Normalise pixels (H, W, C) uint8 to an image (C, H, W) float32: (pixels / 255 - mean) / std."""
         image = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float() / 255
         mean, std = (torch.tensor(list(values), dtype=torch.float32)[:, None, None] for values in (self.mean, self.std))
         return (image - mean) / std
 
     def class_name(self, number: int) -> str:
-        """Name of a class, else its number."""
+        """Name of a class, or `class <number>` where it is not known."""
         return self.class_names[number] if number < len(self.class_names) else f"class {number}"

@@ -1,4 +1,7 @@
-"""Files from elsewhere: read so that a broken or hostile one ends with a sentence that names file and line."""
+"""Readers of tables, JSON, YAML and arrays that are safe for damaged or hostile files.
+
+Every error is one sentence that names the file and, in text files, the line.
+"""
 
 from __future__ import annotations
 
@@ -24,30 +27,36 @@ from labn.io.memmap import blocks, temporary_memmap
 Value = TypeVar("Value")
 
 MAX_TEXT = 2**31
-"""Bytes: larger tables, lists and manifests are refused instead of read into memory."""
+"""Largest size in bytes of a text file that is read into memory."""
 
 MAX_ARRAYS = 2**34
-"""Bytes that the arrays of one `.npz` may unpack to."""
+"""Largest size in bytes of the unpacked arrays of one `.npz`."""
 
 MAX_YAML, MAX_NODES = 2**24, 100_000
-"""Bytes and values (aliases unfolded) of a configuration."""
+"""Largest size in bytes of a YAML file, and largest number of its values with all aliases expanded."""
 
+# An absolute path, a drive letter, a component `..`, or a control character.
 _OUTSIDE = re.compile(r"^[\\/]|^[A-Za-z]:|(^|[\\/])\.\.([\\/]|$)|[\x00-\x1f]")
 
 
 def path_inside(root: Path, name: str, where: str) -> Path:
-    """`root / name`, where that lies in `root`, also once links are followed.
+    """The path `root / name`, which must lie in `root`, also after links are followed.
 
     Args:
         root: a folder.
-        name: a path as a table or list gives it.
-        where: file and line, for the message.
+        name: a path from a table or list.
+        where: file and line of `name`, for the message.
 
     Raises:
-        ValueError: `name` is empty, absolute, holds `..` or control characters, is too long for a file name, or leads
-            out of `root` through a link.
+        InputError: `name` is empty or absolute, has a component `..`, control characters or a component that is too
+            long for a file name, or a link in it leads out of `root`.
+
+    Example:
+        >>> path_inside(Path("data"), "../secret.png", "list.txt, line 3")
+        Traceback (most recent call last):
+        labn.errors.InputError: list.txt, line 3: '../secret.png' must be a path inside data, ...
     """
-    if not name.strip() or _OUTSIDE.search(name) or any(len(os.fsencode(part)) > 255 for part in name.split("/")):
+    if not name.strip() or _OUTSIDE.search(name) or any(len(os.fsencode(word)) > 255 for word in name.split("/")):
         shown = name if len(name) <= 100 else f"{name[:100]}..."
         raise InputError(f"{where}: {shown!r} must be a path inside {root}, without '..' and not absolute.")
     if leaves_folder(root / name, os.path.realpath(root)):
@@ -56,7 +65,7 @@ def path_inside(root: Path, name: str, where: str) -> Path:
 
 
 def non_utf8_name(name: str) -> str | None:
-    """How a file name whose bytes are not UTF-8 is shown (`caf\\xe9.png`); None for one that tables can hold."""
+    """A file name that is not UTF-8, with its bytes escaped (`caf\\xe9.png`); None for a name in UTF-8."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -65,39 +74,39 @@ def non_utf8_name(name: str) -> str | None:
 
 
 def leaves_folder(path: Path, real_root: str) -> bool:
-    """Whether `path` lies outside of `real_root` (a path without links) once links are followed."""
+    """Whether `path`, with links followed, lies outside `real_root`, a path without links."""
     real = os.path.realpath(path)
     return real != real_root and not real.startswith(real_root.rstrip(os.sep) + os.sep)
 
 
 def read_text(path: Path, limit: int = MAX_TEXT) -> str:
-    """A UTF-8 file, with or without a byte order mark.
+    """Read a UTF-8 file, with or without a byte order mark.
 
     Args:
         path: the file.
-        limit: bytes that it may have.
+        limit: largest size in bytes.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is too large, or no UTF-8 (the message names the line).
+        OSError: the file cannot be read.
+        InputError: the file is larger than `limit`, or is not UTF-8 (the message names the line).
     """
     if path.stat().st_size > limit:
-        raise InputError(f"{path} is larger than {limit} bytes; no such file of this project is.")
+        raise InputError(f"{path} is larger than {limit} bytes; give a smaller file.")
     data = path.read_bytes()
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{path}, line {line}: byte {data[error.start]:#04x} is no UTF-8; save it as UTF-8.") from None
+        line, byte = data.count(b"\n", 0, error.start) + 1, data[error.start]
+        raise InputError(f"{path}, line {line}: byte {byte:#04x} is not UTF-8; save the file as UTF-8.") from None
 
 
 @dataclass(frozen=True)
 class TableRow:
-    """One row of a table.
+    """One row of a CSV file.
 
     Attributes:
-        where: `<file>, line <n>`.
-        cells: column -> text without spaces around it; empty where the row is too short.
+        where: `<file>, line <n>`, for messages.
+        cells: column -> text without surrounding spaces; empty where the row has too few cells.
     """
 
     where: str
@@ -110,21 +119,21 @@ class TableRow:
         """A cell as `int` or `float`.
 
         Raises:
-            ValueError: it is none.
+            InputError: the cell is not such a number.
         """
         try:
             return kind(self.cells[column])
         except (ValueError, OverflowError):
-            what = "a whole number" if kind is int else "a number"
+            what = "an integer" if kind is int else "a number"
             raise InputError(f"{self.where}: {column} is {self.cells[column][:100]!r}; it must be {what}.") from None
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Line number and cells (without spaces around them) of every row of a CSV file, one at a time.
+    """Line number and cells of every row of a CSV file, one row at a time; cells have no surrounding spaces.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: no UTF-8, or no CSV; the message names the line.
+        OSError: the file cannot be read.
+        InputError: the file is not UTF-8 or not CSV; the message names the line.
     """
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.reader(file)
@@ -132,23 +141,23 @@ def read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
             for row in reader:
                 yield reader.line_num, [cell.strip() for cell in row]
         except csv.Error as error:
-            raise InputError(f"{path}, line {reader.line_num}: no CSV ({error}).") from None
+            raise InputError(f"{path}, line {reader.line_num}: not CSV ({error}); repair the line.") from None
         except UnicodeDecodeError:
-            # The text is decoded in advance; only reading it whole tells the line.
+            # The file is decoded ahead of the reader, whose line number is too small; `read_text` finds the line.
             read_text(path)
             raise
 
 
 def read_table(path: Path, columns: Sequence[str] = ()) -> Iterator[TableRow]:
-    """The rows of a CSV file whose first line names the columns, one at a time; empty rows are left out.
+    """The rows of a CSV file with a header, one at a time; empty rows are skipped.
 
     Args:
         path: the file.
-        columns: those that it must have.
+        columns: columns that the header must have.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: no UTF-8, no CSV, or a column is missing; the message names the line.
+        OSError: the file cannot be read.
+        InputError: the file is not UTF-8 or not CSV, or a column is missing; the message names the line.
     """
     rows = read_rows(path)
     _, header = next(rows, (1, []))
@@ -164,37 +173,38 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> Iterator[TableRow]:
 
 
 def read_json(path: Path, kind: type[Value]) -> Value:
-    """A JSON file that holds a `dict` or a `list`.
+    """Read a JSON file whose content is a `dict` or a `list`, as `kind` says.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no JSON, or holds something else; the message names the line.
+        OSError: the file cannot be read.
+        InputError: the file is not JSON (the message names the line), or its content is of another kind.
     """
     try:
         content: Any = json.loads(read_text(path))
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {error.lineno}: no JSON ({error.msg}).") from None
+        raise InputError(f"{path}, line {error.lineno}: not JSON ({error.msg}); repair the file.") from None
     except RecursionError:
-        raise InputError(f"{path} is nested too deeply; no file of this project is.") from None
-    except ValueError as error:  # not UTF-8, which names the file, or a number of thousands of digits
-        raise error if str(path) in str(error) else InputError(f"{path}: no JSON ({error}).") from None
+        raise InputError(f"{path} is nested too deeply; give a file with fewer levels.") from None
+    except ValueError as error:  # not UTF-8, where the message names the file, or a number with thousands of digits
+        raise error if str(path) in str(error) else InputError(f"{path}: not JSON ({error}); repair it.") from None
     if not isinstance(content, kind):
         raise InputError(f"{path} holds a {type(content).__name__}; it must hold a {kind.__name__}.")
     return content
 
 
 def read_yaml(path: Path, limit: int | None = None) -> Any:
-    """A YAML file of plain values; nothing in it is executed, and aliases are counted before they are followed.
+    """Read a YAML file of plain values; no object is built from it.
 
-    Ten lines of ten aliases each stand for 10^9 values, which whoever copies the content would hold.
+    The values are counted, with aliases expanded, before the file is constructed: nine lines of ten aliases each expand
+    to 10^9 values (the "billion laughs" attack).
 
     Args:
         path: the file.
-        limit: values that it may hold where every alias is written out; MAX_NODES by default.
+        limit: largest number of values with every alias expanded; MAX_NODES by default.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is no YAML (the message names the line), or huge.
+        OSError: the file cannot be read.
+        InputError: the file is not YAML (the message names the line), or has too many values.
     """
     limit = MAX_NODES if limit is None else limit
     try:
@@ -207,15 +217,15 @@ def read_yaml(path: Path, limit: int | None = None) -> Any:
         return None if node is None else loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
-        raise InputError(f"{path}{line}: no YAML ({error.problem}).") from None
+        raise InputError(f"{path}{line}: not YAML ({error.problem}); repair the file.") from None
     except RecursionError:
         raise InputError(f"{path} is nested too deeply, or an alias in it stands for itself.") from None
-    except (yaml.YAMLError, ValueError) as error:  # a character that is none, or a date that is none
-        raise error if str(path) in str(error) else InputError(f"{path}: no YAML ({first_line(error)}).") from None
+    except (yaml.YAMLError, ValueError) as error:  # an invalid character, or an invalid date
+        raise error if str(path) in str(error) else InputError(f"{path}: not YAML ({first_line(error)}).") from None
 
 
 def _count_values(node: yaml.Node | None, sizes: dict[int, int]) -> int:
-    """Values of a node where aliases are written out; each node is looked at once."""
+    """Number of values of a node with aliases expanded; `sizes` holds the counts of nodes that were visited."""
     if node is None or isinstance(node, yaml.ScalarNode):
         return 1
     if id(node) not in sizes:
@@ -225,21 +235,21 @@ def _count_values(node: yaml.Node | None, sizes: dict[int, int]) -> int:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in a line; its kind where it says nothing."""
+    """The first line of an error's message, or the name of its class where the message is empty."""
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def read_arrays(path: Path, limit: int = MAX_ARRAYS, scratch_dir: Path | None = None) -> dict[str, np.ndarray]:
-    """The arrays of an `.npz`; nothing in it is executed, and it is not unpacked if it says that it is huge.
+    """Read the arrays of an `.npz` without unpickling; the declared size is checked before anything is unpacked.
 
     Args:
         path: the file.
-        limit: bytes that all arrays together may take.
-        scratch_dir: a folder on whose disk the arrays lie while they are in use; None: in memory.
+        limit: largest size in bytes of all arrays together.
+        scratch_dir: folder for temporary files that the arrays are mapped from; None reads them into memory.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: no whole archive of plain arrays, or a huge one.
+        OSError: the file cannot be read.
+        InputError: the file is damaged, too large, or has other members than plain arrays.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -251,29 +261,30 @@ def read_arrays(path: Path, limit: int = MAX_ARRAYS, scratch_dir: Path | None = 
                 return {name.removesuffix(".npy"): _unpack_to_disk(archive, name, scratch_dir) for name in names}
         with np.load(path, allow_pickle=False) as file:
             return {name: np.asarray(file[name]) for name in file.files}
-    # zipfile, zlib and NumPy's reader of headers end in many ways on a damaged file, such as a place before its start.
+    # zipfile, zlib and NumPy raise many kinds of errors for damaged files, among them OSError with EINVAL for a
+    # negative position.
     except Exception as error:
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
-        raise InputError(f"{path} is no whole archive of arrays ({error or type(error).__name__}).") from error
+        raise InputError(f"{path} is not a complete archive of arrays ({error or type(error).__name__}).") from error
 
 
 def _unpack_to_disk(archive: zipfile.ZipFile, name: str, scratch_dir: Path) -> np.ndarray:
-    """A member as `labn.io.memmap.write_npz` writes it, unpacked to disk block by block."""
+    """Unpack a member that `labn.io.memmap.write_npz` wrote to a temporary file, block by block."""
     with archive.open(name) as file:
         if np.lib.format.read_magic(file) != (1, 0):
-            raise InputError(f"{name} is of another version than this project's")
+            raise InputError(f"{name} has a .npy version other than 1.0")
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
         if dtype.hasobject or fortran or not shape:
-            raise InputError(f"{name} is no table of plain numbers")
-        wanted = math.prod(shape) * dtype.itemsize
-        if not 0 <= wanted <= archive.getinfo(name).file_size:
+            raise InputError(f"{name} is not a C-ordered array of numbers")
+        size = math.prod(shape) * dtype.itemsize
+        if not 0 <= size <= archive.getinfo(name).file_size:
             raise InputError(f"{name} is shorter than its shape")
-        held = temporary_memmap(shape, dtype, scratch_dir)
-        for rows in blocks(len(held)):
-            data = file.read(held[rows].nbytes)
-            held[rows] = np.frombuffer(data, dtype).reshape(held[rows].shape)
-        # The end has to be asked for, because only there the checksum is compared.
+        array = temporary_memmap(shape, dtype, scratch_dir)
+        for block in blocks(len(array)):
+            data = file.read(array[block].nbytes)
+            array[block] = np.frombuffer(data, dtype).reshape(array[block].shape)
+        # zipfile compares the checksum only when a read reaches the end of the member.
         if file.read(1):
             raise InputError(f"{name} is longer than its shape")
-        return held
+        return array

@@ -171,7 +171,7 @@ def test_class_names_that_are_not_utf8_are_named_with_their_line(pictures, check
     command = ["explain", f"--image={pictures}", f"--ckpt={checkpoint}", f"--class_names={tmp_path / 'names.txt'}"]
     with pytest.raises(SystemExit):
         call_main([*command, "--method=labn", f"--out={tmp_path}"])
-    assert f"{tmp_path / 'names.txt'}, line 2: byte 0xe4 is no UTF-8" in capsys.readouterr().err
+    assert f"{tmp_path / 'names.txt'}, line 2: byte 0xe4 is not UTF-8" in capsys.readouterr().err
 
 
 def test_a_folder_without_pictures_of_its_own_is_named(pictures, checkpoint, tmp_path, capsys):

@@ -152,7 +152,7 @@ def moved(spans):
 
 DAMAGE = {
     "manifest": (lambda root: (root / MANIFEST).unlink(), FileNotFoundError, r"shards\.json does not exist; write"),
-    "nonsense": (lambda root: (root / MANIFEST).write_text("{"), ValueError, r"shards\.json, line 1: no JSON"),
+    "nonsense": (lambda root: (root / MANIFEST).write_text("{"), ValueError, r"shards\.json, line 1: not JSON"),
     "format": (change(format=9), ValueError, r"shards\.json is of another format than 1"),
     "field": (change(mean=None), ValueError, r"shards\.json: mean is None"),
     "statistics": (change(std=[0.5]), ValueError, r"shards\.json: channels, image_size, mean and std do not fit"),

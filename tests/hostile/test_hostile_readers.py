@@ -50,7 +50,7 @@ def test_damaged_files_end_with_a_documented_error(tmp_path, opened, name):
 
 
 def png(width, height, rows=1):
-    """A PNG that promises width x height grey pixels and holds few bytes."""
+    """A PNG that declares width x height grey pixels and holds few bytes."""
 
     def chunk(kind, data):
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -64,9 +64,9 @@ def png(width, height, rows=1):
 @pytest.mark.parametrize(
     ("width", "height", "message"),
     [
-        (30_000, 30_000, "promises more than"),
-        (12_000, 12_000, rf"promises 12000 x 12000 pixels, more than {MAX_PIXELS}"),
-        (2**31 - 1, 2**31 - 1, "promises more than"),
+        (30_000, 30_000, "declares more than"),
+        (12_000, 12_000, rf"declares 12000 x 12000 pixels, more than {MAX_PIXELS}"),
+        (2**31 - 1, 2**31 - 1, "declares more than"),
         (100_000, 1, "longer side may be 256 times the shorter"),
         (1, 257, "longer side may be 256 times the shorter"),
     ],
@@ -224,10 +224,10 @@ def test_a_huge_annotation_is_not_read(tmp_path):
 @pytest.mark.parametrize(
     ("cards", "message"),
     [
-        ({"NAXIS1": "-4"}, "promises -4 x 8 pixels"),
-        ({"NAXIS1": "99999999", "NAXIS2": "99999999"}, "promises 99999999 x 99999999 pixels"),
-        ({"BITPIX": "'a'"}, "BITPIX is 'a'; it must be a whole number"),
-        ({"NAXIS1": "8.5"}, "NAXIS1 is 8.5; it must be a whole number"),
+        ({"NAXIS1": "-4"}, "declares -4 x 8 pixels"),
+        ({"NAXIS1": "99999999", "NAXIS2": "99999999"}, "declares 99999999 x 99999999 pixels"),
+        ({"BITPIX": "'a'"}, "BITPIX is 'a'; it must be an integer"),
+        ({"NAXIS1": "8.5"}, "NAXIS1 is 8.5; it must be an integer"),
     ],
 )
 def test_fits_headers_that_lie(tmp_path, cards, message):
@@ -263,33 +263,33 @@ def test_arrays_of_frames_that_are_none(tmp_path, make):
 def test_arrays_that_unpack_to_too_much_or_are_pickles(tmp_path):
     np.savez_compressed(tmp_path / "bomb.npz", a=np.zeros(2**21))
     assert (tmp_path / "bomb.npz").stat().st_size < 2**16
-    with pytest.raises(ValueError, match=r"bomb\.npz is no whole archive of arrays \(it unpacks to \d+ bytes"):
+    with pytest.raises(ValueError, match=r"bomb\.npz is not a complete archive of arrays \(it unpacks to \d+ bytes"):
         read_arrays(tmp_path / "bomb.npz", limit=2**20)
     assert read_arrays(tmp_path / "bomb.npz", limit=2**25)["a"].shape == (2**21,)
     np.savez(tmp_path / "pickled.npz", a=np.array([{"a": 1}], dtype=object))
     with pytest.raises(
-        ValueError, match=r"pickled\.npz is no whole archive of arrays \(Object arrays cannot be loaded"
+        ValueError, match=r"pickled\.npz is not a complete archive of arrays \(Object arrays cannot be loaded"
     ):
         read_arrays(tmp_path / "pickled.npz")
 
 
 def test_tables_and_manifests_name_the_line(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"index,value\n1,2\n3,\xff\n")
-    with pytest.raises(ValueError, match=r"a\.csv, line 3: byte 0xff is no UTF-8"):
+    with pytest.raises(ValueError, match=r"a\.csv, line 3: byte 0xff is not UTF-8"):
         list(read_table(tmp_path / "a.csv"))
     (tmp_path / "a.csv").write_text("index,value\n1,2\n3,x\n")
     with pytest.raises(ValueError, match=r"a\.csv, line 3: value is 'x'; it must be a number"):
         [row.number("value", float) for row in read_table(tmp_path / "a.csv")]
     (tmp_path / "a.csv").write_text('index,value\n1,"' + "x" * 200_000 + '"\n')
-    with pytest.raises(ValueError, match=r"a\.csv, line 2: no CSV \(field larger than field limit"):
+    with pytest.raises(ValueError, match=r"a\.csv, line 2: not CSV \(field larger than field limit"):
         list(read_table(tmp_path / "a.csv"))
     (tmp_path / "a.csv").write_text("index\n")
     with pytest.raises(ValueError, match=r"a\.csv has no column 'name'"):
         list(read_table(tmp_path / "a.csv", ("name",)))
     for text, message in (
-        ("{\n,", "line 2: no JSON"),
+        ("{\n,", "line 2: not JSON"),
         ("[" * 100_000, "nested too deeply"),
-        ("9" * 5000, "no JSON"),
+        ("9" * 5000, "not JSON"),
         ("[1]", "holds a list"),
     ):
         (tmp_path / "a.json").write_text(text)
@@ -317,10 +317,10 @@ def laughs(levels, width=10, link="[{}]"):
         (laughs(9, link="{{<<: [{}]}}"), r"a\.yaml holds more than 100000 values"),
         ("a: &a [*a]", r"a\.yaml is nested too deeply, or an alias in it stands for itself"),
         ("[" * 5000, r"a\.yaml is nested too deeply"),
-        ("a: 1\nb: ]", r"a\.yaml, line 2: no YAML"),
-        ("a: !!python/object/apply:os.getcwd []", r"a\.yaml, line 1: no YAML \(could not determine a constructor"),
-        ("a: 2020-99-99", r"a\.yaml: no YAML \(month must be"),
-        ("a: \x07", r"a\.yaml: no YAML"),
+        ("a: 1\nb: ]", r"a\.yaml, line 2: not YAML"),
+        ("a: !!python/object/apply:os.getcwd []", r"a\.yaml, line 1: not YAML \(could not determine a constructor"),
+        ("a: 2020-99-99", r"a\.yaml: not YAML \(month must be"),
+        ("a: \x07", r"a\.yaml: not YAML"),
     ],
 )
 def test_a_configuration_that_would_unfold_is_refused(tmp_path, text, message):
@@ -369,9 +369,9 @@ def test_arrays_are_whole_or_refused(tmp_path, on_disk):
     data = bytearray(path.read_bytes())
     data[30_000] ^= 1
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"a\.npz is no whole archive of arrays"):
+    with pytest.raises(ValueError, match=r"a\.npz is not a complete archive of arrays"):
         read_arrays(path, scratch_dir=scratch_dir)
     np.savez(path, a=np.array([{}], dtype=object))
-    with pytest.raises(ValueError, match=r"a\.npz is no whole archive of arrays"):
+    with pytest.raises(ValueError, match=r"a\.npz is not a complete archive of arrays"):
         read_arrays(path, scratch_dir=scratch_dir)
     assert [p.name for p in tmp_path.iterdir()] == ["a.npz"]
