@@ -1,4 +1,7 @@
-"""The sweep from the logits to the pixels: one step per kind of node, every step conserving or booking its leaks."""
+"""The backward sweep of relevance from the logits to the pixels, one step per kind of node.
+
+Every step hands on all the relevance that it receives, or enters in the conservation report what it keeps.
+"""
 
 from __future__ import annotations
 
@@ -29,19 +32,23 @@ class _Sweep:
 def sweep(
     trace: ForwardTrace, seeds: dict[int, Tensor], until: int = 0, conservation: ConservationReport | None = None
 ) -> Tensor:
-    """Send relevance from the values `seeds` names down to the value `until` (0: the images).
+    """Propagate relevance from the values in `seeds` down to the value `until` (0: the images).
 
     Args:
         trace: a forward pass; it may be swept any number of times.
-        seeds: relevance by value index, each (T, ...) where T is the forward batch, or any T if that was 1.
-        until: the value at which relevance is collected.
+        seeds: value index -> relevance (T, ...), where T is the batch size of the forward, or any T if that is 1.
+        until: index of the value at which relevance is collected.
         conservation: filled with one entry per layer.
 
     Returns:
         (T, ...) in the shape of the value `until`.
+
+    Raises:
+        InputError: no relevance reaches the value `until`.
     """
-    messages = {index: seed.clone() for index, seed in seeds.items()}  # messages may be changed in place
+    messages = {index: seed.clone() for index, seed in seeds.items()}  # rules work in place where they can
     state = _Sweep(trace, conservation)
+    # Indices follow the order of computation: when a node is reached, all its consumers have delivered their message.
     for index in sorted(trace.graph.nodes, reverse=True):
         if index > until and index in messages:
             node = trace.graph.nodes[index]
@@ -52,23 +59,25 @@ def sweep(
 
 
 def _step(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
-    parts = BACKWARD[node.kind]
-    booked = state.conservation is not None and node.kind in _BOOKED
-    if not booked or state.conservation is None:
-        return parts(state, node, r)
+    """The message to each value in `node.flow`."""
+    propagate = BACKWARD[node.kind]
+    if state.conservation is None or node.kind not in _REPORTED:
+        return propagate(state, node, r)
     state.conservation.open(node.label, r)
-    delivered = parts(state, node, r)
+    delivered = propagate(state, node, r)
     state.conservation.close(delivered)
     return delivered
 
 
-def _deliver(messages: dict[int, Tensor], node: Node, parts: list[Tensor]) -> None:
-    for source, part in zip(node.flow, parts):
+def _deliver(messages: dict[int, Tensor], node: Node, delivered: list[Tensor]) -> None:
+    """Add the messages of a node to those that wait at its inputs."""
+    for source, message in zip(node.flow, delivered):
         waiting = messages.get(source)
         if waiting is None:
-            messages[source] = part
+            messages[source] = message
         else:
-            messages[source] = part.add_(waiting) if node.kind == "linear" else part + waiting
+            # Only a linear layer's message is a fresh tensor; the others may share memory with one another.
+            messages[source] = message.add_(waiting) if node.kind == "linear" else message + waiting
 
 
 def _unchanged(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
@@ -76,55 +85,67 @@ def _unchanged(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
 
 
 def _linear(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
-    config = state.trace.config
-    a, z, *made = state.trace.kept[node.index]
-    before = state.trace.graph.nodes.get(node.flow[0])
-    layer = made[0] if made else node.layer
+    """Apply the rule of a linear layer, or of a weighted product, whose weights the forward pass kept."""
+    trace, config = state.trace, state.trace.config
+    a, z, *per_image = trace.kept[node.index]
+    before = trace.graph.nodes.get(node.flow[0])
+    layer = per_image[0] if per_image else node.layer
     assert layer is not None
+    # Many relevance maps of one image divide by the same denominators, which are computed once.
     many = len(a) == 1 < len(r) and state.conservation is None
-    kept = state.trace.denominators.setdefault(node.index, {}) if many else None
-    unit = state.trace.units.get(node.index)
-    bounds = state.trace.bounds.get(node.index)
     step = Step(
-        layer, a, z, r, before is not None and before.non_negative, config, state.conservation, kept, unit, bounds
+        layer,
+        a,
+        z,
+        r,
+        non_negative=before is not None and before.non_negative,
+        config=config,
+        conservation=state.conservation,
+        denominators=trace.denominators.setdefault(node.index, {}) if many else None,
+        unit=trace.units.get(node.index),
+        bounds=trace.bounds.get(node.index),
     )
-    with made[0].weights.held() if made else nullcontext():
+    with per_image[0].weights.held() if per_image else nullcontext():
         return [RULES[rule_name(node, config)](step)]
 
 
 def _sum(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
-    if len(node.inputs) == 1:
+    """Divide relevance between the branches of a residual sum."""
+    if len(node.inputs) == 1:  # x + x: both operands are one value
         return [r]
-    config, junction = state.trace.config, state.trace.residual_sums[node.index]
+    config, residual_sum = state.trace.config, state.trace.residual_sums[node.index]
     if config.residual == "duplicate":
         if state.conservation is not None:
             state.conservation.duplicated(r)
-        parts = [r, r]
+        messages = [r, r]
     else:
         deep = r * state.trace.kept[node.index]
-        rest = r.sub_(deep)
-        parts = [deep, rest] if junction.deep == 0 else [rest, deep]
-    return [_unbroadcast(part, state.trace, index) for part, index in zip(parts, node.inputs)]
+        skip = r.sub_(deep)  # the difference, not r * (1 - share): the two add up to r exactly
+        messages = [deep, skip] if residual_sum.deep == 0 else [skip, deep]
+    return [_unbroadcast(message, state.trace, index) for message, index in zip(messages, node.inputs)]
 
 
-def _unbroadcast(part: Tensor, trace: ForwardTrace, index: int) -> Tensor:
-    shape = trace.graph.nodes[index].call.shape if index else part.shape
-    return part if part.shape[1:] == shape[1:] else part.sum_to_size(len(part), *shape[1:])
+def _unbroadcast(message: Tensor, trace: ForwardTrace, index: int) -> Tensor:
+    """Sum a message over the axes along which the value `index` was broadcast in the sum."""
+    shape = trace.graph.nodes[index].call.shape if index else message.shape
+    return message if message.shape[1:] == shape[1:] else message.sum_to_size(len(message), *shape[1:])
 
 
-def _rerun(node: Node, kept: list[Tensor]) -> tuple[list[Tensor], Tensor]:
-    values = {index: a.detach().requires_grad_(index in node.flow) for index, a in zip(node.inputs, kept)}
+def _rerun(node: Node, inputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Evaluate a node again with gradients: its inputs that receive relevance, as leaves, and its output."""
+    values = {index: a.detach().requires_grad_(index in node.flow) for index, a in zip(node.inputs, inputs)}
     with torch.enable_grad():
         return [values[index] for index in node.flow], node.evaluate(values)
 
 
 def _route(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
+    """Operations that copy values: the gradient sends the relevance of a copy to its original."""
     leaves, output = _rerun(node, state.trace.kept[node.index])
     return gradients(output, leaves, r)
 
 
 def _pad(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
-    """Copies hand on what they get; a border that is filled in has no input that could take its relevance."""
+    """Padding: copied values hand relevance on; that of a filled border is kept, because no input belongs to it."""
     if state.conservation is not None:
         source = covered(node, dict(zip(node.inputs, state.trace.kept[node.index])))
         state.conservation.stabilised(source, r * ~source)
@@ -132,9 +153,9 @@ def _pad(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
 
 
 def _spread(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
-    """R_i = a_i sum_j c_ij R_j / (z_j + e_j) with the operation's own coefficients c >= 0.
+    """Pooling and resizing: R_i = a_i sum_j c_ij R_j / (z_j + e_j) with the operation's own coefficients c >= 0.
 
-    Without a linear layer below, ones were kept in place of the pixels: R_i = sum_j c_ij R_j / sum_i' c_i'j.
+    Before the first linear layer the forward pass kept ones for the pixels: R_i = sum_j c_ij R_j / sum_i' c_i'j.
     """
     leaves, z = _rerun(node, state.trace.kept[node.index])
     s = divide(r, z.detach(), state.trace.config, state.conservation)
@@ -142,33 +163,38 @@ def _spread(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
 
 
 def _maxpool(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
-    """Winner takes all: the gradient; or an average over the same windows."""
+    """Max pooling: the gradient, which gives all relevance to the maximum, or the average over the same windows."""
     if state.trace.config.pooling == "winner":
         return _route(state, node, r)
     return _spread(state, _averaged(node), r)
 
 
 def _averaged(node: Node) -> Node:
-    """The average pool over the windows of a max pool."""
+    """The average pool over the windows of a max pool.
+
+    Raises:
+        InputError: the max pool is dilated, which an average pool cannot be.
+    """
     call = node.call
     names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-    given = {**dict(zip(names, call.args)), **call.kwargs}
+    arguments = {**dict(zip(names, call.args)), **call.kwargs}
     function = getattr(F, call.operation.replace("max", "avg"))
     if call.operation.startswith("adaptive"):
         return replace(node, call=replace(call, func=function, args=call.args[:2], kwargs={}, item=None))
-    if given.get("dilation", 1) not in (1, (1, 1), [1, 1]):
+    if arguments.get("dilation", 1) not in (1, (1, 1), [1, 1]):
         raise InputError(f"pooling='average' has no rule for the dilated max pool {node.label}; use pooling='winner'.")
     args = (
-        given["input"],
-        given["kernel_size"],
-        given.get("stride"),
-        given.get("padding", 0),
-        given.get("ceil_mode", False),
+        arguments["input"],
+        arguments["kernel_size"],
+        arguments.get("stride"),
+        arguments.get("padding", 0),
+        arguments.get("ceil_mode", False),
     )
     return replace(node, call=replace(call, func=function, args=args, kwargs={}, item=None))
 
 
 def _region(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
+    """The block rule: gradient x input of a whole region, R_i = x_i sum_j (dy_j / dx_i) R_j / (y_j + e_j)."""
     run: RegionRun = state.trace.kept[node.index]
     s = divide(r, run.output.detach(), state.trace.config, state.conservation)
     if state.conservation is not None and state.trace.config.block_weights == "signed":
@@ -186,4 +212,4 @@ BACKWARD: dict[str, Callable[[_Sweep, Node, Tensor], list[Tensor]]] = {
     "maxpool": _maxpool,
     "region": _region,
 }
-_BOOKED = {"linear", "weighted", "sum", "pad", "spread", "maxpool", "region"}
+_REPORTED = {"linear", "weighted", "sum", "pad", "spread", "maxpool", "region"}

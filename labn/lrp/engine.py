@@ -1,4 +1,4 @@
-"""Layer-wise relevance propagation of a classifier in one call, or in two steps for several sweeps over one forward."""
+"""Relevance propagation in one call, or as one forward and any number of backward sweeps."""
 
 from __future__ import annotations
 
@@ -20,13 +20,20 @@ from labn.lrp.rules.conservation import ConservationReport, Entry, joined
 
 @dataclass(frozen=True)
 class Relevance:
-    """What a propagation gives back.
+    """The result of a propagation.
 
     Attributes:
         relevance: (B, C, H, W) per pixel and channel.
         logits: (B, K) of the forward pass.
-        initial: (B,) float64 sum of the relevance at the start.
-        entries: accounts of the layers, output first; empty unless asked for.
+        initial: (B,) float64, sum of the relevance at the logits.
+        entries: the conservation report, one entry per layer, output first; empty without `report=True`.
+
+    Example:
+        >>> from labn.lrp import relevance
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
+        >>> result = relevance(model, torch.ones(1, 1, 2, 2), torch.tensor([0]), init="one", report=True)
+        >>> result.relevance.shape, bool((result.arrived + result.leaked - result.initial).abs() < 1e-5)
+        (torch.Size([1, 1, 2, 2]), True)
     """
 
     relevance: Tensor
@@ -41,14 +48,14 @@ class Relevance:
 
     @property
     def leaked(self) -> Tensor:
-        """(B,) sum of all leaks that the layers booked; initial = arrived + leaked up to rounding."""
+        """(B,) float64 sum of the leaks in `entries`; initial = arrived + leaked up to rounding."""
         return sum((entry.leaks for entry in self.entries), torch.zeros_like(self.initial))
 
 
 def propagated(images: Tensor) -> Tensor:
-    """The images as relevance can be propagated for them: in single precision where they are in half.
+    """The images in a dtype that relevance can be propagated in: float32 for half precision, else their own.
 
-    In half precision the shares of a large layer lie below the smallest number, or add up to anything but one.
+    In half precision the shares of a large layer fall below the smallest number, or do not add up to one.
     """
     return images if images.dtype in TOLERANCES else images.float()
 
@@ -56,16 +63,23 @@ def propagated(images: Tensor) -> Tensor:
 def forward(
     model: nn.Module, images: Tensor, config: Config | None = None, read_logits: ReadLogits = logits_of
 ) -> ForwardTrace:
-    """Run a model for later sweeps.
+    """Run a model once, for any number of backward sweeps.
 
     Args:
         model: in eval mode, of the images' device and dtype (see `labn.inference.modes`).
         images: (B, C, H, W).
         config: the rules; defaults of `Config`.
-        rows: what of the model's output relevance starts from, (B, K); its logits.
+        read_logits: the model's output -> (B, K), the values that relevance starts from.
 
     Raises:
-        ValueError: the model cannot be recorded, or the images are in half precision (see `propagated`).
+        InputError: the model cannot be recorded, or the images are in half precision (see `propagated`).
+
+    Example:
+        >>> from labn.lrp import backward, forward
+        >>> model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)).eval()
+        >>> trace = forward(model, torch.ones(1, 1, 4, 4))
+        >>> backward(trace, torch.eye(3), until="0").shape
+        torch.Size([3, 2, 2, 2])
     """
     config = config or Config()
     if images.dtype not in TOLERANCES:
@@ -83,27 +97,39 @@ def backward(
     until: str | int | None = None,
     conservation: ConservationReport | None = None,
 ) -> Tensor:
-    """Send relevance down from the logits (a tensor (T, K)) or from inner values, by module or by index in the graph.
+    """Propagate relevance from the logits, or from the outputs of inner modules, towards the images.
 
     Args:
-        trace: from `forward`; may be swept repeatedly. T is its batch size, or any number if that is 1.
-        seeds: where relevance starts.
-        until: qualified name of the module at whose output to stop, or index of a value; None: the images.
-        conservation: filled with the account of every layer passed.
+        trace: from `forward`; it may be swept repeatedly.
+        seeds: relevance (T, K) at the logits, or relevance (T, ...) by module name or node index. T is the batch size
+            of the forward, or any number if that is 1.
+        until: qualified name of the module at whose output to stop, or a node index; None: the images.
+        conservation: filled with one entry per layer that relevance passes.
+
+    Returns:
+        (T, ...) in the shape of the images, or of the output of `until`.
 
     Raises:
-        ValueError: T does not fit, or nothing reaches `until`.
-        KeyError: a module whose output is no longer visible (it does not exist, was joined to another step, or was
-            taken apart).
-        NotImplementedError: a layer on the way has no rule.
+        InputError: T does not fit the forward, or no relevance reaches `until`.
+        KeyError: the graph has no output of this module: it does not exist, was joined to another node, or was split.
+        UnsupportedError: a layer that relevance passes has no rule.
+
+    Example:
+        >>> from labn.lrp import backward, forward
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3)).eval()
+        >>> trace = forward(model, torch.ones(1, 1, 2, 2))
+        >>> backward(trace, torch.eye(3)).shape
+        torch.Size([3, 1, 2, 2])
     """
     graph = trace.graph
     starts = {graph.logits: seeds} if isinstance(seeds, Tensor) else {_index(trace, n): r for n, r in seeds.items()}
     check(graph, trace.config, set(starts))
     counts, batch = {len(seed) for seed in starts.values()}, len(trace.logits)
     if len(counts) != 1 or (batch != 1 and counts != {batch}):
-        given = ", ".join(map(str, sorted(counts)))
-        raise InputError(f"{given} relevance maps for {batch} images: give one per image, or many for a single image.")
+        numbers = ", ".join(map(str, sorted(counts)))
+        raise InputError(
+            f"{numbers} relevance maps for {batch} images: give one per image, or many for a single image."
+        )
     with torch.no_grad():
         return sweep(trace, starts, 0 if until is None else _index(trace, until), conservation)
 
@@ -117,23 +143,32 @@ def relevance(
     report: bool = False,
     chunk_size: int | None = None,
 ) -> Relevance:
-    """Relevance of the pixels for one class per image; nothing about the model changes.
+    """Relevance of the pixels for one class per image; the model is not changed.
 
     Args:
         model: any network whose layers have rules.
-        images: (B, C, H, W), normalised as the model expects; device and dtype of the arithmetic are theirs, but for
-            half precision, which is propagated in float32.
+        images: (B, C, H, W), normalised as the model expects; they decide device and dtype of the arithmetic, except
+            that half precision is propagated in float32.
         targets: (B,) int64 class indices.
-        config: the rules; defaults of `Config`.
-        init: relevance at the target's logit, see `initial_relevance`; or a function of logits and targets that gives
-            the relevance (B, K) of all logits, such as `labn.lrp.Contrast`.
-        report: add the account of every layer: what arrived, what went on, what eps, dead units and biases kept.
+        config: the rules; None: the defaults of `Config`.
+        init: relevance at the target's logit, see `initial_relevance`; or a function of logits (B, K) and targets that
+            returns the relevance (B, K) of all logits, such as `labn.lrp.Contrast`.
+        report: also return the conservation report: for every layer the relevance that arrived, that went on, and that
+            was kept by eps, by dead units and by biases.
         chunk_size: images per pass; the result does not depend on it. None: by their size on a CPU (`cpu_chunk`), whose
-            allocator hands larger activations back to the system each time, else all.
+            allocator returns larger activations to the system every time, else all.
 
     Raises:
-        NotImplementedError: a layer has no rule; the message names it.
-        ValueError: `chunk_size` is below 1.
+        UnsupportedError: a layer has no rule; the message names it.
+        InputError: `chunk_size` is below 1, or `init` or a target is unknown.
+
+    Example:
+        >>> from labn.lrp import Config, relevance
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2, bias=False))
+        >>> model[1].weight.data = torch.tensor([[1.0, 3.0], [0.0, 0.0]])
+        >>> images = torch.tensor([[[[2.0, 2.0]]]])
+        >>> relevance(model, images, torch.tensor([0]), Config(first_layer="alpha1beta0"), init="one").relevance
+        tensor([[[[0.2500, 0.7500]]]])
     """
     check_chunk_size(chunk_size)
     size = chunk_size or (cpu_chunk(images) if images.device.type == "cpu" else len(images))
@@ -141,7 +176,7 @@ def relevance(
     with explaining(model, images.device.type):
         model = matching(model, images)
         pairs = zip(images.detach().split(size), targets.split(size))
-        return _joined([_one_pass(model, part, chosen, config, init, report) for part, chosen in pairs])
+        return _joined([_one_pass(model, chunk, classes, config, init, report) for chunk, classes in pairs])
 
 
 def _one_pass(
@@ -156,12 +191,12 @@ def _one_pass(
     )
 
 
-def _joined(parts: list[Relevance]) -> Relevance:
-    if len(parts) == 1:
-        return parts[0]
-    entries = tuple(joined(rows) for rows in zip(*(part.entries for part in parts)))
-    pixels, logits = torch.cat([part.relevance for part in parts]), torch.cat([part.logits for part in parts])
-    return Relevance(pixels, logits, torch.cat([part.initial for part in parts]), entries)
+def _joined(chunks: list[Relevance]) -> Relevance:
+    if len(chunks) == 1:
+        return chunks[0]
+    entries = tuple(joined(of_layer) for of_layer in zip(*(chunk.entries for chunk in chunks)))
+    pixels, logits = torch.cat([chunk.relevance for chunk in chunks]), torch.cat([chunk.logits for chunk in chunks])
+    return Relevance(pixels, logits, torch.cat([chunk.initial for chunk in chunks]), entries)
 
 
 def _index(trace: ForwardTrace, name: str | int) -> int:

@@ -1,4 +1,4 @@
-"""The forward pass of a propagation: BatchNorm folded where the rules allow, and only what they need kept."""
+"""The forward pass of a propagation: BatchNorm is folded where the rules allow it, and only what they need is kept."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from labn.lrp.weight_transforms import Identity, WeightTransform
 
 @dataclass
 class ForwardTrace:
-    """A forward pass and what it kept for going back.
+    """A forward pass with the values that the backward sweep needs.
 
     Attributes:
-        graph, residual_sums, config: what was run and how.
+        graph, residual_sums, config: the graph that was run, its residual sums by node index, and the rules.
         logits: (B, K).
-        kept: by node index, what the backward step of its kind needs.
-        units: by node index, what a first linear layer has in place of an image of ones (see `units`); absent: ones.
-        bounds: by node index, what it has in place of the lowest and highest pixels, where its rule is `zbox`.
-        denominators: by node index and part of the contributions, what several sweeps of many relevances divide by.
+        kept: node index -> the values that the backward step of this kind of node needs.
+        units: node index of a first linear layer -> its input for an all-ones image (see `labn.lrp.rules.first_layer`);
+            without an entry that input is all ones.
+        bounds: node index of a first linear layer under the rule `zbox` -> its input for the lowest and highest pixels.
+        denominators: node index -> weight transform -> z + e, which the sweeps over one image share.
     """
 
     graph: Graph
@@ -55,13 +56,13 @@ class _Run:
     units: dict[int, Tensor] = field(default_factory=dict)
     bounds: dict[int, list[Tensor]] = field(default_factory=dict)
 
-    def takes_part(self, node: Node) -> bool:
-        """Whether relevance will pass this node (it does not pass what makes a gate)."""
+    def carries(self, node: Node) -> bool:
+        """Whether relevance will pass this node; the nodes that compute a gate receive none."""
         return node.index in self.carrying
 
 
 def rule_name(node: Node, config: Config) -> str:
-    """Which rule a linear layer has: the first-layer rule, that of fully connected layers, or that of the others."""
+    """Name of a linear layer's rule: the first-layer rule, that of fully connected layers, or that of the others."""
     if node.first and config.first_layer != "same":
         return config.first_layer
     dense = node.layer is not None and node.layer.operation == "linear"
@@ -69,7 +70,7 @@ def rule_name(node: Node, config: Config) -> str:
 
 
 def run_forward(graph: Graph, residual_sums: dict[int, ResidualSum], config: Config, images: Tensor) -> ForwardTrace:
-    """Run a graph on images (B, C, H, W); values are let go as soon as nothing needs them."""
+    """Run a graph on images (B, C, H, W); every value is freed after its last consumer has run."""
     extremes = PixelBounds(graph, images, *config.bounds(images)) if config.first_layer == "zbox" else None
     run = _Run(
         graph, residual_sums, config, {0: images}, graph.reach({graph.logits}), UnitActivation(graph, images), extremes
@@ -89,20 +90,21 @@ def _evaluate(run: _Run, node: Node) -> Tensor:
 
 
 def _keep_inputs(run: _Run, node: Node) -> Tensor:
-    if run.takes_part(node):
+    if run.carries(node):
         run.kept[node.index] = [run.values[index] for index in node.inputs]
     return node.evaluate(run.values)
 
 
 def _spread(run: _Run, node: Node) -> Tensor:
-    """Keep the inputs; before the first linear layer, where pixels have any sign, what is made of ones in their place.
+    """Keep the inputs; or, before the first linear layer, where values have any sign, those of an all-ones image.
 
-    The first-layer rule `epsilon` divides by signed sums, and `same` by whatever the other layers do.
+    The first-layer rule `epsilon` divides by signed sums, and `same` by the sums of the other layers: both need the
+    values themselves.
     """
     signed = not all(i in run.graph.nodes and run.graph.nodes[i].non_negative for i in node.inputs)
     if not (node.first and signed) or run.config.first_layer in ("same", "epsilon"):
         return _keep_inputs(run, node)
-    if run.takes_part(node):
+    if run.carries(node):
         run.kept[node.index] = [run.ones.filled(index) for index in node.inputs]
     return node.evaluate(run.values)
 
@@ -112,25 +114,27 @@ def _maxpool(run: _Run, node: Node) -> Tensor:
 
 
 def _linear(run: _Run, node: Node) -> Tensor:
-    """Keep the input, and the output before BatchNorm if the rule divides by it; else fold BatchNorm."""
+    """Keep the input, and the output before BatchNorm if the rule divides by it; fold BatchNorm otherwise."""
     layer, a = node.layer, run.values[node.inputs[0]]
     assert layer is not None
-    takes_part = run.takes_part(node)
-    keeps_output = takes_part and rule_name(node, run.config) in USES_OUTPUT
+    carries = run.carries(node)
+    keeps_output = carries and rule_name(node, run.config) in USES_OUTPUT
     folded = run.config.folded or not keeps_output
     z = layer.apply(a, Identity(), folded, layer.offset(folded))
-    if takes_part:
+    if carries:
         run.kept[node.index] = (a, z if keeps_output else None)
         if node.first:
             _keep_constants(run, node)
     if folded or layer.norm is None:
         return z
+    # The rule divides by z, the next layer reads the normalised output.
     return torch.addcmul(layer.per_channel(layer.norm.shift), z, layer.per_channel(layer.norm.scale))
 
 
 def _keep_constants(run: _Run, node: Node) -> None:
-    """Keep what rules that look at no pixel look at instead; it is the same for every image."""
+    """Keep the layer's inputs for constant images, which rules read in place of the pixels."""
     source, count = node.inputs[0], len(run.values[0])
+    # All images of the batch share them, so one is enough, unless an operation has merged the batch axis with another.
     unit, bounds = run.ones.at(source), None if run.extremes is None else run.extremes.at(source)
     if unit is not None:
         run.units[node.index] = unit[:1] if len(unit) == count else unit
@@ -142,12 +146,13 @@ def _weighted(run: _Run, node: Node) -> Tensor:
     """Keep the values, the output if the rule divides by it, and the weights of these images."""
     layer, a = weighted_layer_of(node, run.values), run.values[node.flow[0]]
     z, result = layer.run(a, run.config.folded)
-    if run.takes_part(node):
+    if run.carries(node):
         run.kept[node.index] = (a, z if rule_name(node, run.config) in USES_OUTPUT else None, layer)
     return result
 
 
 def _relu(run: _Run, node: Node) -> Tensor:
+    """ReLU, in place where the input is a new tensor that no other node and no backward step reads."""
     source = node.inputs[0]
     before = run.graph.nodes.get(source)
     fresh = before is not None and before.kind in ("linear", "sum") and before.consumers == 1
@@ -157,18 +162,19 @@ def _relu(run: _Run, node: Node) -> Tensor:
 
 
 def _is_kept(run: _Run, node: Node) -> bool:
-    """Whether the value itself, not only what it was made from, is waiting for the way back."""
+    """Whether the backward sweep needs this node's own output, beside its input."""
     return node.kind == "linear" and node.index in run.kept and run.kept[node.index][1] is not None
 
 
 def _sum(run: _Run, node: Node) -> Tensor:
-    if len(node.inputs) == 1 or not run.takes_part(node):
+    if len(node.inputs) == 1 or not run.carries(node):
         return node.evaluate(run.values)
-    junction = run.residual_sums[node.index]
-    deep, skip = (run.values[node.inputs[i]] for i in (junction.deep, 1 - junction.deep))
+    residual_sum = run.residual_sums[node.index]
+    deep, skip = (run.values[node.inputs[i]] for i in (residual_sum.deep, residual_sum.skip))
     if run.config.residual in SHARES:
-        run.kept[node.index] = SHARES[run.config.residual](deep, skip, junction)
-    source = run.graph.nodes.get(node.inputs[junction.deep])
+        run.kept[node.index] = SHARES[run.config.residual](deep, skip, residual_sum)
+    # In place into the deep branch where it is the fresh output of a convolution, as the network's own `+=` would be.
+    source = run.graph.nodes.get(node.inputs[residual_sum.deep])
     fresh = source is not None and source.kind == "linear" and source.consumers == 1 and not _is_kept(run, source)
     return deep.add_(skip) if fresh and deep.shape == node.call.shape else deep + skip
 
@@ -176,11 +182,11 @@ def _sum(run: _Run, node: Node) -> Tensor:
 def _region(run: _Run, node: Node) -> Tensor:
     if run.config.block_weights == "signed":
         region: RegionRun = run_region(node, run.values)
-        if run.takes_part(node):
+        if run.carries(node):
             run.kept[node.index] = region
         return region.output.detach()
     inside = evaluate_region(node, run.values)
-    if run.takes_part(node):
+    if run.carries(node):
         run.kept[node.index] = run_clamped(node, run.values, inside)
     return inside[node.index]
 

@@ -1,4 +1,4 @@
-"""With how much relevance the output starts."""
+"""The relevance of the logits, from which a propagation starts."""
 
 from __future__ import annotations
 
@@ -21,22 +21,27 @@ INITIAL: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def initial_relevance(logits: Tensor, targets: Tensor, init: str = "probability") -> Tensor:
-    """(T, K) relevance: the softmax probability (or `logit`, or `one`) at each row's target, 0 elsewhere.
+    """Relevance (T, K) of the logits: a start value at each target, 0 elsewhere.
 
     Args:
         logits: (T, K), or (1, K) for many targets of one image.
         targets: (T,) int64 class indices.
-        init: a key of INITIAL.
+        init: start value of the target: its softmax `probability`, its `logit`, or `one`.
 
     Raises:
-        ValueError: unknown `init`, or a target outside 0..K-1.
+        InputError: an unknown `init`, or a target outside 0..K-1.
+
+    Example:
+        >>> from labn.lrp import initial_relevance
+        >>> initial_relevance(torch.zeros(1, 4), torch.tensor([2]))
+        tensor([[0.0000, 0.0000, 0.2500, 0.0000]])
     """
     if init not in INITIAL:
         raise InputError(f"init={init!r} is not one of {', '.join(map(repr, INITIAL))}.")
     _check(targets, logits.shape[1])
     values = INITIAL[init](logits).expand(len(targets), -1)
-    chosen = targets[:, None]
-    return torch.zeros_like(values).scatter(1, chosen, values.gather(1, chosen))
+    columns = targets[:, None]
+    return torch.zeros_like(values).scatter(1, columns, values.gather(1, columns))
 
 
 def _check(targets: Tensor, classes: int) -> None:
@@ -45,7 +50,11 @@ def _check(targets: Tensor, classes: int) -> None:
 
 
 def check_others(others: Others) -> None:
-    """Raise ValueError unless `others` is `all`, a positive number, or classes."""
+    """Check that `others` is `all`, a positive number, or a list of classes.
+
+    Raises:
+        InputError: `others` is anything else.
+    """
     valid = (
         others == "all"
         if isinstance(others, str)
@@ -56,16 +65,16 @@ def check_others(others: Others) -> None:
 
 
 def rivals(logits: Tensor, targets: Tensor, others: Others, background: int | None = None) -> Tensor:
-    """Which classes each target is contrasted with, (T, K) bool; never the target itself.
+    """The classes that each target is contrasted with, (T, K) bool; never the target itself.
 
     Args:
         logits: (T, K), or (1, K) for many targets of one image.
         targets: (T,) int64.
-        others: `all`, the n most probable ones, or a list of classes.
-        background: a class that never is a rival.
+        others: `all`, a number of most probable classes, or a list of classes.
+        background: a class that is never a rival.
 
     Raises:
-        ValueError: a class outside 0..K-1, or no rival left.
+        InputError: a class outside 0..K-1, or a target without any rival.
     """
     classes = logits.shape[1]
     _check(targets, classes)
@@ -90,9 +99,17 @@ def rivals(logits: Tensor, targets: Tensor, others: Others, background: int | No
 class Contrast:
     """Initial relevance 1 for the target and -1/n for each of its n rivals, 0 elsewhere.
 
-    Followed by the z+ rule, which shares the relevance of each class out by that class's own normalised contributions,
-    this is CRP's contrast at the last feature layer, R_i = R_i[k*] - mean_k R_i[k] (Gu's and Tresp's CLRP contrasts
-    the same units, 2018): both are linear in the relevance of the classes. It sums to zero.
+    The z+ rule of the last layer divides the relevance of each class by that class's own normalised contributions.
+    Because it is linear in the relevance of the classes, the result is CRP's contrast at the last feature layer,
+    R_i = R_i[k*] - mean_k R_i[k] (the CLRP of Gu, Yang and Tresp, 2018, contrasts the same units). It sums to zero.
+
+    Attributes:
+        others: the rivals: `all` other classes, a number of most probable ones, or a list of classes.
+
+    Example:
+        >>> from labn.lrp import Contrast
+        >>> Contrast(others=1)(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0]))
+        tensor([[ 1., -0., -1.]])
     """
 
     others: Others = "all"

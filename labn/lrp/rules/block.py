@@ -1,4 +1,4 @@
-"""Residual blocks differentiated as one layer, the rule of C3-LRP (JSAI 2024)."""
+"""The block rule of C3-LRP (JSAI 2024): a residual block, or several in a row, differentiated as one layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from labn.lrp.rules.weighted_layer import weighted_layer_of
 from labn.lrp.tracing.graph import Node
 from labn.lrp.weight_transforms import Identity, Positive
 
-# What a region may contain: each of these is linear in its carried input once ReLU and max masks are fixed.
+# Kinds of nodes in a region: each is linear in the input that carries relevance once ReLU and max masks are fixed.
 PIECEWISE_LINEAR = {
     "linear", "weighted", "norm", "relu", "identity", "pass", "route", "pad", "maxpool", "spread", "sum",
     "product",
@@ -23,8 +23,13 @@ PIECEWISE_LINEAR = {
 
 @dataclass
 class RegionRun:
-    """A region as run: its input as a leaf of an autograd graph, its output, the values it read from outside, and one
-    leaf per bias, if asked for.
+    """The autograd graph of a region.
+
+    Attributes:
+        entry: the region's input that carries relevance, as a leaf.
+        output: the region's output.
+        sources: index -> value, for all values that the region reads from outside.
+        biases: one leaf per bias, in order; empty unless they were asked for.
     """
 
     entry: Tensor
@@ -34,9 +39,12 @@ class RegionRun:
 
 
 def run_region(node: Node, values: dict[int, Tensor], with_biases: bool = False) -> RegionRun:
-    """Run the nodes of a region with gradients, in eval mode and BatchNorm folded; gates get none.
+    """Run the nodes of a region with gradients to its entry and BatchNorm folded; gates are constants.
 
-    `with_biases` makes every bias a leaf (B, ...) of its own, so that what each one keeps can be told per image.
+    Args:
+        node: the region.
+        values: index -> value, for the values that the region reads.
+        with_biases: add every bias as a leaf (B, ...), so that the relevance it keeps is known per image.
     """
     entry = values[node.flow[0]].detach().requires_grad_()
     sources = {index: values[index].detach() for index in node.inputs}
@@ -61,13 +69,13 @@ def evaluate_region(node: Node, values: dict[int, Tensor]) -> dict[int, Tensor]:
 def run_clamped(node: Node, values: dict[int, Tensor], inside: dict[int, Tensor]) -> RegionRun:
     """Run a region with clamped weights and without biases, as z+ does with a single layer.
 
-    Its output is then homogeneous in its input, so that x * d<s, y>/dx adds up to <s, y>. Gates keep their
-    values, as do the constants that weights are made from.
+    The output is then homogeneous in the input, so that x * d<s, y>/dx adds up to <s, y> and relevance is conserved.
+    Gates, and the constants that weights are made from, keep their true values.
 
     Args:
         node: the region.
-        values: what it reads.
-        inside: its true values, from `evaluate_region`.
+        values: index -> value, for the values that the region reads.
+        inside: the true values inside the region, from `evaluate_region`.
     """
     entry = values[node.flow[0]].detach().requires_grad_()
     carrying = carrying_in(node)
@@ -75,13 +83,13 @@ def run_clamped(node: Node, values: dict[int, Tensor], inside: dict[int, Tensor]
     with torch.enable_grad():
         for inner in node.inner:
             if inner.index in carrying:
-                given = {i: (clamped if i in inner.flow else inside)[i] for i in inner.inputs}
-                clamped[inner.index] = _CLAMPED.get(inner.kind, Node.evaluate)(inner, given)
+                inputs = {i: (clamped if i in inner.flow else inside)[i] for i in inner.inputs}
+                clamped[inner.index] = _CLAMPED.get(inner.kind, Node.evaluate)(inner, inputs)
     return RegionRun(entry, clamped[node.index], {index: values[index] for index in node.inputs})
 
 
 def carrying_in(node: Node) -> set[int]:
-    """Indices of the values inside a region that relevance passes; the others only make up gates."""
+    """Indices of the values inside a region that relevance passes; the other values only compute gates."""
     carrying = {node.index}
     for inner in reversed(node.inner):
         if inner.index in carrying:
@@ -90,10 +98,12 @@ def carrying_in(node: Node) -> set[int]:
 
 
 def _evaluate(node: Node, values: dict[int, Tensor], biases: list[Tensor] | None) -> Tensor:
-    values = {i: values[i] if i in node.flow else values[i].detach() for i in node.inputs}  # gates, weights
+    # Gates and the constants of weights receive no gradient.
+    values = {i: values[i] if i in node.flow else values[i].detach() for i in node.inputs}
     value = _AFFINE.get(node.kind, Node.evaluate)(node, values)
     if biases is None or node.kind not in ("linear", "weighted", "norm", "pass") or not value.requires_grad:
         return value
+    # The affine map's constant is its value at zero; y = (y - b) + b makes b a leaf without changing y.
     constant = _AFFINE.get(node.kind, Node.evaluate)(
         node, {i: torch.zeros_like(v) if i in node.flow else v for i, v in values.items()}
     )
@@ -128,7 +138,7 @@ def _clamped_norm(node: Node, values: dict[int, Tensor]) -> Tensor:
 
 
 def _without_constant(node: Node, values: dict[int, Tensor]) -> Tensor:
-    """f(a) - f(0): a scaling stays, a shift goes."""
+    """f(a) - f(0): keeps a scaling and removes a shift."""
     zeros = {index: torch.zeros_like(values[index]) for index in node.inputs}
     return node.evaluate(values) - node.evaluate(zeros)
 
@@ -142,7 +152,10 @@ _CLAMPED: dict[str, Callable[[Node, dict[int, Tensor]], Tensor]] = {
 
 
 def book_biases(conservation: ConservationReport, node: Node, run: RegionRun, s: Tensor) -> None:
-    """Book what the effective bias of a region keeps: <s, y - J x> = sum over its biases b of <d<s, y>/db, b>."""
+    """Enter in the report the relevance that the biases of a region keep.
+
+    It is <s, y - J x> = sum over the biases b of <d<s, y>/db, b>, with the Jacobian J of the output y at the input x.
+    """
     probe = run_region(node, run.sources, with_biases=True)
     if probe.biases:
         for bias, gradient in zip(probe.biases, gradients(probe.output, probe.biases, s)):

@@ -1,4 +1,7 @@
-"""Where relevance goes that does not arrive: each leak by its own formula, so that the account can be checked."""
+"""The conservation report: for every layer, the relevance that arrives, goes on, and is kept.
+
+Every leak is computed by its own formula, not as a difference, so that the report can be checked.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,22 @@ def per_sample(values: Tensor) -> Tensor:
 
 @dataclass
 class Entry:
-    """The account of one layer, every field a (B,) float64 tensor; arriving = delivered + eps + dead + bias + copied.
+    """The balance of one layer: arriving = delivered + eps + dead + bias + copied, each a (B,) float64 tensor.
 
     Attributes:
         name: label of the layer.
         arriving: sum of the relevance at the layer's output.
-        delivered: sum of the relevance it hands to its inputs.
-        eps: sum_j R_j e_j / (z_j + e_j) over z_j != 0, what the stabiliser e keeps.
-        dead: the same over z_j = 0: relevance of outputs that no input contributed to.
-        bias: sum_j R_j b_j / (z_j + e_j), what the biases keep.
-        copied: minus the relevance that a junction hands out more than once (rule `duplicate`).
+        delivered: sum of the relevance that the layer hands to its inputs.
+        eps: sum_j R_j e_j / (z_j + e_j) over z_j != 0, the relevance that the stabiliser e keeps.
+        dead: the same over z_j = 0, the relevance of outputs that no input contributed to.
+        bias: sum_j R_j b_j / (z_j + e_j), the relevance that the biases keep.
+        copied: minus the relevance that a residual sum hands out a second time (`residual="duplicate"`).
+
+    Example:
+        >>> from labn.lrp import Entry
+        >>> one, none = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+        >>> Entry("head", arriving=one, delivered=0.75 * one, eps=none, dead=none, bias=0.25 * one, copied=none).leaks
+        tensor([0.2500], dtype=torch.float64)
     """
 
     name: str
@@ -41,37 +50,46 @@ class Entry:
         return self.eps + self.dead + self.bias + self.copied
 
 
-def joined(rows: tuple[Entry, ...]) -> Entry:
-    """One entry out of those of the same layer for consecutive images."""
+def joined(chunks: tuple[Entry, ...]) -> Entry:
+    """One entry from the entries of the same layer for consecutive chunks of images."""
     names = [field.name for field in fields(Entry)][1:]
-    return Entry(rows[0].name, *(torch.cat([getattr(row, name) for row in rows]) for name in names))
+    return Entry(chunks[0].name, *(torch.cat([getattr(entry, name) for entry in chunks]) for name in names))
 
 
 @dataclass
 class ConservationReport:
-    """Entries in the order in which relevance passed the layers, output first."""
+    """The entries of all layers in the order in which relevance passes them, output first.
+
+    Example:
+        >>> from labn.lrp import ConservationReport, backward, forward
+        >>> model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+        >>> report = ConservationReport()
+        >>> _ = backward(forward(model, torch.ones(1, 1, 2, 2)), torch.eye(2)[:1], conservation=report)
+        >>> [entry.name for entry in report.entries]
+        ["'1' (Linear, linear)"]
+    """
 
     entries: list[Entry] = field(default_factory=list)
 
     def open(self, name: str, relevance: Tensor) -> None:
-        """Begin the account of a layer at whose output `relevance` (B, ...) arrived."""
+        """Begin the entry of a layer at whose output `relevance` (B, ...) arrived."""
         arriving = per_sample(relevance)
         self.entries.append(Entry(name, arriving, *(torch.zeros_like(arriving) for _ in range(5))))
 
-    def close(self, parts: list[Tensor]) -> None:
-        """End it with the relevance handed to its inputs."""
-        self.entries[-1].delivered = torch.stack([per_sample(part) for part in parts]).sum(0)
+    def close(self, delivered: list[Tensor]) -> None:
+        """End the entry with the relevance that the layer handed to each of its inputs."""
+        self.entries[-1].delivered = torch.stack([per_sample(message) for message in delivered]).sum(0)
 
     def stabilised(self, z: Tensor, kept: Tensor) -> None:
-        """Book `kept` = R e / (z + e), under `dead` where z is exactly zero and under `eps` elsewhere."""
-        entry, unused = self.entries[-1], z == 0
-        entry.dead = entry.dead + per_sample(kept * unused)
-        entry.eps = entry.eps + per_sample(kept * ~unused)
+        """Add `kept` = R e / (z + e) to `dead` where z is exactly zero, and to `eps` elsewhere."""
+        entry, dead = self.entries[-1], z == 0
+        entry.dead = entry.dead + per_sample(kept * dead)
+        entry.eps = entry.eps + per_sample(kept * ~dead)
 
     def biased(self, kept: Tensor) -> None:
-        """Book `kept` = R b / (z + e) as held by biases."""
+        """Add `kept` = R b / (z + e) to `bias`."""
         self.entries[-1].bias = self.entries[-1].bias + per_sample(kept)
 
     def duplicated(self, relevance: Tensor) -> None:
-        """Book relevance that was handed out a second time."""
+        """Subtract relevance that is handed out a second time from `copied`."""
         self.entries[-1].copied = self.entries[-1].copied - per_sample(relevance)

@@ -1,7 +1,7 @@
 """The rules of layer-wise relevance propagation, one small function each.
 
-With z_j = sum_i a_i w_ij + b_j every rule is R_i = a_i sum_j rho(w_ij) R_j / (z~_j + e_j): apply the changed weights,
-divide, apply their transpose, multiply (Bach et al. 2015; Montavon et al. 2019).
+With z_j = sum_i a_i w_ij + b_j every rule is R_i = a_i sum_j rho(w_ij) R_j / (z~_j + e_j) (Bach et al. 2015; Montavon
+et al. 2019). Four steps compute it: apply rho(w), divide, apply the transpose of rho(w), multiply by a.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from labn.errors import InputError
 from labn.lrp.config import Config
 from labn.lrp.rules.conservation import ConservationReport
 from labn.lrp.rules.linear_layers import Layer
@@ -22,18 +21,19 @@ from labn.lrp.weight_transforms import Flat, Gamma, Identity, Negative, Positive
 
 @dataclass
 class Step:
-    """One layer of one propagation.
+    """One layer in one propagation: the arguments of a rule.
 
     Attributes:
-        layer: weights and options; of a product with weights per image, those of these images.
-        a: (B, in, ...) what the layer was given.
-        z: (B, out, ...) what it made before its BatchNorm (after it, when folded); None if no rule asked for it.
-        r: (T, out, ...) relevance at its output; T = B, or any T when B = 1.
-        non_negative: a >= 0 is known.
-        config, conservation: choices, and the account to fill in (None: not wanted).
-        unit: (1 or B, in, ...) what a first layer has in place of an image of ones; None: ones.
-        bounds: what it has in place of the lowest and the highest pixels; None: those.
-        denominators: z + e by part, kept by the forward pass where many relevances meet one input (None: not kept).
+        layer: weights and options; for a product with weights per image, the weights of these images.
+        a: (B, in, ...) input of the layer.
+        z: (B, out, ...) output before the BatchNorm, or after it when BatchNorm is folded; None if the rule does not
+            divide by it.
+        r: (T, out, ...) relevance at the output; T = B, or any T if B = 1.
+        non_negative: whether a >= 0 is known.
+        config, conservation: the choices, and the conservation report to fill (None: none is wanted).
+        unit: (1 or B, in, ...) input of a first layer for an all-ones image; None: all ones.
+        bounds: inputs of a first layer for the lowest and for the highest pixels; None: these pixels.
+        denominators: weight transform -> z + e, kept where many relevance maps share one input (None: not kept).
     """
 
     layer: Layer | WeightedLayer
@@ -48,7 +48,7 @@ class Step:
     bounds: Sequence[Tensor] | None = None
 
     def apply(self, a: Tensor, transform: WeightTransform) -> Tensor:
-        """sum_i a_i rho(w_ij), without bias; for the parts see `labn.lrp.weighted_product.part_of`."""
+        """sum_i a_i rho(w_ij) without the bias."""
         return self.layer.apply(a, transform, self.config.folded)
 
     def adjoint(self, s: Tensor, transform: WeightTransform) -> Tensor:
@@ -60,25 +60,29 @@ class Step:
         return divide(self.r if r is None else r, z, self.config, self.conservation)
 
     def share(self, transform: WeightTransform, z: Callable[[], Tensor], r: Tensor) -> Tensor:
-        """`divide` by the z of a part of the contributions, which is made at its first use only."""
+        """R / (z + e) for the contributions under a transform; `z` is called only where z + e is not kept yet."""
         if self.denominators is None:
             return self.divide(z(), r)
         if transform not in self.denominators:
-            made = z()
-            self.denominators[transform] = stabiliser(made, self.config).add_(made)
+            total = z()
+            self.denominators[transform] = stabiliser(total, self.config).add_(total)
         return r / self.denominators[transform]
 
     def uniform(self, transform: WeightTransform) -> Tensor:
-        """R_i = u_i sum_j rho(w_ij) R_j / sum_i' u_i' rho(w_i'j), whatever the pixels; u = 1 but behind padding."""
+        """R_i = u_i sum_j rho(w_ij) R_j / sum_i' u_i' rho(w_i'j), independent of the pixels.
+
+        u is the layer's input for an all-ones image: 1, except where padding or pooling comes before the layer.
+        """
         if self.unit is None:
             return self.adjoint(self.divide(self.apply(torch.ones_like(self.a[:1]), transform)), transform)
         return self.unit * self.adjoint(self.divide(self.apply(self.unit, transform)), transform)
 
 
 def stabiliser(z: Tensor, config: Config) -> Tensor:
-    """e of z (B, ...), with z's sign (+ at zero): `eps`, or `eps` times the sample's mean |z| when relative."""
+    """The stabiliser e of z (B, ...), with the sign of z (+ at zero): `eps`, or `eps` times the sample's mean |z|."""
     absolute = z.abs()
     if config.eps_mode == "relative":
+        # 1e-30 keeps an all-zero layer from 0 / 0.
         size = absolute.mean(dim=tuple(range(1, z.ndim)), keepdim=True).mul_(config.eps).clamp_(min=1e-30)
     else:
         size = z.new_full((), config.eps)
@@ -86,7 +90,7 @@ def stabiliser(z: Tensor, config: Config) -> Tensor:
 
 
 def divide(r: Tensor, z: Tensor, config: Config, conservation: ConservationReport | None) -> Tensor:
-    """s = R / (z + e), booking what e keeps."""
+    """s = R / (z + e); the relevance that e keeps goes into the conservation report."""
     e = stabiliser(z, config)
     if conservation is None:
         return torch.div(r, e.add_(z), out=e) if r.shape == e.shape else r / e.add_(z)
@@ -96,7 +100,7 @@ def divide(r: Tensor, z: Tensor, config: Config, conservation: ConservationRepor
 
 
 def lrp0(step: Step) -> Tensor:
-    """LRP-0: R_i = a_i sum_j w_ij R_j / z_j; nothing passes where z_j = 0."""
+    """LRP-0: R_i = a_i sum_j w_ij R_j / z_j, where outputs with z_j = 0 pass no relevance (Bach et al. 2015)."""
     z = _output(step)
     s = torch.where(z == 0, 0, step.r / torch.where(z == 0, 1, z))
     if step.conservation is not None:
@@ -106,29 +110,28 @@ def lrp0(step: Step) -> Tensor:
 
 
 def epsilon(step: Step) -> Tensor:
-    """R_i = a_i sum_j w_ij R_j / (z_j + e sign(z_j)), the bias a part of z."""
+    """LRP-epsilon: R_i = a_i sum_j w_ij R_j / (z_j + e sign(z_j)), where z includes the bias."""
     s = step.divide(_output(step))
     _book_bias(step, s)
     return step.a * step.adjoint(s, Identity())
 
 
 def zplus(step: Step) -> Tensor:
-    """R_i = sum_j (a_i w_ij)+ R_j / sum_i' (a_i' w_i'j)+, the bias left out (alpha-beta with 1 and 0)."""
-    if not step.non_negative:
+    """z+: R_i = sum_j (a_i w_ij)+ R_j / sum_i' (a_i' w_i'j)+ without the bias; alpha-beta with alpha 1 and beta 0."""
+    if not step.non_negative or len(step.r) != len(step.a):
         return _signed_share(step, step.r, Positive())
-    if len(step.r) != len(step.a):
-        return _signed_share(step, step.r, Positive())
+    # The common case behind a ReLU: in place on fresh tensors.
     return step.adjoint(_divide_positive(step, step.apply(step.a, Positive())), Positive()).mul_(step.a)
 
 
 def alphabeta(step: Step) -> Tensor:
-    """alpha times the share of positive contributions minus beta times the share of negative ones."""
+    """alpha-beta: alpha times the shares of positive contributions minus beta times those of negative ones."""
     positive = _signed_share(step, step.config.alpha * step.r, Positive())
     return positive + _signed_share(step, -step.config.beta * step.r, Negative())
 
 
 def gamma(step: Step) -> Tensor:
-    """LRP-gamma: w + gamma w+ in place of w (for a < 0: w + gamma w-), the bias changed alike."""
+    """LRP-gamma: weights w + gamma w+, or w + gamma w- where a < 0; the bias b becomes b + gamma b+ (Montavon 2019)."""
     plus, minus = Gamma(step.config.gamma), Gamma(step.config.gamma, -1)
     bias = step.layer.offset(step.config.folded)
     z = step.apply(step.a.clamp(min=0), plus)
@@ -142,22 +145,22 @@ def gamma(step: Step) -> Tensor:
 
 
 def flat(step: Step) -> Tensor:
-    """Every input of a window gets the same share: a and w replaced by 1."""
+    """Flat: every input of a window gets the same share; a and w are replaced by 1."""
     return step.uniform(Flat())
 
 
 def wsquare(step: Step) -> Tensor:
-    """The w^2 rule: R_i = sum_j w_ij^2 R_j / sum_i' w_i'j^2, whatever the pixels (Montavon et al. 2017)."""
+    """w^2: R_i = sum_j w_ij^2 R_j / sum_i' w_i'j^2, independent of the pixels (Montavon et al. 2017)."""
     return step.uniform(Square())
 
 
 def ones(step: Step) -> Tensor:
-    """z+ with the activation replaced by ones, so that the share does not depend on the pixels (ECCV 2024)."""
+    """z+ with activations replaced by ones, so that the shares do not depend on the pixels (ECCV 2024)."""
     return step.uniform(Positive())
 
 
 def zbox(step: Step) -> Tensor:
-    """zB: contributions a w - l w+ - h w- of pixels between l and h (Montavon et al. 2017)."""
+    """z-box (zB): contributions a w - l w+ - h w- of pixels between l and h (Montavon et al. 2017)."""
     low, high = (b.expand_as(step.a) for b in step.bounds or step.config.bounds(step.a))
     terms: list[tuple[Tensor, WeightTransform]] = [(step.a, Identity()), (-low, Positive()), (-high, Negative())]
     s = step.divide(torch.stack([step.apply(a, rho) for a, rho in terms]).sum(0))
@@ -169,13 +172,15 @@ RULES: dict[str, Callable[[Step], Tensor]] = {
     "ones": ones, "zbox": zbox, "alpha1beta0": zplus, "wsquare": wsquare,
 }  # fmt: skip
 
-# These divide by what the layer made, so the forward pass keeps it.
+# Rules that divide by the output z itself, which the forward pass keeps for them.
 USES_OUTPUT = {"lrp0", "epsilon"}
 
 
 def _output(step: Step) -> Tensor:
     if step.z is None:
-        raise InputError("This rule divides by the layer's output, which the forward pass did not keep.")
+        raise RuntimeError(
+            "The rule divides by the layer's output, which the forward pass did not keep; see USES_OUTPUT."
+        )
     return step.z
 
 
@@ -186,7 +191,10 @@ def _book_bias(step: Step, s: Tensor) -> None:
 
 
 def _signed_share(step: Step, r: Tensor, same: WeightTransform) -> Tensor:
-    """Share r by (a w)+ for `same`='plus', by (a w)- for 'minus': a+ meets `same` weights and a- the `other` ones."""
+    """Divide r by the shares of (a w)+ for `same` = Positive(), of (a w)- for Negative().
+
+    (a w)+ = a+ w+ + a- w-, so activations of either sign are combined with weights of the matching sign.
+    """
     if step.non_negative:
         return step.a * step.adjoint(step.share(same, lambda: step.apply(step.a, same), r), same)
     other, up, down = same.mirrored, step.a.clamp(min=0), step.a.clamp(max=0)
@@ -195,7 +203,7 @@ def _signed_share(step: Step, r: Tensor, same: WeightTransform) -> Tensor:
 
 
 def _divide_positive(step: Step, z: Tensor) -> Tensor:
-    """`divide` for a fresh z >= 0: in place where no account is kept."""
+    """`divide` for a new tensor z >= 0, in place unless the conservation report needs z."""
     if step.conservation is not None:
         return step.divide(z)
     if step.config.eps_mode == "absolute":

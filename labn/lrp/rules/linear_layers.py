@@ -1,4 +1,4 @@
-"""The linear layers of a network in one shape: apply a weight, apply its transpose, keep prepared weights."""
+"""Convolutions and fully connected layers behind one interface: rho(W), its transpose, and their prepared weights."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from labn.lrp.weight_transforms import WeightTransform
 
 @dataclass
 class Norm:
-    """A BatchNorm in eval mode as y = scale * x + shift: scale = g / sqrt(v + e), shift = beta - m * scale.
+    """A BatchNorm in eval mode as y = scale * x + shift, with scale = g / sqrt(v + e) and shift = beta - m * scale.
 
-    `source` names the tensors that these were made from, so that the same BatchNorm is known again.
+    Attributes:
+        scale, shift: (C,).
+        source: addresses of the tensors that scale and shift were computed from, by which the BatchNorm is recognised.
     """
 
     scale: Tensor
@@ -31,9 +33,9 @@ class Norm:
     def of(cls, call: Call) -> Norm:
         """Read the statistics and parameters of a recorded `batch_norm`."""
         names = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
-        given = {**dict(zip(names, call.args)), **call.kwargs}
-        mean, variance, epsilon = given["running_mean"], given["running_var"], given.get("eps", 1e-5)
-        gain, offset = given.get("weight"), given.get("bias")
+        arguments = {**dict(zip(names, call.args)), **call.kwargs}
+        mean, variance, epsilon = arguments["running_mean"], arguments["running_var"], arguments.get("eps", 1e-5)
+        gain, offset = arguments.get("weight"), arguments.get("bias")
         scale = torch.rsqrt(variance + epsilon) * (1 if gain is None else gain)
         source = tuple(None if t is None else t.data_ptr() for t in (mean, variance, gain, offset))
         return cls(scale, (0 if offset is None else offset) - mean * scale, (*source, epsilon))
@@ -41,15 +43,15 @@ class Norm:
 
 @dataclass
 class Layer:
-    """A convolution or a fully connected layer, with the BatchNorm that follows it if there is one.
+    """A convolution or a fully connected layer, with the BatchNorm that follows it, if any.
 
     Attributes:
         operation: `conv1d`, `conv2d`, `conv3d` or `linear`.
-        weight, bias: the layer's own, detached (bias may be None).
+        weight, bias: the layer's own tensors, detached (bias may be None).
         options: stride, padding, dilation and groups of a convolution.
-        norm: the following BatchNorm; `folded` weights are w * scale and bias * scale + shift.
-        memory_format: of prepared 4-D weights.
-        packs: whether a convolution keeps its weights packed (see `labn.inference.packing`), for both directions.
+        norm: the following BatchNorm; folded, the weights are w * scale and the bias is bias * scale + shift.
+        memory_format: memory format of prepared 4-D weights.
+        packs: whether a convolution packs its weights (see `labn.inference.packing`), for both directions.
     """
 
     operation: str
@@ -66,19 +68,21 @@ class Layer:
         """rho(W), with BatchNorm folded in or not; computed once and kept."""
         key = (transform, folded and self.norm is not None)
         if key not in self._prepared:
-            made = self._made(*key)
-            if made is self.weight:
-                return made
-            self._prepared[key] = made
+            weight = self._transformed(*key)
+            if weight is self.weight:
+                return weight  # not kept: it would keep a replaced parameter alive
+            self._prepared[key] = weight
         return self._prepared[key]
 
-    def _made(self, transform: WeightTransform, folded: bool) -> Tensor:
+    def _transformed(self, transform: WeightTransform, folded: bool) -> Tensor:
         base = self.weight * self._per_output(self.norm.scale) if folded and self.norm else self.weight
-        made = transform(base)
-        return made if made is self.weight or made.ndim != 4 else made.contiguous(memory_format=self.memory_format)
+        weight = transform(base)
+        if weight is self.weight or weight.ndim != 4:
+            return weight
+        return weight.contiguous(memory_format=self.memory_format)
 
     def offset(self, folded: bool) -> Tensor | None:
-        """The bias (out,), after folding if asked; None where there is none."""
+        """The bias (out,), with the BatchNorm folded in if `folded`; None for a layer without bias."""
         if not folded or self.norm is None:
             return self.bias
         shift = self.norm.shift
@@ -88,26 +92,28 @@ class Layer:
         """z = rho(W) a + b for inputs a (B, in, ...), with rho(W) as in `prepared`."""
         if not self.packs:
             return getattr(F, self.operation)(a, self.prepared(transform, folded), bias, **self.options)
-        if a.requires_grad and torch.is_grad_enabled():
+        if a.requires_grad and torch.is_grad_enabled():  # packed operators have no gradient of their own
             return transposable(self, a, transform, folded, bias)
         key = (transform, folded and self.norm is not None, False)
         if key not in self._packed:
-            self._packed[key] = PackedKernel(self._made(*key[:2]), self._geometry(), a.shape)
+            self._packed[key] = PackedKernel(self._transformed(*key[:2]), self._geometry(), a.shape)
         return self._packed[key](a, bias)
 
     def adjoint(self, s: Tensor, transform: WeightTransform, folded: bool, a: Tensor) -> Tensor:
-        """rho(W)^T s: the gradient at inputs like a (B, in, ...), whatever their values; s may have another batch."""
+        """rho(W)^T s in the shape of the inputs a (B, in, ...), whose values are not read; s may have another B."""
         if self.packs and self._is_reversible():
             return self._packed_adjoint(transform, folded and self.norm is not None, s)(s)
         weight = self.prepared(transform, folded)
         if self.operation == "linear":
             return s @ weight
+        # The transpose of a 1x1 convolution is a matrix product over the pixels, which is faster on a CPU.
         if self._is_pointwise() and s.is_contiguous(memory_format=torch.channels_last):
             return torch.matmul(s.permute(0, 2, 3, 1), weight.flatten(1)).permute(0, 3, 1, 2)
         like = a
         if len(a) != len(s):
             shape = (len(s), *a.shape[1:])
             like = torch.empty(shape, dtype=s.dtype, device=s.device, memory_format=self.memory_format)
+        # `convolution_backward` is the transpose for any stride, without guessing an output padding.
         padding, stride, dilation, groups = self._geometry()
         unpadded = [0] * (weight.ndim - 2)
         gradients = torch.ops.aten.convolution_backward(
@@ -116,20 +122,23 @@ class Layer:
         return gradients[0]
 
     def _packed_adjoint(self, transform: WeightTransform, folded: bool, s: Tensor) -> PackedKernel:
-        """Without stride the transpose is the convolution with the turned kernel, in and out exchanged."""
+        """The transpose of a convolution with stride 1: a convolution with the rotated kernel, in and out exchanged."""
         key = (transform, folded, True)
         if key not in self._packed:
-            turned = (
-                self._made(transform, folded).flip(2, 3).transpose(0, 1).contiguous(memory_format=self.memory_format)
+            rotated = (
+                self._transformed(transform, folded)
+                .flip(2, 3)
+                .transpose(0, 1)
+                .contiguous(memory_format=self.memory_format)
             )
             rest = [k - 1 - p for k, p in zip(self.weight.shape[2:], self._geometry()[0])]
-            self._packed[key] = PackedKernel(turned, (rest, [1, 1], [1, 1], 1), s.shape)
+            self._packed[key] = PackedKernel(rotated, (rest, [1, 1], [1, 1], 1), s.shape)
         return self._packed[key]
 
     def _geometry(self) -> tuple[list[int], list[int], list[int], int]:
         """Padding, stride and dilation per axis, and the groups."""
         padding, stride, dilation = (
-            _spread(self.options[name], self.weight.ndim - 2) for name in ("padding", "stride", "dilation")
+            _per_axis(self.options[name], self.weight.ndim - 2) for name in ("padding", "stride", "dilation")
         )
         return padding, stride, dilation, self.options["groups"]
 
@@ -139,24 +148,24 @@ class Layer:
         return fits and groups == 1 and stride == dilation == [1, 1]
 
     def _is_pointwise(self) -> bool:
-        """A 1x1 convolution, whose transpose is a plain matrix product over the pixels (faster on a CPU)."""
+        """Whether the layer is a 1x1 convolution with stride 1 and without padding."""
         if self.operation != "conv2d" or self.weight.shape[2:] != (1, 1):
             return False
         padding, stride, _, groups = self._geometry()
         return groups == 1 and stride == [1, 1] and padding == [0, 0]
 
-    def rows(self, kept: slice) -> Layer:
-        """The layer that makes these output channels only, without a BatchNorm; shares the weight's memory."""
-        bias = None if self.bias is None else self.bias[kept]
-        return Layer(self.operation, self.weight[kept], bias, self.options)
+    def for_outputs(self, channels: slice) -> Layer:
+        """The layer that computes these output channels only, without a BatchNorm; it shares the weight's memory."""
+        bias = None if self.bias is None else self.bias[channels]
+        return Layer(self.operation, self.weight[channels], bias, self.options)
 
     @property
     def channel_axis(self) -> int:
-        """Which axis of the output has the channels."""
+        """The axis of the output that holds the channels."""
         return -1 if self.operation == "linear" else 1
 
     def per_channel(self, vector: Tensor) -> Tensor:
-        """Shape a vector (out,) so that it broadcasts over this layer's outputs."""
+        """A vector (out,) in a shape that broadcasts over this layer's outputs."""
         return vector if self.operation == "linear" else vector.view(-1, *[1] * (self.weight.ndim - 2))
 
     def _per_output(self, vector: Tensor) -> Tensor:
@@ -164,7 +173,7 @@ class Layer:
 
 
 class Linear(Protocol):
-    """What a `Layer` and a `labn.lrp.rules.weighted_layer.WeightedLayer` have in common."""
+    """The interface of `Layer` and `labn.lrp.rules.weighted_layer.WeightedLayer`."""
 
     def apply(self, a: Tensor, transform: WeightTransform, folded: bool = False, bias: Tensor | None = None) -> Tensor:
         """rho(W) a + b."""
@@ -176,7 +185,7 @@ class Linear(Protocol):
 def transposable(
     layer: Linear, a: Tensor, transform: WeightTransform, folded: bool = False, bias: Tensor | None = None
 ) -> Tensor:
-    """`layer.apply` with `layer.adjoint` as its gradient at the input, where autograd has none or a costly one."""
+    """`layer.apply`, with `layer.adjoint` as its gradient where autograd has no gradient or an expensive one."""
     result: Tensor = _Transposable.apply(a, bias, layer, transform, folded)
     return result
 
@@ -196,19 +205,19 @@ class _Transposable(torch.autograd.Function):
         return layer.adjoint(s[0], transform, folded, *ctx.saved_tensors), None, None, None, None
 
 
-def _spread(value: int | Sequence[int], dims: int) -> list[int]:
+def _per_axis(value: int | Sequence[int], dims: int) -> list[int]:
     return [value] * dims if isinstance(value, int) else list(value) * (dims if len(value) == 1 else 1)
 
 
 def layer_of(call: Call) -> Layer:
     """Read weight, bias and options of a recorded convolution or linear call."""
     names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    given = {**dict(zip(names, call.args)), **call.kwargs}
-    weight, bias = given["weight"], given.get("bias")
+    arguments = {**dict(zip(names, call.args)), **call.kwargs}
+    weight, bias = arguments["weight"], arguments.get("bias")
     if call.operation == "linear":
         return Layer("linear", weight, bias, {})
-    options = {"stride": given.get("stride", 1), "dilation": given.get("dilation", 1), "groups": given.get("groups", 1)}
-    options["padding"] = _explicit_padding(given.get("padding", 0), weight, options["dilation"])
+    options = {name: arguments.get(name, 1) for name in ("stride", "dilation", "groups")}
+    options["padding"] = _explicit_padding(arguments.get("padding", 0), weight, options["dilation"])
     return Layer(call.operation, weight, bias, options)
 
 
@@ -217,7 +226,7 @@ def _explicit_padding(padding: Any, weight: Tensor, dilation: Any) -> Any:
         return 0
     if padding != "same":
         return padding
-    reach = [d * (k - 1) for d, k in zip(_spread(dilation, weight.ndim - 2), weight.shape[2:])]
+    reach = [d * (k - 1) for d, k in zip(_per_axis(dilation, weight.ndim - 2), weight.shape[2:])]
     if any(r % 2 for r in reach):
         raise InputError(
             f"padding='same' with the even kernel {tuple(weight.shape[2:])} pads unevenly; give the padding as numbers."
@@ -226,11 +235,15 @@ def _explicit_padding(padding: Any, weight: Tensor, dilation: Any) -> Any:
 
 
 def gradients(output: Tensor, leaves: Sequence[Tensor], s: Tensor) -> list[Tensor]:
-    """d<s, output>/dleaf for each leaf; s (T, ...) has the batch of the output, or any T when that batch is 1.
+    """d<s, output>/dleaf for each leaf.
 
-    Several rows over one image are taken one after the other: recorded calls may have its batch size written in.
+    Args:
+        output: (B, ...).
+        leaves: tensors that the output was computed from.
+        s: (T, ...), where T is B, or any number if B is 1.
     """
     if len(s) == len(output):
         return list(torch.autograd.grad(output, leaves, s, retain_graph=True))
-    rows = [torch.autograd.grad(output, leaves, row[None], retain_graph=True) for row in s]
-    return [torch.cat(parts) for parts in zip(*rows)]
+    # One at a time: recorded calls, such as `view(1, -1)`, may contain the batch size 1 as a constant.
+    per_map = [torch.autograd.grad(output, leaves, one[None], retain_graph=True) for one in s]
+    return [torch.cat(of_leaf) for of_leaf in zip(*per_map)]

@@ -1,4 +1,4 @@
-"""How a sum F + S shares its relevance between the two branches (ECCV 2024's splittings and their rivals)."""
+"""How a residual sum F + S divides relevance between its two branches (the splittings of ECCV 2024 and others)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from labn.lrp.tracing.graph import Graph, Node
 
 @dataclass(frozen=True)
 class ResidualSum:
-    """A residual sum as the rules see it.
+    """A residual sum F + S.
 
     Attributes:
-        deep: which of the two inputs (0 or 1) is F, the branch with more layers; the other one is S.
-        identity: S is the block's input itself, no linear layer in between.
+        deep: position (0 or 1) of F, the branch with more linear layers, among the inputs; S is the other one.
+        identity: whether S is an identity shortcut: no linear layer lies between the block's input and the sum.
     """
 
     deep: int
@@ -25,7 +25,7 @@ class ResidualSum:
 
     @property
     def skip(self) -> int:
-        """Which input is S."""
+        """Position (0 or 1) of S."""
         return 1 - self.deep
 
 
@@ -36,23 +36,23 @@ def shares_by_size(f: Tensor, s: Tensor) -> Tensor:
     return size.div_(s.abs().add_(size)).nan_to_num_(nan=0.5)
 
 
-def _ratio(f: Tensor, s: Tensor, junction: ResidualSum) -> Tensor:
+def _ratio(f: Tensor, s: Tensor, residual_sum: ResidualSum) -> Tensor:
     return shares_by_size(f, s)
 
 
-def _symmetric(f: Tensor, s: Tensor, junction: ResidualSum) -> Tensor:
+def _symmetric(f: Tensor, s: Tensor, residual_sum: ResidualSum) -> Tensor:
     return f.new_full((), 0.5)
 
 
-def _ratio_down(f: Tensor, s: Tensor, junction: ResidualSum) -> Tensor:
-    return f.new_ones(()) if junction.identity else shares_by_size(f, s)
+def _ratio_down(f: Tensor, s: Tensor, residual_sum: ResidualSum) -> Tensor:
+    return f.new_ones(()) if residual_sum.identity else shares_by_size(f, s)
 
 
-def _symmetric_down(f: Tensor, s: Tensor, junction: ResidualSum) -> Tensor:
-    return f.new_full((), 1.0 if junction.identity else 0.5)
+def _symmetric_down(f: Tensor, s: Tensor, residual_sum: ResidualSum) -> Tensor:
+    return f.new_full((), 1.0 if residual_sum.identity else 0.5)
 
 
-def _signed(f: Tensor, s: Tensor, junction: ResidualSum) -> Tensor:
+def _signed(f: Tensor, s: Tensor, residual_sum: ResidualSum) -> Tensor:
     total = f + s
     return torch.where(total == 0, 0.5, f / torch.where(total == 0, 1, total))
 
@@ -69,16 +69,16 @@ SHARES: dict[str, Callable[[Tensor, Tensor, ResidualSum], Tensor]] = {
 
 
 def residual_sum_of(node: Node, graph: Graph) -> ResidualSum:
-    """Which operand of a sum is the deep branch: the one with more linear layers since the branches parted."""
+    """The roles of the two inputs of a sum: F is the one with more linear layers since their last common ancestor."""
     ancestors = [_depths(index, graph) for index in node.inputs]
     common = max(set(ancestors[0]) & set(ancestors[1]), default=0)
-    depths = [found.get(common, 0) for found in ancestors]
+    depths = [layers.get(common, 0) for layers in ancestors]
     deep = 0 if depths[0] >= depths[1] else 1
     return ResidualSum(deep, identity=min(depths) == 0)
 
 
 def _depths(index: int, graph: Graph) -> dict[int, int]:
-    """For every value upstream of `index`: the largest number of linear layers on a path from it to `index`."""
+    """Ancestor of `index` -> the largest number of linear layers on a path from it to `index`."""
     depths = {index: 0}
     for current in sorted(graph.nodes, reverse=True):
         if current in depths:

@@ -1,4 +1,4 @@
-"""Products of values with weights that come from the same image: each one a linear layer with weights per image."""
+"""Products of values with weights from the same image, as linear layers whose weights differ from image to image."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class WeightedLayer:
 
     Attributes:
         weights: A and b of these images.
-        label: of the layer, for messages.
-        scale, shift: g and c of the BatchNorm g y + c that follows, which broadcast over y; folded, the weights are
-            g A and the offset g b + c. None where none follows.
+        label: label of the layer, for messages.
+        scale, shift: g and c of the BatchNorm g y + c that follows, in shapes that broadcast over y; None without one.
+            Folded, the weights are g A and the offset is g b + c.
     """
 
     weights: Weights
@@ -31,20 +31,20 @@ class WeightedLayer:
     shift: Tensor | None = None
 
     def run(self, a: Tensor, folded: bool) -> tuple[Tensor, Tensor]:
-        """The output as the rules see it, before the BatchNorm unless folded, and as the next layer does."""
+        """The output z that the rules divide by (before the BatchNorm unless folded), and the next layer's input."""
         z = self.weights(a)
         after = z if self.scale is None or self.shift is None else torch.addcmul(self.shift, z, self.scale)
         return (after if folded else z), after
 
     def offset(self, folded: bool) -> Tensor | None:
-        """What the output has besides A v, broadcasting over it; None where there is nothing."""
+        """The offset of the output, in a shape that broadcasts over it; None for a map without one."""
         offset = self.weights.offset()
         if not folded or self.scale is None or self.shift is None:
             return offset
         return self.shift if offset is None else offset * self.scale + self.shift
 
     def per_channel(self, vector: Tensor) -> Tensor:
-        """An offset as it is: it has the output's axes."""
+        """The offset unchanged: it has the output's axes already."""
         return vector
 
     def apply(self, a: Tensor, transform: WeightTransform, folded: bool = False, bias: Tensor | None = None) -> Tensor:
@@ -58,7 +58,7 @@ class WeightedLayer:
         return z if bias is None else z + bias
 
     def adjoint(self, s: Tensor, transform: WeightTransform, folded: bool, a: Tensor) -> Tensor:
-        """rho(A)^T s, or rho(g A)^T s, added up where one value of a (B, ...) met several weights by broadcasting."""
+        """rho(A)^T s, or rho(g A)^T s, summed over the axes along which the value a (B, ...) is broadcast."""
         terms = self._terms(transform, folded)
         r = torch.stack([self._supporting(rho).adjoint(_times(s, g), rho) for rho, g in terms]).sum(0)
         return r if r.shape[1:] == a.shape[1:] else r.sum_to_size(len(r), *a.shape[1:])
@@ -87,7 +87,7 @@ def _times(values: Tensor, factor: Tensor | None) -> Tensor:
 
 
 def weighted_layer_of(node: Node, values: dict[int, Tensor]) -> WeightedLayer:
-    """The weights of a node of kind `weighted`, made from the constants among `values`, without gradients to them."""
+    """The weights of a node of kind `weighted`, made from the constants among `values`, which receive no gradient."""
     make, *constants = substitute(
         node.call.args[1:], lambda leaf: values[leaf.index].detach() if isinstance(leaf, Ref) else leaf
     )

@@ -1,4 +1,4 @@
-"""The graph that relevance travels: recorded calls with their kinds, BatchNorms joined to the layer before them."""
+"""The graph that relevance passes: recorded calls by kind, with BatchNorms joined to the layer before them."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from labn.lrp.tracing.recorder import Call, Recording
 
 @dataclass
 class Node:
-    """One step of the network.
+    """One operation of the network.
 
     Attributes:
-        call: what was recorded; its `index` names the value that this node makes.
-        kind: see `vocabulary.kind_of`; `region` for several nodes that are differentiated as one.
-        inputs: indices of all values read.
-        flow: the inputs that receive relevance (all of them, but for the gate of a product and what makes up weights).
-        layer: weights, for kind `linear`.
-        norm: the BatchNorm that follows, for kind `weighted` (that of a linear layer is the layer's).
-        first: no linear layer lies between this node and the images (False for kind `weighted`).
-        non_negative: the values this node makes are known to be >= 0.
-        consumers: how many nodes read the value.
+        call: the recorded call; its `index` identifies the value that this node computes.
+        kind: see `labn.lrp.tracing.operations.kind_of`; `region` for several nodes that are differentiated as one.
+        inputs: indices of all values that the node reads.
+        flow: the inputs that receive relevance: all except the gate of a product and the constants of weights.
+        layer: weights and options, for kind `linear`.
+        norm: the BatchNorm that follows, for kind `weighted`; that of a linear layer is part of `layer`.
+        first: whether no linear layer lies between the images and this node (False for kind `weighted`).
+        non_negative: whether the value of this node is known to be >= 0.
+        consumers: number of nodes that read the value.
         inner: the nodes of a region, in order.
     """
 
@@ -43,12 +43,12 @@ class Node:
 
     @property
     def index(self) -> int:
-        """Index of the value this node makes."""
+        """Index of the value that this node computes."""
         return self.call.index
 
     @property
     def label(self) -> str:
-        """Qualified module name, type and operation, as error messages and reports give them."""
+        """Qualified module name, type and operation, for error messages and reports."""
         module = f"'{self.call.module}'" if self.call.module else "the model itself"
         return f"{module} ({self.call.module_type or 'top level'}, {self.call.operation})"
 
@@ -68,9 +68,9 @@ class Graph:
     """Nodes in the order of computation, pruned to what the logits need.
 
     Attributes:
-        nodes: by index, in order; index 0, the images, is no node.
+        nodes: index -> node, in order; the images have index 0 and no node.
         logits: index of the logits.
-        outputs: index of the value that a module (by qualified name) returned, where it is still there.
+        outputs: qualified module name -> index of the value that the module returned, where the graph still has it.
     """
 
     nodes: dict[int, Node]
@@ -78,7 +78,7 @@ class Graph:
     outputs: dict[str, int] = field(default_factory=dict)
 
     def reach(self, starts: set[int]) -> set[int]:
-        """Indices of the values that relevance starting at `starts` can come to."""
+        """Indices of the values that relevance from `starts` can reach, `starts` included."""
         reached = set(starts)
         for index in sorted(self.nodes, reverse=True):
             if index in reached:
@@ -87,7 +87,7 @@ class Graph:
 
 
 def build(recording: Recording) -> Graph:
-    """The graph of a recording: kinds, gates, merged BatchNorms, first layers and signs."""
+    """The graph of a recording, with kinds, gates, joined BatchNorms, first layers and known signs."""
     calls = {call.index: call for call in recording.calls}
     needed = {recording.logits}
     for index in sorted(calls, reverse=True):
@@ -107,22 +107,22 @@ def _node(call: Call, nodes: dict[int, Node], calls: dict[int, Call]) -> Node:
     kind = kind_of(call)
     flow = call.inputs
     if kind == "product":
-        carried = _carried(call, nodes, calls)
-        kind, flow = ("opaque", flow) if carried is None else (kind, (carried,))
+        factor = _carrying_factor(call, nodes, calls)
+        kind, flow = ("opaque", flow) if factor is None else (kind, (factor,))
     elif kind == "weighted" or call.operation in SHAPED_LIKE:
         flow = flow[:1]
     layer = layer_of(call) if kind == "linear" else None
     return Node(call, kind, call.inputs, flow, layer)
 
 
-def _carried(call: Call, nodes: dict[int, Node], calls: dict[int, Call]) -> int | None:
-    """Which factor of a product carries relevance; the other one is a gate, read as a constant.
+def _carrying_factor(call: Call, nodes: dict[int, Node], calls: dict[int, Call]) -> int | None:
+    """Index of the factor of a product that carries relevance; the other factor is a gate and counts as a constant.
 
-    The gate is the factor that is broadcast (squeeze-excitation, attention maps), else the one that comes out of a
-    bounded activation. None where neither tells.
+    The gate is the factor that is broadcast (squeeze-excitation, attention maps), or else the one that comes from a
+    bounded activation. None where neither criterion decides.
     """
     factors = [arg.index for arg in call.args]
-    if factors[0] == factors[1]:
+    if factors[0] == factors[1]:  # a square: neither factor is a constant
         return None
     sizes = [calls[index].shape.numel() if index else call.shape.numel() for index in factors]
     if sizes[0] != sizes[1]:
@@ -132,46 +132,50 @@ def _carried(call: Call, nodes: dict[int, Node], calls: dict[int, Call]) -> int 
 
 
 def _is_bounded(index: int, nodes: dict[int, Node]) -> bool:
+    # Look through reshapes of the activation's output.
     while index in nodes and nodes[index].kind in ("identity", "route") and len(nodes[index].flow) == 1:
         index = nodes[index].flow[0]
     return index in nodes and nodes[index].call.operation in BOUNDED
 
 
 def separate(nodes: dict[int, Node], logits: int) -> None:
-    """Take apart every linear layer whose output is only ever cut along its channels: one layer per piece.
+    """Replace every linear layer whose output is only split along its channels by one layer per piece.
 
-    Each piece (queries, keys, values) may then be joined to its own BatchNorm, and costs relevance no more than itself.
+    Each piece (queries, keys, values) can then be joined to its own BatchNorm, and relevance for one piece does not
+    pass the weights of the others.
     """
     readers: dict[int, list[Node]] = defaultdict(list)
     for node in nodes.values():
         for source in node.inputs:
             readers[source].append(node)
     for node in [node for node in nodes.values() if node.kind == "linear"]:
-        made = [node]
-        while len(readers[made[-1].index]) == 1 and readers[made[-1].index][0].kind == "identity":
-            made.append(readers[made[-1].index][0])
-        pieces = _pieces(node, made[-1].index, readers[made[-1].index])
-        if pieces and logits not in {one.index for one in made}:
+        chain = [node]  # the layer and identities behind it, such as `contiguous`
+        while len(readers[chain[-1].index]) == 1 and readers[chain[-1].index][0].kind == "identity":
+            chain.append(readers[chain[-1].index][0])
+        pieces = _pieces(node, chain[-1].index, readers[chain[-1].index])
+        if pieces and logits not in {link.index for link in chain}:
             nodes.update(pieces)
-            for one in made:
-                del nodes[one.index]
+            for link in chain:
+                del nodes[link.index]
 
 
 def _pieces(node: Node, source: int, readers: list[Node]) -> dict[int, Node]:
-    """The linear layers that make what `readers` cut out of the value `source`; empty if they do anything else."""
+    """One linear layer per reader for the channels it cuts out of `source`; empty if one does anything else."""
     assert node.layer is not None
-    found = {}
+    pieces = {}
     for reader in readers:
-        rows = cut_of(reader.call, source, node.call.shape, node.layer.channel_axis) if reader.kind == "route" else None
-        if rows is None or node.layer.options.get("groups", 1) != 1:
+        channels = (
+            cut_of(reader.call, source, node.call.shape, node.layer.channel_axis) if reader.kind == "route" else None
+        )
+        if channels is None or node.layer.options.get("groups", 1) != 1:
             return {}
         call = replace(node.call, index=reader.index, shape=reader.call.shape)
-        found[reader.index] = replace(node, call=call, layer=node.layer.rows(rows))
-    return found
+        pieces[reader.index] = replace(node, call=call, layer=node.layer.for_outputs(channels))
+    return pieces
 
 
 def merge_norms(graph: Graph) -> None:
-    """Join every BatchNorm to the linear or weighted step before it, where nothing else reads that step's output."""
+    """Join every BatchNorm to the linear or weighted node before it, where no other node reads that node's output."""
     readers = Counter(index for node in graph.nodes.values() for index in node.inputs)
     for index, node in list(graph.nodes.items()):
         before = graph.nodes.get(node.inputs[0]) if node.kind == "norm" else None
@@ -187,7 +191,7 @@ def merge_norms(graph: Graph) -> None:
 
 
 def annotate(graph: Graph) -> None:
-    """Fill in which layers come first, which values cannot be negative, and how many nodes read each value."""
+    """Set `first`, `non_negative` and `consumers` of every node."""
     readers = Counter(index for node in graph.nodes.values() for index in node.inputs)
     behind_linear: set[int] = set()
     for index, node in graph.nodes.items():
@@ -209,7 +213,7 @@ def _is_non_negative(node: Node, graph: Graph) -> bool:
 
 
 def use_fastest(graph: Graph, packs: bool) -> None:
-    """Let the 2-D convolutions keep their prepared weights in channels-last order, or packed."""
+    """Make 2-D convolutions keep their prepared weights in channels-last order and, with `packs`, packed."""
     for node in graph.nodes.values():
         if node.layer is not None and node.layer.operation == "conv2d":
             node.layer.memory_format, node.layer.packs = torch.channels_last, packs

@@ -1,4 +1,4 @@
-"""What each torch function is to relevance propagation: the one table to extend when a layer has no rule."""
+"""The kind of every torch function in relevance propagation: the table to extend when a layer has no rule."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ IDENTITY = {
     "clone", "contiguous", "detach", "to", "float", "double", "type", "requires_grad", "identity",
 }  # fmt: skip
 
-# A norm over the features of one position is read as a constant factor (CRP's treatment of L2 normalisation).
+# A norm over the features of one position counts as a constant factor, as CRP (IJCNN 2019) treats L2 normalisation.
 CONSTANT_NORM = {"normalize"}
 
-# Every output value is a copy of exactly one input value, so relevance follows the plain gradient.
+# Every output value is a copy of exactly one input value, so that relevance follows the gradient.
 ROUTE = {
     "flatten", "unflatten", "reshape", "view", "permute", "transpose", "T", "mT", "movedim", "squeeze", "unsqueeze",
     "getitem", "select", "narrow", "chunk", "split", "split_with_sizes", "tensor_split", "unbind", "cat", "concat",
     "concatenate", "stack", "expand", "channel_shuffle", "pixel_shuffle", "roll", "flip",
 }  # fmt: skip
 
-# The second tensor only lends its shape or type.
+# Only the shape or dtype of the second tensor is used.
 SHAPED_LIKE = {"expand_as", "view_as", "reshape_as", "type_as"}
 
 MAX_POOL = {"max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d"}
 
-# Linear with non-negative coefficients and without parameters: shares in proportion to the contributions.
+# Linear with non-negative coefficients and without parameters: relevance is divided in proportion to contributions.
 SPREAD = {
     "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
     "mean", "sum", "interpolate",
@@ -44,7 +44,7 @@ SUM = {"add", "iadd", "radd"}
 
 PRODUCT = {"mul", "imul", "rmul", "multiply"}
 
-# With a constant operand: a shift leaves the relevance where it is, a scaling does so too.
+# With a constant operand, a shift and a scaling hand relevance on unchanged.
 SHIFT_OR_SCALE = SUM | PRODUCT | {"sub", "isub", "subtract", "div", "truediv", "itruediv", "divide"}
 
 BOUNDED = {"sigmoid", "softmax", "hardsigmoid", "tanh"}
@@ -53,22 +53,24 @@ NON_NEGATIVE = {"sigmoid", "softmax", "hardsigmoid", "relu", "relu6", "abs", "sq
 
 
 def _reshaped(value: Tensor, *shape: Any, size: Any = None) -> Tensor:
-    """`Tensor.view`, which calls its argument `size` where `Tensor.reshape` has `shape`."""
+    """`Tensor.view` by `Tensor.reshape`, for which the keyword `size` is called `shape`."""
     return value.reshape(*shape) if size is None else value.reshape(size)
 
 
+# The out-of-place form in which a recorded operation is run again.
 CANONICAL: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(SUM, torch.add),
     **dict.fromkeys(PRODUCT, torch.mul),
     **dict.fromkeys(("sub", "isub", "subtract"), torch.sub),
     **dict.fromkeys(("div", "truediv", "itruediv", "divide"), torch.div),
     "relu": torch.relu,
-    # Values are replayed in other memory layouts than the model's own, in which a view may not exist.
+    # The graph runs in another memory layout than the model, in which a view may be impossible.
     "view": _reshaped,
     "view_as": torch.Tensor.reshape_as,
 }
 
-_SIMPLE = {
+# Kinds that the name of the function decides; `kind_of` refines them.
+_KINDS = {
     **dict.fromkeys(LINEAR, "linear"),
     **dict.fromkeys(IDENTITY, "identity"),
     **dict.fromkeys(CONSTANT_NORM, "rescale"),
@@ -78,27 +80,27 @@ _SIMPLE = {
     **dict.fromkeys(SPREAD, "spread"),
     "relu": "relu",
     "batch_norm": "norm",
-    # A copy as well, but for a border that is filled in.
+    # A copy too, except for the filled border.
     "pad": "pad",
     "weighted": "weighted",
 }
 
 
 def kind_of(call: Call) -> str:
-    """The kind of a recorded call, which says how relevance passes it: see `backward.BACKWARD`.
+    """The kind of a recorded call, a key of `labn.lrp.backward.BACKWARD`, or `opaque`.
 
-    `opaque` calls can be run (they may make up a gate) but relevance cannot go through them.
+    `opaque` calls can be run, for example to compute a gate, but relevance cannot pass them.
     """
     name = call.operation
     if name in SHIFT_OR_SCALE:
         return _arithmetic_kind(call, name)
-    kind = _SIMPLE.get(name, "opaque")
+    kind = _KINDS.get(name, "opaque")
     if kind in ("linear", "norm", "maxpool") and not _is_plain(call, kind):
         return "opaque"
     if kind == "weighted" and not _is_linear(call):
         return "opaque"
     if name == "view" and any(isinstance(arg, torch.dtype) for arg in (*call.args, *call.kwargs.values())):
-        return "opaque"  # other bits of the same memory
+        return "opaque"  # reinterprets the bits of the memory
     return kind
 
 
@@ -112,48 +114,52 @@ def _arithmetic_kind(call: Call, name: str) -> str:
 
 
 def _is_linear(call: Call) -> bool:
-    """Whether the value of a `weighted` call varies, and is none of the constants."""
+    """Whether the value of a `weighted` call depends on the image and is not one of the constants as well."""
     value, *rest = call.args
     constants = replace(call, args=tuple(rest)).inputs
     return isinstance(value, Ref) and value.index not in constants
 
 
 def _is_plain(call: Call, kind: str) -> bool:
-    """Whether the layer's parameters are constants; batch statistics make an image depend on its neighbours."""
+    """Whether the layer's parameters are constants and, for a norm, its statistics are the running ones.
+
+    With batch statistics the output of one image would depend on the others in the batch.
+    """
     if kind == "maxpool":
         return call.item in (None, 0)
     plain = len(call.inputs) == 1 and isinstance(call.args[0], Ref)
     statistics = call.args[1:3]
     training = bool(call.args[5]) if len(call.args) > 5 else bool(call.kwargs.get("training", False))
-    return plain and (kind == "linear" or (not training and all(part is not None for part in statistics)))
+    return plain and (kind == "linear" or (not training and all(statistic is not None for statistic in statistics)))
 
 
 CUTS = {"split", "split_with_sizes", "chunk", "tensor_split", "narrow", "getitem"}
 
 
 def cut_of(call: Call, source: int, shape: torch.Size, axis: int) -> slice | None:
-    """The run of channels that `call` cuts out of the value `source` of this shape; None if it does anything else.
+    """The consecutive channels that `call` cuts out of a value; None if it does anything else.
 
-    Found by letting it cut the channels' own numbers.
+    The call is run on a tensor that holds the channel numbers, so that every way of cutting is understood alike.
 
     Args:
-        call: reads `source` and nothing else.
+        call: a call that reads the value `source` and no other.
         source: index of the value.
-        shape: of the value.
-        axis: which axis has the channels.
+        shape: shape of the value.
+        axis: the axis of the channels.
     """
     if call.operation not in CUTS or (call.operation == "getitem" and not _is_plain_index(call.args[1])):
         return None
     numbers = torch.arange(shape[axis]).view(-1, *[1] * (len(shape) - 2 if axis == 1 else 0)).expand(shape)
-    kept = call.evaluate({source: numbers})
-    whole = kept.ndim == len(shape) and kept.numel() * shape[axis] == numbers.numel() * kept.shape[axis]
-    if not whole or not kept.numel():
+    cut = call.evaluate({source: numbers})
+    only_channels = cut.ndim == len(shape) and cut.numel() * shape[axis] == numbers.numel() * cut.shape[axis]
+    if not only_channels or not cut.numel():
         return None
-    channels = kept.movedim(axis, 0).flatten(1)[:, 0]
+    channels = cut.movedim(axis, 0).flatten(1)[:, 0]
     first, last = int(channels[0]), int(channels[-1])
     return slice(first, last + 1) if len(channels) == last + 1 - first else None
 
 
 def _is_plain_index(index: object) -> bool:
-    """Whether an index is made of slices and numbers only."""
-    return all(isinstance(part, (slice, int, type(...))) for part in (index if isinstance(index, tuple) else (index,)))
+    """Whether an index consists of slices, numbers and `...` only."""
+    items = index if isinstance(index, tuple) else (index,)
+    return all(isinstance(item, (slice, int, type(...))) for item in items)

@@ -1,7 +1,7 @@
-"""Record which operations a model runs, by watching every torch function of one forward pass.
+"""Recording of the torch functions that a model calls in one forward pass.
 
-The structure is taken from what is computed, not from the classes that compute it: a user's copy of a residual
-block, a timm model, a functional `F.relu` and an in-place `x += shortcut` all look the same here.
+The structure comes from the computation, not from the classes that compute it. A user's own residual block, a timm
+model, a functional `F.relu` and an in-place `x += shortcut` are therefore recorded alike.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from labn.inference.hooks import temporary_hooks
 
 @dataclass(frozen=True)
 class Ref:
-    """Stands in recorded arguments for the value of an earlier operation (0 is the image batch)."""
+    """A placeholder in recorded arguments for the value of an earlier call; index 0 is the image batch."""
 
     index: int
 
@@ -33,11 +33,12 @@ class Call:
     """One recorded torch call whose result depends on the images.
 
     Attributes:
-        index: position in the recording; 0 is the image batch itself.
-        func: the torch function, its arguments with `Ref` in place of tensors that depend on the images.
-        item: which element of a tuple result this is; None where the result is one tensor.
-        module: qualified name of the innermost module that ran it, and its class name.
-        shape: shape of the result.
+        index: position in the recording, from 1; 0 is the image batch.
+        func: the torch function.
+        args, kwargs: its arguments, with a `Ref` in place of every tensor that depends on the images.
+        item: position of this value in a tuple result; None where the result is one tensor.
+        module, module_type: qualified name and class name of the innermost module that made the call.
+        shape: shape of the value.
     """
 
     index: int
@@ -51,8 +52,9 @@ class Call:
 
     @property
     def operation(self) -> str:
-        """Name of the function without in-place and dunder underscores, such as `relu`, `add`, `iadd`, `conv2d`; of an
-        attribute such as `mT` its own name.
+        """Name of the function without leading and trailing underscores, such as `relu`, `add`, `iadd`, `conv2d`.
+
+        The getter of an attribute, such as `mT`, has the attribute's name.
         """
         name = str(getattr(self.func, "__name__", self.func))
         named = getattr(self.func, "__self__", None) if name == "__get__" else self.func
@@ -60,15 +62,15 @@ class Call:
 
     @property
     def inputs(self) -> tuple[int, ...]:
-        """Indices of the operations whose values this one reads, in order, each once."""
-        found: dict[int, None] = {}
+        """Indices of the values that this call reads, in order, each once."""
+        indices: dict[int, None] = {}  # a dict keeps the order
         substitute(
-            (self.args, self.kwargs), lambda leaf: found.setdefault(leaf.index) if isinstance(leaf, Ref) else None
+            (self.args, self.kwargs), lambda leaf: indices.setdefault(leaf.index) if isinstance(leaf, Ref) else None
         )
-        return tuple(found)
+        return tuple(indices)
 
     def evaluate(self, values: dict[int, Tensor]) -> Tensor:
-        """Run the call again on other values, never in place on a value that others may read."""
+        """Run the call again on other values; an in-place call works on copies, because others may read the values."""
         args, kwargs = substitute(
             (self.args, self.kwargs), lambda leaf: values[leaf.index] if isinstance(leaf, Ref) else leaf
         )
@@ -80,7 +82,13 @@ class Call:
 
 @dataclass
 class Recording:
-    """The calls of one forward pass, in order, which one gave the logits, and which one each module returned."""
+    """The calls of one forward pass, in order.
+
+    Attributes:
+        calls: all calls whose values depend on the images.
+        logits: index of the logits.
+        outputs: qualified module name -> index of the value that the module returned.
+    """
 
     calls: list[Call]
     logits: int
@@ -90,23 +98,24 @@ class Recording:
 def substitute(tree: Any, change: Callable[[Any], Any]) -> Any:
     """A copy of nested tuples, lists, dicts and slices with `change` applied to every leaf."""
     if isinstance(tree, (tuple, list)):
-        parts = [substitute(part, change) for part in tree]
-        return parts if isinstance(tree, list) else tuple(parts)
+        items = [substitute(item, change) for item in tree]
+        return items if isinstance(tree, list) else tuple(items)
     if isinstance(tree, dict):
-        return {key: substitute(part, change) for key, part in tree.items()}
+        return {key: substitute(item, change) for key, item in tree.items()}
     if isinstance(tree, slice):
-        return slice(*(substitute(part, change) for part in (tree.start, tree.stop, tree.step)))
+        return slice(*(substitute(bound, change) for bound in (tree.start, tree.stop, tree.step)))
     return change(tree)
 
 
 def _works_in_place(call: Call) -> bool:
     name = str(getattr(call.func, "__name__", ""))
     suffixed = name.endswith("_") and not name.endswith("__")
+    # `__iadd__` and its relatives; `inplace=True` among the arguments cannot be told from another True.
     return suffixed or name.startswith("__i") or any(arg is True for arg in (*call.args, *call.kwargs.values()))
 
 
 class _Recorder(TorchFunctionMode):
-    """Numbers every tensor that depends on the images; keeps no tensor alive that the model lets go of."""
+    """Numbers every tensor that depends on the images, without keeping tensors alive that the model frees."""
 
     def __init__(self, images: Tensor) -> None:
         super().__init__()
@@ -127,21 +136,22 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        # Before the call: an in-place function gives its argument a new number.
         references = substitute((tuple(args), kwargs), self._reference)
         result = func(*args, **kwargs)
-        parts = enumerate(result) if isinstance(result, (tuple, list)) else [(None, result)]
-        for item, part in parts:
-            if isinstance(part, Tensor):
-                self._note(func, references, item, part)
+        values = enumerate(result) if isinstance(result, (tuple, list)) else [(None, result)]
+        for item, value in values:
+            if isinstance(value, Tensor):
+                self._record(func, references, item, value)
         return result
 
-    def _note(self, func: Any, references: Any, item: int | None, part: Tensor) -> None:
+    def _record(self, func: Any, references: Any, item: int | None, value: Tensor) -> None:
         module, kind = self.scopes[-1]
         args, kwargs = references
-        call = Call(len(self.calls) + 1, func, args, kwargs, item, module, kind, part.shape)
-        if call.inputs:
+        call = Call(len(self.calls) + 1, func, args, kwargs, item, module, kind, value.shape)
+        if call.inputs:  # a value that does not depend on the images stays a constant
             self.calls.append(call)
-            self._indices[part] = call.index
+            self._indices[value] = call.index
 
     def enter(self, name: str, module: nn.Module, args: Any) -> None:
         self.scopes.append((name, type(module).__name__))
@@ -155,7 +165,7 @@ class _Recorder(TorchFunctionMode):
 
 @contextmanager
 def _watching(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
-    """Tell the recorder which module is running."""
+    """Tell the recorder, within the block, which module is running."""
     modules = list(model.named_modules())
     enter = {module: partial(recorder.enter, name) for name, module in modules}
     leave = {module: partial(recorder.leave, name) for name, module in modules}
@@ -164,21 +174,24 @@ def _watching(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
         yield
 
 
-def record(model: nn.Module, images: Tensor, rows: Callable[[Any], Tensor]) -> Recording:
-    """Run `model` once on `images` (B, C, H, W) without gradients and write down the calls that lead to the logits.
+def record(model: nn.Module, images: Tensor, read_logits: Callable[[Any], Tensor]) -> Recording:
+    """Record the calls of one forward pass without gradients.
 
-    `rows` makes them, (B, K), of the model's output.
+    Tensors that do not depend on the images (weights, masks made from weights) are constants of the recording.
 
-    Constants that do not depend on the images (weights, masks made from weights) are kept by reference.
+    Args:
+        model: any module.
+        images: (B, C, H, W).
+        read_logits: the model's output -> logits (B, K).
 
     Raises:
-        ValueError: the logits do not come from the images through torch functions that can be seen.
+        InputError: the logits do not depend on the images through torch functions.
     """
     images = images.detach().clone()
     recorder = _Recorder(images)
     with torch.no_grad(), _watching(model, recorder):
         with recorder:
-            output = rows(model(images))  # which may have to be put together from the parts of an output
+            output = read_logits(model(images))  # recorded too: a detector's logits are concatenated from its heads
         logits = recorder.index_of(output)
     if not logits:
         raise InputError(

@@ -1,8 +1,9 @@
-"""Finding residual blocks in a graph, and joining them to regions that are differentiated as one.
+"""Residual blocks of a graph, joined to regions that are differentiated as one layer.
 
 The block rule of C3-LRP (JSAI 2024) treats a whole block y = f(x) as one layer:
-R_q = x_q sum_cuv (d y_cuv / d x_q) R_cuv / (y_cuv + eps). Of two blocks in a row the upper one hands x * c to the lower
-one, which divides by its output, the same x: with eps -> 0 the two cancel and the row is one plain gradient.
+R_q = x_q sum_cuv (d y_cuv / d x_q) R_cuv / (y_cuv + eps). Of two consecutive blocks, the upper one hands x * c to the
+lower one, which divides by its output, the same x. With eps -> 0 the two factors cancel, and a sequence of blocks is
+one gradient times its input.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from labn.lrp.tracing.graph import Graph, Node
 
 @dataclass(frozen=True)
 class Block:
-    """A residual block: the value that enters, the value that leaves, and the indices of all nodes in between."""
+    """A residual block: index of the value that enters, index of the value that leaves, and all its nodes' indices."""
 
     entry: int
     exit: int
@@ -22,11 +23,11 @@ class Block:
 
 
 def find_blocks(graph: Graph, at_pixels: bool = True) -> list[Block]:
-    """All residual blocks of a graph, in order; of nested ones the outer.
+    """All residual blocks of a graph, in order; of nested blocks the outer one.
 
     Args:
-        graph: as recorded.
-        at_pixels: also those in which a first layer lies; inside of a block no rule of its own has a place.
+        graph: the recorded graph.
+        at_pixels: include blocks that contain a first layer, whose own rule is not applied inside a block.
     """
     blocks: list[Block] = []
     carrying = graph.reach({graph.logits})
@@ -48,8 +49,9 @@ def _block_at(node: Node, graph: Graph) -> Block:
 
 
 def _dominator(node: Node, graph: Graph) -> int:
-    """The last value that every path of relevance from `node` to the images passes through."""
+    """Index of the last value before `node` that all paths of relevance from `node` to the images pass."""
     frontier = set(node.flow)
+    # Replace the latest value by its inputs until one is left; indices follow the order of computation.
     while len(frontier) > 1:
         latest = max(frontier)
         frontier.remove(latest)
@@ -63,23 +65,23 @@ def _only_reader(index: int, graph: Graph) -> Node | None:
 
 
 def _upstream(index: int, graph: Graph) -> set[int]:
-    found = {index}
+    ancestors = {index}
     for current in sorted(graph.nodes, reverse=True):
-        if current in found:
-            found.update(graph.nodes[current].inputs)
-    return found
+        if current in ancestors:
+            ancestors.update(graph.nodes[current].inputs)
+    return ancestors
 
 
 def _downstream(index: int, graph: Graph) -> set[int]:
-    found = {index}
+    reached = {index}
     for node in graph.nodes.values():
-        if found.intersection(node.inputs):
-            found.add(node.index)
-    return found - {index}
+        if reached.intersection(node.inputs):
+            reached.add(node.index)
+    return reached - {index}
 
 
 def _is_closed(block: Block, graph: Graph) -> bool:
-    """Nothing outside reads a value from inside, other than the one that leaves."""
+    """Whether no node outside of the block reads a value from inside, except the one that leaves."""
     inside = block.members - {block.exit}
     return not any(inside.intersection(n.inputs) for n in graph.nodes.values() if n.index not in block.members)
 
@@ -88,16 +90,16 @@ def _holds_first_layer(block: Block, graph: Graph) -> bool:
     return any(graph.nodes[index].first and graph.nodes[index].kind == "linear" for index in block.members)
 
 
-def join_rows(blocks: list[Block], graph: Graph) -> list[Block]:
-    """Join blocks that follow each other directly; a value that something else reads too ends a row."""
-    rows: list[Block] = []
+def join_consecutive(blocks: list[Block], graph: Graph) -> list[Block]:
+    """Join blocks that follow each other directly; a value that another node reads too ends a sequence."""
+    sequences: list[Block] = []
     for block in blocks:
-        previous = rows[-1] if rows else None
+        previous = sequences[-1] if sequences else None
         if previous and previous.exit == block.entry and _read_only_inside(block, graph):
-            rows[-1] = Block(previous.entry, block.exit, previous.members | block.members)
+            sequences[-1] = Block(previous.entry, block.exit, previous.members | block.members)
         else:
-            rows.append(block)
-    return rows
+            sequences.append(block)
+    return sequences
 
 
 def _read_only_inside(block: Block, graph: Graph) -> bool:
@@ -107,16 +109,22 @@ def _read_only_inside(block: Block, graph: Graph) -> bool:
 
 
 def with_regions(graph: Graph, telescope: bool = True, at_pixels: bool = True) -> Graph:
-    """The same graph with every residual block, or every row of them, as one node of kind `region`."""
+    """The same graph with residual blocks as single nodes of kind `region`.
+
+    Args:
+        graph: the recorded graph.
+        telescope: join consecutive blocks to one region.
+        at_pixels: see `find_blocks`.
+    """
     blocks = find_blocks(graph, at_pixels)
-    rows = join_rows(blocks, graph) if telescope else blocks
+    regions = join_consecutive(blocks, graph) if telescope else blocks
     nodes = dict(graph.nodes)
-    for row in rows:
-        inner = tuple(graph.nodes[index] for index in sorted(row.members))
+    for region in regions:
+        inner = tuple(graph.nodes[index] for index in sorted(region.members))
         last = inner[-1]
-        reads = {index for node in inner for index in node.inputs} - row.members
+        reads = {index for node in inner for index in node.inputs} - region.members
         for node in inner:
             nodes.pop(node.index)
-        inputs = (row.entry, *sorted(reads - {row.entry}))
-        nodes[row.exit] = replace(last, kind="region", inputs=inputs, flow=(row.entry,), layer=None, inner=inner)
+        inputs = (region.entry, *sorted(reads - {region.entry}))
+        nodes[region.exit] = replace(last, kind="region", inputs=inputs, flow=(region.entry,), layer=None, inner=inner)
     return replace(graph, nodes=dict(sorted(nodes.items())))
