@@ -180,7 +180,7 @@ class Session:
             if missing:
                 explainer = self.explainers[name]
                 if isinstance(explainer, GroundTruthMap):
-                    explainer = explainer.given(None if batch.masks is None else batch.masks[missing])
+                    explainer = explainer.with_masks(None if batch.masks is None else batch.masks[missing])
                 maps = explainer(self.network, batch.images[missing], batch.targets[missing], batch.indices[missing])
                 self.store.add_maps(name, self.keys[name], batch.indices[missing], maps)
                 found |= {numbers[n]: maps[k] for k, n in enumerate(missing)}

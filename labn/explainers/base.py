@@ -1,4 +1,4 @@
-"""The contract that every explainer keeps, enforced in one place."""
+"""The base class of all explainers, which enforces their common contract."""
 
 from __future__ import annotations
 
@@ -17,16 +17,20 @@ Targets = Tensor | Sequence[int] | int | None
 
 
 def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bring maps (B, h, w) to (B, H, W), bilinearly (`align_corners=False`): the one place where maps are resized."""
+    """Resize maps (B, h, w) to (B, H, W), bilinearly with `align_corners=False`; no other code resizes maps."""
     if maps.shape[-2:] == torch.Size(size):
         return maps
-    # In float64, so that what is flat stays flat: rounding within a plateau would order its pixels.
+    # In float64, so that a plateau stays flat: rounding within it would order its pixels in an insertion curve.
     wide = maps.double().unsqueeze(1)
     return F.interpolate(wide, size=size, mode="bilinear", align_corners=False).squeeze(1).to(maps.dtype)
 
 
 def check_inputs(images: Tensor, targets: Tensor) -> None:
-    """Raise ValueError unless images are floating (B, C, H, W) and targets are integer (B,)."""
+    """Check that images are floating (B, C, H, W) and targets are integer (B,).
+
+    Raises:
+        InputError: either is not.
+    """
     if images.ndim != 4 or not images.is_floating_point():
         raise InputError(f"images must be a floating tensor (B, C, H, W), got {tuple(images.shape)} {images.dtype}.")
     if targets.shape != images.shape[:1] or targets.is_floating_point():
@@ -37,7 +41,11 @@ def check_inputs(images: Tensor, targets: Tensor) -> None:
 
 @contextmanager
 def explained_channels(model: nn.Module, images: Tensor) -> Iterator[None]:
-    """Say it in one sentence where a failure is that the images have another number of channels than the model."""
+    """Replace a RuntimeError within the block by one sentence, if the images have the wrong number of channels.
+
+    Raises:
+        InputError: the first convolution of the model expects another number of channels.
+    """
     try:
         yield
     except RuntimeError as error:
@@ -50,29 +58,46 @@ def explained_channels(model: nn.Module, images: Tensor) -> Iterator[None]:
 
 
 class Explainer(ABC):
-    """A small object built from plain arguments, called as `maps = explainer(model, images, targets)`.
+    """An explanation method: a small object with plain arguments, called as `maps = explainer(model, images, targets)`.
 
-    Subclasses implement `attribute`. The base class runs it in eval mode with gradients allowed, on a model of the
-    images' device and dtype, without changing the model, and resizes a low-resolution map bilinearly.
+    Subclasses implement `attribute`. The base class calls it in eval mode with gradients switched on, on a model of the
+    images' device and dtype, without changing the model, and resizes the maps to the images bilinearly.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from labn.explainers import Explainer
+        >>> class Brightness(Explainer):
+        ...     def attribute(self, model, images, targets, indices):
+        ...         return images.mean(1)
+        >>> Brightness()(nn.Identity(), torch.ones(1, 3, 2, 2), torch.tensor([0]))
+        tensor([[[1., 1.],
+                 [1., 1.]]])
     """
 
     @property
     def revision(self) -> int:
-        """Raised when these arguments come to give other maps than before: results on disk are not taken for them."""
+        """A number that is raised when the same arguments give other maps than in earlier versions.
+
+        Results on disk with another revision are not reused.
+        """
         return 0
 
     def __call__(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None = None) -> Tensor:
         """Explain a batch.
 
         Args:
-            model: any `nn.Module` that fits the method, returning logits or an object with `.logits`.
+            model: any `nn.Module` that suits the method, which returns logits or an object with `.logits`.
             images: (B, C, H, W), normalised as the model expects.
             targets: (B,) int64, the class to explain per image.
-            indices: (B,) int64, positions in the data set: the source of per-sample randomness. Without them the
-                random methods use one fixed bank for every image.
+            indices: (B,) int64, positions in the data set, from which per-sample random numbers are drawn. Without
+                them, random methods use the same numbers for every image.
 
         Returns:
             (B, H, W) float32 maps on the images' device, not normalised.
+
+        Raises:
+            InputError: images or targets of another shape or dtype, or a model that does not suit the method.
         """
         check_inputs(images, targets)
         model = matching(model, images)
@@ -82,21 +107,28 @@ class Explainer(ABC):
         return resize_maps(maps.detach(), (images.shape[-2], images.shape[-1])).float()
 
     def choose_targets(self, model: nn.Module, images: Tensor, targets: Targets) -> Tensor:
-        """Classes (B,) int64 to explain: the predicted ones for None, one for all, or one per image.
+        """Classes (B,) int64 to explain: the predicted classes for None, one class for all, or one per image.
 
         Raises:
-            ValueError: a target that is no class of the model.
+            InputError: the number of targets is not the number of images.
         """
-
         return resolve_targets(model, images, targets)
 
     @abstractmethod
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
-        """Maps (B, h, w) at the method's own resolution; called inside `labn.inference.modes.explaining`."""
+        """Maps (B, h, w) at the method's own resolution.
+
+        The base class calls this inside `labn.inference.modes.explaining`, with the arguments of `__call__`; the images
+        are a copy without gradients, and model and targets are on their device.
+        """
 
 
 def check_targets(targets: Tensor, num_classes: int) -> None:
-    """Raise ValueError unless every target is a class index of a model with `num_classes` classes."""
+    """Check that every target is a class index of a model with `num_classes` classes.
+
+    Raises:
+        InputError: a target is outside of 0..num_classes - 1.
+    """
     outside = targets[(targets < 0) | (targets >= num_classes)]
     if len(outside):
         raise InputError(
@@ -105,14 +137,14 @@ def check_targets(targets: Tensor, num_classes: int) -> None:
 
 
 def class_scores(logits: Tensor, targets: Tensor) -> Tensor:
-    """Logit y_c (B,) of every image's own target.
+    """The logit y_c (B,) of every image's target.
 
     Args:
         logits: (B, num_classes).
         targets: (B,) int64.
 
     Raises:
-        ValueError: the logits are not of this shape, or a target is not a class index.
+        InputError: the logits are not of this shape, or a target is not a class index.
     """
     if logits.ndim != 2 or len(logits) != len(targets):
         raise InputError(
@@ -129,7 +161,7 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def predictions(model: nn.Module, images: Tensor) -> Tensor:
-    """Most probable class (B,) int64 of every image (B, C, H, W)."""
+    """The most probable class (B,) int64 of every image (B, C, H, W)."""
     return _logits(model, images).argmax(dim=1)
 
 
@@ -137,7 +169,7 @@ def top_k(model: nn.Module, images: Tensor, k: int = 5) -> Tensor:
     """The k most probable classes (B, k) int64, the most probable first.
 
     Raises:
-        ValueError: k is not between 1 and the number of classes.
+        InputError: k is not between 1 and the number of classes.
     """
     logits = _logits(model, images)
     if not 1 <= k <= logits.shape[1]:
@@ -149,18 +181,18 @@ def resolve_targets(model: nn.Module, images: Tensor, targets: Targets = None) -
     """Targets (B,) int64 on the images' device, however they are given.
 
     Args:
-        model: used where the prediction is asked for.
+        model: run if the predicted classes are asked for.
         images: (B, C, H, W).
-        targets: None is every image's predicted class, an integer is the same class for all, else one per image.
+        targets: None for every image's predicted class, an integer for one class for all, or one class per image.
 
     Raises:
-        ValueError: not one target per image.
+        InputError: the number of targets is not the number of images.
     """
     if targets is None:
         return predictions(model, images)
     if isinstance(targets, int):
         return torch.full((len(images),), targets, dtype=torch.int64, device=images.device)
-    given = torch.as_tensor(targets, device=images.device)
-    if given.shape != images.shape[:1] or given.is_floating_point():
-        raise InputError(f"targets must be {len(images)} class indices, one per image; got {tuple(given.shape)}.")
-    return given.long()
+    classes = torch.as_tensor(targets, device=images.device)
+    if classes.shape != images.shape[:1] or classes.is_floating_point():
+        raise InputError(f"targets must be {len(images)} class indices, one per image; got {tuple(classes.shape)}.")
+    return classes.long()

@@ -1,4 +1,4 @@
-"""Maps that know nothing of the image: the rows that expose a biased protocol at once."""
+"""Maps that do not depend on the model: baselines, which reveal a biased evaluation protocol at once."""
 
 from __future__ import annotations
 
@@ -13,17 +13,27 @@ from labn.explainers.base import Explainer, Targets
 class RandomMap(Explainer):
     """Independent uniform noise on [0, 1), drawn from `(seed, sample index)`.
 
-    Without indices every image gets the same map, the one of index 0.
+    Without indices every image gets the same map, that of index 0.
 
     Args:
-        seed: of the generator.
+        seed: seed of the random numbers.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from labn.explainers import RandomMap
+        >>> images, targets = torch.zeros(2, 3, 2, 2), torch.tensor([0, 0])
+        >>> maps = RandomMap(seed=3)(nn.Identity(), images, targets, indices=torch.tensor([7, 8]))
+        >>> alone = RandomMap(seed=3)(nn.Identity(), images[:1], targets[:1], indices=torch.tensor([7]))
+        >>> torch.equal(maps[0], alone[0])
+        True
     """
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
-        """(B, H, W) noise, drawn on the CPU so that every device sees the same."""
+        """Noise (B, H, W), drawn on the CPU so that every device gets the same numbers."""
         numbers = [0] * len(images) if indices is None else indices.tolist()
         return torch.stack([self._noise(number, images) for number in numbers])
 
@@ -33,46 +43,64 @@ class RandomMap(Explainer):
 
 
 class ConstantMap(Explainer):
-    """The same value everywhere: every patch is tied with every other."""
+    """The map of ones, in which all patches are tied.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from labn.explainers import ConstantMap
+        >>> images, targets = torch.zeros(1, 3, 2, 2), torch.tensor([0])
+        >>> ConstantMap()(nn.Identity(), images, targets)
+        tensor([[[1., 1.],
+                 [1., 1.]]])
+    """
 
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
-        """(B, H, W) ones."""
+        """Ones (B, H, W)."""
         return images.new_ones(len(images), *images.shape[-2:])
 
 
 class Negated(Explainer):
-    """Another explainer's map with its sign turned: shows whether a map's sign means what it should.
+    """The negated map of another explainer: a test of whether the sign of its map has a meaning.
 
     Args:
         explainer: the method whose maps are negated.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from labn.explainers import ConstantMap, Negated
+        >>> Negated(ConstantMap())(nn.Identity(), torch.zeros(1, 3, 2, 2), torch.tensor([0]))
+        tensor([[[-1., -1.],
+                 [-1., -1.]]])
     """
 
     def __init__(self, explainer: Explainer) -> None:
         self.explainer = explainer
 
     def choose_targets(self, model: nn.Module, images: Tensor, targets: Targets) -> Tensor:
-        """As the method that is negated."""
+        """The targets of the explainer whose maps are negated."""
         return self.explainer.choose_targets(model, images, targets)
 
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
-        """(B, H, W) negated maps."""
+        """Negated maps (B, H, W)."""
         return -self.explainer(model, images, targets, indices)
 
 
 def disc(radius: int) -> Tensor:
-    """(2r+1, 2r+1) float: 1 within `radius` pixels of the centre."""
-    place = torch.arange(-radius, radius + 1)
-    return (place[:, None] ** 2 + place[None] ** 2 <= radius**2).float()
+    """A disc (2r+1, 2r+1): 1 within r = `radius` pixels of the centre, 0 outside."""
+    offset = torch.arange(-radius, radius + 1)
+    return (offset[:, None] ** 2 + offset[None] ** 2 <= radius**2).float()
 
 
 def dilated(masks: Tensor, radius: int) -> Tensor:
-    """Binary dilation of (B, H, W) bool by a disc of `radius` pixels; bool."""
+    """Binary dilation of masks (B, H, W) by a disc of `radius` pixels, (B, H, W) bool."""
     hits = F.conv2d(masks.float().unsqueeze(1), disc(radius).to(masks.device)[None, None], padding=radius)
     return hits.squeeze(1) > 0.5
 
 
 def blurred(maps: Tensor, sigma: float) -> Tensor:
-    """Gaussian blur of (B, H, W), sigma in pixels, cut off at 4 sigma; 0 outside of the image."""
+    """Gaussian blur of maps (B, H, W), with sigma in pixels, truncated at 4 sigma; the maps are 0 outside."""
     reach = max(1, round(4 * sigma))
     kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, dtype=torch.float64) / sigma) ** 2)
     kernel = (kernel / kernel.sum()).to(maps)
@@ -83,14 +111,23 @@ def blurred(maps: Tensor, sigma: float) -> Tensor:
 class GroundTruthMap(Explainer):
     """The sample's ground-truth mask as a map: 1 inside and 0 outside, dilated first, then blurred.
 
-    It looks at neither model nor image. A good score of maps ranks the exact mask above its coarse copies.
+    The map depends on neither model nor image. A good metric ranks the exact mask above its dilated and blurred copies.
 
     Args:
-        dilation: radius in pixels of the disc that the mask is dilated by; 0 leaves it.
-        blur: standard deviation in pixels of the Gaussian that it is blurred by; 0 leaves it.
+        dilation: radius in pixels of the disc that the mask is dilated by; 0: none.
+        blur: standard deviation in pixels of the Gaussian blur; 0: none.
 
     Raises:
-        ValueError: a negative argument.
+        InputError: a negative argument; on call, no masks, or masks of another size than the images.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from labn.explainers import GroundTruthMap
+        >>> explainer = GroundTruthMap().with_masks(torch.eye(2, dtype=torch.bool)[None])
+        >>> explainer(nn.Identity(), torch.zeros(1, 3, 2, 2), torch.tensor([0]))
+        tensor([[[1., 0.],
+                 [0., 1.]]])
     """
 
     def __init__(self, dilation: int = 0, blur: float = 0.0) -> None:
@@ -99,21 +136,17 @@ class GroundTruthMap(Explainer):
         self.dilation, self.blur = dilation, blur
         self._masks: Tensor | None = None
 
-    def given(self, masks: Tensor | None) -> GroundTruthMap:
-        """An explainer for the batch of images that these masks (B, H, W) bool belong to."""
-        other = GroundTruthMap(self.dilation, self.blur)
-        other._masks = masks
-        return other
+    def with_masks(self, masks: Tensor | None) -> GroundTruthMap:
+        """An explainer with these options for the batch of images that the masks (B, H, W) bool belong to."""
+        explainer = GroundTruthMap(self.dilation, self.blur)
+        explainer._masks = masks
+        return explainer
 
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
-        """(B, H, W) in [0, 1].
-
-        Raises:
-            ValueError: there are no masks, or of another size than the images.
-        """
+        """Maps (B, H, W) in [0, 1]."""
         masks = self._masks
         if masks is None or masks.shape != (len(images), *images.shape[-2:]):
             raise InputError("GroundTruthMap needs the ground-truth masks of these images; this data has none.")
-        shown = dilated(masks, self.dilation) if self.dilation else masks
-        maps = shown.to(images.device, torch.float32)
+        regions = dilated(masks, self.dilation) if self.dilation else masks
+        maps = regions.to(images.device, torch.float32)
         return blurred(maps, self.blur) if self.blur else maps

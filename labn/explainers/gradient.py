@@ -1,4 +1,4 @@
-"""Attribution by the gradient of the target's logit with respect to the image."""
+"""Attribution by the gradient of the target's logit at the image."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from labn.inference.modes import logits_of
 
 
 def gaussian_noise(images: Tensor, indices: Tensor | None, seed: int, draw: int) -> Tensor:
-    """Standard normal noise (B, C, H, W), or (1, C, H, W) from one fixed bank where there are no indices.
+    """Standard normal noise (B, C, H, W), or (1, C, H, W) for all images without indices.
 
-    Drawn on the CPU in float64, so that every device and dtype sees the same numbers.
+    It is drawn on the CPU in float64, so that every device and dtype gets the same numbers.
 
     Args:
         images: (B, C, H, W), for shape, device and dtype.
         indices: (B,) int64 positions in the data set, or None.
         seed: any integer.
-        draw: which of an image's draws, from 0.
+        draw: number of the draw for the same image, from 0.
     """
     numbers = [0] if indices is None else indices.tolist()
     return torch.stack([_draw(images.shape[1:], (seed * 1_000_003 + n) * 1_009 + draw) for n in numbers]).to(images)
@@ -35,21 +35,25 @@ def _draw(shape: torch.Size, seed: int) -> Tensor:
 
 
 def noise_scale(images: Tensor, std: float, relative: bool) -> Tensor:
-    """Standard deviation (B, 1, 1, 1): `std` itself, or that fraction of each image's value range."""
+    """The standard deviation (B, 1, 1, 1): `std` itself, or `std` times each image's value range if `relative`."""
     flat = images.flatten(1)
     span = flat.amax(1) - flat.amin(1) if relative else torch.ones_like(flat[:, 0])
     return (std * span).view(-1, 1, 1, 1)
 
 
 def check_noise(n_samples: int, std: float) -> None:
-    """Raise ValueError unless there is a sample and the standard deviation is not negative."""
+    """Check the arguments of noisy methods.
+
+    Raises:
+        InputError: no sample, or a negative standard deviation.
+    """
     if n_samples < 1:
         raise InputError(f"n_samples must be at least 1, got {n_samples}.")
     if not std >= 0:
         raise InputError(f"std must not be negative, got {std}.")
 
 
-# How an attribution (B, C, H, W) becomes one map (B, H, W).
+# Reduction of an attribution (B, C, H, W) over the channels to one map (B, H, W).
 CHANNELS: dict[str, Callable[[Tensor], Tensor]] = {
     "sum": lambda values: values.sum(dim=1),
     "mean_abs": lambda values: values.abs().mean(dim=1),
@@ -62,7 +66,7 @@ def input_gradient(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
     """dy_c/dx (B, C, H, W) of the logit y_c of each image's target.
 
     Raises:
-        ValueError: a target is not a class index, or the logits do not depend on the images.
+        InputError: a target is not a class index, or the logits do not depend on the images.
     """
     leaf = images.detach().clone().requires_grad_()
     scores = class_scores(logits_of(model(leaf)), targets)
@@ -73,7 +77,7 @@ def input_gradient(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
 
 
 class _Attribution(Explainer):
-    """A method that gives one value per channel and pixel."""
+    """A method that attributes one value to every channel of every pixel."""
 
     def __init__(self, channels: str = "sum") -> None:
         if channels not in CHANNELS:
@@ -81,35 +85,57 @@ class _Attribution(Explainer):
         self.channels = channels
 
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
-        """(B, H, W)."""
+        """Maps (B, H, W)."""
         return CHANNELS[self.channels](self.per_channel(model, images, targets, indices))
 
     @abstractmethod
     def per_channel(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
-        """(B, C, H, W), before the channels are brought together."""
+        """The attribution (B, C, H, W) before the reduction over the channels."""
 
 
 class Gradient(_Attribution):
-    """dy_c/dx (Simonyan et al. 2014, section 3), summed over the channels, signed.
+    """Gradient dy_c/dx (Simonyan et al. 2014, section 3), summed over the channels and signed.
 
     Args:
         channels: "sum", or the unsigned "mean_abs", "max_abs" (Simonyan's saliency) or "l2".
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from labn.explainers import Gradient
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
+        >>> _ = nn.init.constant_(model[1].weight, 0.5)
+        >>> Gradient()(model, torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]), torch.tensor([0]))
+        tensor([[[0.5000, 0.5000],
+                 [0.5000, 0.5000]]])
     """
 
     def per_channel(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
-        """The gradient."""
+        """dy_c/dx (B, C, H, W)."""
         return input_gradient(model, images, targets)
 
 
 class GradientTimesInput(_Attribution):
-    """x * dy_c/dx (Shrikumar et al. 2016), summed over the channels; sums to y_c for a ReLU network without biases.
+    """Gradient x input, x * dy_c/dx (Shrikumar et al. 2016), summed over the channels.
+
+    The map sums to y_c for a ReLU network without biases.
 
     Args:
         channels: "sum", or the unsigned "mean_abs", "max_abs" or "l2".
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from labn.explainers import GradientTimesInput
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
+        >>> _ = nn.init.constant_(model[1].weight, 0.5)
+        >>> GradientTimesInput()(model, torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]), torch.tensor([0]))
+        tensor([[[0.5000, 1.0000],
+                 [1.5000, 2.0000]]])
     """
 
     def per_channel(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
-        """Image times gradient."""
+        """x * dy_c/dx (B, C, H, W)."""
         return images * input_gradient(model, images, targets)
 
 
@@ -119,9 +145,20 @@ class IntegratedGradients(_Attribution):
         (x - x') * int_0^1 dy_c/dx (x' + t (x - x')) dt,   which sums to y_c(x) - y_c(x')
 
     Args:
-        n_steps: nodes of the quadrature, one gradient each.
+        n_steps: number of nodes of the quadrature, one gradient each.
         baseline: x', one number or one per channel, in the images' normalised units; 0 is the mean colour.
         channels: "sum", or the unsigned "mean_abs", "max_abs" or "l2".
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from labn.explainers import IntegratedGradients
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
+        >>> _ = nn.init.constant_(model[1].weight, 0.5)
+        >>> images, targets = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]), torch.tensor([0])
+        >>> IntegratedGradients(n_steps=4, baseline=1.0)(model, images, targets)
+        tensor([[[0.0000, 0.5000],
+                 [1.0000, 1.5000]]])
     """
 
     def __init__(self, n_steps: int = 50, baseline: float | Sequence[float] = 0.0, channels: str = "sum") -> None:
@@ -131,8 +168,9 @@ class IntegratedGradients(_Attribution):
         self.n_steps, self.baseline = n_steps, baseline
 
     def per_channel(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
-        """The integral, node by node for the whole batch."""
+        """The integral (B, C, H, W), one quadrature node at a time for the whole batch."""
         start = channel_values(self.baseline, images, "baseline")
+        # Gauss-Legendre nodes and weights on [-1, 1], mapped to [0, 1]: exact for polynomials up to degree 2 n - 1.
         nodes, shares = np.polynomial.legendre.leggauss(self.n_steps)
         total = torch.zeros_like(images)
         for node, share in zip((nodes + 1) / 2, shares / 2):
@@ -144,11 +182,21 @@ class SmoothGrad(_Attribution):
     """SmoothGrad (Smilkov et al. 2017): the mean of dy_c/dx over x + N(0, std^2).
 
     Args:
-        n_samples: noisy copies, one gradient each.
-        std: of the noise, as a fraction of each image's value range, or absolute.
-        relative: whether `std` is that fraction.
+        n_samples: number of noisy copies, one gradient each.
+        std: standard deviation of the noise, as a fraction of each image's value range, or absolute.
+        relative: whether `std` is a fraction of the value range.
         channels: "sum" (signed), or the unsigned "mean_abs", "max_abs" or "l2" of the mean gradient.
-        seed: of the noise, which depends on (seed, sample index).
+        seed: seed of the noise, which depends on (seed, sample index).
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from labn.explainers import SmoothGrad
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
+        >>> _ = nn.init.constant_(model[1].weight, 0.5)
+        >>> SmoothGrad(n_samples=2)(model, torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]), torch.tensor([0]))
+        tensor([[[0.5000, 0.5000],
+                 [0.5000, 0.5000]]])
     """
 
     def __init__(
@@ -164,7 +212,7 @@ class SmoothGrad(_Attribution):
         self.n_samples, self.std, self.relative, self.seed = n_samples, std, relative, seed
 
     def per_channel(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
-        """Mean gradient."""
+        """Mean gradient (B, C, H, W)."""
         scale = noise_scale(images, self.std, self.relative)
         total = torch.zeros_like(images)
         for draw in range(self.n_samples):
@@ -173,12 +221,17 @@ class SmoothGrad(_Attribution):
 
 
 def channel_values(values: float | Sequence[float], images: Tensor, name: str) -> Tensor:
-    """One number, or one per channel, as (1, C, 1, 1) like the images.
+    """One number, or one number per channel, as (1, C, 1, 1) in the images' dtype and on their device.
+
+    Args:
+        values: one number or C numbers.
+        images: (B, C, H, W).
+        name: name of the argument, for the message.
 
     Raises:
-        ValueError: neither one value nor one per channel.
+        InputError: neither one number nor one per channel.
     """
-    given = torch.as_tensor([values] if isinstance(values, (int, float)) else list(values)).to(images)
-    if len(given) not in (1, images.shape[1]):
-        raise InputError(f"{name} must be one number or {images.shape[1]}, one per channel; got {len(given)}.")
-    return given.expand(images.shape[1]).view(1, -1, 1, 1)
+    numbers = torch.as_tensor([values] if isinstance(values, (int, float)) else list(values)).to(images)
+    if len(numbers) not in (1, images.shape[1]):
+        raise InputError(f"{name} must be one number or {images.shape[1]}, one per channel; got {len(numbers)}.")
+    return numbers.expand(images.shape[1]).view(1, -1, 1, 1)

@@ -1,4 +1,4 @@
-"""The methods by their names in files, on the command line and in `labn.explain`."""
+"""The names of the methods in configurations, on the command line and in `labn.explain`."""
 
 from __future__ import annotations
 
@@ -53,10 +53,22 @@ EXPLAINERS: dict[str, Callable[..., Explainer]] = {
 
 
 def explainer_by_name(name: str, **arguments: Any) -> Explainer:
-    """Build the explainer called `name`; a leading `-` negates its map; arguments pass through.
+    """Build an explainer by its name.
+
+    Args:
+        name: a key of `EXPLAINERS`; a leading `-` negates the maps.
+        arguments: arguments of the explainer's class.
 
     Raises:
-        ValueError: there is none of this name; the message lists the nearest ones.
+        InputError: the name is unknown; the message lists the nearest names.
+
+    Example:
+        >>> from labn.explainers import explainer_by_name
+        >>> explainer_by_name("occlusion", window=16, stride=8).window
+        16
+        >>> explainer_by_name("gradcm")
+        Traceback (most recent call last):
+        labn.errors.InputError: There is no method 'gradcm'; did you mean gradcam, xgradcam, gradcam++?
     """
     if name.startswith("-"):
         return Negated(explainer_by_name(name[1:], **arguments))

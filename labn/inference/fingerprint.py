@@ -110,7 +110,7 @@ class ModelCache(Generic[T]):
 
     Example:
         >>> cache, layer = ModelCache(), nn.Linear(1, 1, bias=False)
-        >>> double = lambda: float(2 * layer.weight)
+        >>> double = lambda: float(2 * layer.weight.detach())
         >>> _ = nn.init.constant_(layer.weight, 3.0)
         >>> cache.get(layer, "double", double), cache.get(layer, "double", lambda: 0.0)
         (6.0, 6.0)

@@ -15,7 +15,14 @@ from torch import Tensor
 
 
 class WeightTransform(ABC):
-    """An elementwise function rho of the weights."""
+    """An elementwise function rho of the weights.
+
+    Example:
+        >>> import torch
+        >>> from labn.lrp import Positive
+        >>> Positive().mirrored(torch.tensor([-2.0, 4.0]))
+        tensor([-2.,  0.])
+    """
 
     @abstractmethod
     def __call__(self, weight: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ def masks():
 
 
 def truth(given, **options):
-    return GroundTruthMap(**options).given(given)(nn.Identity(), IMAGES, TARGETS)
+    return GroundTruthMap(**options).with_masks(given)(nn.Identity(), IMAGES, TARGETS)
 
 
 def test_the_exact_mask_is_the_mask():
@@ -42,4 +42,4 @@ def test_masks_are_needed_and_do_not_enter_the_settings():
         truth(masks()[:2])
     with pytest.raises(ValueError, match="must not be negative"):
         GroundTruthMap(dilation=-1)
-    assert describe(GroundTruthMap(2).given(masks())) == describe(GroundTruthMap(2))
+    assert describe(GroundTruthMap(2).with_masks(masks())) == describe(GroundTruthMap(2))

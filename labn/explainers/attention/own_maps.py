@@ -1,4 +1,4 @@
-"""Maps that a network computes for itself: the attention branch's, and the lambda layers' content path."""
+"""Maps that a network computes itself: the attention of its branch, and the content path of its lambda layers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,23 @@ class BranchAttention(Explainer):
     """The attention map of LABN or ABN (JSAI 2022, eq. 1): one map for all classes, in [0, 1] before resizing.
 
     Args:
-        explain_map: `raw`, the sigmoid map, or `thresholded`, with the values at or below theta set to 0 (eq. 2).
+        explain_map: `raw`, the sigmoid map, or `thresholded`, in which values at or below theta are 0 (eq. 2).
+
+    Raises:
+        InputError: an unknown `explain_map`; on call, a network without attention branch.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from types import SimpleNamespace
+        >>> from labn.explainers import BranchAttention
+        >>> class Network(nn.Module):
+        ...     def forward(self, x):
+        ...         attention = torch.sigmoid(x.mean(1, keepdim=True))
+        ...         return SimpleNamespace(logits=x.mean((2, 3)), attention=attention)
+        >>> BranchAttention()(Network(), torch.zeros(1, 3, 2, 2), torch.tensor([0]))
+        tensor([[[0.5000, 0.5000],
+                 [0.5000, 0.5000]]])
     """
 
     def __init__(self, explain_map: str = "raw") -> None:
@@ -26,7 +42,7 @@ class BranchAttention(Explainer):
         self.explain_map = explain_map
 
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
-        """(B, h, w) attention."""
+        """Attention (B, h, w)."""
         with torch.no_grad():
             attention = getattr(model(images), "attention", None)
         theta = getattr(model, "theta", 0.0)
@@ -41,14 +57,26 @@ class LambdaAttention(Explainer):
     """The content path of a lambda layer, lambda_c^T Q, averaged over its channels (JSAI 2022, section 4.2).
 
     Args:
-        layer: which lambda layer in order of the forward pass; None is the second, or the only one.
+        layer: number of the lambda layer in the order of registration, from 0; None: the second one, or the only one.
+
+    Raises:
+        InputError: on call, a network without lambda layer, or without one of this number.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from labn.explainers import LambdaAttention
+        >>> from labn.models.lambda_networks.layer import LambdaLayer
+        >>> model = nn.Sequential(LambdaLayer(4, dim_k=2, heads=2, r=3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        >>> LambdaAttention()(model, torch.rand(2, 4, 8, 8), torch.tensor([0, 1])).shape
+        torch.Size([2, 8, 8])
     """
 
     def __init__(self, layer: int | None = None) -> None:
         self.layer = layer
 
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
-        """(B, h, w) mean of the content path."""
+        """Mean (B, h, w) of the content path over the channels."""
         layers = [module for module in model.modules() if isinstance(module, LambdaLayer)]
         if not layers:
             raise InputError(f"{type(model).__name__} has no lambda layer; choose another method than lambda.")

@@ -19,17 +19,20 @@ from labn.inference.hooks import temporary_hooks
 from labn.inference.modes import logits_of
 from labn.models.lambda_networks.layer import LambdaLayer
 
-MAX_PREFIX = 16  # class, distillation and register tokens in front of the patches
+MAX_PREFIX = 16  # largest number of class, distillation and register tokens in front of the patches
 
 
 def rollout(attentions: Iterable[Tensor]) -> Tensor:
     """A^_L ... A^_1 with A^ = rownorm(A / 2 + I / 2) (Abnar and Zuidema, ACL 2020, section 3).
 
     Args:
-        attentions: (B, N, N) non-negative matrices, the first layer first; row n says what token n attends to.
+        attentions: (B, N, N) non-negative matrices, the first layer first; row n holds the attention of token n.
 
     Returns:
         (B, N, N), rows that sum to 1.
+
+    Raises:
+        InputError: there is no matrix.
     """
     result: Tensor | None = None
     for attention in attentions:
@@ -42,7 +45,7 @@ def rollout(attentions: Iterable[Tensor]) -> Tensor:
 
 
 class _Recorder(TorchFunctionMode):
-    """Sees every self-attention matrix that a model computes, mean over heads, however the model computes it."""
+    """Records every self-attention matrix of a forward pass, mean over heads, however the model computes it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,13 +56,13 @@ class _Recorder(TorchFunctionMode):
         return func(*args, **(kwargs or {})) if handler is None else handler(self, func, args, dict(kwargs or {}))
 
     def record(self, attention: Tensor) -> None:
-        """Keep a (B, heads, N, N) matrix; anything that is not square in tokens is no self-attention."""
+        """Keep a (B, heads, N, N) matrix; a tensor that is not square in the tokens belongs to something else."""
         if attention.ndim == 4 and attention.shape[-1] == attention.shape[-2]:
             self.attentions.append(attention.mean(dim=1))
 
 
 def _fused(recorder: _Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """`F.scaled_dot_product_attention`: its matrix is not returned, so it is computed beside it."""
+    """`F.scaled_dot_product_attention` does not return its matrix, which is therefore computed once more."""
     query, key = args[:2] if len(args) > 1 else (kwargs["query"], kwargs["key"])
     mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
     scale = kwargs.get("scale") or query.shape[-1] ** -0.5
@@ -71,16 +74,16 @@ def _fused(recorder: _Recorder, func: Any, args: Any, kwargs: dict[str, Any]) ->
 
 
 def _plain(recorder: _Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """A softmax over a square matrix."""
+    """A softmax, which is attention if its matrix is square."""
     output = func(*args, **kwargs)
     recorder.record(output)
     return output
 
 
 def _multi_head(recorder: _Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """PyTorch's own multi-head attention, which returns its matrices if asked."""
-    wanted = {**kwargs, "need_weights": True, "average_attn_weights": False}
-    output, attention = func(*args, **wanted)
+    """PyTorch's own multi-head attention, which returns its matrix on request."""
+    options = {**kwargs, "need_weights": True, "average_attn_weights": False}
+    output, attention = func(*args, **options)
     recorder.record(attention)
     return output, None
 
@@ -95,18 +98,18 @@ HANDLERS: dict[Any, Callable[[_Recorder, Any, Any, dict[str, Any]], Any]] = {
 
 
 def token_grid(tokens: int, size: torch.Size, embeddings: Sequence[tuple[int, int]] = ()) -> tuple[int, int, int]:
-    """Rows, columns and prefix tokens of N tokens.
+    """The grid of N tokens: rows, columns, and the number of prefix tokens in front of the patches.
 
-    The grid is what one of the model's convolutions made patches on, the finest of at most N of them, or without such a
-    one as the image's proportions say.
+    The grid is the output of one of the model's convolutions, the finest with at most N positions, or a grid in the
+    image's proportions where no convolution fits.
 
     Args:
         tokens: N.
         size: (H, W) of the image.
-        embeddings: rows and columns of what the model's convolutions returned.
+        embeddings: rows and columns of the outputs of the model's convolutions.
 
     Raises:
-        ValueError: N is not a few tokens more than such a grid.
+        InputError: no grid has N tokens, with at most MAX_PREFIX prefix tokens.
     """
     for rows, columns in sorted(embeddings, key=math.prod, reverse=True):
         if 0 <= tokens - rows * columns <= MAX_PREFIX and rows * columns > 1:
@@ -119,18 +122,27 @@ def token_grid(tokens: int, size: torch.Size, embeddings: Sequence[tuple[int, in
 
 
 class AttentionRollout(Explainer):
-    """Attention rollout (Abnar and Zuidema, ACL 2020): what the output token draws from each patch; for all classes.
+    """Attention rollout (Abnar and Zuidema, ACL 2020): how much each patch contributes to the output token.
 
         A^_l = rownorm(mean over heads(A_l) / 2 + I / 2),   R = A^_L ... A^_1
 
-    The map is R's row of the class token, or without one the mean of the patches' rows. Works on vision transformers
-    with global self-attention (timm, torchvision). On lambda networks, as an experiment, the implicit attention
-    A[n,m] = |sum_k Q[k,n] (K[k,m] + E[k,m-n])| of the layers at the last resolution takes its place; it is neither
-    positive nor stochastic by itself.
+    The map is the row of R for the class token, or the mean of the patches' rows in a network without class token; it
+    is the same for all classes. The method works on vision transformers with global self-attention (timm, torchvision).
+    On lambda networks, as an experiment, A is the implicit attention |sum_k Q[k,n] (K[k,m] + E[k,m-n])| of the layers
+    at the last resolution, whose rows are normalised like those of attention.
+
+    Example:
+        >>> import torch
+        >>> from torchvision.models import VisionTransformer
+        >>> from labn.explainers import AttentionRollout
+        >>> sizes = {"num_layers": 2, "num_heads": 1, "hidden_dim": 4, "mlp_dim": 4, "num_classes": 2}
+        >>> model = VisionTransformer(image_size=8, patch_size=4, **sizes)
+        >>> AttentionRollout()(model, torch.rand(2, 3, 8, 8), torch.tensor([0, 1])).shape
+        torch.Size([2, 8, 8])
     """
 
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
-        """(B, h, w) on the grid of patches."""
+        """Maps (B, h, w) on the grid of patches."""
         with torch.no_grad():
             if any(isinstance(module, LambdaLayer) for module in model.modules()):
                 return _lambda_rollout(model, images)
@@ -143,17 +155,23 @@ class AttentionRollout(Explainer):
             logits_of(model(images))
         shapes = {tuple(attention.shape) for attention in recorder.attentions}
         if len(shapes) != 1 or next(iter(shapes))[0] != len(images):
-            found = f"attention matrices of shapes {sorted(shapes)}" if shapes else "no self-attention"
-            raise InputError(f"rollout needs global self-attention with one number of tokens; {found} in this model.")
+            seen = f"attention matrices of shapes {sorted(shapes)}" if shapes else "no self-attention"
+            raise InputError(f"rollout needs global self-attention with one number of tokens; {seen} in this model.")
         rolled = rollout(recorder.attentions)
         rows, columns, prefix = token_grid(rolled.shape[-1], images.shape[-2:], grids)
+        # timm names its pooling; models without the attribute, such as torchvision's, read the class token.
         by_token = prefix > 0 and getattr(model, "global_pool", "token") in ("token", "")
         weights = rolled[:, 0] if by_token else rolled[:, prefix:].mean(dim=1)
         return weights[:, prefix:].unflatten(1, (rows, columns))
 
 
 def implicit_attention(layer: LambdaLayer, x: Tensor) -> Tensor:
-    """|sum_k Q[h,k,n] (sum_u K[u,k,m] + E[k,u,m-n])|, mean over heads, as (B, N, N) with N = H W positions."""
+    """|sum_k Q[h,k,n] (sum_u K[u,k,m] + E[k,u,m-n])|, mean over heads, as (B, N, N) with N = H W positions.
+
+    Args:
+        layer: a lambda layer.
+        x: (B, d, H, W), its input.
+    """
     height, width = x.shape[-2:]
     query, key, _ = layer.project(x)
     row = torch.arange(height, device=x.device).repeat_interleave(width)
@@ -170,7 +188,7 @@ def implicit_attention(layer: LambdaLayer, x: Tensor) -> Tensor:
 
 
 def _lambda_rollout(model: nn.Module, images: Tensor) -> Tensor:
-    """(B, h, w): mean row of the rollout over the lambda layers at the last resolution."""
+    """Mean row (B, h, w) of the rollout over the lambda layers at the last resolution."""
     inputs: list[tuple[LambdaLayer, Tensor]] = []
     layers = [module for module in model.modules() if isinstance(module, LambdaLayer)]
     with temporary_hooks(before=dict.fromkeys(layers, lambda layer, args: inputs.append((layer, args[0])))):

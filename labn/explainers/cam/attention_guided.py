@@ -1,4 +1,4 @@
-"""AMG: Grad-CAM's feature maps seen through channel and spatial attention (An and Joe 2022)."""
+"""AMG: Grad-CAM with channel and spatial attention on its weighted feature maps (An and Joe 2022)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from labn.models.cbam import CBAM
 
 
 class Gates(Protocol):
-    """Two attention gates for feature maps F (B, K, h, w), as CBAM has them."""
+    """The two attention gates of CBAM for feature maps F (B, K, h, w)."""
 
     def channel_gate(self, x: Tensor) -> Tensor:
         """(B, K, 1, 1)."""
@@ -27,13 +27,13 @@ class Gates(Protocol):
 
 
 class ParameterFreeGates:
-    """CBAM's gates without its weights: c = sigmoid(mean_ij F + max_ij F), s = sigmoid((mean_k F + max_k F) / 2).
+    """CBAM's gates without weights: c = sigmoid(mean_ij F + max_ij F), s = sigmoid((mean_k F + max_k F) / 2).
 
-    CBAM adds up its two channel vectors behind the shared MLP, here the identity, but mixes its two spatial maps in
-    one convolution, here their mean.
+    CBAM adds its two channel vectors after a shared MLP, which is the identity here, and combines its two spatial maps
+    by a convolution, which is their mean here.
 
     Args:
-        box: odd side of a box filter over the mean of the two spatial maps, in place of CBAM's window; 1 is none.
+        box: odd side of a box filter on the mean of the two spatial maps, in place of CBAM's window; 1: no filter.
     """
 
     def __init__(self, box: int = 1) -> None:
@@ -52,7 +52,7 @@ class ParameterFreeGates:
 
 
 def unit_scale(maps: Tensor) -> Tensor:
-    """F^ = F / max|F| per image, so that the sigmoids see the same scale whatever the network's gradients are."""
+    """F^ = F / max|F| per image, which makes the sigmoids independent of the scale of the network's gradients."""
     largest = maps.abs().amax(dim=(1, 2, 3), keepdim=True)
     return torch.where(largest > 0, maps / largest, 0)
 
@@ -64,7 +64,7 @@ def _same(maps: Tensor) -> Tensor:
 Scaling = Callable[[Tensor], Tensor]
 
 
-# `read` is what the first gate sees; the second sees the same, gated by the first, as in CBAM.
+# The first gate reads `read`, the second one reads `read` after the first gate, as in CBAM.
 def _channel_spatial(gates: Gates, maps: Tensor, read: Tensor, scaled: Scaling) -> Tensor:
     channels = gates.channel_gate(scaled(read))
     return gates.spatial_gate(scaled(channels * read)) * (channels * maps)
@@ -83,28 +83,40 @@ ORDERS = {"channel-spatial": _channel_spatial, "spatial-channel": _spatial_chann
 
 
 class AttentionMapGuided(GradCAM):
-    """AMG (An and Joe 2022): attention over Grad-CAM's weighted feature maps, before they are summed.
+    """AMG (An and Joe 2022): attention on Grad-CAM's weighted feature maps before they are summed.
 
         F_k = w_k A^k,   F' = channel_gate(F^) F,   F'' = spatial_gate(F'^) F',   L = ReLU(sum_k F''_k)
         with F^ = F / max|F|
 
-    w are Grad-CAM's weights. The paper leaves open whether the attention is trained and where it is applied: these
-    are options, and the default needs no training. Trained gates read the activations A that they were trained on, in
-    place of F^: on F, which is smaller by orders of magnitude, they would say the same of every image.
+    w are Grad-CAM's weights. The paper leaves open whether the attention is trained and where it is applied; both are
+    options, and the default needs no training. Trained gates read the activations A that they were trained on in place
+    of F^: F is smaller by orders of magnitude, so that their output would be the same for every image.
 
     Args:
-        target_layer: name of the layer; None finds the last one with spatial feature maps, or with
-            attention="cbam" what enters the network's CBAM block.
-        relu: keep the ReLU of the map.
+        target_layer: name of the layer; None: the last one with spatial feature maps, or with attention="cbam" the
+            input of the network's CBAM block.
+        relu: apply the ReLU to the map; without it the map is signed.
         attention: "parameter_free"; "cbam", the trained CBAM block in the explained network itself
             (`labn.models.cbam.with_cbam`); or any module with CBAM's `channel_gate` and `spatial_gate`.
         order: "channel-spatial", "spatial-channel" or "parallel".
-        apply_to: "weighted" maps F, or "activation": attention on A, with which the network goes on, then Grad-CAM
-            there; the same as Grad-CAM on a network with that attention behind the layer.
+        apply_to: "weighted": attention on the maps F; "activation": attention on A inside the network, followed by
+            Grad-CAM there, which equals Grad-CAM of a network with the attention after the layer.
         residual: add the maps without attention.
-        normalise: let the gates read F^ (True) or F (False), or with apply_to="activation" A likewise; None: F^ for the
-            parameter-free gates, A as it is for trained ones.
-        box: side of the box filter of the parameter-free spatial gate; 1 is none.
+        normalise: the gates read F^ (True) or F (False), or with apply_to="activation" A likewise; None: F^ for the
+            parameter-free gates, unscaled A for trained ones.
+        box: side of the box filter of the parameter-free spatial gate; 1: no filter.
+
+    Raises:
+        InputError: an argument has another value; on call, no CBAM block in the network for attention="cbam".
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from labn.explainers import AttentionMapGuided
+        >>> layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)]
+        >>> explainer = AttentionMapGuided(order="spatial-channel")
+        >>> explainer(nn.Sequential(*layers), torch.rand(2, 3, 8, 8), torch.tensor([0, 1])).shape
+        torch.Size([2, 8, 8])
     """
 
     def __init__(
@@ -131,11 +143,11 @@ class AttentionMapGuided(GradCAM):
 
     @property
     def revision(self) -> int:
-        """1 where trained gates read the activations, as they did not before."""
+        """1 with trained gates that read the activations, which earlier versions did not do."""
         return int(self.attention != "parameter_free" and self.normalise is None)
 
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
-        """(B, h, w) attended sum at the layer's resolution."""
+        """Maps (B, h, w): sums of the attended feature maps at the layer's resolution."""
         gates, layer = self._gates(model), self.layer(model, images)
         if not isinstance(gates, nn.Module):
             return self._attended_sum(gates, layer, model, images, targets)
@@ -147,12 +159,12 @@ class AttentionMapGuided(GradCAM):
         self, gates: Gates, layer: nn.Module, model: nn.Module, images: Tensor, targets: Tensor
     ) -> Tensor:
         if self.apply_to == "activation":
-            seen = gradient_features(model, layer, images, targets, lambda maps: self._attend(gates, maps, maps))
-            return self.weigh(self.weights(seen.activations, seen.slopes), seen.activations)
-        seen = gradient_features(model, layer, images, targets)
+            features = gradient_features(model, layer, images, targets, lambda maps: self._attend(gates, maps, maps))
+            return self.weigh(self.weights(features.activations, features.slopes), features.activations)
+        features = gradient_features(model, layer, images, targets)
         with torch.no_grad():
-            weighted = self.weights(seen.activations, seen.slopes) * seen.activations
-            attended = self._attend(gates, weighted, seen.activations)
+            weighted = self.weights(features.activations, features.slopes) * features.activations
+            attended = self._attend(gates, weighted, features.activations)
         return self.weigh(torch.ones_like(attended[:, :, :1, :1]), attended)
 
     def layer(self, model: nn.Module, images: Tensor) -> nn.Module:

@@ -1,4 +1,4 @@
-"""One layer's feature maps and the gradient of the target's logit there, for the price of a forward without a graph."""
+"""Feature maps of one layer and the gradient of the target's logit there, without a graph before that layer."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from labn.inference.modes import logits_of
 
 @dataclass(frozen=True)
 class Features:
-    """What a forward pass showed at the target layer.
+    """Feature maps and logits of one forward pass.
 
     Attributes:
         activations: A (B, K, h, w).
         logits: (B, num_classes).
-        gradients: dy_c/dA (B, K, h, w) of the logit y_c of each image's target; None where they were not asked for.
+        gradients: dy_c/dA (B, K, h, w) of the logit y_c of each image's target; None if not computed.
     """
 
     activations: Tensor
@@ -33,21 +33,20 @@ class Features:
 
     @property
     def slopes(self) -> Tensor:
-        """The gradients, where they were asked for."""
+        """The gradients of features that have them."""
         assert self.gradients is not None
         return self.gradients
 
 
 def target_layer_of(model: nn.Module, images: Tensor, name: str | None) -> nn.Module:
-    """The layer called `name`, or with None the last one with spatial feature maps."""
+    """The layer called `name`, or for None the last one with spatial feature maps."""
     return named_layer(model, find_target_layer(model, images) if name is None else name)
 
 
 def fast_logits(model: nn.Module, images: Tensor) -> Tensor:
-    """Logits (B, num_classes), computed with the channels last in memory wherever the model allows it.
+    """Logits (B, num_classes), computed in channels_last, in which convolutions are faster, where the model allows it.
 
-    The values are the same and convolutions are faster; a model that calls `view` on its feature maps refuses this
-    format and is run again in the default one.
+    A model that calls `view` on its feature maps fails in this memory format and is run again in the default one.
     """
     try:
         return logits_of(model(images.contiguous(memory_format=torch.channels_last)))
@@ -59,15 +58,15 @@ def fast_logits(model: nn.Module, images: Tensor) -> Tensor:
 
 @contextmanager
 def replacing_output(layer: nn.Module, size: torch.Size, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let `layer` return `change(A)` instead of its feature maps A, which `change` sees as (B, K, h, w).
+    """Make `layer` return `change(A)` in place of its feature maps A within the block.
 
     Args:
         layer: any submodule that returns feature maps.
-        size: (H, W) of the images, by whose proportions (B, h, w, K) is told from (B, K, h, w).
-        change: called at every forward of the layer.
+        size: (H, W) of the images, whose proportions distinguish (B, h, w, K) from (B, K, h, w).
+        change: function of A (B, K, h, w), called at every forward of the layer.
 
     Raises:
-        ValueError: from within the forward, where the layer returns something else than feature maps.
+        InputError: during a forward, if the layer does not return feature maps.
     """
 
     def hook(module: nn.Module, _args: Any, output: Any) -> Tensor:
@@ -84,15 +83,15 @@ def replacing_output(layer: nn.Module, size: torch.Size, change: Callable[[Tenso
 
 def layer_features(model: nn.Module, layer: nn.Module, images: Tensor) -> Features:
     """Feature maps of `layer` and the logits of (B, C, H, W), without gradients."""
-    kept: list[Tensor] = []
+    maps: list[Tensor] = []
 
     def keep(output: Tensor) -> Tensor:
-        kept[:] = [output.clone()]  # a copy: the layer behind may work in place
+        maps[:] = [output.clone()]  # a copy: the next layer may work in place
         return output
 
     with torch.no_grad(), replacing_output(layer, images.shape[-2:], keep):
         logits = fast_logits(model, images)
-    return Features(kept[0], logits)
+    return Features(maps[0], logits)
 
 
 def gradient_features(
@@ -104,31 +103,30 @@ def gradient_features(
 ) -> Features:
     """Feature maps of `layer` with the gradient of each target's logit.
 
-    Gradient mode is switched on as the layer returns, so that the graph and the backward pass cover the tail of the
-    network alone.
+    Gradient mode is switched on when the layer returns, so that graph and backward pass cover only the layers after it.
 
     Args:
         model: run once.
-        layer: a submodule of it that returns feature maps.
+        layer: a submodule of the model that returns feature maps.
         images: (B, C, H, W).
         targets: (B,) int64.
-        attend: applied to the feature maps before the network goes on with them; the result is A.
+        attend: applied to the feature maps before the next layer reads them; the result is A.
 
     Raises:
-        ValueError: the logits do not depend on the layer, or a target is not a class index.
+        InputError: the logits do not depend on the layer, or a target is not a class index.
     """
-    kept: list[Tensor] = []
+    leaves: list[Tensor] = []
 
     def start_graph(output: Tensor) -> Tensor:
-        kept[:] = [(output if attend is None else attend(output)).detach().requires_grad_()]
+        leaves[:] = [(output if attend is None else attend(output)).detach().requires_grad_()]
         torch.set_grad_enabled(True)
-        return kept[0].clone()  # a copy goes on: an in-place layer behind must not overwrite the leaf
+        return leaves[0].clone()  # a copy: an in-place layer must not overwrite the leaf
 
     with torch.no_grad(), replacing_output(layer, images.shape[-2:], start_graph):
         logits = fast_logits(model, images)
-    if not kept or not logits.requires_grad:
+    if not leaves or not logits.requires_grad:
         raise InputError(
             f"The logits of {type(model).__name__} do not depend on target_layer; name a layer before them."
         )
-    (gradients,) = torch.autograd.grad(class_scores(logits, targets).sum(), kept[0])
-    return Features(kept[0].detach(), logits.detach(), gradients)
+    (gradients,) = torch.autograd.grad(class_scores(logits, targets).sum(), leaves[0])
+    return Features(leaves[0].detach(), logits.detach(), gradients)

@@ -12,11 +12,11 @@ from labn.explainers.cam.features import Features, gradient_features, target_lay
 
 
 class ActivationMap(Explainer):
-    """L = ReLU(sum_k w_k A^k) at a target layer; subclasses give the weights w.
+    """A class activation map L = ReLU(sum_k w_k A^k) at a target layer; subclasses define the weights w.
 
     Args:
-        target_layer: name of the layer; None finds the last one with spatial feature maps.
-        relu: keep the ReLU of the formula; without it the map is signed.
+        target_layer: name of the layer; None: the last one with spatial feature maps.
+        relu: apply the ReLU to the map; without it the map is signed.
     """
 
     def __init__(self, target_layer: str | None = None, relu: bool = True) -> None:
@@ -28,12 +28,12 @@ class ActivationMap(Explainer):
         """w (B, K, 1, 1) or (B, K, h, w) from A and dy_c/dA, both (B, K, h, w)."""
 
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
-        """(B, h, w) weighted sum at the layer's resolution."""
-        seen = self.features(model, images, targets)
-        return self.weigh(self.weights(seen.activations, seen.slopes), seen.activations)
+        """Maps (B, h, w): weighted sums at the layer's resolution."""
+        features = self.features(model, images, targets)
+        return self.weigh(self.weights(features.activations, features.slopes), features.activations)
 
     def weigh(self, weights: Tensor, activations: Tensor) -> Tensor:
-        """(B, h, w): sum_k w_k A^k, after the ReLU unless that is switched off."""
+        """sum_k w_k A^k (B, h, w), after the ReLU if `relu`."""
         maps = (weights * activations).sum(dim=1)
         return maps.relu() if self.relu else maps
 
@@ -47,7 +47,18 @@ class ActivationMap(Explainer):
 
 
 class GradCAM(ActivationMap):
-    """Grad-CAM (Selvaraju et al., ICCV 2017, eq. 1): w_k = (1/Z) sum_ij g^k_ij with g = dy_c/dA and Z = h w."""
+    """Grad-CAM (Selvaraju et al., ICCV 2017, eq. 1): w_k = (1/Z) sum_ij g^k_ij with g = dy_c/dA and Z = h w.
+
+    Arguments as for every class activation map: `target_layer` and `relu`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from labn.explainers import GradCAM
+        >>> layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)]
+        >>> GradCAM()(nn.Sequential(*layers), torch.rand(2, 3, 8, 8), torch.tensor([0, 1])).shape
+        torch.Size([2, 8, 8])
+    """
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
         """Spatial mean of the gradients."""
@@ -57,8 +68,8 @@ class GradCAM(ActivationMap):
 def plus_plus_factor(ratio: Tensor, total: Tensor) -> Tensor:
     """a = D2 / (2 D2 + total * D3) = 1 / (2 + total * D3 / D2), 0 where D3 is 0 or the denominator vanishes.
 
-    Working with the ratio keeps float32 exact: gradients are far below 1, so that their third powers underflow and any
-    fixed epsilon would outweigh their squares.
+    The ratio keeps float32 exact: gradients are far below 1, so that their third powers underflow and any fixed epsilon
+    would outweigh their squares.
 
     Args:
         ratio: D3 / D2 (B, K, h, w); for the score exp(y_c) of Grad-CAM++ it is the gradient itself.
@@ -72,20 +83,38 @@ def plus_plus_factor(ratio: Tensor, total: Tensor) -> Tensor:
 class GradCAMPlusPlus(ActivationMap):
     """Grad-CAM++ (Chattopadhay et al., WACV 2018, eq. 19): w_k = sum_ij a^k_ij ReLU(g^k_ij).
 
-    a = g^2 / (2 g^2 + (sum_ab A^k_ab) g^3), 0 where g is 0: the score is exp(y_c), whose derivatives are powers of g.
+    a = g^2 / (2 g^2 + (sum_ab A^k_ab) g^3), and 0 where g is 0. The score is exp(y_c), whose higher derivatives are
+    powers of g for a piecewise linear network.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from labn.explainers import GradCAMPlusPlus
+        >>> layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)]
+        >>> GradCAMPlusPlus()(nn.Sequential(*layers), torch.rand(2, 3, 8, 8), torch.tensor([0, 1])).shape
+        torch.Size([2, 8, 8])
     """
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
-        """Sum over positions of a ReLU(g)."""
+        """Sum over the positions of a ReLU(g)."""
         factor = plus_plus_factor(gradients, activations.sum(dim=(2, 3), keepdim=True))
         return (factor * gradients.relu()).sum(dim=(2, 3), keepdim=True)
 
 
 class XGradCAM(ActivationMap):
-    """XGrad-CAM (Fu et al., BMVC 2020, eq. 5): w_k = sum_ij A^k_ij g^k_ij / sum_ab A^k_ab, 0 where that sum is 0."""
+    """XGrad-CAM (Fu et al., BMVC 2020, eq. 5): w_k = sum_ij A^k_ij g^k_ij / sum_ab A^k_ab, 0 where that sum is 0.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from labn.explainers import XGradCAM
+        >>> layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)]
+        >>> XGradCAM()(nn.Sequential(*layers), torch.rand(2, 3, 8, 8), torch.tensor([0, 1])).shape
+        torch.Size([2, 8, 8])
+    """
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
-        """Mean of the gradients, weighted by the activations."""
+        """Mean of the gradients weighted by the activations."""
         total = activations.sum(dim=(2, 3), keepdim=True)
         weighted = (activations * gradients).sum(dim=(2, 3), keepdim=True)
         return torch.where(total != 0, weighted / total, 0)

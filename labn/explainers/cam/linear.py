@@ -1,4 +1,4 @@
-"""CAM itself, and what it needs: a network that ends in global average pooling and one linear layer."""
+"""CAM, and the test whether a network ends in global average pooling and one linear layer, as CAM requires."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from labn.explainers.base import check_targets
 from labn.explainers.cam.features import Features, layer_features
 from labn.explainers.cam.gradcam import ActivationMap
 
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3}  # relative to the largest logit; rounding, not agreement
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-3}  # of recomputed logits, relative to the largest logit
 
 
 @dataclass(frozen=True)
 class LinearTail:
-    """y = W mean_ij(A) + b.
+    """The tail y = W mean_ij(A) + b of a network.
 
     Attributes:
         weight: W (num_classes, K).
-        activations: A (B, K, h, w), after the ReLU that some networks put between the layer and the pooling.
+        activations: A (B, K, h, w), after the ReLU that some networks have between the layer and the pooling.
     """
 
     weight: Tensor
@@ -39,11 +39,11 @@ def _linear_layers(model: nn.Module, classes: int, channels: int) -> Iterator[tu
 
 
 def linear_tail(model: nn.Module, features: Features) -> LinearTail | None:
-    """The linear layer behind a global average pooling of the features, or None where the logits say otherwise.
+    """The linear layer behind a global average pooling of the features; None if it does not reproduce the logits.
 
     Args:
-        model: searched for a linear layer of the right size.
-        features: of the layer in question; its logits decide.
+        model: searched for linear layers of the right size.
+        features: feature maps of the layer, and the logits that the candidate has to reproduce.
     """
     expected = features.logits
     limit = TOLERANCES.get(expected.dtype, 1e-2) * expected.abs().max()
@@ -58,16 +58,28 @@ def linear_tail(model: nn.Module, features: Features) -> LinearTail | None:
 class CAM(ActivationMap):
     """CAM (Zhou et al., CVPR 2016, eq. 2): w_k = W[c, k], the weights of the linear layer behind the pooling.
 
+    Args:
+        target_layer: name of the layer; None: the last one with spatial feature maps.
+        relu: apply the ReLU to the map; without it the map is signed.
+
     Raises:
-        ValueError: on call, if the network does not end in global average pooling and one linear layer.
+        InputError: on call, if the network does not end in global average pooling and one linear layer.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from labn.explainers import CAM
+        >>> layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)]
+        >>> CAM()(nn.Sequential(*layers), torch.rand(2, 3, 8, 8), torch.tensor([0, 1])).shape
+        torch.Size([2, 8, 8])
     """
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
-        """w (B, K, 1, 1): the targets' rows (B, K) of W, which take the place of gradients here."""
+        """w (B, K, 1, 1) from the targets' rows (B, K) of W, which are passed as `gradients`."""
         return gradients[:, :, None, None]
 
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
-        """(B, h, w) weighted sum at the layer's resolution."""
+        """Maps (B, h, w): weighted sums at the layer's resolution."""
         features = layer_features(model, self.layer(model, images), images)
         check_targets(targets, features.logits.shape[1])
         tail = linear_tail(model, features)

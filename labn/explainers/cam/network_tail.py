@@ -1,4 +1,4 @@
-"""The part of a network behind one layer, run on its own with other feature maps."""
+"""The tail of a network: the layers after one layer, run on other feature maps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from labn.inference.modes import logits_of
 
 
 class _Recorded(nn.Module):
-    """Stands for a module that has already run: returns what it returned."""
+    """A replacement for a module that has run already; it returns the recorded output."""
 
     def __init__(self, output: Any) -> None:
         super().__init__()
@@ -28,7 +28,7 @@ class _Recorded(nn.Module):
 
 
 class _Trunk:
-    """One forward of a model: which modules ran once, ended before the target layer did, and what they returned."""
+    """Records one forward: the outputs of all modules that returned before the target layer did."""
 
     def __init__(self, model: nn.Module, layer: nn.Module, image: Tensor) -> None:
         self.layer = layer
@@ -47,19 +47,20 @@ class _Trunk:
             self.outputs[module] = output
 
     def versions(self) -> list[int]:
-        """How often each record was written to; an in-place layer behind would change them."""
+        """Version counters of the recorded tensors, which an in-place operation on a record would raise."""
         return [output._version for output in self.outputs.values() if isinstance(output, Tensor)]
 
     def replaceable(self, module: nn.Module) -> bool:
-        """Whether the module's recorded output can stand for it."""
+        """Whether the recorded output can replace the module: it returned before the target layer and ran once."""
         return module in self.outputs and self.calls[module] == 1
 
 
 class _Cut:
-    """The network with its trunk replaced by recorded outputs; it shares the weights of the original."""
+    """A copy of the network with the trunk replaced by recorded outputs; it shares the original's weights."""
 
     def __init__(self, model: nn.Module, layer: nn.Module, trunk: _Trunk, image: Tensor) -> None:
         self.image, self.layer, self.stub = image, layer, _Recorded(None)
+        # As a memo of `deepcopy`, the tensors stand for their own copies: modules are copied, weights are shared.
         shared: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
         self.model = copy.deepcopy(model, shared)
         self._replace(model, trunk, dict(zip(model.modules(), self.model.modules())))
@@ -74,13 +75,13 @@ class _Cut:
                 self._replace(child, trunk, twins)
 
     def __call__(self, activations: Tensor) -> Tensor:
-        """Logits (n, num_classes) for the layer's output (n, ...); one image stands for all in what is left."""
+        """Logits (n, num_classes) for the layer's output (n, ...); the remaining layers see one image for all n."""
         self.stub.output = activations
         return logits_of(self.model(self.image))
 
 
 class _Whole:
-    """The whole network on the image repeated, its layer's output replaced: always right, and slow."""
+    """The whole network on the repeated image, with the layer's output replaced: always correct, but slow."""
 
     def __init__(self, model: nn.Module, layer: nn.Module, trunk: _Trunk, image: Tensor) -> None:
         self.model, self.layer, self.image = model, layer, image
@@ -92,32 +93,32 @@ class _Whole:
 
 
 class Tail:
-    """A network from one layer on: other feature maps in, logits out.
+    """The tail of a network after one layer, for one image: feature maps in, logits out.
 
-    The trunk runs once, for one image. What it computed is replayed from records in a copy that shares the network's
-    weights, which is used only if it gives the network's own logits; else the whole network runs each time.
+    The trunk, all layers up to this one, runs once. A copy of the network replays its recorded outputs; the copy is
+    used only if it reproduces the network's logits, otherwise the whole network runs every time.
 
     Args:
-        model: not changed.
-        layer: a submodule of it that returns feature maps and runs once per forward.
+        model: the network, not changed.
+        layer: a submodule of the network that returns feature maps and runs once per forward.
         image: (1, C, H, W).
 
     Attributes:
-        activations: what the layer returned, A (1, K, h, w).
+        activations: A (1, K, h, w), the output of the layer.
         logits: (1, num_classes) of the image.
         cut: whether the trunk is replayed from records.
     """
 
     def __init__(self, model: nn.Module, layer: nn.Module, image: Tensor) -> None:
-        kept: list[Tensor] = []
+        maps: list[Tensor] = []
 
         def keep(output: Tensor) -> Tensor:
-            kept[:] = [output.clone()]
+            maps[:] = [output.clone()]
             return output
 
         with torch.no_grad(), replacing_output(layer, image.shape[-2:], keep):
             trunk = _Trunk(model, layer, image)
-        self.activations, self.logits = kept[0], trunk.logits
+        self.activations, self.logits = maps[0], trunk.logits
         self._last = is_channels_last(trunk.shape, image.shape[-2:])
         self._run: _Cut | _Whole = _Whole(model, layer, trunk, image)
         self.cut = trunk.calls[layer] == 1 and self._try_cut(model, layer, trunk, image)
@@ -127,14 +128,14 @@ class Tail:
         return self._run(activations.permute(0, 2, 3, 1) if self._last else activations)
 
     def _try_cut(self, model: nn.Module, layer: nn.Module, trunk: _Trunk, image: Tensor) -> bool:
-        """Use the replayed trunk if it gives the same logits, twice, without changing its records."""
+        """Use the replayed trunk if it reproduces the logits, for two images at once, without changing its records."""
         whole, versions = self._run, trunk.versions()
         try:
             self._run = _Cut(model, layer, trunk, image)
             with torch.no_grad():
                 logits = self(self.activations.repeat(2, 1, 1, 1))
         except (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError):
-            logits = self.logits[:0]  # what is left between the records cannot do with one image
+            logits = self.logits[:0]  # a layer between the records needs the batch size of the feature maps
         limit = 1e-4 * self.logits.abs().max().clamp(min=1)
         same = len(logits) == 2 and bool(((logits - self.logits).abs() <= limit).all())
         if not same or versions != trunk.versions():

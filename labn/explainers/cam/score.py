@@ -1,4 +1,4 @@
-"""Score-CAM: weights from the scores of the image seen through each feature map."""
+"""Score-CAM: weights from the scores of the image masked by each feature map."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _score(scores: Tensor, baseline: Tensor) -> Tensor:
     return scores
 
 
-# What a weight is made of: (K,) scores of the masked images and the score of the baseline -> (K,) weights.
+# (K,) scores of the masked images, score of the baseline -> (K,) weights.
 WEIGHTINGS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "softmax": _softmax_of_gain,
     "gain": _gain,
@@ -44,19 +44,27 @@ class ScoreCAM(ActivationMap):
     One forward per feature map; the baseline is the image of zeros, the mean colour after normalisation.
 
     Args:
-        target_layer: name of the layer; None finds the last one with spatial feature maps.
-        relu: keep the ReLU of the map.
+        target_layer: name of the layer; None: the last one with spatial feature maps.
+        relu: apply the ReLU to the map; without it the map is signed.
         score: "logit" (the equations) or "probability".
         weighting: "softmax" over the channels of the gain above the baseline (the equations), "gain" without the
             softmax, or "score" without both; the authors' released code is score="probability", weighting="score".
-        chunk_size: masked images per forward; None lets the engine choose. The map does not depend on it.
-        fold: whether the forwards may run on a copy with BatchNorm folded, which gives the same logits up to rounding.
-        channels: how many feature maps take part per image, those with the largest spatial standard deviation; the
-            others get the weight 0. None takes all. A map that hardly varies hardly masks.
-        precision: of these forwards, "fp32" (the images' own dtype) or "bf16" (autocast).
+        chunk_size: masked images per forward; None: chosen by the engine. The map does not depend on it.
+        fold: whether the forwards may run on a copy with BatchNorm folded, which is equal up to rounding.
+        channels: number of feature maps used per image, those with the largest spatial standard deviation; the others
+            get the weight 0, because a map that hardly varies hardly masks. None: all.
+        precision: precision of these forwards, "fp32" (the images' own dtype) or "bf16" (autocast).
 
     Raises:
-        ValueError: an unknown score, weighting or precision, or no channels.
+        InputError: an unknown score, weighting or precision, or `channels` below 1.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from labn.explainers import ScoreCAM
+        >>> layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)]
+        >>> ScoreCAM()(nn.Sequential(*layers), torch.rand(2, 3, 8, 8), torch.tensor([0, 1])).shape
+        torch.Size([2, 8, 8])
     """
 
     def __init__(
@@ -82,14 +90,14 @@ class ScoreCAM(ActivationMap):
         self.chunk_size, self.fold, self.precision = chunk_size, fold, precision
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
-        """w (B, K, 1, 1) from A and the scores (B, K + 1), whose last column is the baseline's."""
+        """w (B, K, 1, 1) from A and the scores (B, K + 1), passed as `gradients`; the last column is the baseline's."""
         weights = torch.zeros_like(gradients[:, :-1])
-        for row, scores, taken in zip(weights, gradients, self._taken(activations)):
-            row[taken] = WEIGHTINGS[self.weighting](scores[:-1][taken], scores[-1])
+        for of_image, scores, used in zip(weights, gradients, self._used(activations)):
+            of_image[used] = WEIGHTINGS[self.weighting](scores[:-1][used], scores[-1])
         return weights[:, :, None, None]
 
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
-        """(B, h, w) weighted sum at the layer's resolution."""
+        """Maps (B, h, w): weighted sums at the layer's resolution."""
         features = layer_features(model, self.layer(model, images), images)
         check_targets(targets, features.logits.shape[1])
         engine = PerturbationEngine.for_model(
@@ -97,22 +105,22 @@ class ScoreCAM(ActivationMap):
         )
         baselines = SCORES[self.score](engine.filled(0.0)).gather(1, targets[:, None])
         scores = torch.cat([torch.zeros_like(features.activations[:, :, 0, 0]), baselines], dim=1)
-        for row, image, maps, taken, target in zip(
-            scores, images, features.activations, self._taken(features.activations), targets
+        for of_image, image, maps, used, target in zip(
+            scores, images, features.activations, self._used(features.activations), targets
         ):
-            row[:-1][taken] = self._scores(engine, image, unit_range(maps[taken]), target)
+            of_image[:-1][used] = self._scores(engine, image, unit_range(maps[used]), target)
         return self.weigh(self.weights(features.activations, scores), features.activations)
 
-    def _taken(self, activations: Tensor) -> Tensor:
-        """Which feature maps take part, (B, K) bool."""
+    def _used(self, activations: Tensor) -> Tensor:
+        """Which feature maps mask the image, (B, K) bool."""
         spread = activations.flatten(2).std(dim=2, correction=0)
         if self.channels is None or self.channels >= spread.shape[1]:
             return torch.ones_like(spread, dtype=torch.bool)
-        chosen = spread.topk(self.channels, dim=1).indices
-        return torch.zeros_like(spread, dtype=torch.bool).scatter_(1, chosen, True)
+        largest = spread.topk(self.channels, dim=1).indices
+        return torch.zeros_like(spread, dtype=torch.bool).scatter_(1, largest, True)
 
     def _scores(self, engine: PerturbationEngine, image: Tensor, masks: Tensor, target: Tensor) -> Tensor:
-        """(n,): the target's score for the image seen through each of n masks."""
+        """The target's score (n,) for the image multiplied by each of n masks."""
 
         def masked(channels: Tensor) -> Tensor:
             up = F.interpolate(masks[channels, None], image.shape[-2:], mode="bilinear", align_corners=False)

@@ -20,13 +20,22 @@ class SmoothGradCAMPlusPlus(ActivationMap):
         w_k = sum_ij a^k_ij ReLU(D1^k_ij),             A of the image without noise
 
     Args:
-        target_layer: name of the layer; None finds the last one with spatial feature maps.
-        relu: keep the ReLU of the map.
-        n_samples: n, noisy copies.
-        std: of the noise, in units of the normalised image, or of its value range.
+        target_layer: name of the layer; None: the last one with spatial feature maps.
+        relu: apply the ReLU to the map; without it the map is signed.
+        n_samples: n, number of noisy copies.
+        std: standard deviation of the noise, in units of the normalised image, or of its value range.
         relative: whether `std` is a fraction of each image's max - min.
         numerator: "D2" makes a the factor of Grad-CAM++, "D1" is the paper's own eq. 9.
-        seed: of the noise, which depends on (seed, sample index).
+        seed: seed of the noise, which depends on (seed, sample index).
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from labn.explainers import SmoothGradCAMPlusPlus
+        >>> layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)]
+        >>> explainer = SmoothGradCAMPlusPlus(n_samples=2)
+        >>> explainer(nn.Sequential(*layers), torch.rand(2, 3, 8, 8), torch.tensor([0, 1])).shape
+        torch.Size([2, 8, 8])
     """
 
     def __init__(
@@ -55,11 +64,11 @@ class SmoothGradCAMPlusPlus(ActivationMap):
         return (factor * first.relu()).sum(dim=(2, 3), keepdim=True)
 
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
-        """(B, h, w) weighted sum of the clean image's feature maps."""
+        """Maps (B, h, w): weighted sums of the feature maps of the image without noise."""
         layer = self.layer(model, images)
         scale = noise_scale(images, self.std, self.relative)
         activations = layer_features(model, layer, images).activations
-        powers = activations.new_zeros(3, *activations.shape, dtype=torch.float64)  # third powers underflow early
+        powers = activations.new_zeros(3, *activations.shape, dtype=torch.float64)  # third powers underflow in float32
         for draw in range(self.n_samples):
             noisy = images + scale * gaussian_noise(images, indices, self.seed, draw)
             slopes = gradient_features(model, layer, noisy, targets).slopes

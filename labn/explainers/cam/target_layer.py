@@ -1,4 +1,4 @@
-"""Finding the layer whose feature maps an explanation weighs."""
+"""The search for the target layer: the last layer with spatial feature maps."""
 
 from __future__ import annotations
 
@@ -32,34 +32,34 @@ def watching(modules: Mapping[str, nn.Module], see: Callable[[str, Any, Any], No
 
 
 def named_layer(model: nn.Module, name: str) -> nn.Module:
-    """The submodule called `name`; a compiled model's layers go by the names they had before.
+    """The submodule called `name`; the layers of a compiled model keep the names of the original.
 
     Raises:
-        ValueError: there is none; the message lists the nearest names.
+        InputError: there is no such layer; the message lists the nearest names.
     """
     layers = dict(model.named_modules())
-    for known in (name, COMPILED + name):
-        if name and known in layers:
-            return layers[known]
+    for candidate in (name, COMPILED + name):
+        if name and candidate in layers:
+            return layers[candidate]
     near = difflib.get_close_matches(name, [n.removeprefix(COMPILED) for n in layers if n], n=5, cutoff=0.0)
     raise InputError(f"target_layer {name!r} is not a layer of {type(model).__name__}; near it: {', '.join(near)}.")
 
 
 def is_strided(rows: int, columns: int, size: torch.Size) -> bool:
-    """Whether one stride s brings the images' H and W to `rows` and `columns`, each within less than one position.
+    """Whether one stride s reduces the images' H and W to `rows` and `columns`, up to less than one position each.
 
-    H / s in (rows - 1, rows + 1) and W / s in (columns - 1, columns + 1): what padded convolutions and poolings leave,
-    however they round, which in small maps of elongated images is far from the images' proportions.
+    The test is H / s in (rows - 1, rows + 1) and W / s in (columns - 1, columns + 1). It allows for the rounding of
+    padded convolutions and poolings, which takes small maps of elongated images far from the images' proportions.
     """
     height, width = size
     return (rows - 1) * width < (columns + 1) * height and (columns - 1) * height < (rows + 1) * width
 
 
 def is_channels_last(shape: torch.Size, size: torch.Size) -> bool:
-    """Whether feature maps (B, a, b, c) are (B, h, w, K) and not (B, K, h, w), judged by the images' proportions.
+    """Whether feature maps of this shape are (B, h, w, K) and not (B, K, h, w), judged by the images' proportions.
 
-    Swin and its relatives keep the channels in the last dimension. What a stride explains as (B, K, h, w) is that,
-    though K / h may by chance be nearer to H / W than the rounded h / w is.
+    Swin and its relatives keep the channels in the last dimension. A shape that a stride explains as (B, K, h, w) is
+    read as such first, because by chance K / h may be nearer to H / W than the rounded h / w is.
     """
     if is_strided(shape[2], shape[3], size):
         return False
@@ -74,7 +74,7 @@ def _is_tokens(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Seen:
-    """One output of the search's forward pass; the version tells a tensor from what an in-place layer makes of it."""
+    """One output of the traced forward; the version distinguishes a tensor from itself after an in-place layer."""
 
     name: str
     output: Tensor
@@ -84,18 +84,19 @@ class _Seen:
 
     @property
     def is_tokens(self) -> bool:
-        """Whether it is (B, N, K), as in a transformer."""
+        """Whether the output is (B, N, K), as in a transformer."""
         return _is_tokens(self.output)
 
     def same(self, other: _Seen) -> bool:
-        """Whether both are the same values in the same memory."""
+        """Whether both are the same tensor without an in-place change in between."""
         return self.output is other.output and self.version == other.version
 
 
 def _is_map(output: Tensor, size: torch.Size) -> bool:
-    """Feature maps (B, K, h, w) or (B, h, w, K) of more than one position, in about the images' proportions.
+    """Whether an output is feature maps of more than one position, in about the images' proportions.
 
-    Convolutions without padding may miss what a stride explains; a transformer's (B, heads, N, d) is far from both.
+    The proportions may differ by a quarter, because convolutions without padding reduce a side more than a stride does.
+    A transformer's (B, heads, N, d) is far from both.
     """
     if output.ndim != 4 or 0 in output.shape:
         return False
@@ -126,58 +127,58 @@ def _on_path(logits: Tensor, output: Tensor) -> bool:
 
 
 def _inside_tokens(name: str, tokens: set[str]) -> bool:
-    """Whether a layer around this one turns tokens into tokens: its own (B, heads, N, d) are no feature maps then."""
+    """Whether a layer around this one maps tokens to tokens, so that a 4-D output inside it is (B, heads, N, d)."""
     return any(name.startswith(f"{around}.") for around in tokens)
 
 
-def _mostly_tokens(model: nn.Module, seen: list[_Seen], place: int) -> bool:
-    """Whether more layers with weights work on tokens after `seen[place]` than there are layers with weights before."""
+def _mostly_tokens(model: nn.Module, seen: list[_Seen], position: int) -> bool:
+    """Whether more layers with weights process tokens after `seen[position]` than run before it."""
     leaves = {name for name, m in model.named_modules() if not m._modules and m._parameters}
-    before = sum(s.name in leaves for s in seen[: place + 1])
-    after = sum(s.name in leaves and s.is_tokens for s in seen[place + 1 :])
+    before = sum(s.name in leaves for s in seen[: position + 1])
+    after = sum(s.name in leaves and s.is_tokens for s in seen[position + 1 :])
     return after > before
 
 
 def _last_map(model: nn.Module, seen: list[_Seen], logits: Tensor) -> int | None:
-    """Place of the last output that is feature maps, no pooling, no part of a token layer, and used for the logits."""
+    """Position of the last feature maps that are not pooled, lie outside of token layers, and determine the logits."""
     layers = dict(model.named_modules())
     pooled = [s for s in seen if isinstance(layers[s.name], POOLING)]
     tokens = {s.name for s in seen if s.is_tokens and s.from_tokens}
-    for place in reversed(range(len(seen))):
-        entry = seen[place]
+    for position in reversed(range(len(seen))):
+        entry = seen[position]
         usable = entry.is_map and not _inside_tokens(entry.name, tokens) and not any(entry.same(p) for p in pooled)
         if usable and _on_path(logits, entry.output):
-            return place
+            return position
     return None
 
 
-def _outermost(seen: list[_Seen], place: int) -> str:
-    """Of the nested modules that return the tensor of `seen[place]`, the outermost one around the first."""
-    same = [s.name for s in seen if s.same(seen[place])]
+def _outermost(seen: list[_Seen], position: int) -> str:
+    """Name of the outermost module around the first one that returns the tensor of `seen[position]`."""
+    same = [s.name for s in seen if s.same(seen[position])]
     return min((name for name in same if f"{same[0]}.".startswith(f"{name}.")), key=len)
 
 
 def search_target_layer(model: nn.Module, images: Tensor) -> str:
-    """Name of the last layer with feature maps of more than one position, on the way to the logits.
+    """Name of the last layer whose feature maps have more than one position and determine the logits.
 
-    Pooling layers are passed over, so that a VGG gives its last convolutional features after the ReLU; of several
-    nested modules that return the same tensor the outermost is taken.
+    Pooling layers are skipped, so that the layer of a VGG is its last convolution after the ReLU. Of nested modules
+    that return the same tensor, the outermost is taken.
 
     Args:
         model: run once on the first image, in eval mode.
         images: (B, C, H, W).
 
     Raises:
-        ValueError: no layer has such feature maps, or the network goes on with tokens after its last one.
+        InputError: no layer has such feature maps, or most of the network processes tokens after the last one.
     """
     with explaining(model, images.device.type):
         seen, logits = _trace(model, images)
-        place = _last_map(model, seen, logits)
-    if place is None:
+        position = _last_map(model, seen, logits)
+    if position is None:
         way_out = "take the method rollout, or name one" if any(s.is_tokens for s in seen) else "name one"
         raise InputError(f"{type(model).__name__} has no layer with spatial feature maps; {way_out} with target_layer.")
-    name = _outermost(seen, place).removeprefix(COMPILED)
-    if _mostly_tokens(model, seen, place):
+    name = _outermost(seen, position).removeprefix(COMPILED)
+    if _mostly_tokens(model, seen, position):
         raise InputError(
             f"{type(model).__name__} works on tokens after {name!r}, its last layer with feature maps; "
             "take the method rollout, or name a layer with target_layer."

@@ -1,4 +1,4 @@
-"""Occlusion: what the score loses when a window of the image is covered."""
+"""Occlusion: the drop of the score when a window of the image is covered."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from labn.perturbation.engine import PerturbationEngine
 
 
 def window_coverage(length: int, window: int, stride: int, like: Tensor) -> Tensor:
-    """Which of `length` positions each window covers, (windows, length) of 0 and 1; the last one may be cut off.
+    """The positions that each window covers along one axis, as (windows, length) of 0 and 1.
 
-    There are ceil((length - window) / stride) + 1 windows, so that every position is covered where stride <= window.
+    There are ceil((length - window) / stride) + 1 windows, which cover every position if stride <= window; the last one
+    may extend beyond the axis.
     """
     count = -(-max(length - window, 0) // stride) + 1
     first = torch.arange(count, device=like.device)[:, None] * stride
@@ -32,14 +33,24 @@ class Occlusion(Explainer):
 
     Args:
         window: side of the square window in pixels.
-        stride: from one window to the next, at most `window`.
-        baseline: what the window shows, one number or one per channel, in normalised units; 0 is the mean colour.
+        stride: pixels from one window to the next, at most `window`.
+        baseline: colour of a covered window, one number or one per channel, in normalised units; 0 is the mean colour.
         score: "logit" or "probability".
-        chunk_size: covered images per forward; None lets the engine choose. The map does not depend on it.
-        fold: whether the forwards may run on a copy with BatchNorm folded, which gives the same up to rounding.
+        chunk_size: covered images per forward; None: chosen by the engine. The map does not depend on it.
+        fold: whether the forwards may run on a copy with BatchNorm folded, which is equal up to rounding.
 
     Raises:
-        ValueError: an argument is outside of what is said above.
+        InputError: `stride` or `score` is outside of these values.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from labn.explainers import Occlusion
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
+        >>> _ = nn.init.constant_(model[1].weight, 0.5)
+        >>> Occlusion(window=1, stride=1)(model, torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]), torch.tensor([0]))
+        tensor([[[0.5000, 1.0000],
+                 [1.5000, 2.0000]]])
     """
 
     def __init__(
@@ -59,7 +70,7 @@ class Occlusion(Explainer):
         self.chunk_size, self.fold = chunk_size, fold
 
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
-        """(B, H, W)."""
+        """Maps (B, H, W)."""
         rows = window_coverage(images.shape[-2], self.window, self.stride, images)
         columns = window_coverage(images.shape[-1], self.window, self.stride, images)
         baseline = channel_values(self.baseline, images, "baseline")
@@ -71,6 +82,7 @@ class Occlusion(Explainer):
             score - self._covered(engine, image, target, rows, columns, baseline)
             for image, target, score in zip(images, targets, scores)
         ]
+        # Windows are products of a row and a column interval, so sums over windows are two matrix products.
         covering = rows.sum(0)[:, None] * columns.sum(0)
         return rows.T @ torch.stack(lost) @ columns / covering
 
@@ -83,7 +95,7 @@ class Occlusion(Explainer):
         columns: Tensor,
         baseline: Tensor,
     ) -> Tensor:
-        """(window rows, window columns): the target's score of one image behind every window."""
+        """The target's score (window rows, window columns) of one image with each window covered."""
 
         def cover(position: Tensor) -> Tensor:
             row, column = rows[position // len(columns)], columns[position % len(columns)]

@@ -1,4 +1,4 @@
-"""RISE: the mean of random masks, weighted by the probability of the image seen through them."""
+"""RISE: the mean of random masks, weighted by the class probability of the masked images."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from labn.errors import InputError
 from labn.explainers.base import Explainer, check_targets
 from labn.perturbation.engine import PerturbationEngine
 
-GROUP = 128  # masks that are drawn together, and per step of the stream
+GROUP = 128  # masks that are drawn, and run, together
 
 
 def _bernoulli(generator: torch.Generator, count: int, cells: int, p: float) -> Tensor:
@@ -21,40 +21,42 @@ def _bernoulli(generator: torch.Generator, count: int, cells: int, p: float) -> 
 
 
 def _released(generator: torch.Generator, count: int, cells: int, p: float) -> Tensor:
-    """The released LABN code compares normal numbers with p, so that Phi(p) of the cells are kept."""
+    """As in the released LABN code: normal numbers are compared with p, which keeps the share Phi(p) of the cells."""
     return torch.randn(count, cells, generator=generator) < p
 
 
 def _stratified(generator: torch.Generator, count: int, cells: int, p: float) -> Tensor:
-    """Every cell is kept in the same share p of the masks, up to one mask that is drawn (Latin hypercube sampling)."""
-    wanted = p * count
-    kept = int(wanted) + (torch.rand(cells, generator=generator) < wanted - int(wanted)).long()
-    return torch.rand(count, cells, generator=generator).argsort(dim=0).argsort(dim=0) < kept
+    """Every cell is kept in the share p of the masks, rounded up or down at random (Latin hypercube sampling)."""
+    expected = p * count
+    number = int(expected) + (torch.rand(cells, generator=generator) < expected - int(expected)).long()
+    # A double argsort gives each mask a random rank per cell.
+    return torch.rand(count, cells, generator=generator).argsort(dim=0).argsort(dim=0) < number
 
 
 def _orthogonal(generator: torch.Generator, count: int, cells: int, p: float) -> Tensor:
-    """A Hadamard matrix and its negative, an orthogonal array of strength 3: 3 cells show all 8 states evenly.
+    """Masks from a Hadamard matrix and its negative, an orthogonal array of strength 3: any 3 cells show all 8 states
+    equally often.
 
-    That takes the additive part of the model's response out of the noise. Columns change their sign at random, so that
-    every single mask is a Bernoulli(1/2) grid.
+    The balance removes the additive part of the model's response from the noise. Columns change their sign at random,
+    so that every single mask is a Bernoulli(1/2) grid.
     """
     order = max(2, 1 << (cells - 1).bit_length())
     matrix = torch.ones(1, 1)
-    while len(matrix) < order:
+    while len(matrix) < order:  # Sylvester's construction
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    rows: list[Tensor] = []
+    blocks: list[Tensor] = []
     for _ in range(-(-count // (2 * order))):
         columns = torch.randperm(order, generator=generator)[:cells]
         signs = torch.randint(0, 2, (cells,), generator=generator) * 2 - 1
         half = matrix[torch.randperm(order, generator=generator)][:, columns] * signs
-        rows.append(torch.stack([half, -half], dim=1).flatten(0, 1))
-    return torch.cat(rows)[:count] > 0
+        blocks.append(torch.stack([half, -half], dim=1).flatten(0, 1))
+    return torch.cat(blocks)[:count] > 0
 
 
 Draw = Callable[[torch.Generator, int, int, float], Tensor]
 
-# (generator, masks, cells, p) -> (masks, cells) bool. Each mask alone is a grid of independent cells; what differs is
-# how the masks of a group depend on each other.
+# (generator, masks, cells, p) -> (masks, cells) bool. Each mask alone is a grid of independent cells; the samplers
+# differ in how the masks of one group depend on each other.
 SAMPLERS: dict[str, Draw] = {
     "bernoulli": _bernoulli,
     "stratified": _stratified,
@@ -63,7 +65,7 @@ SAMPLERS: dict[str, Draw] = {
 }
 
 SHARING = ("stratified", "orthogonal")
-"""Samplers whose groups share one shift: only then is a pixel, and not only a cell, balanced over the group."""
+"""Samplers whose groups share one shift, without which only cells and not pixels would be balanced over a group."""
 
 _PLASTIC = 1.3247179572447460
 
@@ -72,10 +74,10 @@ _LATTICE = (1 / _PLASTIC, 1 / _PLASTIC**2)  # steps of the R2 sequence, which fi
 
 @dataclass(frozen=True)
 class MaskBank:
-    """A fixed set of masks M (RISE, Petsiuk et al., BMVC 2018, section 3.2), a function of the arguments alone.
+    """A fixed set of masks M (RISE, Petsiuk et al., BMVC 2018, section 3.2), which depends on the arguments alone.
 
-    A grid x grid pattern is enlarged bilinearly to (grid + 1) cells of ceil(H / grid) pixels and cropped at a random
-    shift of less than one cell.
+    A grid x grid pattern is enlarged bilinearly to (grid + 1) cells of ceil(H / grid) pixels per side and cropped at a
+    random shift of less than one cell.
 
     Attributes:
         grids: (N, grid, grid) bool.
@@ -87,12 +89,13 @@ class MaskBank:
 
     @classmethod
     def draw(cls, count: int, grid: int, p: float, seed: int, sampler: str) -> MaskBank:
-        """Draw `count` masks, in groups of `GROUP` so that the first masks do not depend on how many follow."""
+        """Draw `count` masks in groups of `GROUP`, so that the first masks do not depend on the number of masks."""
         generator = torch.Generator().manual_seed(seed)
         origin = torch.rand(2, generator=generator, dtype=torch.float64)
         grids, shifts = [], []
         for number in range(-(-count // GROUP)):
             grids.append(SAMPLERS[sampler](generator, GROUP, grid * grid, p).view(GROUP, grid, grid))
+            # Both are drawn for every sampler, so that the grids of a seed do not depend on the kind of shift.
             own = torch.rand(GROUP, 2, generator=generator, dtype=torch.float64)
             shared = (origin + number * torch.tensor(_LATTICE, dtype=torch.float64)).frac().expand(GROUP, 2)
             shifts.append(shared if sampler in SHARING else own)
@@ -102,11 +105,11 @@ class MaskBank:
         return len(self.grids)
 
     def render(self, start: int, stop: int, like: Tensor) -> Tensor:
-        """Masks number `start` to `stop - 1` as (n, H, W) in [0, 1].
+        """The masks `start` to `stop - 1` as (n, H, W) in [0, 1].
 
         Args:
-            start: first mask.
-            stop: one behind the last.
+            start: number of the first mask.
+            stop: number after that of the last mask.
             like: (B, C, H, W), for size, device and dtype.
         """
         grids = self.grids[start:stop].to(like)
@@ -131,7 +134,18 @@ class RiseMaps:
 
     Attributes:
         maps: (B, T, H, W).
-        standard_error: (B, T, H, W), of every pixel of the maps, or None where it was not asked for.
+        standard_error: (B, T, H, W), standard error of every pixel of the maps; None if it was not asked for.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from labn.explainers import RISE
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(192, 5))
+        >>> explainer = RISE(n_masks=256, grid=2)
+        >>> classes = torch.tensor([[0, 3]])
+        >>> result = explainer.explain_classes(model, torch.rand(1, 3, 8, 8), classes, standard_error=True)
+        >>> result.maps.shape, result.standard_error.shape
+        (torch.Size([1, 2, 8, 8]), torch.Size([1, 2, 8, 8]))
     """
 
     maps: Tensor
@@ -141,24 +155,32 @@ class RiseMaps:
 class RISE(Explainer):
     """RISE (Petsiuk et al., BMVC 2018, eq. 6): S_c = 1 / (N p) sum_i p(c | x * M_i) M_i.
 
-    One bank of masks serves all images; masks are made as they are needed, and memory depends on neither their number
-    nor the number of the model's classes. A masked pixel is 0, the mean colour after normalisation.
+    One bank of masks serves all images. Masks are rendered when they are needed, so that memory depends neither on
+    their number nor on the number of classes. A masked pixel is 0, the mean colour after normalisation.
 
     Args:
         n_masks: N.
         grid: cells per side of the coarse pattern.
         p: probability that a cell is kept.
-        seed: of the masks.
-        chunk_size: masked images per forward; None lets the engine choose. The map does not depend on it.
-        sampler: "bernoulli", independent masks; "stratified", every cell kept equally often in each group of 128,
-            which share a shift; "orthogonal" (p = 0.5 only), any three cells balanced in each group, which needs
-            the fewest masks by far; "released", the normal numbers of the released LABN code. The first three have
-            the same expectation.
-        fold: whether the forwards may run on a copy with BatchNorm folded, which gives the same up to rounding.
-        precision: "fp32", the images' own dtype, or "bf16" (autocast).
+        seed: seed of the masks.
+        chunk_size: masked images per forward; None: chosen by the engine. The map does not depend on it.
+        sampler: "bernoulli": independent masks; "stratified": every cell is kept equally often in each group of 128
+            masks, which share a shift; "orthogonal" (p = 0.5 only): any three cells are balanced in each group, which
+            needs the fewest masks by far; "released": the normal numbers of the released LABN code. The first three
+            have the same expectation.
+        fold: whether the forwards may run on a copy with BatchNorm folded, which is equal up to rounding.
+        precision: precision of the forwards, "fp32" (the images' own dtype) or "bf16" (autocast).
 
     Raises:
-        ValueError: no masks, no cells, p outside of (0, 1], an unknown sampler, or "orthogonal" with another p.
+        InputError: `n_masks` or `grid` below 1, p outside of (0, 1], an unknown sampler, or "orthogonal" with another p.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from labn.explainers import RISE
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+        >>> RISE(n_masks=16, grid=2)(model, torch.rand(2, 3, 8, 8), torch.tensor([0, 1])).shape
+        torch.Size([2, 8, 8])
     """
 
     def __init__(
@@ -184,23 +206,23 @@ class RISE(Explainer):
         self.chunk_size, self.sampler, self.fold, self.precision = chunk_size, sampler, fold, precision
 
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
-        """(B, H, W)."""
+        """Maps (B, H, W)."""
         return self._stream(model, images, targets[:, None], error=False).maps[:, 0]
 
     def explain_classes(
         self, model: nn.Module, images: Tensor, classes: Tensor, standard_error: bool = False
     ) -> RiseMaps:
-        """Maps of several classes per image, for the forwards of one.
+        """Maps of several classes per image, for the cost of one class.
 
         Args:
             model: any module that returns logits or an object with `.logits`.
             images: (B, C, H, W).
             classes: (B, T) int64.
-            standard_error: also estimate the standard error of every pixel from the spread of the groups of 128 masks.
+            standard_error: also estimate the standard error of every pixel, from the spread of the groups of 128 masks.
 
         Raises:
-            ValueError: a class out of range, not one row of classes per image, or fewer than two groups of masks
-                where the standard error is asked for.
+            InputError: a class out of range, another number of rows than of images, or fewer than two groups of masks
+                for the standard error.
         """
         if classes.ndim != 2 or len(classes) != len(images):
             raise InputError(f"classes must be ({len(images)}, T), got {tuple(classes.shape)}.")
@@ -220,7 +242,7 @@ class RISE(Explainer):
 
 
 def _probabilities(engine: PerturbationEngine, masks: Tensor, classes: Tensor) -> Tensor:
-    """p(c | x * M_i) (n, B, T) of all images and their classes behind the masks (n, H, W)."""
+    """Probabilities p(c | x * M_i) (n, B, T) of all images and their classes under the masks (n, H, W)."""
     count = len(engine.images)
 
     def masked(position: Tensor) -> Tensor:
@@ -241,7 +263,7 @@ class _Moments:
         self.squares = torch.zeros_like(self.total) if error else None
 
     def add(self, probabilities: Tensor, masks: Tensor) -> None:
-        """One group: probabilities (n, B, T) and masks (n, H, W)."""
+        """Add one group: probabilities (n, B, T) and masks (n, H, W)."""
         sums = (probabilities.flatten(1).T @ masks.flatten(1)).view_as(self.total).double()
         self.total += sums
         self.masks += len(masks)
@@ -250,7 +272,7 @@ class _Moments:
             self.squares += sums.square() / len(masks)
 
     def maps(self, p: float, dtype: torch.dtype) -> RiseMaps:
-        """The means, divided by p, and their standard errors from the spread of the groups' means."""
+        """The means divided by p, and their standard errors from the spread of the groups' means."""
         mean = self.total / self.masks
         error = None
         if self.squares is not None:
@@ -263,12 +285,20 @@ class _Moments:
 class ReleasedRISE(RISE):
     """RISE as the released LABN code runs it: 10 000 masks of 9 x 9 cells, p = 0.3, of which Phi(0.3) = 0.618 are kept.
 
-    The map is divided by 0.3 all the same, as there; the ranking of its pixels is that of RISE with p = 0.618.
+    As in that code the map is divided by 0.3; its ranking of the pixels is that of RISE with p = 0.618.
 
     Args:
         n_masks: N.
-        seed: of the masks.
+        seed: seed of the masks.
         chunk_size: masked images per forward.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from labn.explainers import ReleasedRISE
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(300, 2))
+        >>> ReleasedRISE(n_masks=16)(model, torch.rand(2, 3, 10, 10), torch.tensor([0, 1])).shape
+        torch.Size([2, 10, 10])
     """
 
     def __init__(self, n_masks: int = 10_000, seed: int = 0, chunk_size: int | None = None) -> None:

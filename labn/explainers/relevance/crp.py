@@ -21,9 +21,9 @@ from labn.models.detectors import COORDINATES, Detections, Detector, Thresholds,
 
 
 def share(contributions: Tensor) -> Tensor:
-    """Positive contributions c+ / sum c+ over the last dimension (the w+ rule for one unit of relevance).
+    """Shares c+ / sum c+ of the positive contributions along the last axis: the w+ rule for one unit of relevance.
 
-    All zero where nothing contributes, so that the sum is 0 instead of 1 there.
+    The shares are all zero where there is no positive contribution.
     """
     positive = contributions.clamp(min=0)
     total = positive.sum(-1, keepdim=True)
@@ -31,7 +31,7 @@ def share(contributions: Tensor) -> Tensor:
 
 
 def class_shares(c: Tensor, target: int, rivals: Tensor) -> Tensor:
-    """R_i = R_i[k*] - mean over the rivals k of R_i[k], R_i[k] = c+_ki / sum c+_k; sums to 0.
+    """The contrast R_i = R_i[k*] - mean over the rivals k of R_i[k], with R_i[k] = c+_ki / sum c+_k; it sums to 0.
 
     Args:
         c: (K, I) contributions.
@@ -43,23 +43,24 @@ def class_shares(c: Tensor, target: int, rivals: Tensor) -> Tensor:
 
 
 def class_output(c: Tensor, target: int, rivals: Tensor) -> Tensor:
-    """The contrast taken at the output, as one unit z_k* - mean z_k with weights w_k* - mean w_k (cf. CLRP, 2018).
+    """The contrast at the output: one unit z_k* - mean z_k with the weights w_k* - mean w_k (cf. CLRP, 2018).
 
-    Its positive shares minus its negative shares; classes with larger weights weigh more. Arguments as `class_shares`.
+    The result is its positive shares minus its negative shares, in which classes with larger weights count more.
+    Arguments as for `class_shares`.
     """
     return opposite(c[target] - c[rivals].mean(0))
 
 
 def class_alone(c: Tensor, target: int, rivals: Tensor) -> Tensor:
-    """No contrast, plain alpha1-beta0 propagation: R_i = R_i[k*]; sums to 1. Arguments as `class_shares`."""
+    """No contrast: plain alpha1-beta0 propagation R_i = R_i[k*], which sums to 1. Arguments as for `class_shares`."""
     return share(c[target])
 
 
 def opposite(c: Tensor) -> Tensor:
-    """R_i = c+_i / sum c+ - c-_i / sum c-: the share of what pushes the output up minus that of what pushes it down.
+    """R_i = c+_i / sum c+ - c-_i / sum c-: the shares of positive minus those of negative contributions.
 
-    The classification rule for two classes with weights w and -w, a coordinate having no other rival than its own
-    opposite; sums to 0 where both signs occur.
+    This is the rule for classes, applied to two classes with the weights w and -w, because the only rival of a
+    coordinate is the opposite movement. It sums to 0 where both signs occur.
     """
     return share(c) - share(-c)
 
@@ -70,7 +71,7 @@ CLASS_RULES: dict[str, Callable[[Tensor, int, Tensor], Tensor]] = {
     "none": class_alone,
 }
 
-# (contributions (4, I) of cx, cy, w, h; which coordinate) -> (I,)
+# (contributions (4, I) of cx, cy, w, h; number of the coordinate) -> (I,)
 COORDINATE_RULES: dict[str, Callable[[Tensor, int], Tensor]] = {
     "opposite": lambda c, t: opposite(c[t]),
     "others": lambda c, t: share(c[t]) - share(torch.cat([c[:t], c[t + 1 :]])).mean(0),
@@ -81,7 +82,7 @@ COORDINATE_RULES: dict[str, Callable[[Tensor, int], Tensor]] = {
 
 
 def _stable(z: Tensor, c: Tensor) -> Tensor:
-    """z moved away from zero by 1e-9 of the mean |c|."""
+    """z, moved away from zero by 1e-9 times the mean |c|."""
     size = (1e-9 * c.abs().mean()).clamp(min=1e-30)
     return z + torch.copysign(size, z)
 
@@ -95,12 +96,12 @@ DIRECTIONS = ("positive", "negative", "predicted")
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked of one default box.
+    """A question about one default box.
 
     Attributes:
         prior: index of the default box, an integer or a tensor of one, for example `Detections.priors[0]`.
         task: `class`, or the coordinate `cx`, `cy`, `w` or `h`.
-        label: class channel or name, also one that was not predicted (what if?); None: the most probable object class.
+        label: class channel or name, which need not be the predicted one; None: the most probable object class.
     """
 
     prior: int | Tensor
@@ -110,12 +111,12 @@ class Question:
 
 @dataclass(frozen=True)
 class Answers:
-    """Maps for questions about one image.
+    """The maps for T questions about one image.
 
     Attributes:
-        maps: (T, H, W) signed, positive for pixels that support the statement, negative for those that contradict it.
-        sums: (T,) float64 relevance at the head's input: 0 for a contrast, 1 where a unit had nothing to contrast with.
-        questions: T of them.
+        maps: (T, H, W) signed: positive for pixels that support the statement, negative for those that contradict it.
+        sums: (T,) float64 sums of the relevance at the head's input: 0 for a contrast, 1 without one.
+        questions: the T questions.
     """
 
     maps: Tensor
@@ -124,34 +125,47 @@ class Answers:
 
 
 class CRP(Explainer):
-    """Relevance of pixels for the class or a coordinate of a detection, as a contrast.
+    """Contrastive Relevance Propagation (CRP, IJCNN 2019): pixels that support a detection's class or coordinate.
 
-    The statement starts at the unit of its default box. For a class k*, every class k shares one unit of relevance
-    among the inputs of its 3 x 3 window by the w+ rule, R_i[k] = x_i w+_ik / sum_j x_j w+_jk, and the contrast is
-    R_i = R_i[k*] - mean over k != k* of R_i[k]; for a coordinate, whose rival is the opposite movement, it is the share
-    of positive minus the share of negative contributions (derived here; the published rule is not available). From
-    there signed relevance goes down by w+, max pools to the winner, and the L2 norm of conv4_3 as a constant.
+    Relevance starts at the unit of the default box. For a class k*, every class k divides one unit of relevance among
+    the inputs of its 3 x 3 window by the w+ rule, R_i[k] = x_i w+_ik / sum_j x_j w+_jk, and the contrast is
+    R_i = R_i[k*] - mean over k != k* of R_i[k]. For a coordinate, whose rival is the opposite movement, the contrast is
+    the shares of positive minus those of negative contributions (derived here; the published rule is not available).
+    The layers below propagate signed relevance by w+; max pools give it to the winner, and the L2 norm of conv4_3
+    counts as a constant.
 
-    Called as `maps = CRP()(detector, images, classes)` it explains, per image, the best detection of the class given (a
-    map of zeros where there is none). `ask` answers any question about any default box.
+    Called as `maps = CRP()(detector, images, classes)`, the method explains each image's best detection of the given
+    class, by a map of zeros where there is none. `ask` answers any questions about any default boxes.
 
     Args:
-        task: what the call explains: `class`, `cx`, `cy`, `w` or `h`.
-        contrast_at: `source` (the published contrast), `output` (raw weights compared) or `none` (plain alpha1-beta0).
-        others: rivals of a class: `all`, the n most probable ones, or a list of class channels.
+        task: output that the call explains: `class`, `cx`, `cy`, `w` or `h`.
+        contrast_at: `source` (the published contrast), `output` (contrast of the raw weights) or `none` (plain
+            alpha1-beta0).
+        others: the rivals of a class: `all`, a number of most probable ones, or a list of class channels.
         background: whether the background class may be a rival.
-        initial: relevance of a class starts with `one`, or with its `score`.
-        localisation: `opposite`, `others` (the mean of the other coordinates as rival), `none` (w+ only), `eps` or
-            `alpha2beta1`.
-        direction: the statement is right/down/wider/taller (`positive`), its opposite (`negative`), or whichever was
-            `predicted`.
+        initial: relevance at a class: `one`, or its `score`.
+        localisation: rule for a coordinate: `opposite`, `others` (the mean of the other coordinates is the rival),
+            `none` (w+ only), `eps` or `alpha2beta1`.
+        direction: explained movement: right/down/wider/taller (`positive`), the opposite (`negative`), or the
+            `predicted` one.
         first_layer: rule at the pixels: `alpha1beta0` (for pixels of both signs), `zbox`, `wsquare`, `flat`, `ones` or
             `epsilon`.
-        pooling: `winner` takes all, or `average`.
+        pooling: at a max pooling, the `winner` takes all, or relevance is divided as at an `average` pooling.
         batchnorm: `fold` it into the convolutions, or `pass` relevance through.
         eps, eps_mode, low, high: see `labn.lrp.Config`.
-        score_threshold, nms_threshold, top_k: what counts as a detection, see `Thresholds`.
+        score_threshold, nms_threshold, top_k: which boxes are detections, see `Thresholds`.
         chunk_size: maps per backward sweep; None: 4 on a CPU, else all. The maps do not depend on it.
+
+    Raises:
+        InputError: an argument has another value.
+
+    Example:
+        >>> import torch
+        >>> from labn.explainers import CRP
+        >>> from labn.models.detectors import ssd300
+        >>> detector = ssd300(num_classes=3, width=1 / 64).eval()
+        >>> CRP(score_threshold=0.0)(detector, torch.rand(1, 3, 300, 300), torch.tensor([1])).shape
+        torch.Size([1, 300, 300])
     """
 
     def __init__(
@@ -196,27 +210,25 @@ class CRP(Explainer):
         self.thresholds = Thresholds(score_threshold, nms_threshold, top_k=top_k)
         self.chunk_size = chunk_size
 
-    # Any question about one image
-
     def trace(self, detector: nn.Module, image: Tensor) -> DetectionTrace:
-        """One forward of one image (C, H, W) or (1, C, H, W), for any number of `ask`s.
+        """The forward pass of one image (C, H, W) or (1, C, H, W), for any number of calls of `ask`.
 
         Raises:
-            TypeError: the model is no detector.
+            InputTypeError: the model is not a detector.
         """
         image = propagated(image.detach()[None] if image.ndim == 3 else image.detach())
-        found = matching(detector_of(detector), image)
-        assert isinstance(found, Detector)
-        with explaining(found, image.device.type):
-            return DetectionTrace(found, image.clone(), self.config)
+        matched = matching(detector_of(detector), image)
+        assert isinstance(matched, Detector)
+        with explaining(matched, image.device.type):
+            return DetectionTrace(matched, image.clone(), self.config)
 
     def ask(self, trace: DetectionTrace, questions: Sequence[Question]) -> Answers:
-        """Maps for any questions about the image of `trace`: one backward sweep for several of them.
+        """Maps for any questions about the image of `trace`, several per backward sweep.
 
         Raises:
-            ValueError: a class that the detector does not have, or an unknown task.
+            InputError: a class that the detector does not have, or an unknown task.
             IndexError: a default box that does not exist.
-            NotImplementedError: a layer without a rule; the message names it.
+            UnsupportedError: a layer without a rule; the message names it.
         """
         with explaining(trace.detector, trace.image.device.type):
             starts = [self.start(trace, question) for question in questions]
@@ -225,7 +237,7 @@ class CRP(Explainer):
         return Answers(maps, sums, tuple(questions))
 
     def start(self, trace: DetectionTrace, question: Question) -> Start:
-        """Relevance at the head's input for one question."""
+        """The relevance at the head's input for one question."""
         _among("task", question.task, TASKS)
         rule = self._class_start if question.task == "class" else self._coordinate_start
         return rule(trace, question)
@@ -250,7 +262,7 @@ class CRP(Explainer):
         return Start(window, (-relevance if backwards else relevance).view_as(window.inputs))
 
     def label_of(self, trace: DetectionTrace, question: Question) -> int:
-        """The class channel that a question is about; the most probable object class where it names none."""
+        """The class channel of a question; the most probable object class if the question names none."""
         trace.layout.unit(question.prior)
         if question.label is not None:
             return trace.detector.class_index(question.label)
@@ -259,28 +271,26 @@ class CRP(Explainer):
             logits[trace.detector.background] = -torch.inf
         return int(logits.argmax())
 
-    # The contract of every explainer
-
     @property
     def revision(self) -> int:
-        """As that of `LRP`."""
+        """1 with the rule zbox, as for `LRP`."""
         return int(self.config.first_layer == "zbox")
 
     def choose_targets(self, model: nn.Module, images: Tensor, targets: Targets) -> Tensor:
-        """Class channels (B,): those given, or that of each image's best detection (the background without one).
+        """Class channels (B,): the given ones, or that of each image's best detection (background if there is none).
 
         Raises:
-            ValueError: a class (channel or name) that the detector does not have, or not one per image.
+            InputError: a class (channel or name) that the detector does not have, or another number than of images.
         """
         detector = detector_of(model)
         if targets is None:
-            found = [self.trace(detector, image).detections(self.thresholds) for image in images]
-            return torch.tensor([int(d.labels[0]) if len(d) else detector.background or 0 for d in found])
+            detections = [self.trace(detector, image).detections(self.thresholds) for image in images]
+            return torch.tensor([int(d.labels[0]) if len(d) else detector.background or 0 for d in detections])
         if isinstance(targets, str):
             targets = detector.class_index(targets)
-        chosen = resolve_targets(detector, images, targets)
-        check_targets(chosen, detector.num_classes)
-        return chosen
+        classes = resolve_targets(detector, images, targets)
+        check_targets(classes, detector.num_classes)
+        return classes
 
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
         """Maps (B, H, W) for the best detection of each image's target class."""
@@ -296,9 +306,9 @@ class CRP(Explainer):
         return self.ask(trace, [Question(prior, self.task, label)]).maps
 
 
-def best_prior(found: Detections, label: int) -> int | None:
-    """The default box of the best detection of a class, None where there is none."""
-    of_class = found.priors[found.labels == label]
+def best_prior(detections: Detections, label: int) -> int | None:
+    """The default box of the best detection of a class; None without such a detection."""
+    of_class = detections.priors[detections.labels == label]
     return int(of_class[0]) if len(of_class) else None
 
 

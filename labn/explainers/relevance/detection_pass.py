@@ -1,4 +1,4 @@
-"""One forward pass over one image of a detector, and everything that can be asked of it afterwards."""
+"""The recorded forward pass of a detector over one image, and relevance that starts at its heads."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from labn.models.detectors import Detections, Detector, Predictions, Thresholds,
 
 @dataclass(frozen=True)
 class Window:
-    """What one unit of a head reads.
+    """The input window of one unit of a head.
 
     Attributes:
         value: index of the layer's input in the recorded graph.
-        rows, columns: where the window lies in the padded input.
-        padding: pixels around the input (vertical, horizontal).
-        inputs: (C, h, w) the padded input inside the window.
-        weights: (n, C, h, w) of the n outputs that the unit has (K classes, or 4 coordinates).
+        rows, columns: position of the window in the padded input.
+        padding: padding of the input in pixels (vertical, horizontal).
+        inputs: (C, h, w), the padded input inside the window.
+        weights: (n, C, h, w), weights of the unit's n outputs (K classes, or 4 coordinates).
     """
 
     value: int
@@ -38,13 +38,13 @@ class Window:
 
     @property
     def contributions(self) -> Tensor:
-        """(n, C h w): what every input adds to every output, x_i w_ik, without the bias."""
+        """Contribution x_i w_ik (n, C h w) of every input to every output, without the bias."""
         return (self.inputs * self.weights).flatten(1)
 
 
 @dataclass(frozen=True)
 class Start:
-    """Relevance (C, h, w) at a window, from which one map starts."""
+    """Relevance (C, h, w) in a window, the start of one map."""
 
     window: Window
     relevance: Tensor
@@ -56,21 +56,21 @@ class DetectionTrace:
     Args:
         detector: in eval mode, of the image's device and dtype (see `labn.inference.modes`).
         image: (1, C, H, W), normalised, in float32 or float64.
-        config: rules below the heads.
+        config: the rules of the layers before the heads.
 
     Attributes:
-        predictions: for every default box of the image.
+        predictions: class logits and offsets of every default box.
         layout: the order of the default boxes.
 
     Raises:
-        ValueError: more than one image, or heads that do not give what the detector says.
+        InputError: more than one image, or heads whose outputs do not fit `num_classes` and `heads()`.
     """
 
     def __init__(self, detector: Detector, image: Tensor, config: Config) -> None:
         if len(image) != 1:
             raise InputError(f"a detection trace holds one image, got {len(image)}.")
         self.detector, self.image = detector, image
-        self.trace = forward(detector, image, config, _rows)
+        self.trace = forward(detector, image, config, _read_logits)
         heads = detector.heads()
         self._classes = [self._node(head.classification) for head in heads]
         self._offsets = [self._node(head.localisation) for head in heads]
@@ -101,11 +101,11 @@ class DetectionTrace:
         return self.image.shape[-2], self.image.shape[-1]
 
     def detections(self, thresholds: Thresholds | None = None) -> Detections:
-        """The detections of the image; none is an empty result."""
+        """The detections of the image; the result is empty where there is none."""
         return detect(self.detector, self.predictions, self.size, thresholds)[0]
 
     def window(self, prior: int | Tensor, localisation: bool) -> Window:
-        """What the class outputs (or the coordinate outputs) of a default box read.
+        """The input window of a default box's class outputs, or of its coordinate outputs with `localisation`.
 
         Raises:
             IndexError: there is no such default box.
@@ -127,20 +127,20 @@ class DetectionTrace:
         return Window(node.inputs[0], rows, columns, padding, inputs[:, rows, columns], kernel)
 
     def maps(self, starts: list[Start], until: int = 0, chunk_size: int | None = None) -> Tensor:
-        """Relevance (T, ...) that many starts send to the value `until` (0: the pixels), several per sweep.
+        """Relevance (T, ...) at the value `until` (0: the pixels) from T starts, several per sweep.
 
         Raises:
-            NotImplementedError: a layer on the way has no rule; the message names it.
-            ValueError: `until` does not lie below a start, or `chunk_size` is below 1.
+            UnsupportedError: a layer that relevance passes has no rule; the message names it.
+            InputError: no relevance reaches `until`, or `chunk_size` is below 1.
         """
         check_chunk_size(chunk_size)
         size = chunk_size or (4 if self.image.device.type == "cpu" else max(len(starts), 1))
-        # Starts at the same layer share a sweep, so that no zeros are sent through the layers above it.
+        # Sorted by layer, so that starts at the same layer share a sweep and no zeros pass the layers above it.
         order = sorted(range(len(starts)), key=lambda n: starts[n].window.value)
-        parts = [self._sweep([starts[n] for n in order[i : i + size]], until) for i in range(0, len(order), size)]
-        if not parts:
+        chunks = [self._sweep([starts[n] for n in order[i : i + size]], until) for i in range(0, len(order), size)]
+        if not chunks:
             return self.image.new_zeros(0, *self.image.shape[1:])
-        gathered = torch.cat(parts)
+        gathered = torch.cat(chunks)
         return gathered[torch.tensor(order).argsort().to(gathered.device)]
 
     def _sweep(self, starts: list[Start], until: int) -> Tensor:
@@ -153,17 +153,17 @@ class DetectionTrace:
         layer_input = self.trace.kept[node.index][0]
         channels, height, width = layer_input.shape[1:]
         seed = layer_input.new_zeros(len(starts), channels, height, width)
-        for row, start in enumerate(starts):
+        for number, start in enumerate(starts):
             if start.window.value == value:
-                # The heads of one map may be padded differently.
+                # Written into the padded input and cropped, because the heads of one map may be padded differently.
                 vertical, horizontal = start.window.padding
                 padded = seed.new_zeros(channels, height + 2 * vertical, width + 2 * horizontal)
                 padded[:, start.window.rows, start.window.columns] = start.relevance
-                seed[row] = padded[:, vertical : vertical + height, horizontal : horizontal + width]
+                seed[number] = padded[:, vertical : vertical + height, horizontal : horizontal + width]
         return seed
 
 
-def _rows(predictions: Predictions) -> Tensor:
+def _read_logits(predictions: Predictions) -> Tensor:
     return predictions.rows
 
 

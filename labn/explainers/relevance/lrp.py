@@ -1,4 +1,4 @@
-"""Relevance propagation as explainers: LRP by ratio splitting (ECCV 2024) and C3-LRP (JSAI 2024)."""
+"""Explainers by relevance propagation: LRP with ratio splitting (ECCV 2024), C3-LRP (JSAI 2024), contrastive LRP."""
 
 from __future__ import annotations
 
@@ -17,17 +17,35 @@ from labn.postprocess import apply, check_names
 
 
 class LRP(Explainer):
-    """Layer-wise relevance propagation, summed over the colour channels; signed.
+    """Layer-wise relevance propagation (LRP), summed over the colour channels; the maps are signed.
+
+    The propagation itself is `labn.lrp.relevance`; the classifier that is trained for it is
+    `labn.modules.ResNetLRP`.
 
     Args:
-        residual, rule, linear_rule, block_weights, batchnorm, pooling, first_layer: see `labn.lrp.Config`, as for the
-            next ones. `lrp0`, `epsilon` and `gamma` divide by signed sums, whose biases belong to them: with
-            BatchNorm they want `batchnorm="fold"`.
+        residual, rule, linear_rule, block_weights, batchnorm, pooling, first_layer: see `labn.lrp.Config`. The rules
+            `lrp0`, `epsilon` and `gamma` divide by signed sums that include the biases, so that a network with
+            BatchNorm needs `batchnorm="fold"`.
         eps, eps_mode, alpha, beta, gamma, low, high: see `labn.lrp.Config`.
-        init: relevance at the target's logit: its softmax `probability`, the `logit`, or `one`.
+        init: relevance at the target's logit: its softmax `probability`, its `logit`, or `one`.
         chunk_size: images per pass; None: by their size on a CPU, else the whole batch. The maps do not depend on it.
-        postprocess: names of `labn.postprocess` applied to the map in the order given: `c1c`, `c3`, `hq8`, ..., with
-            their options as in `c1c:resolution=28,gain=3`.
+        postprocess: names of steps of `labn.postprocess`, applied in this order: `c1c`, `c3`, `hq8`, ..., with their
+            options as in `c1c:resolution=28,gain=3`.
+
+    Raises:
+        InputError: an argument has another value.
+        UnsupportedError: on call, a layer of the network has no rule; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from labn.explainers import LRP
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2, bias=False))
+        >>> _ = nn.init.constant_(model[1].weight, 0.5)
+        >>> explainer = LRP(first_layer="alpha1beta0", init="one")
+        >>> explainer(model, torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]]), torch.tensor([0]))
+        tensor([[[0.1000, 0.2000],
+                 [0.3000, 0.4000]]])
     """
 
     def __init__(
@@ -75,7 +93,7 @@ class LRP(Explainer):
 
     @property
     def revision(self) -> int:
-        """1 where pixel bounds pass a normalisation inside of the network, as they did not before."""
+        """1 with the rule zbox, whose bounds did not pass a normalisation inside the network in earlier versions."""
         return int(self.config.first_layer == "zbox")
 
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
@@ -85,11 +103,22 @@ class LRP(Explainer):
 
 
 class C3LRP(LRP):
-    """C3-LRP: residual blocks as one layer each, then contour and component of the map; `postprocess` is appended.
+    """C3-LRP (JSAI 2024): residual blocks as single layers, then the choice of contour and component (C3) of the map.
 
-    `postprocess=["hq8"]` gives the paper's quantised variant; other arguments are those of `LRP`. The map is signed,
-    and what C3 cuts off becomes 0, above what it keeps below 0; `LRP(residual="block",
-    postprocess=["c3:outside=min"])` ranks it last.
+    C3 sets the pixels outside of its region to 0, which in a signed map lies above the negative pixels inside.
+    `LRP(residual="block", postprocess=["c3:outside=min"])` ranks them last instead.
+
+    Args:
+        postprocess: further steps after C3; `["hq8"]` is the paper's quantised variant.
+        kwargs: arguments of `LRP` except `residual`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from labn.explainers import C3LRP
+        >>> layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)]
+        >>> C3LRP(postprocess=["hq8"])(nn.Sequential(*layers), torch.rand(2, 3, 8, 8), torch.tensor([0, 1])).shape
+        torch.Size([2, 8, 8])
     """
 
     def __init__(self, postprocess: Sequence[str] = (), **kwargs: Any) -> None:
@@ -97,15 +126,24 @@ class C3LRP(LRP):
 
 
 class ContrastiveLRP(LRP):
-    """Relevance for a class against the others: what speaks for the target more than for its rivals (CRP, IJCNN 2019).
+    """Relevance for a class in contrast to other classes: evidence for the target minus evidence for its rivals.
 
-    At the input of the last layer each class k has the shares R_i[k] = a_i w+_ik / sum_j a_j w+_jk; the contrast
-    R_i = R_i[k*] - mean over the rivals of R_i[k] sums to zero and goes down by ratio splitting and z+, positive and
-    negative parts by the same shares. Plain z+ propagation hardly depends on the class; this does.
+    At the input of the last layer each class k has the shares R_i[k] = a_i w+_ik / sum_j a_j w+_jk. The contrast
+    R_i = R_i[k*] - mean over the rivals k of R_i[k] (CRP, IJCNN 2019) sums to zero. It is propagated by ratio splitting
+    and z+; positive and negative relevance are divided by the same shares. Unlike plain z+ propagation, which hardly
+    depends on the class, the map is specific to the class.
 
     Args:
-        others: the rivals: `all` other classes, the `n` most probable ones, or a list of classes.
+        others: the rivals: `all` other classes, a number of most probable ones, or a list of classes.
         residual, rule, batchnorm, first_layer, pooling, eps, eps_mode, chunk_size, postprocess: as for `LRP`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from labn.explainers import ContrastiveLRP
+        >>> layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)]
+        >>> ContrastiveLRP(others=1)(nn.Sequential(*layers), torch.rand(2, 3, 8, 8), torch.tensor([0, 1])).shape
+        torch.Size([2, 8, 8])
     """
 
     def __init__(
