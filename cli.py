@@ -50,11 +50,11 @@ from labn.io.atomic import check_writable
 from labn.launch import archive_fit as earlier_fit
 from labn.launch.allocator import keep_freed_memory
 from labn.launch.config_include import configurations, expand_includes, experiment_name
-from labn.launch.error_messages import explained
+from labn.launch.error_messages import explain_error
 from labn.launch.slurm import requeue_on_signal, restarted
-from labn.models.checkpoints import own_data, read_checkpoint
+from labn.models.checkpoints import own_dataclasses, read_checkpoint
 from labn.modules.plain_checkpoints import check_own_classes, check_same_class
-from labn.modules.restore import START_WEIGHTS
+from labn.modules.restore import WEIGHT_ARGUMENTS
 
 __all__ = ["LabnCLI", "callbacks", "datamodules", "labn", "main"]
 
@@ -183,12 +183,12 @@ class LabnCLI(LightningCLI):
         asked = config.get("model") or {}
         check_own_classes(path, content, named_classes(asked))
         check_same_class(path, content, asked.get("class_path"))
-        with torch.serialization.safe_globals(own_data(Path(path))):
+        with torch.serialization.safe_globals(own_dataclasses(Path(path))):
             super()._parse_ckpt_path()
         built: Any = self.config[self.subcommand].get("model") or {}
         say_taken_over(path, self._said_of_the_model(), built)
         arguments = built.get("init_args") or {}
-        for name in START_WEIGHTS:
+        for name in WEIGHT_ARGUMENTS:
             if arguments.get(name) and not Path(os.path.expandvars(arguments[name])).is_file():
                 arguments[name] = None  # the checkpoint has every weight
 
@@ -266,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("Terminated; the same command (fit: with --ckpt_path last) goes on from here.", file=sys.stderr)
         raise SystemExit(128 + signal.SIGTERM) from error
     except RuntimeError as error:
-        better = explained(error, getattr(rank_zero_only, "rank", 0))
+        better = explain_error(error, getattr(rank_zero_only, "rank", 0))
         if better is None:
             raise
         raise better from error

@@ -1,4 +1,4 @@
-"""A new fit in the folder of a finished or interrupted one: the earlier one is kept, apart."""
+"""Archiving an earlier fit, when a new fit starts in its run folder."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from labn.io.atomic import unused_folder, write_error
 from labn.results.training_logs import log_files
 
 
-def holds_fit(run_dir: Path) -> bool:
-    """Whether a fit has left a checkpoint or a log in the run folder."""
+def has_fit(run_dir: Path) -> bool:
+    """Whether the run folder has checkpoints or training logs."""
     return any((run_dir / "checkpoints").glob("*.ckpt")) or bool(log_files(run_dir, "fit"))
 
 
 def archive_fit(run_dir: Path) -> Path | None:
-    """Move what an earlier fit has left to `<run_dir>/fit.old-<n>`, laid out as a run folder of its own.
+    """Move the files of an earlier fit to `<run_dir>/fit.old-<n>`, which is then a run folder itself.
 
-    That is checkpoints, logs of training, validation results and the configuration. A test's results stay: the next
-    test moves them aside itself, if they are of other weights.
+    These are checkpoints, training logs, validation results and the configuration. Test results stay; the next test
+    moves them if they belong to other weights.
 
     Returns:
-        The folder; None where there was no earlier fit.
+        The new folder; None without an earlier fit.
 
     Raises:
-        OSError: the run folder cannot be written.
+        FileError: the run folder cannot be written.
     """
-    if not holds_fit(run_dir):
+    if not has_fit(run_dir):
         return None
-    aside = unused_folder(run_dir / "fit")
+    archive = unused_folder(run_dir / "fit")
     logs = [path.parent for path in log_files(run_dir, "fit")]
-    # Checkpoints first: with them gone, nobody goes on from a fit whose logs are elsewhere.
+    # Checkpoints are moved first: if the process is killed in between, no run resumes from a fit without its logs.
     for path in (run_dir / "checkpoints", *logs, run_dir / "val", run_dir / "fit.yaml"):
         if path.exists():
-            target = aside / path.relative_to(run_dir)
+            target = archive / path.relative_to(run_dir)
             try:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 path.rename(target)
             except OSError as error:
                 raise write_error(target, error) from error
-    return aside
+    return archive

@@ -1,4 +1,4 @@
-"""One sentence instead of what torch, jsonargparse and Python say at length."""
+"""One-sentence versions of long error messages of torch and jsonargparse."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 from labn.errors import LostProcessError, UserError
 from labn.perturbation.engine import is_out_of_memory
 
-GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
-"""What the collectives of gloo and NCCL say when another process of the run has ended."""
+CONNECTION_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
+"""Texts in the errors of gloo's and NCCL's collectives when another process of the run has ended."""
 
 NOISE = re.compile(
     r"(- )?(Does not validate against|Subtypes:|Errors:|Expected a <class 'NoneType'>|Not a valid subclass of"
     r"|Subclass types expect|a class path \(|a dict with|Given value)"
 )
-"""Lines of jsonargparse that describe its types and not the mistake."""
+"""Lines of jsonargparse's messages that describe types and not the mistake."""
 
 LAYOUTS = (
     (
@@ -29,49 +29,49 @@ LAYOUTS = (
     ),
     (re.compile(r"Expected a <class 'dict'>"), "the layout must be {<name>: <value>}"),
 )
-"""What jsonargparse says about a value of another layout, and what shows the right one."""
+"""Pattern of jsonargparse's message about a value of a wrong layout -> text that shows the right layout."""
 
 
 class OutOfMemory(UserError, torch.OutOfMemoryError):
-    """Memory has run out, on an accelerator or on the CPU; the message says what to lower."""
+    """The memory of an accelerator or of the CPU is exhausted; the message names the setting to lower."""
 
 
-def explained(error: RuntimeError, rank: int) -> UserError | None:
-    """An error with a sentence that helps, where the sentence of torch does not; else None.
+def explain_error(error: RuntimeError, rank: int) -> UserError | None:
+    """An error with advice for exhausted memory or a lost process; None for any other error.
 
     Args:
-        error: what ended a command with a trainer.
-        rank: this process.
+        error: the error that ended a command with a trainer.
+        rank: rank of this process.
     """
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    again = "the same command (fit: with --ckpt_path last) goes on from what is on disk"
+    again = "the same command (fit: with --ckpt_path last) continues from the files on disk"
     if is_out_of_memory(error):
         return OutOfMemory(f"Rank {rank} is out of memory ({reason}): lower data.init_args.batch_size, and {again}.")
-    if any(word in str(error) for word in GONE):
+    if any(word in str(error) for word in CONNECTION_LOST):
         return LostProcessError(f"Rank {rank} has lost another process, whose own message says why: {again}.")
     return None
 
 
 def config_sentence(message: str, options: Sequence[str] = ()) -> str:
-    """The mistake in a configuration, in one line: the keys that lead to it, what is wrong, the nearest right names.
+    """The mistake in a configuration in one line: the path of keys, the mistake, and similar valid names.
 
     Args:
-        message: what jsonargparse says, which lists every type that would have been right.
-        options: names of the options that the command has.
+        message: jsonargparse's message, which also lists every type that would be valid.
+        options: names of the command's options.
     """
     lines = [line.strip() for line in message.splitlines()]
-    told = [line.removeprefix("- ").removesuffix(":") for line in lines if line and not NOISE.match(line)]
-    if len(told) < 2 and len(lines) > 1:  # nothing but types was wrong: they are what there is to say
+    steps = [line.removeprefix("- ").removesuffix(":") for line in lines if line and not NOISE.match(line)]
+    if len(steps) < 2 and len(lines) > 1:  # the message has nothing but types, so it is kept whole
         return message
-    told = [re.sub(r"^(Parser key|Problem with given class_path) ['\"](.*)['\"]$", r"\2", line) for line in told]
+    steps = [re.sub(r"^(Parser key|Problem with given class_path) ['\"](.*)['\"]$", r"\2", line) for line in steps]
     for mistake, layout in LAYOUTS:
-        told = [mistake.sub(layout, line) for line in told]
-    owner = told[-2] if len(told) > 1 else ""
-    return ": ".join(dict.fromkeys(told)).rstrip(".") + _near_names(told[-1], owner, options)
+        steps = [mistake.sub(layout, line) for line in steps]
+    owner = steps[-2] if len(steps) > 1 else ""
+    return ": ".join(dict.fromkeys(steps)).rstrip(".") + _near_names(steps[-1], owner, options)
 
 
 def _near_names(mistake: str, owner: str, options: Sequence[str]) -> str:
-    """`; did you mean ...?` for an unknown option of the class `owner`, of the command, or name in a module."""
+    """`; did you mean ...?` for an unknown argument of class `owner`, option of the command, or name in a module."""
     if unknown := re.search(r"Option '(\S+)' is not accepted", mistake):
         names: Sequence[str] = _arguments(owner)
     elif unknown := re.search(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)", mistake):
@@ -86,13 +86,14 @@ def _near_names(mistake: str, owner: str, options: Sequence[str]) -> str:
 
 
 def _arguments(class_path: str) -> list[str]:
-    """Names of what a class and its bases are built with."""
+    """Names of the arguments of a class and its bases."""
     module, _, name = class_path.rpartition(".")
-    built = getattr(importlib.import_module(module), name, None) if module else None
-    bases = inspect.getmro(built) if isinstance(built, type) else ()
+    value = getattr(importlib.import_module(module), name, None) if module else None
+    bases = inspect.getmro(value) if isinstance(value, type) else ()
     return [
-        key
+        parameter.name
         for base in bases
         if "__init__" in vars(base)
-        for key in inspect.signature(vars(base)["__init__"]).parameters
+        for parameter in inspect.signature(vars(base)["__init__"]).parameters.values()
+        if parameter.kind is not parameter.VAR_KEYWORD
     ]

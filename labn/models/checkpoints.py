@@ -1,4 +1,4 @@
-"""Start a network from a file: take the tensors that fit, say what was taken, refuse what does not fit at all."""
+"""Load weights into a network from a file: tensors that fit are loaded and reported, other architectures raise."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from labn.errors import InputError, MissingFileError
 from labn.models.lambda_networks.layer import LambdaLayer
 
+# Prefixes of tensor names from DDP, `torch.compile`, LightningModules, and the halves of an attention branch network.
 PREFIXES = re.compile(r"^(?:(?:module|model|network|_orig_mod|feature_extractor|perception_branch)\.)+")
+# Names of the lambda layer's tensors in the released LABN code -> names in this project.
 RENAMES = {
     "conv_qkv.weight": "to_qkv.weight",
     "lambda_conv.weight": "position_weight",
@@ -28,13 +30,20 @@ RENAMES = {
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_backbone` did; printing it gives counts and names, whole modules as `<module>.*`.
+    """The result of `load_backbone`. Its text gives counts and names; a whole module is written as `<module>.*`.
 
     Attributes:
         path: the file.
-        taken: names (of the model) of tensors that came from the file.
-        fresh: names of tensors that the model kept as they were.
-        unused: names (of the file) that went nowhere, with the reason where the model has a tensor of that name.
+        taken: names, in the model, of tensors that were loaded from the file.
+        fresh: names, in the model, of tensors that were not changed.
+        unused: names, in the file, of tensors that were not loaded, with the reason where the model has a tensor of
+            that name.
+
+    Example:
+        >>> print(LoadReport("a.pt", taken=("conv.weight",), fresh=("fc.bias", "fc.weight"), unused=()))
+        a.pt: 1 tensors taken, 2 fresh, 0 unused
+          taken: conv.*
+          fresh: fc.*
     """
 
     path: str
@@ -51,84 +60,95 @@ class LoadReport:
 
 
 def _whole_modules(names: Iterable[str], others: Iterable[str]) -> list[str]:
-    """The names, those of a module of which nothing is among the others as one `<module>.*`."""
-    mixed = {module for name in others for module in _modules(name)}
-    short = (next((f"{module}.*" for module in _modules(name) if module not in mixed), name) for name in names)
+    """The names, where all names of a module without any tensor among `others` become one `<module>.*`."""
+    mixed = {module for name in others for module in _enclosing_modules(name)}
+    short = (
+        next((f"{module}.*" for module in _enclosing_modules(name) if module not in mixed), name) for name in names
+    )
     return list(dict.fromkeys(short))
 
 
-def _modules(name: str) -> Iterator[str]:
-    """The modules around a tensor, the largest first: `a.b.c` is in `a` and `a.b`."""
+def _enclosing_modules(name: str) -> Iterator[str]:
+    """Names of the modules that contain a tensor, the outermost first: `a` and `a.b` for `a.b.c`."""
     return itertools.accumulate(name.split(".")[:-1], "{}.{}".format)
 
 
 def load_backbone(model: nn.Module, path: str | Path) -> LoadReport:
-    """Copy into `model` every tensor of a file that fits by name and shape, in place.
+    """Copy every tensor of a file that fits by name and shape into `model`, in place.
 
-    Names are compared after `canonical`, so a plain classifier, an attention branch network (whatever its split) and
-    this project's Lightning checkpoints can start each other. Values are cast to the model's dtype, so float16 files
-    work. A classifier of another size stays fresh. Where a lambda layer stays fresh, so do the running statistics of
-    the BatchNorm behind it: they described the output of another layer.
+    Names are compared after `canonical`, so that plain classifiers, attention branch networks with any split, and
+    Lightning checkpoints of this project can be loaded into each other. Values are cast to the model's dtype. A
+    classifier layer of another size is not loaded.
 
     Args:
         model: a classifier or an `AttentionBranchNetwork`.
-        path: `.safetensors`, or a pickle of tensors (`.pt`, `.pth`, `.ckpt`), read with `weights_only`.
+        path: a `.safetensors` file, or a pickle of tensors (`.pt`, `.pth`, `.ckpt`), which is read with `weights_only`.
 
     Returns:
-        What was taken, what stayed fresh, what was not used.
+        Names of the tensors that were loaded, not changed, and not used.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is unreadable or of another architecture: less than half of the model's, and less than
+        MissingFileError: the file does not exist.
+        InputError: the file is unreadable, or of another architecture: fewer than half of the model's, and fewer than
             half of the file's, convolution kernels fit.
+
+    Example:
+        >>> import tempfile
+        >>> small, large = nn.Sequential(nn.Conv2d(3, 2, 1)), nn.Sequential(nn.Conv2d(3, 2, 1), nn.Linear(2, 5))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(small.state_dict(), f"{folder}/weights.pt")
+        ...     report = load_backbone(large, f"{folder}/weights.pt")
+        >>> report.taken, report.fresh
+        (('0.weight', '0.bias'), ('1.weight', '1.bias'))
     """
     own = model.state_dict()
-    offered = {canonical(name): (name, _flat(tensor)) for name, tensor in read_tensors(path).items()}
+    available = {canonical(name): (name, _without_depth(tensor)) for name, tensor in read_tensors(path).items()}
     fits = {
-        name: offered[canonical(name)][1]
+        name: available[canonical(name)][1]
         for name, tensor in own.items()
-        if canonical(name) in offered and offered[canonical(name)][1].shape == tensor.shape
+        if canonical(name) in available and available[canonical(name)][1].shape == tensor.shape
     }
-    _check_architecture(path, own, offered, fits)
+    _check_architecture(path, own, available, fits)
     for name in _stale_statistics(model, fits):
         fits.pop(name, None)
     model.load_state_dict(fits, strict=False)
     used = {canonical(name) for name in fits}
     shapes = {canonical(name): tuple(tensor.shape) for name, tensor in own.items()}
-    unused = tuple(_reason(offered[key], shapes.get(key)) for key in offered if key not in used)
+    unused = tuple(_unused_entry(available[key], shapes.get(key)) for key in available if key not in used)
     return LoadReport(str(path), tuple(fits), tuple(name for name in own if name not in fits), unused)
 
 
 def load_classifier(model: nn.Module, path: str | Path) -> LoadReport:
-    """`load_backbone`, where every tensor must fit but those of the last linear layer, which may have other classes.
+    """Load weights with `load_backbone` where all tensors but those of the last linear layer must fit.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a tensor is missing in the file or has another shape; the message names the first and both shapes.
+        MissingFileError: the file does not exist.
+        InputError: a tensor is missing in the file or has another shape; the message names the first one.
     """
     own = model.state_dict()
-    offered = {canonical(name): tuple(_flat(tensor).shape) for name, tensor in read_tensors(path).items()}
+    available = {canonical(name): tuple(_without_depth(tensor).shape) for name, tensor in read_tensors(path).items()}
     head = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1:]
     for name, tensor in own.items():
-        # Counters of batches do not enter the function, and many files come without them.
+        # BatchNorm's counters of batches do not change the output, and many files lack them.
         if name.rpartition(".")[0] in head or name.endswith("num_batches_tracked"):
             continue
-        found = offered.get(canonical(name))
-        if found is None:
+        shape = available.get(canonical(name))
+        if shape is None:
             raise InputError(f"{path} has no tensor for {name}; give weights of this {type(model).__name__}'s depth.")
-        if found != tuple(tensor.shape):
+        if shape != tuple(tensor.shape):
             raise InputError(
-                f"{path} holds weights of another width: {canonical(name)} is {found}, this {type(model).__name__} "
-                f"needs {tuple(tensor.shape)}; name the backbone that the weights were made for."
+                f"{path} holds weights of another width: {canonical(name)} is {shape}, this {type(model).__name__} "
+                f"needs {tuple(tensor.shape)}; set backbone to the network that the weights were made for."
             )
     return load_backbone(model, path)
 
 
 def canonical(name: str) -> str:
-    """A tensor's name as a plain ResNet would call it: without wrappers, with this project's names for lambda layers.
+    """A tensor's name in a plain ResNet: without the prefixes of wrappers, and with this project's lambda layer names.
 
-    Wrappers are those of DDP, `torch.compile`, LightningModules and the two halves of a split backbone; the released
-    LABN code calls the lambda layer's tensors `conv_qkv` and `lambda_conv`.
+    Example:
+        >>> canonical("network.feature_extractor.layer1.0.lambda_conv.weight")
+        'layer1.0.position_weight'
     """
     name = PREFIXES.sub("", name)
     for old, new in RENAMES.items():
@@ -137,17 +157,17 @@ def canonical(name: str) -> str:
     return name
 
 
-def _flat(tensor: Tensor) -> Tensor:
-    """A released position window (dim_k, dim_u, 1, r, r), a Conv3d kernel, as this project's (dim_k, dim_u, r, r)."""
+def _without_depth(tensor: Tensor) -> Tensor:
+    """A position kernel (dim_k, dim_u, 1, r, r) of the released code's Conv3d as (dim_k, dim_u, r, r)."""
     return tensor.squeeze(2) if tensor.ndim == 5 and tensor.shape[2] == 1 else tensor
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Named tensors of a safetensors file or of a pickle, which may hold them under `state_dict` or `model`.
+    """Read the named tensors of a safetensors file, or of a pickle, where they may lie under `state_dict` or `model`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file cannot be read safely or holds no named tensors.
+        MissingFileError: the file does not exist.
+        InputError: the file cannot be read safely, or has no named tensors.
     """
     content = read_checkpoint(path)
     for key in ("state_dict", "model"):
@@ -160,11 +180,11 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_checkpoint(path: str | Path) -> Any:
-    """Everything that a safetensors file or a pickle holds, read as plain data: no code in it runs.
+    """Read the content of a safetensors file or a pickle as plain data, without running code that it names.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file cannot be read safely.
+        MissingFileError: the file does not exist.
+        InputError: the file cannot be read safely.
     """
     path = Path(path)
     if not path.is_file():
@@ -176,57 +196,57 @@ def _read(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        with torch.serialization.safe_globals(own_data(path)):
+        with torch.serialization.safe_globals(own_dataclasses(path)):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise InputError(f"{path} cannot be read as tensors only: {_named_code(path, error)}") from error
-    # A file that was made to do harm can end the reader in any way; there is no list of its errors.
+        raise InputError(f"{path} cannot be read as tensors only: {_unsafe_content(path, error)}") from error
+    # torch and safetensors raise many kinds of errors for damaged or hostile files.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} cannot be read as tensors only: {reason}") from error
 
 
-def _named_code(path: Path, error: Exception) -> str:
-    names = ", ".join(sorted(set(_globals_of(path)) - {f"{c.__module__}.{c.__qualname__}" for c in own_data(path)}))
+def _unsafe_content(path: Path, error: Exception) -> str:
+    names = ", ".join(
+        sorted(set(_foreign_globals(path)) - {f"{c.__module__}.{c.__qualname__}" for c in own_dataclasses(path)})
+    )
     if names:
         return f"it names code to run ({names}), which is refused; ask for a file of plain tensors."
-    # The rest of torch's message advises to read the file without this protection.
+    # The rest of torch's message advises reading the file without `weights_only`, which would run its code.
     reason = re.search(r"WeightsUnpickler error: (.*)", str(error))
-    return "it is damaged, or no checkpoint of PyTorch" + (f" ({reason[1].rstrip('. ')})." if reason else ".")
+    return "it is damaged, or not a checkpoint of PyTorch" + (f" ({reason[1].rstrip('. ')})." if reason else ".")
 
 
-def _globals_of(path: Path) -> list[str]:
-    """Names beyond PyTorch's own that a checkpoint wants called or built."""
+def _foreign_globals(path: Path) -> list[str]:
+    """Names of functions and classes in a checkpoint that PyTorch does not allow by default."""
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (ValueError, pickle.UnpicklingError):  # an old file that is no archive: nothing to allow
+    except (ValueError, pickle.UnpicklingError):  # a file in PyTorch's old format, which is not a zip archive
         return []
 
 
-def own_data(path: Path) -> list[Any]:
-    """Dataclasses of this package that a checkpoint names, such as the options of saliency guidance.
-
-    Nothing else of the package: a pickle may call whatever it is allowed to name, with arguments of its own, so that
-    a function that writes files must not be among it, nor what a module has merely imported.
-    """
-    found = []
-    for name in _globals_of(path):
+def own_dataclasses(path: Path) -> list[Any]:
+    """Dataclasses of this package that a checkpoint names, such as the options of saliency guidance."""
+    # Only dataclasses, and only in the module that defines them: a pickle can call every name that it is allowed to
+    # use with any arguments, so functions (which may write files) and imported names must stay forbidden.
+    classes = []
+    for name in _foreign_globals(path):
         module, _, attribute = name.rpartition(".")
         if module.startswith("labn."):
             try:
-                thing = getattr(importlib.import_module(module), attribute, None)
+                value = getattr(importlib.import_module(module), attribute, None)
             except ImportError:
                 continue
-            if isinstance(thing, type) and is_dataclass(thing) and thing.__module__ == module:
-                found.append(thing)
-    return found
+            if isinstance(value, type) and is_dataclass(value) and value.__module__ == module:
+                classes.append(value)
+    return classes
 
 
 def _check_architecture(
-    path: str | Path, own: dict[str, Tensor], offered: dict[str, tuple[str, Tensor]], fits: dict[str, Tensor]
+    path: str | Path, own: dict[str, Tensor], available: dict[str, tuple[str, Tensor]], fits: dict[str, Tensor]
 ) -> None:
     taken = sum(tensor.ndim >= 4 for tensor in fits.values())
-    wanted = min(sum(t.ndim >= 4 for t in own.values()), sum(t.ndim >= 4 for _, t in offered.values()))
+    wanted = min(sum(t.ndim >= 4 for t in own.values()), sum(t.ndim >= 4 for _, t in available.values()))
     if not fits or taken < wanted / 2:
         raise InputError(
             f"{path} is of another architecture: {taken} of its convolution kernels fit this network, "
@@ -235,6 +255,10 @@ def _check_architecture(
 
 
 def _stale_statistics(model: nn.Module, fits: dict[str, Tensor]) -> list[str]:
+    """Names of BatchNorm statistics in the file that describe the output of a layer other than the model's.
+
+    These are the statistics behind lambda layers that are not loaded, as when a plain ResNet starts a lambda ResNet.
+    """
     stale = []
     for name, module in model.named_modules():
         if isinstance(module, LambdaLayer) and f"{name}.position_weight" not in fits:
@@ -243,7 +267,7 @@ def _stale_statistics(model: nn.Module, fits: dict[str, Tensor]) -> list[str]:
     return stale
 
 
-def _reason(source: tuple[str, Tensor], shape: tuple[int, ...] | None) -> str:
+def _unused_entry(source: tuple[str, Tensor], shape: tuple[int, ...] | None) -> str:
     name, tensor = source
     if shape == tuple(tensor.shape):
         return f"{name} (of another layer's output)"

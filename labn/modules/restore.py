@@ -1,4 +1,4 @@
-"""A trained network and its preprocessing from a checkpoint alone, without its configuration."""
+"""Restoring a trained network and its preprocessing from a checkpoint, without its configuration."""
 
 from __future__ import annotations
 
@@ -15,43 +15,47 @@ from labn.models.checkpoints import read_checkpoint
 from labn.modules.base import ClassificationModule
 from labn.modules.ssd import SSD
 
-START_WEIGHTS = ("backbone_ckpt", "ckpt")
-"""Arguments that name the file of weights which training begins with."""
-ONLY_FOR_TRAINING = ("guidance", *START_WEIGHTS)
-"""Arguments that change nothing about a trained network; a file of starting weights may be gone."""
+WEIGHT_ARGUMENTS = ("backbone_ckpt", "ckpt")
+"""Arguments that name the file of weights that training starts from."""
+TRAINING_ARGUMENTS = ("guidance", *WEIGHT_ARGUMENTS)
+"""Arguments that do not change a trained network; the file of starting weights may no longer exist."""
 
 
 def restore(path: str | Path) -> tuple[nn.Module, Preprocessing | None]:
-    """The network of a checkpoint of this command line, in eval mode, and what pictures it expects.
+    """Restore the network of a checkpoint, in eval mode, and its preprocessing.
 
     Args:
-        path: `best.ckpt` or `last.ckpt` of a run. It is read as plain data; no code in it runs.
+        path: `best.ckpt` or `last.ckpt` of a run; it is read as plain data, without running code.
 
     Returns:
         The network, and its preprocessing (None in a checkpoint that was saved without a data module).
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no checkpoint of a classifier of this project.
+        MissingFileError: the file does not exist.
+        InputError: the file is not a checkpoint of a classifier of this project.
     """
     content = read_checkpoint(path)
     arguments = dict(content.get("hyper_parameters") or {})
     module, _, name = str(arguments.get("_class_path", "")).rpartition(".")
-    found: Any = getattr(importlib.import_module(module), name, None) if _ours(module) else None
-    if isinstance(found, type) and issubclass(found, SSD):
-        raise InputError(f"{path} holds a detector, which `cli.py test` explains, with callbacks.DetectionCallback.")
-    if not (isinstance(found, type) and issubclass(found, ClassificationModule)) or "state_dict" not in content:
+    module_class: Any = getattr(importlib.import_module(module), name, None) if _in_labn_modules(module) else None
+    if isinstance(module_class, type) and issubclass(module_class, SSD):
         raise InputError(
-            f"{path} is no checkpoint of `cli.py fit` with a module of labn.modules; "
+            f"{path} holds a detector; explain it with `cli.py test` and the callback callbacks.DetectionCallback."
+        )
+    is_classifier = isinstance(module_class, type) and issubclass(module_class, ClassificationModule)
+    if not is_classifier or "state_dict" not in content:
+        raise InputError(
+            f"{path} is not a checkpoint of `cli.py fit` with a module of labn.modules; "
             "for other weights give the network's name with --model and the file with --weights."
         )
-    plain = {k: v for k, v in arguments.items() if not k.startswith("_") and k not in ONLY_FOR_TRAINING}
+    network_arguments = {k: v for k, v in arguments.items() if not k.startswith("_") and k not in TRAINING_ARGUMENTS}
+    # Random initial weights are drawn and then replaced; the caller's random numbers stay as they are.
     with torch.random.fork_rng(devices=[]):
-        trained = found(**plain)
+        trained = module_class(**network_arguments)
     trained.load_state_dict(content["state_dict"])
-    kept = content.get(KEY)
-    return trained.network.eval(), None if kept is None else Preprocessing(**kept)
+    preprocessing = content.get(KEY)
+    return trained.network.eval(), None if preprocessing is None else Preprocessing(**preprocessing)
 
 
-def _ours(module: str) -> bool:
+def _in_labn_modules(module: str) -> bool:
     return module == "labn.modules" or module.startswith("labn.modules.")

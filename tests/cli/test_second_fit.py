@@ -6,7 +6,7 @@ import pytest
 import torch
 from command_line import TINY, call_main, run
 
-from labn.launch.archive_fit import archive_fit, holds_fit
+from labn.launch.archive_fit import archive_fit, has_fit
 from labn.results.training_logs import read_training
 
 CALLBACKS = (
@@ -68,7 +68,7 @@ def test_only_what_a_fit_has_left_is_moved(tmp_path):
     (tmp_path / "logs" / "test").mkdir(parents=True)
     (tmp_path / "logs" / "test" / "metrics.csv").write_text("epoch,test/loss\n0,1\n")
     (tmp_path / "checkpoints").mkdir()
-    assert not holds_fit(tmp_path)
+    assert not has_fit(tmp_path)
     assert archive_fit(tmp_path) is None
     for number in (1, 2):
         (tmp_path / "checkpoints").mkdir(exist_ok=True)

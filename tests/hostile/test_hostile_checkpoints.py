@@ -7,8 +7,8 @@ import pytest
 import torch
 from command_line import TINY, call_main
 
-import labn.results.store
-from labn.models.checkpoints import own_data, read_checkpoint
+import labn.inference.fingerprint
+from labn.models.checkpoints import own_dataclasses, read_checkpoint
 from labn.modules.guidance import SaliencyGuidance
 from labn.modules.plain_checkpoints import PlainCheckpointIO, check_own_classes
 from labn.modules.restore import restore
@@ -55,10 +55,10 @@ def test_functions_of_this_package_are_not_called_either(tmp_path, monkeypatch):
     def digest(*things):
         called.append(things)
 
-    digest.__module__, digest.__qualname__ = "labn.results.store", "digest"
-    monkeypatch.setattr(labn.results.store, "digest", digest)
+    digest.__module__, digest.__qualname__ = "labn.inference.fingerprint", "digest"
+    monkeypatch.setattr(labn.inference.fingerprint, "digest", digest)
     save(OwnFunction(), tmp_path / "evil.ckpt")
-    with pytest.raises(ValueError, match=r"names code to run \(labn\.store\.digest\)"):
+    with pytest.raises(ValueError, match=r"names code to run \(labn\.inference\.fingerprint\.digest\)"):
         read_checkpoint(tmp_path / "evil.ckpt")
     assert not called
     torch.load(tmp_path / "evil.ckpt", weights_only=False)
@@ -108,7 +108,7 @@ def test_weights_alone_are_no_checkpoint_to_test(tmp_path):
 
 def test_options_of_this_package_survive(tmp_path):
     torch.save({"guidance": SaliencyGuidance(patch_size=4)}, tmp_path / "a.ckpt")
-    assert own_data(tmp_path / "a.ckpt") == [SaliencyGuidance]
+    assert own_dataclasses(tmp_path / "a.ckpt") == [SaliencyGuidance]
     assert read_checkpoint(tmp_path / "a.ckpt")["guidance"] == SaliencyGuidance(patch_size=4)
 
 

@@ -347,7 +347,7 @@ def test_the_command_line_refuses_a_bomb_before_it_is_unfolded(tmp_path, monkeyp
     monkeypatch.setattr("labn.io.readers.MAX_NODES", 500)
     bomb = tmp_path / "bomb.yaml"
     bomb.write_text(laughs(3))
-    (tmp_path / "run.yaml").write_text("parts: [bomb.yaml]")
+    (tmp_path / "run.yaml").write_text("include: [bomb.yaml]")
     config = tmp_path / "run.yaml" if nested else bomb
     with pytest.raises(ValueError, match=f"{bomb} holds more than 500 values"):
         call_main(["fit", "--config", str(config)])

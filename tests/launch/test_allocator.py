@@ -8,7 +8,7 @@ import pytest
 # It may grow by a piece or two before that, so the least of some later rounds counts.
 SCRIPT = """
 import resource, sys, torch
-from labn.allocator import keep_freed_memory
+from labn.launch.allocator import keep_freed_memory
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
 def touch():
