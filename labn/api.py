@@ -141,7 +141,7 @@ def evaluate(
             metric.check(batch)
         scores: dict[str, Tensor] = {}
         for name, metric in built.items():
-            found = metric.score_batch(batch)
+            found = metric.score_batch(batch).values
             scores |= {key: found[value] for key, value in values_named(name, metric).items()}
     return {name: score.to(images.device) for name, score in scores.items()}
 

@@ -12,8 +12,7 @@ from small_networks import GapLinear
 from torch import Tensor, nn
 
 from labn.explainers import EXPLAINERS, Explainer, explainer_by_name
-from labn.models import AttentionBranchNetwork
-from labn.models.lambda_networks import resnet as magnetogram_net
+from labn.models import AttentionBranchNetwork, magnetogram_net
 
 SIZE = 32
 SHORT: dict[str, dict[str, Any]] = {  # fewer forwards than by default

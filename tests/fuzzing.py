@@ -224,7 +224,7 @@ def read_store(root: Path) -> None:
     store.maps("a", "k", range(12))
     for explainer in ("gradcam", "-lrp"):
         store.scored(explainer, explainer, {"pid16": "pid16"}, range(6))
-    list(store.parts())
+    list(store.score_shards())
 
 
 def small(kind: type, **options: object) -> Callable[[Path], None]:
@@ -262,7 +262,7 @@ TARGETS = {
         read_run,
         ("test/*.csv", "test/*.json", "test/maps/*.json", "test/*.npz", "logs/fit/*.csv", "fit.yaml"),
     ),
-    "store": Target(write_results, read_store, ("test/maps/*.safetensors", "test/parts/*.npz")),
+    "store": Target(write_results, read_store, ("test/maps/*.safetensors", "test/scores/*.npz")),
 }
 """Every reader of files from elsewhere."""
 

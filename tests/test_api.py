@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+import labn
 from labn import Explanation, evaluate, explain
 from labn.explainers import GradCAM, explainer_by_name
 from labn.metrics import metric_by_name
@@ -296,3 +298,14 @@ def test_other_channels_need_their_normalisation() -> None:
     with pytest.raises(ValueError, match="images have 1 channels; give mean and std"):
         evaluate(model, images, images[:, 0], [0], ["pid4"])
     assert evaluate(model, images, images[:, 0], [0], ["pid4"], mean=None, std=None)["pid4"].shape == (1,)
+
+
+@pytest.mark.parametrize(
+    ("old", "names"), [("labn.weighted", ["Dense", "weighted"]), ("labn.explainers.crp", ["CRP", "Question"])]
+)
+def test_modules_that_the_readme_showed_before_give_their_names_and_say_where_they_are(old, names, monkeypatch):
+    monkeypatch.delitem(sys.modules, old, raising=False)
+    with pytest.warns(FutureWarning, match=f"{old} has moved to labn"):
+        module = importlib.import_module(old)
+    new = importlib.import_module(labn.OLD_PATHS[old])
+    assert [getattr(module, name) for name in names] == [getattr(new, name) for name in names]

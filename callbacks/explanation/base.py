@@ -1,4 +1,4 @@
-"""The base of every callback that explains: when it works, on which samples, and with whom it shares the maps."""
+"""The base of every callback that explains a classifier: it shares one session of maps with the others."""
 
 from __future__ import annotations
 
@@ -7,21 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 
-from callbacks.checks import ConfigurationError, check_strategy
-from callbacks.explanation.session import Batch, Session, check_counts, check_target, evenly_spaced
+from callbacks.checks import ConfigurationError
+from callbacks.explanation.lifecycle import Schedule, StageCallback
+from callbacks.explanation.session import ExplainedBatch, ExplanationSession, check_target
 from labn.explainers import Explainer, explainer_by_name
 
 
-class ExplainingCallback(pl.Callback):
+class ExplainingCallback(StageCallback):
     """Explain a fixed subset at validation end and the whole split (or a subset) at test end.
 
-    Of several such callbacks in one trainer the first with `explainers` owns the session: it decides what is
-    explained, and the others work on the same maps, so that an explanation is computed once. What the others say
-    about it beside the defaults is refused.
+    All such callbacks of a trainer share one `ExplanationSession`, so that an explanation is computed once. The first
+    of them has the explainers and decides what is explained; settings of that kind on another callback are refused.
 
     Args:
         explainers: name -> explainer; an empty value takes the method of that name with its defaults.
@@ -32,7 +29,7 @@ class ExplainingCallback(pl.Callback):
             prediction), or the index of one class for all.
 
     Raises:
-        ValueError: a target that is none of these, a negative number, or no image at test end.
+        InputError: a target that is none of these, a negative number, or no image at test end.
     """
 
     def __init__(
@@ -44,16 +41,27 @@ class ExplainingCallback(pl.Callback):
         target: int | str = "label",
     ) -> None:
         check_target(target)
-        check_counts(val_images=val_images, test_images=test_images, every_n_epochs=every_n_epochs)
         self.explainers = {n: explainer_by_name(n) if e is None else e for n, e in (explainers or {}).items()}
-        self.val_images, self.test_images = val_images, test_images
-        self.every_n_epochs, self.target = every_n_epochs, str(target)
-        self._session: Session | None = None
+        self.own_schedule, self.target = Schedule(val_images, test_images, every_n_epochs), str(target)
+        self._session: ExplanationSession | None = None
+        self._leads = False
+
+    @property
+    def session(self) -> ExplanationSession:
+        """The explanations that all callbacks of the trainer share; there from `setup` on."""
+        assert self._session is not None
+        return self._session
+
+    @property
+    def schedule(self) -> Schedule:  # type: ignore[override]
+        """When explanations are made, as the callback with the explainers decides."""
+        return self.session.schedule
 
     @property
     def folder(self) -> Path | None:
-        """Results folder of the present stage; None before one has begun, and where another callback owns it."""
-        return None if self._session is None else self._session.store.folder
+        """Results folder of the present stage; None before a stage has begun."""
+        store = None if self._session is None else self._session.store
+        return None if store is None else store.folder
 
     @property
     def engine_options(self) -> dict[str, Any]:
@@ -62,171 +70,100 @@ class ExplainingCallback(pl.Callback):
 
     @property
     def extra_explainers(self) -> dict[str, Explainer]:
-        """Explainers that this callback wants beside the owner's; the owner's win where a name is in both."""
+        """Explainers that this callback adds; those of the first callback win where a name is in both."""
         return {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check the settings; the first explaining callback makes the session and hands it to the others.
+
+        Raises:
+            ConfigurationError: the trainer lets no explanation be made, no callback or a second one has explainers, or
+                this callback comes before the one with the explainers or contradicts it.
+        """
+        super().setup(trainer, pl_module, stage)
+        listed = [c for c in callbacks_of(trainer) if isinstance(c, ExplainingCallback)]
+        sharing = listed if self in listed else [*listed, self]
+        first = self._first_with_explainers(sharing)
+        if self is first:
+            session = shared_session(first, sharing)
+            for callback in sharing:
+                callback._session, callback._leads = session, callback is first
+
+    def _first_with_explainers(self, sharing: list[ExplainingCallback]) -> ExplainingCallback:
+        """The callback that decides what is explained, after a check that this one agrees with it."""
+        mine = type(self).__name__
+        first = next((callback for callback in sharing if callback.explainers), None)
+        if first is None:
+            raise ConfigurationError(
+                f"{mine} has nothing to explain: give it explainers, or add an ExplanationCallback."
+            )
+        name = type(first).__name__
+        if sharing.index(self) < sharing.index(first):
+            raise ConfigurationError(
+                f"{mine} stands before {name}, which has the explainers; list it after that one in trainer.callbacks."
+            )
+        if self.explainers and self is not first:
+            raise ConfigurationError(f"{mine} and {name} both have explainers; give them to one of the two.")
+        contradicting = {} if self is first else {n: v for n, v in self._decisions().items() if v != DECISIONS[n]}
+        if contradicting:
+            settings = ", ".join(f"{setting} = {value}" for setting, value in contradicting.items())
+            raise ConfigurationError(
+                f"{mine} has {settings}, but {name} has the explainers and decides that; set it there."
+            )
+        return first
+
+    def _decisions(self) -> dict[str, Any]:
+        return {**vars(self.own_schedule), "target": self.target}
 
     # What subclasses do
 
-    def begin(self, trainer: pl.Trainer, session: Session) -> None:
-        """Called once per stage, on every rank, after the results folder is open."""
+    def prepare(self, trainer: pl.Trainer) -> None:
+        """Called once per stage, on every rank, when the results folder is open."""
 
-    def work(self, trainer: pl.Trainer, session: Session, batch: Batch) -> None:
-        """Called per batch that holds explained samples; no collective here."""
+    def work_on(self, trainer: pl.Trainer, batch: ExplainedBatch) -> None:
+        """Called per batch that holds explained samples, without any collective."""
 
-    def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, session: Session) -> None:
+    def conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called once per stage, on every rank, after the last batch."""
 
-    # Lightning's hooks
+    # The lifecycle
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse settings under which explanations would fail or be wrong."""
-        loops = [trainer.validate_loop, trainer.test_loop]
-        if any(loop.inference_mode for loop in loops):
-            raise ConfigurationError(
-                f"{type(self).__name__} needs gradients at validation and test end: "
-                "set trainer.inference_mode to false."
-            )
-        check_strategy(type(trainer.strategy).__name__)
-        owners = [c for c in callbacks_of(trainer) if isinstance(c, ExplainingCallback) and c.explainers]
-        if not owners:
-            raise ConfigurationError(
-                f"{type(self).__name__} has nothing to explain: give it explainers, or add an ExplanationCallback."
-            )
-        listed = callbacks_of(trainer)
-        if self in listed and listed.index(self) < listed.index(owners[0]):
-            raise ConfigurationError(
-                f"{type(self).__name__} stands before {type(owners[0]).__name__}, which has the explainers; "
-                "list it after that one in trainer.callbacks."
-            )
-        if self.explainers and self is not owners[0]:
-            raise ConfigurationError(
-                f"{type(self).__name__} and {type(owners[0]).__name__} both have explainers; "
-                "give them to one of the two."
-            )
-        self._check_decided(owners[0])
+    def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
+        """Open the results folder, where this is the first callback, and prepare."""
+        if self._leads:
+            self.session.open(trainer, pl_module, split)
+        self.prepare(trainer)
 
-    def _check_decided(self, owner: ExplainingCallback) -> None:
-        """Stop where this callback says what is explained, which only the owner of the session decides."""
-        said = {} if self is owner else {n: value for n, value in DECIDED.items() if getattr(self, n) != value}
-        if said:
-            mine = ", ".join(f"{name} = {getattr(self, name)}" for name in said)
-            raise ConfigurationError(
-                f"{type(self).__name__} has {mine}, but {type(owner).__name__} has the explainers and decides that; "
-                "set it there."
-            )
+    def work(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, position: tuple[Any, ...]) -> None:
+        """Work on the explained samples of a batch."""
+        explained = self.session.batch(position, batch)
+        if explained is not None:
+            self.work_on(trainer, explained)
 
-    def _owner(self, trainer: pl.Trainer) -> ExplainingCallback:
-        return next(c for c in callbacks_of(trainer) if isinstance(c, ExplainingCallback) and c.explainers)
-
-    def _active(self, trainer: pl.Trainer) -> bool:
-        owner = self._owner(trainer)
-        if trainer.sanity_checking:
-            return False
-        if not trainer.training and not trainer.validating:
-            return True
-        return trainer.state.fn != "fit" or (
-            self._ever_active(trainer) and (trainer.current_epoch + 1) % owner.every_n_epochs == 0
-        )
-
-    def _ever_active(self, trainer: pl.Trainer) -> bool:
-        """Whether the running command explains anything at all, as a fit may not."""
-        owner = self._owner(trainer)
-        return trainer.state.fn != "fit" or min(owner.every_n_epochs, owner.val_images, trainer.limit_val_batches) > 0
-
-    def _open(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> Session:
-        owner = self._owner(trainer)
-        if owner is self:
-            callbacks = [c for c in callbacks_of(trainer) if isinstance(c, ExplainingCallback)]
-            options: dict[str, Any] = {}
-            extra: dict[str, Explainer] = {}
-            for callback in callbacks:
-                options |= callback.engine_options
-                extra |= callback.extra_explainers
-            extra = {name: explainer for name, explainer in extra.items() if name not in self.explainers}
-            self._session = Session({**self.explainers, **extra}, self.target, options)
-            size = len(trainer.datamodule.labels(split))  # type: ignore[attr-defined]
-            count = self.val_images if trainer.state.fn == "fit" else self.test_images
-            self._session.open(trainer, pl_module, split, evenly_spaced(size, count))
-        assert owner._session is not None
-        return owner._session
-
-    def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
-        if self._active(trainer):
-            self.begin(trainer, self._open(trainer, pl_module, split))
-
-    def _batch(self, trainer: pl.Trainer, raw: dict[str, Tensor], position: tuple[Any, ...]) -> None:
-        if self._active(trainer):
-            session = self._owner(trainer)._session
-            assert session is not None
-            batch = session.batch(position, raw)
-            if batch is not None:
-                self.work(trainer, session, batch)
-
-    def _end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self._active(trainer):
-            session = self._owner(trainer)._session
-            assert session is not None
-            if session is self._session:
-                self._warn_unreached(trainer, pl_module, session)
-            self.finish(trainer, pl_module, session)
-
-    def _warn_unreached(self, trainer: pl.Trainer, pl_module: pl.LightningModule, session: Session) -> None:
-        """Say it where the loop has ended before all chosen images; a collective."""
-        count, chosen = torch.tensor(float(len(session.reached)), device=pl_module.device), len(session.subset or ())
-        total = int(trainer.strategy.reduce(count, reduce_op="sum"))
-        if total < chosen:
-            rank_zero_warn(
-                f"{session.store.folder}: {total} of the {chosen} images chosen to be explained were reached; "
-                f"trainer.limit_{session.split}_batches (or overfit_batches, fast_dev_run) ends before the others."
-            )
-
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Open the results folder of this validation epoch."""
-        self._start(trainer, pl_module, "val")
-
-    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Open the results folder of the test."""
-        self._start(trainer, pl_module, "test")
-
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Work on a validation batch."""
-        self._batch(trainer, batch, ("val", trainer.current_epoch, dataloader_idx, batch_idx))
-
-    def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Work on a test batch."""
-        self._batch(trainer, batch, ("test", 0, dataloader_idx, batch_idx))
-
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Finish this validation epoch."""
-        self._end(trainer, pl_module)
-
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Finish the test."""
-        self._end(trainer, pl_module)
+    def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
+        """Close the session, where this is the first callback, and conclude."""
+        if self._leads:
+            self.session.close(trainer, pl_module)
+        self.conclude(trainer, pl_module)
 
 
-DECIDED = {
+def shared_session(first: ExplainingCallback, sharing: list[ExplainingCallback]) -> ExplanationSession:
+    """The session of all explaining callbacks of a trainer, of which `first` decides what is explained."""
+    options: dict[str, Any] = {}
+    extra: dict[str, Explainer] = {}
+    for callback in sharing:
+        options |= callback.engine_options
+        extra |= callback.extra_explainers
+    explainers = {**first.explainers, **{name: e for name, e in extra.items() if name not in first.explainers}}
+    return ExplanationSession(explainers, first.target, options, first.own_schedule)
+
+
+DECISIONS = {
     name: parameter.default
     for name, parameter in inspect.signature(ExplainingCallback).parameters.items()
     if name != "explainers"
 }
-"""What the owner of a session decides -> default."""
+"""Setting that the callback with the explainers decides -> default."""
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:

@@ -7,7 +7,6 @@ import io
 import itertools
 import json
 import shutil
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ from safetensors.torch import save
 from torch import Tensor
 from torchvision.ops import box_iou
 
-from callbacks.checks import ConfigurationError, check_strategy
-from callbacks.explanation.session import check_counts, epoch_of, evenly_spaced, identity_of, network_of
+from callbacks.explanation.lifecycle import Schedule, StageCallback, check_counts, stage_folder
+from callbacks.explanation.session import identity_of, network_of
 from labn.errors import InputError
 from labn.explainers.relevance.crp import CRP, TASKS, Question, Task
 from labn.explainers.relevance.detection_pass import DetectionTrace
@@ -37,7 +36,7 @@ from labn.results.store import ResultStore
 from labn.results.tables import PAIRED, SUMMARY
 
 
-class DetectionCallback(pl.Callback):
+class DetectionCallback(StageCallback):
     """CRP maps of the best detections at validation and test end.
 
     In `<run_dir>/<stage>/` every explained image leaves `detections/<index>.safetensors` (`maps` (n, tasks, H, W),
@@ -73,12 +72,12 @@ class DetectionCallback(pl.Callback):
     ) -> None:
         if unknown := set(tasks) - set(TASKS):
             raise InputError(f"tasks has {unknown.pop()!r}; it must be some of {', '.join(TASKS)}.")
-        check_counts(val_images=val_images, test_images=test_images, every_n_epochs=every_n_epochs, top=top)
+        check_counts(top=top)
+        self.schedule = Schedule(val_images, test_images, every_n_epochs)
         self.crp = crp or CRP(score_threshold=0.3)
         if scores is not None:
             check_contrast(self.crp)
         self.tasks, self.top = tuple(tasks), top
-        self.val_images, self.test_images, self.every_n_epochs = val_images, test_images, every_n_epochs
         self.scores = scores
         self._folder: Path | None = None
         self._chosen: set[int] = set()
@@ -88,84 +87,32 @@ class DetectionCallback(pl.Callback):
         """Results folder of the present stage; None before one has begun."""
         return self._folder
 
-    # When
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a trainer whose loops forbid gradients, and one that shards parameters."""
-        check_strategy(type(trainer.strategy).__name__)
-        if any(loop.inference_mode for loop in (trainer.validate_loop, trainer.test_loop)):
-            raise ConfigurationError(
-                "DetectionCallback needs gradients at validation and test end: set trainer.inference_mode to false."
-            )
-
-    def _open(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
-        self._folder = None
-        fitting = trainer.state.fn == "fit"
-        due = self.every_n_epochs > 0 and (trainer.current_epoch + 1) % self.every_n_epochs == 0 and self.val_images > 0
-        if trainer.sanity_checking or (fitting and not due):
-            return
-        stage = f"val/{epoch_of(trainer, pl_module)}" if split == "val" else split
-        fast = getattr(trainer, "fast_dev_run", False)
-        root = Path(tempfile.mkdtemp(prefix="labn-")) if fast else Path(trainer.default_root_dir)
-        self._folder = Path(trainer.strategy.broadcast(str(root))) / stage
+    def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
+        """Choose folder and images; a collective."""
+        self._folder = stage_folder(trainer, pl_module, split)
         size = len(trainer.datamodule.source(split))  # type: ignore[attr-defined]
-        self._chosen = set(evenly_spaced(size, self.val_images if fitting else self.test_images))
+        self._chosen = set(self.schedule.samples(trainer, size))
         identity = identity_of(trainer, network_of(pl_module), split)
         if trainer.is_global_zero:
             ResultStore(self._folder).prepare(identity)
             remove_results(self._folder)
         trainer.strategy.barrier("labn-detections-opened")
 
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Choose folder and images."""
-        self._open(trainer, pl_module, "val")
-
-    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Choose folder and images."""
-        self._open(trainer, pl_module, "test")
-
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Explain the chosen images of a validation batch."""
-        self._batch(trainer, pl_module, batch, "val")
-
-    def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Explain the chosen images of a test batch."""
-        self._batch(trainer, pl_module, batch, "test")
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the tables, when the module has logged its figures."""
-        self._finish(trainer, "val")
-
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the tables, when the module has logged its figures."""
-        self._finish(trainer, "test")
-
-    # What
-
-    def _batch(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: dict[str, Any], split: str) -> None:
-        if self._folder is None:
-            return
+    def work(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, position: tuple[Any, ...]) -> None:
+        """Explain the chosen images of a batch."""
         network = network_of(pl_module)
         for row, index in enumerate(batch["index"].tolist()):
             if index in self._chosen:
                 truth = (batch["boxes"][row], batch["labels"][row])
-                self._image(trainer, network, batch["image"][row].float(), truth, index, split)
+                self._image(trainer, network, batch["image"][row].float(), truth, index, position[0])
+
+    def publish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
+        """Write the tables (rank zero), when the module has logged its figures; a collective."""
+        trainer.strategy.barrier("labn-detections")
+        if trainer.is_global_zero:
+            self._write_tables(trainer, split)
+            self._log_pictures(trainer, split)
+        trainer.strategy.barrier("labn-detections-written")
 
     def _image(
         self, trainer: pl.Trainer, network: Any, image: Tensor, truth: tuple[Tensor, Tensor], index: int, split: str
@@ -194,15 +141,6 @@ class DetectionCallback(pl.Callback):
         write_atomically(kept.with_suffix(".json"), json.dumps(record).encode())
         picture = draw(shown, rows, maps, self.tasks, name)
         write_atomically(self._folder / "overlays" / f"{index:06d}-{readable_name(name)}.png", picture)
-
-    def _finish(self, trainer: pl.Trainer, split: str) -> None:
-        if self._folder is None:
-            return
-        trainer.strategy.barrier("labn-detections")
-        if trainer.is_global_zero:
-            self._write_tables(trainer, split)
-            self._log_pictures(trainer, split)
-        trainer.strategy.barrier("labn-detections-written")
 
     def _write_tables(self, trainer: pl.Trainer, split: str) -> None:
         assert self._folder is not None

@@ -10,13 +10,12 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.checks import check_scorable
 from callbacks.explanation.base import ExplainingCallback
-from callbacks.explanation.session import Batch, Session
+from callbacks.explanation.session import ExplainedBatch
 from labn.errors import InputError
 from labn.explainers import Explainer, explainer_by_name
 from labn.inference.chunk_size import check_chunk_size
 from labn.inference.fingerprint import digest
-from labn.metrics.base import SampleMetric
-from labn.metrics.insertion_deletion import PatchInsertionDeletion
+from labn.metrics.base import SampleMetric, ScoredBatch
 from labn.metrics.registry import check_settings, metric_by_name, values_named
 from labn.perturbation.engine import check_precision
 from labn.results.fingerprints import describe, source_digest
@@ -88,9 +87,9 @@ class EvaluationCallback(ExplainingCallback):
         check_settings(names, metric_options or {})
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse settings under which explanations would fail, and metrics and classes that the data does not have."""
+        """Check the settings against the trainer, and metrics and classes against the data."""
         super().setup(trainer, pl_module, stage)
-        if self._ever_active(trainer):
+        if self.schedule.is_ever_due(trainer):
             data = trainer.datamodule  # type: ignore[attr-defined]
             positive_classes(data, self.settings["positives_only"])
             built = {n: metric_by_name(n, mean=None, std=None, bias=None, **self.settings) for n in self._due(trainer)}
@@ -107,76 +106,76 @@ class EvaluationCallback(ExplainingCallback):
 
     @property
     def extra_explainers(self) -> dict[str, Explainer]:
-        """The rows that every comparison table has."""
+        """The baselines that every comparison table has."""
         return {name: explainer_by_name(name) for name in BASELINES} if self.baselines else {}
 
-    def begin(self, trainer: pl.Trainer, session: Session) -> None:
-        """Build the metrics for this data and see what earlier runs have left."""
+    def prepare(self, trainer: pl.Trainer) -> None:
+        """Build the metrics for this data."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         self.names = self._due(trainer)
         bias = data.bias_image() if self.settings["fill"] == "bias" else None
         self._positives = positive_classes(data, self.settings["positives_only"])
         positives = False if self._positives is None else self._positives
         shared = {"mean": data.mean, "std": data.std, "bias": bias, **self.settings, "positives_only": positives}
-        self.metrics = {name: metric_by_name(name, **shared) for name in self.names}
+        self.metrics = self.session.metrics = {name: metric_by_name(name, **shared) for name in self.names}
         self._bias = describe(bias)
         common = {**shared, "bias": self._bias, **self.engine_options, "chunk_size": None}
         self._sources = {n: s for n, m in self.metrics.items() if (s := source_digest(type(m))) is not None}
-        # Nothing but name and settings for most of the project's own metrics, whose scores on disk would else be lost.
+        # A metric of this project is known by its name and settings alone, so that its scores outlive other changes.
         extra = {name: [self._sources.get(name), metric.revision] for name, metric in self.metrics.items()}
         self.keys = {n: digest(n, describe(common), *(x for x in extra[n] if x)) for n in self.names}
         self.from_disk, self._scored = 0, set()
-        share = -(-len(session.subset or ()) // trainer.world_size)
-        session.expect(share * len(session.explainers))
+        self.session.progress.total *= 2
 
-    def work(self, trainer: pl.Trainer, session: Session, batch: Batch) -> None:
+    def work_on(self, trainer: pl.Trainer, batch: ExplainedBatch) -> None:
         """Score the batch, explainer by explainer, with the metrics whose values are not on disk yet."""
-        numbers, parts = set(batch.indices.tolist()), []
-        self._scored |= numbers
+        session, indices = self.session, set(batch.indices.tolist())
+        self._scored |= indices
+        shards = []
         for explainer in session.explainers:
-            done = session.store.scored(explainer, session.keys[explainer], self.keys, numbers)
-            missing = [name for name in self.names if not numbers <= done[name]]
+            done = session.results.scored(explainer, session.keys[explainer], self.keys, indices)
+            missing = [name for name in self.names if not indices <= done[name]]
             if missing:
-                parts.append(self._score(session, batch, explainer, missing))
+                shards.append(self._score(batch, explainer, missing))
             elif self.names:
-                self.from_disk += len(numbers)
-            session.progress.advance(len(numbers), computed=bool(missing))
-        if not self.names:  # what the network predicts is written all the same
-            parts.append(self._facts(session, batch, next(iter(session.explainers))))
+                self.from_disk += len(indices)
+            session.progress.update(len(indices))
+        if not self.names:  # The predictions are written all the same.
+            shards.append(self._facts(batch, next(iter(session.explainers))))
         # An explainer takes forwards over from those before it, and what runs beside an input moves its last digits.
         # So the last one is written first: whatever a kill leaves out is scored again in the same company.
-        for part in reversed(parts):
-            session.store.add_scores(part)
+        for shard in reversed(shards):
+            session.results.add_scores(shard)
 
-    def _score(self, session: Session, batch: Batch, explainer: str, names: list[str]) -> ScoreShard:
-        arguments = (session.network, batch.images, session.maps(batch, explainer), batch.targets, batch.indices)
-        more: dict[str, Any] = {
-            "labels": batch.labels,
-            "masks": batch.masks,
-            "boxes": batch.boxes,
-            "explainer": session.explainers[explainer],
-            "cache": batch.engine,
-            "predictions": batch.predictions,
-        }
-        part = self._facts(session, batch, explainer)
+    def _score(self, batch: ExplainedBatch, explainer: str, names: list[str]) -> ScoreShard:
+        """Scores of one explainer's maps by the metrics `names`."""
+        session = self.session
+        scored = ScoredBatch(
+            session.network,
+            batch.images,
+            session.maps(batch, explainer),
+            batch.targets,
+            batch.indices,
+            labels=batch.labels,
+            masks=batch.masks,
+            boxes=batch.boxes,
+            explainer=session.explainers[explainer],
+            cache=batch.engine,
+            predictions=batch.predictions,
+        )
+        shard = self._facts(batch, explainer)
         for name in names:
             metric = self.metrics[name]
-            scores = metric.score(*arguments, **more)
-            part.values |= {value: column.double().cpu().numpy() for value, column in scores.items()}
-            part.keys[name] = self.keys[name]
-            if isinstance(metric, PatchInsertionDeletion):
-                curves = metric.curves(*arguments, **more)
-                part.curves[f"{name}/index"] = batch.indices.cpu()[curves.samples.cpu()].numpy()
-                for line in ("x", "insertion", "deletion"):
-                    part.curves[f"{name}/{line}"] = getattr(curves, line).cpu().numpy()
-        return part
+            metric.check(scored)
+            shard.add(name, self.keys[name], metric.score_batch(scored), batch.indices)
+        return shard
 
-    def _facts(self, session: Session, batch: Batch, explainer: str) -> ScoreShard:
-        """What is known of every sample before anything is scored."""
+    def _facts(self, batch: ExplainedBatch, explainer: str) -> ScoreShard:
+        """A shard without scores: labels, targets and predictions of the batch."""
         own = batch.labels[:, None]
         return ScoreShard(
             explainer=explainer,
-            key=session.keys[explainer],
+            key=self.session.keys[explainer],
             index=batch.indices.cpu().numpy(),
             label=batch.labels.cpu().numpy(),
             target=batch.targets.cpu().numpy(),
@@ -184,27 +183,27 @@ class EvaluationCallback(ExplainingCallback):
             probability=batch.probabilities.gather(1, own).squeeze(1).double().cpu().numpy(),
         )
 
-    def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, session: Session) -> None:
+    def conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Merge (rank zero), print and log; a collective."""
+        session = self.session
         counts = torch.tensor([float(self.from_disk), float(len(self._scored))], device=pl_module.device)
         total, scored = map(int, trainer.strategy.reduce(counts, reduce_op="sum"))  # type: ignore[arg-type]
         if total:
-            rank_zero_info(
-                f"Took the scores of {total} samples (counted per explainer) from disk ({session.store.folder})."
-            )
+            rank_zero_info(f"Took the scores of {total} samples (counted per explainer) from disk ({self.folder}).")
         trainer.strategy.barrier("labn-scores")
         metrics = {name: (self.keys[name], self.metrics[name].names) for name in self.names}
         counted = {name: self.metrics[name].reduce for name in self.names if self.metrics[name].counts_samples}
-        plan = Plan(session.keys, metrics, frozenset(session.subset or ()), counted)
+        plan = Plan(session.keys, metrics, frozenset(session.samples), counted)
         means: dict[str, float] = {}
         if trainer.is_global_zero:
-            means = self._merge(trainer, session, plan, scored)
+            means = self._merge(trainer, plan, scored)
         means = trainer.strategy.broadcast(means)
         for name, value in means.items():
             pl_module.log(f"{session.split}/{name}", value, rank_zero_only=False, sync_dist=False)
 
-    def _merge(self, trainer: pl.Trainer, session: Session, plan: Plan, scored: int) -> dict[str, float]:
-        data = trainer.datamodule  # type: ignore[attr-defined]
+    def _merge(self, trainer: pl.Trainer, plan: Plan, scored: int) -> dict[str, float]:
+        """Write the tables and give the means that are logged."""
+        data, session = trainer.datamodule, self.session  # type: ignore[attr-defined]
         manifest = {
             **session.facts,
             "metrics": self._asked(),
@@ -214,7 +213,7 @@ class EvaluationCallback(ExplainingCallback):
         }
         groups = data.groups(session.split)
         summary = write_results(
-            session.store,
+            session.results,
             plan,
             session.split,
             lambda i: data.sample_name(session.split, i),
@@ -223,7 +222,7 @@ class EvaluationCallback(ExplainingCallback):
             scored,
         )
         if trainer.state.fn != "fit":
-            print(f"\n{session.store.folder}: mean [95 % interval]\n{summary_table(summary, self._headline())}")
+            print(f"\n{self.folder}: mean [95 % interval]\n{summary_table(summary, self._headline())}")
         return {f"{explainer}/{metric}": interval.mean for (explainer, metric), interval in summary.items()}
 
     def _asked(self) -> list[str]:

@@ -10,7 +10,8 @@ import lightning.pytorch as pl
 from lightning.pytorch.loggers import WandbLogger
 
 from callbacks.explanation.base import ExplainingCallback
-from callbacks.explanation.session import Batch, Session, check_counts, evenly_spaced
+from callbacks.explanation.lifecycle import check_counts, evenly_spaced
+from callbacks.explanation.session import ExplainedBatch
 from callbacks.logging.wandb_results import log_results
 from labn.io.atomic import write_atomically
 from labn.report.figures import displayable, overlay_figure
@@ -33,14 +34,14 @@ class MapLogger(ExplainingCallback):
         check_counts(max_images=max_images)
         self.max_images = max_images
 
-    def begin(self, trainer: pl.Trainer, session: Session) -> None:
+    def prepare(self, trainer: pl.Trainer) -> None:
         """Choose the samples."""
-        explained = sorted(session.subset or ())
+        explained = sorted(self.session.samples)
         self._chosen = {explained[k] for k in evenly_spaced(len(explained), self.max_images)}
 
-    def work(self, trainer: pl.Trainer, session: Session, batch: Batch) -> None:
+    def work_on(self, trainer: pl.Trainer, batch: ExplainedBatch) -> None:
         """Draw the chosen samples of the batch."""
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data, session = trainer.datamodule, self.session  # type: ignore[attr-defined]
         rows = [row for row, index in enumerate(batch.indices.tolist()) if index in self._chosen]
         maps = {name: session.maps(batch, name).cpu().numpy() for name in session.explainers} if rows else {}
         for row in rows:
@@ -60,35 +61,28 @@ class MapLogger(ExplainingCallback):
             )
             buffer = io.BytesIO()
             figure.savefig(buffer, dpi=100, format="png")
-            path = session.store.folder / "overlays" / f"{index:06d}-{readable_name(name)}.png"
+            path = session.results.folder / "overlays" / f"{index:06d}-{readable_name(name)}.png"
             write_atomically(path, buffer.getvalue())
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Send this validation's results to Weights & Biases."""
-        self._send(trainer)
+    def publish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
+        """Send pictures of all ranks, curves and the table to Weights & Biases; a collective.
 
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Send the test's results to Weights & Biases."""
-        self._send(trainer)
-
-    def _send(self, trainer: pl.Trainer) -> None:
-        """Pictures of all ranks, curves and the table, from rank zero; a collective. Nothing that fails here stops."""
-        session = self._owner(trainer)._session if self._active(trainer) else None
-        if session is None:
-            return
+        Rank zero sends them. A failure costs a warning, not the run.
+        """
         trainer.strategy.barrier("labn-overlays")
         loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
         if not trainer.is_global_zero or not loggers:
             return
-        paths = sorted((session.store.folder / "overlays").glob("*.png"))
+        folder = self.session.results.folder
+        paths = sorted((folder / "overlays").glob("*.png"))
         paths = [path for path in paths if int(path.name.split("-")[0]) in self._chosen]
         for logger in loggers:
             try:
-                log_results(logger, session.store.folder, session.split, paths, trainer.state.fn != "fit")
+                log_results(logger, folder, split, paths, trainer.state.fn != "fit")
             except Exception as error:
-                if getattr(logger, "lost", False):  # which has said so
+                if getattr(logger, "lost", False):  # The logger has warned about that itself.
                     continue
                 warnings.warn(
-                    f"Weights & Biases did not take the results ({error}); they are in {session.store.folder}.",
+                    f"Weights & Biases did not take the results ({error}); they are in {folder}.",
                     stacklevel=2,
                 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ import numpy as np
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor
 
-from callbacks.explanation.base import ExplainingCallback, callbacks_of
-from callbacks.explanation.evaluate import EvaluationCallback
-from callbacks.explanation.session import Batch, Session, evenly_spaced
+from callbacks.explanation.base import ExplainingCallback
+from callbacks.explanation.lifecycle import evenly_spaced
+from callbacks.explanation.session import ExplainedBatch
 from labn.errors import InputError
 from labn.io.atomic import write_atomically
-from labn.metrics.base import ScoredBatch
+from labn.metrics.base import SampleMetric, ScoredBatch
 from labn.metrics.insertion_deletion import PatchInsertionDeletion
 from labn.report import Picture, RunInfo, make_card, read_stage, render, run_report
 from labn.report.cards import fill_uri, steps_text
@@ -61,31 +62,32 @@ class ReportCallback(ExplainingCallback):
         self.max_images, self.max_megabytes, self.fine_images = max_images, max_megabytes, fine_images
         self.picture_side, self.map_side = picture_side, map_side
 
-    def begin(self, trainer: pl.Trainer, session: Session) -> None:
+    def prepare(self, trainer: pl.Trainer) -> None:
         """Choose the samples."""
-        explained = sorted(session.subset or ())
+        explained = sorted(self.session.samples)
         chosen = [explained[k] for k in evenly_spaced(len(explained), self.max_images)]
         self._chosen = set(chosen)
         self._fine = {chosen[k] for k in evenly_spaced(len(chosen), self.fine_images)}
 
-    def work(self, trainer: pl.Trainer, session: Session, batch: Batch) -> None:
+    def work_on(self, trainer: pl.Trainer, batch: ExplainedBatch) -> None:
         """Keep the batch's share of the gallery."""
+        session = self.session
         rows = [row for row, index in enumerate(batch.indices.tolist()) if index in self._chosen]
         if not rows:
             return
         maps = {name: session.maps(batch, name) for name in session.explainers}
         data = trainer.datamodule  # type: ignore[attr-defined]
-        cards = [self._card(data, session, batch, maps, row) for row in rows]
-        if played := player_metric(trainer):
-            self._add_steps(data, session, batch, maps, dict(zip(rows, cards)), played[1])
-        path = session.store.folder / "cards" / f"{int(batch.indices[rows[0]]):07d}.r{trainer.global_rank}.json"
+        cards = [self._card(data, batch, maps, row) for row in rows]
+        if played := player_metric(session.metrics):
+            self._add_steps(data, batch, maps, dict(zip(rows, cards)), played[1])
+        path = session.results.folder / "cards" / f"{int(batch.indices[rows[0]]):07d}.r{trainer.global_rank}.json"
         write_atomically(path, json.dumps(cards).encode())
 
-    def _card(self, data: Any, session: Session, batch: Batch, maps: dict[str, Tensor], row: int) -> Card:
+    def _card(self, data: Any, batch: ExplainedBatch, maps: dict[str, Tensor], row: int) -> Card:
         index, label, prediction = (int(v[row]) for v in (batch.indices, batch.labels, batch.predictions))
         picture = Picture(
             index=index,
-            name=data.sample_name(session.split, index),
+            name=data.sample_name(self.session.split, index),
             label=label,
             prediction=prediction,
             target=int(batch.targets[row]),
@@ -101,8 +103,7 @@ class ReportCallback(ExplainingCallback):
     def _add_steps(
         self,
         data: Any,
-        session: Session,
-        batch: Batch,
+        batch: ExplainedBatch,
         maps: dict[str, Tensor],
         cards: dict[int, Card],
         metric: PatchInsertionDeletion,
@@ -111,7 +112,7 @@ class ReportCallback(ExplainingCallback):
         steps = {name: metric.steps(heat, batch.indices).cpu().numpy() for name, heat in maps.items()}
         first = next(iter(maps.values()))
         scored = ScoredBatch(
-            session.network, batch.images, first, batch.targets, batch.indices,
+            self.session.network, batch.images, first, batch.targets, batch.indices,
             labels=batch.labels, predictions=batch.predictions,
         )  # fmt: skip
         fills = [metric.filling(scored, name).cpu() for name in (metric.fill, metric.deletion_fill)]
@@ -124,53 +125,42 @@ class ReportCallback(ExplainingCallback):
                     for fill in fills
                 ]
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the page of this validation."""
-        self._write(trainer)
-
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the page of the test."""
-        self._write(trainer)
-
-    def _write(self, trainer: pl.Trainer) -> None:
-        """A collective: rank zero writes when all ranks have written their cards and the tables are there."""
-        session = self._owner(trainer)._session if self._active(trainer) else None
-        if session is None:
-            return
+    def publish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
+        """Write the page (rank zero) from the cards of all ranks and the tables; a collective."""
         trainer.strategy.barrier("labn-report")
         if not trainer.is_global_zero:
             return
-        collect_cards(session.store.folder, self._chosen)
+        folder = self.session.results.folder
+        collect_cards(folder, self._chosen)
         for logger in trainer.loggers:
             if isinstance(logger, CSVLogger):
                 logger.save()
         data = trainer.datamodule  # type: ignore[attr-defined]
         run_dir = Path(trainer.default_root_dir)
-        stage = session.store.folder.relative_to(run_dir) if session.store.folder.is_relative_to(run_dir) else ""
-        played = player_metric(trainer)
+        stage = folder.relative_to(run_dir) if folder.is_relative_to(run_dir) else ""
+        played = player_metric(self.session.metrics)
         info = RunInfo(
-            title=f"{run_dir.resolve().name}: {stage or session.split}",
+            title=f"{run_dir.resolve().name}: {stage or split}",
             run_dir=run_dir,
             class_names=list(data.class_names),
-            split_size=len(data.labels(session.split)),
-            figures=stage_figures(trainer, session.split),
+            split_size=len(data.labels(split)),
+            figures=stage_figures(trainer, split),
             notes=data.notes,
             player=None if played is None else player_facts(*played, data.image_size),
             max_bytes=int(self.max_megabytes * 1e6),
             epoch=trainer.current_epoch if trainer.state.fn == "fit" else None,
             command=trainer.state.fn.value if trainer.state.fn else "test",
         )
-        folder = session.store.folder
         page = render(run_report(read_stage(folder, self._chosen, scratch_dir=folder), info))
         write_atomically(folder / "report.html", page.encode())
 
 
-def player_metric(trainer: pl.Trainer) -> tuple[str, PatchInsertionDeletion] | None:
+def player_metric(metrics: Mapping[str, SampleMetric]) -> tuple[str, PatchInsertionDeletion] | None:
     """The insertion-deletion metric that the player steps through: the largest patches, under the paper's protocol.
 
-    With the name that it was asked for by, which its curves are stored under: `pid1`, `insertion16`.
+    Returns:
+        The name that its curves are stored under, such as `pid1` or `insertion16`, and the metric; None without any.
     """
-    metrics = {n: m for c in callbacks_of(trainer) if isinstance(c, EvaluationCallback) for n, m in c.metrics.items()}
     stepped = [(n, m) for n, m in metrics.items() if isinstance(m, PatchInsertionDeletion)]
     plain = [(n, m) for n, m in stepped if m.protocol == "paper" and m.ties == "fraction"]
     return max(plain or stepped, key=lambda named: named[1].patch_size, default=None)

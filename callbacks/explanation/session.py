@@ -1,64 +1,36 @@
-"""What the explaining callbacks of one trainer share: explainers, the results folder, the current batch's maps."""
+"""One stage's explanations, shared by all explaining callbacks of a trainer: explainers, results folder, maps."""
 
 from __future__ import annotations
 
 import re
 import sys
-import tempfile
-import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from callbacks.explanation.lifecycle import Schedule, stage_folder
 from labn.errors import InputError
 from labn.explainers import Explainer, GroundTruthMap
 from labn.inference.fingerprint import digest, settings_digest, weights_digest
+from labn.metrics import SampleMetric
 from labn.perturbation.engine import PerturbationEngine
 from labn.results.fingerprints import describe
 from labn.results.store import ResultStore
 from labn.results.tables import write_manifest
 
 
-class Progress:
-    """Lines on standard error that say how far explanation and scoring are and how long they will still take.
-
-    Args:
-        total: units of work (an explainer's maps or scores for one image are one unit).
-        seconds: between two lines.
-    """
-
-    def __init__(self, total: int, seconds: float = 20.0) -> None:
-        self.total, self.seconds = total, seconds
-        self.done = self.skipped = 0
-        self.start = self.last = time.monotonic()
-
-    def advance(self, units: int, computed: bool = True) -> None:
-        """Count `units` as done; those read from disk do not enter the rate."""
-        self.done += units
-        self.skipped += 0 if computed else units
-        now = time.monotonic()
-        if computed and units and now - self.last >= self.seconds:
-            self.last = now
-            rate = (self.done - self.skipped) / (now - self.start)
-            left = max(self.total - self.done, 0) / max(rate, 1e-9)
-            minutes, seconds = divmod(round(left), 60)
-            print(
-                f"explaining and scoring: {self.done} of {self.total}, {minutes} min {seconds:02d} s left",
-                file=sys.stderr,
-                flush=True,
-            )
-
-
 @dataclass
-class Batch:
-    """The part of a batch that is explained, and what has been computed for it.
+class ExplainedBatch:
+    """The samples of a batch that are explained, and what has been computed for them.
 
     Attributes:
-        images: (n, C, H, W) normalised.
+        images: (n, C, H, W) float32, normalised.
         labels: (n,) int64.
         targets: (n,) int64, the classes explained.
         indices: (n,) int64 positions in the split.
@@ -82,111 +54,142 @@ class Batch:
     maps: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Session:
-    """One stage's explanations: computed once, kept on disk, shared by every callback of the trainer.
+class ExplanationSession:
+    """The explanations of one command: computed once, kept on disk, shared by every callback of the trainer.
+
+    The first explaining callback of a trainer makes the session in its `setup` and hands it to the others.
 
     Args:
         explainers: name -> explainer, of all callbacks together.
         target: class explained per image, see `chosen_classes`.
         engine_options: arguments of `PerturbationEngine`.
+        schedule: in which epochs, and on how many samples, explanations are made.
+
+    Attributes:
+        metrics: name -> metric, once the evaluation callback has built them for the data.
+        store: the results folder of the present stage.
+        split: val or test.
+        network: the explained network.
+        samples: indices of the samples that are explained in this stage.
     """
 
-    def __init__(self, explainers: dict[str, Explainer], target: str, engine_options: dict[str, Any]) -> None:
-        self.explainers = explainers
-        self.target = target
-        self.engine_options = engine_options
+    def __init__(
+        self, explainers: dict[str, Explainer], target: str, engine_options: dict[str, Any], schedule: Schedule
+    ) -> None:
+        self.explainers, self.target, self.engine_options = explainers, target, engine_options
+        self.schedule = schedule
         self.keys = {name: digest(describe(e), target) for name, e in explainers.items()}
-        self.from_disk = dict.fromkeys(explainers, 0)
-        self.subset: set[int] | None = None
+        self.metrics: dict[str, SampleMetric] = {}
+        self.samples: set[int] = set()
         self.reached: set[int] = set()
-        self.progress = Progress(0)
-        self._batch: tuple[tuple[Any, ...], Batch | None] = ((), None)
+        self.from_disk = dict.fromkeys(explainers, 0)
+        self.store: ResultStore | None = None
+        self._batch: tuple[tuple[Any, ...], ExplainedBatch | None] = ((), None)
 
-    def open(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str, subset: list[int]) -> None:
-        """Start a stage: find its folder, move results of other weights or data aside, say what makes the new ones.
+    @property
+    def results(self) -> ResultStore:
+        """The results folder of the present stage, which has been opened."""
+        assert self.store is not None
+        return self.store
+
+    def open(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
+        """Start a stage: choose the samples, find the folder, move results of other weights or data aside.
 
         Maps and scores of the same weights and data stay, to be taken from disk. A collective: every rank calls it.
         """
-        self.split = split
-        self.subset, self.reached = set(subset), set()
-        self.network = network_of(pl_module)
-        stage = f"val/{epoch_of(trainer, pl_module)}" if split == "val" else split
-        fast = getattr(trainer, "fast_dev_run", False)
-        root = Path(tempfile.mkdtemp(prefix="labn-")) if fast else Path(trainer.default_root_dir)
-        root = Path(trainer.strategy.broadcast(str(root)))
-        self.store = ResultStore(root / stage, trainer.global_rank)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        self.split, self.network = split, network_of(pl_module)
+        self.samples = set(self.schedule.samples(trainer, len(data.labels(split))))
+        self.reached, self.from_disk = set(), dict.fromkeys(self.explainers, 0)
+        self.store = ResultStore(stage_folder(trainer, pl_module, split), trainer.global_rank)
         identity = identity_of(trainer, self.network, split)
         self.facts = {
             **identity,
             "explainers": {name: describe(e) for name, e in self.explainers.items()},
             "target": self.target,
-            "class_names": list(trainer.datamodule.class_names),  # type: ignore[attr-defined]
+            "class_names": list(data.class_names),
         }
         if trainer.is_global_zero:
             self.store.prepare(identity)
             self.store.remove_derived()
             write_manifest(self.store.folder, self.facts)
         trainer.strategy.barrier("labn-store")
-        self.from_disk = dict.fromkeys(self.explainers, 0)
-        self.progress = Progress(0)
         self._batch = ((), None)
+        share = -(-len(self.samples) // trainer.world_size)
+        self.progress = tqdm(
+            total=share * len(self.explainers),
+            desc="explaining",
+            unit="map",
+            file=sys.stderr,
+            mininterval=20.0,
+            # A line every 20 s tells a log file enough; a second bar under Lightning's would tear both apart.
+            delay=20.0,
+            leave=False,
+            disable=not trainer.is_global_zero,
+        )
 
-    def expect(self, units: int) -> None:
-        """Add work to the progress lines."""
-        self.progress.total += units
+    def close(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """End a stage, with a warning where the loop has ended before all chosen samples; a collective."""
+        self.progress.close()
+        count, chosen = torch.tensor(float(len(self.reached)), device=pl_module.device), len(self.samples)
+        total = int(trainer.strategy.reduce(count, reduce_op="sum"))
+        if total < chosen:
+            rank_zero_warn(
+                f"{self.results.folder}: {total} of the {chosen} images chosen to be explained were reached; "
+                f"trainer.limit_{self.split}_batches (or overfit_batches, fast_dev_run) ends before the others."
+            )
 
-    def batch(self, position: tuple[Any, ...], raw: dict[str, Tensor]) -> Batch | None:
-        """The explained part of the batch at `position`; None where no sample of it is in the subset."""
+    def batch(self, position: tuple[Any, ...], batch: Mapping[str, Any]) -> ExplainedBatch | None:
+        """The explained samples of the batch at `position`; None where none of its samples is chosen."""
         if self._batch[0] != position:
-            self._batch = (position, self._start(raw))
+            self._batch = (position, self._explained(batch))
         return self._batch[1]
 
-    def _start(self, raw: dict[str, Tensor]) -> Batch | None:
-        assert self.subset is not None
-        rows = [n for n, index in enumerate(raw["index"].tolist()) if index in self.subset]
+    def _explained(self, batch: Mapping[str, Any]) -> ExplainedBatch | None:
+        rows = [n for n, index in enumerate(batch["index"].tolist()) if index in self.samples]
         if not rows:
             return None
-        images, labels, indices = (raw[name][rows] for name in ("image", "label", "index"))
+        images, labels, indices = (batch[name][rows] for name in ("image", "label", "index"))
+        images = images.float()
         self.reached |= set(indices.tolist())
-        engine = PerturbationEngine.for_model(self.network, images.float(), indices=indices, **self.engine_options)
-        probabilities = self._unperturbed(engine, images.float()).softmax(dim=1)
+        engine = PerturbationEngine.for_model(self.network, images, indices=indices, **self.engine_options)
+        probabilities = self._unperturbed(engine, images).softmax(dim=1)
         check_classes_known(labels, probabilities)
-        predictions = probabilities.argmax(dim=1)
-        return Batch(
-            images=images.float(),
+        return ExplainedBatch(
+            images=images,
             labels=labels,
             targets=chosen_classes(self.target, labels, probabilities),
             indices=indices,
-            masks=raw["mask"][rows] if "mask" in raw else None,
-            boxes=[raw["boxes"][n] for n in rows] if "boxes" in raw else None,
-            predictions=predictions,
+            masks=batch["mask"][rows] if "mask" in batch else None,
+            boxes=[batch["boxes"][n] for n in rows] if "boxes" in batch else None,
+            predictions=probabilities.argmax(dim=1),
             probabilities=probabilities,
             engine=engine,
         )
 
     def _unperturbed(self, engine: PerturbationEngine, images: Tensor) -> Tensor:
-        """Logits of the images in full precision, whatever that of the perturbed forwards."""
+        """Logits of the images in full precision, whatever the precision of the perturbed forwards."""
         if self.engine_options.get("precision", "fp32") == "fp32":
             return engine.original()
-        return PerturbationEngine.for_model(self.network, images, **{**self.engine_options, "precision": "fp32"}).original()
+        options = {**self.engine_options, "precision": "fp32"}
+        return PerturbationEngine.for_model(self.network, images, **options).original()
 
-    def maps(self, batch: Batch, name: str) -> Tensor:
+    def maps(self, batch: ExplainedBatch, name: str) -> Tensor:
         """Maps (n, H, W) of the explainer `name` for the batch: from memory, from disk, or computed and saved."""
         if name not in batch.maps:
-            numbers = batch.indices.tolist()
-            found = self.store.maps(name, self.keys[name], numbers)
-            self.from_disk[name] += len(found)
-            missing = [n for n, index in enumerate(numbers) if index not in found]
+            indices = batch.indices.tolist()
+            maps = self.results.maps(name, self.keys[name], indices)
+            self.from_disk[name] += len(maps)
+            missing = [n for n, index in enumerate(indices) if index not in maps]
             if missing:
                 explainer = self.explainers[name]
                 if isinstance(explainer, GroundTruthMap):
                     explainer = explainer.with_masks(None if batch.masks is None else batch.masks[missing])
-                maps = explainer(self.network, batch.images[missing], batch.targets[missing], batch.indices[missing])
-                self.store.add_maps(name, self.keys[name], batch.indices[missing], maps)
-                found |= {numbers[n]: maps[k] for k, n in enumerate(missing)}
-            batch.maps[name] = torch.stack([found[index].to(batch.images.device) for index in numbers])
-            self.progress.advance(len(missing))
-            self.progress.advance(len(numbers) - len(missing), computed=False)
+                new = explainer(self.network, batch.images[missing], batch.targets[missing], batch.indices[missing])
+                self.results.add_maps(name, self.keys[name], batch.indices[missing], new)
+                maps |= {indices[n]: new[k] for k, n in enumerate(missing)}
+            batch.maps[name] = torch.stack([maps[index].to(batch.images.device) for index in indices])
+            self.progress.update(len(indices))
         return batch.maps[name]
 
 
@@ -202,24 +205,21 @@ def identity_of(trainer: pl.Trainer, network: nn.Module, split: str) -> dict[str
 
 
 def check_target(target: int | str) -> None:
-    """Raise ValueError unless `target` is a rule of `chosen_classes`."""
+    """Check a rule of `chosen_classes`.
+
+    Raises:
+        InputError: there is no such rule.
+    """
     if re.fullmatch(r"label|prediction|top[1-9]\d*|\d+", str(target)) is None:
         raise InputError(f"target is {target!r}; it must be label, prediction, top<k> such as top2, or a class index.")
 
 
-def check_counts(**counts: int | None) -> None:
-    """Raise ValueError unless every one is a number of images or epochs: not negative, or None for all.
-
-    `test_images` must be above 0, because nothing but empty tables would come of it.
-    """
-    for name, count in counts.items():
-        least = int(name == "test_images")
-        if count is not None and count < least:
-            raise InputError(f"{name} is {count}; it must be at least {least}{', or null for all' * least}.")
-
-
 def check_classes_known(labels: Tensor, probabilities: Tensor) -> None:
-    """Raise ValueError where a label (n,) is no class of the network, which gives probabilities (n, K)."""
+    """Check that every label (n,) is a class of the network, which gives probabilities (n, K).
+
+    Raises:
+        InputError: a label is K or more.
+    """
     classes = probabilities.shape[1]
     if len(labels) and int(labels.max()) >= classes:
         raise InputError(
@@ -237,37 +237,19 @@ def chosen_classes(target: str, labels: Tensor, probabilities: Tensor) -> Tensor
         probabilities: (n, K).
 
     Raises:
-        ValueError: a k above K, or no class of that index.
+        InputError: a k above K, or a class index of K or more.
     """
     if target == "label":
         return labels
-    place = {"prediction": "1"}.get(target, target.removeprefix("top"))
+    number = {"prediction": "1"}.get(target, target.removeprefix("top"))
     classes, by_rank = probabilities.shape[1], not target.isdigit()
-    if int(place) - by_rank >= classes:
+    if int(number) - by_rank >= classes:
         raise InputError(f"target is {target}; the network has {classes} classes.")
     if by_rank:
-        return probabilities.topk(int(place), dim=1).indices[:, -1]
-    return torch.full_like(labels, int(place))
+        return probabilities.topk(int(number), dim=1).indices[:, -1]
+    return torch.full_like(labels, int(number))
 
 
 def network_of(pl_module: pl.LightningModule) -> nn.Module:
     """The network inside a LightningModule of this project, or the module itself."""
     return getattr(pl_module, "network", pl_module)
-
-
-def epoch_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
-    """The epoch whose weights are explained, of the running fit, else of the loaded checkpoint: `epoch=003`.
-
-    A validation in the middle of an epoch names its step too, so that it has a folder of its own.
-    """
-    if trainer.state.fn == "fit":
-        step = "" if trainer.is_last_batch else f"-step={trainer.global_step}"
-        return f"epoch={trainer.current_epoch:03d}{step}"
-    return f"epoch={getattr(pl_module, 'loaded_epoch', None) or 0:03d}"
-
-
-def evenly_spaced(size: int, count: int | None) -> list[int]:
-    """At most `count` indices spread evenly over `range(size)`: the same pictures every epoch (None: all)."""
-    if count is None or count >= size:
-        return list(range(size))
-    return sorted({round(k * (size - 1) / max(count - 1, 1)) for k in range(count)})

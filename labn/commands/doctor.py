@@ -19,6 +19,8 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from torch import nn
 
+from labn.api import evaluate, explain
+
 SUMMARY = "Check versions, GPU, disk and data folders, and run a self-test of a few seconds."
 DETAILS = """\
 Every line is `ok`, `note` (works without it) or `FAIL`, with what to do. Exit status 1 if anything failed.
@@ -138,8 +140,6 @@ def data_folder() -> Finding:
 
 def self_test() -> Finding:
     """Explain and score two random pictures with a small network, where the right answers are known."""
-    from labn import evaluate, explain
-
     start = time.perf_counter()
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, 32, 32, generator=generator)

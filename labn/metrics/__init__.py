@@ -1,6 +1,6 @@
 """Metrics of explanations: `torchmetrics.Metric` classes over the functions of `labn.metrics.functional`."""
 
-from labn.metrics.base import SampleMetric
+from labn.metrics.base import SampleMetric, SampleScores
 from labn.metrics.confidence import ADCC, AverageDrop, PercentIncrease
 from labn.metrics.errors import ErrorAnalysis
 from labn.metrics.filled import FillProbability
@@ -30,6 +30,7 @@ __all__ = [
     "RelevanceMass",
     "RelevanceRank",
     "SampleMetric",
+    "SampleScores",
     "Sparseness",
     "bootstrap_mean",
     "bootstrap_sums",

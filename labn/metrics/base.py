@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from labn.errors import InputError, InputTypeError
+from labn.metrics.sample_table import SampleTable
 from labn.perturbation.engine import PerturbationEngine
 
 Boxes = Sequence[Tensor] | Tensor
@@ -94,6 +96,25 @@ class ScoredBatch:
         return self.cache
 
 
+@dataclass(frozen=True)
+class SampleScores:
+    """Scores of one batch, as `SampleMetric.score_batch` gives them.
+
+    Attributes:
+        values: name of a value -> (B,) floating; NaN where the metric leaves the sample out.
+        curves: name of a line, such as `x` or `insertion` -> (S, K), for metrics that are areas under curves.
+        samples: (S,) int64, positions in the batch of the samples that have curves.
+
+    Example:
+        >>> SampleScores({"sparseness": torch.tensor([0.5, 0.25])}).values["sparseness"]
+        tensor([0.5000, 0.2500])
+    """
+
+    values: dict[str, Tensor]
+    curves: dict[str, Tensor] = field(default_factory=dict)
+    samples: Tensor | None = None
+
+
 def _corners(boxes: Any) -> Tensor:
     """The boxes of one sample as a tensor, (0, 4) where it has none."""
     tensor = as_tensor("boxes", boxes)
@@ -140,13 +161,12 @@ class SampleRows(Metric):
 
     def per_sample(self) -> tuple[Tensor, dict[str, Tensor]]:
         """Sorted sample indices (n,) int64 and, per name, their values (n,) float64; each sample once."""
-        table = dim_zero_cat(self.rows) if len(self.rows) else torch.empty(0, dtype=torch.float64, device=self.device)
-        table = table.view(-1, 1 + len(self.names))
-        table = table[table[:, 0].argsort(stable=True)]
-        first = torch.ones(len(table), dtype=torch.bool, device=table.device)
-        first[1:] = table[1:, 0] != table[:-1, 0]
-        indices, *values = table[first].unbind(1)
-        return indices.long(), dict(zip(self.names, values))
+        rows = dim_zero_cat(self.rows) if len(self.rows) else torch.empty(0, dtype=torch.float64, device=self.device)
+        indices, *columns = rows.view(-1, 1 + len(self.names)).cpu().numpy().T
+        merged = SampleTable(np.unique(indices.astype(np.int64)), len(self.names))
+        merged.add(indices.astype(np.int64), dict(enumerate(columns)))
+        found = torch.from_numpy(merged.index).to(self.device), torch.from_numpy(merged.values).to(self.device)
+        return found[0], dict(zip(self.names, found[1]))
 
 
 class SampleMetric(SampleRows):
@@ -175,8 +195,8 @@ class SampleMetric(SampleRows):
         self.check_size((batch.images.shape[-2], batch.images.shape[-1]))
 
     @abstractmethod
-    def score_batch(self, batch: ScoredBatch) -> dict[str, Tensor]:
-        """One (B,) tensor per entry of `names`, NaN where a sample is left out."""
+    def score_batch(self, batch: ScoredBatch) -> SampleScores:
+        """Values, one (B,) tensor per entry of `names`, NaN where a sample is left out, and curves if there are any."""
 
     def score(
         self,
@@ -219,7 +239,7 @@ class SampleMetric(SampleRows):
         more = (labels, masks, boxes, explainer, cache, predictions)
         batch = ScoredBatch(model, images, maps, targets, indices, *more)
         self.check(batch)
-        return self.score_batch(batch)
+        return self.score_batch(batch).values
 
     def update(
         self, model: nn.Module, images: Tensor, maps: Tensor, targets: Tensor, indices: Tensor, **more: Any

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from labn.metrics.base import ScoredBatch, need_explainer
+from labn.metrics.base import SampleScores, ScoredBatch, need_explainer
 from labn.metrics.filled import FilledMetric, key_of, spread
 from labn.metrics.functional.confidence import adcc, confidence_drop, confidence_increase
 from labn.metrics.functional.similarity import correlation
@@ -83,7 +83,7 @@ class ConfidenceChange(FilledMetric):
     def values(self, batch: ScoredBatch, kept: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
         """The metric's values, each (S,) float64, one per name; arguments as for `confidences`."""
 
-    def score_batch(self, batch: ScoredBatch) -> dict[str, Tensor]:
+    def score_batch(self, batch: ScoredBatch) -> SampleScores:
         """Values of a batch by their names in files."""
         kept = self.included(batch)
         columns: tuple[Tensor, ...] = (batch.images.new_empty(0),) * len(self.names)
@@ -92,7 +92,7 @@ class ConfidenceChange(FilledMetric):
             wide = torch.promote_types(batch.maps.dtype, batch.images.dtype)
             maps = unit_range(batch.maps.to(batch.images.device, wide)[kept])
             columns = self.values(batch, kept, maps.to(batch.images))
-        return {name: spread(column, kept, batch) for name, column in zip(self.names, columns)}
+        return SampleScores({name: spread(column, kept, batch) for name, column in zip(self.names, columns)})
 
 
 class AverageDrop(ConfidenceChange):

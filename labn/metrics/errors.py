@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from labn.errors import InputError
-from labn.metrics.base import SampleMetric, ScoredBatch
+from labn.metrics.base import SampleMetric, SampleScores, ScoredBatch
 from labn.metrics.functional.errors import KINDS, ErrorThresholds, count_errors, region_shares
 from labn.metrics.functional.localisation import relevance_mass
 from labn.metrics.insertion_deletion import PatchInsertionDeletion
@@ -119,13 +118,14 @@ class ErrorAnalysis(SampleMetric):
         super().check(batch)
         need_regions(batch, "errors")
 
-    def score_batch(self, batch: ScoredBatch) -> dict[str, Tensor]:
+    def score_batch(self, batch: ScoredBatch) -> SampleScores:
         """ID, coverage, share outside and relevance mass per sample; with a shared `cache` ID costs no forward."""
         regions = regions_of(batch).to(batch.maps.device)
         areas = torch.stack([one > threshold(one, self.area) for one in batch.maps])
         coverage, outside = region_shares(areas, regions)
-        scores = self.insertion_deletion.score(**{f.name: getattr(batch, f.name) for f in fields(batch)})["id"]
-        return dict(zip(self.names, (scores, coverage, outside, relevance_mass(batch.maps, regions))))
+        scores = self.insertion_deletion.score_batch(batch).values["id"]
+        columns = (scores, coverage, outside, relevance_mass(batch.maps, regions))
+        return SampleScores(dict(zip(self.names, columns)))
 
     def reduce(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """`failures` and the number of each kind, see `labn.metrics.functional.count_errors`."""

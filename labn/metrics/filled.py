@@ -10,15 +10,11 @@ import torch
 from torch import Tensor
 
 from labn.errors import InputError
-from labn.metrics.base import SampleMetric, ScoredBatch
+from labn.metrics.base import SampleMetric, SampleScores, ScoredBatch
+from labn.metrics.functional.class_probability import PROBABILITIES, class_probability
 from labn.perturbation.engine import PerturbationEngine
 from labn.perturbation.fills import FILLS, Channels, FillOptions, fill_with
 
-PROBABILITIES: dict[str, Callable[[Tensor], Tensor]] = {
-    "softmax": lambda logits: logits.softmax(-1),
-    "sigmoid": torch.sigmoid,
-    "logit": lambda logits: logits,
-}
 SCORE_CLASSES: dict[str, Callable[[ScoredBatch, PerturbationEngine], Tensor]] = {
     "label": lambda batch, engine: batch.true_labels,
     "target": lambda batch, engine: batch.targets.to(batch.images.device),
@@ -105,24 +101,8 @@ class FilledMetric(SampleMetric):
         return fill_with(name or self.fill, batch.images, replace(self.fill_options, indices=batch.indices))
 
     def of_class(self, logits: Tensor, classes: Tensor, probability: str | None = None) -> Tensor:
-        """Probability (S, K) of each sample's class from logits (S, K, num_classes); None reads it as the metric does.
-
-        Raises:
-            ValueError: a class that the model does not have, or the softmax of a single logit.
-        """
-        number, read = logits.shape[-1], probability or self.probability
-        if number == 1 and read == "softmax":
-            raise InputError(
-                "the model has one logit, whose softmax is 1 whatever the image shows; insertion-deletion and "
-                "fill_probability read it with probability='sigmoid'."
-            )
-        if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < number:
-            raise InputError(
-                f"labels and targets must be from 0 to {number - 1}, as the model has {number} classes; "
-                f"got {int(classes.min())} to {int(classes.max())}."
-            )
-        chosen = classes.view(-1, 1, 1).expand(-1, logits.shape[1], 1)
-        return PROBABILITIES[read](logits).gather(2, chosen).squeeze(2)
+        """`class_probability` (S, K) of logits (S, K, num_classes), read as the metric does where None is given."""
+        return class_probability(logits, classes, probability or self.probability)
 
 
 class FillProbability(FilledMetric):
@@ -154,7 +134,7 @@ class FillProbability(FilledMetric):
             chunk_size, fold, precision, **kwargs,
         )  # fmt: skip
 
-    def score_batch(self, batch: ScoredBatch) -> dict[str, Tensor]:
+    def score_batch(self, batch: ScoredBatch) -> SampleScores:
         """One forward per batch where the fill does not depend on the image."""
         kept = self.included(batch)
         values = batch.images.new_empty(0)
@@ -162,4 +142,4 @@ class FillProbability(FilledMetric):
             engine = batch.engine(**self.engine_options)
             logits = engine.filled(self.filling(batch))[kept, None]
             values = self.of_class(logits, self.classes(batch, engine)[kept])[:, 0]
-        return {"fill_probability": spread(values, kept, batch)}
+        return SampleScores({"fill_probability": spread(values, kept, batch)})

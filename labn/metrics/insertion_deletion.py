@@ -9,11 +9,17 @@ import torch
 from torch import Tensor
 
 from labn.errors import InputError
-from labn.metrics.base import ScoredBatch
+from labn.metrics.base import SampleScores, ScoredBatch
 from labn.metrics.filled import FilledMetric, key_of, spread
-from labn.metrics.functional.insertion_deletion import AREAS, PROTOCOLS, InsertionDeletionCurves
+from labn.metrics.functional.insertion_deletion import (
+    AREAS,
+    PROTOCOLS,
+    InsertionDeletionCurves,
+    insertion_deletion_curves,
+    patch_counts,
+)
 from labn.perturbation.fills import FILLS, Channels
-from labn.perturbation.patches import POOLINGS, TIES, default_step, patch_grid, patch_pool, patch_ranks, ranks_to_pixels
+from labn.perturbation.patches import POOLINGS, TIES, patch_grid, patch_pool, patch_ranks
 
 VALUES = ("insertion", "deletion", "pid", "fill_probability")
 
@@ -107,13 +113,10 @@ class PatchInsertionDeletion(FilledMetric):
         self.deletion_fill = key_of("deletion_fill", deletion_fill or fill, FILLS)
 
     def counts(self, size: tuple[int, int]) -> Tensor:
-        """(K,) int64 numbers of patches moved, for images of this (height, width)."""
+        """(K,) int64 numbers of patches moved, for images of this (height, width); see `patch_counts`."""
         rows, columns = patch_grid(size, self.patch_size)
-        if self.protocol == "official" and (size[0] != size[1] or size[0] % self.patch_size):
-            raise InputError(f"protocol='official' needs square images divisible by {self.patch_size}, got {size}.")
-        step = self.step or default_step(size, self.patch_size)
-        step = -(-rows * columns // self.n_steps) if self.n_steps else step
-        return PROTOCOLS[self.protocol].counts(rows * columns, step)
+        step = -(-rows * columns // self.n_steps) if self.n_steps else self.step
+        return patch_counts(size, self.patch_size, step, self.protocol)
 
     @property
     def revision(self) -> int:
@@ -125,36 +128,37 @@ class PatchInsertionDeletion(FilledMetric):
         self.counts(size)
 
     def curves(self, *args: Any, **kwargs: Any) -> InsertionDeletionCurves:
-        """Curves of the S scored samples; arguments as in `score`.
-
-        After `score` with the same `cache` they cost no forward.
-        """
+        """Curves of the S scored samples; arguments as in `score`."""
         return self._curves(ScoredBatch(*args, **kwargs))
 
     def _curves(self, batch: ScoredBatch) -> InsertionDeletionCurves:
-        images, size = batch.images, (batch.images.shape[-2], batch.images.shape[-1])
-        counts, kept = self.counts(size), self.included(batch)
-        if len(kept) == 0:
+        images = batch.images
+        counts, scored = self.counts((images.shape[-2], images.shape[-1])), self.included(batch)
+        if len(scored) == 0:
             nothing = images.new_zeros(0, len(counts), dtype=torch.float64)
-            return InsertionDeletionCurves(kept, counts, nothing, nothing, nothing, nothing[:, 0], nothing)
+            return InsertionDeletionCurves(scored, counts, nothing, nothing, nothing, nothing[:, 0], nothing)
         engine = batch.engine(**self.engine_options)
-        classes = self.classes(batch, engine)[kept]
-        ranks = self._ranks(batch.maps.to(images.device)[kept], batch.indices.to(images.device)[kept])
-        pixel_ranks = ranks_to_pixels(ranks, self.patch_size, size)
-        fill, deletion_fill = self.filling(batch), self.filling(batch, self.deletion_fill)
-        insertion = self.of_class(engine.masked(pixel_ranks, counts, fill, "first", kept), classes)
-        deletion = self.of_class(engine.masked(pixel_ranks, counts, deletion_fill, "rest", kept), classes)
-        bare = self.of_class(engine.filled(fill)[kept, None], classes)[:, 0]
-        protocol = PROTOCOLS[self.protocol]
-        nominal = protocol.nominal(ranks, counts)
-        x = nominal if self.ties == "threshold" else protocol.x(ranks, counts)
-        return InsertionDeletionCurves(kept, counts, x, insertion, deletion, bare, nominal)
+        return insertion_deletion_curves(
+            engine,
+            self._ranks(batch.maps.to(images.device)[scored], batch.indices.to(images.device)[scored]),
+            counts,
+            self.classes(batch, engine)[scored],
+            self.filling(batch),
+            self.filling(batch, self.deletion_fill),
+            patch_size=self.patch_size,
+            samples=scored,
+            protocol=self.protocol,
+            ties=self.ties,
+            probability=self.probability,
+        )
 
-    def score_batch(self, batch: ScoredBatch) -> dict[str, Tensor]:
-        """Areas of a batch by their names in files."""
+    def score_batch(self, batch: ScoredBatch) -> SampleScores:
+        """Areas of a batch by their names in files, and the curves that they are the areas of."""
         curves = self._curves(batch)
         areas = curves.areas(self.area)
-        return {name: spread(areas[value], curves.samples, batch) for name, value in zip(self.names, VALUES)}
+        values = {name: spread(areas[value], curves.samples, batch) for name, value in zip(self.names, VALUES)}
+        lines = {"x": curves.x, "insertion": curves.insertion, "deletion": curves.deletion}
+        return SampleScores(values, lines, curves.samples)
 
     def steps(self, maps: Tensor, indices: Tensor) -> Tensor:
         """First point k of the curve at which each patch has moved: (B, rows, columns) int64; K where it never does.

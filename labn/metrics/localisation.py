@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from labn.errors import InputError
-from labn.metrics.base import SampleMetric, ScoredBatch
+from labn.metrics.base import SampleMetric, SampleScores, ScoredBatch
 from labn.metrics.functional.localisation import (
     boxes_to_masks,
     map_auroc,
@@ -53,9 +53,9 @@ class LocalisationMetric(SampleMetric):
         super().check(batch)
         need_regions(batch, self.name)
 
-    def score_batch(self, batch: ScoredBatch) -> dict[str, Tensor]:
+    def score_batch(self, batch: ScoredBatch) -> SampleScores:
         """Values of a batch."""
-        return {self.name: self.compare(batch.maps, regions_of(batch).to(batch.maps.device))}
+        return SampleScores({self.name: self.compare(batch.maps, regions_of(batch).to(batch.maps.device))})
 
 
 class RelevanceMass(LocalisationMetric):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from labn.metrics.base import ScoredBatch
+from labn.metrics.base import SampleScores, ScoredBatch
 from labn.metrics.filled import FilledMetric, key_of, spread
 from labn.metrics.functional.confidence import percent_counts
 from labn.perturbation.fills import Channels
@@ -78,13 +78,13 @@ class PercentageIn(FilledMetric):
             precision, **kwargs,
         )  # fmt: skip
 
-    def score_batch(self, batch: ScoredBatch) -> dict[str, Tensor]:
+    def score_batch(self, batch: ScoredBatch) -> SampleScores:
         """Values of a batch by their names in files."""
         kept = self.included(batch)
         columns = batch.images.new_empty(0, len(self.names))
         if len(kept):
             columns = self._columns(batch, kept)
-        return dict(zip(self.names, spread(columns, kept, batch).unbind(1)))
+        return SampleScores(dict(zip(self.names, spread(columns, kept, batch).unbind(1))))
 
     def _columns(self, batch: ScoredBatch, kept: Tensor) -> Tensor:
         """(S, len(names)) values of the scored samples."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from labn.errors import InputError
 from labn.inference.hooks import recording_calls
 from labn.inference.randomised_copy import randomised_copies
-from labn.metrics.base import SampleMetric, ScoredBatch, need_explainer
+from labn.metrics.base import SampleMetric, SampleScores, ScoredBatch, need_explainer
 from labn.metrics.functional.similarity import rank_correlation
 
 
@@ -45,7 +45,7 @@ class Randomisation(SampleMetric):
         super().check(batch)
         need_explainer(batch, "randomisation", "explains a randomised copy of the model")
 
-    def score_batch(self, batch: ScoredBatch) -> dict[str, Tensor]:
+    def score_batch(self, batch: ScoredBatch) -> SampleScores:
         """Values of a batch: one explanation per stage."""
         values = []
         for network in randomised_copies(batch.model, self.seed, self.n_stages):
@@ -57,7 +57,7 @@ class Randomisation(SampleMetric):
                     f"{type(heard[0]).__name__}, as an attribute of it is a function that holds it; make that a method."
                 )
             values.append(rank_correlation(self._compared(batch.maps.to(maps)), self._compared(maps)))
-        return {"randomisation": torch.stack(values).mean(0)}
+        return SampleScores({"randomisation": torch.stack(values).mean(0)})
 
     def _compared(self, maps: Tensor) -> Tensor:
         return maps.abs() if self.absolute else maps

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
-from labn.metrics.base import SampleMetric, ScoredBatch
+from labn.metrics.base import SampleMetric, SampleScores, ScoredBatch
 from labn.metrics.functional.complexity import gini_index
 
 
@@ -16,6 +14,6 @@ class Sparseness(SampleMetric):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(["sparseness"], **kwargs)
 
-    def score_batch(self, batch: ScoredBatch) -> dict[str, Tensor]:
+    def score_batch(self, batch: ScoredBatch) -> SampleScores:
         """No forward is needed."""
-        return {"sparseness": gini_index(batch.maps)}
+        return SampleScores({"sparseness": gini_index(batch.maps)})

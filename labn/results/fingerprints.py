@@ -18,6 +18,24 @@ OURS = ("labn", "callbacks", "datamodules")
 """Packages of this project, whose classes are identified by their names; other ones' change with their source."""
 
 
+MOVED = {
+    "labn.explainers.baseline.GroundTruthMap": "labn.explainers.truth.TruthMap",
+    "labn.explainers.attention.own_maps": "labn.explainers.attention",
+    "labn.explainers.attention.rollout": "labn.explainers.rollout",
+    "labn.explainers.cam.ablation": "labn.explainers.ablation_cam",
+    "labn.explainers.cam.attention_guided": "labn.explainers.attention_guided",
+    "labn.explainers.cam.gradcam": "labn.explainers.cam",
+    "labn.explainers.cam.linear": "labn.explainers.linear_cam",
+    "labn.explainers.cam.score": "labn.explainers.score_cam",
+    "labn.explainers.cam.smooth": "labn.explainers.smooth_cam",
+    "labn.explainers.perturbation.occlusion": "labn.explainers.occlusion",
+    "labn.explainers.perturbation.rise": "labn.explainers.rise",
+    "labn.explainers.relevance.crp": "labn.explainers.crp",
+    "labn.explainers.relevance.lrp": "labn.explainers.lrp",
+}
+"""Modules and classes that have moved since results were first written -> the names that folders on disk hold."""
+
+
 def describe(thing: Any) -> Any:
     """A JSON-able description of an explainer or metric: its class and plain arguments."""
     if isinstance(thing, Tensor):
@@ -40,7 +58,13 @@ def describe(thing: Any) -> Any:
     extra: dict[str, Any] = {} if source is None else {"source code": source}
     if isinstance(thing, (Explainer, SampleMetric)) and thing.revision:
         extra["the revision"] = thing.revision
-    return {"class": f"{type(thing).__module__}.{type(thing).__qualname__}", **extra, **describe(arguments)}
+    return {"class": _path_of(type(thing)), **extra, **describe(arguments)}
+
+
+def _path_of(kind: type) -> str:
+    """The path of a class that identifies it in results: the one that it had when results were first written."""
+    path = f"{kind.__module__}.{kind.__qualname__}"
+    return MOVED.get(path) or f"{MOVED.get(kind.__module__, kind.__module__)}.{kind.__qualname__}"
 
 
 def source_digest(kind: type) -> str | None:

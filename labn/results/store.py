@@ -1,6 +1,6 @@
 """Maps and scores on disk: written batch by batch, resumed after a crash, merged into the results folder.
 
-A results folder holds, while a run goes on, one file per rank, batch and explainer in `maps/` and `parts/`; each is
+A results folder holds, while a run goes on, one file per rank, batch and explainer in `maps/` and `scores/`; each is
 written under a temporary name and renamed, so that a file with its final name is whole. Records carry a key, the hash
 of what made them (explainer and metric arguments), and a reader takes only those whose key is the present one.
 """
@@ -26,6 +26,7 @@ from labn.errors import InputError
 from labn.inference.fingerprint import digest
 from labn.io.atomic import LEFTOVERS, remove_leftovers, unused_folder, write_atomically
 from labn.io.readers import read_arrays, read_json
+from labn.metrics.base import SampleScores
 from labn.results.shard_index import ShardIndex, shard_name
 
 FORMAT = 2
@@ -34,14 +35,18 @@ FORMAT = 2
 MAPS, SCORES = ".safetensors", ".npz"
 
 MAX_SHARD_BYTES = 2**31
-"""Bytes that the arrays of one score part may take."""
+"""Bytes that the arrays of one score shard may take."""
 
+MAP_FOLDER, SCORE_FOLDER = "maps", "scores"
+
+OLD_SCORE_FOLDER = "parts"
+"""Name of `scores/` in folders of version 0.1; it is renamed when such a folder is opened."""
 MANIFEST = "maps/manifest.json"
 
 TABLES = ("scores.csv", "summary.csv", "paired.csv", "counts.csv", "predictions.csv", "curves.npz")
 
 DERIVED = (*TABLES, "cards.json", "cards", "report.html", MANIFEST, "overlays")
-"""What every run makes anew of `maps/` and `parts/`, which alone hold what takes long to compute."""
+"""What every run makes anew of `maps/` and `scores/`, which alone hold what takes long to compute."""
 
 
 @dataclass
@@ -72,13 +77,28 @@ class ScoreShard:
     keys: dict[str, str] = field(default_factory=dict)
     curves: dict[str, np.ndarray] = field(default_factory=dict)
 
+    def add(self, metric: str, key: str, scores: SampleScores, indices: Tensor) -> None:
+        """Take over the scores of a metric.
+
+        Args:
+            metric: its name.
+            key: digest of its arguments.
+            scores: values and curves of the batch.
+            indices: (n,) int64 positions of the batch's samples in the split.
+        """
+        self.values |= {name: column.double().cpu().numpy() for name, column in scores.values.items()}
+        self.keys[metric] = key
+        if scores.samples is not None:
+            self.curves[f"{metric}/index"] = indices.cpu()[scores.samples.cpu()].numpy()
+            self.curves |= {f"{metric}/{line}": curve.cpu().numpy() for line, curve in scores.curves.items()}
+
 
 class ResultStore:
     """The results folder of one stage (`<run_dir>/test`, `<run_dir>/val/epoch=003`).
 
     Args:
         folder: the stage's folder; all ranks see the same one.
-        rank: this process; part of file names, so that ranks never write the same file.
+        rank: this process; file names hold it, so that ranks never write the same file.
     """
 
     def __init__(self, folder: str | Path, rank: int = 0) -> None:
@@ -95,7 +115,7 @@ class ResultStore:
         """
         path = self.folder / "identity.json"
         mine = {"format": FORMAT, **identity}
-        # Those in maps/ and parts/ are never read either, but looking for them would mean to list every shard.
+        # Those in maps/ and scores/ are never read either, but looking for them would mean to list every shard.
         remove_leftovers(self.folder)
         if any(found.is_file() and not found.match(LEFTOVERS) for found in self.folder.rglob("*")):
             theirs = _identity(path)
@@ -107,6 +127,9 @@ class ResultStore:
                     f"{self.folder} holds results of another {' and '.join(changed)}; they are in {aside} now.",
                     stacklevel=2,
                 )
+        old, new = self.folder / OLD_SCORE_FOLDER, self.folder / SCORE_FOLDER
+        if old.is_dir() and not new.exists():
+            old.rename(new)
         write_atomically(path, json.dumps(mine, indent=1).encode())
 
     def remove_derived(self) -> None:
@@ -126,13 +149,13 @@ class ResultStore:
         """Save maps (n, H, W) of the samples `indices` (n,) as one shard."""
         name = shard_name(explainer, key, indices.tolist(), f"r{self.rank}{MAPS}")
         data = save({"index": indices.cpu(), "maps": maps.cpu().contiguous()})
-        write_atomically(self.folder / "maps" / name, data)
+        write_atomically(self.folder / MAP_FOLDER / name, data)
 
     def maps(self, explainer: str, key: str, indices: Iterable[int]) -> dict[int, Tensor]:
         """Saved maps (H, W) of those of `indices` that were on disk at the first call (or at `refresh`)."""
         wanted, found = set(indices), dict[int, Tensor]()
         if self._maps is None:
-            self._maps = ShardIndex(self.folder / "maps", MAPS)
+            self._maps = ShardIndex(self.folder / MAP_FOLDER, MAPS)
         for path in self._maps.holding(explainer, key, wanted):
             try:
                 found |= read_maps(path, wanted)
@@ -142,34 +165,34 @@ class ResultStore:
 
     # Scores
 
-    def add_scores(self, part: ScoreShard) -> None:
+    def add_scores(self, shard: ScoreShard) -> None:
         """Save the scores of one explainer on one batch."""
         arrays: dict[str, Any] = {
-            "explainer": np.array(part.explainer),
-            "key": np.array(part.key),
-            "index": part.index,
-            "label": part.label,
-            "target": part.target,
-            "prediction": part.prediction,
-            "probability": part.probability,
+            "explainer": np.array(shard.explainer),
+            "key": np.array(shard.key),
+            "index": shard.index,
+            "label": shard.label,
+            "target": shard.target,
+            "prediction": shard.prediction,
+            "probability": shard.probability,
         }
-        arrays |= {f"value/{name}": value for name, value in part.values.items()}
-        arrays |= {f"key/{name}": np.array(value) for name, value in part.keys.items()}
-        arrays |= {f"curve/{name}": value for name, value in part.curves.items()}
-        rest = f"{digest(part.keys, part.index.tolist())}.r{self.rank}{SCORES}"
+        arrays |= {f"value/{name}": value for name, value in shard.values.items()}
+        arrays |= {f"key/{name}": np.array(value) for name, value in shard.keys.items()}
+        arrays |= {f"curve/{name}": value for name, value in shard.curves.items()}
+        rest = f"{digest(shard.keys, shard.index.tolist())}.r{self.rank}{SCORES}"
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)
-        name = shard_name(part.explainer, part.key, part.index.tolist(), rest)
-        write_atomically(self.folder / "parts" / name, buffer.getbuffer())
+        name = shard_name(shard.explainer, shard.key, shard.index.tolist(), rest)
+        write_atomically(self.folder / SCORE_FOLDER / name, buffer.getbuffer())
 
-    def parts(self) -> Iterator[ScoreShard]:
-        """Every whole score part in the folder, of all ranks and earlier runs, one at a time."""
-        for path in ShardIndex(self.folder / "parts", SCORES).all():
-            part = self._part(path)
-            if part is not None:
-                yield part
+    def score_shards(self) -> Iterator[ScoreShard]:
+        """Every whole score shard in the folder, of all ranks and earlier runs, one at a time."""
+        for path in ShardIndex(self.folder / SCORE_FOLDER, SCORES).all():
+            shard = self._score_shard(path)
+            if shard is not None:
+                yield shard
 
-    def _part(self, path: Path) -> ScoreShard | None:
+    def _score_shard(self, path: Path) -> ScoreShard | None:
         try:
             return read_score_shard(path)
         except Exception as error:
@@ -190,12 +213,12 @@ class ResultStore:
         wanted = set(indices)
         done: dict[str, set[int]] = {name: set() for name in metric_keys}
         if self._scores is None:
-            self._scores = ShardIndex(self.folder / "parts", SCORES)
+            self._scores = ShardIndex(self.folder / SCORE_FOLDER, SCORES)
         for path in self._scores.holding(explainer, key, wanted):
-            part = self._part(path)
+            shard = self._score_shard(path)
             for name, value in metric_keys.items():
-                if part is not None and (part.explainer, part.key, part.keys.get(name)) == (explainer, key, value):
-                    done[name] |= wanted.intersection(part.index.tolist())
+                if shard is not None and (shard.explainer, shard.key, shard.keys.get(name)) == (explainer, key, value):
+                    done[name] |= wanted.intersection(shard.index.tolist())
         return done
 
     def refresh(self) -> None:
@@ -232,7 +255,7 @@ def _identity(path: Path) -> dict[str, Any] | None:
 
 
 def read_score_shard(path: Path) -> ScoreShard:
-    """Read one score part; nothing in it is executed.
+    """Read one score shard; nothing in it is executed.
 
     Raises:
         ValueError: it is damaged, or its arrays do not belong together.

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from labn.io.atomic import write_atomically, written_atomically
 from labn.io.memmap import Stored, blocks, temporary_memmap, write_npz
+from labn.metrics.sample_table import SampleTable
 from labn.metrics.statistics import Interval, bootstrap_means
 from labn.results.store import MANIFEST, ResultStore, ScoreShard
 
@@ -60,56 +61,55 @@ class Plan:
         """Names of all values, each once, in order."""
         return list(dict.fromkeys(name for _, names in self.metrics.values() for name in names))
 
-    def accepted(self, part: ScoreShard) -> set[str]:
-        """Names of the part's values that the present explainers and metrics made."""
-        if self.explainers.get(part.explainer) != part.key:
+    def accepted(self, shard: ScoreShard) -> set[str]:
+        """Names of the shard's values that the present explainers and metrics made."""
+        if self.explainers.get(shard.explainer) != shard.key:
             return set()
-        return {n for m, (key, names) in self.metrics.items() if part.keys.get(m) == key for n in names}
+        return {n for m, (key, names) in self.metrics.items() if shard.keys.get(m) == key for n in names}
 
 
 class Table:
     """Values per sample, explainer and metric, on disk, and what is known per sample.
 
     Args:
-        plan: what belongs into it.
-        folder: where the values lie while the table lives; None keeps them in memory.
+        plan: explainers, metrics and samples of the table.
+        folder: folder on whose disk the values lie while the table lives; None keeps them in memory.
 
     Attributes:
         index: (S,) int64 samples of the plan, in order.
-        seen: (S,) bool, whether a part has the sample.
+        seen: (S,) bool, whether a score shard has the sample.
         facts: `label`, `prediction` (S,) int64 and `probability` (S,) float64.
         targets: explainer -> (S,) int64.
-        values: (C, S) float64, NaN where there is none; a row for every explainer and value.
+        values: (C, S) float64, NaN where there is no value; a row for every explainer and value.
     """
 
     def __init__(self, plan: Plan, folder: Path | None = None) -> None:
         self.index = np.array(sorted(plan.samples), dtype=np.int64)
         size = len(self.index)
         pairs = itertools.product(plan.explainers, plan.value_names)
-        self._places = {pair: place for place, pair in enumerate(pairs)}
+        self._columns = {pair: number for number, pair in enumerate(pairs)}
         self.seen = np.zeros(size, dtype=bool)
         kinds = {"label": np.int64, "prediction": np.int64, "probability": np.float64}
         self.facts: dict[str, np.ndarray] = {name: np.zeros(size, kind) for name, kind in kinds.items()}
         self.targets = {name: np.zeros(size, dtype=np.int64) for name in plan.explainers}
-        self.values = temporary_memmap((len(self._places), size), np.float64, folder)
-        for rows in blocks(size):
-            self.values[:, rows] = np.nan
+        self.values = temporary_memmap((len(self._columns), size), np.float64, folder)
+        for block in blocks(size):
+            self.values[:, block] = np.nan
+        self._merged = SampleTable(self.index, len(self._columns), self.values)
 
-    def add(self, part: ScoreShard, accepted: set[str]) -> None:
-        """Take the accepted values of a part over; a sample that was scored twice counts once."""
-        places, rows = rows_of(self.index, part.index)
-        self.seen[places] = True
+    def add(self, shard: ScoreShard, accepted: set[str]) -> None:
+        """Take over the accepted values of a shard; a sample that was scored twice counts once."""
+        positions, rows = self._merged.positions(shard.index)
+        self.seen[positions] = True
         for name, column in self.facts.items():
-            column[places] = getattr(part, name)[rows]
-        self.targets[part.explainer][places] = part.target[rows]
-        for name in accepted & part.values.keys():
-            column = self.values[self._places[part.explainer, name]]
-            known = column[places]
-            column[places] = np.where(np.isnan(known), part.values[name][rows], known)
+            column[positions] = getattr(shard, name)[rows]
+        self.targets[shard.explainer][positions] = shard.target[rows]
+        names = accepted & shard.values.keys()
+        self._merged.add(shard.index, {self._columns[shard.explainer, n]: shard.values[n] for n in names})
 
     def column(self, explainer: str, metric: str) -> np.ndarray:
         """(S,) values in order of the samples, NaN where there is none."""
-        return np.asarray(self.values[self._places[explainer, metric]])
+        return np.asarray(self.values[self._columns[explainer, metric]])
 
     def rows(self) -> Iterator[tuple[int, int, str, str, int, int, float]]:
         """Place, index, explainer, metric, label, target and value, by sample, explainer and metric."""
@@ -117,26 +117,19 @@ class Table:
             held = np.asarray(self.values[:, block]).T.tolist()
             for place, cells in enumerate(held, start=block.start):
                 index, label = int(self.index[place]), int(self.facts["label"][place])
-                for (explainer, metric), value in zip(self._places, cells):
+                for (explainer, metric), value in zip(self._columns, cells):
                     if not math.isnan(value):
                         yield place, index, explainer, metric, label, int(self.targets[explainer][place]), value
 
 
-def rows_of(index: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Places in the sorted `index` of those of `wanted` that are in it, and their places in `wanted`."""
-    places = np.minimum(np.searchsorted(index, wanted), max(len(index) - 1, 0))
-    rows = np.flatnonzero(index[places] == wanted) if len(index) else np.zeros(0, dtype=np.int64)
-    return places[rows], rows
-
-
-def collect(parts: Iterable[ScoreShard], plan: Plan, folder: Path | None = None) -> Table:
-    """Read the accepted values of all parts; of each part no more than this stays in memory."""
+def collect(shards: Iterable[ScoreShard], plan: Plan, folder: Path | None = None) -> Table:
+    """Read the accepted values of all shards; of each shard no more than this stays in memory."""
     table = Table(plan, folder)
-    for part in parts:
-        accepted = plan.accepted(part)
-        # Where nothing is scored, a part still says what the network predicts.
-        if accepted or (not plan.metrics and plan.explainers.get(part.explainer) == part.key):
-            table.add(part, accepted)
+    for shard in shards:
+        accepted = plan.accepted(shard)
+        # Where nothing is scored, a shard still says what the network predicts.
+        if accepted or (not plan.metrics and plan.explainers.get(shard.explainer) == shard.key):
+            table.add(shard, accepted)
     return table
 
 
@@ -238,22 +231,22 @@ class Curves:
         self._lines: dict[tuple[str, str], dict[str, np.ndarray]] = {}
         self._seen: dict[tuple[str, str], np.ndarray] = {}
 
-    def add(self, part: ScoreShard) -> None:
+    def add(self, shard: ScoreShard) -> None:
         """Keep the curves that the present explainers and metrics made."""
         for metric, (key, _) in self.plan.metrics.items():
-            known = self.plan.explainers.get(part.explainer) == part.key and part.keys.get(metric) == key
-            if known and f"{metric}/x" in part.curves:
-                self._add(part, metric)
+            known = self.plan.explainers.get(shard.explainer) == shard.key and shard.keys.get(metric) == key
+            if known and f"{metric}/x" in shard.curves:
+                self._add(shard, metric)
 
-    def _add(self, part: ScoreShard, metric: str) -> None:
-        places, rows = rows_of(self.index, part.curves[f"{metric}/index"])
-        own = part.explainer, metric
+    def _add(self, shard: ScoreShard, metric: str) -> None:
+        positions, rows = SampleTable(self.index, 0).positions(shard.curves[f"{metric}/index"])
+        own = shard.explainer, metric
         for line in LINES:
-            curve = part.curves[f"{metric}/{line}"]
+            curve = shard.curves[f"{metric}/{line}"]
             if line not in self._lines.setdefault(own, {}):
                 self._lines[own][line] = temporary_memmap((len(self.index), *curve.shape[1:]), curve.dtype, self.folder)
-            self._lines[own][line][places] = curve[rows]
-        self._seen.setdefault(own, np.zeros(len(self.index), dtype=bool))[places] = True
+            self._lines[own][line][positions] = curve[rows]
+        self._seen.setdefault(own, np.zeros(len(self.index), dtype=bool))[positions] = True
 
     def arrays(self) -> Iterator[Stored]:
         """`<explainer>/<metric>/{index,x,insertion,deletion}` as `write_npz` wants them."""
@@ -268,10 +261,10 @@ class Curves:
                 yield f"{start}/{line}", (len(places), *held.shape[1:]), held.dtype, rows
 
 
-def _streamed(parts: Iterable[ScoreShard], curves: Curves) -> Iterator[ScoreShard]:
-    for part in parts:
-        curves.add(part)
-        yield part
+def _streamed(shards: Iterable[ScoreShard], curves: Curves) -> Iterator[ScoreShard]:
+    for shard in shards:
+        curves.add(shard)
+        yield shard
 
 
 def write_results(
@@ -283,10 +276,10 @@ def write_results(
     groups: Groups = None,
     scored: int | None = None,
 ) -> dict[tuple[str, str], Interval]:
-    """Merge all parts into the tables of the results folder; rank zero calls it.
+    """Merge all shards into the tables of the results folder; rank zero calls it.
 
     Args:
-        store: the folder, with the parts of all ranks.
+        store: the folder, with the shards of all ranks.
         plan: what belongs into the tables.
         split: name of the split.
         sample_name: sample index -> name.
@@ -298,7 +291,7 @@ def write_results(
         (explainer, value) -> mean and interval, as in `summary.csv`.
     """
     curves = Curves(plan, store.folder)
-    table = collect(_streamed(store.parts(), curves), plan, store.folder)
+    table = collect(_streamed(store.score_shards(), curves), plan, store.folder)
     write_csv(store.folder / "scores.csv", SCORES, score_rows(table, split, sample_name))
     summary, pairs = summarise(table, plan, groups), compare(table, plan, groups)
     rows = ((*key, i.mean, i.low, i.high, i.n) for key, i in summary.items())

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from labn.explainers import RISE
 from labn.metrics import PatchInsertionDeletion
-from labn.models.lambda_networks import resnet as magnetogram_net
+from labn.models import magnetogram_net
 from labn.perturbation.engine import PerturbationEngine
 
 PATCHES = (1, 2, 4, 8, 16)

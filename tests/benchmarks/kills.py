@@ -31,7 +31,7 @@ from run_contents import broken_files, contents, differences
 
 CONFIG = ["--config", "tests/faults/small.yaml"]
 PHASES = {"fit": ("fit",), "test": ("explain", "score", "report")}
-FIRST = {"fit": "fit.yaml", "explain": "test/maps/*.safetensors", "score": "test/parts/*", "report": "test/scores.csv"}
+FIRST = {"fit": "fit.yaml", "explain": "test/maps/*.safetensors", "score": "test/scores/*", "report": "test/scores.csv"}
 """The file whose appearance begins a phase."""
 WAIT = 60.0
 """Seconds in which a rank must notice that another one has gone."""

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from callbacks import EvaluationCallback, ExplanationCallback
 from datamodules.base import ImageDataModule
-from datamodules.io.splits import Split
 from datamodules.io.sources import Source
+from datamodules.io.splits import Split
 from labn.explainers import explainer_by_name
 from labn.results.shard_index import shard_name
 from labn.results.store import MAPS, ResultStore

@@ -17,7 +17,8 @@ from callbacks import (
     LastCheckpoint,
     MapLogger,
 )
-from callbacks.explanation.session import chosen_classes, evenly_spaced
+from callbacks.explanation.lifecycle import evenly_spaced
+from callbacks.explanation.session import chosen_classes
 from datamodules import SyntheticFundus
 from labn.explainers import Explainer
 from labn.modules import LABN, Classifier, SaliencyGuidance
@@ -220,7 +221,7 @@ def test_new_metrics_reuse_the_maps_and_old_scores(tmp_path):
         trainer(tmp_path, explain, score).test(module, data(), verbose=False)
     assert counted._seen == []
     assert {r["metric"] for r in rows(tmp_path / "test")} >= {"pid16", "auroc"}
-    assert len(list(ResultStore(tmp_path / "test").parts())) == 6
+    assert len(list(ResultStore(tmp_path / "test").score_shards())) == 6
 
 
 def test_a_batch_that_was_cut_is_scored_again_in_the_same_company(tmp_path, monkeypatch):

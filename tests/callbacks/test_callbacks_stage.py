@@ -11,7 +11,7 @@ from test_callbacks import Counted, data, network, rows, trainer
 from torch.utils.data import DataLoader
 
 from callbacks import EvaluationCallback, ExplanationCallback, MapLogger, ReportCallback
-from labn.metrics import MetricEntry, SampleMetric
+from labn.metrics import MetricEntry, SampleMetric, SampleScores
 from labn.metrics.registry import REGISTRY
 from labn.results.store import ResultStore
 
@@ -31,11 +31,11 @@ def everything():
 def made(stage):
     """Name -> content of what is made of maps and scores."""
     files = [path for path in stage.rglob("*") if path.is_file() and path.suffix != ".safetensors"]
-    return {str(p.relative_to(stage)): p.read_bytes() for p in files if p.parent.name != "parts"}
+    return {str(p.relative_to(stage)): p.read_bytes() for p in files if p.parent.name != "scores"}
 
 
 def kept(stage):
-    return {p: p.stat().st_mtime_ns for kind in ("maps/*.safetensors", "parts/*") for p in stage.glob(kind)}
+    return {p: p.stat().st_mtime_ns for kind in ("maps/*.safetensors", "scores/*") for p in stage.glob(kind)}
 
 
 def test_a_second_test_leaves_no_table_and_picture_of_the_first_and_loses_no_map_and_score(tmp_path):
@@ -140,7 +140,7 @@ def test_no_picture_of_a_killed_test_with_other_settings_stays(tmp_path, monkeyp
         return folder / "test" / "cards.json"
 
     with monkeypatch.context() as patched:
-        patched.setattr(ReportCallback, "_write", lambda self, trainer: None)
+        patched.setattr(ReportCallback, "publish", lambda self, trainer, pl_module, split: None)
         assert not cards(tmp_path / "killed", "black", 2).exists()
     assert list((tmp_path / "killed" / "test" / "cards").iterdir())
     again, undisturbed = (cards(tmp_path / name, "mean", 4).read_bytes() for name in ("killed", "whole"))
@@ -154,7 +154,7 @@ class Own(SampleMetric):
         super().__init__(["own"], **kwargs)
 
     def score_batch(self, batch):
-        return {"own": batch.maps.double().mean((1, 2)) * 0 + FACTOR}
+        return SampleScores({"own": batch.maps.double().mean((1, 2)) * 0 + FACTOR})
 
 
 FACTOR = 1.0

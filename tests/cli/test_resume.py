@@ -59,21 +59,21 @@ def test_a_resumed_fit_ends_like_an_undisturbed_one(tmp_path):
     assert all(torch.allclose(a[name], b[name], atol=1e-6) for name in a)
 
 
-@pytest.mark.parametrize(("kind", "files"), [("maps", 3), ("parts", 4)])
+@pytest.mark.parametrize(("kind", "files"), [("maps", 3), ("scores", 4)])
 def test_a_killed_test_takes_what_is_whole_from_disk(trained, tmp_path, kind, files):
     checkpoint = f"--ckpt_path={trained / 'checkpoints' / 'best.ckpt'}"
     undisturbed = run("test", checkpoint, run_dir=tmp_path / "whole")
     assert "from disk" not in undisturbed.stdout + undisturbed.stderr
     cut = tmp_path / "cut"
     run_and_kill("test", checkpoint, when=lambda: len(whole(cut, kind)) >= files, run_dir=cut)
-    saved = {k: len(whole(cut, k)) for k in ("maps", "parts")}
+    saved = {k: len(whole(cut, k)) for k in ("maps", "scores")}
     assert not (cut / "test" / "scores.csv").exists()
     again = run("test", checkpoint, run_dir=cut)
     output = again.stdout + again.stderr
     # Every whole file was used: nothing but the batch in flight is computed twice.
     assert taken(output, "maps") > 0
-    if saved["parts"]:
-        assert 4 * (saved["parts"] - 1) < taken(output, "samples") <= 4 * saved["parts"]
+    if saved["scores"]:
+        assert 4 * (saved["scores"] - 1) < taken(output, "samples") <= 4 * saved["scores"]
     assert _same(cut, tmp_path / "whole")
 
 
@@ -88,7 +88,7 @@ def test_a_finished_test_is_not_computed_again(trained, tmp_path):
     checkpoint = f"--ckpt_path={trained / 'checkpoints' / 'best.ckpt'}"
     run("test", checkpoint, run_dir=tmp_path)
     first = (tmp_path / "test" / "scores.csv").read_bytes()
-    files = {p: p.stat().st_mtime_ns for p in whole(tmp_path, "maps") + whole(tmp_path, "parts")}
+    files = {p: p.stat().st_mtime_ns for p in whole(tmp_path, "maps") + whole(tmp_path, "scores")}
     run("test", checkpoint, run_dir=tmp_path)
     assert (tmp_path / "test" / "scores.csv").read_bytes() == first
-    assert {p: p.stat().st_mtime_ns for p in whole(tmp_path, "maps") + whole(tmp_path, "parts")} == files
+    assert {p: p.stat().st_mtime_ns for p in whole(tmp_path, "maps") + whole(tmp_path, "scores")} == files

@@ -27,8 +27,7 @@ from datamodules.io.boxes import collate_boxes
 from labn import lrp
 from labn.metrics.insertion_deletion import PatchInsertionDeletion
 from labn.metrics.statistics import bootstrap_means
-from labn.models import LambdaLayer
-from labn.models.lambda_networks import resnet as magnetogram_net
+from labn.models import LambdaLayer, magnetogram_net
 from labn.modules import SSD
 from labn.perturbation.engine import PerturbationEngine
 

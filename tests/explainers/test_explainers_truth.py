@@ -4,9 +4,9 @@ import torch
 from scipy.ndimage import binary_dilation, gaussian_filter
 from torch import nn
 
-from callbacks.explanation.session import describe
 from labn.explainers import GroundTruthMap
 from labn.explainers.baseline import disc
+from labn.results.fingerprints import describe
 
 IMAGES, TARGETS = torch.zeros(3, 2, 20, 24), torch.zeros(3, dtype=torch.long)
 

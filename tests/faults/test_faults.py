@@ -39,7 +39,7 @@ def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(bench, tmp_path):
 
 def test_truncated_maps_and_scores_are_computed_again(bench, tmp_path):
     run_dir = copy_of(bench, tmp_path)
-    victims = [sorted((run_dir / "test" / kind).glob("labn.*"))[0] for kind in ("maps", "parts")]
+    victims = [sorted((run_dir / "test" / kind).glob("labn.*"))[0] for kind in ("maps", "scores")]
     for path in victims:
         path.write_bytes(path.read_bytes()[:-30])
     (process,) = bench.test(run_dir)

@@ -4,11 +4,10 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models import resnet18
 
-from labn.models import backbone_of, build_network, lambda_resnet26, lambda_resnet38, lambda_resnet50
+from labn.models import backbone_of, build_network, lambda_resnet26, lambda_resnet38, lambda_resnet50, magnetogram_net
 from labn.models.backbones import final_linear, input_channels
 from labn.models.cbam import CBAM
 from labn.models.checkpoints import load_backbone
-from labn.models.lambda_networks import resnet as magnetogram_net
 from labn.models.lambda_networks.resnet import LambdaBottleneck
 from labn.modules import Classifier
 

@@ -152,7 +152,7 @@ def test_shards_whose_arrays_do_not_belong_together_are_computed_again(tmp_path,
 @pytest.mark.parametrize("field", ["label", "value/v", "curve/m/x", "index"])
 def test_score_parts_whose_columns_do_not_belong_together_are_computed_again(tmp_path, field):
     ResultStore(tmp_path).add_scores(part([0, 1], [0.5, 0.5]))
-    (path,) = (tmp_path / "parts").iterdir()
+    (path,) = (tmp_path / "scores").iterdir()
     with np.load(path, allow_pickle=False) as file:
         arrays = dict(file)
     np.savez(path, **arrays | {field: arrays[field][:1] if field != "index" else arrays[field] / 2.0})

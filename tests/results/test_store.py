@@ -56,10 +56,10 @@ def test_scores_resume_by_key_and_survive_ranks(tmp_path):
     assert store.scored("labn", "k", {"pid16": "m"}, range(9)) == {"pid16": {0, 1, 2, 3}}
     assert store.scored("labn", "k", {"pid16": "m", "id": "n"}, [1, 4]) == {"pid16": {1}, "id": set()}
     assert store.scored("labn", "k2", {"pid16": "m"}, range(9)) == {"pid16": set()}
-    assert next(store.parts()).curves["pid16/x"].shape == (2, 3)
+    assert next(store.score_shards()).curves["pid16/x"].shape == (2, 3)
 
 
-@pytest.mark.parametrize("kind", ["maps", "parts"])
+@pytest.mark.parametrize("kind", ["maps", "scores"])
 def test_a_truncated_file_is_reported_and_ignored(tmp_path, kind):
     store = ResultStore(tmp_path)
     store.add_maps("labn", "k", torch.tensor([0]), torch.ones(1, 8, 8))
@@ -78,11 +78,11 @@ def test_results_of_other_weights_are_moved_aside_not_lost(tmp_path):
     store.prepare({"checkpoint": "a", "data": "d"})
     store.add_scores(part([0]))
     ResultStore(folder).prepare({"checkpoint": "a", "data": "d"})
-    assert list(ResultStore(folder).parts())
+    assert list(ResultStore(folder).score_shards())
     with pytest.warns(UserWarning, match="another checkpoint"):
         ResultStore(folder).prepare({"checkpoint": "b", "data": "d"})
-    assert not list(ResultStore(folder).parts())
-    assert list(ResultStore(tmp_path / "test.old-1").parts())
+    assert not list(ResultStore(folder).score_shards())
+    assert list(ResultStore(tmp_path / "test.old-1").score_shards())
     assert json.loads((folder / "identity.json").read_text())["checkpoint"] == "b"
 
 

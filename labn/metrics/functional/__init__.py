@@ -1,5 +1,6 @@
 """The mathematics of the metrics as plain functions of tensors."""
 
+from labn.metrics.functional.class_probability import class_probability
 from labn.metrics.functional.complexity import gini_index
 from labn.metrics.functional.confidence import adcc, confidence_drop, confidence_increase, percent_counts
 from labn.metrics.functional.errors import (
@@ -11,11 +12,14 @@ from labn.metrics.functional.errors import (
 )
 from labn.metrics.functional.insertion_deletion import (
     InsertionDeletionCurves,
+    insertion_deletion_curves,
     kept_fractions,
     mean_height,
     nominal_fractions,
     official_counts,
     paper_counts,
+    patch_counts,
+    patch_insertion_deletion,
     trapezoid_area,
 )
 from labn.metrics.functional.localisation import (
@@ -33,11 +37,13 @@ __all__ = [
     "InsertionDeletionCurves",
     "adcc",
     "boxes_to_masks",
+    "class_probability",
     "confidence_drop",
     "confidence_increase",
     "correlation",
     "count_errors",
     "gini_index",
+    "insertion_deletion_curves",
     "kept_fractions",
     "kinds_of_error",
     "map_auroc",
@@ -46,6 +52,8 @@ __all__ = [
     "nominal_fractions",
     "official_counts",
     "paper_counts",
+    "patch_counts",
+    "patch_insertion_deletion",
     "percent_counts",
     "pointing_game",
     "rank_correlation",

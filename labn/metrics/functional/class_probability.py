@@ -1,0 +1,49 @@
+"""The probability of a class, read off logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from labn.errors import InputError
+
+PROBABILITIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "logit": lambda logits: logits,
+}
+
+
+def class_probability(logits: Tensor, classes: Tensor, probability: str = "softmax") -> Tensor:
+    """The probability of one class per sample at every point of a curve.
+
+    Args:
+        logits: (S, K, num_classes), K points per sample.
+        classes: (S,) int64, one class per sample.
+        probability: "softmax", "sigmoid" or "logit" (the logit itself).
+
+    Returns:
+        (S, K).
+
+    Raises:
+        InputError: a class that the model does not have, or the softmax of a single logit.
+
+    Example:
+        >>> class_probability(torch.zeros(1, 1, 4), torch.tensor([2]))
+        tensor([[0.2500]])
+    """
+    number = logits.shape[-1]
+    if number == 1 and probability == "softmax":
+        raise InputError(
+            "the model has one logit, whose softmax is 1 whatever the image shows; insertion-deletion and "
+            "fill_probability read it with probability='sigmoid'."
+        )
+    if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < number:
+        raise InputError(
+            f"labels and targets must be from 0 to {number - 1}, as the model has {number} classes; "
+            f"got {int(classes.min())} to {int(classes.max())}."
+        )
+    chosen = classes.view(-1, 1, 1).expand(-1, logits.shape[1], 1)
+    return PROBABILITIES[probability](logits).gather(2, chosen).squeeze(2)
