@@ -80,7 +80,7 @@ def test_what_made_the_maps_is_written_without_scores_too(tmp_path):
     alone, scored = (
         json.loads((tmp_path / n / "test" / "maps" / "manifest.json").read_text()) for n in ("alone", "scored")
     )
-    assert alone["explainers"]["gradcam"]["class"] == "labn.explainers.cam.gradcam.GradCAM"
+    assert alone["explainers"]["gradcam"]["class"] == "labn.explainers.cam.GradCAM"
     assert alone["target"] == "prediction"
     assert {"checkpoint", "network", "data", "split", "class_names", "versions"} < alone.keys()
     assert scored.keys() - alone.keys() == {"metrics", "settings", "sources", "positive_classes", "samples"}
