@@ -1,4 +1,4 @@
-"""What removed pixels are replaced by: the substrate b of insertion and deletion, and of saliency-guided training."""
+"""Fills for removed pixels: the substrate b of insertion and deletion, and of saliency-guided training."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from labn.perturbation.stateless_random import sample_uniform
 
 Channels = Sequence[float] | Tensor
 
-FILL_STREAM = 1  # not the one of random ties, whose order would otherwise be that of the fill's brightness
+FILL_STREAM = 1  # random ties use stream 0; with one stream their order would be that of the fill's brightness
 
 
 @dataclass(frozen=True)
 class FillOptions:
-    """What a fill may need besides the images; the fields are the keywords of `make_fill`."""
+    """The options of a fill; the fields are the keywords of `make_fill`."""
 
     mean: Channels | None = None
     std: Channels | None = None
@@ -31,11 +31,11 @@ class FillOptions:
 
 
 def _channels(values: Channels | None, default: float, images: Tensor) -> Tensor:
-    """Per-channel numbers as (1, C, 1, 1) in the images' dtype and on their device."""
-    given = torch.as_tensor([default] if values is None else values, dtype=torch.float64).flatten()
-    if len(given) not in (1, images.shape[1]):
-        raise InputError(f"mean and std must have 1 or {images.shape[1]} values (one per channel), got {len(given)}.")
-    return given.to(images.device, images.dtype).expand(images.shape[1]).view(1, -1, 1, 1)
+    """Numbers per channel as (1, C, 1, 1), in the images' dtype and on their device."""
+    numbers = torch.as_tensor([default] if values is None else values, dtype=torch.float64).flatten()
+    if len(numbers) not in (1, images.shape[1]):
+        raise InputError(f"mean and std must have 1 or {images.shape[1]} values (one per channel), got {len(numbers)}.")
+    return numbers.to(images.device, images.dtype).expand(images.shape[1]).view(1, -1, 1, 1)
 
 
 def _normalise(pixels: Tensor, options: FillOptions, images: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def _image_mean(images: Tensor, options: FillOptions) -> Tensor:
 
 
 def _uniform(images: Tensor, options: FillOptions) -> Tensor:
-    """U(min, max) of the sample's channel (Ismail et al., NeurIPS 2021), drawn from (seed, sample index)."""
+    """Noise U(min, max) of the sample's channel (Ismail et al., NeurIPS 2021), drawn from (seed, sample index)."""
     indices = torch.arange(len(images)) if options.indices is None else options.indices
     count = images[0].numel()
     noise = sample_uniform(options.seed, indices.to(images.device), count, images.dtype, FILL_STREAM).view_as(images)
@@ -73,7 +73,7 @@ def _uniform(images: Tensor, options: FillOptions) -> Tensor:
 
 
 def _separable(images: Tensor, weights: Tensor) -> Tensor:
-    """Filter rows and columns with one symmetric kernel, edges repeated."""
+    """Filter along both axes with one symmetric kernel; edge pixels are repeated outwards."""
     channels, side = images.shape[1], len(weights)
     kernel = weights.to(images).expand(channels, 1, 1, side)
     before, after = (side - 1) // 2, side // 2
@@ -114,17 +114,17 @@ def make_fill(
     kernel_size: int = 11,
     sigma: float = 5.0,
 ) -> Tensor:
-    """The substrate that removed pixels show, in the images' normalised space and on their device.
+    """The fill that removed pixels show, in the images' normalised space and on their device.
 
     Args:
         name: "black" (0 in pixel space: -mean/std), "mean" (0 after normalisation), "bias" (the given image, ACCV
             2022), "blur" (Gaussian, 11x11 with sigma 5 as RISE's insertion), "box" (box blur), "uniform" (noise between
             the sample's channel minimum and maximum) or "image_mean" (the sample's own channel means).
         images: (B, C, H, W), normalised.
-        mean: per-channel mean that the images were normalised with; None: not at all.
-        std: per-channel standard deviation likewise.
+        mean: per-channel mean of the images' normalisation; None: the images are not normalised.
+        std: per-channel standard deviation of the normalisation; None: likewise.
         bias: (C, H, W) in pixel space [0, 1], for "bias".
-        indices: (B,) int64 sample indices, the source of "uniform"'s randomness; None: 0..B-1.
+        indices: (B,) int64 sample indices, from which the noise of "uniform" is drawn; None: 0..B-1.
         seed: seed of "uniform".
         kernel_size: side of "blur" and "box" in pixels.
         sigma: standard deviation of "blur" in pixels.
@@ -133,7 +133,12 @@ def make_fill(
         A tensor broadcastable to the images: (1, C, 1, 1), (1, C, H, W), (B, C, 1, 1) or (B, C, H, W).
 
     Raises:
-        ValueError: unknown name, missing bias image, or mean, std or bias of another shape than the images'.
+        InputError: an unknown name, no bias image, or mean, std or bias that do not fit the images.
+
+    Example:
+        >>> images = torch.tensor([[[[1.0, 3.0]]]])
+        >>> make_fill("image_mean", images), make_fill("black", images, mean=[0.5], std=[0.25])
+        (tensor([[[[2.]]]]), tensor([[[[-2.]]]]))
     """
     return fill_with(name, images, FillOptions(mean, std, bias, indices, seed, kernel_size, sigma))
 

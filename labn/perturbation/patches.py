@@ -1,6 +1,7 @@
 """Patches of an importance map: pooling, ranks with ties, and the number of patches per step.
 
-A keep mask is `pixel_ranks < n`: everything is batched, on the maps' device, and masks are never resized as floats.
+The mask of the first n patches is `pixel_ranks < n`. All functions work on batches, on the maps' device, and no mask is
+ever resized as floating-point numbers.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ STEPS: dict[int, dict[int, int]] = {
 
 
 def patch_grid(size: tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Rows and columns of patches, (ceil(H / m), ceil(W / m)); the last ones are smaller where m does not divide.
+    """Rows and columns of patches, (ceil(H / m), ceil(W / m)); the last ones are smaller if m does not divide the side.
 
     Raises:
-        ValueError: the patch is smaller than one pixel or larger than the image.
+        InputError: the patch is smaller than one pixel or larger than the image.
     """
     height, width = size
     if not 1 <= patch_size <= min(height, width):
@@ -36,7 +37,7 @@ def patch_grid(size: tuple[int, int], patch_size: int) -> tuple[int, int]:
 
 
 def default_step(size: tuple[int, int], patch_size: int) -> int:
-    """Patches per step: the released table where it has the size, else about a hundredth of all patches."""
+    """Patches per step: from the released table if it contains the size, else about a hundredth of all patches."""
     rows, columns = patch_grid(size, patch_size)
     table = STEPS.get(size[0], {}) if size[0] == size[1] else {}
     return table.get(patch_size, max(1, round(rows * columns / 100)))
@@ -47,7 +48,7 @@ def _max(maps: Tensor, size: int) -> Tensor:
 
 
 def _mean(maps: Tensor, size: int) -> Tensor:
-    # In float64: an edge patch has a divisor of its own, whose rounding would untie equal patches.
+    # In float64: a smaller edge patch has another divisor, whose rounding would break ties of equal patches.
     return F.avg_pool2d(maps.double(), size, ceil_mode=True, count_include_pad=False).to(maps.dtype)
 
 
@@ -64,14 +65,19 @@ def patch_pool(maps: Tensor, patch_size: int, pooling: str = "max") -> Tensor:
 
     Args:
         maps: (B, H, W) floating.
-        patch_size: side m in pixels; patches at the right and lower edge are smaller where m does not divide.
-        pooling: "max", "mean" or "sum" over the patch's own pixels.
+        patch_size: side m in pixels; patches at the right and lower edge may be smaller.
+        pooling: "max", "mean" or "sum" over the pixels of the patch.
 
     Returns:
         (B, ceil(H / m), ceil(W / m)).
 
     Raises:
-        ValueError: unknown pooling, or a patch larger than the image.
+        InputError: an unknown pooling, or a patch larger than the image.
+
+    Example:
+        >>> patch_pool(torch.arange(16.0).view(1, 4, 4), patch_size=2)
+        tensor([[[ 5.,  7.],
+                 [13., 15.]]])
     """
     if pooling not in POOLINGS:
         raise InputError(f"pooling must be one of {sorted(POOLINGS)}, got {pooling!r}.")
@@ -80,18 +86,20 @@ def patch_pool(maps: Tensor, patch_size: int, pooling: str = "max") -> Tensor:
 
 
 def _competition_ranks(values: Tensor, seed: int, indices: Tensor | None) -> Tensor:
-    """Number of strictly greater values, so that tied patches share a rank and enter together."""
+    """The number of strictly greater values, so that tied patches have one rank and enter together."""
     ordered, order = values.sort(dim=1, descending=True, stable=True)
-    place = torch.arange(values.shape[1], device=values.device).expand_as(order)
+    position = torch.arange(values.shape[1], device=values.device).expand_as(order)
     first = torch.ones_like(order, dtype=torch.bool)
     first[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    group = torch.where(first, place, 0).cummax(dim=1).values
-    return torch.empty_like(order).scatter_(1, order, group)
+    # The rank of a group of ties is the position of its first value in descending order.
+    rank = torch.where(first, position, 0).cummax(dim=1).values
+    return torch.empty_like(order).scatter_(1, order, rank)
 
 
 def _inverse(order: Tensor) -> Tensor:
-    place = torch.arange(order.shape[1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter_(1, order, place)
+    """The inverse of each row's permutation: an order of patches becomes their ranks."""
+    position = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, position)
 
 
 def _stable_ranks(values: Tensor, seed: int, indices: Tensor | None) -> Tensor:
@@ -99,7 +107,7 @@ def _stable_ranks(values: Tensor, seed: int, indices: Tensor | None) -> Tensor:
 
 
 def _random_ranks(values: Tensor, seed: int, indices: Tensor | None) -> Tensor:
-    """Ties in a random order that depends on (seed, sample index) only."""
+    """Ranks with ties in a random order, which depends on (seed, sample index) only."""
     indices = torch.zeros(len(values), dtype=torch.long) if indices is None else indices
     shuffle = sample_integers(seed, indices.to(values.device), values.shape[1]).argsort(dim=1)
     ranks = _stable_ranks(values.gather(1, shuffle), seed, indices)
@@ -115,18 +123,25 @@ TIES: dict[str, Callable[[Tensor, int, Tensor | None], Tensor]] = {
 
 
 def patch_ranks(values: Tensor, ties: str = "fraction", *, seed: int = 0, indices: Tensor | None = None) -> Tensor:
-    """Rank of every patch, the most important first: a patch is among the first n exactly if its rank < n.
+    """The rank of every patch in descending order of value: a patch is among the first n exactly if its rank < n.
 
     Args:
         values: (B, N) or (B, h, w) patch values.
-        ties: "fraction": competition rank (the number of strictly greater values), so tied patches enter together;
-            "threshold": the same; "stable": raster order among ties; "random": an order drawn from (seed, sample
-            index), as a check.
-        seed: for "random".
+        ties: "fraction" and "threshold": competition rank (the number of strictly greater values), so that tied patches
+            enter together; "stable": raster order among ties; "random": an order drawn from (seed, sample index).
+        seed: seed of "random".
         indices: (B,) int64 sample indices for "random"; without them all samples use index 0.
 
     Returns:
         (B, N) int64 ranks in 0..N-1.
+
+    Raises:
+        InputError: an unknown name of `ties`.
+
+    Example:
+        >>> values = torch.tensor([[1.0, 3.0, 1.0, 2.0]])
+        >>> patch_ranks(values, "fraction"), patch_ranks(values, "stable")
+        (tensor([[2, 0, 2, 1]]), tensor([[2, 0, 3, 1]]))
     """
     if ties not in TIES:
         raise InputError(f"ties must be one of {sorted(TIES)}, got {ties!r}.")
@@ -134,29 +149,31 @@ def patch_ranks(values: Tensor, ties: str = "fraction", *, seed: int = 0, indice
 
 
 def top_patches(values: Tensor, count: int) -> Tensor:
-    """The `count` highest values of each row, ties in raster order: `patch_ranks(values, "stable") < count`, unsorted.
+    """The mask of the `count` highest patches, ties in raster order: `patch_ranks(values, "stable") < count`.
+
+    It is found by a selection, without sorting.
 
     Args:
         values: (B, N) or (B, h, w) patch values.
-        count: from 1 to N.
+        count: number of patches, from 1 to N.
 
     Returns:
-        (B, N) bool with `count` True per row.
+        (B, N) bool with `count` True values per sample.
     """
     flat = values.flatten(1)
     lowest = flat.kthvalue(flat.shape[1] - count + 1, dim=1, keepdim=True).values
     above, tied = flat > lowest, flat == lowest
-    room = count - above.sum(dim=1, keepdim=True)
-    return above | (tied & (tied.cumsum(dim=1) <= room))
+    remaining = count - above.sum(dim=1, keepdim=True)
+    return above | (tied & (tied.cumsum(dim=1) <= remaining))
 
 
 def ranks_to_pixels(ranks: Tensor, patch_size: int, size: tuple[int, int]) -> Tensor:
-    """Every pixel's patch rank: (B, N) -> (B, H, W) int32."""
+    """The rank of every pixel's patch: (B, N) -> (B, H, W) int32."""
     return patches_to_pixels(ranks.to(torch.int32), patch_size, size)
 
 
 def patches_to_pixels(values: Tensor, patch_size: int, size: tuple[int, int]) -> Tensor:
-    """Every pixel's patch value: (B, N) -> (B, H, W), by repetition (edge patches cropped)."""
+    """The value of every pixel's patch: (B, N) -> (B, H, W), by repetition; edge patches are cropped."""
     height, width = size
     grid = values.view(len(values), *patch_grid(size, patch_size))
     return grid.repeat_interleave(patch_size, 1)[:, :height].repeat_interleave(patch_size, 2)[:, :, :width]

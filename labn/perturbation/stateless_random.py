@@ -1,4 +1,4 @@
-"""Random numbers that are a function of (seed, sample index, position): no state, the same on every device and rank."""
+"""Random numbers as a function of (seed, sample index, position): without state, equal on every device and rank."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from torch import Tensor
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15, the splitmix64 increment, as a signed integer
 
-_MIX = ((30, -4658895280553007687), (27, -7723592293110705685))  # splitmix64 shifts and multipliers, likewise
+# Shifts and multipliers of splitmix64, the multipliers as signed integers too.
+_MIX = ((30, -4658895280553007687), (27, -7723592293110705685))
 
 
 def _shift_right(values: Tensor, bits: int) -> Tensor:
-    """Logical right shift of int64 (torch's own shift copies the sign bit)."""
+    """Logical right shift of int64; torch's own shift copies the sign bit."""
     return (values >> bits) & ((1 << (64 - bits)) - 1)
 
 
@@ -24,15 +25,20 @@ def splitmix64(counter: Tensor) -> Tensor:
 
 
 def sample_integers(seed: int, indices: Tensor, count: int, stream: int = 0) -> Tensor:
-    """Random int64 (B, count) that depend on (seed, stream, sample index, position) only.
+    """Random int64 numbers (B, count), which depend on (seed, stream, sample index, position) only.
 
     Args:
         seed: any integer.
-        indices: (B,) integer, positions of the samples in their data set.
-        count: numbers per sample.
-        stream: keeps uses of one seed independent of each other.
+        indices: (B,) integer positions of the samples in their data set.
+        count: number of values per sample.
+        stream: makes several uses of one seed independent of each other.
+
+    Example:
+        >>> both = sample_integers(0, torch.tensor([3, 8]), 2)
+        >>> torch.equal(both[1:], sample_integers(0, torch.tensor([8]), 2))
+        True
     """
-    indices = indices.long()  # of fewer bits the products would wrap earlier
+    indices = indices.long()  # the products would wrap earlier in a type of fewer bits
     start = splitmix64(torch.full_like(indices, seed)) + stream
     key = splitmix64((splitmix64(start) if stream else start) + indices)
     position = torch.arange(1, count + 1, device=indices.device)
@@ -42,6 +48,6 @@ def sample_integers(seed: int, indices: Tensor, count: int, stream: int = 0) -> 
 def sample_uniform(
     seed: int, indices: Tensor, count: int, dtype: torch.dtype = torch.float32, stream: int = 0
 ) -> Tensor:
-    """Uniform numbers (B, count) in [0, 1) with 24 random bits, as `dtype`; arguments as in `sample_integers`."""
+    """Uniform numbers (B, count) in [0, 1) with 24 random bits, as `dtype`; arguments as for `sample_integers`."""
     wide = torch.promote_types(dtype, torch.float32)  # 2^24 is infinite in half precision
     return (_shift_right(sample_integers(seed, indices, count, stream), 40).to(wide) / (1 << 24)).to(dtype)

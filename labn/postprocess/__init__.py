@@ -1,4 +1,4 @@
-"""What is done to finished maps (B, H, W), which themselves stay as they are: C3 and C1C, quantisation, scaling."""
+"""Postprocessing of finished maps (B, H, W), which are not changed in place: C3, C1C, quantisation, scaling."""
 
 from labn.postprocess.levels import normalise, quantise, unit_range, with_sign
 from labn.postprocess.region_choice import c1c, c3, c3_fallback

@@ -1,4 +1,4 @@
-"""Levels and scales of maps (B, H, W): heat quantisation, sign and percentile normalisation."""
+"""Quantisation, sign selection and normalisation of maps (B, H, W)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,22 @@ Sign = Literal["all", "positive", "negative", "absolute"]
 
 
 def quantise(maps: Tensor, levels: int = 8, mode: Literal["floor", "round", "quantile"] = "floor") -> Tensor:
-    """Heat quantisation: at most `levels` distinct values per map, order kept; a constant map is unchanged.
-
-    `floor`: v = min + floor((a - min) / (max - min) * (q - 1)) * (max - min) / (q - 1), so that the maximum keeps a
-    level of its own; `round` takes the nearest level; `quantile` puts equally many pixels into every level, whose value
-    is its lower edge.
+    """Heat quantisation: at most `levels` distinct values per map in the same order; a constant map is unchanged.
 
     Args:
         maps: (B, H, W).
         levels: q >= 2.
-        mode: how values go to levels.
+        mode: `floor`: v = min + floor((a - min) / (max - min) * (q - 1)) * (max - min) / (q - 1), so that only the
+            maximum has the highest level; `round`: the nearest level; `quantile`: levels with equal numbers of pixels,
+            whose value is the lowest of their pixels.
+
+    Raises:
+        InputError: fewer than 2 levels, or an unknown mode.
+
+    Example:
+        >>> from labn.postprocess import quantise
+        >>> quantise(torch.tensor([[[0.0, 1.0, 2.0, 3.0, 4.0]]]), levels=3)
+        tensor([[[0., 0., 2., 2., 4.]]])
     """
     if levels < 2:
         raise InputError(f"levels must be at least 2, got {levels}.")
@@ -33,10 +39,10 @@ def quantise(maps: Tensor, levels: int = 8, mode: Literal["floor", "round", "qua
 
 
 def _evenly(maps: Tensor, levels: int) -> Tensor:
-    """(B, levels) values from the minimum to the maximum, both met exactly."""
+    """Equidistant levels (B, levels) from each map's minimum to its maximum, both exact."""
     low, high = maps.flatten(1).aminmax(dim=1, keepdim=True)
     edges = low + (high - low) * (torch.arange(levels, dtype=maps.dtype, device=maps.device) / (levels - 1))
-    edges[:, -1:] = high
+    edges[:, -1:] = high  # rounding would put the maximum below its own level
     return edges
 
 
@@ -58,9 +64,12 @@ def _quantile(maps: Tensor, levels: int) -> Tensor:
 
 
 def _to_levels(maps: Tensor, edges: Tensor, borders: Tensor) -> Tensor:
-    """Level i for values in [border i-1, border i): found by comparison, so that a level is mapped to itself."""
-    which = torch.searchsorted(borders.contiguous(), maps.flatten(1).contiguous(), right=True)
-    return edges.gather(1, which).view(maps.shape)
+    """Level i for values in [border i-1, border i).
+
+    Comparing, rather than dividing and rounding, maps every level to itself: quantisation is idempotent.
+    """
+    level = torch.searchsorted(borders.contiguous(), maps.flatten(1).contiguous(), right=True)
+    return edges.gather(1, level).view(maps.shape)
 
 
 _QUANTISERS: dict[str, Callable[[Tensor, int], Tensor]] = {"floor": _floor, "round": _round, "quantile": _quantile}
@@ -74,32 +83,55 @@ _SIGNS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def with_sign(maps: Tensor, sign: Sign = "positive") -> Tensor:
-    """Keep `positive` values, the size of `negative` ones, the `absolute` value, or `all`."""
+    """The `positive` part of maps, the magnitude of the `negative` part, the `absolute` value, or `all` unchanged.
+
+    Raises:
+        InputError: an unknown sign.
+
+    Example:
+        >>> from labn.postprocess import with_sign
+        >>> with_sign(torch.tensor([[[-2.0, 1.0]]]), "negative")
+        tensor([[[2., 0.]]])
+    """
     if sign not in _SIGNS:
         raise InputError(f"sign={sign!r} is not one of {', '.join(map(repr, _SIGNS))}.")
     return _SIGNS[sign](maps)
 
 
 def normalise(maps: Tensor, sign: Sign = "all", percentile: float = 98.0) -> Tensor:
-    """For display: divide by the value below which `percentile` % of the total |mass| lies, and clip to [-1, 1].
+    """Scale maps for display: divide by the value below which `percentile` % of the mass lies, and clip to [-1, 1].
 
     Args:
         maps: (B, H, W).
-        sign: see `with_sign`; all but `all` give [0, 1].
-        percentile: of the cumulative mass of |values| in ascending order, in (0, 100]. An all-zero map stays zero.
+        sign: see `with_sign`; every sign except `all` gives [0, 1].
+        percentile: in (0, 100], share of the cumulative sum of |values| in ascending order. An all-zero map stays zero.
+
+    Raises:
+        InputError: the percentile is outside of (0, 100].
+
+    Example:
+        >>> from labn.postprocess import normalise
+        >>> normalise(torch.tensor([[[0.0, 1.0, -2.0, 2.0, 5.0]]]), percentile=50.0)
+        tensor([[[ 0.0000,  0.5000, -1.0000,  1.0000,  1.0000]]])
     """
     if not 0 < percentile <= 100:
         raise InputError(f"percentile must lie in (0, 100], got {percentile}.")
-    chosen = with_sign(maps, sign)
-    order = chosen.abs().flatten(1).sort(1).values
-    mass = order.double().cumsum(1)
+    signed = with_sign(maps, sign)
+    ascending = signed.abs().flatten(1).sort(1).values
+    mass = ascending.double().cumsum(1)
     reached = (mass >= mass[:, -1:] * (percentile / 100)).int().argmax(1, keepdim=True)
-    scale = order.gather(1, reached)[..., None]
-    return torch.where(scale > 0, chosen / torch.where(scale > 0, scale, 1), 0).clamp(-1, 1)
+    scale = ascending.gather(1, reached)[..., None]
+    return torch.where(scale > 0, signed / torch.where(scale > 0, scale, 1), 0).clamp(-1, 1)
 
 
 def unit_range(maps: Tensor) -> Tensor:
-    """Every map (..., h, w) brought to [0, 1] by its own minimum and maximum; a constant one becomes 0."""
+    """Scale every map (..., h, w) to [0, 1] by its own minimum and maximum; a constant map becomes 0.
+
+    Example:
+        >>> from labn.postprocess import unit_range
+        >>> unit_range(torch.tensor([[[-1.0, 1.0, 3.0]]]))
+        tensor([[[0.0000, 0.5000, 1.0000]]])
+    """
     low = maps.amin(dim=(-2, -1), keepdim=True)
     span = maps.amax(dim=(-2, -1), keepdim=True) - low
     return torch.where(span > 0, (maps - low) / span, 0)

@@ -1,4 +1,4 @@
-"""C3 and C1C: which region of a map (B, H, W) is kept."""
+"""C3 and C1C: the choice of one region of a map (B, H, W)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,22 @@ from labn.postprocess.regions import Options, component_mask, contour_mask, mask
 
 
 def c1c(maps: Tensor, **options: Any) -> Tensor:
-    """C1C (Iida, SIG-AM 2023): keep the connected component that holds the largest value, set the rest to `outside`.
+    """C1C (Iida, SIG-AM 2023): keep the connected component of the largest value and set the rest to `outside`.
 
     Args:
         maps: (B, H, W).
-        options: fields of `labn.postprocess.Options` but `contour`.
+        options: fields of `labn.postprocess.Options` except `contour`.
 
     Returns:
         (B, H, W).
 
     Raises:
-        TypeError: the option `contour`, of which C1C has none.
+        InputTypeError: the option `contour`, which C1C does not have.
+
+    Example:
+        >>> from labn.postprocess import c1c
+        >>> c1c(torch.tensor([[[9.0, 8.0, 0.0, 7.0]]]))
+        tensor([[[9., 8., 0., 0.]]])
     """
     if "contour" in options:
         raise InputTypeError("c1c keeps a component and has no option 'contour'; c3 has.")
@@ -31,9 +36,9 @@ def c1c(maps: Tensor, **options: Any) -> Tensor:
 
 
 def c3(maps: Tensor, **options: Any) -> Tensor:
-    """C3 (JSAI 2024), choice of contour and component: keep what lies in the filled contour AND in the component.
+    """C3 (JSAI 2024), choice of contour and component: keep the pixels inside the filled contour and the component.
 
-    Both are taken from the map binarised at the threshold. Where they do not meet, the component alone is kept, see
+    Both come from the map binarised at the threshold. If they do not overlap, the component alone is kept; see
     `c3_fallback`.
 
     Args:
@@ -42,14 +47,26 @@ def c3(maps: Tensor, **options: Any) -> Tensor:
 
     Returns:
         (B, H, W).
+
+    Example:
+        >>> from labn.postprocess import c3
+        >>> c3(torch.tensor([[[9.0, 8.0, 0.0, 7.0]]]))
+        tensor([[[9., 8., 0., 0.]]])
     """
     return _per_map(maps, Options(**options), _both)
 
 
 def c3_fallback(maps: Tensor, **options: Any) -> Tensor:
-    """(B,) bool: contour and component of the map do not meet, so that `c3` keeps the component alone."""
-    chosen = Options(**options)
-    return torch.tensor([not _pair(resized(one, chosen), chosen)[2] for one in maps.detach().cpu()], device=maps.device)
+    """Whether contour and component of each map do not overlap, so that `c3` keeps the component alone, (B,) bool.
+
+    Example:
+        >>> from labn.postprocess import c3_fallback
+        >>> c3_fallback(torch.tensor([[[9.0, 8.0, 0.0, 7.0]]]))
+        tensor([False])
+    """
+    settings = Options(**options)
+    overlaps = [_pair(resized(one, settings), settings)[2] for one in maps.detach().cpu()]
+    return ~torch.tensor(overlaps, dtype=torch.bool, device=maps.device)
 
 
 def _per_map(maps: Tensor, options: Options, keep: Callable[[Tensor, Options], Tensor]) -> Tensor:
@@ -57,10 +74,10 @@ def _per_map(maps: Tensor, options: Options, keep: Callable[[Tensor, Options], T
         raise InputError(f"maps must be (B, H, W), got {tuple(maps.shape)}.")
     if not len(maps):
         return maps.clone()
-    # Half precision cannot tell 256 levels of grey apart, and NumPy has no bfloat16.
+    # Half precision cannot distinguish 256 levels of grey, and NumPy has no bfloat16.
     wide = maps.detach().to(torch.promote_types(maps.dtype, torch.float32))
-    kept = [masked(one, keep(resized(one, options), options), options) for one in wide]
-    return torch.stack(kept).to(maps.dtype)
+    regions = [masked(one, keep(resized(one, options), options), options) for one in wide]
+    return torch.stack(regions).to(maps.dtype)
 
 
 def _component_only(one: Tensor, options: Options) -> Tensor:
@@ -68,11 +85,12 @@ def _component_only(one: Tensor, options: Options) -> Tensor:
 
 
 def _pair(one: Tensor, options: Options) -> tuple[Tensor, Tensor, bool]:
+    """Component, contour, and whether they overlap."""
     binary = one > threshold(one, options)
     component, contour = component_mask(one, binary, options), contour_mask(one, binary, options)
     return component, contour, bool((component & contour).any())
 
 
 def _both(one: Tensor, options: Options) -> Tensor:
-    component, contour, meet = _pair(one, options)
-    return component & contour if meet else component
+    component, contour, overlap = _pair(one, options)
+    return component & contour if overlap else component

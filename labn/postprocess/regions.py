@@ -1,4 +1,4 @@
-"""Contours and components of one map (H, W), by OpenCV."""
+"""Contours and connected components of one map (H, W), found by OpenCV."""
 
 from __future__ import annotations
 
@@ -14,24 +14,33 @@ from torch import Tensor
 
 from labn.errors import InputError
 
-SUMS_TO_ZERO = 1e-5  # of the sum of absolute values: float32 maps of relevance for one class against others leave less
+SUMS_TO_ZERO = 1e-5  # |mean| relative to the mean |value|, below which a float32 map counts as summing to zero
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a region is chosen; the papers leave these open, the defaults are this project's.
+    """The choice of a region. The papers leave these options open; the defaults are this project's.
 
     Attributes:
-        threshold: foreground exceeds the map's `mean` (0 where a signed map sums to zero up to rounding), `otsu`'s
-            threshold, its `quantile`, or an `absolute` level.
-        level: the quantile in [0, 1], or the absolute level; unused by the other two.
-        contour: of the filled outer contours (always 8-connected) the `largest` one, the one that holds the map's
-            maximum (`contains_max`), or the `first` one OpenCV returns (an order that changes with its version).
-        component: the one that holds the largest value (`contains_max`), or the `largest` one.
-        connectivity: of components, 8 or 4.
-        resolution: side of the square on which the mask is found (C1C was published with 28); None: the map's own.
-        gain: factor on the values that are kept (C1C was published with 3).
-        outside: value of the others, 0 (`zero`) or the map's minimum (`min`), which keeps them last in a signed map.
+        threshold: pixels above it are foreground: the map's `mean` (0 for a signed map that sums to zero up to
+            rounding), Otsu's threshold (`otsu`), a `quantile` of the map, or an `absolute` level.
+        level: the quantile in [0, 1], or the absolute level; not used by `mean` and `otsu`.
+        contour: among the filled outer contours (always 8-connected), the `largest` one, the one around the map's
+            maximum (`contains_max`), or the `first` one that OpenCV returns, an order that depends on its version.
+        component: the component of the largest value (`contains_max`), or the `largest` one.
+        connectivity: connectivity of components, 8 or 4.
+        resolution: side of the square on which the mask is found (C1C was published with 28); None: that of the map.
+        gain: factor on the values inside the region (C1C was published with 3).
+        outside: value of the other pixels: 0 (`zero`), or the map's minimum (`min`), which ranks them last in a signed
+            map.
+
+    Raises:
+        InputError: an option has another value.
+
+    Example:
+        >>> from labn.postprocess import Options
+        >>> Options(threshold="otsu").connectivity
+        8
     """
 
     threshold: Literal["mean", "otsu", "quantile", "absolute"] = "mean"
@@ -59,7 +68,7 @@ class Options:
 
 
 def resized(one: Tensor, options: Options) -> Tensor:
-    """A map (H, W) at the working resolution, bilinearly with antialiasing."""
+    """A map (H, W) resized to the working resolution, bilinearly with antialiasing."""
     if options.resolution is None:
         return one
     side = (options.resolution, options.resolution)
@@ -67,7 +76,7 @@ def resized(one: Tensor, options: Options) -> Tensor:
 
 
 def threshold(one: Tensor, options: Options) -> float:
-    """The level above which pixels of a map (H, W) count as foreground."""
+    """The value above which pixels of a map (H, W) are foreground."""
     return _THRESHOLDS[options.threshold](one, options.level)
 
 
@@ -75,9 +84,9 @@ def _mean(one: Tensor, level: float) -> float:
     values = one.double()
     low, high = float(values.min()), float(values.max())
     if low == high:
-        return high  # their mean may come out a digit lower
+        return high  # the computed mean of equal values may be a digit lower
     mean = float(values.mean())
-    # The sign of what rounding leaves of a sum of zero would decide over every pixel that is exactly 0.
+    # For a map that sums to zero, the sign of the rounding error would decide about every pixel that is exactly 0.
     return mean if abs(mean) > SUMS_TO_ZERO * float(values.abs().mean()) else 0.0
 
 
@@ -91,6 +100,7 @@ def _otsu(one: Tensor, level: float) -> float:
         return high
     grey = ((one - low) / (high - low) * 255).round().to(torch.uint8).cpu().numpy()
     best, _ = cv2.threshold(grey, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
+    # OpenCV's threshold is the highest background level; half a level above it separates the two classes.
     return low + (best + 0.5) / 255 * (high - low)
 
 
@@ -103,12 +113,12 @@ _THRESHOLDS: dict[str, Callable[[Tensor, float], float]] = {
 
 
 def component_mask(one: Tensor, binary: Tensor, options: Options) -> Tensor:
-    """Mask (H, W) of the chosen connected component of `binary`; everything where `binary` is empty."""
+    """Mask (H, W) of the chosen connected component of `binary`; all True for an empty `binary`."""
     if not binary.any():
         return torch.ones_like(binary)
     _, labels = cv2.connectedComponents(_bytes(binary), connectivity=options.connectivity)
-    chosen = _COMPONENTS[options.component](one.detach().cpu().numpy(), labels)
-    return torch.from_numpy(labels == chosen).to(binary.device)
+    label = _COMPONENTS[options.component](one.detach().cpu().numpy(), labels)
+    return torch.from_numpy(labels == label).to(binary.device)
 
 
 def _label_of_max(values: np.ndarray, labels: np.ndarray) -> int:
@@ -124,7 +134,7 @@ _COMPONENTS = {"contains_max": _label_of_max, "largest": _largest_label}
 
 
 def contour_mask(one: Tensor, binary: Tensor, options: Options) -> Tensor:
-    """Mask (H, W) of the chosen outer contour of `binary`, holes filled; everything where `binary` is empty."""
+    """Mask (H, W) of the chosen outer contour of `binary`, holes filled; all True for an empty `binary`."""
     if not binary.any():
         return torch.ones_like(binary)
     contours = cv2.findContours(_bytes(binary), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[-2]
@@ -133,7 +143,7 @@ def contour_mask(one: Tensor, binary: Tensor, options: Options) -> Tensor:
 
 
 def filled_area(contour: np.ndarray) -> int:
-    """Pixels inside and on a contour of neighbouring pixels, by Pick's theorem: area + boundary / 2 + 1."""
+    """Number of pixels inside and on a contour of neighbouring pixels, by Pick's theorem: area + boundary / 2 + 1."""
     boundary = len(contour) if len(contour) > 1 else 0
     return round(cv2.contourArea(contour) + boundary / 2 + 1)
 
@@ -158,7 +168,7 @@ _CONTOURS: dict[str, Callable[[list[np.ndarray], Tensor, Tensor], np.ndarray]] =
 
 
 def masked(one: Tensor, mask: Tensor, options: Options) -> Tensor:
-    """The map (H, W) times `gain` inside the mask, which is enlarged to its size, and `outside` elsewhere."""
+    """The map (H, W) times `gain` inside the mask, which is resized to the map, and `outside` elsewhere."""
     if mask.shape != one.shape:
         mask = F.interpolate(mask[None, None].float(), size=tuple(one.shape), mode="nearest")[0, 0] > 0
     outside = one.min() if options.outside == "min" else one.new_zeros(())

@@ -1,4 +1,4 @@
-"""The steps after an explainer by their names, as `postprocess=["c3", "hq8"]` gives them."""
+"""Postprocessing steps by their names, as in `postprocess=["c3", "hq8"]`."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 
 
 def _step(text: str) -> Callable[[Tensor], Tensor]:
-    """What a name such as `c3`, `hq8` or `c1c:resolution=28,gain=3` stands for.
+    """The step with a name such as `c3`, `hq8` or `c1c:resolution=28,gain=3`.
 
     Raises:
-        ValueError: an unknown name or option.
+        InputError: an unknown name or option.
     """
     name, _, options = text.partition(":")
     quantised = name.startswith("hq") and name[2:].isdigit()
@@ -49,13 +49,13 @@ def _step(text: str) -> Callable[[Tensor], Tensor]:
     return partial(step, **_values(text, options, OPTIONS.get("hq" if quantised else name, ())))
 
 
-def _values(text: str, options: str, known: Iterable[str]) -> dict[str, Any]:
-    """The options `key=value,...` of a step, values read as in YAML."""
+def _values(text: str, options: str, names: Iterable[str]) -> dict[str, Any]:
+    """The options `key=value,...` of a step, with values read as YAML."""
     values = {}
     for pair in filter(None, options.split(",")):
-        key, equals, value = (part.strip() for part in pair.partition("="))
-        if not equals or key not in known:
-            allowed = ", ".join(known) or "none"
+        key, equals, value = (text.strip() for text in pair.partition("="))
+        if not equals or key not in names:
+            allowed = ", ".join(names) or "none"
             raise InputError(
                 f"postprocess {text!r} has the option {pair.strip()!r}; options are key=value of {allowed}."
             )
@@ -64,23 +64,39 @@ def _values(text: str, options: str, known: Iterable[str]) -> dict[str, Any]:
 
 
 def check_names(names: Sequence[str]) -> tuple[str, ...]:
-    """The names as a tuple, after checking that each is known, with its options and their values.
+    """Check the names of steps, their options and the values of these, and return the names as a tuple.
 
     Raises:
-        ValueError: an unknown name, option or value.
+        InputError: an unknown name, option or value.
+
+    Example:
+        >>> from labn.postprocess import check_names
+        >>> check_names(["c3", "hq8"])
+        ('c3', 'hq8')
     """
     names = (names,) if isinstance(names, str) else tuple(names)
     for name in names:
-        _step(name)(_PROBE)
+        _step(name)(_PROBE)  # running the step checks the values of its options
     return names
 
 
 def apply(maps: Tensor, names: Sequence[str]) -> Tensor:
-    """Maps (B, H, W) after the named steps, in the order given: `c1c`, `c3`, `hq8` (any number of levels), ...
+    """Maps (B, H, W) after the named steps, applied in this order.
 
-    Options of a step stand behind a colon: `c1c:resolution=28,gain=3` (as C1C was published), `c3:outside=min` (which
-    keeps what is cut off last in a signed map), `hq8:mode=round`, `normalise:sign=positive`; for regions they are the
-    fields of `labn.postprocess.Options`.
+    Args:
+        maps: (B, H, W).
+        names: keys of `STEPS`, or `hq<levels>` such as `hq8`. Options follow a colon: `c1c:resolution=28,gain=3` (as
+            C1C was published), `c3:outside=min` (pixels outside of the region rank last in a signed map),
+            `hq8:mode=round`, `normalise:sign=positive`. The options of regions are the fields of
+            `labn.postprocess.Options`.
+
+    Raises:
+        InputError: an unknown name, option or value.
+
+    Example:
+        >>> from labn.postprocess import apply
+        >>> apply(torch.tensor([[[9.0, 8.0, 0.0, 7.0]]]), ["c3", "hq2"])
+        tensor([[[9., 0., 0., 0.]]])
     """
     for name in check_names(names):
         maps = _step(name)(maps)

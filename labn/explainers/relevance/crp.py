@@ -222,6 +222,10 @@ class CRP(Explainer):
         with explaining(matched, image.device.type):
             return DetectionTrace(matched, image.clone(), self.config)
 
+    def passage(self, detector: nn.Module, image: Tensor) -> DetectionTrace:
+        """The earlier name of `trace`, kept for one version."""
+        return self.trace(detector, image)
+
     def ask(self, trace: DetectionTrace, questions: Sequence[Question]) -> Answers:
         """Maps for any questions about the image of `trace`, several per backward sweep.
 
