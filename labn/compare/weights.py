@@ -11,7 +11,7 @@ from torch import Tensor
 
 from labn.errors import InputError
 from labn.inference.fingerprint import state_digest
-from labn.models.backbones import WITHOUT_AUXILIARY
+from labn.models.backbones import AUXILIARY_HEADS
 from labn.models.checkpoints import read_checkpoint
 
 _NETWORK = "network."
@@ -45,7 +45,7 @@ def network_digests(path: Path) -> Iterator[str]:
         raise InputError(f"{path} is no checkpoint of `cli.py fit`; it has no state_dict.")
     # A module without a `network` is explained itself.
     own = {name.removeprefix(_NETWORK): value for name, value in state.items() if name.startswith(_NETWORK)} or state
-    bare = {name: value for name, value in own.items() if name.split(".")[0] not in WITHOUT_AUXILIARY}
+    bare = {name: value for name, value in own.items() if name.split(".")[0] not in AUXILIARY_HEADS}
     states = [own] if len(bare) == len(own) else [own, bare]
     yield from map(state_digest, states)
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):

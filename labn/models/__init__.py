@@ -1,4 +1,4 @@
-"""Networks as plain `nn.Module`s; nothing here imports Lightning."""
+"""Networks as plain `nn.Module`s, and files of their weights; no module of this package imports Lightning."""
 
 from labn.models.attention_branch import AttentionBranchNetwork, BranchOutput, gate_attention, gate_health
 from labn.models.backbones import Backbone, backbone_of, build_network

@@ -1,4 +1,4 @@
-"""Networks by name, and one way to see any ResNet as stem, residual blocks and head."""
+"""Networks by name, and the division of any ResNet into stem, residual blocks and head."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ from labn.models.lambda_networks.resnet import (
     magnetogram_net,
 )
 
-OWN: dict[str, Callable[..., nn.Module]] = {
+OWN_NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "lambda_resnet26": lambda_resnet26,
     "lambda_resnet38": lambda_resnet38,
     "lambda_resnet50": lambda_resnet50,
     "lambda_resnet": LambdaResNet,
     "magnetogram_net": magnetogram_net,
 }
-WITHOUT_AUXILIARY = {"aux1": None, "aux2": None, "AuxLogits": None, "aux_logits": False}
+# Attributes of torchvision's auxiliary classifiers (GoogLeNet, Inception v3) -> their value in a network without them.
+AUXILIARY_HEADS = {"aux1": None, "aux2": None, "AuxLogits": None, "aux_logits": False}
 
 
 def build_network(
@@ -42,28 +43,35 @@ def build_network(
     weights: str | None = None,
     **options: Any,
 ) -> nn.Module:
-    """Build a whole classifier; nothing is ever downloaded.
+    """Build a classifier by name; no weights are ever downloaded.
+
+    GoogLeNet and Inception v3 are built without their auxiliary classifiers.
 
     Args:
-        backbone: an own name (`OWN`), a torchvision name (`resnet18`, `resnet50`), a timm name after `timm/`
-            (`timm/resnet50d`), any of these after `cbam/` (`cbam/resnet50`: with a CBAM block behind its last feature
-            maps, `labn.models.cbam.with_cbam`), or a ready module, returned as it is.
-        num_classes: number of classes; a ready module must have as many.
-        in_channels: channels of the images; where torchvision fixes 3, the first convolution is made anew. GoogLeNet
-            and Inception v3 come without their auxiliary classifiers, whose weights in a file go unused.
-        weights: local file to start from, taken as `labn.models.checkpoints.load_backbone` does.
-        options: further arguments of the network's own constructor.
+        backbone: a name of `OWN_NETWORKS` (`lambda_resnet50`), a torchvision name (`resnet50`), a timm name after
+            `timm/` (`timm/resnet50d`), any of these after `cbam/` (`cbam/resnet50`, with a CBAM block behind the last
+            feature maps, see `labn.models.cbam.with_cbam`), or a module, which is returned unchanged.
+        num_classes: number of classes; a module must have the same number.
+        in_channels: channels of the images; a torchvision network gets a new first convolution where this is not 3.
+        weights: local file of weights, see `labn.models.checkpoints.load_backbone`.
+        options: further arguments of the network's constructor.
 
     Returns:
         A network (B, in_channels, H, W) -> logits (B, num_classes).
 
     Raises:
-        ValueError: unknown name, or a ready module with other classes or with options.
+        InputError: the name is unknown, or a module has other classes or is given options.
+
+    Example:
+        >>> import torch
+        >>> network = build_network("resnet18", num_classes=5, in_channels=1)
+        >>> network(torch.zeros(2, 1, 32, 32)).shape
+        torch.Size([2, 5])
     """
     if isinstance(backbone, nn.Module):
-        network = _ready(backbone, num_classes, options)
-    elif backbone in OWN:
-        network = OWN[backbone](num_classes=num_classes, in_channels=in_channels, **options)
+        network = _check_ready(backbone, num_classes, options)
+    elif backbone in OWN_NETWORKS:
+        network = OWN_NETWORKS[backbone](num_classes=num_classes, in_channels=in_channels, **options)
     elif backbone.startswith("cbam/"):
         network = with_cbam(build_network(backbone.removeprefix("cbam/"), num_classes, in_channels, **options))
     elif backbone.startswith("timm/"):
@@ -77,12 +85,17 @@ def build_network(
 
 @dataclass(frozen=True)
 class Backbone:
-    """A network as a chain: `stem`, then `blocks`, then `head`; its modules are the network's own, not copies.
+    """A network as a chain of stem, residual blocks and head. The modules are the network's own and not copies.
 
     Attributes:
-        stem: named modules before the first residual block.
-        blocks: (stage, name inside the stage, block) for every residual block, in order.
-        head: named modules after the last block, the classifier last.
+        stem: name -> module, for the modules before the first residual block.
+        blocks: (stage, name in the stage, block) for every residual block, in order.
+        head: name -> module, for the modules after the last block; the last one is the classifier.
+
+    Example:
+        >>> chain = backbone_of(build_network("resnet18"))
+        >>> list(chain.stem), len(chain.blocks), list(chain.head)
+        (['conv1', 'bn1', 'relu', 'maxpool'], 8, ['avgpool', 'flatten', 'fc'])
     """
 
     stem: dict[str, nn.Module]
@@ -90,13 +103,13 @@ class Backbone:
     head: dict[str, nn.Module]
 
     def split(self, after: int) -> tuple[nn.Sequential, nn.Sequential]:
-        """Cut after `after` blocks (B of JSAI 2022, section 3.1): (feature extractor, perception branch).
+        """Split after `after` blocks (B of JSAI 2022, section 3.1) into feature extractor and perception branch.
 
-        Both keep the names of the network that they come from (`layer2.3.conv1.weight`), also where the cut falls
-        inside a stage. 0 cuts after the stem; the number of blocks leaves only the head behind the cut.
+        Tensors keep their names in the network (`layer2.3.conv1.weight`), also for a split inside a stage. 0 splits
+        after the stem, and the number of blocks splits before the head.
 
         Raises:
-            ValueError: `after` is outside of the valid range, which is named.
+            InputError: `after` is negative or above the number of blocks.
         """
         if not 0 <= after <= len(self.blocks):
             raise InputError(f"split is {after}; this backbone has {len(self.blocks)} blocks: 0 to {len(self.blocks)}.")
@@ -111,13 +124,18 @@ class Backbone:
 
 
 def backbone_of(network: nn.Module) -> Backbone:
-    """See a ResNet (own, torchvision, timm, or one built alike) as stem, blocks and head.
+    """Divide a ResNet (of this project, torchvision, timm, or one built alike) into stem, blocks and head.
 
     Args:
-        network: its children, in order: stem modules, `layer1`, `layer2`, ... (Sequential), then head modules.
+        network: a network whose children are, in order, the stem's modules, `layer1`, `layer2`, ... (Sequential), and
+            the head's modules.
 
     Raises:
-        ValueError: the children are named otherwise, or running them in order is not what the network does.
+        InputError: the children have other names, or the network does more than run its children in order.
+
+    Example:
+        >>> backbone_of(build_network("resnet50")).last_stage_depth
+        3
     """
     children = dict(network.named_children())
     stages = [name for name in children if re.fullmatch(r"layer\d+", name)]
@@ -137,21 +155,21 @@ def backbone_of(network: nn.Module) -> Backbone:
     return backbone
 
 
-def input_channels(part: nn.Module) -> int:
-    """Channels that a part of a network expects: those of its first convolution or linear layer."""
-    for module in part.modules():
+def input_channels(network: nn.Module) -> int:
+    """Number of input channels of a network's first convolution or linear layer."""
+    for module in network.modules():
         if isinstance(module, nn.Conv2d):
             return module.in_channels
         if isinstance(module, nn.Linear):
             return module.in_features
-    raise InputError(f"{type(part).__name__} has neither a convolution nor a linear layer.")
+    raise InputError(f"{type(network).__name__} has neither a convolution nor a linear layer.")
 
 
 def final_linear(network: nn.Module) -> nn.Linear:
     """The last linear layer of a network.
 
     Raises:
-        ValueError: there is none.
+        InputError: the network has no linear layer.
     """
     layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
     if not layers:
@@ -167,7 +185,7 @@ def _stages(blocks: tuple[tuple[str, str, nn.Module], ...]) -> dict[str, nn.Sequ
 
 
 def _head(modules: dict[str, nn.Module], drop_rate: float) -> dict[str, nn.Module]:
-    """Name the flattening (and dropout) that torchvision and timm do in `forward`."""
+    """Add modules for the flattening and dropout that torchvision and timm do in `forward`."""
     *body, (name, linear) = modules.items()
     extra: dict[str, nn.Module] = {} if "flatten" in modules else {"flatten": nn.Flatten()}
     if drop_rate:
@@ -177,7 +195,10 @@ def _head(modules: dict[str, nn.Module], drop_rate: float) -> dict[str, nn.Modul
 
 @torch.no_grad()
 def _check_chain(network: nn.Module, backbone: Backbone) -> None:
-    """Compare the chain with the network on one random image: a foreign `forward` may do more than its children."""
+    """Compare the chain's logits with the network's for one random image.
+
+    The `forward` of a network from elsewhere may do more than run its children in order.
+    """
     parameter = next(network.parameters())
     noise = torch.randn(1, input_channels(network), 64, 64, generator=torch.Generator().manual_seed(0))
     image = noise.to(parameter)
@@ -190,11 +211,11 @@ def _check_chain(network: nn.Module, backbone: Backbone) -> None:
         )
 
 
-def _ready(network: nn.Module, num_classes: int, options: dict[str, Any]) -> nn.Module:
+def _check_ready(network: nn.Module, num_classes: int, options: dict[str, Any]) -> nn.Module:
     classes = final_linear(network).out_features
     if classes != num_classes or options:
         raise InputError(
-            f"backbone is a ready network with {classes} classes; give num_classes={classes} and no further options "
+            f"backbone is a network with {classes} classes; give num_classes={classes} and no further options "
             f"(got num_classes={num_classes}, options {sorted(options)})."
         )
     return network
@@ -208,7 +229,7 @@ def _from_timm(name: str, num_classes: int, in_channels: int, options: dict[str,
 
 def _from_torchvision(name: str, num_classes: int, in_channels: int, options: dict[str, Any]) -> nn.Module:
     if name not in torchvision.models.list_models(module=torchvision.models):
-        own = ", ".join(OWN)
+        own = ", ".join(OWN_NETWORKS)
         raise InputError(
             f"backbone is {name!r}; known are {own}, torchvision's classifiers, timm's after 'timm/', and any of them "
             "with a CBAM block after 'cbam/'."
@@ -221,17 +242,15 @@ def _from_torchvision(name: str, num_classes: int, in_channels: int, options: di
 
 
 def _drop_auxiliary_heads(network: nn.Module) -> None:
-    """Take away the classifiers halfway up GoogLeNet and Inception v3, as torchvision does for its trained ones.
-
-    Nothing here computes their losses: they would stay random, and DDP stops at parameters without a gradient.
-    """
-    for name, value in WITHOUT_AUXILIARY.items():
+    """Remove the auxiliary classifiers of GoogLeNet and Inception v3, as torchvision does for its trained weights."""
+    # Their losses are not computed: they would stay random, and DDP raises for parameters without a gradient.
+    for name, value in AUXILIARY_HEADS.items():
         if hasattr(network, name):
             setattr(network, name, value)
 
 
 def _change_input(network: nn.Module, in_channels: int) -> None:
-    """Replace the first convolution in place by a fresh one of the same geometry with other input channels."""
+    """Give the first convolution, in place, new random weights for another number of input channels."""
     first = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
     first.in_channels = in_channels
     first.weight = nn.Parameter(first.weight.new_empty(first.out_channels, in_channels, *first.kernel_size))

@@ -1,4 +1,4 @@
-"""CBAM, the convolutional block attention module, and networks that carry one behind their last feature maps."""
+"""CBAM, the convolutional block attention module, and networks with a CBAM block behind their last feature maps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from labn.errors import InputError
 from labn.inference.hooks import temporary_hooks
 from labn.inference.modes import evaluating
 
-PROBE_SIZE = 96  # enough for every torchvision CNN; only the number of channels is read off
+PROBE_SIZE = 96
+"""Side in pixels of the image that the number of channels is found with; large enough for every torchvision CNN."""
 
 
 class CBAM(nn.Module):
@@ -21,24 +22,28 @@ class CBAM(nn.Module):
         M_s(F') = sigmoid(BN(conv([max_k F'; mean_k F']))),          F'' = M_s(F') * F'
 
     Args:
-        channels: K.
-        reduction: the shared MLP is K -> max(1, K / reduction) -> K with a ReLU.
-        kernel_size: of the spatial convolution, odd.
+        channels: number of channels K.
+        reduction: the hidden layer of the shared MLP has max(1, K / reduction) channels.
+        kernel_size: side of the spatial convolution's kernel, odd.
 
     Shapes:
         (B, K, h, w) -> (B, K, h, w).
+
+    Example:
+        >>> CBAM(channels=32)(torch.ones(1, 32, 7, 7)).shape
+        torch.Size([1, 32, 7, 7])
     """
 
     def __init__(self, channels: int, reduction: int = 16, kernel_size: int = 7) -> None:
         super().__init__()
         hidden = max(1, channels // reduction)
-        self.features = nn.Identity()  # a named place at which explanations read the maps before the gates
+        self.features = nn.Identity()  # a module whose output explainers can read: the maps before the gates
         self.mlp = nn.Sequential(nn.Conv2d(channels, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, channels, 1))
         self.conv = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False)
         self.norm = nn.BatchNorm2d(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """F'' (B, K, h, w)."""
+        """Apply both gates to maps (B, K, h, w)."""
         x = self.features(x)
         x = self.channel_gate(x) * x
         return self.spatial_gate(x) * x
@@ -55,20 +60,20 @@ class CBAM(nn.Module):
 
 
 def with_cbam(network: nn.Module, before: str | None = None, reduction: int = 16, kernel_size: int = 7) -> nn.Module:
-    """Put a CBAM block in front of a network's last pooling, in place; the names of all its own weights stay.
+    """Insert a CBAM block before a network's last pooling layer, in place; the network's weights keep their names.
 
     Args:
-        network: a torchvision or timm CNN, or any other with a pooling layer of a known name.
-        before: name of the layer that the block goes in front of; None takes the last pooling of a torchvision
-            ResNet, GoogLeNet, VGG or a timm CNN.
-        reduction: of the channel gate.
-        kernel_size: of the spatial gate.
+        network: a torchvision or timm CNN, or another network with a layer `before`.
+        before: name of the layer that the block is inserted before; None takes the last pooling layer of a torchvision
+            ResNet, GoogLeNet or VGG, or of a timm CNN.
+        reduction: reduction of the channel gate.
+        kernel_size: side of the spatial gate's kernel.
 
     Returns:
         The network.
 
     Raises:
-        ValueError: there is no such layer, or it does not see feature maps.
+        InputError: the layer does not exist, or its input is not feature maps (B, K, h, w).
     """
     name = _last_pooling(network) if before is None else before
     if name not in dict(network.named_modules()) or not name:
@@ -81,27 +86,29 @@ def with_cbam(network: nn.Module, before: str | None = None, reduction: int = 16
 
 
 def _last_pooling(network: nn.Module) -> str:
-    """`features.<last>` where that is a max pooling (VGG), else the global pooling."""
+    """Name of the last pooling layer: the last of `features` where that is a max pooling (VGG), else the global one."""
     features = getattr(network, "features", None)
     if isinstance(features, nn.Sequential) and isinstance(features[-1], nn.MaxPool2d):
         return f"features.{len(features) - 1}"
     for name in ("avgpool", "global_pool"):
         if isinstance(getattr(network, name, None), nn.Module):
             return name
-    raise InputError(f"{type(network).__name__} has no pooling layer of a known name; say which one with before.")
+    raise InputError(
+        f"{type(network).__name__} has no pooling layer of a known name; set before to the name of its last pooling."
+    )
 
 
 @torch.no_grad()
 def _channels_into(network: nn.Module, layer: nn.Module) -> int:
-    """Channels of the feature maps that reach `layer`, from one forward on an image of zeros."""
+    """Number of channels of the feature maps that `layer` receives, found with an image of zeros."""
     first = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
     shapes: list[torch.Size] = []
 
-    def see(_module: nn.Module, args: tuple[Any, ...]) -> None:
+    def record_shape(_module: nn.Module, args: tuple[Any, ...]) -> None:
         shapes.append(args[0].shape)
 
-    with temporary_hooks(before={layer: see}), evaluating(network, first.weight.device.type):
+    with temporary_hooks(before={layer: record_shape}), evaluating(network, first.weight.device.type):
         network(first.weight.new_zeros(1, first.in_channels, PROBE_SIZE, PROBE_SIZE))
     if not shapes or len(shapes[0]) != 4:
-        raise InputError(f"before names a layer of {type(network).__name__} that sees no feature maps (B, K, h, w).")
+        raise InputError(f"before is a layer of {type(network).__name__} whose input is not feature maps (B, K, h, w).")
     return shapes[0][1]

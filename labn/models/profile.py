@@ -1,4 +1,4 @@
-"""Parameters, FLOPs and latency of a network, as the papers report them."""
+"""Number of parameters, FLOPs and latency of a network."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Profile:
     Attributes:
         parameters: number of parameters.
         trainable: number of parameters that require a gradient.
-        flops: floating point operations of one forward of one image; a multiply-add counts as two.
-        latency: median seconds of one forward of one image.
+        flops: floating point operations of a forward pass of one image; a multiply-add counts as two.
+        latency: median seconds of a forward pass of one image.
     """
 
     parameters: int
@@ -35,7 +35,12 @@ class Profile:
 
 
 def profile(model: nn.Module, image: Tensor, repeats: int = 5) -> Profile:
-    """Measure a network in eval mode on one image (C, H, W), on the image's device; the model is left as found."""
+    """Measure a network in eval mode with one image (C, H, W), on the image's device; modes are restored afterwards.
+
+    Example:
+        >>> profile(nn.Sequential(nn.Flatten(), nn.Linear(12, 2)), torch.zeros(3, 2, 2), repeats=1).parameters
+        26
+    """
     batch = image.unsqueeze(0)
     parameters = list(model.parameters())
     return Profile(
@@ -48,10 +53,14 @@ def profile(model: nn.Module, image: Tensor, repeats: int = 5) -> Profile:
 
 @torch.no_grad()
 def count_flops(model: nn.Module, images: Tensor) -> int:
-    """Operations of one forward on images (B, C, H, W), a multiply-add counting as two.
+    """Number of floating point operations of a forward pass of images (B, C, H, W); a multiply-add counts as two.
 
-    Convolutions and matrix products are counted. Lambda layers are counted by their definition, the convolution of
-    JSAI 2022, eq. 4, whatever faster formulation runs them, so that the figure depends on the network alone.
+    Convolutions and matrix products are counted. Lambda layers are counted as the convolution of JSAI 2022, eq. 4,
+    whichever faster formulation they run in, so that the number depends on the network alone.
+
+    Example:
+        >>> count_flops(nn.Conv2d(3, 4, 1, bias=False), torch.zeros(1, 3, 5, 5))
+        600
     """
     counter = FlopCounterMode(display=False)
     with evaluating(model, images.device.type), _by_definition(model), counter:
@@ -61,13 +70,17 @@ def count_flops(model: nn.Module, images: Tensor) -> int:
 
 @torch.no_grad()
 def latency(model: nn.Module, images: Tensor, repeats: int = 5) -> float:
-    """Median wall-clock seconds of one forward on images (B, C, H, W) in eval mode, after one forward to warm up.
+    """Median wall-clock seconds of a forward pass of images (B, C, H, W) in eval mode, after one to warm up.
 
     Raises:
-        ValueError: repeats is below 1.
+        InputError: `repeats` is below 1.
+
+    Example:
+        >>> latency(nn.Conv2d(3, 4, 1), torch.zeros(1, 3, 5, 5), repeats=1) > 0
+        True
     """
     if repeats < 1:
-        raise InputError(f"repeats is {repeats}; at least one forward must be timed.")
+        raise InputError(f"repeats is {repeats}; it must be at least 1.")
     with evaluating(model, images.device.type):
         return median([_seconds(model, images) for _ in range(repeats + 1)][1:])
 
@@ -81,12 +94,14 @@ def _seconds(model: nn.Module, images: Tensor) -> float:
 
 
 def _synchronise(device: torch.device) -> None:
+    # CUDA kernels run asynchronously: without waiting, only their launch would be timed.
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 @contextmanager
 def _by_definition(model: nn.Module) -> Iterator[None]:
+    """Run all lambda layers as convolutions, as they are defined."""
     layers = [module for module in model.modules() if isinstance(module, LambdaLayer)]
     chosen = [layer.formulation for layer in layers]
     try:

@@ -1,4 +1,4 @@
-"""LightningModules: loss, optimiser groups and accuracy, nothing else."""
+"""LightningModules: losses, optimisers and logged metrics of the networks in labn.models."""
 
 from labn.modules.classifier import Classifier
 from labn.modules.guidance import SaliencyGuidance

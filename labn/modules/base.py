@@ -1,4 +1,4 @@
-"""What every classification LightningModule shares: steps, exact epoch means, checkpoint checks."""
+"""Base LightningModules: steps, exact epoch means, and checks of checkpoints, channels and losses."""
 
 from __future__ import annotations
 
@@ -13,32 +13,42 @@ from torchmetrics import Accuracy, MeanMetric, Metric
 
 from labn.errors import InputError
 from labn.metrics.forecast import ForecastSkill
-from labn.models.backbones import WITHOUT_AUXILIARY
+from labn.models.backbones import AUXILIARY_HEADS
 from labn.models.checkpoints import LoadReport
 from labn.modules.losses import WeightedCrossEntropy
 from labn.modules.ranks import synchronise_buffers
 
-CONFUSION_CLASSES = 10  # a confusion matrix of more classes is no reading for a log
-RESAMPLES = 10_000
+MAX_CONFUSION_CLASSES = 10
+"""Largest number of classes whose confusion matrix is logged: it has a value for every pair of classes."""
+BOOTSTRAP_RESAMPLES = 10_000
+"""Number of bootstrap resamples of the confidence intervals at the end of a test."""
 TOP = 5
-SHOWN = {f"{stage}/{name}" for stage in ("train", "val", "test") for name in ("loss", "accuracy")}  # in progress bars
-AUXILIARY = tuple(f"network.{name}." for name in WITHOUT_AUXILIARY)
-NAMED = 8  # samples that a message names
+"""The k of the logged top-k error."""
+IN_PROGRESS_BAR = {f"{stage}/{name}" for stage in ("train", "val", "test") for name in ("loss", "accuracy")}
+AUXILIARY_PREFIXES = tuple(f"network.{name}." for name in AUXILIARY_HEADS)
+"""Tensor names of auxiliary classifiers, which checkpoints of earlier versions contain."""
+MAX_NAMES = 8
+"""Largest number of samples that an error message names."""
 
 
 def top_error(logits: Tensor, labels: Tensor) -> Tensor:
-    """(B,) 1.0 where the label (B,) is not among the five largest logits of (B, K), else 0.0."""
+    """Error (B,) of each sample: 1.0 where the label (B,) is not among the five largest of the logits (B, K), else 0.0.
+
+    Example:
+        >>> top_error(torch.tensor([[9.0, 5.0, 4.0, 3.0, 2.0, 1.0]] * 2), torch.tensor([4, 5])).tolist()
+        [0.0, 1.0]
+    """
     return (logits.topk(TOP, dim=1).indices != labels[:, None]).all(dim=1).float()
 
 
 class CheckedModule(pl.LightningModule):
-    """A module that remembers the epoch of a loaded checkpoint, refuses one of another architecture, refuses to
-    validate or test random weights, and trains in channels_last.
+    """Base of all modules: checks checkpoints, weights, channels and losses, and trains in channels_last.
 
-    Subclasses set `network`, call `note_random_weights` then, and give the network images in `memory_format`.
+    It raises for checkpoints of another architecture, and for validating or testing random weights. Subclasses set
+    `network`, then call `note_random_weights`, and pass images to the network in `memory_format`.
 
-    A rank may have no validation or test batch: epoch values are collectives of `log_epoch`, in the hooks at an
-    epoch's end, and not of the steps.
+    A rank may have no validation or test batch. Values are therefore synchronised in the hooks at the end of an epoch,
+    with `log_epoch`, and not in the steps, where such a rank would be missing.
     """
 
     network: nn.Module
@@ -48,63 +58,67 @@ class CheckedModule(pl.LightningModule):
         self.memory_format = torch.contiguous_format
         self.loaded_epoch: int | None = None
         self.random_weights: tuple[str, ...] = ()
+        # Lightning's flag for ranks without a batch.
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
     def setup(self, stage: str) -> None:
-        """Train in channels_last, which convolutions and lambda layers run faster in; the values are the same.
-
-        Here and not in `on_fit_start`: the first gradients that DDP reduces are laid out as the parameters were when it
-        was made, and those of kernels above 1x1 come out permuted where the layout has changed since.
+        """Switch the network to channels_last for training, which is faster and gives the same values.
 
         Raises:
-            ValueError: the data module's images have other channels than the network was built for.
+            InputError: images of the data module have another number of channels than the network's input.
         """
         self._check_channels()
+        # In `setup` and not in `on_fit_start`: DDP lays out its gradient buckets as the parameters are when it wraps
+        # the network, and a later change would permute the first gradients of kernels above 1x1.
         if stage == "fit":
             self.memory_format = torch.channels_last
             self.network.to(memory_format=torch.channels_last)
 
     def _check_channels(self) -> None:
         data = getattr(self._trainer, "datamodule", None)
-        given, built = getattr(data, "channels", None), self.hparams.get("in_channels")
-        if None not in (given, built) and given != built:
+        images, network = getattr(data, "channels", None), self.hparams.get("in_channels")
+        if None not in (images, network) and images != network:
             raise InputError(
-                f"model.init_args.in_channels is {built}, but images of {type(data).__name__} have {given} channels; "
-                f"set it to {given}."
+                f"model.init_args.in_channels is {network}, but images of {type(data).__name__} have {images} "
+                f"channels; set it to {images}."
             )
 
     def note_random_weights(self, report: LoadReport | None) -> None:
-        """Print what a file of weights gave, and remember the network's parameters that it left random (None: all)."""
+        """Print the report about loaded weights, and remember the names of parameters that are still random.
+
+        Args:
+            report: result of loading weights; None means that all parameters are random.
+        """
         names = [name for name, _ in self.network.named_parameters()]
         if report is not None:
             print(report)
         self.random_weights = tuple(name for name in names if report is None or name in report.fresh)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As `torch.nn.Module`'s; what is loaded is random no longer, and auxiliary heads, of old, are passed over."""
-        state_dict = {key: value for key, value in state_dict.items() if not key.startswith(AUXILIARY)}
+        """Load a state dict; loaded parameters count as trained, and tensors of auxiliary classifiers are ignored."""
+        state_dict = {key: value for key, value in state_dict.items() if not key.startswith(AUXILIARY_PREFIXES)}
         result = super().load_state_dict(state_dict, *args, **kwargs)
         self.random_weights = tuple(name for name in self.random_weights if f"network.{name}" in result.missing_keys)
         return result
 
     def on_fit_start(self) -> None:
-        """From here on every weight is a trained one."""
+        """Count all weights as trained from now on."""
         self.random_weights = ()
 
     def on_train_start(self) -> None:
-        """Let plateau schedules look at the validation loss when there is a new one, and not in the epochs between."""
+        """Step plateau schedules only in epochs with a validation, whose loss they monitor."""
         every = self.trainer.check_val_every_n_epoch or 1
         for config in self.trainer.lr_scheduler_configs:
             if config.reduce_on_plateau and config.interval == "epoch" and config.frequency == 1:
                 config.frequency = every
 
     def on_validation_start(self) -> None:
-        """Give every rank the running statistics of rank zero, a collective; refuse to validate random weights."""
+        """Copy the running statistics of rank zero to all ranks (a collective), and raise for random weights."""
         synchronise_buffers(self.trainer.strategy.model)
         self._check_trained()
 
     def on_test_start(self) -> None:
-        """Refuse to test random weights."""
+        """Raise for random weights."""
         self._check_trained()
 
     def _check_trained(self) -> None:
@@ -112,46 +126,50 @@ class CheckedModule(pl.LightningModule):
             network = self.hparams.get("backbone", type(self).__name__)
             raise InputError(
                 f"{len(self.random_weights)} weights of {network} (first: {self.random_weights[0]}) are random: give "
-                "--ckpt_path, or a file of weights in the configuration that has them all."
+                "--ckpt_path, or name a file with all weights in the configuration."
             )
 
     def log_epoch(self, name: str, metric: Metric, prog_bar: bool = False) -> None:
-        """Log a metric's value over all ranks and reset it; a collective, for the hooks at an epoch's end."""
+        """Log a metric's value over all ranks and reset it; a collective, to be called at the end of an epoch."""
         value = metric.compute()
         metric.reset()
         self.log(name, value.float(), prog_bar=prog_bar, sync_dist=False, rank_zero_only=False)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another architecture with one sentence instead of a list of every tensor."""
+        """Compare the checkpoint's tensors with the module's, and remember its epoch.
+
+        Raises:
+            InputError: a name or shape differs. Lightning's own error would list every tensor.
+        """
         self.loaded_epoch = checkpoint.get("epoch")
-        mine, theirs = self.state_dict(), checkpoint["state_dict"]
-        missing = [key for key in mine if key not in theirs]
-        foreign = [key for key in theirs if key not in mine and not key.startswith(AUXILIARY)]
-        shapes = [key for key in mine if key in theirs and mine[key].shape != theirs[key].shape]
-        if missing or foreign or shapes:
+        own, loaded = self.state_dict(), checkpoint["state_dict"]
+        missing = [key for key in own if key not in loaded]
+        unknown = [key for key in loaded if key not in own and not key.startswith(AUXILIARY_PREFIXES)]
+        shapes = [key for key in own if key in loaded and own[key].shape != loaded[key].shape]
+        if missing or unknown or shapes:
             source = getattr(self._trainer, "ckpt_path", None) if self._trainer else None
-            first = (missing or foreign or shapes)[0]
+            first = (missing or unknown or shapes)[0]
             raise InputError(
                 f"The checkpoint {source or ''} is of another architecture than the configured {type(self).__name__}: "
-                f"{len(missing)} tensors missing, {len(foreign)} unknown, {len(shapes)} of another shape "
+                f"{len(missing)} tensors missing, {len(unknown)} unknown, {len(shapes)} of another shape "
                 f"(first: {first}); use the configuration that it was trained with."
             )
 
     def check_not_nan(self, loss: Tensor, batch: dict[str, Any], stage: Literal["train", "val", "test"]) -> None:
-        """Stop before a loss that is NaN or infinite reaches the weights, a mean or a checkpoint.
+        """Raise for a loss that is NaN or infinite, before it reaches the weights, a mean or a checkpoint.
 
         Raises:
-            ValueError: naming epoch, step and samples.
+            InputError: the loss is not finite; the message names epoch, step and samples.
         """
         if bool(torch.isfinite(loss)):
             return
         data, indices = getattr(self._trainer, "datamodule", None), batch["index"].tolist()
         names = [str(i) if data is None else data.sample_name(stage, i) for i in indices]
-        shown = ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+        shown = ", ".join(names[:MAX_NAMES]) + (f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else "")
         advice = (
             "look at them and at the weights of the checkpoint"
             if stage == "test"
-            else "look at them, or begin anew with lower learning rates (--ckpt_path last keeps those it has)"
+            else "look at them, or start again with lower learning rates (--ckpt_path last keeps the current ones)"
         )
         raise InputError(
             f"The {stage} loss is {float(loss)} in epoch {self.current_epoch}, step {self.global_step}, "
@@ -162,11 +180,11 @@ class CheckedModule(pl.LightningModule):
 class ClassificationModule(CheckedModule):
     """Base of the classifiers: subclasses set `network` and implement `losses` and `configure_optimizers`.
 
-    Epoch values (`<stage>/loss`, `<stage>/accuracy`, and with more than five classes `<stage>/top5_error`, the share of
-    samples whose class is not among the five most probable) are means over samples, not over batches, synchronised
-    across ranks by torchmetrics, so that they do not depend on batch size or world size. Validation and test
-    also log the true skill statistic, the Brier skill score (each where it is defined) and the confusion matrix
-    (`<stage>/confusion/<true>_<predicted>`), the test their 95 % intervals too where the data has groups.
+    Epoch values are `<stage>/loss`, `<stage>/accuracy` and, with more than five classes, `<stage>/top5_error`: the
+    share of samples whose class is not among the five most probable. They are means over samples, synchronised over the
+    ranks by torchmetrics, and depend neither on the batch size nor on the number of ranks. Validation and test also log
+    the true skill statistic and the Brier skill score, where these are defined, and the confusion matrix
+    (`<stage>/confusion/<true>_<predicted>`). The test logs 95 % intervals of the skills where the data has groups.
     """
 
     criterion: WeightedCrossEntropy
@@ -174,6 +192,7 @@ class ClassificationModule(CheckedModule):
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
+        # The underscores avoid `train`, which is a method of every module and no valid key of a ModuleDict.
         self.epoch_loss = nn.ModuleDict({stage: MeanMetric() for stage in ("train_", "val_", "test_")})
         self.epoch_accuracy = nn.ModuleDict(
             {s: Accuracy(task="multiclass", num_classes=num_classes) for s in ("train_", "val_", "test_")}
@@ -182,11 +201,11 @@ class ClassificationModule(CheckedModule):
         self.skill = nn.ModuleDict({stage: ForecastSkill(num_classes) for stage in ("val_", "test_")})
 
     def forward(self, images: Tensor) -> Any:
-        """Run the network on (B, C, H, W) normalised images."""
+        """Run the network on normalised images (B, C, H, W)."""
         return self.network(images.contiguous(memory_format=self.memory_format))
 
     def losses(self, batch: dict[str, Tensor], stage: str) -> tuple[dict[str, Tensor], Tensor]:
-        """Loss terms of a batch (with key `loss`, the one that is minimised) and the logits (B, K)."""
+        """Compute the loss terms of a batch, of which `loss` is minimised, and the logits (B, K)."""
         raise NotImplementedError
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -202,7 +221,7 @@ class ClassificationModule(CheckedModule):
         self._step(batch, "test")
 
     def epoch_metrics(self, stage: str) -> dict[str, Metric]:
-        """What an epoch of `stage` logs: name -> metric, updated in the steps."""
+        """Name -> metric, for the values that an epoch of `stage` logs; the steps update the metrics."""
         metrics = {"loss": self.epoch_loss, "accuracy": self.epoch_accuracy}
         if self.num_classes > TOP:
             metrics[f"top{TOP}_error"] = self.epoch_top5_error
@@ -215,13 +234,14 @@ class ClassificationModule(CheckedModule):
         if stage == "train":
             values: dict[str, Metric | Tensor] = {f"train/{name}": value.detach() for name, value in terms.items()}
             for name, value in {**values, **self.epoch_metrics(stage)}.items():
-                shown = name in SHOWN
-                self.log(name, value, on_step=False, on_epoch=True, prog_bar=shown, batch_size=len(logits))
+                prog_bar = name in IN_PROGRESS_BAR
+                self.log(name, value, on_step=False, on_epoch=True, prog_bar=prog_bar, batch_size=len(logits))
         return terms["loss"]
 
     def _update(self, loss: Tensor, logits: Tensor, batch: dict[str, Tensor], stage: str) -> None:
-        """Loss, accuracy, the top-5 error where there are classes enough, on held-out data the rows of the skill."""
+        """Update loss, accuracy and top-5 error; in validation and test also the forecast skill."""
         labels, metrics = batch["label"], self.epoch_metrics(stage)
+        # Batch means, weighted by what each was divided by, give the mean over all samples.
         metrics[f"{stage}/loss"].update(loss, weight=self.criterion.normaliser(labels))
         metrics[f"{stage}/accuracy"].update(logits, labels)
         if self.num_classes > TOP:
@@ -241,7 +261,7 @@ class ClassificationModule(CheckedModule):
 
     def _log_epoch(self, stage: Literal["val", "test"]) -> None:
         for name, metric in self.epoch_metrics(stage).items():
-            self.log_epoch(name, metric, prog_bar=name in SHOWN)
+            self.log_epoch(name, metric, prog_bar=name in IN_PROGRESS_BAR)
         self._log_skill(stage)
 
     def _log_skill(self, stage: Literal["val", "test"]) -> None:
@@ -249,15 +269,15 @@ class ClassificationModule(CheckedModule):
         assert isinstance(skill, ForecastSkill)
         if data is not None:
             skill.positive = tuple(data.positive_classes)
-            skill.n_resamples = RESAMPLES if stage == "test" and data.groups(stage) is not None else 0
+            skill.n_resamples = BOOTSTRAP_RESAMPLES if stage == "test" and data.groups(stage) is not None else 0
         values = skill.compute()
         confusion = values.pop("confusion")
         skill.reset()
-        if self.num_classes <= CONFUSION_CLASSES:
+        if self.num_classes <= MAX_CONFUSION_CLASSES:
             pairs = itertools.product(range(self.num_classes), repeat=2)
-            values |= {f"confusion/{true}_{said}": confusion[true, said] for true, said in pairs}
+            values |= {f"confusion/{true}_{predicted}": confusion[true, predicted] for true, predicted in pairs}
         for name, value in values.items():
             if value.isnan():
-                continue  # undefined: all samples are of one side, as where every class is positive
-            # Every rank has computed the same value.
+                continue  # undefined where all samples are positive, or all negative
+            # `compute` has synchronised the metric: every rank has the same value.
             self.log(f"{stage}/{name}", value.float(), sync_dist=False, rank_zero_only=False)

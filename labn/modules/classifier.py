@@ -1,4 +1,4 @@
-"""LightningModule for a plain classifier without attention branch."""
+"""LightningModule of a classifier without attention branch."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from labn.modules.losses import make_loss
 from labn.modules.optim import on_plateau, parameter_groups
 
 
-def weights_file(backbone: str, given: str) -> str:
-    """Path of the file `given`, `$VARIABLES` expanded, before a network is built for it.
+def weights_file(backbone: str, file: str) -> str:
+    """The path `file` with its `$VARIABLES` expanded; checked before a network is built.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        MissingFileError: the file does not exist.
     """
-    path = os.path.expandvars(given)
+    path = os.path.expandvars(file)
     if not os.path.isfile(path):
         raise MissingFileError(
             f"backbone_ckpt: {path} does not exist; nothing is downloaded, give a local file with the weights of "
@@ -35,30 +35,36 @@ def weights_file(backbone: str, given: str) -> str:
 
 
 class Classifier(ClassificationModule):
-    """Train, or only test, any backbone: own (`lambda_resnet50`), torchvision (`resnet50`), timm (`timm/resnet50d`),
-    each also with a CBAM block (`cbam/resnet50`).
+    """Trains or tests a classifier: of this project (`lambda_resnet50`), torchvision (`resnet50`) or timm
+    (`timm/resnet50d`), each also with a CBAM block (`cbam/resnet50`).
 
-    With a `backbone_ckpt` that fills the whole network it is tested as it is, without `--ckpt_path`.
+    If `backbone_ckpt` contains all weights of the network, the network can be tested without `--ckpt_path`.
 
     Args:
         backbone: name of the network.
-        num_classes: number of classes; taken from the data module on the command line.
+        num_classes: number of classes; the command line takes it from the data module.
         in_channels: channels of the images.
-        backbone_ckpt: file of weights to start from (`$VARIABLES` are expanded); what fits is taken and printed.
-        backbone_options: further arguments of the backbone's own constructor, such as GoogLeNet's `transform_input`.
-        loss: `ce` or `bce_onehot`.
+        backbone_ckpt: file of weights to start from (`$VARIABLES` are expanded); tensors that fit are loaded, and a
+            report is printed.
+        backbone_options: further arguments of the backbone's constructor, such as GoogLeNet's `transform_input`.
+        loss: `ce` (cross entropy) or `bce_onehot` (binary cross entropy on one-hot labels).
         class_weights: one weight per class, negative class first.
         lr: learning rate of the backbone.
-        head_lr: learning rate of the final linear layer and of CBAM blocks.
-        weight_decay: of AdamW.
-        lr_factor: the plateau schedule multiplies the learning rate by it.
-        lr_patience: epochs without improvement before it does.
-        min_lr: and its floor.
+        head_lr: learning rate of the last linear layer and of CBAM blocks.
+        weight_decay: weight decay of AdamW.
+        lr_factor: factor that the plateau schedule multiplies the learning rate with.
+        lr_patience: validations without improvement before the learning rate is reduced.
+        min_lr: smallest learning rate of the plateau schedule.
 
     Raises:
-        FileNotFoundError: there is no file `backbone_ckpt`.
-        ValueError: the file is of another architecture; or, when a test or validation begins, the network has weights
-            that come from neither training, nor a checkpoint, nor `backbone_ckpt`.
+        MissingFileError: the file `backbone_ckpt` does not exist.
+        InputError: the file is of another architecture; or a test or validation begins with weights that were neither
+            trained nor loaded.
+
+    Example:
+        >>> module = Classifier("resnet18", num_classes=3)
+        >>> module(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 3])
     """
 
     def __init__(
@@ -88,12 +94,12 @@ class Classifier(ClassificationModule):
         self.criterion = make_loss(loss, class_weights, num_classes)
 
     def losses(self, batch: dict[str, Tensor], stage: str) -> tuple[dict[str, Tensor], Tensor]:
-        """Cross entropy (or its one-hot form) of the logits."""
+        """Compute the loss of the logits; see `ClassificationModule.losses`."""
         logits = logits_of(self(batch["image"]))
         return {"loss": self.criterion(logits, batch["label"])}, logits
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW, faster for what is new to a given backbone (head, CBAM), with the plateau schedule."""
+        """AdamW with the plateau schedule, and a larger learning rate for the new layers (classifier, CBAM)."""
         hp = self.hparams
         fast: list[nn.Module] = [m for m in self.network.modules() if isinstance(m, CBAM)]
         fast += [m for m in self.network.modules() if isinstance(m, nn.Linear)][-1:]

@@ -1,4 +1,4 @@
-"""LightningModule for attention branch networks: LABN (JSAI 2022, ACCV 2022) and ABN (CVPR 2019)."""
+"""LightningModule of attention branch networks: LABN (JSAI 2022, ACCV 2022) and ABN (CVPR 2019)."""
 
 from __future__ import annotations
 
@@ -23,36 +23,44 @@ GATE = ("open", "empty")
 
 
 class LABN(ClassificationModule):
-    """Train an attention branch network.
+    """Trains an attention branch network with the loss
 
         L = CE(y_LPB, y) + branch_weight * CE(y_LAB, y) [+ kl_weight * D_KL(p(.|x) || p(.|x~))]
 
-    (JSAI 2022, eq. 6; the KL term is ACCV 2022's saliency-guided training, see `labn.modules.guidance`).
+    (JSAI 2022, eq. 6; the KL term is the saliency-guided training of ACCV 2022, see `labn.modules.guidance`).
 
     Args:
-        backbone: name of the network that the branch sits on: own, torchvision or timm.
-        num_classes: number of classes; taken from the data module on the command line.
+        backbone: name of the network that gets the branch: of this project, torchvision or timm.
+        num_classes: number of classes; the command line takes it from the data module.
         in_channels: channels of the images.
-        split: cut after this many residual blocks (B of the paper).
-        theta: the gate keeps attention strictly above it.
+        split: number of residual blocks before the branch (B of the paper).
+        theta: threshold of the gate; attention must be strictly above it.
         gate: `mul` (LABN) or `residual` (ABN).
         branch: `labn` or `abn`, the layout of the attention branch.
         lab_block: blocks of the branch, `plain` (as released) or `lambda`.
-        gate_margin: start with a flat map and the gate open, which settles the map's sign; None starts at random, as
-            published. See `labn.models.attention_branch.open_gate`.
+        gate_margin: start with a constant map and the gate open, which determines the map's sign; None starts with a
+            random map, as published. See `labn.models.attention_branch.open_gate`.
         network_options: further arguments of `AttentionBranchNetwork`.
-        loss: `ce` or `bce_onehot`.
+        loss: `ce` (cross entropy) or `bce_onehot` (binary cross entropy on one-hot labels).
         class_weights: one weight per class, negative class first.
         branch_weight: weight of the branch's loss.
-        guidance: options of saliency-guided training; None trains without.
-        backbone_ckpt: file of weights to start from (`$VARIABLES` are expanded); what fits is taken and printed.
-        train_lfe: train the feature extractor too (the paper); False freezes it (the release).
+        guidance: options of saliency-guided training; None trains without it.
+        backbone_ckpt: file of weights to start from (`$VARIABLES` are expanded); tensors that fit are loaded, and a
+            report is printed.
+        train_lfe: train the feature extractor too, as in the paper; False freezes it, as in the released code.
         lr: learning rate of the feature extractor and the perception branch.
-        head_lr: learning rate of the attention branch and of the final linear layer.
-        weight_decay: of AdamW.
-        lr_factor: the plateau schedule multiplies the learning rate by it.
-        lr_patience: epochs without improvement before it does.
-        min_lr: and its floor.
+        head_lr: learning rate of the attention branch and of the last linear layer.
+        weight_decay: weight decay of AdamW.
+        lr_factor: factor that the plateau schedule multiplies the learning rate with.
+        lr_patience: validations without improvement before the learning rate is reduced.
+        min_lr: smallest learning rate of the plateau schedule.
+
+    Example:
+        >>> module = LABN("resnet18", num_classes=2, split=6)
+        >>> batch = {"image": torch.zeros(2, 3, 32, 32), "label": torch.tensor([0, 1])}
+        >>> terms, logits = module.losses(batch, "val")
+        >>> sorted(terms), logits.shape
+        (['branch_loss', 'loss', 'main_loss'], torch.Size([2, 2]))
     """
 
     network: AttentionBranchNetwork
@@ -106,20 +114,20 @@ class LABN(ClassificationModule):
         self.gate = nn.ModuleDict({f"{s}_{v}": MeanMetric() for s in ("train", "val") for v in GATE})
 
     def train(self, mode: bool = True) -> LABN:
-        """Switch modes; a frozen feature extractor keeps its running statistics."""
+        """Switch between training and eval mode; a frozen feature extractor stays in eval mode."""
         super().train(mode)
         if not self.hparams["train_lfe"]:
             self.network.feature_extractor.eval()
         return self
 
     def setup(self, stage: str) -> None:
-        """See `CheckedModule`; and fetch the bias image once, where guidance fills with it."""
+        """Set up as `CheckedModule`, and compute the bias image where guidance fills with it."""
         super().setup(stage)
         if stage == "fit" and self.guidance is not None and self.guidance.fill == "bias" and self.bias_image is None:
             self.bias_image = self.trainer.datamodule.bias_image()  # type: ignore[attr-defined]
 
     def losses(self, batch: dict[str, Tensor], stage: str) -> tuple[dict[str, Tensor], Tensor]:
-        """Both cross entropies, and the KL term while training with guidance."""
+        """Compute both classification losses and, in guided training, the KL term; see `ClassificationModule`."""
         images, labels = batch["image"], batch["label"]
         guided = self.guidance is not None and stage == "train"
         if guided and self.guidance.source == "gradient":  # type: ignore[union-attr]
@@ -128,8 +136,8 @@ class LABN(ClassificationModule):
         terms = {"main_loss": self.criterion(output.logits, labels)}
         branch_logits = output.branch_logits
         if guided:
-            extra, masked = self._guide(images, labels, output, batch["index"])
-            terms |= extra
+            guidance_terms, masked = self._guide(images, labels, output, batch["index"])
+            terms |= guidance_terms
             if self.guidance.branch_loss_on == "masked":  # type: ignore[union-attr]
                 branch_logits = masked.branch_logits
         terms["branch_loss"] = self.criterion(branch_logits, labels)
@@ -137,12 +145,13 @@ class LABN(ClassificationModule):
         if guided:
             terms["loss"] = terms["loss"] + self.guidance.kl_weight * terms["kl"]  # type: ignore[union-attr]
             terms["loss"] = terms["loss"] + self.guidance.map_weight * terms["map_mean"]  # type: ignore[union-attr]
-        self._watch_gate(output.attention, stage)
+        self._update_gate(output.attention, stage)
         return terms, output.logits
 
     def _guide(
         self, images: Tensor, labels: Tensor, output: BranchOutput, indices: Tensor
     ) -> tuple[dict[str, Tensor], BranchOutput]:
+        """Terms `kl` and `map_mean` of a guided step, and the network's output for the masked images."""
         guidance = self.guidance
         assert guidance is not None
         size = (images.shape[-2], images.shape[-1])
@@ -163,25 +172,25 @@ class LABN(ClassificationModule):
             seed=guidance.seed + step,
         )
         mask, deletes = guidance.mask(maps, step), guidance.deletes(step)
-        shown = masked_images(images.detach(), 1 - mask if deletes else mask, fill)
+        inputs = masked_images(images.detach(), 1 - mask if deletes else mask, fill)
         if deletes:
-            # A fill that is the same for all images is shown once.
-            shown = torch.cat([shown, fill.expand(len(fill), *images.shape[1:])])
+            # p(b) needs the fill as a further input; a fill that is common to all images (length 1) is added once.
+            inputs = torch.cat([inputs, fill.expand(len(fill), *images.shape[1:])])
         with frozen_batchnorm(self.network, guidance.masked_bn == "frozen"):
-            masked: BranchOutput = self(shown)
+            masked: BranchOutput = self(inputs)
         count = len(images)
         target = masked.logits[count:].detach().expand_as(output.logits) if deletes else output.logits
         terms = {"kl": guidance.divergence(target, masked.logits[:count]), "map_mean": output.attention.mean()}
-        # What is left without the evidence must not teach the branch the class.
+        # The branch must not learn the class from an image whose evidence was deleted.
         branch_logits = output.branch_logits if deletes else masked.branch_logits[:count]
         return terms, replace(masked, branch_logits=branch_logits)
 
     def epoch_metrics(self, stage: str) -> dict[str, Metric]:
-        """Those of every classifier, and while fitting the health of the gate."""
+        """The metrics of `ClassificationModule` and, in training and validation, the state of the gate."""
         gates = {} if stage == "test" else {f"gate/{stage}_{v}": self.gate[f"{stage}_{v}"] for v in GATE}
         return {**super().epoch_metrics(stage), **gates}  # type: ignore[dict-item]
 
-    def _watch_gate(self, attention: Tensor, stage: str) -> None:
+    def _update_gate(self, attention: Tensor, stage: str) -> None:
         if stage == "test":
             return
         for name, value in zip(GATE, gate_health(attention.detach(), self.network.theta)):
@@ -190,7 +199,7 @@ class LABN(ClassificationModule):
             metric.update(value, weight=len(attention))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """AdamW in the groups of JSAI 2022, table 1, with the plateau schedule on the validation loss."""
+        """AdamW with the learning rates of JSAI 2022, table 1, and the plateau schedule on the validation loss."""
         hp = self.hparams
         fast = [self.network.attention_branch, self.network.head]
         groups = parameter_groups(self.network, fast, hp["lr"], hp["head_lr"])

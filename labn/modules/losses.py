@@ -15,7 +15,13 @@ class WeightedCrossEntropy(nn.Module):
     """Softmax cross entropy with one weight per class (JSAI 2022, eq. 6 and table 1).
 
     Args:
-        weights: one positive number per class, negative class first; None weighs all classes alike.
+        weights: one positive number per class, negative class first; None gives all classes the same weight.
+
+    Example:
+        >>> loss = WeightedCrossEntropy([1.0, 3.0])
+        >>> logits, labels = torch.tensor([[0.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 1])
+        >>> round(loss(logits, labels).item(), 4), loss.normaliser(labels)
+        (0.2685, 4.0)
     """
 
     weights: Tensor | None
@@ -25,7 +31,10 @@ class WeightedCrossEntropy(nn.Module):
         self.register_buffer("weights", None if weights is None else torch.tensor(weights), persistent=False)
 
     def normaliser(self, labels: Tensor) -> float:
-        """What the mean over a batch divides by: batch means weighted with it give the mean over all samples."""
+        """The denominator of a batch's mean: the sum of its samples' weights.
+
+        Batch means, weighted by their normalisers, average to the mean over all samples.
+        """
         return float(len(labels) if self.weights is None else self.weights.to(labels.device)[labels].sum())
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -35,14 +44,14 @@ class WeightedCrossEntropy(nn.Module):
 
 
 class OneHotBCE(WeightedCrossEntropy):
-    """Binary cross entropy on the one-hot label vector, as the released LABN code trains.
+    """Binary cross entropy on one-hot labels, as in the released LABN code.
 
-    `weights` multiply the positive ("one") terms of each output: `pos_weight` of `BCEWithLogits`. Probabilities at
-    evaluation are a softmax over the logits nevertheless.
+    `weights` multiply the positive terms of each output (`pos_weight` of `BCEWithLogits`). In evaluation, probabilities
+    are still the softmax of the logits.
     """
 
     def normaliser(self, labels: Tensor) -> float:
-        """The batch size: the weights multiply terms and do not enter the mean's denominator."""
+        """The batch size; `pos_weight` does not change the denominator."""
         return float(len(labels))
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -58,10 +67,10 @@ LOSSES: dict[str, type[WeightedCrossEntropy]] = {"ce": WeightedCrossEntropy, "bc
 
 
 def make_loss(name: str, weights: Sequence[float] | None, num_classes: int) -> WeightedCrossEntropy:
-    """The loss called `name` for `num_classes` classes.
+    """Make the loss called `name` for `num_classes` classes.
 
     Raises:
-        ValueError: no such loss, or another number of weights than classes.
+        InputError: the name is unknown, or the number of weights is not that of the classes.
     """
     if name not in LOSSES:
         raise InputError(f"loss is {name!r}; it must be one of {', '.join(LOSSES)}.")
@@ -71,5 +80,11 @@ def make_loss(name: str, weights: Sequence[float] | None, num_classes: int) -> W
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Mean over the batch of D_KL(p || q) from log-probabilities (B, K); zero iff p == q."""
+    """Mean over the batch of D_KL(p || q) = sum_k p_k (log p_k - log q_k), from log-probabilities (B, K).
+
+    Example:
+        >>> p, q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+        >>> round(kl_divergence(p, q).item(), 4)
+        0.1438
+    """
     return (log_p.exp() * (log_p - log_q)).sum(dim=1).mean()

@@ -1,4 +1,4 @@
-"""Optimiser groups and the plateau schedule of the papers."""
+"""Parameter groups of the optimisers, and the plateau schedule."""
 
 from __future__ import annotations
 
@@ -14,24 +14,29 @@ from labn.errors import InputError
 
 
 def parameter_groups(network: nn.Module, fast: Iterable[nn.Module], lr: float, fast_lr: float) -> list[dict[str, Any]]:
-    """Split the trainable parameters of `network` into two groups, each parameter in exactly one.
+    """Divide the trainable parameters of `network` into two groups with different learning rates.
 
     Args:
-        network: the whole network.
-        fast: its submodules that learn with `fast_lr` (JSAI 2022, table 1: the attention branch and the final linear).
-        lr: learning rate of everything else.
+        network: the network.
+        fast: submodules with learning rate `fast_lr` (JSAI 2022, table 1: attention branch and last linear layer).
+        lr: learning rate of all other parameters.
         fast_lr: learning rate of `fast`.
 
     Returns:
-        Groups for an optimiser, named `base` and `fast`, empty ones left out.
+        Groups for an optimiser, named `base` and `fast`, without empty ones.
 
     Raises:
-        ValueError: nothing is trainable, or a fast module is not part of the network.
+        InputError: no parameter is trainable, or a module of `fast` is not in the network.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+        >>> [(group["name"], group["lr"]) for group in parameter_groups(network, [network[1]], 1e-4, 1e-3)]
+        [('base', 0.0001), ('fast', 0.001)]
     """
     own = {id(p) for p in network.parameters()}
     fast_ids = {id(p) for module in fast for p in module.parameters()}
     if not fast_ids <= own:
-        raise InputError("A module of the fast group is not part of the network.")
+        raise InputError("A module of the fast group is not a submodule of the network; pass submodules only.")
     trainable = [p for p in network.parameters() if p.requires_grad]
     groups = [
         {"name": "base", "params": [p for p in trainable if id(p) not in fast_ids], "lr": lr},
@@ -44,9 +49,9 @@ def parameter_groups(network: nn.Module, fast: Iterable[nn.Module], lr: float, f
 
 
 def on_plateau(optimizer: Optimizer, factor: float, patience: int, min_lr: float) -> OptimizerLRSchedulerConfig:
-    """Lightning's optimiser dictionary with `ReduceLROnPlateau(mode="min")` on the validation loss.
+    """Lightning's dictionary of an optimiser with `ReduceLROnPlateau(mode="min")` on the validation loss.
 
-    `patience` counts validations: `CheckedModule` sets how many epochs there are to each.
+    `patience` counts validations: `CheckedModule.on_train_start` makes the schedule step once per validation.
     """
     scheduler = ReduceLROnPlateau(optimizer, mode="min", factor=factor, patience=patience, min_lr=min_lr)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss"}}

@@ -1,4 +1,4 @@
-"""What every rank must do although it may have no batch."""
+"""Collectives that every rank takes part in, with or without a batch."""
 
 from __future__ import annotations
 
@@ -8,17 +8,16 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def synchronise_buffers(model: nn.Module | None) -> None:
-    """Give every rank the buffers of rank zero, such as running statistics; a collective.
-
-    The DDP wrapper does so in its first forward after a training step, which a rank without a validation batch never
-    reaches. Done here, where every rank comes by, it leaves that forward without a collective.
+    """Copy the buffers of rank zero, such as running statistics, to all ranks; a collective.
 
     Args:
-        model: what the strategy runs; nothing is done unless DDP wraps it and would synchronise.
+        model: the model of the strategy; only a DDP wrapper that synchronises buffers is changed.
     """
+    # DDP synchronises buffers in the first forward pass after a training step, which a rank without a validation batch
+    # never runs. Done here, where all ranks take part, that forward pass needs no collective.
     if isinstance(model, DistributedDataParallel) and model.will_sync_module_buffers():
         for buffer in model.module.buffers():
-            dense = buffer.detach().contiguous()  # a collective takes no other memory format
+            dense = buffer.detach().contiguous()  # collectives do not accept channels_last
             dist.broadcast(dense, src=0, group=model.process_group)
             buffer.copy_(dense)
         model.require_forward_param_sync = False

@@ -1,4 +1,4 @@
-"""LightningModule for fine-tuning a ResNet that relevance propagation will explain (C3-LRP, JSAI 2024)."""
+"""LightningModule for fine-tuning the ResNet that C3-LRP (JSAI 2024) explains."""
 
 from __future__ import annotations
 
@@ -17,28 +17,34 @@ from labn.modules.optim import on_plateau
 
 
 class ResNetLRP(ClassificationModule):
-    """Fine-tune all layers of a ResNet from given weights, as the experiment of C3-LRP does on CUB-200-2011.
+    """The classifier of C3-LRP, a fine-tuned ResNet; its explainers are `labn.explainers.LRP` and `C3LRP`.
 
         L = CE(f(x), y),   SGD with momentum, the plateau schedule on the validation loss
 
-    The paper gives no optimiser; the defaults are those of the code that was released after it. The maps come from the
-    explainers `lrp` and `c3lrp`, which need nothing from this module.
+    All layers are trained, as in the paper's experiment on CUB-200-2011. The paper does not name the optimiser; the
+    defaults are those of its released code. Explainers work on the network alone and need nothing else of this module.
 
     Args:
-        backbone: name of the network: torchvision (`resnet50`), timm (`timm/resnet50d`) or own.
-        num_classes: number of classes; taken from the data module on the command line.
+        backbone: name of the network: torchvision (`resnet50`), timm (`timm/resnet50d`) or of this project.
+        num_classes: number of classes; the command line takes it from the data module.
         in_channels: channels of the images.
-        backbone_ckpt: file of weights to start from (`$VARIABLES` are expanded), for instance ImageNet's; all but the
-            classifier must fit. None starts from random weights.
+        backbone_ckpt: file of weights to start from (`$VARIABLES` are expanded), such as ImageNet's; all tensors but
+            those of the last linear layer must fit. None starts from random weights.
         lr: learning rate of all layers.
-        momentum: of SGD.
-        weight_decay: of SGD.
-        lr_factor: the plateau schedule multiplies the learning rate by it.
-        lr_patience: epochs without improvement before it does.
-        min_lr: and its floor.
+        momentum: momentum of SGD.
+        weight_decay: weight decay of SGD.
+        lr_factor: factor that the plateau schedule multiplies the learning rate with.
+        lr_patience: validations without improvement before the learning rate is reduced.
+        min_lr: smallest learning rate of the plateau schedule.
 
     Raises:
-        ValueError: unknown backbone, or weights of another width or depth; the message names the first tensor.
+        InputError: the backbone is unknown, or the weights are of another width or depth; the message names the first
+            tensor that does not fit.
+
+    Example:
+        >>> module = ResNetLRP("resnet18", num_classes=10)
+        >>> module(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
     """
 
     def __init__(
@@ -62,7 +68,7 @@ class ResNetLRP(ClassificationModule):
         self.criterion = make_loss("ce", None, num_classes)
 
     def losses(self, batch: dict[str, Tensor], stage: str) -> tuple[dict[str, Tensor], Tensor]:
-        """Cross entropy of the logits."""
+        """Compute the cross entropy of the logits; see `ClassificationModule.losses`."""
         logits = logits_of(self(batch["image"]))
         return {"loss": self.criterion(logits, batch["label"])}, logits
 

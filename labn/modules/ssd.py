@@ -29,7 +29,7 @@ OPTIMIZERS: dict[str, Callable[[Parameters, float, float], Optimizer]] = {
 
 
 class MatchedMean(MeanMetric):
-    """Mean over matched default boxes: their numbers are the weights, and without any it is 0, as SSD's loss is."""
+    """Mean over matched default boxes, with their number in each batch as weight; 0 without any, as SSD's loss."""
 
     def compute(self) -> Tensor:
         """The mean over all updates and ranks."""
@@ -37,34 +37,44 @@ class MatchedMean(MeanMetric):
 
 
 def check_image_side(sides: Sequence[int]) -> None:
-    """Raise ValueError unless both sides of the images are those that the default boxes are made for."""
+    """Check the height and width of images.
+
+    Raises:
+        InputError: a side is not 300 pixels, which the default boxes are defined for.
+    """
     if set(sides) != {SSD300_SIDE}:
         size = " x ".join(map(str, sides))
         raise InputError(f"images are {size} pixels; SSD300 needs 300 x 300: set data.init_args.image_size to 300.")
 
 
 class SSD(CheckedModule):
-    """Train SSD300 with a VGG-16 trunk on images with boxes; logs losses and mean average precision.
+    """Trains SSD300 with a VGG-16 trunk on images with boxes; logs losses and mean average precision.
 
-    Batches are those of `datamodules.VOC`. Class channel 0 is the background, so object class c is channel c + 1.
-    Validation and test log `<stage>/loss`, `<stage>/map50` (average precision at an overlap of .5, averaged over
-    classes, with COCO's interpolation at 101 points) and `<stage>/ap50_<class>` of the classes that the split has boxes
-    of (`map50` is NaN where it has none at all). Losses are over the matched default boxes of the whole epoch, so that
-    those of validation and test do not depend on the batch size.
+    Batches are those of `datamodules.VOC`. Channel 0 of the class scores is the background, so that object class c is
+    channel c + 1. Validation and test log `<stage>/loss`, `<stage>/map50` (average precision at an IoU of 0.5 with
+    COCO's 101-point interpolation, averaged over classes; NaN for a split without boxes) and `<stage>/ap50_<class>` of
+    the classes that have boxes in the split. Losses are means over the matched default boxes of the whole epoch, so
+    that those of validation and test do not depend on the batch size.
 
     Args:
-        num_classes: object classes, without background; taken from the data module on the command line.
-        width: factor on the channels of every trunk layer; 1 is SSD300 as published.
-        batchnorm: BatchNorm in the VGG part, for training from random weights.
-        ckpt: file of weights to start from (`$VARIABLES` are expanded), for example torchvision's `ssd300_vgg16`;
-            what fits is taken and printed.
-        optimizer: `sgd` (momentum .9) or `adamw`.
-        lr: learning rate after the warm-up; it falls to 0 along a half cosine.
-        weight_decay: of the optimiser.
-        warmup_steps: over which the learning rate rises from 0.
-        score_threshold: lowest probability of a detection.
-        nms_threshold: overlap above which the lower-scored box of a class is suppressed.
-        top_k: detections per image.
+        num_classes: object classes, without background; the command line takes it from the data module.
+        width: factor of the number of channels of every trunk layer; 1 is SSD300 as published.
+        batchnorm: add BatchNorm to the VGG layers, for training from random weights.
+        ckpt: file of weights to start from (`$VARIABLES` are expanded), such as torchvision's `ssd300_vgg16`; tensors
+            that fit are loaded, and a report is printed.
+        optimizer: `sgd` (momentum 0.9) or `adamw`.
+        lr: learning rate after the warm-up; it falls to 0 along half a cosine.
+        weight_decay: weight decay of the optimiser.
+        warmup_steps: number of steps in which the learning rate rises from 0.
+        score_threshold: smallest probability of a detection.
+        nms_threshold: IoU above which the lower-scored of two boxes of a class is suppressed.
+        top_k: largest number of detections per image.
+
+    Example:
+        >>> import torch
+        >>> module = SSD(num_classes=2, width=1 / 16)
+        >>> module(torch.zeros(1, 3, 300, 300)).classes.shape
+        torch.Size([1, 8732, 3])
     """
 
     network: TorchvisionSSD
@@ -95,32 +105,33 @@ class SSD(CheckedModule):
         self.precision = nn.ModuleDict({stage: AveragePrecision() for stage in ("val_", "test_")})
 
     def setup(self, stage: str) -> None:
-        """Refuse data of another size before anything is done with it.
+        """Set up as `CheckedModule`, and check the size of the data module's images.
 
         Raises:
-            ValueError: images are not 300 x 300.
+            InputError: images are not 300 x 300 pixels.
         """
         super().setup(stage)
         data = getattr(self._trainer, "datamodule", None)
         check_image_side([getattr(data, "image_size", SSD300_SIDE)] * 2)
 
     def forward(self, images: Tensor) -> Predictions:
-        """Raw predictions for normalised images (B, 3, 300, 300).
+        """Compute class scores and box offsets of normalised images (B, 3, 300, 300).
 
         Raises:
-            ValueError: the images have another size, which the default boxes are not made for.
+            InputError: the images have another size, which the default boxes are not defined for.
         """
         check_image_side(images.shape[-2:])
         return self.network(images.contiguous(memory_format=self.memory_format))
 
     def detections(self, images: Tensor) -> list[Detections]:
-        """Detections of every image, with the index of their default box."""
+        """Compute the detections of every image, with the indices of their default boxes."""
         return detect(self.network, self(images), (images.shape[-2], images.shape[-1]), self.thresholds)
 
     def losses(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], Predictions]:
-        """`classification`, `localisation`, their sum `loss`, how many boxes `matched`; and the predictions."""
+        """Compute the terms `classification`, `localisation`, `loss` (their sum) and `matched`, and predictions."""
         images = batch["image"]
         raw = self(images)
+        # Losses are computed in float32 also under autocast.
         predictions = Predictions(raw.classes.float(), raw.offsets.float(), raw.grids)
         size = (images.shape[-2], images.shape[-1])
         terms = self.network.losses(predictions, size, batch["boxes"], [labels + 1 for labels in batch["labels"]])
@@ -150,13 +161,13 @@ class SSD(CheckedModule):
         for name, mean in self.epoch_metrics(stage).items():
             mean.update(terms[name.split("/")[1]].detach(), weight=terms["matched"])
         size = (batch["image"].shape[-2], batch["image"].shape[-1])
-        found = detect(self.network, predictions, size, self.thresholds)
+        detections = detect(self.network, predictions, size, self.thresholds)
         metric = self.precision[f"{stage}_"]
         assert isinstance(metric, AveragePrecision)
-        metric.update([as_predictions(d) for d in found], as_targets(batch), batch["index"])
+        metric.update([as_predictions(d) for d in detections], as_targets(batch), batch["index"])
 
     def epoch_metrics(self, stage: str) -> dict[str, Metric]:
-        """What an epoch of `stage` logs of the losses: name -> mean over matched boxes."""
+        """Name -> mean over matched boxes, for the losses that an epoch of `stage` logs."""
         return {f"{stage}/{name}": self.epoch_losses[f"{stage}_{name}"] for name in LOSSES}  # type: ignore[misc]
 
     def on_validation_epoch_end(self) -> None:
@@ -172,17 +183,17 @@ class SSD(CheckedModule):
             self.log_epoch(name, mean, prog_bar=name.endswith("/loss"))
         metric = self.precision[f"{stage}_"]
         assert isinstance(metric, AveragePrecision)
-        found = metric.compute()
+        precision = metric.compute()
         metric.reset()
         names = class_names_of(self)
         values = {
             f"ap50_{names[n]}": value
-            for n, value in zip(found["classes"].view(-1).tolist(), found["map_per_class"].view(-1))
-            if value >= 0  # -1: the split has no box of this class
+            for n, value in zip(precision["classes"].view(-1).tolist(), precision["map_per_class"].view(-1))
+            if value >= 0  # torchmetrics gives -1 for a class without boxes in the split
         }
-        overall = found["map"].where(found["map"] >= 0, math.nan)
+        overall = precision["map"].where(precision["map"] >= 0, math.nan)
         for name, value in {"map50": overall, **values}.items():
-            # Every rank has computed the same value.
+            # `compute` has synchronised the metric: every rank has the same value.
             self.log(f"{stage}/{name}", value, prog_bar=name == "map50", sync_dist=False, rank_zero_only=False)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
@@ -199,13 +210,14 @@ class SSD(CheckedModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
 
-def as_predictions(found: Detections) -> dict[str, Tensor]:
-    """Detections in the form of torchmetrics, object classes counted from 0."""
-    return {"boxes": found.boxes, "scores": found.scores, "labels": found.labels - 1}
+def as_predictions(detections: Detections) -> dict[str, Tensor]:
+    """Detections in the format of torchmetrics, with object classes from 0."""
+    return {"boxes": detections.boxes, "scores": detections.scores, "labels": detections.labels - 1}
 
 
 def as_targets(batch: dict[str, Any]) -> list[dict[str, Tensor]]:
-    """Ground truth in the form of torchmetrics; difficult objects are neither hits nor misses."""
+    """Ground truth in the format of torchmetrics; difficult objects count neither as hits nor as misses."""
+    # torchmetrics ignores objects with `iscrowd` in this way.
     return [
         {"boxes": boxes, "labels": labels, "iscrowd": difficult.long()}
         for boxes, labels, difficult in zip(batch["boxes"], batch["labels"], batch["difficult"])
@@ -213,6 +225,6 @@ def as_targets(batch: dict[str, Any]) -> list[dict[str, Tensor]]:
 
 
 def class_names_of(module: SSD) -> list[str]:
-    """Names of the object classes from the data module, else their numbers."""
+    """Names of the object classes from the data module, or their numbers without one."""
     data = getattr(module._trainer, "datamodule", None)
     return data.class_names if data is not None else [str(k) for k in range(module.network.num_classes - 1)]

@@ -195,7 +195,7 @@ def test_a_trained_detector_is_sent_to_its_own_callback(tmp_path):
     path = tmp_path / "ssd.ckpt"
     arguments = {"_class_path": "labn.modules.SSD", "num_classes": 2, "width": 1 / 16}
     torch.save({"state_dict": module.state_dict(), "hyper_parameters": arguments}, path)
-    with pytest.raises(ValueError, match=r"ssd\.ckpt holds a detector, which `cli.py test` explains"):
+    with pytest.raises(ValueError, match=r"ssd\.ckpt holds a detector; explain it with `cli.py test`"):
         restore(path)
 
 

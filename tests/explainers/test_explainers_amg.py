@@ -241,5 +241,5 @@ def test_with_cbam_says_what_is_missing() -> None:
         with_cbam(GapLinear())
     with pytest.raises(ValueError, match="not a layer of GapLinear"):
         with_cbam(GapLinear(), before="nothing")
-    with pytest.raises(ValueError, match="sees no feature maps"):
+    with pytest.raises(ValueError, match="whose input is not feature maps"):
         with_cbam(GapLinear(), before="head")

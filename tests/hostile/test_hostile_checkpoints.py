@@ -100,7 +100,7 @@ def test_a_class_that_the_configuration_names_is_allowed():
 
 def test_weights_alone_are_no_checkpoint_to_test(tmp_path):
     torch.save({"a": torch.ones(1)}, tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match=r"weights\.pt is no checkpoint of `cli\.py fit`; weights alone"):
+    with pytest.raises(ValueError, match=r"weights\.pt is not a checkpoint of `cli\.py fit`; pass weights alone"):
         PlainCheckpointIO().load_checkpoint(tmp_path / "weights.pt")
     with pytest.raises(FileNotFoundError, match="local"):
         PlainCheckpointIO().load_checkpoint("http://localhost:1/a.ckpt")
@@ -122,7 +122,7 @@ def test_an_old_pickle_is_refused_too(tmp_path):
 
 def test_what_is_no_checkpoint_is_not_answered_with_advice_to_trust_it(tmp_path):
     (tmp_path / "notes.md").write_text("# Notes\n")
-    with pytest.raises(ValueError, match=r"it is damaged, or no checkpoint of PyTorch \(.*\)\.$") as refused:
+    with pytest.raises(ValueError, match=r"it is damaged, or not a checkpoint of PyTorch \(.*\)\.$") as refused:
         read_checkpoint(tmp_path / "notes.md")
     assert "weights_only" not in str(refused.value)
 

@@ -136,7 +136,7 @@ def test_unknown_names_are_refused():
 def test_a_ready_network_keeps_its_classes():
     network = resnet18(num_classes=4)
     assert build_network(network, 4) is network
-    with pytest.raises(ValueError, match="ready network with 4 classes"):
+    with pytest.raises(ValueError, match="backbone is a network with 4 classes"):
         build_network(network, 2)
 
 

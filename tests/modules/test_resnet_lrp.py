@@ -65,7 +65,7 @@ def test_weights_of_another_width_are_refused_with_both_shapes(tmp_path):
     path = tmp_path / "wide.pt"
     torch.save(torchvision.models.wide_resnet50_2(num_classes=2).state_dict(), path)
     shapes = r"layer1\.0\.conv1\.weight is \(128, 64, 1, 1\), this ResNet needs \(64, 64, 1, 1\)"
-    with pytest.raises(ValueError, match=rf"wide\.pt holds weights of another width: {shapes}; name the backbone"):
+    with pytest.raises(ValueError, match=rf"wide\.pt holds weights of another width: {shapes}; set backbone to"):
         ResNetLRP("resnet50", backbone_ckpt=str(path))
 
 
