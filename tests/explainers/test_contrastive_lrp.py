@@ -57,7 +57,7 @@ def test_the_maps_of_all_classes_cancel(net, images):
     assert float(sum(maps).abs().max()) < 1e-5 * float(maps[0].abs().max())
 
 
-def test_rivals():
+def test_rivals_are_all_the_most_probable_or_listed_classes():
     logits, targets = torch.tensor([[3.0, 2.0, 1.0, 0.0]]), torch.tensor([0, 2])
     assert rivals(logits, targets, "all").tolist() == [[False, True, True, True], [True, True, False, True]]
     assert rivals(logits, targets, 1).tolist() == [[False, True, False, False], [True, False, False, False]]
@@ -72,13 +72,13 @@ def test_rivals():
 
 
 @pytest.mark.parametrize("others", [0, -1, "most", [], ["cat"]])
-def test_bad_others(others):
+def test_bad_others_are_refused(others):
     with pytest.raises(ValueError, match=r"others is .* it must be 'all', a number of classes >= 1, or a list"):
         ContrastiveLRP(others=others)
 
 
 @pytest.mark.data
-def test_classes_are_told_apart_on_a_trained_network(data_root):
+def test_maps_of_two_classes_differ_on_a_trained_network(data_root):
     model = torchvision.models.resnet50()
     load_backbone(model, data_root / "imagenet" / "resnet50.safetensors")
     model.eval()

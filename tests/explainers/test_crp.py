@@ -18,7 +18,7 @@ from labn.modules import SSD
 QUESTIONS = [Question(p, t, k) for p, k in ((3, 1), (150, 2), (70, 3)) for t in TASKS]
 
 
-def test_many_questions_are_answered_as_one_by_one_in_any_chunks():
+def test_maps_of_many_questions_do_not_depend_on_the_chunk_size():
     detector = tiny()
     crp = CRP()
     trace = crp.trace(detector, picture(detector))
@@ -35,7 +35,7 @@ def test_many_questions_are_answered_as_one_by_one_in_any_chunks():
 
 
 @pytest.mark.parametrize(("classify", "locate"), [(3, 1), (1, 3), (3, 5)])
-def test_the_two_heads_of_a_map_may_have_other_kernels(classify, locate):
+def test_class_and_coordinate_heads_may_have_different_kernels(classify, locate):
     detector = TinySSD()
     for heads, side in ((detector.classify, classify), (detector.locate, locate)):
         for n, head in enumerate(heads):
@@ -48,7 +48,7 @@ def test_the_two_heads_of_a_map_may_have_other_kernels(classify, locate):
     torch.testing.assert_close(crp.ask(trace, QUESTIONS[::-1]).maps, singles.flip(0), rtol=1e-7, atol=1e-12)
 
 
-def test_batchnorm_is_folded_into_what_the_rules_see():
+def test_maps_with_batchnorm_equal_maps_of_the_folded_network():
     """A network with BatchNorm gets the maps of the same network with BatchNorm folded into its convolutions."""
     normed, plain = slim(batchnorm=True), slim()
     for module in normed.modules():
@@ -117,7 +117,7 @@ def test_no_detection_is_an_empty_result():
     assert explain(detector, image, method=crp).targets.tolist() == [0]
 
 
-def test_what_does_not_exist_is_refused():
+def test_unknown_boxes_classes_and_tasks_are_refused():
     detector = tiny(dtype=torch.float32)
     crp = CRP()
     trace = crp.trace(detector, picture(detector, dtype=torch.float32))
@@ -155,12 +155,12 @@ def test_what_does_not_exist_is_refused():
         ({"others": "most"}, "others is 'most'"),
     ],
 )
-def test_bad_settings(settings, message):
+def test_bad_settings_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         CRP(**settings)
 
 
-def test_targets_keep_the_contract_of_all_methods():
+def test_targets_follow_the_contract_of_all_methods():
     detector, images = tiny(dtype=torch.float32), torch.rand(2, 3, 32, 32)
     detector.class_names = ("nothing", "cat", "dog", "cow")
     found = explain(detector, images, "crp", targets="dog", score_threshold=0.0)
@@ -182,7 +182,7 @@ def test_a_default_box_and_a_class_may_be_tensors():
     assert torch.equal(given, crp.ask(trace, [Question(int(found.priors[0]), "class", int(found.labels[0]))]).maps)
 
 
-def test_half_precision_is_explained_in_single():
+def test_half_precision_images_are_explained_in_single_precision():
     detector = tiny(dtype=torch.bfloat16)
     image = picture(detector, dtype=torch.bfloat16)
     crp = CRP()
@@ -192,7 +192,7 @@ def test_half_precision_is_explained_in_single():
 
 
 @pytest.mark.parametrize("method", ["gradcam", "gradient", "lrp", "rise"])
-def test_what_explains_or_scores_classifiers_refuses_a_detector(method):
+def test_methods_and_metrics_for_classifiers_refuse_a_detector(method):
     """A column of all predictions is no class."""
     detector, images = tiny(dtype=torch.float32), torch.rand(1, 3, 32, 32)
     for targets in (None, 2):
@@ -202,7 +202,7 @@ def test_what_explains_or_scores_classifiers_refuses_a_detector(method):
         evaluate(detector, images, torch.rand(1, 32, 32), targets=[2], metrics=["pid16"])
 
 
-def test_heads_that_say_something_else_are_refused():
+def test_heads_that_do_not_fit_the_predictions_are_refused():
     detector = tiny(dtype=torch.float32)
     image = picture(detector, dtype=torch.float32)
     detector.heads = lambda: tuple(replace(h, boxes=3) for h in TinySSD.heads(detector))
@@ -224,7 +224,7 @@ def test_ssdlite_is_refused_naming_the_activation_without_a_rule():
         crp.ask(trace, [Question(0)])
 
 
-def test_torchvisions_own_class_needs_no_adapter():
+def test_torchvisions_ssd_is_explained_without_an_adapter():
     detector = slim(num_classes=3, dtype=torch.float32)
     image = picture(detector, dtype=torch.float32)
     result = explain(detector.model, image, method="crp", targets=2, score_threshold=0.0)
@@ -234,7 +234,7 @@ def test_torchvisions_own_class_needs_no_adapter():
     assert abs(float(result.maps.double().sum())) < 1e-3 * size
 
 
-def test_relevance_stays_in_the_middle_of_the_network_too():
+def test_relevance_at_an_inner_layer_stays_inside_the_receptive_field():
     """The contrast is still zero-sum and as large at conv3 as at the head: signed shares are handed on, not lost."""
     detector = slim()
     crp = CRP()

@@ -32,7 +32,7 @@ def rivals_of(target: int, classes: int = 4) -> torch.Tensor:
 
 @few
 @given(contributions, st.integers(0, 3))
-def test_every_class_shares_one_and_the_contrast_sums_to_zero(c, target):
+def test_shares_of_a_class_sum_to_one_and_the_contrast_to_zero(c, target):
     assert share(c).sum(-1).tolist() == pytest.approx([1.0] * 4, abs=1e-14)
     assert float(class_shares(c, target, rivals_of(target)).sum()) == pytest.approx(0, abs=1e-14)
     assert float(class_output(c, target, rivals_of(target)).sum()) == pytest.approx(0, abs=1e-14)
@@ -48,7 +48,7 @@ def test_the_contrasts_of_all_classes_cancel(c):
 
 @few
 @given(contributions, st.integers(1, 3), st.floats(0.01, 100))
-def test_the_size_of_a_class_does_not_matter_but_at_the_output_it_does(c, scaled, factor):
+def test_the_scale_of_class_weights_matters_for_the_contrast_at_the_output_only(c, scaled, factor):
     changed = c.clone()
     changed[scaled] *= factor
     torch.testing.assert_close(class_shares(changed, 0, rivals_of(0)), class_shares(c, 0, rivals_of(0)))
@@ -64,21 +64,21 @@ def test_the_order_of_the_rivals_does_not_matter(c, order):
 
 @few
 @given(contributions)
-def test_two_classes_swapped_flip_the_sign(c):
+def test_swapping_two_classes_flips_the_sign(c):
     pair = c[:2]
     torch.testing.assert_close(class_shares(pair, 0, rivals_of(0, 2)), -class_shares(pair, 1, rivals_of(1, 2)))
 
 
 @few
 @given(contributions)
-def test_a_coordinate_is_the_class_rule_for_two_opposite_classes(c):
+def test_the_coordinate_rule_is_the_class_rule_for_two_opposite_classes(c):
     pair = torch.stack([c[0], -c[0]])
     torch.testing.assert_close(opposite(c[0]), class_shares(pair, 0, rivals_of(0, 2)))
     torch.testing.assert_close(opposite(-c[0]), -opposite(c[0]))
     assert not bool(((share(c[0]) > 0) & (share(-c[0]) > 0)).any())
 
 
-def test_what_has_no_opposite_sums_to_one():
+def test_rules_for_contributions_of_one_sign_sum_to_their_constants():
     c = torch.rand(4, 5, dtype=torch.float64)
     assert float(opposite(c[1]).sum()) == pytest.approx(1)
     assert float(share(-c[1]).abs().sum()) == 0
@@ -86,7 +86,7 @@ def test_what_has_no_opposite_sums_to_one():
     assert sums == pytest.approx({"opposite": 1, "others": 0, "none": 1, "eps": 1, "alpha2beta1": 2})
 
 
-def test_the_coordinate_rules_by_hand():
+def test_the_coordinate_rules_equal_values_computed_by_hand():
     c = torch.tensor([[2.0, -1.0, 0.0], [1.0, 1.0, 2.0], [0.0, 4.0, 0.0], [3.0, 0.0, 1.0]], dtype=torch.float64)
     others = (torch.tensor([1 / 4, 1 / 4, 2 / 4]) + torch.tensor([0, 1, 0]) + torch.tensor([3 / 4, 0, 1 / 4])) / 3
     expected = {
@@ -121,7 +121,7 @@ def test_relevance_sums_to_zero_at_the_head_and_at_the_pixels(scene):
     assert float(size.min()) > 1e-3
 
 
-def test_without_contrast_the_whole_unit_arrives(scene):
+def test_without_contrast_all_relevance_arrives_at_the_pixels(scene):
     _, trace, priors = scene
     plain = CRP(contrast_at="none")
     answers = plain.ask(trace, [Question(p, "class", k) for p in priors for k in (0, 2)])
@@ -136,7 +136,7 @@ def test_the_maps_of_all_classes_cancel(scene):
     assert float(maps.sum(0).abs().max()) < 1e-10 * float(maps.abs().max())
 
 
-def test_the_window_is_what_the_engine_finds_from_the_output(scene):
+def test_relevance_of_the_window_equals_propagation_from_the_output(scene):
     """z+ from relevance 1 at the target and -1/(K - 1) at the others is the contrast, by linearity."""
     from labn.lrp import backward
 
@@ -150,7 +150,7 @@ def test_the_window_is_what_the_engine_finds_from_the_output(scene):
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-9 * float(expected.abs().max()))
 
 
-def test_negative_direction_and_predicted_direction():
+def test_the_direction_sets_the_sign_of_a_coordinate_map():
     detector = tiny()
     image = picture(detector)
     positive, negative, predicted = (CRP(direction=d) for d in ("positive", "negative", "predicted"))
@@ -192,7 +192,7 @@ def class_map(detector, label=1, prior=70, **settings):
     return crp.ask(crp.trace(detector, picture(detector)), [Question(prior, "class", label)]).maps
 
 
-def test_scaled_permuted_and_biased_classes():
+def test_maps_do_not_change_for_scaled_permuted_or_biased_classes():
     expected = class_map(tiny())
     torch.testing.assert_close(class_map(changed(tiny(), lambda w: w[:, 2].mul_(7.0))), expected)
     torch.testing.assert_close(class_map(changed(tiny(), lambda w: w[:, 1].mul_(0.3))), expected)
@@ -216,7 +216,7 @@ def test_a_flipped_regression_weight_flips_the_map():
 
 
 @pytest.mark.parametrize(("prior", "label"), [(3, 1), (100, 3), (159, 2)])
-def test_rivals_may_be_chosen(prior, label):
+def test_chosen_rivals_change_the_contrast(prior, label):
     trace = CRP().trace(tiny(), picture(tiny()))
 
     def heat(**settings):
@@ -236,7 +236,7 @@ def test_the_score_scales_the_map():
     torch.testing.assert_close(class_map(detector, initial="score"), p * class_map(detector))
 
 
-def test_contrast_tells_classes_apart_where_plain_propagation_does_not():
+def test_contrast_distinguishes_classes_that_plain_propagation_does_not():
     detector = slim()
     priors = PRIORS["slim"]
 

@@ -31,7 +31,7 @@ class ConstantGates(nn.Module):
 
 
 @pytest.mark.parametrize("apply_to", ["weighted", "activation"])
-def test_a_given_module_of_gates_is_run_in_eval_mode_and_left_as_it_is(apply_to: str) -> None:
+def test_a_module_of_gates_is_run_in_eval_mode_and_restored(apply_to: str) -> None:
     model, images = seeded(DeepTail), pictures()
     gates = seeded(CBAM, channels=6, reduction=2).train()
     before = {name: tensor.clone() for name, tensor in gates.state_dict().items()}
@@ -46,7 +46,7 @@ def test_a_given_module_of_gates_is_run_in_eval_mode_and_left_as_it_is(apply_to:
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("apply_to", ["weighted", "activation"])
-def test_gates_of_one_leave_gradcam(order: str, apply_to: str) -> None:
+def test_gates_that_are_one_give_gradcam(order: str, apply_to: str) -> None:
     model = seeded(DeepTail)
     amg = AttentionMapGuided(attention=ConstantGates(1, 1), order=order, apply_to=apply_to)
     assert torch.allclose(raw(amg, model, pictures()), raw(GradCAM(), model, pictures()), atol=1e-14)
@@ -101,7 +101,7 @@ def reference(maps: Tensor, order: str, residual: bool, box: int = 1) -> Tensor:
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("residual", "box"), [(False, 1), (True, 1), (False, 3)])
-def test_parameter_free_by_definition(order: str, residual: bool, box: int) -> None:
+def test_parameter_free_gates_equal_their_definition(order: str, residual: bool, box: int) -> None:
     model, images = seeded(), pictures()
     activations = model.features(images).detach()
     weights = model.head.weight[TARGETS].detach() / activations[0, 0].numel()
@@ -111,7 +111,7 @@ def test_parameter_free_by_definition(order: str, residual: bool, box: int) -> N
     assert found.max() > 0
 
 
-def test_permuting_channels_changes_nothing() -> None:
+def test_the_map_does_not_depend_on_the_order_of_channels() -> None:
     maps = torch.randn(2, 6, 4, 5, dtype=torch.float64)
     order = torch.randperm(6)
     gates = ParameterFreeGates(3)
@@ -145,7 +145,7 @@ def gated(network: nn.Module, seed: int = 3) -> nn.Module:
     return model.eval()
 
 
-def test_cbam_on_activations_is_gradcam_behind_the_block() -> None:
+def test_cbam_on_activations_equals_gradcam_after_the_block() -> None:
     plain, model = seeded(DeepTail), gated(seeded(DeepTail))
     behind = raw(GradCAM("pool.0"), model, pictures())
     inserted = AttentionMapGuided(attention=model.pool[0], apply_to="activation", target_layer="features")
@@ -206,7 +206,7 @@ def test_with_cbam_keeps_the_names_of_the_weights(name: str) -> None:
     assert maps.shape == (1, 64, 64)
 
 
-def test_cbam_equations() -> None:
+def test_cbam_equals_its_equations() -> None:
     torch.manual_seed(0)
     block, maps = CBAM(8, reduction=4, kernel_size=3).double().eval(), torch.randn(2, 8, 5, 6, dtype=torch.float64)
     first, last = block.mlp[0], block.mlp[2]
@@ -231,12 +231,12 @@ def test_cbam_equations() -> None:
         ({"box": 2}, "box must be odd"),
     ],
 )
-def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AttentionMapGuided(**arguments)
 
 
-def test_with_cbam_says_what_is_missing() -> None:
+def test_with_cbam_names_the_missing_layer() -> None:
     with pytest.raises(ValueError, match="no pooling layer of a known name"):
         with_cbam(GapLinear())
     with pytest.raises(ValueError, match="not a layer of GapLinear"):

@@ -45,14 +45,14 @@ def weighted(weights: Tensor, activations: Tensor) -> Tensor:
     return torch.einsum("bk,bkij->bij", weights, activations).relu()
 
 
-def test_cam_is_the_class_weights(model: GapLinear, activations: Tensor) -> None:
+def test_cam_equals_its_definition_by_class_weights(model: GapLinear, activations: Tensor) -> None:
     expected = weighted(model.head.weight[TARGETS], activations)
     assert torch.allclose(raw(CAM(), model, pictures()), expected, atol=1e-12)
     assert expected.max() > 0.01
 
 
 @pytest.mark.parametrize("method", [GradCAM, XGradCAM])
-def test_gradcam_and_xgradcam_are_cam_over_z(
+def test_gradcam_and_xgradcam_equal_cam_divided_by_z(
     method: type[ActivationMap], model: GapLinear, activations: Tensor
 ) -> None:
     positions = activations[0, 0].numel()
@@ -60,7 +60,7 @@ def test_gradcam_and_xgradcam_are_cam_over_z(
     assert torch.allclose(raw(method(), model, pictures()), expected, atol=1e-12)
 
 
-def test_gradcam_plus_plus_closed_form(model: GapLinear, activations: Tensor) -> None:
+def test_gradcam_plus_plus_equals_its_closed_form(model: GapLinear, activations: Tensor) -> None:
     positions = activations[0, 0].numel()
     slope = model.head.weight[TARGETS] / positions
     weights = positions * slope.relu() / (2 + slope * activations.sum((2, 3)))
@@ -68,7 +68,7 @@ def test_gradcam_plus_plus_closed_form(model: GapLinear, activations: Tensor) ->
 
 
 @pytest.mark.parametrize("method", [GradCAMPlusPlus(), SmoothGradCAMPlusPlus(n_samples=2)])
-def test_gradcam_plus_plus_survives_tiny_gradients_in_float32(model: GapLinear, method: ActivationMap) -> None:
+def test_gradcam_plus_plus_is_exact_for_tiny_gradients_in_float32(model: GapLinear, method: ActivationMap) -> None:
     """g = 1e-15 makes g^3 underflow: the formula with a fixed epsilon would lose the map."""
     images = pictures()
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_gradcam_plus_plus_survives_tiny_gradients_in_float32(model: GapLinear, 
     assert torch.allclose(single, exact, rtol=1e-3, atol=1e-3 * exact.max())
 
 
-def test_scorecam_of_the_maps_that_vary_most(model: GapLinear, activations: Tensor) -> None:
+def test_scorecam_with_channels_uses_the_maps_that_vary_most(model: GapLinear, activations: Tensor) -> None:
     images, found = pictures(), raw(ScoreCAM(channels=2), model, pictures())
     for b, target in enumerate(TARGETS.tolist()):
         maps = activations[b]
@@ -99,7 +99,7 @@ def test_scorecam_of_the_maps_that_vary_most(model: GapLinear, activations: Tens
 
 
 @pytest.mark.parametrize("arguments", [{"channels": 0}, {"precision": "fp8"}])
-def test_scorecam_refuses(arguments: dict[str, object]) -> None:
+def test_scorecam_refuses_bad_arguments(arguments: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be"):
         ScoreCAM(**arguments)  # type: ignore[arg-type]
 
@@ -133,7 +133,7 @@ def test_smooth_averages_derivatives_over_its_own_noise() -> None:
     assert not torch.allclose(printed, expected, atol=1e-6)
 
 
-def test_gradcam_by_definition_with_a_deep_tail() -> None:
+def test_gradcam_equals_its_definition_with_a_deep_tail() -> None:
     model, images = seeded(DeepTail), pictures()
     maps = model.features(images).detach().requires_grad_()
     scores = model.head(model.pool(maps).flatten(1)).gather(1, TARGETS[:, None]).sum()
@@ -156,7 +156,7 @@ def test_relu_false_keeps_the_sign(model: GapLinear) -> None:
 
 @pytest.mark.parametrize("score", ["logit", "probability"])
 @pytest.mark.parametrize("weighting", ["softmax", "gain", "score"])
-def test_scorecam_by_definition(model: GapLinear, activations: Tensor, score: str, weighting: str) -> None:
+def test_scorecam_equals_its_definition(model: GapLinear, activations: Tensor, score: str, weighting: str) -> None:
     images = pictures()
     read = {"logit": lambda y: y, "probability": lambda y: y.softmax(1)}[score]
     rows = []
@@ -177,7 +177,7 @@ def test_scorecam_by_definition(model: GapLinear, activations: Tensor, score: st
 
 @pytest.mark.parametrize("network", [GapLinear, DeepTail])
 @pytest.mark.parametrize("closed_form", [True, False])
-def test_ablationcam_by_definition(network: type[nn.Module], closed_form: bool) -> None:
+def test_ablationcam_equals_its_definition(network: type[nn.Module], closed_form: bool) -> None:
     model, images = seeded(network), pictures()
     activations = model.features(images).detach()
     rows = []
@@ -246,7 +246,7 @@ def test_cam_refuses_a_deep_tail() -> None:
         CAM()(seeded(DeepTail), pictures(), TARGETS)
 
 
-def test_inplace_relu_behind_the_layer() -> None:
+def test_an_inplace_relu_after_the_layer_changes_nothing() -> None:
     plain, inplace = seeded(GapLinear), seeded(GapLinear, inplace=True)
     for layer in ("features.3", "features"):
         a, b = (raw(GradCAM(layer), m, pictures()) for m in (plain, inplace))
@@ -254,7 +254,7 @@ def test_inplace_relu_behind_the_layer() -> None:
         assert a.max() > 0
 
 
-def test_the_map_of_a_layer_is_that_of_its_channels_last_twin() -> None:
+def test_the_map_of_a_layer_equals_that_of_its_channels_last_twin() -> None:
     """A network that keeps (B, h, w, K), as Swin does, gives the map of the same network with (B, K, h, w)."""
 
     class Permuted(GapLinear):
@@ -281,6 +281,6 @@ def test_the_map_of_a_layer_is_that_of_its_channels_last_twin() -> None:
         (SmoothGradCAMPlusPlus, {"numerator": "D3"}, "numerator must be one of"),
     ],
 )
-def test_bad_arguments(explainer: type[ActivationMap], arguments: dict[str, object], message: str) -> None:
+def test_bad_arguments_are_refused(explainer: type[ActivationMap], arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         explainer(**arguments)

@@ -58,7 +58,7 @@ def hooks_of(model: nn.Module) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_nothing_is_mutated(name: str) -> None:
+def test_explaining_changes_neither_model_nor_images(name: str) -> None:
     model, images, targets = network(name), pictures(), TARGETS.clone()
     for number, module in enumerate(model.modules()):
         module.training = number % 2 == 0
@@ -90,7 +90,7 @@ def test_nothing_is_mutated(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_failure_leaves_nothing_behind(name: str) -> None:
+def test_a_failing_model_is_restored(name: str) -> None:
     """The network fails in the middle of a forward."""
     model = network(name)
     hooks, flags = hooks_of(model), [module.training for module in model.modules()]
@@ -107,7 +107,7 @@ def test_a_failure_leaves_nothing_behind(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_batch_equals_a_loop(name: str) -> None:
+def test_maps_of_a_batch_equal_maps_one_by_one(name: str) -> None:
     model, images, method = network(name), pictures(), explainer(name)
     whole = method(model, images, TARGETS, INDICES)
     for i in range(3):
@@ -116,7 +116,7 @@ def test_a_batch_equals_a_loop(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_same_map_whatever_the_global_seed(name: str) -> None:
+def test_maps_do_not_depend_on_the_global_seed(name: str) -> None:
     model, images = network(name), pictures()
     torch.manual_seed(1)
     first = explainer(name)(model, images, TARGETS, INDICES)
@@ -158,7 +158,7 @@ def test_backward_is_never_called(name: str, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("name", METHODS)
-def test_the_callers_modes_do_not_matter(name: str, mode: Callable[[], Any]) -> None:
+def test_maps_do_not_depend_on_the_callers_gradient_mode(name: str, mode: Callable[[], Any]) -> None:
     model, images = network(name), pictures()
     expected = explainer(name)(model, images, TARGETS, INDICES)
     model.train()
@@ -188,14 +188,14 @@ def test_a_compiled_model_runs_with_its_hooks(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PARAMETERLESS)
-def test_a_model_without_parameters(name: str) -> None:
+def test_a_model_without_parameters_is_explained(name: str) -> None:
     maps = explainer(name)(Parameterless(), pictures(), torch.tensor([2, 0, 1]), INDICES)
     assert maps.shape == (3, SIZE, SIZE)
     assert maps.abs().max() > 0
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_target_matters_exactly_where_it_should(name: str) -> None:
+def test_maps_depend_on_the_target_for_class_specific_methods_only(name: str) -> None:
     model, images = network(name), pictures()
     maps = explainer(name)(model, images, TARGETS, INDICES)
     other = explainer(name)(model, images, (TARGETS + 1) % 4, INDICES)
@@ -216,7 +216,7 @@ def test_images_of_another_channel_count_are_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_leading_minus_negates(name: str) -> None:
+def test_a_leading_minus_negates_the_map(name: str) -> None:
     model, images = network(name), pictures(1)
     negated = explainer_by_name(f"-{name}", **SHORT.get(name, {}))(model, images, TARGETS[:1])
     assert torch.equal(negated, -explainer(name)(model, images, TARGETS[:1]))
@@ -231,12 +231,12 @@ def test_a_leading_minus_negates(name: str) -> None:
         (torch.zeros(1, 3, 8, 8), torch.tensor([0.5]), "targets must be integer class indices"),
     ],
 )
-def test_bad_inputs(images: Tensor, targets: Tensor, message: str) -> None:
+def test_bad_inputs_are_refused(images: Tensor, targets: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         explainer("constant")(GapLinear(), images, targets)
 
 
-def test_what_is_flat_stays_flat_at_another_size() -> None:
+def test_resizing_keeps_a_plateau_flat() -> None:
     for cells in (3, 5, 6, 7, 10, 12, 14):
         coarse = torch.full((1, cells, cells), 0.3)
         coarse[0, 0, 0] = 1
@@ -245,6 +245,6 @@ def test_what_is_flat_stays_flat_at_another_size() -> None:
             assert resized[0, side // 2 :, side // 2 :].unique().tolist() == coarse[0, 1, 1:2].tolist()
 
 
-def test_an_unknown_name_lists_the_near_ones() -> None:
+def test_the_error_for_an_unknown_name_lists_similar_names() -> None:
     with pytest.raises(ValueError, match="no method 'grad-cam'; did you mean gradcam"):
         explainer_by_name("grad-cam")

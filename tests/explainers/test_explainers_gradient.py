@@ -30,7 +30,7 @@ def finite_differences(model: nn.Module, image: Tensor, target: int, step: float
         return ((model(image + moves) - model(image - moves))[:, target] / (2 * step)).view_as(image)
 
 
-def test_gradient_by_finite_differences() -> None:
+def test_gradient_equals_finite_differences() -> None:
     model, images = seeded(DeepTail), pictures(2, 8, 8)
     slopes = torch.stack([finite_differences(model, x, int(t)) for x, t in zip(images, TARGETS)])
     assert torch.allclose(exact(Gradient(), model, images), slopes.sum(1), atol=1e-7)
@@ -60,7 +60,7 @@ def test_integrated_gradients_of_a_quadratic_are_exact_with_one_node() -> None:
     assert torch.allclose(found, expected, atol=1e-14)
 
 
-def test_integrated_gradients_are_complete() -> None:
+def test_integrated_gradients_sum_to_the_difference_of_scores() -> None:
     class Smooth(DeepTail):
         """SiLU in place of ReLU, for which the quadrature converges fast."""
 
@@ -75,7 +75,7 @@ def test_integrated_gradients_are_complete() -> None:
     assert torch.allclose(found.sum((1, 2)), gain, atol=1e-10)
 
 
-def test_integrated_gradients_by_definition() -> None:
+def test_integrated_gradients_equal_their_definition() -> None:
     model, images = seeded(DeepTail), pictures()
     nodes, weights = np.polynomial.legendre.leggauss(5)
     total = torch.zeros_like(images)
@@ -86,7 +86,7 @@ def test_integrated_gradients_by_definition() -> None:
     assert torch.allclose(exact(IntegratedGradients(5), model, images), (images * total).sum(1), atol=1e-12)
 
 
-def test_smoothgrad_by_definition() -> None:
+def test_smoothgrad_equals_its_definition() -> None:
     model, images = seeded(DeepTail), pictures()
     span = images.flatten(1).amax(1) - images.flatten(1).amin(1)
     for relative, scale in ((True, 0.1 * span.view(-1, 1, 1, 1)), (False, torch.tensor(0.1))):
@@ -104,7 +104,7 @@ def test_smoothgrad_without_noise_is_the_gradient() -> None:
     assert torch.allclose(exact(SmoothGrad(1, 0.0), model, pictures()), exact(Gradient(), model, pictures()))
 
 
-def test_noise_belongs_to_the_sample() -> None:
+def test_noise_depends_on_the_sample_index_only() -> None:
     images = pictures(3)
     noise = gaussian_noise(images, torch.tensor([5, 9, 5]), 0, 2)
     assert torch.equal(noise[0], noise[2])
@@ -116,7 +116,7 @@ def test_noise_belongs_to_the_sample() -> None:
 
 @pytest.mark.parametrize("score", ["logit", "probability"])
 @pytest.mark.parametrize(("window", "stride"), [(5, 3), (4, 4), (30, 7)])
-def test_occlusion_by_definition(score: str, window: int, stride: int) -> None:
+def test_occlusion_equals_its_definition(score: str, window: int, stride: int) -> None:
     model, images = seeded(DeepTail), pictures()
     read = {"logit": lambda y: y, "probability": lambda y: y.softmax(1)}[score]
     height, width = images.shape[-2:]
@@ -146,12 +146,12 @@ def test_occlusion_by_definition(score: str, window: int, stride: int) -> None:
         (lambda: Occlusion(score="odds"), "score must be one of"),
     ],
 )
-def test_bad_arguments(build: Any, message: str) -> None:
+def test_bad_arguments_are_refused(build: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
 
 
-def test_a_baseline_of_the_wrong_length() -> None:
+def test_a_baseline_of_the_wrong_length_is_refused() -> None:
     with pytest.raises(ValueError, match="baseline must be one number or 3"):
         IntegratedGradients(2, baseline=[0.0, 1.0])(seeded(), pictures(), TARGETS)
 

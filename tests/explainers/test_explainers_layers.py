@@ -36,19 +36,19 @@ TIMM = {
 
 
 @pytest.mark.parametrize(("name", "layer"), TORCHVISION.items())
-def test_torchvision(name: str, layer: str) -> None:
+def test_the_last_feature_layer_of_torchvision_models(name: str, layer: str) -> None:
     options = {"init_weights": False} if name == "googlenet" else {}
     model = getattr(torchvision.models, name)(**options)
     assert search_target_layer(model, torch.zeros(1, 3, 96, 96)) == layer
 
 
 @pytest.mark.parametrize(("name", "layer"), TIMM.items())
-def test_timm(name: str, layer: str) -> None:
+def test_the_last_feature_layer_of_timm_models(name: str, layer: str) -> None:
     assert search_target_layer(timm.create_model(name, pretrained=False), torch.zeros(1, 3, 96, 96)) == layer
 
 
 @pytest.mark.parametrize("size", [(40, 160), (36, 128), (70, 256), (16, 128), (33, 64), (40, 200)])
-def test_elongated_images(size: tuple[int, int]) -> None:
+def test_the_layer_is_found_on_elongated_images(size: tuple[int, int]) -> None:
     """Rounding takes a small map far from the image's proportions: 40 x 160 becomes 2 x 5."""
     assert search_target_layer(torchvision.models.resnet18(), torch.zeros(1, 3, *size)) == "layer4"
 
@@ -69,12 +69,12 @@ def test_padded_strides_never_look_like_channels_last(
     assert not is_channels_last(torch.Size((1, channels, rows, columns)), torch.Size((height, width)))
 
 
-def test_channels_last_is_seen_where_no_stride_explains_the_other_layout() -> None:
+def test_channels_last_is_detected_where_no_stride_explains_the_other_layout() -> None:
     assert is_channels_last(torch.Size((1, 7, 7, 768)), torch.Size((224, 224)))
     assert is_channels_last(torch.Size((1, 7, 14, 96)), torch.Size((224, 448)))
 
 
-def test_a_class_activation_map_of_channels_that_follow_the_image_s_proportions() -> None:
+def test_gradcam_works_where_channel_counts_follow_the_images_proportions() -> None:
     """160 x 100 pixels by stride 8 are 20 x 13 positions; 32 channels over 20 rows are nearer to 1.6 than 20 / 13."""
     torch.manual_seed(0)
     layers: list[nn.Module] = []
@@ -100,7 +100,7 @@ def test_a_vision_transformer_is_refused_by_name() -> None:
         search_target_layer(other, torch.zeros(1, 3, 64, 64))
 
 
-def test_layers_off_the_path_to_the_logits_are_passed_over() -> None:
+def test_layers_that_do_not_determine_the_logits_are_skipped() -> None:
     class SideBranch(GapLinear):
         def __init__(self) -> None:
             super().__init__()
@@ -114,7 +114,7 @@ def test_layers_off_the_path_to_the_logits_are_passed_over() -> None:
     assert search_target_layer(seeded(SideBranch), pictures()) == "features"
 
 
-def test_the_search_leaves_a_training_model_as_it_was() -> None:
+def test_the_search_restores_a_model_in_training_mode() -> None:
     model = GapLinear().double().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     search_target_layer(model, pictures())
@@ -123,7 +123,7 @@ def test_the_search_leaves_a_training_model_as_it_was() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_found_once_per_image_size() -> None:
+def test_the_layer_is_searched_once_per_image_size() -> None:
     class Growing(nn.Module):
         """The last layer has more than one position only for larger images."""
 
@@ -140,7 +140,7 @@ def test_found_once_per_image_size() -> None:
     assert find_target_layer(model, pictures(1, 16, 16)) == "first"
 
 
-def test_found_anew_after_the_network_has_grown() -> None:
+def test_the_layer_is_searched_again_after_the_network_has_grown() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
     images = torch.zeros(1, 3, 16, 16)
     assert find_target_layer(model, images) == "1"
@@ -148,7 +148,7 @@ def test_found_anew_after_the_network_has_grown() -> None:
     assert find_target_layer(model, images) == "2"
 
 
-def test_a_wrong_name_lists_the_near_ones() -> None:
+def test_the_error_for_a_wrong_layer_lists_similar_names() -> None:
     with pytest.raises(ValueError, match=r"'layer5' is not a layer of ResNet; near it: .*layer4"):
         named_layer(torchvision.models.resnet18(), "layer5")
 
@@ -175,7 +175,7 @@ def test_a_layer_that_does_not_reach_the_logits_is_refused() -> None:
         GradCAM("features")(seeded(Dead), pictures(), torch.tensor([0, 1]))
 
 
-def test_targets_however_they_are_given() -> None:
+def test_targets_may_be_none_an_integer_a_list_or_a_tensor() -> None:
     model, images = seeded(), pictures(5)
     with torch.no_grad():
         logits = model(images)
@@ -186,7 +186,7 @@ def test_targets_however_they_are_given() -> None:
     assert torch.equal(top_k(model, images, 3), logits.sort(1, descending=True).indices[:, :3])
 
 
-def test_bad_targets() -> None:
+def test_bad_targets_are_refused() -> None:
     model, images = seeded(), pictures(2)
     with pytest.raises(ValueError, match="targets must be 2 class indices, one per image"):
         resolve_targets(model, images, [1, 2, 3])

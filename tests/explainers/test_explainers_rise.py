@@ -37,7 +37,7 @@ def masks_by_definition(bank: MaskBank, size: tuple[int, int]) -> Tensor:
 
 @pytest.mark.parametrize("sampler", [*UNBIASED, "released"])
 @pytest.mark.parametrize("size", [(16, 20), (21, 9)])
-def test_masks_by_definition(sampler: str, size: tuple[int, int]) -> None:
+def test_masks_equal_their_definition(sampler: str, size: tuple[int, int]) -> None:
     bank = MaskBank.draw(130, 4, 0.5, 3, sampler)
     rendered = bank.render(0, 130, pictures(1, *size))
     assert torch.allclose(rendered, masks_by_definition(bank, size), atol=1e-12)
@@ -67,7 +67,7 @@ def test_every_cell_is_kept_with_probability_p(sampler: str, p: float) -> None:
     assert (mean - p).abs().max() < 0.015
 
 
-def test_released_keeps_the_normal_distributions_share() -> None:
+def test_released_sampler_keeps_the_share_phi_of_p() -> None:
     grids = MaskBank.draw(5000, 9, 0.3, 0, "released").grids
     assert abs(float(grids.double().mean()) - 0.6179) < 0.003
     explainer = ReleasedRISE()
@@ -92,7 +92,7 @@ def test_orthogonal_shows_three_cells_in_all_states_equally() -> None:
 
 
 @pytest.mark.parametrize("sampler", UNBIASED)
-def test_rise_by_definition(sampler: str) -> None:
+def test_rise_equals_its_definition(sampler: str) -> None:
     model, images = seeded(DeepTail), pictures()
     masks = masks_by_definition(MaskBank.draw(200, 5, 0.5, 2, sampler), (16, 20))
     expected = []
@@ -104,7 +104,7 @@ def test_rise_by_definition(sampler: str) -> None:
     assert torch.allclose(found, torch.stack(expected).float(), atol=1e-6)
 
 
-def test_all_classes_from_one_pass() -> None:
+def test_maps_of_all_classes_equal_single_maps() -> None:
     model, images, rise = seeded(DeepTail), pictures(), RISE(300)
     calls = []
     model.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
@@ -154,7 +154,7 @@ def peak_of_rise(n_masks: int, classes: int, images: Tensor) -> int:
     return live.peak
 
 
-def test_memory_depends_on_neither_the_masks_nor_the_classes_that_nobody_asked_for() -> None:
+def test_memory_depends_neither_on_the_number_of_masks_nor_on_that_of_classes() -> None:
     """A mask of 96 x 96 is 36 KiB, a grid with its shift 65 bytes (twice that, and the draw, while it is made)."""
     images = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     few = peak_of_rise(256, 10, images)
@@ -171,7 +171,7 @@ class Constant(nn.Module):
         return x.flatten(1)[:, :2] * 0 + torch.tensor([0.25, 0.75], dtype=x.dtype).log()
 
 
-def test_a_constant_model() -> None:
+def test_the_map_of_a_constant_model_is_the_mean_mask() -> None:
     found = RISE(512, sampler="stratified")(Constant(), pictures(), torch.tensor([0, 1]))
     plain = RISE(512)(Constant(), pictures(), torch.tensor([0, 1]))
     mean = MaskBank.draw(512, 7, 0.5, 0, "bernoulli").render(0, 512, pictures()).mean(0).float()
@@ -180,7 +180,7 @@ def test_a_constant_model() -> None:
     assert torch.allclose(found[1], torch.tensor(0.75), atol=1e-6)
 
 
-def test_standard_error_says_how_far_maps_of_other_seeds_are() -> None:
+def test_standard_error_predicts_the_spread_over_seeds() -> None:
     model, images = seeded(DeepTail), pictures(1)
     found = [
         RISE(1280, seed=seed).explain_classes(model, images, torch.tensor([[1]]), standard_error=True)
@@ -191,7 +191,7 @@ def test_standard_error_says_how_far_maps_of_other_seeds_are() -> None:
     assert 0.75 < float(claimed / spread) < 1.33
 
 
-def test_chunks_and_batches_change_nothing() -> None:
+def test_rise_map_does_not_depend_on_chunk_and_batch_size() -> None:
     model, images = seeded(DeepTail), pictures(3)
     whole = RISE(150)(model, images, torch.tensor([0, 1, 2]))
     for chunk in (1, 7, 1000):
@@ -210,12 +210,12 @@ def test_chunks_and_batches_change_nothing() -> None:
         ({"sampler": "orthogonal", "p": 0.3}, "needs p=0.5"),
     ],
 )
-def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
+def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RISE(**arguments)
 
 
-def test_bad_requests() -> None:
+def test_bad_classes_and_standard_errors_are_refused() -> None:
     model, images = seeded(DeepTail), pictures()
     with pytest.raises(ValueError, match=r"classes must be \(2, T\)"):
         RISE(10).explain_classes(model, images, torch.tensor([1, 2]))

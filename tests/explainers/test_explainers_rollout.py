@@ -49,7 +49,7 @@ def timm_reference(model: nn.Module, images: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize(("pool", "tokens"), [("token", 1), ("avg", 0)])
-def test_timm_vision_transformer(fused: bool, pool: str, tokens: int) -> None:
+def test_rollout_of_a_timm_vision_transformer_equals_its_definition(fused: bool, pool: str, tokens: int) -> None:
     torch.manual_seed(0)
     options = {"img_size": (32, 48), "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 3, "num_classes": 4}
     model = timm.models.VisionTransformer(**options, global_pool=pool, class_token=bool(tokens)).double().eval()
@@ -67,7 +67,7 @@ def test_timm_vision_transformer(fused: bool, pool: str, tokens: int) -> None:
     assert float(found.std()) > 0.01
 
 
-def test_torchvision_vision_transformer() -> None:
+def test_rollout_of_a_torchvision_vision_transformer_equals_its_definition() -> None:
     torch.manual_seed(0)
     model = VisionTransformer(32, 8, 2, 2, 16, 32, num_classes=4).double().eval()
     matrices: list[Tensor] = []
@@ -90,7 +90,7 @@ def test_torchvision_vision_transformer() -> None:
     assert torch.allclose(found, expected.float(), atol=1e-6)
 
 
-def test_token_grid() -> None:
+def test_token_grid_fits_tokens_and_proportions() -> None:
     assert token_grid(197, torch.Size([224, 224])) == (14, 14, 1)
     assert token_grid(24, torch.Size([32, 48])) == (4, 6, 0)
     assert token_grid(29, torch.Size([32, 48])) == (4, 6, 5)
@@ -98,7 +98,7 @@ def test_token_grid() -> None:
         token_grid(47, torch.Size([32, 48]))
 
 
-def test_the_grid_of_the_patch_embedding_goes_before_the_image_s_proportions() -> None:
+def test_the_grid_of_the_patch_embedding_takes_precedence_over_the_proportions() -> None:
     """20 x 40 pixels in patches of 8 are 2 x 5 tokens; 2 x 4 and three tokens more would have the proportions."""
     assert token_grid(11, torch.Size([20, 40]), [(2, 5)]) == (2, 5, 1)
     assert token_grid(11, torch.Size([20, 40]), [(5, 10), (2, 5), (1, 1)]) == (2, 5, 1)
@@ -124,7 +124,7 @@ def test_networks_without_global_attention_are_refused() -> None:
         AttentionRollout()(swin, torch.zeros(1, 3, 64, 64), torch.tensor([0]))
 
 
-def test_implicit_attention_is_what_the_lambda_layer_applies_to_its_values() -> None:
+def test_implicit_attention_reproduces_the_lambda_layers_output() -> None:
     torch.manual_seed(0)
     layer = LambdaLayer(8, dim_k=4, heads=2, r=5, pos_bias=False).double().eval()
     x = torch.randn(2, 8, 4, 6, dtype=torch.float64)
@@ -142,7 +142,7 @@ def test_implicit_attention_is_what_the_lambda_layer_applies_to_its_values() -> 
     assert torch.allclose(implicit_attention(layer, x), signed.abs().mean(1), atol=1e-12)
 
 
-def test_lambda_networks_as_an_experiment() -> None:
+def test_rollout_of_a_lambda_network_is_a_map() -> None:
     torch.manual_seed(0)
     maps = AttentionRollout()(lambda_resnet26(num_classes=3), torch.randn(2, 3, 64, 64), torch.tensor([0, 1]))
     assert maps.shape == (2, 64, 64)

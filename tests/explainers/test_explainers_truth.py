@@ -19,23 +19,23 @@ def truth(given, **options):
     return GroundTruthMap(**options).with_masks(given)(nn.Identity(), IMAGES, TARGETS)
 
 
-def test_the_exact_mask_is_the_mask():
+def test_the_map_without_options_is_the_mask():
     assert torch.equal(truth(masks()), masks().float())
 
 
-def test_dilation_is_by_a_disc():
+def test_the_mask_is_dilated_by_a_disc():
     expected = np.stack([binary_dilation(mask, disc(3).numpy() > 0) for mask in masks().numpy()])
     assert torch.equal(truth(masks(), dilation=3), torch.from_numpy(expected).float())
 
 
-def test_blur_is_gaussian():
+def test_the_mask_is_blurred_by_a_gaussian():
     blurred = [gaussian_filter(mask, 2.0, mode="constant", truncate=4.0) for mask in masks().double().numpy()]
     torch.testing.assert_close(
         truth(masks(), blur=2.0).double(), torch.from_numpy(np.stack(blurred)), atol=1e-6, rtol=0
     )
 
 
-def test_masks_are_needed_and_do_not_enter_the_settings():
+def test_missing_masks_are_refused_and_masks_are_no_settings():
     with pytest.raises(ValueError, match="GroundTruthMap needs the ground-truth masks of these images"):
         GroundTruthMap()(nn.Identity(), IMAGES, TARGETS)
     with pytest.raises(ValueError, match="GroundTruthMap needs the ground-truth masks"):

@@ -26,7 +26,7 @@ def batch():
     return torch.randn(3, 3, 33, 33, generator=torch.Generator().manual_seed(1)), torch.tensor([0, 3, 1])
 
 
-def test_defaults(net, batch):
+def test_defaults_are_ratio_splitting_with_zplus(net, batch):
     expected = relevance(net, *batch, Config(residual="ratio", rule="zplus", batchnorm="pass", first_layer="ones"))
     maps = LRP()(net, *batch)
     assert torch.equal(maps, expected.relevance.sum(1))
@@ -56,7 +56,7 @@ def test_c3lrp_takes_every_argument_of_lrp_but_the_residual_rule(net, batch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("explainer", [LRP(), C3LRP(), ContrastiveLRP(), LRP(rule="epsilon", batchnorm="fold")])
-def test_half_precision_is_explained_in_single(net, batch, explainer, dtype):
+def test_half_precision_images_are_explained_in_single_precision(net, batch, explainer, dtype):
     images, targets = batch[0].to(dtype), batch[1]
     half = copy.deepcopy(net).to(dtype)
     expected = explainer(copy.deepcopy(half).float(), images.float(), targets)
@@ -68,7 +68,7 @@ def test_half_precision_is_explained_in_single(net, batch, explainer, dtype):
 
 
 @pytest.mark.parametrize("explainer", [LRP(), C3LRP(), LRP(rule="epsilon", batchnorm="fold", first_layer="same")])
-def test_same_map_for_any_batch_and_by_a_copy(net, batch, explainer):
+def test_the_map_depends_neither_on_the_batch_nor_on_copying_the_explainer(net, batch, explainer):
     images, targets = batch
     whole = explainer(net, images, targets)
     assert torch.equal(whole, explainer(net, images, targets))
@@ -78,7 +78,7 @@ def test_same_map_for_any_batch_and_by_a_copy(net, batch, explainer):
     assert torch.allclose(whole, single, rtol=1e-3, atol=1e-6 * float(whole.abs().max()))
 
 
-def test_model_in_training_stays_as_it_is(batch):
+def test_a_model_in_training_mode_is_restored(batch):
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(3))
     net(batch[0])
     net.train()
@@ -89,27 +89,27 @@ def test_model_in_training_stays_as_it_is(batch):
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 
-def test_model_without_parameters(batch):
+def test_a_model_without_parameters_is_explained(batch):
     net = nn.Sequential(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     maps = LRP(init="one")(net, batch[0], torch.tensor([0, 1, 2]))
     assert torch.allclose(maps.sum((1, 2)), torch.ones(3), atol=1e-5)
     assert torch.allclose(maps[0], batch[0][0, 0].clamp(min=0) / batch[0][0, 0].clamp(min=0).sum(), atol=1e-6)
 
 
-def test_inside_inference_mode_and_compiled(net, batch):
+def test_lrp_works_in_inference_mode_and_on_compiled_models(net, batch):
     expected = LRP()(net, *batch)
     with torch.inference_mode():
         assert torch.equal(LRP()(net, *batch), expected)
     assert torch.equal(LRP()(torch.compile(net), *batch), expected)
 
 
-def test_wrong_init():
+def test_an_unknown_init_is_refused():
     with pytest.raises(ValueError, match="init='prob'"):
         LRP(init="prob")
 
 
 @pytest.mark.parametrize("size", [0, -1])
-def test_chunks_hold_an_image_at_least(net, batch, size):
+def test_a_chunk_size_below_one_is_refused(net, batch, size):
     with pytest.raises(ValueError, match=f"chunk_size must be at least 1, got {size}"):
         LRP(chunk_size=size)
     with pytest.raises(ValueError, match=f"chunk_size must be at least 1, got {size}"):

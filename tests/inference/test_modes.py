@@ -32,7 +32,7 @@ def _restored():
 
 @pytest.mark.parametrize("allowed", [True, False])
 @pytest.mark.parametrize("precision", ["highest", "high", "medium"])
-def test_training_may_round_but_explanations_do_not(precision: str, allowed: bool) -> None:
+def test_explanations_use_full_precision_whatever_training_allows(precision: str, allowed: bool) -> None:
     torch.set_float32_matmul_precision(precision)
     cudnn.allow_tf32 = allowed
     before = settings()
@@ -57,7 +57,7 @@ def test_settings_of_the_newer_interface_are_restored_too() -> None:
     [(torch.backends, "tf32"), (cudnn, "tf32"), (matmul, "tf32"), (mkldnn, "bf16"), (mkldnn.conv, "bf16")],
     ids=["everywhere", "gpu", "gpu's products", "cpu", "cpu's convolutions"],
 )
-def test_what_the_newer_interface_allows_is_not_used_either(place: Any, precision: str) -> None:
+def test_reduced_precision_of_the_newer_interface_is_switched_off(place: Any, precision: str) -> None:
     """Asking the older interface is then an error, of which a user must see nothing."""
     place.fp32_precision = precision
     before = settings()
@@ -67,7 +67,7 @@ def test_what_the_newer_interface_allows_is_not_used_either(place: Any, precisio
     assert settings() == before
 
 
-def test_what_is_inherited_stays_so() -> None:
+def test_inherited_precision_settings_stay_inherited() -> None:
     torch.backends.fp32_precision = "tf32"
     matmul.fp32_precision = "none"
     with full_precision():
@@ -76,7 +76,7 @@ def test_what_is_inherited_stays_so() -> None:
     assert matmul.fp32_precision == "ieee"
 
 
-def test_modules_whose_train_does_more_than_set_a_flag_are_left_alone() -> None:
+def test_a_modules_own_train_method_is_not_called() -> None:
     """Such as low-rank weights, which are merged for evaluation."""
 
     class LowRank(nn.Linear):
@@ -94,7 +94,7 @@ def test_modules_whose_train_does_more_than_set_a_flag_are_left_alone() -> None:
     assert [module.training for module in model.modules()] == [True, False, True, True]
 
 
-def test_a_copy_that_runs_its_model_is_overheard() -> None:
+def test_recording_calls_detects_a_copy_that_runs_its_model() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
     clean, x = copy.deepcopy(model), torch.zeros(1, 2)
     forward = model.forward
@@ -108,7 +108,7 @@ def test_a_copy_that_runs_its_model_is_overheard() -> None:
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_an_error_restores_them() -> None:
+def test_an_error_restores_the_training_flags() -> None:
     torch.set_float32_matmul_precision("high")
     before = settings()
     with pytest.raises(ZeroDivisionError), full_precision():

@@ -52,7 +52,7 @@ def test_ones_is_the_rule_of_both_steps_together(name):
 @pytest.mark.parametrize("name", BEFORE)
 @pytest.mark.parametrize("first", FIRST)
 @pytest.mark.parametrize("residual", ["ratio", "block"])
-def test_account_adds_up(name, first, residual):
+def test_conservation_report_adds_up_with_operations_before_the_first_layer(name, first, residual):
     net = seeded(Net(BEFORE[name]), 4)
     config = Config(first_layer=first, residual=residual, **BOUNDS)
     result = relevance(net, images(2, 8), torch.tensor([0, 2]), config, report=True)
@@ -63,7 +63,7 @@ def test_account_adds_up(name, first, residual):
 
 
 @pytest.mark.parametrize("first", FIRST)
-def test_padding_outside_is_padding_inside(first):
+def test_separate_padding_equals_padding_inside_the_convolution(first):
     config = Config(first_layer=first, **BOUNDS)
     inside, outside = seeded(Net(nn.Identity(), 1), 5), seeded(Net(nn.ZeroPad2d(1), 0), 5)
     x, chosen = images(2, 8), torch.tensor([0, 1])
@@ -75,7 +75,7 @@ def test_padding_outside_is_padding_inside(first):
 @pytest.mark.parametrize(
     "before", [nn.ConstantPad2d(2, 2.0), nn.Sequential(nn.ConstantPad2d(1, -1.0), nn.AvgPool2d(2))]
 )
-def test_zb_gives_a_filled_border_no_share_and_no_pixel_a_negative_one(before):
+def test_zbox_gives_no_share_to_a_filled_border_and_no_negative_share_to_a_pixel(before):
     """Bounds that pass what the pixels pass enclose the values, so that a w - l w+ - h w- >= 0."""
     for seed in range(5):
         net = nn.Sequential(before, nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -113,7 +113,7 @@ def normed(net):
 
 @pytest.mark.parametrize("first", ["ones", "zbox", "alpha1beta0", "flat", "wsquare"])
 @pytest.mark.parametrize("inside", [Scaled, normed])
-def test_a_normalisation_in_the_network_is_one_outside(first, inside):
+def test_normalisation_inside_the_network_equals_normalisation_outside(first, inside):
     net, x, chosen = (
         seeded(Net(nn.AvgPool2d(2)), 7),
         torch.rand(2, 3, 12, 12, dtype=torch.float64),
@@ -130,14 +130,14 @@ def test_a_normalisation_in_the_network_is_one_outside(first, inside):
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
-def test_copied_border_goes_back_where_it_came_from(mode):
+def test_relevance_of_a_copied_border_returns_to_its_source(mode):
     conv = seeded(nn.Conv2d(3, 4, 3, padding=1, padding_mode=mode), 6)
     result = relevance(nn.Sequential(conv, nn.Flatten()), images(2, 6), torch.tensor([3, 20]), report=True)
     assert adds_up(result) < 1e-12
     assert torch.allclose(result.arrived, result.initial)
 
 
-def test_filled_border_between_layers_is_booked_as_dead():
+def test_relevance_of_a_filled_border_between_layers_is_reported_as_dead():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ConstantPad2d(1, 0.5), nn.Conv2d(4, 2, 3), nn.Flatten())
     result = relevance(seeded(net, 7), images(2, 8), torch.tensor([0, 5]), report=True)
     assert adds_up(result) < 1e-9
@@ -157,7 +157,7 @@ def test_border_below_every_value_keeps_no_relevance():
     assert torch.allclose(maps[0], maps[1], atol=1e-14)
 
 
-def test_many_relevances_for_one_image():
+def test_many_relevance_maps_of_one_image_equal_single_maps():
     net = seeded(Net(nn.Sequential(nn.ZeroPad2d(1), nn.AvgPool2d(2))), 9)
     x, seeds = images(1, 8), torch.eye(3, dtype=torch.float64)
     maps = backward(forward(net, x), seeds)
@@ -165,7 +165,7 @@ def test_many_relevances_for_one_image():
     assert torch.allclose(maps, single, atol=1e-14)
 
 
-def test_average_in_place_of_a_max_pool_on_pixels():
+def test_average_pooling_rule_applies_to_a_max_pool_on_pixels():
     net = seeded(Net(nn.MaxPool2d(2)), 10)
     result = relevance(net, images(2, 8), torch.tensor([0, 1]), Config(pooling="average"), report=True)
     assert adds_up(result) < 1e-9

@@ -42,7 +42,7 @@ def test_unknown_block_in_a_resnet_is_named(residual):
         relevance(net, images(1, 64).float(), torch.tensor([0]), Config(residual=residual))
 
 
-def test_product_of_two_equals_has_no_gate():
+def test_product_of_two_equal_factors_is_refused():
     class Square(nn.Module):
         def forward(self, x):
             return x * x
@@ -51,7 +51,7 @@ def test_product_of_two_equals_has_no_gate():
         relevance(Wrapped(Square()).eval(), images().float(), torch.tensor([0, 1]))
 
 
-def test_transformer_is_refused():
+def test_transformer_is_refused_by_name():
     net = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=2).eval()
     with pytest.raises(NotImplementedError, match="no rule for"):
         relevance(net, images(1, 32).float(), torch.tensor([0]))
@@ -76,7 +76,7 @@ def test_forward_pass_that_a_recording_cannot_repeat_is_refused(net):
         relevance(net, x, torch.tensor([0, 1]))
 
 
-def test_logits_from_nowhere():
+def test_logits_that_do_not_depend_on_the_images_are_refused():
     class Constant(nn.Module):
         def forward(self, x):
             return torch.zeros(len(x), 2)
@@ -93,12 +93,12 @@ def test_logits_from_nowhere():
     ({"alpha": 2.0, "beta": 0.0}, "alpha - beta must be 1"),
     ({"eps": -1.0}, "must not be negative"),
 ])  # fmt: skip
-def test_config_names_the_argument(arguments, words):
+def test_error_of_a_wrong_config_names_the_argument(arguments, words):
     with pytest.raises(ValueError, match=words):
         Config(**arguments)
 
 
-def test_wrong_init_target_and_bounds():
+def test_wrong_init_target_and_bounds_are_refused():
     with pytest.raises(ValueError, match="init='softmax'"):
         relevance(plain(), images(), torch.tensor([0, 1]), init="softmax")
     with pytest.raises(ValueError, match=r"targets must lie in 0\.\.2, got 0\.\.3"):
@@ -107,13 +107,13 @@ def test_wrong_init_target_and_bounds():
         relevance(plain(), images(), torch.tensor([0, 1]), Config(first_layer="zbox", low=(0.0,), high=(1.0,)))
 
 
-def test_dilated_max_pool_has_no_average():
+def test_average_pooling_rule_refuses_a_dilated_max_pool():
     net = nn.Sequential(nn.MaxPool2d(2, dilation=2), nn.Flatten())
     with pytest.raises(ValueError, match="dilated max pool '0'"):
         relevance(net, images(1, 6), torch.tensor([0]), Config(pooling="average"))
 
 
-def test_unknown_module_and_unreachable_module():
+def test_unknown_and_unreachable_modules_are_refused():
     trace = forward(small_resnet(), images(1, 16))
     start = torch.ones_like(trace.logits)
     with pytest.raises(KeyError, match="'layer9'"):

@@ -30,7 +30,7 @@ class Excited(nn.Module):
 
 
 @pytest.mark.parametrize("residual", ["ratio", "block", "symmetric"])
-def test_gate_counts_as_the_constant_it_is_on_this_image(residual):
+def test_gate_counts_as_a_constant_with_its_value_on_the_image(residual):
     net = seeded(Excited(), 1)
     x, target = images(1, 8), torch.tensor([1])
     frozen = Excited(net.gate(net.block(x)).detach())
@@ -42,7 +42,7 @@ def test_gate_counts_as_the_constant_it_is_on_this_image(residual):
 
 @pytest.mark.parametrize("gate", ["mul", "residual"])
 @pytest.mark.parametrize("config", [Config(), Config(residual="block")])
-def test_attention_branch_network(gate, config):
+def test_attention_branch_network_sends_no_relevance_to_the_branch(gate, config):
     """Relevance of the perception branch's logits reaches the pixels through the gated features."""
     torch.manual_seed(0)
     backbone = torchvision.models.resnet18(num_classes=3)

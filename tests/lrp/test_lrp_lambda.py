@@ -136,7 +136,7 @@ def test_every_rule_against_matrices_written_out(drawn, rule, batchnorm, seed):
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_simple_rule_is_value_gradient_times_value(stride):
+def test_lrp0_equals_gradient_times_value_of_the_values(stride):
     """From the output itself as relevance, z cancels, and LRP-0 is the gradient of the sum of the outputs."""
     layer = seeded(LambdaLayer(8, dim_k=3, dim_u=2, heads=2, r=5, stride=stride), 3)
     net, x = nn.Sequential(layer, nn.Flatten()), torch.randn(2, 8, 7, 6, dtype=torch.float64)
@@ -149,7 +149,7 @@ def test_simple_rule_is_value_gradient_times_value(stride):
     assert torch.allclose(got, expected.flatten(1, 2), atol=1e-12)
 
 
-def test_values_are_one_convolution_with_its_batchnorm():
+def test_the_value_projection_is_one_convolution_joined_to_its_batchnorm():
     """Queries and keys get nothing: what arrives at x is what the value's own convolution hands on."""
     layer = seeded(LambdaLayer(4, dim_k=3, heads=2, r=3), 5)
     x, r = torch.randn(1, 4, 5, 5, dtype=torch.float64).abs(), torch.rand(1, 100, dtype=torch.float64)
@@ -190,7 +190,7 @@ def adds_up(result):
 @pytest.mark.parametrize("rule", ["zplus", "epsilon", "lrp0", "alphabeta", "gamma", "flat"])
 @pytest.mark.parametrize("residual", ["ratio", "block", "signed"])
 @pytest.mark.parametrize("batchnorm", ["pass", "fold"])
-def test_account_adds_up(rule, residual, batchnorm):
+def test_conservation_report_of_a_lambda_network_adds_up(rule, residual, batchnorm):
     config = Config(rule=rule, residual=residual, batchnorm=batchnorm, first_layer="alpha1beta0", eps=1e-6)
     result = relevance(realistic(slim, dim_u=2, r=5), images(2, 33), TARGETS, config, "one", report=True)
     assert adds_up(result) < 1e-9
@@ -199,7 +199,7 @@ def test_account_adds_up(rule, residual, batchnorm):
 
 @pytest.mark.parametrize("make", [lambda_resnet26, lambda_resnet50])
 @pytest.mark.parametrize("config", [Config(), Config(residual="block", block_weights="zplus")])
-def test_lambda_resnets_conserve(make, config):
+def test_lambda_resnets_conserve_relevance(make, config):
     result = relevance(realistic(make, num_classes=10), images(1, 65), torch.tensor([4]), config, "one", report=True)
     assert float((result.arrived + result.leaked - result.initial).abs()) < 1e-6
     assert adds_up(result) < 1e-9
@@ -209,7 +209,7 @@ def test_lambda_resnets_conserve(make, config):
 
 @pytest.mark.parametrize(("gate", "branch"), [("mul", "labn"), ("residual", "abn")])
 @pytest.mark.parametrize("residual", ["ratio", "block"])
-def test_attention_branch_networks_on_lambda_layers(gate, branch, residual):
+def test_attention_branch_networks_on_lambda_layers_send_no_relevance_to_the_branch(gate, branch, residual):
     """The strict gate hides half of the positions; relevance passes the others, and none goes to the branch."""
     net = realistic(branched, gate=gate, branch=branch)
     x = images(2, 64)
@@ -223,7 +223,7 @@ def test_attention_branch_networks_on_lambda_layers(gate, branch, residual):
     assert not any("attention_branch" in entry.name for entry in result.entries)
 
 
-def test_magnetogram_network():
+def test_magnetogram_network_conserves_relevance():
     net, x = realistic(magnetogram_net), images(2, 128)[:, :1]
     result = relevance(net, x, TARGETS, Config(), "one", report=True)
     assert adds_up(result) < 1e-9
@@ -231,7 +231,7 @@ def test_magnetogram_network():
 
 
 @pytest.mark.parametrize("config", [Config(), Config(rule="epsilon", batchnorm="fold"), Config(residual="block")])
-def test_calls_batches_and_formulations_change_nothing(config):
+def test_relevance_does_not_depend_on_calls_batches_and_formulations(config):
     net, x = realistic(slim), images(3, 40)
     targets = torch.tensor([0, 2, 1])
     found = relevance(net, x, targets, config).relevance
@@ -246,7 +246,7 @@ def test_calls_batches_and_formulations_change_nothing(config):
         assert torch.allclose(relevance(net, x, targets, config).relevance / size, found / size, atol=1e-9)
 
 
-def test_many_maps_over_one_forward():
+def test_many_relevance_maps_of_one_forward_equal_single_maps():
     net = realistic(slim)
     trace = forward(net, images(1, 33))
     seeds = torch.eye(3, dtype=torch.float64)
@@ -255,7 +255,7 @@ def test_many_maps_over_one_forward():
         assert torch.allclose(together[row : row + 1], backward(trace, seeds[row : row + 1]), atol=1e-14)
 
 
-def test_single_precision_follows_double():
+def test_single_precision_is_close_to_double():
     net, x = realistic(slim), images(2, 40)
     wanted = relevance(net, x, TARGETS, init="one").relevance
     got = relevance(net.float(), x.float(), TARGETS, init="one").relevance

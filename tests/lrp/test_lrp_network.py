@@ -25,14 +25,14 @@ def adds_up(result):
 @pytest.mark.parametrize("rule", ["zplus", "epsilon", "lrp0", "alphabeta", "gamma"])
 @pytest.mark.parametrize("residual", RESIDUALS)
 @pytest.mark.parametrize("batchnorm", ["pass", "fold"])
-def test_account_adds_up(rule, residual, batchnorm):
+def test_conservation_report_adds_up(rule, residual, batchnorm):
     config = Config(rule=rule, residual=residual, batchnorm=batchnorm, first_layer="alpha1beta0", eps=1e-6)
     result = relevance(small_resnet(1), images(2, 17), torch.tensor([1, 3]), config, report=True)
     assert adds_up(result) < 1e-9
 
 
 @pytest.mark.parametrize("first", ["ones", "zbox", "alpha1beta0", "flat", "wsquare", "epsilon", "same"])
-def test_account_adds_up_for_every_first_layer_rule(first):
+def test_conservation_report_adds_up_for_every_first_layer_rule(first):
     config = Config(first_layer=first, low=(-9.0,) * 3, high=(9.0,) * 3)
     result = relevance(small_resnet(1), images(2, 17), torch.tensor([1, 3]), config, report=True)
     assert adds_up(result) < 1e-11
@@ -89,7 +89,7 @@ def timm_network(name):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("residual", ["ratio", "block"])
-def test_timm_networks(name, residual):
+def test_timm_networks_conserve(name, residual):
     net = timm_network(name).eval()
     for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
         nn.init.uniform_(norm.weight, 0.3, 1, generator=torch.Generator().manual_seed(0))
@@ -101,7 +101,7 @@ def test_timm_networks(name, residual):
         assert float(result.arrived / result.initial) > 0.999
 
 
-def test_simple_rule_is_gradient_times_input_on_a_bias_free_relu_network():
+def test_lrp0_is_gradient_times_input_on_a_bias_free_relu_network():
     net, x = plain(), images(3, 11)
     config = Config(rule="lrp0", first_layer="same")
     leaf = x.clone().requires_grad_()
@@ -131,7 +131,7 @@ def test_batches_chunks_and_second_calls_give_the_same_maps(residual):
         assert all(len(entry.arriving) == 5 for entry in parts.entries)
 
 
-def test_nothing_about_the_model_changes():
+def test_propagation_does_not_change_the_model():
     net = small_resnet(4).train()
     net.third.one_norm.eval()
     net.head.weight.grad = torch.ones_like(net.head.weight)

@@ -37,7 +37,7 @@ def geometries(draw):
     st.booleans(),
     st.integers(0, 2**31),
 )
-def test_both_directions_equal_the_plain_convolution(geometry, transform, folded, seed):
+def test_packed_convolution_and_its_transpose_equal_the_plain_ones(geometry, transform, folded, seed):
     inputs, outputs, kernel, options = geometry
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(outputs, inputs // options["groups"], *kernel, generator=generator)
@@ -65,7 +65,7 @@ def test_both_directions_equal_the_plain_convolution(geometry, transform, folded
 
 @pytest.mark.parametrize("config", [{}, {"residual": "block"}, {"rule": "epsilon", "batchnorm": "fold"}], ids=str)
 @pytest.mark.parametrize("network", ["resnet18", "resnext50_32x4d"])
-def test_the_maps_of_a_network_are_those_of_float64(network, config):
+def test_maps_with_packed_convolutions_are_close_to_float64(network, config):
     torch.manual_seed(0)
     model = torchvision.models.get_model(network, num_classes=5).eval()
     images, targets = torch.randn(3, 3, 65, 65), torch.tensor([0, 3, 4])

@@ -19,7 +19,7 @@ numbers = st.lists(st.floats(-1e3, 1e3, allow_nan=False), min_size=3, max_size=3
 
 @settings(max_examples=50, deadline=None)
 @given(numbers, numbers, st.sampled_from(sorted(SHARES)), st.booleans())
-def test_the_two_parts_of_a_junction_add_up(f, s, rule, identity):
+def test_the_two_shares_of_a_residual_sum_add_up_to_its_relevance(f, s, rule, identity):
     f, s = torch.tensor(f, dtype=torch.float64), torch.tensor(s, dtype=torch.float64)
     before = f.clone(), s.clone()
     part = SHARES[rule](f, s, ResidualSum(0, identity))
@@ -76,7 +76,7 @@ def test_deep_branch_gets_its_fixed_share_whatever_the_order_of_the_sum(rule, id
 
 @pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in ("block", "duplicate")])
 @pytest.mark.parametrize("identity", [True, False])
-def test_what_the_branches_receive_adds_up_to_what_arrived(rule, identity):
+def test_relevance_of_the_branches_adds_up_to_the_arriving_relevance(rule, identity):
     skip = nn.Identity() if identity else nn.Conv2d(3, 3, 1)
     net = seeded(Sum(nn.Conv2d(3, 3, 3, padding=1), skip), 2)
     trace = forward(net, images(2, 4), Config(residual=rule))
@@ -92,7 +92,7 @@ def test_what_the_branches_receive_adds_up_to_what_arrived(rule, identity):
     assert torch.allclose(conservation.entries[0].delivered, conservation.entries[0].arriving, atol=1e-9)
 
 
-def test_duplicate_doubles_and_says_so():
+def test_duplicate_rule_reports_the_doubled_relevance_as_copied():
     net = seeded(Sum(nn.Conv2d(3, 2, 1, bias=False), nn.Conv2d(3, 2, 1, bias=False)), 1)
     conservation = ConservationReport()
     r = torch.rand(1, 32, dtype=torch.float64)
@@ -126,7 +126,7 @@ def block_by_hand(block, x, r, eps):
     return x.detach() * torch.autograd.grad(y, x, r / (y.detach() + eps))[0]
 
 
-def test_block_rule_is_its_formula():
+def test_block_rule_equals_its_formula():
     block = seeded(Block(3, 5, 2), 2)
     x, eps = images(2, 6), 1e-3
     net = nn.Sequential(block, nn.Flatten())
@@ -136,7 +136,7 @@ def test_block_rule_is_its_formula():
 
 
 @pytest.mark.parametrize("first", ["ones", "flat", "wsquare", "zbox", "alpha1beta0"])
-def test_a_block_at_the_pixels_leaves_the_first_layer_its_rule(first):
+def test_a_block_at_the_pixels_does_not_replace_the_first_layer_rule(first):
     """Inside of a region there is no place for a rule of the pixels, so that this block shares by `ratio`."""
     net = seeded(nn.Sequential(Block(3, 5, 2), Block(5, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten()), 2)
     x = images(2, 8)
@@ -164,7 +164,7 @@ class LongSkip(nn.Module):
         return self.head(torch.cat([out.mean((2, 3)), low.mean((2, 3))], 1))
 
 
-def test_a_block_inside_of_one_that_is_none_is_found():
+def test_a_block_inside_an_open_block_is_found():
     net, x = seeded(LongSkip()), images(2, 8)
     assert len(find_blocks(plan_for(net, x).graph)) == 2
     maps = [relevance(net, x, torch.tensor([0, 1]), Config(residual=r)).relevance for r in ("block", "ratio")]
@@ -180,12 +180,12 @@ class Crossed(LongSkip):
         return self.head(torch.cat([(deep + x).mean((2, 3)), deep.mean((2, 3))], 1))
 
 
-def test_sums_without_any_block_are_told():
+def test_block_rule_warns_for_sums_that_form_no_block():
     with pytest.warns(UserWarning, match="finds no residual block in this network"):
         relevance(seeded(Crossed()), images(2, 8), torch.tensor([0, 1]), Config(residual="block"))
 
 
-def test_row_of_blocks_telescopes_to_one_gradient():
+def test_consecutive_blocks_telescope_to_one_gradient():
     """With eps -> 0 the rule applied block by block is one plain gradient through the whole row."""
     net = small_resnet(3)
     x, config = images(2, 16), Config(residual="block", eps=1e-13, eps_mode="absolute")
@@ -256,7 +256,7 @@ class ClampedBlock(nn.Module):
 
 
 @pytest.mark.parametrize("out", [3, 5])
-def test_clamped_block_is_its_formula_and_conserves(out):
+def test_clamped_block_equals_its_formula_and_conserves(out):
     block = seeded(Block(3, out, 1 if out == 3 else 2), 6)
     block.one_norm.weight.data[:2] *= -1
     x = images(2, 6).abs()
@@ -273,7 +273,7 @@ def test_clamped_block_is_its_formula_and_conserves(out):
     assert (got >= 0).all()
 
 
-def test_row_of_clamped_blocks_goes_block_by_block_and_leaves_the_forward_pass_alone():
+def test_consecutive_clamped_blocks_are_propagated_one_by_one_with_the_true_forward_values():
     """What a clamped block makes is not what the next one is given, so every block divides by its own output."""
     net, x = small_resnet(3), images(2, 16)
     config = Config(residual="block", first_layer="same", block_weights="zplus", eps=1e-13, eps_mode="absolute")
@@ -296,7 +296,7 @@ def test_clamped_block_conserves_through_the_whole_network():
     assert (result.relevance >= 0).all()
 
 
-def test_block_weights_belong_to_the_block_rule():
+def test_block_weights_without_the_block_rule_are_refused():
     with pytest.raises(ValueError, match="block_weights='zplus' needs residual='block', got 'ratio'"):
         Config(block_weights="zplus")
     with pytest.raises(ValueError, match="block_weights='plus' is not one of"):

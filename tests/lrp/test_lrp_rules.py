@@ -97,7 +97,7 @@ def propagate(net, x, r, **config):
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("rule", DENSE)
 @pytest.mark.parametrize("positive", [True, False])
-def test_rule_is_its_formula_on_the_dense_matrix(layer, rule, positive):
+def test_rule_equals_its_formula_on_the_dense_matrix(layer, rule, positive):
     module, shape = LAYERS[layer]
     seeded(module, 3)
     x = torch.randn(2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
@@ -111,7 +111,7 @@ def test_rule_is_its_formula_on_the_dense_matrix(layer, rule, positive):
 
 
 @pytest.mark.parametrize("rule", FIRST)
-def test_first_layer_rules(rule):
+def test_first_layer_rule_equals_its_formula_on_the_dense_matrix(rule):
     module, shape = LAYERS["conv"]
     seeded(module, 4)
     x = images(1, 6)[:, :, :, :5].clamp(-4, 3)
@@ -121,7 +121,7 @@ def test_first_layer_rules(rule):
     assert torch.allclose(got.flatten(), FIRST[rule](x.flatten(), w, b, r[0]), atol=1e-11)
 
 
-def test_simple_rule_divides_by_the_output_alone():
+def test_lrp0_divides_by_the_output_without_a_stabiliser():
     module = seeded(nn.Linear(6, 4), 5)
     x = torch.randn(1, 6, 1, 1, dtype=torch.float64)
     r = torch.randn(1, 4, dtype=torch.float64)
@@ -131,7 +131,7 @@ def test_simple_rule_divides_by_the_output_alone():
     assert torch.allclose(backward(trace, r).flatten(), expected)
 
 
-def test_simple_rule_loses_what_arrives_at_a_zero_output():
+def test_lrp0_reports_relevance_of_a_zero_output_as_dead():
     module = nn.Linear(2, 2, bias=False).double()
     module.weight.data = torch.tensor([[1.0, -1.0], [1.0, 2.0]], dtype=torch.float64)
     x = torch.ones(1, 2, 1, 1, dtype=torch.float64)
@@ -142,7 +142,7 @@ def test_simple_rule_loses_what_arrives_at_a_zero_output():
     assert conservation.entries[0].dead.tolist() == [5.0]
 
 
-def test_epsilon_leak_formula():
+def test_reported_eps_leak_equals_its_formula():
     module = seeded(nn.Linear(5, 3, bias=False), 6)
     x = torch.randn(4, 5, 1, 1, dtype=torch.float64)
     r = torch.randn(4, 3, dtype=torch.float64)
@@ -153,7 +153,7 @@ def test_epsilon_leak_formula():
     assert torch.allclose(backward(trace, r).flatten(1).sum(1), (r * z / stable(z)).sum(1), atol=1e-12)
 
 
-def test_relative_eps_follows_each_sample_alone():
+def test_relative_eps_depends_on_its_own_sample_only():
     module = seeded(nn.Linear(5, 3), 6)
     x = torch.randn(2, 5, 1, 1, dtype=torch.float64)
     r = torch.randn(2, 3, dtype=torch.float64)
@@ -166,7 +166,7 @@ def test_relative_eps_follows_each_sample_alone():
 
 
 @pytest.mark.parametrize("folded", [True, False])
-def test_batchnorm_pass_and_fold(folded):
+def test_batchnorm_is_passed_or_folded_as_configured(folded):
     """Folding multiplies the weights by g / sqrt(v + e) before z+ clamps them; passing leaves both out of it."""
     conv, norm = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
     net = seeded(nn.Sequential(nn.ReLU(), conv, norm, nn.Flatten()), 7)
@@ -182,7 +182,7 @@ def test_batchnorm_pass_and_fold(folded):
 
 
 @pytest.mark.parametrize("pooling", ["winner", "average"])
-def test_max_pool(pooling):
+def test_max_pool_gives_relevance_to_the_winner_or_to_the_average(pooling):
     x = images(1, 5).abs()
     net = nn.Sequential(nn.MaxPool2d(3, 2, 1), nn.Flatten())
     r = torch.rand(1, 27, dtype=torch.float64)
@@ -196,7 +196,7 @@ def test_max_pool(pooling):
         assert torch.allclose(got.flatten(2), expected)
 
 
-def test_average_pool_shares_by_activation():
+def test_average_pool_divides_relevance_by_activation():
     x = images(1, 4).abs()
     r = torch.rand(1, 3, dtype=torch.float64)
     got = propagate(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), x, r, first_layer="same")
@@ -204,7 +204,7 @@ def test_average_pool_shares_by_activation():
     assert torch.allclose(got, x / 16 * (r / (mean + EPS))[..., None, None])
 
 
-def test_many_relevance_maps_over_one_forward():
+def test_many_relevance_maps_of_one_forward_equal_single_maps():
     """T seeds over one image give what T single sweeps give."""
     net = seeded(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 5)), 8)
     trace = forward(net, images(1, 8))

@@ -35,7 +35,7 @@ def photographs(data_root):
 
 
 @pytest.mark.data
-def test_defaults_deliver_nearly_everything(trained, photographs):
+def test_defaults_deliver_nearly_all_relevance_to_the_pixels(trained, photographs):
     targets = trained(photographs).argmax(1)
     result = relevance(trained, photographs, targets, report=True)
     share = result.arrived / result.initial
@@ -49,7 +49,7 @@ def test_defaults_deliver_nearly_everything(trained, photographs):
 
 
 @pytest.mark.data
-def test_block_rule_is_far_from_conserving_and_its_account_still_holds(trained, photographs):
+def test_block_rule_does_not_conserve_but_its_report_adds_up(trained, photographs):
     x = photographs[:1].double()
     targets = trained(photographs[:1]).argmax(1)
     result = relevance(trained, x, targets, Config(residual="block"), report=True)

@@ -44,7 +44,7 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("config", [Config(), Config(residual="block"), Config(rule="epsilon", first_layer="epsilon")])
-def test_view_is_a_rearrangement(way, config):
+def test_view_hands_relevance_on_by_position(way, config):
     viewed, reference = (seeded(LeNet(arrange), 3) for arrange in WAYS[way])
     result, expected = (
         relevance(net, images(2, 8), torch.tensor([0, 2]), config, report=True) for net in (viewed, reference)
@@ -53,7 +53,7 @@ def test_view_is_a_rearrangement(way, config):
     assert adds_up(result) < 1e-9
 
 
-def test_channel_shuffle_of_torchvision():
+def test_torchvisions_channel_shuffle_hands_relevance_on_by_position():
     torch.manual_seed(0)
     net = torchvision.models.shufflenet_v2_x0_5(num_classes=4).double().eval()
     result = relevance(net, images(2, 64), torch.tensor([0, 3]), report=True)
@@ -61,7 +61,7 @@ def test_channel_shuffle_of_torchvision():
     assert adds_up(result) < 1e-9
 
 
-def test_view_of_other_bits_is_named():
+def test_view_as_another_dtype_is_refused_by_name():
     class Bits(nn.Module):
         def forward(self, x):
             return x.flatten(1)[:, :3].contiguous().view(torch.float64) + 0.0

@@ -42,7 +42,7 @@ def network(middle, width=4):
     return seeded(Net(), 2)
 
 
-def test_the_product_is_the_plain_one_with_all_its_gradients():
+def test_weighted_equals_the_plain_product_and_its_gradients():
     value = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
     attention = torch.rand(2, 4, 5, dtype=torch.float64, requires_grad=True)
     found, wanted = weighted(value, Dense, attention), attention @ value
@@ -68,7 +68,7 @@ def test_attention_is_read_as_a_linear_layer_with_these_weights(rule, residual):
 
 
 @pytest.mark.parametrize("rule", ["zplus", "epsilon"])
-def test_heads_that_share_their_values(rule):
+def test_relevance_of_values_shared_by_heads_adds_up(rule):
     """Broadcasting a value equals copying it: it gets what all of its copies get."""
 
     class Heads(nn.Module):
@@ -97,7 +97,7 @@ BESIDE = {
 
 @pytest.mark.parametrize("name", BESIDE)
 @pytest.mark.parametrize("block_weights", ["signed", "zplus"])
-def test_what_makes_weights_keeps_its_value_where_it_carries_relevance_too(name, block_weights):
+def test_constants_keep_their_true_value_where_they_also_carry_relevance(name, block_weights):
     """One value inside a block both carries relevance and is a constant: as if the constant had been given."""
 
     class Middle(nn.Module):
@@ -120,7 +120,7 @@ def test_what_makes_weights_keeps_its_value_where_it_carries_relevance_too(name,
     assert torch.allclose(found.arrived + found.leaked, found.initial, atol=1e-9)
 
 
-def test_transposes_by_attribute_are_known():
+def test_transposes_by_attribute_are_recorded():
     class Short(Attention):
         def forward(self, x):
             query, key, value = self.qkv(x.flatten(2).mT).chunk(3, -1)
@@ -173,7 +173,7 @@ def test_a_plain_product_of_two_branches_is_still_refused_by_name(residual):
         relevance(network(Plain()), images(1, 6), torch.tensor([0]), Config(residual=residual))
 
 
-def test_values_weighed_by_themselves_are_refused():
+def test_a_value_that_is_also_a_constant_is_refused():
     class Self(nn.Module):
         def forward(self, x):
             return weighted(x, Dense, x)
@@ -213,7 +213,7 @@ WHOLE = {
 
 @pytest.mark.parametrize("name", [*CUTS, *WHOLE])
 @pytest.mark.parametrize("batchnorm", ["pass", "fold"])
-def test_a_layer_for_several_things_is_taken_apart_where_it_is_only_cut(name, batchnorm):
+def test_a_layer_is_split_if_its_output_is_only_cut_along_channels(name, batchnorm):
     net, x = network(Cut({**CUTS, **WHOLE}[name])), images(2, 6)
     config = Config(rule="epsilon", batchnorm=batchnorm, first_layer="same")
     result = relevance(net, x, torch.tensor([0, 1]), config, "one", report=True)
@@ -224,7 +224,7 @@ def test_a_layer_for_several_things_is_taken_apart_where_it_is_only_cut(name, ba
     assert ("middle.both" in plan_for(net, x).graph.outputs) is (name not in CUTS)
 
 
-def test_taken_apart_equals_two_layers():
+def test_a_split_layer_equals_two_layers():
     """With fold, each half's BatchNorm is a part of it."""
     net, x = network(Cut(CUTS["chunk"])), images(2, 6)
     apart = network(Cut(lambda pair: pair))
@@ -262,6 +262,6 @@ def test_the_mirrored_transform_is_the_one_that_a_negative_factor_leaves(transfo
     assert torch.equal(transform(-3 * weight), -3 * transform.mirrored(weight))
 
 
-def test_weights_cannot_be_made_without_their_two_directions():
+def test_weights_are_abstract_without_apply_and_adjoint():
     with pytest.raises(TypeError, match="abstract"):
         Weights()

@@ -86,12 +86,14 @@ def torchcam_map(name: str, model: nn.Module, images: Tensor, **options: Any) ->
     ("name", "explainer"),
     [("GradCAM", GradCAM("stage")), ("XGradCAM", XGradCAM("stage"))],
 )
-def test_torchcam(name: str, explainer: Explainer, model: nn.Module, images: Tensor) -> None:
+def test_class_activation_maps_equal_torchcams(
+    name: str, explainer: Explainer, model: nn.Module, images: Tensor
+) -> None:
     expected = torchcam_map(name, model, images).relu()
     assert torch.allclose(unit(ours(explainer, model, images)), unit(expected), atol=1e-3)
 
 
-def test_torchcam_scorecam(model: nn.Module, images: Tensor) -> None:
+def test_scorecam_equals_torchcams(model: nn.Module, images: Tensor) -> None:
     expected = torchcam_map("ScoreCAM", model, images, batch_size=8).relu()
     assert torch.allclose(unit(ours(ScoreCAM("stage"), model, images)), unit(expected), atol=2e-2)
 
@@ -137,7 +139,9 @@ def grad_cam_map(name: str, model: nn.Module, images: Tensor, **options: Any) ->
 
 
 @pytest.mark.parametrize(("name", "explainer"), [("GradCAM", GradCAM("stage")), ("XGradCAM", XGradCAM("stage"))])
-def test_grad_cam(name: str, explainer: Explainer, model: nn.Module, images: Tensor) -> None:
+def test_class_activation_maps_equal_grad_cams(
+    name: str, explainer: Explainer, model: nn.Module, images: Tensor
+) -> None:
     expected = grad_cam_map(name, model, images).relu()
     model.zero_grad()
     assert torch.allclose(ours(explainer, model, images), expected, rtol=1e-4, atol=1e-8)
@@ -151,7 +155,7 @@ def test_grad_cam_plus_plus_is_wrong_by_its_fixed_epsilon(model: nn.Module, stee
     assert (unit(ours(explainer, model, images)) - unit(small)).abs().max() > 2e-3
 
 
-def test_grad_cam_ablation(model: nn.Module, images: Tensor) -> None:
+def test_ablationcam_equals_grad_cams(model: nn.Module, images: Tensor) -> None:
     """grad-cam divides by y_c as we do."""
     pytest.importorskip("pytorch_grad_cam", reason="grad-cam is not installed")
     from pytorch_grad_cam import AblationCAM as Theirs

@@ -32,26 +32,26 @@ def ours(explainer: Explainer, model: nn.Module, images: Tensor) -> Tensor:
         return explainer.attribute(model, images, TARGETS, None)
 
 
-def test_gradient(model: nn.Module, images: Tensor) -> None:
+def test_gradient_equals_captums(model: nn.Module, images: Tensor) -> None:
     expected = attr.Saliency(model).attribute(images, TARGETS, abs=False).sum(1)
     assert torch.allclose(ours(Gradient(), model, images), expected, atol=1e-12)
     largest = attr.Saliency(model).attribute(images, TARGETS, abs=True).amax(1)
     assert torch.allclose(ours(Gradient("max_abs"), model, images), largest, atol=1e-12)
 
 
-def test_gradient_times_input(model: nn.Module, images: Tensor) -> None:
+def test_gradient_times_input_equals_captums(model: nn.Module, images: Tensor) -> None:
     expected = attr.InputXGradient(model).attribute(images, TARGETS).sum(1)
     assert torch.allclose(ours(GradientTimesInput(), model, images), expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("n_steps", [3, 50])
-def test_integrated_gradients(n_steps: int, model: nn.Module, images: Tensor) -> None:
+def test_integrated_gradients_equal_captums(n_steps: int, model: nn.Module, images: Tensor) -> None:
     expected = attr.IntegratedGradients(model).attribute(images, 0.1, TARGETS, n_steps=n_steps).sum(1)
     assert torch.allclose(ours(IntegratedGradients(n_steps, 0.1), model, images), expected, atol=1e-8)
 
 
 @pytest.mark.parametrize(("window", "stride"), [(6, 6), (7, 4)])
-def test_occlusion(window: int, stride: int, model: nn.Module, images: Tensor) -> None:
+def test_occlusion_equals_captums(window: int, stride: int, model: nn.Module, images: Tensor) -> None:
     single = copy.deepcopy(model).float()  # captum's own mask is float32
     expected = attr.Occlusion(single).attribute(
         images.float(), (3, window, window), (3, stride, stride), baselines=0.2, target=TARGETS

@@ -37,7 +37,7 @@ def by_zennit(rules, net, x, start):
 
 
 @pytest.mark.parametrize("rule", ["epsilon", "zplus", "gamma", "alphabeta"])
-def test_zennit_on_a_vgg(rule):
+def test_relevance_of_a_vgg_equals_zennits(rule):
     rules = pytest.importorskip("zennit.rules", reason="zennit is not installed")
     net, (x, targets) = vgg(), batch()
     stabilised = {"stabilizer": 1e-6}
@@ -57,7 +57,7 @@ def test_zennit_on_a_vgg(rule):
     assert torch.allclose(got, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
 
 
-def test_captum_epsilon_on_a_vgg():
+def test_epsilon_relevance_of_a_vgg_equals_captums():
     captum = pytest.importorskip("captum.attr", reason="captum is not installed")
     from captum.attr._utils.lrp_rules import EpsilonRule
 

@@ -64,7 +64,9 @@ def theirs(metric, model: nn.Module, images: Tensor, maps: Tensor, masks: Tensor
         ("RelevanceRankAccuracy", relevance_rank),
     ],
 )
-def test_localisation(name: str, ours, model: nn.Module, images: Tensor, maps: Tensor, masks: Tensor) -> None:
+def test_localisation_metrics_equal_those_of_quantus(
+    name: str, ours, model: nn.Module, images: Tensor, maps: Tensor, masks: Tensor
+) -> None:
     focused = maps + masks * torch.tensor([1.0, 0, 0.1, 1])[:, None, None]
     expected = theirs(getattr(quantus, name)(**QUIET), model, images, focused, masks)
     assert ours(focused, masks).numpy() == pytest.approx(expected, abs=1e-6)
@@ -81,7 +83,7 @@ def test_pointing_game_where_quantus_is_wrong(model: nn.Module, images: Tensor, 
     assert torch.allclose(pointing_game(constant, masks), share)
 
 
-def test_sparseness(model: nn.Module, images: Tensor, maps: Tensor) -> None:
+def test_sparseness_equals_that_of_quantus(model: nn.Module, images: Tensor, maps: Tensor) -> None:
     signed = maps - 0.5
     metric = quantus.Sparseness(abs=True, normalise=False, **QUIET)
     expected = theirs(metric, model, images, signed)

@@ -55,7 +55,7 @@ def naive(model, images, ranks, counts, fill, keep):
 @pytest.mark.parametrize("keep", ["first", "rest"])
 @pytest.mark.parametrize("fill_shape", [(1, 3, 1, 1), (1, 3, 6, 6), (2, 3, 1, 1), (2, 3, 6, 6)])
 @pytest.mark.parametrize("fold", [True, False])
-def test_masked_is_the_naive_loop(model, images, ranks, keep, fill_shape, fold):
+def test_masked_logits_equal_a_loop_over_the_steps(model, images, ranks, keep, fill_shape, fold):
     fill = torch.randn(fill_shape, dtype=torch.float64)
     engine = PerturbationEngine.for_model(model, images, fold=fold)
     assert engine.folded is fold
@@ -101,7 +101,7 @@ def test_equal_pixel_sets_of_different_patch_sizes_run_once(model, images):
     assert engine.forwards == before
 
 
-def test_different_fills_are_kept_apart_and_equal_ones_recognised(model, images, ranks):
+def test_different_fills_are_distinguished_and_equal_ones_recognised(model, images, ranks):
     engine = PerturbationEngine.for_model(model, images)
     black = engine.masked(ranks, COUNTS, torch.zeros(1, 3, 1, 1))
     white = engine.masked(ranks, COUNTS, torch.ones(1, 3, 1, 1))
@@ -111,7 +111,7 @@ def test_different_fills_are_kept_apart_and_equal_ones_recognised(model, images,
     assert engine.forwards == 12
 
 
-def test_some_samples_of_the_batch(model, images, ranks):
+def test_logits_of_some_samples_equal_those_of_the_whole_batch(model, images, ranks):
     fill = torch.randn(2, 3, 6, 6, dtype=torch.float64)
     engine = PerturbationEngine.for_model(model, images)
     some = engine.masked(ranks[1:], COUNTS, fill, samples=torch.tensor([1]))
@@ -125,7 +125,7 @@ def test_logits_do_not_depend_on_the_chunk(model, images, ranks, chunk_size):
     assert torch.allclose(one, PerturbationEngine.for_model(model, images).masked(ranks, COUNTS, 0.0), atol=1e-12)
 
 
-def test_soft_tells_binary_weights_apart():
+def test_soft_distinguishes_different_binary_weights():
     """Of 20 000 binary masks each gets its own logits, none those of another mask."""
     generator = torch.Generator().manual_seed(0)
     images = torch.ones(1, 1, 8, 8, dtype=torch.float64)
@@ -192,7 +192,7 @@ def test_a_chunk_of_one_that_does_not_fit_raises(images):
         PerturbationEngine(forward, images).original()
 
 
-def test_other_errors_pass(images):
+def test_errors_other_than_out_of_memory_are_raised(images):
     def forward(batch):
         raise RuntimeError("shapes do not match")
 
@@ -201,7 +201,7 @@ def test_other_errors_pass(images):
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
 
 
-def test_the_model_is_left_as_it_was(model, images, ranks):
+def test_the_model_is_not_changed(model, images, ranks):
     model.train()
     model.head.eval()
     before = {name: (tensor.clone(), tensor._version) for name, tensor in model.state_dict(keep_vars=True).items()}
@@ -238,19 +238,19 @@ def test_bf16_is_close_and_keeps_the_images_dtype(images, ranks):
     ("options", "message"),
     [({"precision": "fp8"}, "precision must be one of"), ({"chunk_size": 0}, "chunk_size must be at least 1")],
 )
-def test_bad_options_are_named(model, images, options, message):
+def test_bad_options_are_refused_by_name(model, images, options, message):
     with pytest.raises(ValueError, match=message):
         PerturbationEngine.for_model(model, images, **options)
 
 
-def test_bad_shapes_are_named(model, images, ranks):
+def test_bad_shapes_are_refused_by_name(model, images, ranks):
     with pytest.raises(ValueError, match="images must be floating"):
         PerturbationEngine.for_model(model, images[0])
     with pytest.raises(ValueError, match="fill must be broadcastable"):
         PerturbationEngine.for_model(model, images).masked(ranks, COUNTS, torch.zeros(1, 3, 4, 4))
 
 
-def test_it_works_inside_inference_mode_and_with_gradients_on(model, images, ranks):
+def test_logits_do_not_depend_on_inference_mode_and_gradient_mode(model, images, ranks):
     outside = PerturbationEngine.for_model(model, images).masked(ranks, COUNTS, 0.0)
     assert not outside.requires_grad
     with torch.inference_mode():
@@ -258,7 +258,7 @@ def test_it_works_inside_inference_mode_and_with_gradients_on(model, images, ran
     assert torch.equal(outside, inside)
 
 
-def test_logits_that_are_nan_are_told(images):
+def test_nan_logits_cause_a_warning_with_their_samples(images):
     class Broken(nn.Module):
         """NaN where the upper left pixel is hidden."""
 

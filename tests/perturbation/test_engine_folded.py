@@ -64,7 +64,7 @@ def norms(model: nn.Module) -> int:
     return sum(isinstance(module, _BatchNorm) for module in model.modules())
 
 
-def test_folding_is_exact_and_leaves_only_what_no_convolution_feeds(probe):
+def test_folding_is_exact_and_leaves_only_batchnorms_without_a_convolution_before_them(probe):
     model = settle(Block().double())
     with torch.no_grad():
         folded = fold_batchnorm(model, probe)
@@ -188,14 +188,14 @@ def test_a_copy_is_made_again_after_edits_of_settings_modules_and_hooks(probe):
             assert not torch.allclose(before.copy(probe), model(probe), atol=1e-3), name
 
 
-def test_what_a_forward_pass_writes_on_the_model_makes_no_new_copy(probe):
+def test_attributes_written_in_a_forward_pass_do_not_cause_a_new_copy(probe):
     model = Scaled().double()
     first = fast_copy(model, probe)
     model(probe)
     assert fast_copy(model, probe) is first
 
 
-def test_what_a_backward_pass_writes_on_the_model_makes_no_new_copy_for_every_batch(probe):
+def test_attributes_written_in_a_backward_pass_do_not_cause_a_new_copy_per_batch(probe):
     class Remembering(Scaled):
         """Keeps the gradient of its features, as explanations of transformers do."""
 
@@ -213,14 +213,14 @@ def test_what_a_backward_pass_writes_on_the_model_makes_no_new_copy_for_every_ba
     assert copies[1] is copies[2] is copies[3]
 
 
-def test_a_setting_may_hold_itself(probe):
+def test_a_setting_that_contains_itself_is_fingerprinted(probe):
     model = Scaled().double()
     model.by_name["self"] = model.by_name
     first = fast_copy(model, probe)
     assert fast_copy(model, probe) is first
 
 
-def test_a_forward_of_the_instance_s_own_is_what_runs(probe):
+def test_a_forward_set_on_the_instance_is_run(probe):
     """Its function is bound to the layers of the model itself, which a copy would run too."""
     model = Scaled().double()
     before = fast_copy(model, probe)
@@ -230,7 +230,7 @@ def test_a_forward_of_the_instance_s_own_is_what_runs(probe):
     assert not after.form.copied
 
 
-def test_layers_that_a_function_holds_are_run_in_eval_mode_and_learn_nothing(probe):
+def test_layers_held_by_a_function_run_in_eval_mode_and_are_not_changed(probe):
     """`copy.deepcopy` keeps functions, so that a copy would run, and train, the model's own layers."""
     model = settle(Block().double())
     forward = model.forward
@@ -260,7 +260,7 @@ def _load(model: nn.Module) -> None:
     model.load_state_dict({name: value + 0.1 if value.is_floating_point() else value for name, value in state.items()})
 
 
-def test_the_copy_goes_with_its_model(probe):
+def test_the_copy_is_freed_with_its_model(probe):
     model = settle(Block().double())
     copy = weakref.ref(fast_copy(model, probe).copy)
     plain = weakref.ref(model)
@@ -276,7 +276,7 @@ def test_the_choice_depends_on_no_image_content(probe):
     assert fast_copy(model, torch.full_like(probe, torch.nan)).form.folded
 
 
-def test_weights_under_a_parametrization_stay(probe):
+def test_parametrized_weights_are_not_folded(probe):
     model = settle(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten()).double())
     nn.utils.parametrizations.weight_norm(model[0])
     with torch.no_grad():

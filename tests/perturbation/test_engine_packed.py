@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not can_pack(PROBE, torch.float32), reason="this
     "options",
     [{}, {"stride": 2, "padding": 1}, {"dilation": (2, 1)}, {"groups": 2, "bias": False}, {"kernel_size": 1}],
 )
-def test_a_packed_convolution_is_the_convolution_for_any_batch(options):
+def test_a_packed_convolution_equals_the_plain_one_for_any_batch(options):
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 6, **{"kernel_size": 3, **options})
     packed = PackedConv2d(conv, (8, 4, 12, 10), torch.float32)
@@ -30,7 +30,7 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(4, 5, 3), nn.ReLU(), nn.Conv2d(5, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
-def test_the_copy_is_packed_and_the_model_untouched():
+def test_the_copy_is_packed_and_the_model_is_not_changed():
     model = network()
     weights = copy.deepcopy(model.state_dict())
     prepared = fast_copy(model, PROBE)
@@ -42,7 +42,7 @@ def test_the_copy_is_packed_and_the_model_untouched():
     assert not any(isinstance(module, PackedConv2d) for module in model.modules())
 
 
-def test_a_hooked_or_reflecting_convolution_stays():
+def test_a_hooked_or_reflecting_convolution_is_not_packed():
     model = network()
     model[2] = nn.Conv2d(5, 5, 3, padding=1, padding_mode="reflect")
     model[0].register_forward_hook(lambda module, inputs, output: output * 2)

@@ -31,12 +31,12 @@ def test_bias_image_is_normalised_like_the_images(images):
     assert fill[0, 2, 5, 6].item() == pytest.approx((bias[2, 5, 6].item() - 0.6) / 0.4)
 
 
-def test_image_mean_is_each_channels_own(images):
+def test_image_mean_is_the_mean_of_each_channel(images):
     fill = make_fill("image_mean", images)
     assert fill[1, 2].item() == pytest.approx(images[1, 2].mean().item())
 
 
-def test_blur_is_the_dense_gaussian(images):
+def test_blur_equals_a_dense_gaussian_filter(images):
     offset = torch.arange(11, dtype=torch.float64) - 5
     kernel = torch.exp(-(offset[:, None] ** 2 + offset[None] ** 2) / 50)
     padded = F.pad(images, (5, 5, 5, 5), mode="replicate").flatten(0, 1).unsqueeze(1)
@@ -79,23 +79,23 @@ def test_every_fill_broadcasts_keeps_dtype_and_leaves_the_images_alone(images, n
         ("black", {"mean": [0.1, 0.2]}, "mean and std must have 1 or 3 values"),
     ],
 )
-def test_bad_fills_are_named(images, name, options, message):
+def test_bad_fills_are_refused_by_name(images, name, options, message):
     with pytest.raises(ValueError, match=message):
         make_fill(name, images, **options)
 
 
-def test_counter_numbers_depend_on_the_values_of_the_indices_alone():
+def test_stateless_numbers_depend_on_the_values_of_the_indices_alone():
     expected = sample_integers(5, torch.arange(7), 20)
     for dtype in (torch.int32, torch.int16, torch.uint8):
         assert torch.equal(sample_integers(5, torch.arange(7, dtype=dtype), 20), expected)
 
 
-def test_counter_numbers_in_half_precision_are_the_rounded_ones():
+def test_stateless_numbers_in_half_precision_are_the_rounded_ones():
     whole = sample_uniform(0, torch.arange(4), 100)
     assert torch.equal(sample_uniform(0, torch.arange(4), 100, torch.float16), whole.half())
 
 
-def test_counter_numbers_are_uniform_and_uncorrelated_between_samples():
+def test_stateless_numbers_are_uniform_and_uncorrelated_between_samples():
     numbers = sample_uniform(0, torch.arange(50), 4000, torch.float64)
     assert numbers.min() >= 0
     assert numbers.max() < 1

@@ -16,7 +16,7 @@ def integer_maps(seed: int, size: tuple[int, int], levels: int = 5) -> torch.Ten
 
 @settings(max_examples=40, deadline=None)
 @given(sizes, st.integers(1, 3), st.sampled_from(sorted(REDUCE)), st.integers(0, 99))
-def test_pooling_reduces_each_patch_of_its_own_pixels(size, m, pooling, seed):
+def test_pooling_reduces_each_patch_over_its_own_pixels(size, m, pooling, seed):
     maps = integer_maps(seed, size) - 2
     pooled = patch_pool(maps, m, pooling)
     assert pooled.shape == (2, -(-size[0] // m), -(-size[1] // m))
@@ -115,7 +115,7 @@ def test_patch_outside_the_image_is_refused(m):
         patch_pool(torch.zeros(1, 4, 8), m)
 
 
-def test_unknown_options_are_named():
+def test_unknown_options_are_refused_by_name():
     with pytest.raises(ValueError, match="pooling must be one of"):
         patch_pool(torch.zeros(1, 4, 4), 2, "median")
     with pytest.raises(ValueError, match="ties must be one of"):

@@ -50,7 +50,7 @@ def as_mask(pixels, shape):
 
 @pytest.mark.parametrize("connectivity", [4, 8])
 @pytest.mark.parametrize("seed", range(5))
-def test_component_is_a_flood_from_the_maximum(seed, connectivity):
+def test_component_equals_a_flood_fill_from_the_maximum(seed, connectivity):
     one = torch.rand(17, 19, generator=torch.Generator().manual_seed(seed))
     binary = one > 0.55
     row, column = divmod(int(one.argmax()), 19)
@@ -75,7 +75,7 @@ def test_largest_contour_is_the_largest_filled_component(seed, density):
     assert int(got.sum()) == max(areas)
 
 
-def test_blob_with_a_hole():
+def test_contour_fills_the_hole_of_a_blob_and_component_does_not():
     one = two_blobs()[0]
     binary = one > 0
     assert int(contour_mask(one, binary, Options()).sum()) == 225
@@ -83,20 +83,20 @@ def test_blob_with_a_hole():
     assert int(component_mask(one, binary, Options()).sum()) == 16
 
 
-def test_c3_keeps_what_contour_and_component_share():
+def test_c3_keeps_the_overlap_of_contour_and_component():
     maps = two_blobs()
     assert int((c3(maps, component="largest") > 0).sum()) == 209
     assert int((c3(maps, contour="contains_max") > 0).sum()) == 16
     assert not c3_fallback(maps, component="largest").any()
 
 
-def test_c3_falls_back_to_the_component_where_they_do_not_meet():
+def test_c3_falls_back_to_the_component_without_an_overlap():
     maps = two_blobs()
     assert c3_fallback(maps).tolist() == [True]
     assert torch.equal(c3(maps), c1c(maps))
 
 
-def test_single_blob_without_hole():
+def test_c3_and_c1c_agree_on_a_single_blob_without_hole():
     maps = torch.zeros(1, 20, 20)
     maps[0, 5:12, 4:9] = torch.rand(7, 5) + 1
     assert torch.equal(c3(maps), c1c(maps))
@@ -105,7 +105,7 @@ def test_single_blob_without_hole():
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000))
-def test_c3_is_the_map_on_a_subset_of_both_masks(seed):
+def test_c3_equals_the_map_on_a_subset_of_both_masks(seed):
     maps = random_maps(seed)
     before = maps.clone()
     for one, kept, fallback in zip(maps, c3(maps), c3_fallback(maps)):
@@ -125,13 +125,13 @@ def test_thresholding_a_signed_map_at_the_mean_again_cuts_deeper():
     assert int((c3(once) != 0).sum()) == 10
 
 
-def test_constant_map_has_no_region_to_choose():
+def test_constant_map_is_unchanged():
     maps = torch.full((1, 6, 6), 2.0)
     for step in (c3, c1c):
         assert torch.equal(step(maps), maps)
 
 
-def test_options_change_what_they_say():
+def test_every_option_changes_the_region_as_documented():
     maps = random_maps(3)
     assert torch.equal(c1c(maps, gain=3), 3 * c1c(maps))
     low = c1c(maps, outside="min")
@@ -145,7 +145,7 @@ def test_options_change_what_they_say():
 
 
 @given(st.integers(0, 99), st.floats(-1e-7, 1e-7))
-def test_what_rounding_leaves_of_a_sum_of_zero_decides_nothing(seed, rest):
+def test_rounding_of_a_zero_sum_does_not_change_the_region(seed, rest):
     """A contrastive map: positive and negative relevance cancel, dead pixels are exactly zero."""
     one = random_maps(seed, count=1)[0]
     one[:12] = 0
@@ -157,14 +157,14 @@ def test_what_rounding_leaves_of_a_sum_of_zero_decides_nothing(seed, rest):
 
 
 @pytest.mark.parametrize("value", [0.1, 0.3, -0.7, 0.0])
-def test_nothing_exceeds_the_mean_of_a_constant_map(value):
+def test_no_pixel_exceeds_the_mean_of_a_constant_map(value):
     for side in (7, 10, 32, 50):
         for dtype in (torch.float32, torch.float64):
             one = torch.full((side, side), value, dtype=dtype)
             assert not (one > threshold(one, Options())).any()
 
 
-def test_maps_in_bfloat16_are_cut_like_others():
+def test_maps_in_bfloat16_have_the_region_of_their_float32_values():
     maps = random_maps(3).bfloat16()
     for name in ("c3", "c1c", "c3:threshold=quantile", "c1c:threshold=otsu"):
         assert torch.equal(apply(maps, [name]) != 0, apply(maps.double(), [name]) != 0)
@@ -176,7 +176,7 @@ def test_otsu_splits_two_populations():
     assert 1.1 <= found < 5.0
 
 
-def test_quantisation_closed_form():
+def test_quantisation_equals_its_closed_form():
     maps = random_maps(1)
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     expected = low + ((maps - low) / (high - low) * 7).floor() * (high - low) / 7
@@ -207,14 +207,14 @@ def test_constant_map_is_not_quantised():
     assert torch.equal(quantise(torch.full((2, 4, 4), -1.5)), torch.full((2, 4, 4), -1.5))
 
 
-def test_signs():
+def test_with_sign_selects_each_sign():
     maps = torch.tensor([[[-2.0, 0.0, 3.0]]])
     expected = {"all": [-2, 0, 3], "positive": [0, 0, 3], "negative": [2, 0, 0], "absolute": [2, 0, 3]}
     for sign, values in expected.items():
         assert with_sign(maps, sign).flatten().tolist() == values
 
 
-def test_percentile_normalisation():
+def test_normalisation_equals_its_definition_by_percentile():
     """Of the mass 1 + 2 + 3 + 4 = 10, 60 % is reached at 3."""
     maps = torch.tensor([[[1.0, -2.0], [3.0, 4.0]]])
     assert normalise(maps, percentile=60).flatten().tolist() == pytest.approx([1 / 3, -2 / 3, 1, 1])
@@ -229,7 +229,7 @@ def test_names_are_applied_in_order():
     assert apply(maps, []) is maps
 
 
-def test_options_stand_behind_the_name():
+def test_options_after_the_colon_are_applied():
     maps = random_maps(5) - 0.7
     as_published = apply(maps, ["c1c:resolution=8, gain=3"])
     assert torch.equal(as_published, c1c(maps, resolution=8, gain=3))

@@ -172,7 +172,7 @@ class RISE(Explainer):
         precision: precision of the forwards, "fp32" (the images' own dtype) or "bf16" (autocast).
 
     Raises:
-        InputError: `n_masks` or `grid` below 1, p outside of (0, 1], an unknown sampler, or another p with "orthogonal".
+        InputError: `n_masks` or `grid` below 1, p outside of (0, 1], or an unknown sampler; "orthogonal" needs p = 0.5.
 
     Example:
         >>> import torch
