@@ -11,7 +11,7 @@ import torch
 from command_line import call_main
 from safetensors.torch import load_file, save_file
 
-from cli import COMMANDS, read_picture
+from cli import COMMANDS
 from datamodules import ImageFolder, SyntheticFundus
 from labn import explain
 from labn.io.preprocessing import KEY, Preprocessing
@@ -49,7 +49,7 @@ def test_maps_and_class_are_those_of_the_library(pictures, checkpoint, tmp_path,
     command = ["explain", f"--image={pictures / 'a.jpg'}", f"--ckpt={checkpoint}", f"--out={tmp_path}", "--method"]
     call_main([*command, *methods, "--method=-labn", "--device=cpu"])
     network, preprocessing = restore(checkpoint)
-    image = preprocessing.normalise(read_picture(pictures / "a.jpg", preprocessing))[None]
+    image = preprocessing.normalise(preprocessing.read(pictures / "a.jpg"))[None]
     probabilities = network(image).logits.softmax(1)[0]
     predicted = int(probabilities.argmax())
     name = ["healthy", "lesions"][predicted]
@@ -75,7 +75,7 @@ def test_no_picture_overwrites_the_outputs_of_another(checkpoint, tmp_path):
     call_main([*command, "--method=random", "--device=cpu"])
     network, preprocessing = restore(checkpoint)
     for number, (path, name) in enumerate(zip(files, ("a", "a-2", "a-2-2"))):
-        image = preprocessing.normalise(read_picture(path, preprocessing))[None]
+        image = preprocessing.normalise(preprocessing.read(path))[None]
         expected = explain(network, image, "random", 0, indices=torch.tensor([number])).maps[0]
         assert torch.equal(load_file(tmp_path / "out" / "maps" / f"{name}.safetensors")["random"], expected)
         assert (tmp_path / "out" / "overlays" / f"{name}.png").exists()
@@ -123,7 +123,7 @@ def test_pictures_are_prepared_as_the_data_module_does(pictures, tmp_path):
     kept = Preprocessing(**data.preprocessing().plain())
     sample = data.dataset("test")[0]["image"]
     path = tmp_path / "test" / data.sample_name("test", 0)
-    assert torch.allclose(kept.normalise(read_picture(path, kept)), sample, atol=1e-6)
+    assert torch.allclose(kept.normalise(kept.read(path)), sample, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_a_checkpoint_cannot_name_foreign_code(checkpoint, tmp_path):
     content = torch.load(checkpoint, weights_only=True)
     content["hyper_parameters"]["_class_path"] = "subprocess.Popen"
     torch.save(content, tmp_path / "bad.ckpt")
-    with pytest.raises(ValueError, match=r"no checkpoint of `cli\.py fit`"):
+    with pytest.raises(ValueError, match=r"not a checkpoint of `cli\.py fit`"):
         restore(tmp_path / "bad.ckpt")
 
 

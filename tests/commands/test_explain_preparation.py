@@ -16,7 +16,6 @@ from fuzzing import (
 )
 from small_voc import write_voc
 
-from cli import read_picture
 from datamodules import CUB, VOC, Columns, IDRiD, ImageFolder, ImageNet, Magnetogram, SyntheticFundus, TarShards
 from datamodules.io.tar_files import write_shards
 from labn.io.preprocessing import Preprocessing
@@ -62,7 +61,7 @@ MAKE = {
 def prepared(data, path):
     """A picture as `explain` gives it to the network of a checkpoint trained on `data`."""
     kept = Preprocessing(**data.preprocessing().plain())
-    return kept.normalise(read_picture(path, kept))
+    return kept.normalise(kept.read(path))
 
 
 @pytest.mark.parametrize("name", list(MAKE))

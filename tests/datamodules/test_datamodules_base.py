@@ -1,6 +1,7 @@
 """The batch contract, determinism, sharding and the bias image, on every data module that needs no real data."""
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.demos.boring_classes import BoringModel
 from small_data import write_image
 from torch import Tensor
@@ -367,3 +369,15 @@ def test_lightning_uses_the_loaders_and_resumes_with_the_same_pictures(tmp_path:
     assert all(torch.equal(a, b) for a, b in zip(resumed, whole.train_images))
     _trainer(tmp_path, 1, use_distributed_sampler=own_sampler).test(whole, data, verbose=False)
     assert whole.test_indices == list(range(7))
+
+
+@pytest.mark.parametrize("name", ["CUB", "IDRiD", "ImageFolder", "ImageNet", "Magnetogram", "VOC"])
+def test_the_help_of_a_data_module_shows_the_arguments_of_its_base(name, capsys):
+    parser = LightningArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningDataModule, "data")
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"--data.help=datamodules.{name}"])
+    text = " ".join(capsys.readouterr().out.split())
+    arguments = set(inspect.signature(ImageDataModule).parameters) - ({"balanced_sampler"} if name == "VOC" else set())
+    assert all(f"--data.{argument} " in text for argument in arguments)
+    assert "samples per batch and process" in text
