@@ -39,6 +39,7 @@ from callbacks.checkpoint import (
     find_checkpoint,
     has_last,
     named_classes,
+    resolved,
 )
 from callbacks.checks import check_strategy
 from callbacks.logging.loggers import default_loggers, unused_version
@@ -143,8 +144,12 @@ class LabnCLI(LightningCLI):
             version = command if self._begins() else unused_version(run_dir / "logs", command)
             kwargs["logger"] = default_loggers(run_dir, config.wandb, version)
         given = self.config_init[self.subcommand].trainer.get("plugins") or []
-        kwargs["plugins"] = [RunCheckpointIO(), *(given if isinstance(given, list) else [given])]
-        return super().instantiate_trainer(**kwargs)
+        checkpoints = RunCheckpointIO([config.run_dir])
+        kwargs["plugins"] = [checkpoints, *(given if isinstance(given, list) else [given])]
+        trainer = super().instantiate_trainer(**kwargs)
+        # Folders that the configuration itself gives to checkpoint callbacks; no state has been loaded yet.
+        checkpoints.folders |= {resolved(c.dirpath) for c in trainer.checkpoint_callbacks if c.dirpath}
+        return trainer
 
     def before_fit(self) -> None:
         """Keep an earlier fit apart from one that begins; by now the ranks are known, and nobody has opened a file."""

@@ -7,7 +7,7 @@ import os
 import struct
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,16 @@ from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from callbacks.explanation.base import callbacks_of
 from labn.errors import InputError, MissingFileError
 from labn.io.atomic import remove_leftovers, write_atomically
 from labn.io.preprocessing import KEY
+from labn.models.checkpoints import read_checkpoint
 from labn.modules.plain_checkpoints import PlainCheckpointIO
 
-BEST, LAST, PREVIOUS = "best", "last", "previous"
+BEST, LAST, PREVIOUS, SUFFIX = "best", "last", "previous", ".ckpt"
 PLATEAUS, ROW = "due_plateau_steps", "row_of_the_epoch"
 INSTEAD: dict[str, tuple[str, ...]] = {BEST: (), LAST: (PREVIOUS,)}
 """Checkpoints that can be named -> what takes their place when they are damaged."""
@@ -94,13 +96,42 @@ class RunCheckpointIO(PlainCheckpointIO):
 
     Lightning's own writes to the system's temporary folder and moves the file from there, which between two file
     systems is a copy: a process killed meanwhile leaves half a checkpoint under the final name.
+
+    A checkpoint that is read may come from a stranger, and the callbacks of Lightning remove the files that their
+    states name. So states are cleared of paths that lead out of `folders`, and no file outside of them is removed.
+
+    Args:
+        folders: folders whose checkpoints the present run may remove.
     """
+
+    def __init__(self, folders: Iterable[str | Path] = ()) -> None:
+        self.folders = {resolved(folder) for folder in folders}
+
+    def owns(self, path: str | Path) -> bool:
+        """Whether `path`, with links and `..` followed, lies in one of the folders."""
+        return any(resolved(path).is_relative_to(folder) for folder in self.folders)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Callable | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """The checkpoint, its callbacks' states without paths that lead out of the run folder.
+
+        Raises:
+            MissingFileError: there is no such local file.
+            InputError: the file names code, is damaged, or is no checkpoint of a LightningModule.
+        """
+        content = super().load_checkpoint(path, map_location, weights_only)
+        states = content.get("callbacks")
+        # Names of callbacks hold their settings, such as a monitor with a slash, and are no paths.
+        named = states.items() if isinstance(states, dict) else ()
+        content["callbacks"] = {name: without_paths(state, self.owns) for name, state in named}
+        return content
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Save whole or not at all.
 
         Raises:
-            OSError: the folder cannot be written, or the disk is full.
+            FileError: the folder cannot be written, or the disk is full.
         """
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -111,6 +142,53 @@ class RunCheckpointIO(PlainCheckpointIO):
         if path.stem == LAST and damage(path) is None:
             keep_as(path, path.with_name(f"{PREVIOUS}{path.suffix}"))
         write_atomically(path, buffer.getbuffer())
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a checkpoint of the present run; anything else stays, with a warning.
+
+        Lightning removes whatever a callback names, folders with all that they hold.
+        """
+        if self.owns(path) and Path(path).suffix == SUFFIX and not Path(path).is_dir():
+            Path(path).unlink(missing_ok=True)
+        else:
+            warnings.warn(f"{path} is no checkpoint of this run and is not removed.", stacklevel=2)
+
+
+def resolved(path: str | Path) -> Path:
+    """The absolute path with links and `..` followed, of a file that need not exist."""
+    return Path(os.path.realpath(path))
+
+
+PATH_FIELDS = ("dirpath", "best_model_path", "kth_best_model_path", "last_model_path", "best_k_models")
+"""Fields of the states of Lightning's checkpoint callbacks that hold paths."""
+
+
+def without_paths(state: Any, allowed: Callable[[str], bool]) -> Any:
+    """The state of callbacks without the paths that are not allowed, at any depth.
+
+    A path is every text with a separator, and everything under the names of `PATH_FIELDS`. In place of a path stands
+    an empty text; a key that is a path goes with its value.
+    """
+    if isinstance(state, dict):
+        kept = {key: value for key, value in state.items() if not _is_path(key) or allowed(key)}
+        return {
+            key: _cleared(value, allowed) if key in PATH_FIELDS else without_paths(value, allowed)
+            for key, value in kept.items()
+        }
+    if isinstance(state, (list, tuple)):
+        return type(state)(without_paths(item, allowed) for item in state)
+    return "" if _is_path(state) and not allowed(state) else state
+
+
+def _is_path(thing: Any) -> bool:
+    return isinstance(thing, str) and ("/" in thing or "\\" in thing or thing in ("..", "."))
+
+
+def _cleared(field: Any, allowed: Callable[[str], bool]) -> Any:
+    """A field of paths: a text, or a dict whose keys are paths; a name without a folder is a path as well."""
+    if isinstance(field, dict):
+        return {key: value for key, value in field.items() if isinstance(key, str) and allowed(key)}
+    return field if isinstance(field, str) and field and allowed(field) else ""
 
 
 def keep_as(path: Path, name: Path) -> None:
@@ -136,9 +214,34 @@ class RunCheckpoint(ModelCheckpoint):
             self.dirpath = str(Path(trainer.default_root_dir).absolute() / "checkpoints")
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = RunCheckpointIO()
+        if isinstance(trainer.strategy.checkpoint_io, RunCheckpointIO):
+            trainer.strategy.checkpoint_io.folders.add(resolved(self.dirpath))
         if trainer.is_global_zero and stage == "fit":
             remove_leftovers(Path(self.dirpath))
         super().setup(trainer, pl_module, stage=stage)
+
+    @property
+    def path(self) -> Path:
+        """The file that this callback keeps; `setup` has placed it."""
+        assert self.dirpath is not None
+        return Path(self.dirpath) / f"{self.filename}{SUFFIX}"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value and the present one, without any path: a run folder may be moved, copied or linked."""
+        return {"monitor": self.monitor, "best_model_score": self.best_model_score, "current_score": self.current_score}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over which file is kept, and how good it is, from the run folder; the given state is not asked.
+
+        A checkpoint may come from another folder, or from a stranger. The file in the run folder holds the value that
+        it was kept for.
+        """
+        score = kept_score(self.path)
+        if score is not None or (self.monitor is None and self.path.is_file()):
+            self.best_model_path = self.kth_best_model_path = str(self.path)
+        if score is not None:
+            self.best_model_score = self.kth_value = score
+            self.best_k_models = {str(self.path): score}
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -230,8 +333,23 @@ def due_plateaus(trainer: pl.Trainer) -> list[float | None]:
     return [float(value) if wanted and value is not None else None for wanted, value in zip(due, seen)]
 
 
+def kept_score(path: Path) -> Tensor | None:
+    """The monitored value that a best checkpoint was kept for, as the file itself holds it; None without one."""
+    if damage(path) is not None:
+        return None
+    states = read_checkpoint(path).get("callbacks")
+    for name, state in states.items() if isinstance(states, dict) else ():
+        score = state.get("best_model_score") if isinstance(state, dict) else None
+        if str(name).startswith(BestCheckpoint.__name__) and score is not None:
+            return torch.as_tensor(score, dtype=torch.float32).reshape(())
+    return None
+
+
 class BestCheckpoint(RunCheckpoint):
     """Keep `best.ckpt`, the epoch with the best monitored value.
+
+    A fit that goes on from the checkpoint of another folder takes the `best.ckpt` beside that checkpoint along, unless
+    its own folder has one: otherwise the first epoch of the new folder would count as the best, however bad it is.
 
     Args:
         monitor: logged value that decides.
@@ -241,6 +359,18 @@ class BestCheckpoint(RunCheckpoint):
 
     def __init__(self, monitor: str = "val/loss", mode: str = "min", **kwargs: Any) -> None:
         super().__init__(filename=BEST, monitor=monitor, mode=mode, enable_version_counter=False, **kwargs)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Bring the best checkpoint of the run that goes on; a collective."""
+        super().on_load_checkpoint(trainer, pl_module, checkpoint)
+        if trainer.state.fn != "fit" or not trainer.ckpt_path:
+            return
+        source = Path(trainer.ckpt_path).with_name(self.path.name)
+        if trainer.is_global_zero and not self.path.is_file() and damage(source) is None:
+            write_atomically(self.path, source.read_bytes())
+        trainer.strategy.barrier("labn-best")
 
 
 class LastCheckpoint(RunCheckpoint):

@@ -57,7 +57,7 @@ class RunProfile(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
         """Take up the count of the run that is resumed."""
-        self._seconds = state_dict["seconds"]
+        self._seconds = float(state_dict["seconds"])
 
     def _elapsed(self) -> float:
         return self._seconds + (time.monotonic() - self._start if self._start else 0.0)
