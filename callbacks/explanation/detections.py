@@ -23,7 +23,7 @@ from callbacks.explanation.lifecycle import Schedule, StageCallback, check_count
 from callbacks.explanation.session import identity_of, network_of
 from labn.errors import InputError
 from labn.explainers.relevance.crp import CRP, TASKS, Question, Task
-from labn.explainers.relevance.detection_pass import DetectionTrace
+from labn.explainers.relevance.detection_trace import DetectionTrace
 from labn.io.atomic import write_atomically
 from labn.metrics.detection import DetectionScores, check_contrast
 from labn.metrics.statistics import bootstrap_mean, paired_difference

@@ -38,6 +38,7 @@ class RandomMap(Explainer):
         return torch.stack([self._noise(number, images) for number in numbers])
 
     def _noise(self, index: int, images: Tensor) -> Tensor:
+        # A large prime keeps the streams of different seeds apart.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
         return torch.rand(images.shape[-2:], generator=generator, dtype=images.dtype).to(images.device)
 
@@ -104,6 +105,7 @@ def blurred(maps: Tensor, sigma: float) -> Tensor:
     reach = max(1, round(4 * sigma))
     kernel = torch.exp(-0.5 * (torch.arange(-reach, reach + 1, dtype=torch.float64) / sigma) ** 2)
     kernel = (kernel / kernel.sum()).to(maps)
+    # A Gaussian is separable: one pass per axis.
     rows = F.conv2d(maps.unsqueeze(1), kernel[None, None, None], padding=(0, reach))
     return F.conv2d(rows, kernel[None, None, :, None], padding=(reach, 0)).squeeze(1)
 

@@ -77,6 +77,7 @@ def _merge(conv: _ConvNd, norm: _BatchNorm) -> None:
     mean, var = norm.running_mean.double(), norm.running_var.double()
     gain = torch.ones_like(mean) if norm.weight is None else norm.weight.double()
     shift = torch.zeros_like(mean) if norm.bias is None else norm.bias.double()
+    # y = (w x + c - mean) scale + b: the weights take the scale, the rest goes into the bias.
     scale = gain / torch.sqrt(var + norm.eps)
     bias = torch.zeros_like(mean) if conv.bias is None else conv.bias.double()
     weight = conv.weight.double() * scale.view(-1, *[1] * (conv.weight.ndim - 1))
@@ -108,6 +109,7 @@ def fold_batchnorm(model: nn.Module, probe: Tensor) -> nn.Module | None:
     Returns:
         The copy, or None for a model without such a BatchNorm.
     """
+    # Traced on the copy: the pairs are its own modules, and the model sees no hook.
     folded = copy.deepcopy(model).eval()
     pairs = _trace(folded, probe)
     for conv, norm in pairs:

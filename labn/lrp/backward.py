@@ -87,7 +87,7 @@ def _unchanged(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
 def _linear(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
     """Apply the rule of a linear layer, or of a weighted product, whose weights the forward pass kept."""
     trace, config = state.trace, state.trace.config
-    a, z, *per_image = trace.kept[node.index]
+    a, z, *per_image = trace.saved[node.index]
     before = trace.graph.nodes.get(node.flow[0])
     layer = per_image[0] if per_image else node.layer
     assert layer is not None
@@ -119,7 +119,7 @@ def _sum(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
             state.conservation.duplicated(r)
         messages = [r, r]
     else:
-        deep = r * state.trace.kept[node.index]
+        deep = r * state.trace.saved[node.index]
         skip = r.sub_(deep)  # the difference, not r * (1 - share): the two add up to r exactly
         messages = [deep, skip] if residual_sum.deep == 0 else [skip, deep]
     return [_unbroadcast(message, state.trace, index) for message, index in zip(messages, node.inputs)]
@@ -140,14 +140,14 @@ def _rerun(node: Node, inputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
 
 def _route(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
     """Operations that copy values: the gradient sends the relevance of a copy to its original."""
-    leaves, output = _rerun(node, state.trace.kept[node.index])
+    leaves, output = _rerun(node, state.trace.saved[node.index])
     return gradients(output, leaves, r)
 
 
 def _pad(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
     """Padding: copied values hand relevance on; that of a filled border is kept, because no input belongs to it."""
     if state.conservation is not None:
-        source = covered(node, dict(zip(node.inputs, state.trace.kept[node.index])))
+        source = covered(node, dict(zip(node.inputs, state.trace.saved[node.index])))
         state.conservation.stabilised(source, r * ~source)
     return _route(state, node, r)
 
@@ -157,7 +157,7 @@ def _spread(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
 
     Before the first linear layer the forward pass kept ones for the pixels: R_i = sum_j c_ij R_j / sum_i' c_i'j.
     """
-    leaves, z = _rerun(node, state.trace.kept[node.index])
+    leaves, z = _rerun(node, state.trace.saved[node.index])
     s = divide(r, z.detach(), state.trace.config, state.conservation)
     return [a.detach() * c for a, c in zip(leaves, gradients(z, leaves, s))]
 
@@ -195,7 +195,7 @@ def _averaged(node: Node) -> Node:
 
 def _region(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
     """The block rule: gradient x input of a whole region, R_i = x_i sum_j (dy_j / dx_i) R_j / (y_j + e_j)."""
-    run: RegionRun = state.trace.kept[node.index]
+    run: RegionRun = state.trace.saved[node.index]
     s = divide(r, run.output.detach(), state.trace.config, state.conservation)
     if state.conservation is not None and state.trace.config.block_weights == "signed":
         book_biases(state.conservation, node, run, s)

@@ -85,6 +85,7 @@ def forward(
     if images.dtype not in TOLERANCES:
         raise InputError(f"images are {images.dtype}; relevance is propagated in float32 or float64.")
     plan = plan_for(model, images, read_logits)
+    # The prepared weights are in channels_last too (see `use_fastest`), in which CPU convolutions are faster.
     if images.device.type == "cpu" and images.ndim == 4:
         images = images.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
@@ -174,6 +175,7 @@ def relevance(
     size = chunk_size or (cpu_chunk(images) if images.device.type == "cpu" else len(images))
     images, targets = propagated(images), targets.to(images.device)
     with explaining(model, images.device.type):
+        # After `explaining`, so that a converted copy is made in eval mode.
         model = matching(model, images)
         pairs = zip(images.detach().split(size), targets.split(size))
         return _joined([_one_pass(model, chunk, classes, config, init, report) for chunk, classes in pairs])

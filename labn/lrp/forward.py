@@ -26,7 +26,7 @@ class ForwardTrace:
     Attributes:
         graph, residual_sums, config: the graph that was run, its residual sums by node index, and the rules.
         logits: (B, K).
-        kept: node index -> the values that the backward step of this kind of node needs.
+        saved: node index -> the values that the backward step of this kind of node needs.
         units: node index of a first linear layer -> its input for an all-ones image (see `labn.lrp.rules.first_layer`);
             without an entry that input is all ones.
         bounds: node index of a first linear layer under the rule `zbox` -> its input for the lowest and highest pixels.
@@ -37,7 +37,7 @@ class ForwardTrace:
     residual_sums: dict[int, ResidualSum]
     config: Config
     logits: Tensor
-    kept: dict[int, Any] = field(default_factory=dict)
+    saved: dict[int, Any] = field(default_factory=dict)
     units: dict[int, Tensor] = field(default_factory=dict)
     bounds: dict[int, list[Tensor]] = field(default_factory=dict)
     denominators: dict[int, dict[WeightTransform, Tensor]] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class _Run:
     carrying: set[int]
     ones: UnitActivation
     extremes: PixelBounds | None
-    kept: dict[int, Any] = field(default_factory=dict)
+    saved: dict[int, Any] = field(default_factory=dict)
     units: dict[int, Tensor] = field(default_factory=dict)
     bounds: dict[int, list[Tensor]] = field(default_factory=dict)
 
@@ -82,7 +82,7 @@ def run_forward(graph: Graph, residual_sums: dict[int, ResidualSum], config: Con
             waiting[source] = waiting.get(source, 0) - 1
             if source and waiting[source] <= 0:
                 run.values.pop(source, None)
-    return ForwardTrace(graph, residual_sums, config, run.values[graph.logits], run.kept, run.units, run.bounds)
+    return ForwardTrace(graph, residual_sums, config, run.values[graph.logits], run.saved, run.units, run.bounds)
 
 
 def _evaluate(run: _Run, node: Node) -> Tensor:
@@ -91,7 +91,7 @@ def _evaluate(run: _Run, node: Node) -> Tensor:
 
 def _keep_inputs(run: _Run, node: Node) -> Tensor:
     if run.carries(node):
-        run.kept[node.index] = [run.values[index] for index in node.inputs]
+        run.saved[node.index] = [run.values[index] for index in node.inputs]
     return node.evaluate(run.values)
 
 
@@ -105,7 +105,7 @@ def _spread(run: _Run, node: Node) -> Tensor:
     if not (node.first and signed) or run.config.first_layer in ("same", "epsilon"):
         return _keep_inputs(run, node)
     if run.carries(node):
-        run.kept[node.index] = [run.ones.filled(index) for index in node.inputs]
+        run.saved[node.index] = [run.ones.filled(index) for index in node.inputs]
     return node.evaluate(run.values)
 
 
@@ -122,7 +122,7 @@ def _linear(run: _Run, node: Node) -> Tensor:
     folded = run.config.folded or not keeps_output
     z = layer.apply(a, Identity(), folded, layer.offset(folded))
     if carries:
-        run.kept[node.index] = (a, z if keeps_output else None)
+        run.saved[node.index] = (a, z if keeps_output else None)
         if node.first:
             _keep_constants(run, node)
     if folded or layer.norm is None:
@@ -147,7 +147,7 @@ def _weighted(run: _Run, node: Node) -> Tensor:
     layer, a = weighted_layer_of(node, run.values), run.values[node.flow[0]]
     z, result = layer.run(a, run.config.folded)
     if run.carries(node):
-        run.kept[node.index] = (a, z if rule_name(node, run.config) in USES_OUTPUT else None, layer)
+        run.saved[node.index] = (a, z if rule_name(node, run.config) in USES_OUTPUT else None, layer)
     return result
 
 
@@ -163,7 +163,7 @@ def _relu(run: _Run, node: Node) -> Tensor:
 
 def _is_kept(run: _Run, node: Node) -> bool:
     """Whether the backward sweep needs this node's own output, beside its input."""
-    return node.kind == "linear" and node.index in run.kept and run.kept[node.index][1] is not None
+    return node.kind == "linear" and node.index in run.saved and run.saved[node.index][1] is not None
 
 
 def _sum(run: _Run, node: Node) -> Tensor:
@@ -172,7 +172,7 @@ def _sum(run: _Run, node: Node) -> Tensor:
     residual_sum = run.residual_sums[node.index]
     deep, skip = (run.values[node.inputs[i]] for i in (residual_sum.deep, residual_sum.skip))
     if run.config.residual in SHARES:
-        run.kept[node.index] = SHARES[run.config.residual](deep, skip, residual_sum)
+        run.saved[node.index] = SHARES[run.config.residual](deep, skip, residual_sum)
     # In place into the deep branch where it is the fresh output of a convolution, as the network's own `+=` would be.
     source = run.graph.nodes.get(node.inputs[residual_sum.deep])
     fresh = source is not None and source.kind == "linear" and source.consumers == 1 and not _is_kept(run, source)
@@ -183,11 +183,11 @@ def _region(run: _Run, node: Node) -> Tensor:
     if run.config.block_weights == "signed":
         region: RegionRun = run_region(node, run.values)
         if run.carries(node):
-            run.kept[node.index] = region
+            run.saved[node.index] = region
         return region.output.detach()
     inside = evaluate_region(node, run.values)
     if run.carries(node):
-        run.kept[node.index] = run_clamped(node, run.values, inside)
+        run.saved[node.index] = run_clamped(node, run.values, inside)
     return inside[node.index]
 
 

@@ -80,6 +80,7 @@ def rivals(logits: Tensor, targets: Tensor, others: Others, background: int | No
     _check(targets, classes)
     allowed = torch.ones(len(targets), classes, dtype=torch.bool, device=logits.device)
     allowed.scatter_(1, targets[:, None], False)
+    # `all` leaves it at that; a number keeps the highest logits of the rest, a list its own classes.
     if background is not None:
         allowed[:, background] = False
     if isinstance(others, int):
@@ -116,5 +117,6 @@ class Contrast:
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         """(T, K) for logits (T, K) and targets (T,)."""
+        # Every row sums to 1 - n / n = 0.
         others = rivals(logits, targets, self.others).to(logits.dtype)
         return (-others / others.sum(1, keepdim=True)).scatter(1, targets[:, None], 1.0)

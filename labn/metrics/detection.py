@@ -14,7 +14,7 @@ from torchvision.ops import box_area
 
 from labn.errors import InputError
 from labn.explainers.relevance.crp import CRP, Question
-from labn.explainers.relevance.detection_pass import DetectionTrace
+from labn.explainers.relevance.detection_trace import DetectionTrace
 from labn.metrics.functional.detection import FRACTIONS, RemovalCurves, map_similarity, removal_curves
 from labn.metrics.functional.localisation import boxes_to_masks, relevance_mass
 from labn.models.detectors import COORDINATES, Detections

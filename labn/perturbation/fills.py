@@ -76,6 +76,7 @@ def _separable(images: Tensor, weights: Tensor) -> Tensor:
     """Filter along both axes with one symmetric kernel; edge pixels are repeated outwards."""
     channels, side = images.shape[1], len(weights)
     kernel = weights.to(images).expand(channels, 1, 1, side)
+    # An even kernel has its centre between two pixels; the extra pixel is taken on the right and below.
     before, after = (side - 1) // 2, side // 2
     rows = F.conv2d(F.pad(images, (before, after, 0, 0), mode="replicate"), kernel, groups=channels)
     return F.conv2d(F.pad(rows, (0, 0, before, after), mode="replicate"), kernel.transpose(2, 3), groups=channels)

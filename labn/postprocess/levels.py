@@ -57,6 +57,7 @@ def _round(maps: Tensor, levels: int) -> Tensor:
 
 
 def _quantile(maps: Tensor, levels: int) -> Tensor:
+    # The pixel at position i n / q in ascending order is the lowest of level i.
     flat = maps.flatten(1).sort(1).values
     starts = torch.arange(levels, device=maps.device) * flat.shape[1] // levels
     edges = flat[:, starts]
@@ -118,6 +119,7 @@ def normalise(maps: Tensor, sign: Sign = "all", percentile: float = 98.0) -> Ten
         raise InputError(f"percentile must lie in (0, 100], got {percentile}.")
     signed = with_sign(maps, sign)
     ascending = signed.abs().flatten(1).sort(1).values
+    # In float64: the cumulative sum over many small values would saturate in float32.
     mass = ascending.double().cumsum(1)
     reached = (mass >= mass[:, -1:] * (percentile / 100)).int().argmax(1, keepdim=True)
     scale = ascending.gather(1, reached)[..., None]

@@ -20,7 +20,7 @@ from torchvision.ops import box_iou
 from datamodules import VOC
 from labn.explainers import CRP
 from labn.explainers.relevance.crp import Question
-from labn.explainers.relevance.detection_pass import DetectionTrace
+from labn.explainers.relevance.detection_trace import DetectionTrace
 from labn.metrics.detection import runner_up, similarity_by_layer, without_contrast
 from labn.metrics.functional.detection import map_similarity
 from labn.modules import SSD

@@ -36,6 +36,7 @@ def rollout(attentions: Iterable[Tensor]) -> Tensor:
     """
     result: Tensor | None = None
     for attention in attentions:
+        # The identity stands for the residual connection around the attention.
         mixed = attention / 2 + torch.eye(attention.shape[-1], device=attention.device, dtype=attention.dtype) / 2
         mixed = mixed / mixed.sum(dim=-1, keepdim=True)
         result = mixed if result is None else mixed @ result
@@ -177,6 +178,7 @@ def implicit_attention(layer: LambdaLayer, x: Tensor) -> Tensor:
     row = torch.arange(height, device=x.device).repeat_interleave(width)
     column = torch.arange(width, device=x.device).repeat(height)
     half = layer.r // 2
+    # m - n as an index into the window, whose centre is the offset 0.
     down, right = row[None] - row[:, None] + half, column[None] - column[:, None] + half  # m - n, (N, N)
     inside = (down >= 0) & (down < layer.r) & (right >= 0) & (right < layer.r)
     window = layer.position_weight.sum(dim=1)

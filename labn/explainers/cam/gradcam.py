@@ -75,6 +75,7 @@ def plus_plus_factor(ratio: Tensor, total: Tensor) -> Tensor:
         ratio: D3 / D2 (B, K, h, w); for the score exp(y_c) of Grad-CAM++ it is the gradient itself.
         total: (B, K, 1, 1), sum_ab A^k_ab.
     """
+    # Activations of both signs can make the denominator vanish, which has no meaning as a weight.
     denominator = 2 + total * ratio
     usable = (ratio != 0) & (denominator.abs() > torch.finfo(denominator.dtype).eps)
     return torch.where(usable, 1 / denominator, 0)
@@ -97,6 +98,7 @@ class GradCAMPlusPlus(ActivationMap):
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
         """Sum over the positions of a ReLU(g)."""
+        # For the score exp(y_c) the ratio D3 / D2 of derivatives is the gradient g itself: g^3 / g^2.
         factor = plus_plus_factor(gradients, activations.sum(dim=(2, 3), keepdim=True))
         return (factor * gradients.relu()).sum(dim=(2, 3), keepdim=True)
 

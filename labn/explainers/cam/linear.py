@@ -48,6 +48,7 @@ def linear_tail(model: nn.Module, features: Features) -> LinearTail | None:
     expected = features.logits
     limit = TOLERANCES.get(expected.dtype, 1e-2) * expected.abs().max()
     for weight, bias in _linear_layers(model, expected.shape[1], features.activations.shape[1]):
+        # Some networks, such as DenseNet, have a ReLU between the layer and the pooling.
         for activations in (features.activations, features.activations.relu()):
             logits = nn.functional.linear(activations.mean(dim=(2, 3)), weight, bias)
             if (logits - expected).abs().max() <= limit:

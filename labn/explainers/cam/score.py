@@ -123,6 +123,7 @@ class ScoreCAM(ActivationMap):
         """The target's score (n,) for the image multiplied by each of n masks."""
 
         def masked(channels: Tensor) -> Tensor:
+            # Masks are resized chunk by chunk; all K at image size would not fit.
             up = F.interpolate(masks[channels, None], image.shape[-2:], mode="bilinear", align_corners=False)
             return up * image
 

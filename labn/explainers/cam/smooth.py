@@ -58,6 +58,7 @@ class SmoothGradCAMPlusPlus(ActivationMap):
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
         """w (B, K, 1, 1) from A (B, K, h, w) and the stacked D1, D2, D3 (3, B, K, h, w)."""
         first, second, third = gradients
+        # Averaged derivatives are no powers of one gradient any more, so their ratio is formed explicitly.
         factor = plus_plus_factor(torch.where(second != 0, third / second, 0), activations.sum((2, 3), keepdim=True))
         if self.numerator == "D1":
             factor = factor * torch.where(second != 0, first / second, 0)

@@ -116,6 +116,7 @@ class MaskBank:
         shifts = self.shifts[start:stop].to(like.device)
         rows = self._interpolation(shifts[:, 0], like.shape[-2], like)
         columns = self._interpolation(shifts[:, 1], like.shape[-1], like)
+        # Bilinear interpolation is separable: one matrix per axis, both with the shift of the mask.
         return rows @ grids @ columns.mT
 
     def _interpolation(self, shifts: Tensor, length: int, like: Tensor) -> Tensor:
@@ -123,6 +124,7 @@ class MaskBank:
         side = self.grids.shape[-1]
         cell = -(-length // side)
         unit = torch.eye(side, device=like.device, dtype=like.dtype).unsqueeze(1)
+        # Enlarging the unit vectors gives the interpolation matrix; rows of it are positions of the enlarged grid.
         matrix = F.interpolate(unit, size=(side + 1) * cell, mode="linear", align_corners=False).squeeze(1).T
         first = (shifts * cell).long().clamp(max=cell - 1)
         return matrix[first[:, None] + torch.arange(length, device=like.device)]
@@ -264,6 +266,7 @@ class _Moments:
 
     def add(self, probabilities: Tensor, masks: Tensor) -> None:
         """Add one group: probabilities (n, B, T) and masks (n, H, W)."""
+        # One matrix product per group: (B T, n) x (n, H W).
         sums = (probabilities.flatten(1).T @ masks.flatten(1)).view_as(self.total).double()
         self.total += sums
         self.masks += len(masks)

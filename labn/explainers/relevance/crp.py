@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from labn.errors import InputError
 from labn.explainers.base import Explainer, Targets, check_targets, resolve_targets
-from labn.explainers.relevance.detection_pass import DetectionTrace, Start
+from labn.explainers.relevance.detection_trace import DetectionTrace, Start
 from labn.inference.chunk_size import check_chunk_size
 from labn.inference.modes import explaining, matching
 from labn.lrp.config import Config, FirstName
@@ -83,6 +83,7 @@ COORDINATE_RULES: dict[str, Callable[[Tensor, int], Tensor]] = {
 
 def _stable(z: Tensor, c: Tensor) -> Tensor:
     """z, moved away from zero by 1e-9 times the mean |c|."""
+    # 1e-30 keeps a window without any contribution from 0 / 0.
     size = (1e-9 * c.abs().mean()).clamp(min=1e-30)
     return z + torch.copysign(size, z)
 
@@ -262,6 +263,7 @@ class CRP(Explainer):
         window = trace.window(question.prior, localisation=True)
         relevance = COORDINATE_RULES[self.localisation](window.contributions, number)
         predicted = float(trace.predictions.offsets[0, question.prior, number])
+        # The opposite movement is the same statement with the other sign, so its map is the negated one.
         backwards = self.direction == "negative" or (self.direction == "predicted" and predicted < 0)
         return Start(window, (-relevance if backwards else relevance).view_as(window.inputs))
 
@@ -270,6 +272,7 @@ class CRP(Explainer):
         trace.layout.unit(question.prior)
         if question.label is not None:
             return trace.detector.class_index(question.label)
+        # The background is the most probable class of nearly every default box and explains no object.
         logits = trace.predictions.classes[0, question.prior].clone()
         if trace.detector.background is not None:
             logits[trace.detector.background] = -torch.inf

@@ -172,4 +172,5 @@ class ContrastiveLRP(LRP):
             chunk_size=chunk_size,
         )
         check_others(others)
+        # The rule of the last layer is z+ in any case: with it the contrast of logits is CRP's contrast of shares.
         self.init = Contrast(others)

@@ -46,6 +46,7 @@ def run_region(node: Node, values: dict[int, Tensor], with_biases: bool = False)
         values: index -> value, for the values that the region reads.
         with_biases: add every bias as a leaf (B, ...), so that the relevance it keeps is known per image.
     """
+    # A leaf: the gradient stops at the region's input.
     entry = values[node.flow[0]].detach().requires_grad_()
     sources = {index: values[index].detach() for index in node.inputs}
     inside = {**sources, node.flow[0]: entry}
@@ -139,6 +140,7 @@ def _clamped_norm(node: Node, values: dict[int, Tensor]) -> Tensor:
 
 def _without_constant(node: Node, values: dict[int, Tensor]) -> Tensor:
     """f(a) - f(0): keeps a scaling and removes a shift."""
+    # Scalings and shifts by constants are affine, so f(0) is their constant.
     zeros = {index: torch.zeros_like(values[index]) for index in node.inputs}
     return node.evaluate(values) - node.evaluate(zeros)
 
@@ -156,6 +158,7 @@ def book_biases(conservation: ConservationReport, node: Node, run: RegionRun, s:
 
     It is <s, y - J x> = sum over the biases b of <d<s, y>/db, b>, with the Jacobian J of the output y at the input x.
     """
+    # A second run, because bias leaves change the graph; the report is not computed in ordinary use.
     probe = run_region(node, run.sources, with_biases=True)
     if probe.biases:
         for bias, gradient in zip(probe.biases, gradients(probe.output, probe.biases, s)):

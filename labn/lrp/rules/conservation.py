@@ -13,6 +13,7 @@ from torch import Tensor
 
 def per_sample(values: Tensor) -> Tensor:
     """Sum (B, ...) over everything but the batch, in float64."""
+    # Float32 sums over a million pixels would leave an imbalance that looks like a leak.
     return values.flatten(1).sum(1, dtype=torch.float64)
 
 
@@ -82,6 +83,7 @@ class ConservationReport:
 
     def stabilised(self, z: Tensor, kept: Tensor) -> None:
         """Add `kept` = R e / (z + e) to `dead` where z is exactly zero, and to `eps` elsewhere."""
+        # At z = 0 the stabiliser is all of z + e and keeps the whole relevance, whatever its size.
         entry, dead = self.entries[-1], z == 0
         entry.dead = entry.dead + per_sample(kept * dead)
         entry.eps = entry.eps + per_sample(kept * ~dead)

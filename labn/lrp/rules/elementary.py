@@ -61,6 +61,7 @@ class Step:
 
     def share(self, transform: WeightTransform, z: Callable[[], Tensor], r: Tensor) -> Tensor:
         """R / (z + e) for the contributions under a transform; `z` is called only where z + e is not kept yet."""
+        # One z + e serves the sweeps of all relevance maps of an image; without them it would only take memory.
         if self.denominators is None:
             return self.divide(z(), r)
         if transform not in self.denominators:
@@ -102,6 +103,7 @@ def divide(r: Tensor, z: Tensor, config: Config, conservation: ConservationRepor
 def lrp0(step: Step) -> Tensor:
     """LRP-0: R_i = a_i sum_j w_ij R_j / z_j, where outputs with z_j = 0 pass no relevance (Bach et al. 2015)."""
     z = _output(step)
+    # The inner `where` keeps 0 / 0 out of the quotient; the outer one drops its value.
     s = torch.where(z == 0, 0, step.r / torch.where(z == 0, 1, z))
     if step.conservation is not None:
         step.conservation.stabilised(z, torch.where(z == 0, step.r, 0))
@@ -126,6 +128,7 @@ def zplus(step: Step) -> Tensor:
 
 def alphabeta(step: Step) -> Tensor:
     """alpha-beta: alpha times the shares of positive contributions minus beta times those of negative ones."""
+    # The second term divides by the negative sum, so its shares are positive and -beta makes them subtract.
     positive = _signed_share(step, step.config.alpha * step.r, Positive())
     return positive + _signed_share(step, -step.config.beta * step.r, Negative())
 
@@ -134,6 +137,7 @@ def gamma(step: Step) -> Tensor:
     """LRP-gamma: weights w + gamma w+, or w + gamma w- where a < 0; the bias b becomes b + gamma b+ (Montavon 2019)."""
     plus, minus = Gamma(step.config.gamma), Gamma(step.config.gamma, -1)
     bias = step.layer.offset(step.config.folded)
+    # a+ with w + gamma w+ and a- with w + gamma w- strengthen the positive contributions in both cases.
     z = step.apply(step.a.clamp(min=0), plus)
     z = z if step.non_negative else z + step.apply(step.a.clamp(max=0), minus)
     lifted = None if bias is None else step.layer.per_channel(plus(bias))
@@ -161,6 +165,7 @@ def ones(step: Step) -> Tensor:
 
 def zbox(step: Step) -> Tensor:
     """z-box (zB): contributions a w - l w+ - h w- of pixels between l and h (Montavon et al. 2017)."""
+    # a w - l w+ - h w- >= 0 for every pixel l <= a <= h, so that all shares are positive.
     low, high = (b.expand_as(step.a) for b in step.bounds or step.config.bounds(step.a))
     terms: list[tuple[Tensor, WeightTransform]] = [(step.a, Identity()), (-low, Positive()), (-high, Negative())]
     s = step.divide(torch.stack([step.apply(a, rho) for a, rho in terms]).sum(0))
@@ -208,5 +213,6 @@ def _divide_positive(step: Step, z: Tensor) -> Tensor:
         return step.divide(z)
     if step.config.eps_mode == "absolute":
         return torch.div(step.r, z.add_(step.config.eps), out=z)
+    # z >= 0: the mean is that of |z|, and the stabiliser needs no sign.
     size = z.mean(dim=tuple(range(1, z.ndim)), keepdim=True).mul_(step.config.eps).clamp_(min=1e-30)
     return torch.div(step.r, z.add_(size), out=z)

@@ -32,6 +32,7 @@ class ResidualSum:
 def shares_by_size(f: Tensor, s: Tensor) -> Tensor:
     """|F| / (|F| + |S|), and 1/2 where both are zero."""
     f, s = torch.broadcast_tensors(f, s)
+    # In place on one new tensor: feature maps are large, and the share is needed for every one of their values.
     size = f.abs()
     return size.div_(s.abs().add_(size)).nan_to_num_(nan=0.5)
 
@@ -54,6 +55,7 @@ def _symmetric_down(f: Tensor, s: Tensor, residual_sum: ResidualSum) -> Tensor:
 
 def _signed(f: Tensor, s: Tensor, residual_sum: ResidualSum) -> Tensor:
     total = f + s
+    # F = -S cancels: halves, because the quotient has no limit there.
     return torch.where(total == 0, 0.5, f / torch.where(total == 0, 1, total))
 
 
@@ -64,7 +66,7 @@ SHARES: dict[str, Callable[[Tensor, Tensor, ResidualSum], Tensor]] = {
     "ratio_down": _ratio_down,
     "symmetric_down": _symmetric_down,
     "signed": _signed,
-    "block": _ratio,
+    "block": _ratio,  # for sums that are not part of a region
 }
 
 
@@ -73,6 +75,7 @@ def residual_sum_of(node: Node, graph: Graph) -> ResidualSum:
     ancestors = [_depths(index, graph) for index in node.inputs]
     common = max(set(ancestors[0]) & set(ancestors[1]), default=0)
     depths = [layers.get(common, 0) for layers in ancestors]
+    # Ties go to the first operand, as both branches are equally deep.
     deep = 0 if depths[0] >= depths[1] else 1
     return ResidualSum(deep, identity=min(depths) == 0)
 

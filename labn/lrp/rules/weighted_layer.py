@@ -32,6 +32,7 @@ class WeightedLayer:
 
     def run(self, a: Tensor, folded: bool) -> tuple[Tensor, Tensor]:
         """The output z that the rules divide by (before the BatchNorm unless folded), and the next layer's input."""
+        # `addcmul` is what the recorded network's BatchNorm amounts to in one pass.
         z = self.weights(a)
         after = z if self.scale is None or self.shift is None else torch.addcmul(self.shift, z, self.scale)
         return (after if folded else z), after
@@ -65,6 +66,7 @@ class WeightedLayer:
 
     def _terms(self, transform: WeightTransform, folded: bool) -> list[tuple[WeightTransform, Tensor | None]]:
         """rho(g A) as a sum of terms g' rho'(A): one for the channels with g >= 0, one for those with g < 0."""
+        # Flat weights are ones whatever the scale is.
         if not folded or self.scale is None or isinstance(transform, Flat):
             return [(transform, None)]
         if transform.mirrored == transform or bool((self.scale >= 0).all()):

@@ -35,12 +35,14 @@ def find_blocks(graph: Graph, at_pixels: bool = True) -> list[Block]:
         if node.kind == "sum" and len(node.inputs) == 2 and node.index in carrying:
             block = _block_at(node, graph)
             if _is_closed(block, graph) and (at_pixels or not _holds_first_layer(block, graph)):
+                # Nodes come in order, so an enclosing block is found after the blocks inside it.
                 blocks = [b for b in blocks if not b.members <= block.members] + [block]
     return blocks
 
 
 def _block_at(node: Node, graph: Graph) -> Block:
     entry, exit_ = _dominator(node, graph), node.index
+    # The ReLU after the sum belongs to the block, whose output is then what the next block reads.
     follower = _only_reader(exit_, graph)
     if follower is not None and follower.kind == "relu":
         exit_ = follower.index

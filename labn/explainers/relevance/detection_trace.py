@@ -123,7 +123,7 @@ class DetectionTrace:
             slice(at * s, at * s + d * (k - 1) + 1, d)
             for at, s, d, k in zip((unit.row, unit.column), stride, dilation, kernel.shape[2:])
         )
-        inputs = F.pad(self.trace.kept[node.index][0][0], (padding[1], padding[1], padding[0], padding[0]))
+        inputs = F.pad(self.trace.saved[node.index][0][0], (padding[1], padding[1], padding[0], padding[0]))
         return Window(node.inputs[0], rows, columns, padding, inputs[:, rows, columns], kernel)
 
     def maps(self, starts: list[Start], until: int = 0, chunk_size: int | None = None) -> Tensor:
@@ -150,7 +150,7 @@ class DetectionTrace:
 
     def _seed(self, starts: list[Start], value: int) -> Tensor:
         node = next(n for n in (*self._classes, *self._offsets) if n.inputs[0] == value)
-        layer_input = self.trace.kept[node.index][0]
+        layer_input = self.trace.saved[node.index][0]
         channels, height, width = layer_input.shape[1:]
         seed = layer_input.new_zeros(len(starts), channels, height, width)
         for number, start in enumerate(starts):
