@@ -182,6 +182,6 @@ def _verify(model: nn.Module, plan: Plan, images: Tensor, read_logits: ReadLogit
     scale = torch.cat([expected.abs().flatten(), expected.new_tensor([1e-6])]).max()
     if not torch.allclose(logits / scale, expected / scale, atol=TOLERANCES[images.dtype], rtol=0):
         raise InputError(
-            f"{type(model).__name__} does not repeat on other images what was recorded on one batch: its forward pass "
-            "branches on pixel values or leaves torch functions (NumPy, custom autograd functions)."
+            f"The recording of {type(model).__name__} does not repeat its logits on other images: the forward pass "
+            "branches on pixel values, or leaves torch functions (NumPy, custom autograd functions)."
         )

@@ -209,7 +209,7 @@ class PerturbationEngine:
         if broken:
             warnings.warn(
                 f"{type(self._forward).__name__} gives NaN for {broken} of {len(logits)} inputs made of the samples "
-                f"{self.indices.tolist()}; scores that rest on them are left out (see n in the tables).",
+                f"{self.indices.tolist()}; scores that depend on them are left out (see n in the tables).",
                 stacklevel=2,
             )
         return logits

@@ -209,7 +209,7 @@ def test_heads_that_do_not_fit_the_predictions_are_refused():
     with pytest.raises(ValueError, match=r"TinySSD predicts 1280 values; .* 240 default boxes x \(4 classes"):
         CRP().trace(detector, image)
     detector.heads = lambda: tuple(replace(h, classification="low") for h in TinySSD.heads(detector))
-    with pytest.raises(ValueError, match=r"heads\(\) names 'low', which is no plain 2-D convolution"):
+    with pytest.raises(ValueError, match=r"heads\(\) names 'low', which must be a 2-D convolution"):
         CRP().trace(detector, image)
 
 

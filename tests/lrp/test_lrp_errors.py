@@ -72,7 +72,7 @@ class BranchesOnPixels(nn.Module):
 def test_forward_pass_that_a_recording_cannot_repeat_is_refused(net):
     x = torch.rand(2, 3, 8, 8, dtype=torch.float64)
     x[..., 0, 0], x[..., 0, -1] = 0.0, 3.0
-    with pytest.raises(ValueError, match="does not repeat on other images"):
+    with pytest.raises(ValueError, match="does not repeat its logits on other images"):
         relevance(net, x, torch.tensor([0, 1]))
 
 

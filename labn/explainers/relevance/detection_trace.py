@@ -91,7 +91,8 @@ class DetectionTrace:
         node = graph.nodes.get(graph.outputs.get(name, -1))
         if node is None or node.layer is None or node.layer.operation != "conv2d" or node.layer.options["groups"] != 1:
             raise InputError(
-                f"heads() names '{name}', which is no plain 2-D convolution that {type(self.detector).__name__} runs."
+                f"heads() names '{name}', which must be a 2-D convolution without groups in the forward pass of "
+                f"{type(self.detector).__name__}."
             )
         return node
 
