@@ -36,7 +36,7 @@ def images():
 
 
 def test_the_start_is_the_contrast_of_normalised_shares(net, images):
-    """R_i = R_i[k*] - mean R_i[k] with R_i[k] = a_i w+_ik / sum a w+_k, written out, then down as usual."""
+    """R_i = R_i[k*] - mean R_i[k] with R_i[k] = a_i w+_ik / sum a w+_k, propagated by the ordinary rules."""
     targets = torch.tensor([0, 3, 1])
     with torch.no_grad():
         a = net[:7](images)

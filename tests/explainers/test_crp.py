@@ -1,4 +1,4 @@
-"""CRP as it is used: many questions of one trace, own detectors, torchvision's, and what goes wrong."""
+"""CRP in use: many questions about one trace, own and torchvision's detectors, and errors."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ def test_half_precision_images_are_explained_in_single_precision():
 
 @pytest.mark.parametrize("method", ["gradcam", "gradient", "lrp", "rise"])
 def test_methods_and_metrics_for_classifiers_refuse_a_detector(method):
-    """A column of all predictions is no class."""
+    """The columns of all predictions are not classes."""
     detector, images = tiny(dtype=torch.float32), torch.rand(1, 3, 32, 32)
     for targets in (None, 2):
         with pytest.raises((TypeError, ValueError), match=r"TinySSD|Predictions"):
@@ -235,7 +235,7 @@ def test_torchvisions_ssd_is_explained_without_an_adapter():
 
 
 def test_relevance_at_an_inner_layer_stays_inside_the_receptive_field():
-    """The contrast is still zero-sum and as large at conv3 as at the head: signed shares are handed on, not lost."""
+    """The contrast is still zero-sum and as large at conv3 as at the head: signed shares do not cancel on the way."""
     detector = slim()
     crp = CRP()
     trace = crp.trace(detector, picture(detector))

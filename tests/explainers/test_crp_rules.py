@@ -1,4 +1,4 @@
-"""CRP in closed form, float64, on a tiny detector and on SSD300: what must hold whatever the weights."""
+"""CRP in closed form, float64, on a tiny detector and on SSD300: properties that do not depend on the weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""AMG: what its gates may and may not change, and its equivalences with Grad-CAM."""
+"""AMG: the effect of its gates, and its equivalences with Grad-CAM."""
 
 from __future__ import annotations
 

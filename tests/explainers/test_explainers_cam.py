@@ -214,7 +214,7 @@ class Crossing(nn.Module):
 
 @pytest.mark.parametrize(("join", "cut"), [("add", True), ("cat", False)])
 def test_tail_gives_the_networks_own_logits(join: str, cut: bool) -> None:
-    """With `cat` one image cannot stand for many, and the whole network runs instead."""
+    """With `cat` the records of one image do not fit many feature maps, and the whole network runs instead."""
     model, images = seeded(Crossing, join=join), pictures(1)
     with torch.no_grad():
         tail = Tail(model, model.target, images)

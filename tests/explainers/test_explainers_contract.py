@@ -1,4 +1,4 @@
-"""Every registered explainer against every promise that the explainers make."""
+"""The common contract of all explainers, tested for every registered one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The search for target layers, targets, and the sentences said where something is missing."""
+"""The search for target layers, the choice of targets, and error messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RISE against its definition, its samplers' statistics, and what must not change its map."""
+"""RISE against its definition, the statistics of its samplers, and invariances of its map."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_fewer_masks_are_the_first_ones(sampler: str) -> None:
 
 @pytest.mark.parametrize(("sampler", "p"), [("bernoulli", 0.3), ("stratified", 0.3), ("orthogonal", 0.5)])
 def test_every_cell_is_kept_with_probability_p(sampler: str, p: float) -> None:
-    """Over independent banks also the first mask alone: each mask is a Bernoulli(p) grid."""
+    """Over independent banks this holds for the first mask alone too: each mask is a Bernoulli(p) grid."""
     first = torch.stack([MaskBank.draw(1, 3, p, seed, sampler).grids[0] for seed in range(2000)]).double()
     error = (p * (1 - p) / 2000) ** 0.5
     assert (first.mean(0) - p).abs().max() < 4 * error
@@ -165,7 +165,7 @@ def test_memory_depends_neither_on_the_number_of_masks_nor_on_that_of_classes() 
 
 
 class Constant(nn.Module):
-    """Probabilities (0.25, 0.75) whatever the image."""
+    """Probabilities (0.25, 0.75) for every image."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(1)[:, :2] * 0 + torch.tensor([0.25, 0.75], dtype=x.dtype).log()

@@ -1,4 +1,4 @@
-"""Attention rollout: its algebra, and the matrices it reads off real transformers."""
+"""Attention rollout: its algebra, and the matrices recorded from real transformers."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_token_grid_fits_tokens_and_proportions() -> None:
 
 
 def test_the_grid_of_the_patch_embedding_takes_precedence_over_the_proportions() -> None:
-    """20 x 40 pixels in patches of 8 are 2 x 5 tokens; 2 x 4 and three tokens more would have the proportions."""
+    """20 x 40 pixels in patches of 8 are 2 x 5 tokens; 2 x 4 with three prefix tokens would fit the proportions."""
     assert token_grid(11, torch.Size([20, 40]), [(2, 5)]) == (2, 5, 1)
     assert token_grid(11, torch.Size([20, 40]), [(5, 10), (2, 5), (1, 1)]) == (2, 5, 1)
     torch.manual_seed(0)

@@ -1,3 +1,5 @@
+"""The ground-truth map: mask, dilation and blur."""
+
 import numpy as np
 import pytest
 import torch

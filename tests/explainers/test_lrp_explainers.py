@@ -1,4 +1,4 @@
-"""The explainers `lrp` and `c3lrp`: defaults, post-processing, and the promises of every explainer."""
+"""The explainers `lrp` and `c3lrp`: defaults, post-processing, and the common contract of explainers."""
 
 import copy
 import pickle

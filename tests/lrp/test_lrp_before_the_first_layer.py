@@ -32,7 +32,7 @@ class Net(nn.Module):
 
 @pytest.mark.parametrize("name", BEFORE)
 def test_ones_is_the_rule_of_both_steps_together(name):
-    """R_i = sum_jk c_ij w+_jk R_k / sum_i'j' c_i'j' w+_j'k, whatever the pixels."""
+    """R_i = sum_jk c_ij w+_jk R_k / sum_i'j' c_i'j' w+_j'k, independent of the pixels."""
     before, shape = BEFORE[name].double(), (3, 6, 5)
     spread, _, between = matrix_of(before, shape)
     conv = seeded(nn.Conv2d(3, 4, 3, padding=1), 3)
@@ -76,7 +76,7 @@ def test_separate_padding_equals_padding_inside_the_convolution(first):
     "before", [nn.ConstantPad2d(2, 2.0), nn.Sequential(nn.ConstantPad2d(1, -1.0), nn.AvgPool2d(2))]
 )
 def test_zbox_gives_no_share_to_a_filled_border_and_no_negative_share_to_a_pixel(before):
-    """Bounds that pass what the pixels pass enclose the values, so that a w - l w+ - h w- >= 0."""
+    """The transformed bounds enclose the transformed pixels, so that a w - l w+ - h w- >= 0."""
     for seed in range(5):
         net = nn.Sequential(before, nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         result = relevance(
@@ -104,7 +104,7 @@ class Scaled(nn.Module):
 
 
 def normed(net):
-    """The same, but for the sign of the scale, as a BatchNorm."""
+    """The same normalisation as a BatchNorm, except for the sign of the scale."""
     norm = nn.BatchNorm2d(3, eps=0.0, affine=False).double()
     norm.running_mean.copy_(Scaled(net).shift.flatten())
     norm.running_var.copy_(Scaled(net).scale.flatten() ** 2)

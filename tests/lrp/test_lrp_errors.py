@@ -1,4 +1,4 @@
-"""Networks that cannot be explained are refused by name, never explained in part."""
+"""Networks with a layer without rule are refused with its name; no part of them is explained."""
 
 import numpy as np
 import pytest

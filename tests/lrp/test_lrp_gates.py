@@ -1,4 +1,4 @@
-"""Gates are constants: they scale what passes and receive nothing."""
+"""Gates count as constants: they scale the values and receive no relevance."""
 
 import pytest
 import torch

@@ -54,7 +54,7 @@ def share(contributions, r, z=None):
 
 
 def contributions_of(rule, w, a, b, r):
-    """What each input (..., inputs) of the dense layer w (outputs, inputs), b gets from each output, per output."""
+    """Relevance that each input (..., inputs) of the dense layer w (outputs, inputs), b receives from each output."""
     c = w * a
     up, down = c.clamp(min=0), c.clamp(max=0)
     if rule == "lrp0":
@@ -137,7 +137,7 @@ def test_every_rule_against_matrices_written_out(drawn, rule, batchnorm, seed):
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_lrp0_equals_gradient_times_value_of_the_values(stride):
-    """From the output itself as relevance, z cancels, and LRP-0 is the gradient of the sum of the outputs."""
+    """With the output as relevance z cancels: LRP-0 is the value times the gradient of the sum of outputs."""
     layer = seeded(LambdaLayer(8, dim_k=3, dim_u=2, heads=2, r=5, stride=stride), 3)
     net, x = nn.Sequential(layer, nn.Flatten()), torch.randn(2, 8, 7, 6, dtype=torch.float64)
     query, key, value = (t.detach() for t in layer.project(x))
@@ -150,7 +150,7 @@ def test_lrp0_equals_gradient_times_value_of_the_values(stride):
 
 
 def test_the_value_projection_is_one_convolution_joined_to_its_batchnorm():
-    """Queries and keys get nothing: what arrives at x is what the value's own convolution hands on."""
+    """Queries and keys receive no relevance: the relevance of x comes from the convolution of the values alone."""
     layer = seeded(LambdaLayer(4, dim_k=3, heads=2, r=3), 5)
     x, r = torch.randn(1, 4, 5, 5, dtype=torch.float64).abs(), torch.rand(1, 100, dtype=torch.float64)
     config = Config(first_layer="same", batchnorm="fold", eps=EPS, eps_mode="absolute")

@@ -1,4 +1,4 @@
-"""Promises that hold for whole networks: the account adds up, nothing changes, batches do not matter."""
+"""Properties of whole networks: the report adds up, the model is not changed, batches do not matter."""
 
 import copy
 
@@ -150,7 +150,7 @@ def test_propagation_does_not_change_the_model():
 
 
 def test_prepared_weights_serve_every_image_size():
-    """Neither the number of layers nor of their kept weights grows with the sizes seen."""
+    """Neither the number of layers nor that of prepared weights grows with the number of image sizes."""
     net, targets = torchvision.models.resnet18(num_classes=3).eval(), torch.tensor([0])
     sizes = []
     for side in (32, 33, 40, 48, 56, 64):
@@ -162,7 +162,7 @@ def test_prepared_weights_serve_every_image_size():
 
 @pytest.mark.parametrize("edit", ["step", "data", "replace", "activation", "hook"])
 def test_prepared_weights_follow_the_model(edit):
-    """A second call sees new weights, also those written through `.data`, which leaves the version counter alone."""
+    """A second call uses new weights, also those written through `.data`, which leaves the version counter alone."""
     net, x, targets = plain(biased=True), images(), torch.tensor([0, 1])
     old = relevance(net, x, targets).relevance
     with torch.no_grad():

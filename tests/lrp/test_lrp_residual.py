@@ -1,4 +1,4 @@
-"""Residual sums: residual_sums, shares at their edges, and the block rule with its telescoping."""
+"""Residual sums: the roles of their branches, shares in edge cases, and the block rule with its telescoping."""
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ class Sum(nn.Module):
     ("symmetric", True, 0.5), ("symmetric_down", True, 1.0), ("symmetric_down", False, 0.5), ("ratio_down", True, 1.0),
 ])  # fmt: skip
 def test_deep_branch_gets_its_fixed_share_whatever_the_order_of_the_sum(rule, identity, share):
-    """The deep branch here hides pixel 0 and the skip branch hides pixel 1, so the map tells who got what."""
+    """The deep branch here hides pixel 0 and the skip branch hides pixel 1, so the map shows the share of each."""
 
     class Masked(nn.Module):
         def __init__(self):
@@ -137,7 +137,7 @@ def test_block_rule_equals_its_formula():
 
 @pytest.mark.parametrize("first", ["ones", "flat", "wsquare", "zbox", "alpha1beta0"])
 def test_a_block_at_the_pixels_does_not_replace_the_first_layer_rule(first):
-    """Inside of a region there is no place for a rule of the pixels, so that this block shares by `ratio`."""
+    """A first-layer rule cannot apply inside a region, so that this block is divided by `ratio`."""
     net = seeded(nn.Sequential(Block(3, 5, 2), Block(5, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten()), 2)
     x = images(2, 8)
     trace = forward(net, x, Config(residual="block", first_layer=first, low=(-9.0,) * 3, high=(9.0,) * 3))
@@ -150,7 +150,7 @@ def test_a_block_at_the_pixels_does_not_replace_the_first_layer_rule(first):
 
 
 class LongSkip(nn.Module):
-    """Two blocks within a long skip, from whose inside a side branch reads, so that only the two are blocks."""
+    """Two blocks inside a long skip connection, which is no block itself: a side branch reads from its inside."""
 
     def __init__(self):
         super().__init__()
@@ -172,7 +172,7 @@ def test_a_block_inside_an_open_block_is_found():
 
 
 class Crossed(LongSkip):
-    """The only sum has a branch that the head reads as well."""
+    """A sum with a branch that the head reads too, so that it forms no block."""
 
     def forward(self, x):
         x = self.stem(x)
@@ -186,7 +186,7 @@ def test_block_rule_warns_for_sums_that_form_no_block():
 
 
 def test_consecutive_blocks_telescope_to_one_gradient():
-    """With eps -> 0 the rule applied block by block is one plain gradient through the whole row."""
+    """With eps -> 0 the rule applied block by block equals one gradient through all blocks."""
     net = small_resnet(3)
     x, config = images(2, 16), Config(residual="block", eps=1e-13, eps_mode="absolute")
     plan = plan_for(net, x)
@@ -237,7 +237,7 @@ def test_block_rule_conserves_without_biases():
 
 
 class ClampedBlock(nn.Module):
-    """The block rule's block with BatchNorm folded by hand, weights clamped and no biases."""
+    """The residual block with BatchNorm folded by hand, clamped weights and no biases."""
 
     def __init__(self, block):
         super().__init__()
@@ -274,7 +274,7 @@ def test_clamped_block_equals_its_formula_and_conserves(out):
 
 
 def test_consecutive_clamped_blocks_are_propagated_one_by_one_with_the_true_forward_values():
-    """What a clamped block makes is not what the next one is given, so every block divides by its own output."""
+    """The output of a clamped block is not the input of the next block, so every block divides by its own output."""
     net, x = small_resnet(3), images(2, 16)
     config = Config(residual="block", first_layer="same", block_weights="zplus", eps=1e-13, eps_mode="absolute")
     trace = forward(net, x, config)

@@ -167,7 +167,7 @@ def test_relative_eps_depends_on_its_own_sample_only():
 
 @pytest.mark.parametrize("folded", [True, False])
 def test_batchnorm_is_passed_or_folded_as_configured(folded):
-    """Folding multiplies the weights by g / sqrt(v + e) before z+ clamps them; passing leaves both out of it."""
+    """Folding multiplies the weights by g / sqrt(v + e) before z+ clamps them; passing ignores the BatchNorm."""
     conv, norm = nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)
     net = seeded(nn.Sequential(nn.ReLU(), conv, norm, nn.Flatten()), 7)
     norm.weight.data[:2] *= -1
@@ -205,7 +205,7 @@ def test_average_pool_divides_relevance_by_activation():
 
 
 def test_many_relevance_maps_of_one_forward_equal_single_maps():
-    """T seeds over one image give what T single sweeps give."""
+    """T seeds for one image give the maps of T single sweeps."""
     net = seeded(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 5)), 8)
     trace = forward(net, images(1, 8))
     seeds = torch.eye(5, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The promise of the defaults on a really trained network: nearly all relevance arrives, the rest is accounted for."""
+"""The defaults on a trained network: nearly all relevance arrives, and the report accounts for the rest."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A user's own product of two things that vary, and linear layers that make several things at once."""
+"""A user's own product of two values that depend on the image, and linear layers whose output is split."""
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def test_attention_is_read_as_a_linear_layer_with_these_weights(rule, residual):
 
 @pytest.mark.parametrize("rule", ["zplus", "epsilon"])
 def test_relevance_of_values_shared_by_heads_adds_up(rule):
-    """Broadcasting a value equals copying it: it gets what all of its copies get."""
+    """Broadcasting a value equals copying it: its relevance is the sum over its copies."""
 
     class Heads(nn.Module):
         def __init__(self, copied):
@@ -98,7 +98,7 @@ BESIDE = {
 @pytest.mark.parametrize("name", BESIDE)
 @pytest.mark.parametrize("block_weights", ["signed", "zplus"])
 def test_constants_keep_their_true_value_where_they_also_carry_relevance(name, block_weights):
-    """One value inside a block both carries relevance and is a constant: as if the constant had been given."""
+    """One value inside a block carries relevance and is a constant too: the result is that of a fixed constant."""
 
     class Middle(nn.Module):
         def __init__(self):
@@ -225,7 +225,7 @@ def test_a_layer_is_split_if_its_output_is_only_cut_along_channels(name, batchno
 
 
 def test_a_split_layer_equals_two_layers():
-    """With fold, each half's BatchNorm is a part of it."""
+    """With batchnorm='fold' each half is joined to its own BatchNorm."""
     net, x = network(Cut(CUTS["chunk"])), images(2, 6)
     apart = network(Cut(lambda pair: pair))
     apart.load_state_dict(net.state_dict())

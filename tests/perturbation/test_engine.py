@@ -1,3 +1,5 @@
+"""The perturbation engine against plain loops: equal logits, each input run once, chunks, errors."""
+
 import weakref
 
 import pytest
@@ -126,7 +128,7 @@ def test_logits_do_not_depend_on_the_chunk(model, images, ranks, chunk_size):
 
 
 def test_soft_distinguishes_different_binary_weights():
-    """Of 20 000 binary masks each gets its own logits, none those of another mask."""
+    """Each of 20 000 binary masks gets its own logits: no two masks have the same hash."""
     generator = torch.Generator().manual_seed(0)
     images = torch.ones(1, 1, 8, 8, dtype=torch.float64)
     weights = (torch.rand(20_000, 8, 8, generator=generator) < 0.5).double()

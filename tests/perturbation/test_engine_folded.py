@@ -1,3 +1,5 @@
+"""Fast copies with BatchNorm folded: exactness, choice of the form, and when a copy is made again."""
+
 import gc
 import logging
 import weakref
@@ -108,7 +110,7 @@ def test_a_convolution_whose_output_is_also_read_elsewhere_stays_unfolded_with_a
 
 @pytest.mark.parametrize(("channels", "offset"), [(1, 0.0), (4, 80.0)])
 def test_probabilities_that_are_all_one_do_not_hide_a_wrong_copy(probe, channels, offset):
-    """One logit, or saturated ones: the softmax says nothing of what folding has changed."""
+    """With one logit, or saturated ones, the softmax does not show what folding has changed."""
     model = settle(Behind(after=lambda norm, conv: (norm + 3 * conv)[:, :channels]).double())
     head = nn.Linear(channels, channels, bias=True, dtype=torch.float64)
     nn.init.eye_(head.weight)
@@ -143,7 +145,7 @@ def test_a_copy_is_made_once_and_again_after_any_training_step(probe):
 
 
 class Scaled(nn.Module):
-    """Reads settings of every kind, and writes down what it saw last."""
+    """A module that reads settings of every kind and writes its last input on itself."""
 
     def __init__(self):
         super().__init__()
@@ -221,7 +223,7 @@ def test_a_setting_that_contains_itself_is_fingerprinted(probe):
 
 
 def test_a_forward_set_on_the_instance_is_run(probe):
-    """Its function is bound to the layers of the model itself, which a copy would run too."""
+    """The function is bound to the layers of the model itself, which a copy would run too."""
     model = Scaled().double()
     before = fast_copy(model, probe)
     _replace_forward(model)

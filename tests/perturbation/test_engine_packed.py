@@ -1,3 +1,5 @@
+"""Fast copies with packed convolutions."""
+
 import copy
 
 import pytest

@@ -1,3 +1,5 @@
+"""Fills for removed pixels, and stateless random numbers."""
+
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,3 +1,5 @@
+"""Patches of maps: pooling, ranks with ties, steps."""
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -63,7 +65,7 @@ def test_random_ties_keep_the_order_of_values_and_depend_on_seed_and_index_only(
 
 
 def test_random_ties_are_not_the_noise_of_the_uniform_fill():
-    """Else a constant map would move the fill's brightest pixels first."""
+    """With one stream, a constant map would remove the fill's brightest pixels first."""
     indices = torch.arange(50)
     ranks = patch_ranks(torch.zeros(50, 64), "random", seed=0, indices=indices)
     images = torch.rand(50, 1, 8, 8, generator=torch.Generator().manual_seed(0))

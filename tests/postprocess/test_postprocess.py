@@ -1,4 +1,4 @@
-"""C3, C1C, quantisation and normalisation against closed forms and plain restatements."""
+"""C3, C1C, quantisation and normalisation against closed forms and simple reimplementations."""
 
 import numpy as np
 import pytest
@@ -61,7 +61,7 @@ def test_component_equals_a_flood_fill_from_the_maximum(seed, connectivity):
 @pytest.mark.parametrize("density", [0.3, 0.5, 0.7])
 @pytest.mark.parametrize("seed", range(4))
 def test_largest_contour_is_the_largest_filled_component(seed, density):
-    """A filled outer contour is everything that the background cannot flood from outside, component by component."""
+    """A filled outer contour is the complement of a flood fill of the background from outside, per component."""
     binary = torch.rand(15, 18, generator=torch.Generator().manual_seed(seed)) < density
     areas = []
     left = binary.clone()
