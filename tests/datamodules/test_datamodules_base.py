@@ -48,7 +48,7 @@ def run_epoch(data: ImageDataModule, epoch: int) -> dict[int, Tensor]:
     return {int(i): x for batch in loader for i, x in zip(batch["index"], batch["image"])}
 
 
-def test_batches_keep_the_contract(make: Make) -> None:
+def test_batches_have_the_documented_fields_shapes_and_types(make: Make) -> None:
     data = make()
     data.setup("fit")
     data.setup("test")
@@ -85,7 +85,7 @@ def test_augmentation_does_not_depend_on_workers_or_batch_size(make: Make) -> No
     assert any(not torch.equal(reference[0][i], other[i]) for i in other)
 
 
-def test_ranks_share_samples_with_unchanged_pixels(make: Make) -> None:
+def test_ranks_divide_the_samples_without_changing_pixels(make: Make) -> None:
     whole = make()
     for split in ("val", "test"):
         expected = {int(i): x for b in whole.eval_dataloader(split) for i, x in zip(b["index"], b["image"])}
@@ -111,7 +111,7 @@ def ranks_of(make: Make, world: int, copes: bool) -> list[DataLoader]:
     return loaders
 
 
-def test_a_rank_without_samples_goes_through_an_epoch_without_batches(make: Make) -> None:
+def test_a_rank_without_samples_runs_an_epoch_without_batches(make: Make) -> None:
     count = len(make().labels("test"))
     loaders = ranks_of(make, count + 2, copes=True)
     assert [[i for batch in loader for i in batch["index"].tolist()] for loader in loaders] == [
@@ -123,13 +123,13 @@ def test_a_rank_without_samples_goes_through_an_epoch_without_batches(make: Make
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_every_rank_announces_the_batches_of_rank_zero(make: Make, world: int) -> None:
+def test_the_loader_length_of_every_rank_is_that_of_rank_zero(make: Make, world: int) -> None:
     loaders = ranks_of(make, world, copes=False)
     assert {len(loader) for loader in loaders} == {len(list(loaders[0]))}
     assert all(len(list(loader)) <= len(loader) for loader in loaders)
 
 
-def test_more_processes_than_samples_are_refused_under_a_module_that_logs_in_its_steps(make: Make) -> None:
+def test_more_processes_than_samples_raise_for_a_module_that_logs_in_its_steps(make: Make) -> None:
     count = len(make().labels("test"))
     message = f"Split test has {count} images for {count + 1} processes; use at most {count} processes, or a module"
     with pytest.raises(ValueError, match=message):
@@ -157,7 +157,7 @@ def test_validation_and_test_are_never_augmented(make: Make) -> None:
                 torch.testing.assert_close(image * std + mean, pixels, atol=1e-5, rtol=0)
 
 
-def test_balanced_batches_decode_no_image_for_their_labels(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_balanced_batches_are_drawn_without_decoding_an_image(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     data = make(balanced_sampler=True)
     source, _ = data.source("train"), data.mean
     monkeypatch.setattr(type(source), "load", lambda self, index: pytest.fail("an image was decoded"))
@@ -168,7 +168,9 @@ def test_balanced_batches_decode_no_image_for_their_labels(make: Make, monkeypat
     assert data.labels("train")[[k.sample for k in keys[:4]]].tolist().count(1) == 2
 
 
-def test_bias_image_is_exact_and_read_back(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bias_image_is_exact_and_is_read_from_the_cache(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     data = make(augmentation=PUBLISHED)
     images = np.stack([data.source("train").load(i)[0] for i in range(len(data.labels("train")))])
     exact = torch.from_numpy(images.astype(np.int64).sum(0) / (255 * len(images))).permute(2, 0, 1)
@@ -182,7 +184,7 @@ def test_bias_image_is_exact_and_read_back(make: Make, tmp_path: Path, monkeypat
     assert torch.equal(again.bias_image(), bias)
 
 
-def test_a_damaged_bias_file_is_computed_again(make: Make, tmp_path: Path) -> None:
+def test_a_damaged_bias_file_is_replaced(make: Make, tmp_path: Path) -> None:
     wanted = make().bias_image()
     (file,) = (tmp_path / "cache").glob("bias_*")
     file.write_bytes(file.read_bytes()[:-50])
@@ -191,14 +193,14 @@ def test_a_damaged_bias_file_is_computed_again(make: Make, tmp_path: Path) -> No
     assert torch.equal(make().bias_image(), wanted)
 
 
-def test_other_data_has_another_fingerprint_and_bias_file(tmp_path: Path) -> None:
+def test_different_data_has_a_different_fingerprint_and_bias_file(tmp_path: Path) -> None:
     for seed in (0, 1):
         SyntheticFundus(n_train=4, data_seed=seed, cache_dir=tmp_path).bias_image()
     assert len(list(tmp_path.glob("bias_*"))) == 2
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_fingerprint_follows_labels_files_and_settings(small_idrid: Path) -> None:
+def test_fingerprint_changes_with_labels_files_and_settings(small_idrid: Path) -> None:
     def prints(**options: object) -> str:
         return IDRiD(root=small_idrid, image_size=32, **options).fingerprint("test")  # type: ignore[arg-type]
 
@@ -215,7 +217,7 @@ def test_fingerprint_follows_labels_files_and_settings(small_idrid: Path) -> Non
 
 
 @pytest.mark.parametrize(("world", "batch_size"), [(1, 10), (2, 6), (4, 4)])
-def test_dropping_the_only_training_batch_is_refused(world: int, batch_size: int) -> None:
+def test_dropping_the_only_training_batch_raises(world: int, batch_size: int) -> None:
     data = SyntheticFundus(n_train=9, n_val=4, n_test=4, batch_size=batch_size, drop_last=True)
     data.trainer = SimpleNamespace(world_size=world, global_rank=0)  # type: ignore[assignment]
     message = f"leaves no batch of 9 images with batch_size {batch_size} on each of {world} processes"
@@ -237,7 +239,7 @@ class _Forgetful(ImageDataModule):
         return {"test": ArraySource(["x"], np.zeros(1, np.int64), pixels, None, ["forgetful"])}
 
 
-def test_no_data_module_can_leave_what_changes_the_pixels_out_of_its_hash() -> None:
+def test_the_data_hash_of_every_data_module_includes_all_settings_that_change_pixels() -> None:
     prints = [_Forgetful(image_size=size).fingerprint("test") for size in (8, 16)]
     for name, value in (("crop", (0.1, 0.0, 1.0, 1.0)), ("shorter", 9)):
         data = _Forgetful()
@@ -247,7 +249,7 @@ def test_no_data_module_can_leave_what_changes_the_pixels_out_of_its_hash() -> N
 
 
 @pytest.mark.parametrize("masks", [False, True])
-def test_files_of_the_same_names_and_sizes_are_told_apart_by_their_contents(tmp_path: Path, masks: bool) -> None:
+def test_the_fingerprint_differs_for_files_of_equal_name_and_size(tmp_path: Path, masks: bool) -> None:
     def build(root: Path, shade: int) -> ImageFolder:
         for name in ("cat", "dog"):
             for n in range(6):
@@ -266,7 +268,7 @@ def test_files_of_the_same_names_and_sizes_are_told_apart_by_their_contents(tmp_
         torch.testing.assert_close(dark.bias_image() + 200 / 255, bright.bias_image(), atol=0.05, rtol=0)
 
 
-def test_files_are_read_for_the_hash_once(small_idrid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fingerprint_reads_the_files_only_once(small_idrid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = IDRiD(root=small_idrid, image_size=32, cache_images=False)
     first = data.fingerprint("test")
     monkeypatch.setattr(sources, "content_hash", lambda path: pytest.fail("read again"))
@@ -275,7 +277,7 @@ def test_files_are_read_for_the_hash_once(small_idrid: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("name", ["image_size", "batch_size"])
 @pytest.mark.parametrize("value", [0, -5])
-def test_sizes_below_one_are_refused(name: str, value: int) -> None:
+def test_sizes_below_one_raise(name: str, value: int) -> None:
     with pytest.raises(ValueError, match=f"{name} is {value}; it must be at least 1"):
         ImageFolder("/absent", **{name: value})  # type: ignore[arg-type]
 
@@ -292,20 +294,18 @@ WRONG_CROPS = [
 
 @pytest.mark.parametrize("crop", WRONG_CROPS)
 @pytest.mark.parametrize("kind", [ImageFolder, IDRiD])
-def test_crops_that_leave_nothing_or_count_pixels_are_refused(
-    kind: type[ImageDataModule], crop: tuple[float, ...]
-) -> None:
+def test_an_empty_crop_and_a_crop_in_pixels_raise(kind: type[ImageDataModule], crop: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match=r"crop is \(.*\); it must be left, top, right, bottom in fractions of width"):
         kind(root="/absent", crop=crop)  # type: ignore[call-arg]
 
 
-def test_a_crop_narrower_than_a_pixel_is_one_sentence(pictures: Path) -> None:
+def test_a_crop_narrower_than_a_pixel_raises_one_sentence(pictures: Path) -> None:
     data = ImageFolder(pictures, image_size=32, crop=(0.5, 0.0, 0.501, 1.0), mean=[0.5] * 3, std=[0.5] * 3)
     with pytest.raises(ValueError, match=r"crop \(0.5, .*\) leaves no pixel of an image of 50 x \d+; widen it"):
         data.dataset("test")[0]
 
 
-def test_unwritable_cache_warns_and_computes(tmp_path: Path) -> None:
+def test_an_unwritable_cache_warns_and_the_bias_image_is_computed(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.warns(UserWarning, match="cannot be written"):
         value = cached(tmp_path / "file" / "x.safetensors", lambda: torch.ones(2))
@@ -313,7 +313,7 @@ def test_unwritable_cache_warns_and_computes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["IDRiD", "SyntheticFundus", "ImageFolder"])
-def test_yaml_builds_every_data_module(name: str, tmp_path: Path) -> None:
+def test_a_yaml_configuration_builds_the_data_module(name: str, tmp_path: Path) -> None:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningDataModule, "data")
     steps = "{rotation: 0, crop_scale: null, erasing: 0.25}"
@@ -353,7 +353,7 @@ def _trainer(root: Path, epochs: int, **options: object) -> Trainer:
 
 
 @pytest.mark.parametrize("own_sampler", [True, False])
-def test_lightning_uses_the_loaders_and_resumes_with_the_same_pictures(tmp_path: Path, own_sampler: bool) -> None:
+def test_a_resumed_training_sees_the_same_images(tmp_path: Path, own_sampler: bool) -> None:
     data = SyntheticFundus(n_train=10, n_val=4, n_test=7, batch_size=4, augmentation=PUBLISHED)
     whole = _Seen()
     _trainer(tmp_path, 3, use_distributed_sampler=own_sampler).fit(whole, data)

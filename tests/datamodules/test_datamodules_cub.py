@@ -41,7 +41,7 @@ def small(root: Path, **options: object) -> CUB:
     return CUB(root=root, cache_dir=root / "cache", **options)  # type: ignore[arg-type]
 
 
-def test_official_split_and_held_out_validation(birds: Path) -> None:
+def test_the_official_split_is_used_and_validation_is_held_out(birds: Path) -> None:
     data = small(birds)
     data.setup()
     assert [len(data.labels(s)) for s in ("train", "val", "test")] == [7, 2, 3]
@@ -55,19 +55,19 @@ def test_official_split_and_held_out_validation(birds: Path) -> None:
     assert {other.sample_name("val", i) for i in range(2)} != names[1]
 
 
-def test_default_holds_200_of_the_5994_official_training_images_out() -> None:
+def test_the_default_holds_out_200_of_the_5994_official_training_images() -> None:
     assert round(CUB(root="/absent").val_fraction * 5994) == 200
 
 
 @pytest.mark.parametrize(("classes", "labels"), [([7, 1], [1, 0]), ([2, 7], [0, 1]), ([1, 2, 7], [0, 1, 2])])
-def test_any_subset_of_classes_in_the_order_given(birds: Path, classes: list[int], labels: list[int]) -> None:
+def test_a_subset_of_classes_is_used_in_the_given_order(birds: Path, classes: list[int], labels: list[int]) -> None:
     data = small(birds, classes=classes)
     assert data.class_names == [NAMES[number] for number in classes]
     assert data.labels("test").tolist() == labels
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_batches_hold_the_box_as_mask_and_as_box(birds: Path, cached: bool) -> None:
+def test_batches_have_the_bird_box_as_mask_and_as_box(birds: Path, cached: bool) -> None:
     data = small(birds, cache_images=cached)
     data.setup()
     for loader in (data.train_dataloader(), data.test_dataloader()):
@@ -82,7 +82,7 @@ def test_batches_hold_the_box_as_mask_and_as_box(birds: Path, cached: bool) -> N
     assert data.has_masks("test")
 
 
-def test_training_crops_reach_what_the_middle_does_not_show(birds: Path) -> None:
+def test_training_crops_reach_pixels_outside_the_central_square(birds: Path) -> None:
     """The sides are white, the middle is black: only a crop of the whole picture can be white all over."""
     picture = np.zeros((40, 120, 3), np.uint8)
     picture[:, :35] = picture[:, 85:] = 230
@@ -104,7 +104,7 @@ def test_grey_pictures_have_three_equal_channels(birds: Path) -> None:
     assert (image == image[..., :1]).all()
 
 
-def test_bias_image_and_fingerprint_follow_what_is_shown(birds: Path) -> None:
+def test_fingerprint_changes_with_classes_sizes_and_image_contents(birds: Path) -> None:
     assert small(birds).bias_image().shape == (3, 32, 32)
     prints = {
         small(birds, **o).fingerprint("test") for o in ({}, {"resize": 40}, {"classes": [1, 2]}, {"image_size": 30})
@@ -141,7 +141,7 @@ def edit(path: Path, line: int, text: str | None) -> None:
         ("images.txt", 1, "one x.jpg", r"images\.txt, line 1: 'one x\.jpg' must be an image number and a path"),
     ],
 )  # fmt: skip
-def test_lists_that_disagree_are_named_with_their_line(
+def test_lists_that_disagree_raise_an_error_with_file_and_line(
     birds: Path, file: str, line: int, text: str | None, message: str
 ) -> None:
     edit(birds / file, line, text)
@@ -149,7 +149,7 @@ def test_lists_that_disagree_are_named_with_their_line(
         small(birds).setup("test")
 
 
-def test_missing_list_and_missing_or_broken_image(birds: Path) -> None:
+def test_a_missing_list_and_a_missing_or_damaged_image_raise(birds: Path) -> None:
     (birds / "images/001.Heron/bird_4.jpg").write_bytes(b"")
     with pytest.raises(BadImageError, match=r"bird_4\.jpg is not an image: replace it, or set on_bad_image: skip"):
         small(birds).setup("test")
@@ -163,7 +163,7 @@ def test_missing_list_and_missing_or_broken_image(birds: Path) -> None:
         small(birds).setup("test")
 
 
-def test_box_outside_of_its_image_is_named_with_its_line(birds: Path) -> None:
+def test_a_box_outside_its_image_raises_an_error_with_file_and_line(birds: Path) -> None:
     edit(birds / "bounding_boxes.txt", 4, "4 70.0 5.0 10.0 10.0")
     with pytest.raises(
         ValueError, match=r"bounding_boxes\.txt, line 4: box .* lies outside .*bird_4\.jpg, which has 60 x 40"
@@ -183,7 +183,7 @@ def test_arguments(birds: Path) -> None:
 
 
 @pytest.mark.data
-def test_real_birds(data_root: Path) -> None:
+def test_the_real_birds_have_the_published_counts_and_boxes(data_root: Path) -> None:
     data = CUB(root=data_root / "cub10", val_fraction=0.1)
     assert [len(data.labels(s)) for s in ("train", "val", "test")] == [270, 30, 243]
     assert data.num_classes == 10

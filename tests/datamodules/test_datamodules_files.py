@@ -35,7 +35,7 @@ def test_data_root_prefers_the_argument_then_the_variable(tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "bmp", "tif"])
-def test_whole_images_pass_the_check(tmp_path: Path, suffix: str) -> None:
+def test_complete_images_pass_the_check(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"image.{suffix}"
     write_image(path, 0)
     assert image_error(path) is None
@@ -44,7 +44,7 @@ def test_whole_images_pass_the_check(tmp_path: Path, suffix: str) -> None:
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
 @pytest.mark.parametrize("orientation", range(9))
-def test_the_header_gives_the_size_that_is_read(tmp_path: Path, suffix: str, orientation: int) -> None:
+def test_oriented_size_is_the_size_of_the_decoded_image(tmp_path: Path, suffix: str, orientation: int) -> None:
     path, exif = tmp_path / f"image.{suffix}", Image.Exif()
     if orientation:
         exif[ExifTags.Base.Orientation] = orientation
@@ -53,7 +53,7 @@ def test_the_header_gives_the_size_that_is_read(tmp_path: Path, suffix: str, ori
     assert oriented_size(path) == (width, height) == ((40, 60) if orientation > 4 else (60, 40))
 
 
-def test_damaged_metadata_turn_nothing(tmp_path: Path) -> None:
+def test_damaged_metadata_is_ignored(tmp_path: Path) -> None:
     path = tmp_path / "image.jpg"
     Image.new("RGB", (60, 40)).save(path, exif=b"Exif\0\0XX" + bytes(30))
     assert oriented_size(path) == read_image(path).shape[1::-1] == (60, 40)
@@ -61,7 +61,7 @@ def test_damaged_metadata_turn_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("suffix", "reason"), [("jpg", "end-of-image"), ("png", "IEND")])
 @pytest.mark.parametrize("part", [0.3, 0.9])
-def test_truncated_images_are_found(tmp_path: Path, suffix: str, reason: str, part: float) -> None:
+def test_truncated_images_fail_the_check(tmp_path: Path, suffix: str, reason: str, part: float) -> None:
     path = tmp_path / f"image.{suffix}"
     write_image(path, 0, (200, 200, 3))
     data = path.read_bytes()
@@ -71,7 +71,7 @@ def test_truncated_images_are_found(tmp_path: Path, suffix: str, reason: str, pa
 
 @pytest.mark.parametrize("suffix", ["bmp", "tif", "webp"])
 @pytest.mark.parametrize("part", [0.5, 0.99])
-def test_truncated_images_without_an_end_marker_are_found(tmp_path: Path, suffix: str, part: float) -> None:
+def test_truncated_images_without_an_end_marker_fail_the_check(tmp_path: Path, suffix: str, part: float) -> None:
     path = tmp_path / f"image.{suffix}"
     write_image(path, 0, (200, 200, 3))
     data = path.read_bytes()
@@ -79,7 +79,7 @@ def test_truncated_images_without_an_end_marker_are_found(tmp_path: Path, suffix
     assert re.search("cannot be decoded|is not an image", str(image_error(path)))
 
 
-def test_damaged_data_of_a_png_are_found(tmp_path: Path) -> None:
+def test_a_png_with_damaged_data_fails_the_check(tmp_path: Path) -> None:
     path = tmp_path / "image.png"
     write_image(path, 0, (200, 200, 3))
     data = bytearray(path.read_bytes())
@@ -89,7 +89,7 @@ def test_damaged_data_of_a_png_are_found(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.int32])
-def test_values_of_32_bits_are_found_and_left_out(tmp_path: Path, kind: type) -> None:
+def test_an_image_with_32_bit_values_fails_the_check(tmp_path: Path, kind: type) -> None:
     Image.fromarray(np.arange(1600, dtype=kind).reshape(40, 40)).save(tmp_path / "bad.tif")
     good, notes = readable_records([Record("bad", 0, tmp_path / "bad.tif")], "skip", [tmp_path])
     assert not good
@@ -97,7 +97,7 @@ def test_values_of_32_bits_are_found_and_left_out(tmp_path: Path, kind: type) ->
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
-def test_data_behind_the_end_are_no_damage(tmp_path: Path, suffix: str) -> None:
+def test_data_behind_the_end_of_an_image_pass_the_check(tmp_path: Path, suffix: str) -> None:
     """The photos of telephones carry a film there."""
     path = tmp_path / f"image.{suffix}"
     write_image(path, 0)
@@ -106,13 +106,13 @@ def test_data_behind_the_end_are_no_damage(tmp_path: Path, suffix: str) -> None:
     assert read_image(path).shape == (40, 60, 3)
 
 
-def test_only_the_ends_of_a_jpeg_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_check_reads_only_both_ends_of_a_jpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_image(tmp_path / "image.jpg", 0)
     monkeypatch.setattr(cv2, "imdecode", None)
     assert image_error(tmp_path / "image.jpg") is None
 
 
-def test_reading_advises_no_setting(tmp_path: Path) -> None:
+def test_the_error_of_reading_does_not_mention_on_bad_image(tmp_path: Path) -> None:
     """What the check has let pass `on_bad_image: skip` would not leave out."""
     write_image(tmp_path / "image.bmp", 0)
     (tmp_path / "image.bmp").write_bytes((tmp_path / "image.bmp").read_bytes()[:3000])
@@ -120,7 +120,7 @@ def test_reading_advises_no_setting(tmp_path: Path) -> None:
         read_image(tmp_path / "image.bmp")
 
 
-def test_other_bad_files_are_found(tmp_path: Path) -> None:
+def test_other_bad_files_fail_the_check(tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("not an image")
     (tmp_path / "empty.jpg").touch()
     assert image_error(tmp_path / "text.jpg") == "is not an image"
@@ -133,7 +133,7 @@ def test_other_bad_files_are_found(tmp_path: Path) -> None:
         read_image(tmp_path / "absent.jpg")
 
 
-def test_colours_come_as_rgb_and_other_formats_are_converted(tmp_path: Path) -> None:
+def test_images_are_read_as_rgb_from_every_format(tmp_path: Path) -> None:
     red = np.zeros((8, 8, 4), dtype=np.uint8)
     red[..., 2], red[..., 3] = 200, 128
     cv2.imwrite(str(tmp_path / "rgba.png"), red)
@@ -169,21 +169,21 @@ def saved_mask(path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["16 bit", "dark blue", "dark blue and opaque", "palette", "1 bit", "255"])
 @pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_every_pixel_of_a_mask_that_is_not_0_belongs_to_it(tmp_path: Path, kind: str, suffix: str) -> None:
+def test_every_nonzero_pixel_belongs_to_the_mask(tmp_path: Path, kind: str, suffix: str) -> None:
     saved_mask(tmp_path / f"mask.{suffix}", kind)
     mask = read_mask(tmp_path / f"mask.{suffix}")
     assert mask.dtype == bool
     assert (mask == MASK).all()
 
 
-def test_masks_are_turned_as_images_are(tmp_path: Path) -> None:
+def test_masks_get_the_same_exif_orientation_as_images(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     Image.fromarray(np.where(MASK, 3, 0).astype(np.uint16)).save(tmp_path / "mask.png", exif=exif)
     assert (read_mask(tmp_path / "mask.png") == np.rot90(MASK, -1)).all()
 
 
-def test_crop_and_squash() -> None:
+def test_crop_and_squash_give_the_expected_pixels() -> None:
     pixels = np.arange(10 * 20 * 3, dtype=np.uint8).reshape(10, 20, 3)
     np.testing.assert_array_equal(crop(pixels, (0.25, 0.0, 0.75, 2849 / 2848)), pixels[:, 5:15])
     assert crop(pixels, None) is pixels
@@ -232,12 +232,12 @@ def test_split_has_no_overlap_and_keeps_copies_together(tmp_path: Path, seed: in
     assert split_off(every, 0.2, seed + 1)[1] != val
 
 
-def test_fraction_outside_zero_and_one(tmp_path: Path) -> None:
+def test_a_fraction_outside_zero_and_one_raises(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"split off is 1\.5; it must lie between 0 and 1"):
         split_off(records(tmp_path, ["a", "b"]), 1.5, 0)
 
 
-def test_bad_images_stop_or_are_skipped_and_reported(tmp_path: Path) -> None:
+def test_bad_images_raise_or_are_skipped_and_reported(tmp_path: Path) -> None:
     write_image(tmp_path / "good.png", 0)
     (tmp_path / "bad.png").write_text("nothing")
     every = [Record("good", 0, tmp_path / "good.png"), Record("bad", 1, tmp_path / "bad.png")]
@@ -251,7 +251,7 @@ def test_bad_images_stop_or_are_skipped_and_reported(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [0, 1, 16 * BLOCK, 16 * BLOCK + 1, 100 * BLOCK])
-def test_contents_see_size_head_middle_and_tail(tmp_path: Path, size: int) -> None:
+def test_content_hash_changes_with_size_head_middle_and_tail(tmp_path: Path, size: int) -> None:
     file, data = tmp_path / "a", bytes(range(256)) * (size // 256) + bytes(size % 256)
     places = {0, size // 2, size - 1} if 0 < size <= 16 * BLOCK else {0, size - 1} if size else set()
     changed = [data, data + b"x", *(data[:n] + bytes([data[n] ^ 1]) + data[n + 1 :] for n in places)]
@@ -264,7 +264,7 @@ def test_contents_see_size_head_middle_and_tail(tmp_path: Path, size: int) -> No
     assert content_hash(tmp_path / "copy") == found[0]
 
 
-def test_contents_of_a_large_file_are_sampled_evenly(tmp_path: Path) -> None:
+def test_content_hash_samples_a_large_file_evenly(tmp_path: Path) -> None:
     size, file = 100 * BLOCK, tmp_path / "a"
     file.write_bytes(bytes(size))
     first, seen = content_hash(file), 0

@@ -35,7 +35,7 @@ def test_flat_folder_is_split_without_overlap(pictures: Path) -> None:
         assert labels == [int(name.startswith("dog/")) for name in parts[split]]
 
 
-def test_given_splits_are_kept_and_validation_is_drawn_from_training(pictures: Path) -> None:
+def test_split_folders_are_used_and_validation_is_drawn_from_training(pictures: Path) -> None:
     root = pictures.parent / "given"
     for part, numbers in (("train", range(10)), ("test", range(10, 15))):
         for name in ("cat", "dog"):
@@ -90,7 +90,7 @@ def test_statistics_are_computed_from_training_images_and_cached(pictures: Path)
     assert folder(pictures, mean=[0.5] * 3, std=[0.5] * 3).mean == [0.5] * 3
 
 
-def test_grey_channels(pictures: Path) -> None:
+def test_one_channel_gives_grey_images(pictures: Path) -> None:
     data = folder(pictures, channels=1, mean=[0.5], std=[0.25], cache_images=True)
     data.setup("fit")
     assert next(iter(data.train_dataloader()))["image"].shape == (19, 1, 32, 32)
@@ -101,14 +101,14 @@ def test_grey_channels(pictures: Path) -> None:
         folder(pictures, mean=[0.5], std=[0.25])
 
 
-def test_positive_classes_by_name(pictures: Path) -> None:
+def test_positive_classes_are_given_by_name(pictures: Path) -> None:
     assert folder(pictures).positive_classes == (1,)
     assert folder(pictures, positive_classes=["cat"]).positive_classes == (0,)
     with pytest.raises(ValueError, match="positive_classes has 'cow'; the classes are cat, dog"):
         _ = folder(pictures, positive_classes=["cow"]).positive_classes
 
 
-def test_problems_are_named(pictures: Path) -> None:
+def test_errors_name_the_problem_of_a_folder(pictures: Path) -> None:
     with pytest.raises(FileNotFoundError, match="absent does not exist"):
         folder(pictures.parent / "absent").setup("fit")
     with pytest.raises(FileNotFoundError, match=r"mask_root .*nowhere does not exist"):
@@ -141,13 +141,13 @@ def write_splits(root: Path, *parts: str) -> Path:
 
 
 @pytest.mark.parametrize("name", ["valid", "Validation", "dev"])
-def test_a_split_of_another_name_is_refused(tmp_path: Path, name: str) -> None:
+def test_a_split_folder_of_another_name_raises(tmp_path: Path, name: str) -> None:
     root = write_splits(tmp_path / "given", "train", "test", name)
     with pytest.raises(ValueError, match=rf"given/{name} is not read as a split; rename it to train, val or test"):
         folder(root).report()
 
 
-def test_splits_of_other_names_are_no_classes(tmp_path: Path) -> None:
+def test_split_folders_of_other_names_are_not_read_as_classes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"given holds Test, Train; rename them to train, val and test"):
         _ = folder(write_splits(tmp_path / "given", "Train", "Test")).class_names
 
@@ -163,7 +163,7 @@ def test_other_folders_beside_train_are_noted(tmp_path: Path) -> None:
     assert "folder regions" not in report
 
 
-def test_files_of_other_kinds_are_counted(pictures: Path) -> None:
+def test_files_of_other_formats_are_counted_in_the_report(pictures: Path) -> None:
     for i in range(3):
         (pictures / "cat" / f"{i}.GIF").touch()
     (pictures / "dog" / "notes.txt").touch()
@@ -173,7 +173,7 @@ def test_files_of_other_kinds_are_counted(pictures: Path) -> None:
     assert "left out 5 entries that are not image files: 3 .gif, 1 .txt, 1 folder" in report
 
 
-def test_masks_that_fit_no_image_are_refused(pictures: Path) -> None:
+def test_masks_that_fit_no_image_raise(pictures: Path) -> None:
     masks = pictures.parent / "regions"
     for i in range(3):
         write_image(masks / "cat" / f"{i:02d}_mask.png", i)
@@ -187,7 +187,7 @@ def test_masks_that_fit_no_image_are_refused(pictures: Path) -> None:
         folder(pictures, mask_root=masks / "cat").report()
 
 
-def test_a_channel_that_never_changes_is_divided_by_1(tmp_path: Path) -> None:
+def test_a_constant_channel_has_a_std_of_1(tmp_path: Path) -> None:
     """Also one whose value is no fraction of a power of two, where a variance made of rounded sums is not 0."""
     for name in ("cat", "dog"):
         for i in range(6):
@@ -204,7 +204,7 @@ def test_a_channel_that_never_changes_is_divided_by_1(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("std", [[0.0, 0.2, 0.2], [0.2, -0.1, 0.2], [0.2, 0.2, float("nan")]])
-def test_a_std_that_is_not_above_0_is_refused(pictures: Path, std: list[float]) -> None:
+def test_a_std_that_is_not_above_0_raises(pictures: Path, std: list[float]) -> None:
     with pytest.raises(ValueError, match=r"std is \[.*\]; pixels are divided by it"):
         folder(pictures, mean=[0.5] * 3, std=std)
 
@@ -219,7 +219,7 @@ def latin(pictures: Path) -> Path:
     return pictures
 
 
-def test_a_name_that_is_not_utf8_is_a_bad_image(latin: Path) -> None:
+def test_a_file_name_that_is_not_utf8_is_a_bad_image(latin: Path) -> None:
     with pytest.raises(
         BadImageError, match=r"Image cat/caf\\xe9\.png has a name that is not UTF-8 \(rename it\): repl"
     ):
@@ -229,7 +229,7 @@ def test_a_name_that_is_not_utf8_is_a_bad_image(latin: Path) -> None:
     report.encode()
 
 
-def test_a_class_name_that_is_not_utf8_is_named(latin: Path) -> None:
+def test_a_class_name_that_is_not_utf8_raises_an_error_that_names_it(latin: Path) -> None:
     os.rename(latin / "dog", os.fsencode(latin) + b"/h\xf8nd")
     with pytest.raises(ValueError, match=r"class folder .*/h\\xf8nd is not UTF-8; rename the folder"):
         ImageFolder(latin, image_size=32).report()

@@ -15,7 +15,7 @@ def small(root: Path, **options: object) -> IDRiD:
     return IDRiD(root=root, image_size=32, cache_dir=root / "cache", **options)  # type: ignore[arg-type]
 
 
-def test_small_copy_reads_in_spite_of_its_flaws(small_idrid: Path) -> None:
+def test_label_files_with_empty_columns_and_rows_are_read(small_idrid: Path) -> None:
     data = small(small_idrid)
     data.setup("fit")
     assert [len(data.labels(s)) for s in ("train", "val", "test")] == [8, 2, 4]
@@ -46,26 +46,26 @@ def test_copy_of_a_test_image_leaves_training(small_idrid: Path) -> None:
     assert "IDRiD_005 (class 1) is byte-identical to the held-out image IDRiD_003 (class 0)" in data.report()
 
 
-def test_missing_folder_is_named(tmp_path: Path) -> None:
+def test_a_missing_folder_raises_an_error_that_names_it(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"Data folder {tmp_path / 'nowhere'} does not exist"):
         small(tmp_path / "nowhere").setup("fit")
     with pytest.raises(FileNotFoundError, match=r"Image folder .* does not exist; `root` must contain 'B\. Disease"):
         small(tmp_path).setup("fit")
 
 
-def test_row_without_image_is_named(small_idrid: Path) -> None:
+def test_a_row_without_image_raises_an_error_that_names_it(small_idrid: Path) -> None:
     grading_image(small_idrid, "train", 4).unlink()
     with pytest.raises(ValueError, match=r"Training Labels\.csv has a row for 'IDRiD_004', but .* no such image"):
         small(small_idrid).setup("fit")
 
 
-def test_image_without_row_is_named(small_idrid: Path) -> None:
+def test_an_image_without_row_raises_an_error_that_names_it(small_idrid: Path) -> None:
     write_image(grading_image(small_idrid, "test", 77), 0)
     with pytest.raises(ValueError, match=r"IDRiD_077\.jpg has no row in .*Testing Labels\.csv"):
         small(small_idrid).setup("test")
 
 
-def test_two_images_of_one_name_are_named(small_idrid: Path) -> None:
+def test_two_images_of_one_name_raise_an_error_that_names_them(small_idrid: Path) -> None:
     image = grading_image(small_idrid, "train", 2)
     write_image(image.with_suffix(".png"), 0)
     with pytest.raises(ValueError, match=r"IDRiD_002\.jpg and IDRiD_002\.png are both image 'IDRiD_002'; keep one"):
@@ -73,7 +73,7 @@ def test_two_images_of_one_name_are_named(small_idrid: Path) -> None:
 
 
 @pytest.mark.parametrize("grade", ["5", "-1", "", "2.5", "high"])
-def test_grade_outside_the_scale_is_named(small_idrid: Path, grade: str) -> None:
+def test_a_grade_outside_the_scale_raises_an_error_that_names_it(small_idrid: Path, grade: str) -> None:
     table = grading_csv(small_idrid, "train")
     table.write_text(table.read_text().replace("IDRiD_003,2,", f"IDRiD_003,{grade},"))
     message = rf"csv, line 4: retinopathy grade '{grade}' of image 'IDRiD_003' must be an integer from 0 to 4"
@@ -81,7 +81,7 @@ def test_grade_outside_the_scale_is_named(small_idrid: Path, grade: str) -> None
         small(small_idrid).setup("fit")
 
 
-def test_label_file_problems_are_named(small_idrid: Path) -> None:
+def test_errors_name_the_problem_of_a_label_file(small_idrid: Path) -> None:
     table = grading_csv(small_idrid, "train")
     text = table.read_text()
     table.write_text(text + "IDRiD_001,0,0\n")
@@ -108,7 +108,7 @@ def test_bad_image_stops_before_training_or_is_skipped(small_idrid: Path, conten
         small(small_idrid, on_bad_image="ignore")
 
 
-def test_damage_inside_a_whole_looking_image_stops_before_training(small_idrid: Path) -> None:
+def test_damaged_data_of_a_complete_png_raises_before_training(small_idrid: Path) -> None:
     path = grading_image(small_idrid, "train", 6)
     path.write_bytes(b"\xff\xd8\xff" + bytes(300) + b"\xff\xd9")
     with pytest.raises(BadImageError, match=r"IDRiD_006\.jpg is not an image"):
@@ -139,7 +139,7 @@ def test_masks_are_the_union_of_lesions_without_the_optic_disc(small_idrid: Path
 
 
 @pytest.mark.data
-def test_real_counts_and_duplicates(idrid_root: Path, tmp_path: Path) -> None:
+def test_the_real_data_has_the_published_counts_and_known_duplicates(idrid_root: Path, tmp_path: Path) -> None:
     data = IDRiD(root=idrid_root, task="grades", cache_dir=tmp_path)
     grades = {split: torch.bincount(data.labels(split)) for split in ("train", "val", "test")}  # type: ignore[arg-type]
     assert grades["test"].tolist() == [34, 5, 32, 19, 13]

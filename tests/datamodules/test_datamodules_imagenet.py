@@ -20,7 +20,7 @@ def flat(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_validation_layout_is_the_split_of_validate_and_test(tmp_path: Path) -> None:
+def test_the_validation_images_are_the_val_and_the_test_split(tmp_path: Path) -> None:
     for seed, synset in enumerate(SYNSETS):
         for number in range(2):
             write_image(tmp_path / "val" / synset / f"ILSVRC2012_val_{seed}{number}.png", seed)
@@ -38,14 +38,14 @@ def test_the_validation_layout_is_the_split_of_validate_and_test(tmp_path: Path)
     assert "train" not in data.report()
 
 
-def test_there_is_no_training_split(flat: Path) -> None:
+def test_imagenet_has_no_training_split(flat: Path) -> None:
     with pytest.raises(ValueError, match="ImageNet has no train split, only val, test"):
         ImageNet(flat).train_dataloader()
     with pytest.raises(ValueError, match="ImageNet has no train split"):
         ImageNet(flat).bias_image()
 
 
-def test_pixels_are_the_middle_of_the_resized_image(tmp_path: Path) -> None:
+def test_pixels_are_the_centre_of_the_resized_image(tmp_path: Path) -> None:
     ramp = np.zeros((64, 96, 3), dtype=np.uint8)
     ramp[..., 2] = np.arange(96)  # red, in OpenCV's order
     (tmp_path / "val").mkdir()
@@ -59,7 +59,7 @@ def test_pixels_are_the_middle_of_the_resized_image(tmp_path: Path) -> None:
     assert torch.allclose(halved[0] * 255, expected.expand(32, 32), atol=0.51)
 
 
-def test_class_rules(flat: Path) -> None:
+def test_class_rules_give_the_labels(flat: Path) -> None:
     assert ImageNet(flat).labels("test").tolist() == CLASSES
     assert ImageNet(flat, class_rule="every:7").labels("test").tolist() == [0, 7, 14]
     table = flat / "solution.csv"
@@ -68,7 +68,7 @@ def test_class_rules(flat: Path) -> None:
     assert ImageNet(flat, class_rule=f"csv:{table}").labels("test").tolist() == [10, 0, 17]
 
 
-def test_data_hash_knows_rule_and_framing(flat: Path) -> None:
+def test_the_data_hash_changes_with_class_rule_and_size(flat: Path) -> None:
     hashes = [ImageNet(flat).fingerprint("test"), ImageNet(flat, class_rule="every:7").fingerprint("test")]
     hashes += [ImageNet(flat, shorter=300).fingerprint("test"), ImageNet(flat, image_size=192).fingerprint("test")]
     assert len(set(hashes)) == 4
@@ -83,12 +83,12 @@ def test_data_hash_knows_rule_and_framing(flat: Path) -> None:
         ("csv:none.csv", "class_rule is 'csv:none.csv'; there is no such file"),
     ],
 )
-def test_a_bad_rule_is_named(flat: Path, rule: str, message: str) -> None:
+def test_an_unknown_class_rule_raises_an_error_that_names_it(flat: Path, rule: str, message: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         ImageNet(flat, class_rule=rule).labels("test")
 
 
-def test_an_image_without_class_is_named(flat: Path) -> None:
+def test_an_image_without_class_raises_an_error_that_names_it(flat: Path) -> None:
     write_image(flat / "val" / "holiday.png", 9)
     with pytest.raises(ValueError, match=r"holiday.png has no synset"):
         ImageNet(flat).labels("test")
@@ -101,7 +101,7 @@ def test_an_image_without_class_is_named(flat: Path) -> None:
         ImageNet(flat, class_rule=f"csv:{table}").labels("test")
 
 
-def test_other_bad_input_is_named(tmp_path: Path) -> None:
+def test_errors_name_the_bad_input(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="shorter is 100; it must be at least image_size, 224"):
         ImageNet(tmp_path, shorter=100)
     with pytest.raises(ValueError, match="holds neither images nor folders of images"):
@@ -111,7 +111,7 @@ def test_other_bad_input_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.data
-def test_the_photographs_have_every_tenth_class(data_root: Path) -> None:
+def test_the_real_photographs_have_every_tenth_class(data_root: Path) -> None:
     data = ImageNet(data_root / "imagenet")
     assert data.labels("test").tolist() == list(range(0, 1000, 10))
     assert torch.equal(ImageNet(data_root / "imagenet", class_rule="every:10").labels("val"), data.labels("test"))

@@ -53,13 +53,13 @@ def test_frames_come_from_the_years_of_their_split(years: Path) -> None:
     assert groups[0] == groups[1] != groups[2]
 
 
-def test_classes_and_positives() -> None:
+def test_tasks_have_their_classes_and_positive_classes() -> None:
     binary, classes = Magnetogram("/absent"), Magnetogram("/absent", task="classes")
     assert (binary.num_classes, binary.positive_classes) == (2, (1,))
     assert (classes.num_classes, classes.positive_classes) == (4, (2, 3))
 
 
-def test_statistics_are_given_or_computed(years: Path) -> None:
+def test_statistics_are_the_arguments_or_are_computed(years: Path) -> None:
     data = yearly(years, mean=None, std=None)
     frames = np.concatenate([np.load(years / f"{year}.npy") for year in (2011, 2012)]) / 255
     assert data.mean == pytest.approx([frames.mean()], abs=1e-12)
@@ -86,13 +86,13 @@ def test_other_frames_in_a_file_of_the_same_size_change_the_data_hash(years: Pat
     assert {split for split in before if before[split] != after[split]} == {"test"}
 
 
-def test_a_source_takes_no_frames_along_to_a_worker(years: Path) -> None:
+def test_a_pickled_source_holds_no_frames(years: Path) -> None:
     source = yearly(years).source("train")
     assert len(pickle.dumps(source)) < 4000
     assert np.array_equal(pickle.loads(pickle.dumps(source)).load(9)[0], source.load(9)[0])
 
 
-def test_frames_without_dates_are_grouped_by_number(years: Path) -> None:
+def test_frames_without_dates_are_grouped_by_their_number(years: Path) -> None:
     write_table(years / "2013.csv", [(i, i % 4, 2013) for i in range(8)])
     data = yearly(years, frames_per_day=4)
     groups = data.groups("val")
@@ -163,13 +163,13 @@ def replace(old: str, new: str) -> object:
         (replace("image,flag", "image,class"), ValueError, r"2012\.csv has no column 'flag' \(columns\.flag\)"),
     ],
 )
-def test_problems_of_a_year_are_named(years: Path, breaking, error: type[Exception], message: str) -> None:  # type: ignore[no-untyped-def]
+def test_errors_name_the_problem_of_a_year(years: Path, breaking, error: type[Exception], message: str) -> None:  # type: ignore[no-untyped-def]
     breaking(years)
     with pytest.raises(error, match=message):
         yearly(years).setup("fit")
 
 
-def test_a_split_without_positives_is_named(years: Path) -> None:
+def test_a_split_without_positive_frames_raises_an_error_that_names_it(years: Path) -> None:
     write_table(years / "2013.csv", [(f"20130101_{i}.png", i % 2, 2013) for i in range(8)])
     with pytest.raises(ValueError, match=r": split val has no frame of class M or above among 8 \(years 2013\)"):
         yearly(years).setup("fit")
@@ -185,7 +185,7 @@ def test_a_split_without_positives_is_named(years: Path) -> None:
         ({"fits_range": (5.0, 5.0)}, "fits_range is"),
     ],
 )
-def test_wrong_arguments_are_named(options: dict[str, object], message: str) -> None:
+def test_wrong_arguments_raise_an_error_that_names_them(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Magnetogram("/absent", **{**SPLITS, **options})  # type: ignore[arg-type]
 
@@ -233,7 +233,7 @@ def by_pictures(root: Path, **options: object) -> Magnetogram:
     return yearly(root, **{**given, "image_size": 8, **options})
 
 
-def test_pictures_of_all_kinds_are_read(pictures: Path) -> None:
+def test_pictures_of_all_formats_are_read(pictures: Path) -> None:
     data = by_pictures(pictures)
     data.setup("fit")
     assert [len(data.labels(s)) for s in ("train", "val", "test")] == [6, 3, 3]
@@ -244,13 +244,13 @@ def test_pictures_of_all_kinds_are_read(pictures: Path) -> None:
     assert (data.source("test").load(0)[0] == 90).all()
 
 
-def test_fits_values_are_scaled_turned_over_and_undefined_pixels_black(pictures: Path) -> None:
+def test_fits_images_are_scaled_and_flipped_with_undefined_pixels_black(pictures: Path) -> None:
     image = by_pictures(pictures, image_size=2).source("test").load(2)[0][..., 0]
     # stored 20 -> 10 -> white, BLANK -> black; below them 0 -> -10 -> black and 10 -> 0 -> middle
     assert image.tolist() == [[255, 0], [0, 128]]
 
 
-def test_a_time_column_comes_before_names_and_headers(pictures: Path) -> None:
+def test_a_time_column_overrides_dates_in_names_and_headers(pictures: Path) -> None:
     rows = list(csv.reader((pictures / "labels.csv").open()))[1:]
     write_table(
         pictures / "labels.csv", [(*row, f"{2014 - i // 3}.05.01_12:00") for i, row in enumerate(rows)], "a,b,t"
@@ -259,7 +259,7 @@ def test_a_time_column_comes_before_names_and_headers(pictures: Path) -> None:
     assert data.source("test").names[0] == "20110201_000000.png"
 
 
-def test_problems_of_pictures_are_named(pictures: Path) -> None:
+def test_errors_name_the_problem_of_a_picture(pictures: Path) -> None:
     with pytest.raises(ValueError, match=r"labels\.csv has no picture of 2009, which val_years names"):
         by_pictures(pictures, val_years=[2009]).setup("fit")
     with pytest.raises(ValueError, match=r"labels\.csv has no column 'when' \(columns\.time\)"):
@@ -282,7 +282,7 @@ def test_problems_of_pictures_are_named(pictures: Path) -> None:
         by_pictures(pictures).setup("fit")
 
 
-def test_a_picture_without_any_date_is_named(pictures: Path) -> None:
+def test_a_picture_without_a_date_raises_an_error_that_names_it(pictures: Path) -> None:
     (pictures / "img" / "20110201_000000.png").rename(pictures / "img" / "first.png")
     table = pictures / "labels.csv"
     table.write_text(table.read_text().replace("20110201_000000.png", "first.png"))
@@ -291,7 +291,7 @@ def test_a_picture_without_any_date_is_named(pictures: Path) -> None:
 
 
 @pytest.mark.data
-def test_both_readers_give_the_same_real_frames(data_root: Path, tmp_path: Path) -> None:
+def test_memory_maps_and_pictures_give_the_same_real_frames(data_root: Path, tmp_path: Path) -> None:
     """A part of the real pictures as memory maps: images, labels and days agree."""
     options = {"image_size": 64, "caption": 0.042, "mean": [0.3], "std": [0.2]}
     real = yearly(
@@ -319,7 +319,7 @@ def resident() -> float:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the resident set from /proc")
-def test_memory_stays_flat_over_a_memory_map(tmp_path: Path) -> None:
+def test_memory_does_not_grow_while_a_memory_map_is_read(tmp_path: Path) -> None:
     """96 MiB of frames pass through the loader; a map that stayed open would keep them all resident."""
     for year in range(2011, 2015):
         np.lib.format.open_memmap(tmp_path / f"{year}.npy", mode="w+", dtype=np.uint8, shape=(192, 512, 512))

@@ -19,7 +19,7 @@ def test_evaluation_gives_every_sample_to_exactly_one_rank(world: int) -> None:
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_lightning_recognises_all_samplers_as_sharded() -> None:
+def test_lightning_does_not_replace_the_samplers() -> None:
     samplers = [
         UnrepeatedDistributedSampler(range(3)),
         ShuffledSampler(range(3)),
@@ -29,7 +29,7 @@ def test_lightning_recognises_all_samplers_as_sharded() -> None:
 
 
 @given(n=st.integers(1, 60), world=st.integers(1, 8), seed=st.integers(0, 50), epoch=st.integers(0, 5))
-def test_shuffled_ranks_cover_everything_with_equal_counts(n: int, world: int, seed: int, epoch: int) -> None:
+def test_shuffled_ranks_cover_all_samples_with_equal_counts(n: int, world: int, seed: int, epoch: int) -> None:
     drawn = []
     for rank in range(world):
         sampler = ShuffledSampler(range(n), world, rank, seed)
@@ -43,7 +43,7 @@ def test_shuffled_ranks_cover_everything_with_equal_counts(n: int, world: int, s
     assert max(counts.values()) - min(counts.values()) <= 1
 
 
-def test_one_process_shuffles_without_repeats_and_anew_each_epoch() -> None:
+def test_one_process_shuffles_without_repetition_and_differently_each_epoch() -> None:
     sampler = ShuffledSampler(range(50), seed=1)
     first = list(sampler)
     assert sorted(key.sample for key in first) == list(range(50))
@@ -53,7 +53,7 @@ def test_one_process_shuffles_without_repeats_and_anew_each_epoch() -> None:
     assert all(key.epoch == 1 for key in sampler)
 
 
-def test_next_epoch_of_a_seed_is_not_the_first_of_the_next_seed() -> None:
+def test_the_second_epoch_of_a_seed_differs_from_the_first_of_the_next_seed() -> None:
     sampler, neighbour = ShuffledSampler(range(50), seed=38), ShuffledSampler(range(50), seed=39)
     sampler.set_epoch(1)
     assert [key.sample for key in sampler] != [key.sample for key in neighbour]
@@ -79,7 +79,7 @@ def test_every_batch_on_every_rank_is_balanced(counts: list[int], share: int, wo
     assert len(lengths) == 1
 
 
-def test_balanced_ranks_together_repeat_no_sample_before_its_class_is_used_up() -> None:
+def test_balanced_ranks_repeat_a_sample_only_after_all_of_its_class() -> None:
     labels = [0] * 40 + [1] * 8
     drawn = [key.sample for rank in range(2) for key in BalancedSampler(labels, 8, 2, 2, rank, seed=3)]
     assert len(drawn) == 2 * 3 * 8
@@ -87,7 +87,7 @@ def test_balanced_ranks_together_repeat_no_sample_before_its_class_is_used_up() 
     assert Counter(i for i in drawn if i >= 40) == dict.fromkeys(range(40, 48), 3)
 
 
-def test_balanced_batches_survive_the_loaders_own_batching() -> None:
+def test_a_loader_makes_balanced_batches_from_the_balanced_sampler() -> None:
     labels = [0] * 30 + [1] * 6
     sampler = BalancedSampler(labels, 6, 2)
     loader = DataLoader(_Keys(labels), batch_size=6, sampler=sampler, drop_last=True)
@@ -105,7 +105,7 @@ class _Keys:
         return self.labels[key[0]]
 
 
-def test_balancing_refuses_what_it_cannot_do() -> None:
+def test_balancing_raises_for_a_wrong_batch_size_or_an_empty_class() -> None:
     with pytest.raises(ValueError, match="batch_size=7 cannot be balanced: it must be a multiple of the 2 classes"):
         BalancedSampler([0, 1], 7, 2)
     with pytest.raises(ValueError, match="class 1 has no image"):

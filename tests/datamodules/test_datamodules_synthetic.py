@@ -46,14 +46,14 @@ def spots(painter: FundusPainter, seed: int, diseased: bool, monkeypatch: pytest
     return image[..., 0], mask, np.array(sizes)
 
 
-def test_the_mask_is_exactly_what_shows_of_the_first_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mask_is_exactly_the_visible_pixels_of_the_lesions(monkeypatch: pytest.MonkeyPatch) -> None:
     painter = FundusPainter(64)
     for seed in range(150):
         shown, mask, _ = spots(painter, seed, True, monkeypatch)
         assert any(np.array_equal(mask, (shown >= 10) & (shown < 10 + 2 * lesions)) for lesions in (2, 3))
 
 
-def test_every_spot_keeps_nearly_all_its_pixels_in_both_classes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spots_hardly_overlap_in_either_class(monkeypatch: pytest.MonkeyPatch) -> None:
     painter = FundusPainter(64)
     for diseased in (False, True):
         lost = []
@@ -63,7 +63,7 @@ def test_every_spot_keeps_nearly_all_its_pixels_in_both_classes(monkeypatch: pyt
         assert np.mean(lost) < 0.01
 
 
-def test_a_blob_has_exactly_as_many_pixels_as_asked() -> None:
+def test_a_blob_has_exactly_the_requested_number_of_pixels() -> None:
     painter = FundusPainter(64)
     for count in range(1, 60):
         rows, columns = painter._blob(np.random.default_rng(count), count)
@@ -78,7 +78,7 @@ def histograms(images: np.ndarray, bins: int = 8) -> np.ndarray:
 
 
 @pytest.mark.parametrize("strength", [1e-3, 1e-1])
-def test_colours_do_not_tell_the_classes_apart(painted: ArraySource, strength: float) -> None:
+def test_colour_statistics_do_not_separate_the_classes(painted: ArraySource, strength: float) -> None:
     test = ArraySource.preloaded(PaintedSource(FundusPainter(64), 0, "test", 400))
     for features in (histograms, lambda images: np.sort(images.mean(-1).reshape(len(images), -1), 1)[:, ::8]):
         classifier = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=1000))
@@ -98,7 +98,7 @@ def test_images_depend_on_seed_split_and_index_alone() -> None:
     assert not np.array_equal(train.load(4)[0], first[0])
 
 
-def test_batches_masks_and_default_statistics() -> None:
+def test_synthetic_batches_have_masks_and_the_default_statistics() -> None:
     data = SyntheticFundus(n_train=200, n_val=6, n_test=5, batch_size=200)
     data.setup("fit")
     assert (data.num_classes, data.class_names, data.positive_classes) == (2, ["healthy", "lesions"], (1,))

@@ -42,7 +42,7 @@ def same(first, second):
 
 
 @pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_samples_are_those_of_the_folder(pictures, split):
+def test_samples_of_shards_equal_those_of_the_folder(pictures, split):
     folder, data = pictures[0], TarShards(pictures[1], augmentation=Augmentation())
     assert data.class_names == folder.class_names
     assert data.positive_classes == folder.positive_classes
@@ -57,7 +57,7 @@ def test_samples_are_those_of_the_folder(pictures, split):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_loaders_give_the_batches_of_the_folder(pictures, workers):
+def test_batches_of_shards_equal_those_of_the_folder(pictures, workers):
     folder, data = pictures[0], TarShards(pictures[1], batch_size=2, num_workers=workers, augmentation=Augmentation())
     folder.batch_size = 2
     for mine, theirs in (
@@ -70,7 +70,7 @@ def test_loaders_give_the_batches_of_the_folder(pictures, workers):
             same(first, second)
 
 
-def test_groups_and_grey_frames(tmp_path):
+def test_shards_keep_groups_and_grey_frames(tmp_path):
     (tmp_path / "sun").mkdir()
     write_years(tmp_path / "sun")
     sun = Magnetogram(tmp_path / "sun", image_size=8, **YEARS)
@@ -82,7 +82,7 @@ def test_groups_and_grey_frames(tmp_path):
         same(sun.dataset("test")[index], data.dataset("test")[index])
 
 
-def test_an_address_is_read_by_ranges(pictures):
+def test_shards_at_a_url_are_read_by_byte_ranges(pictures):
     memory = fsspec.filesystem("memory")
     memory.put(str(pictures[1]), "/labn-shards", recursive=True)
     here, there = TarShards(pictures[1]), TarShards("memory://labn-shards")
@@ -93,7 +93,7 @@ def test_an_address_is_read_by_ranges(pictures):
         TarShards("memory://labn-shards")
 
 
-def test_tar_files_are_plain_and_reproducible(pictures, tmp_path):
+def test_tar_files_can_be_read_by_tar_and_are_reproducible(pictures, tmp_path):
     write_shards(pictures[0], tmp_path, 4)
     for path in pictures[1].glob("*.tar"):
         assert path.read_bytes() == (tmp_path / path.name).read_bytes()
@@ -102,7 +102,7 @@ def test_tar_files_are_plain_and_reproducible(pictures, tmp_path):
     assert names[:3] == ["000000004.png", "000000004.mask.png", "000000004.cls"]
 
 
-def test_a_sample_reads_its_own_bytes_only(pictures, monkeypatch):
+def test_loading_a_sample_reads_only_its_bytes(pictures, monkeypatch):
     data = TarShards(pictures[1])
     source = data.source("train")
     read = []
@@ -174,19 +174,19 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", list(DAMAGE))
-def test_damage_is_named(shards, kind):
+def test_the_error_for_damaged_shards_names_the_file(shards, kind):
     harm, error, message = DAMAGE[kind]
     harm(shards)
     with pytest.raises(error, match=message):
         TarShards(shards).source("test").load(0)
 
 
-def test_shards_of_no_samples_are_refused(pictures, tmp_path):
+def test_zero_samples_per_shard_raise(pictures, tmp_path):
     with pytest.raises(ValueError, match="samples_per_shard is 0"):
         write_shards(pictures[0], tmp_path, 0)
 
 
-def test_shards_of_a_channel_that_never_changes_can_be_read(tmp_path):
+def test_shards_with_a_constant_channel_can_be_read(tmp_path):
     for name in ("ant", "bee"):
         (tmp_path / "data" / name).mkdir(parents=True)
         for m in range(6):

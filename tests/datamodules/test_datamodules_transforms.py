@@ -47,7 +47,7 @@ def test_seed_epoch_and_index_each_change_the_sample(change: tuple[int, int, int
     assert not torch.equal(transform(image(), seed=(1, 2, 3))[0], transform(image(), seed=change)[0])
 
 
-def test_flips_are_fair_and_independent_of_each_other() -> None:
+def test_flips_have_probability_one_half_and_are_independent() -> None:
     corner = np.zeros((32, 32, 3), dtype=np.uint8)
     corner[0, 0] = 255
     transform = Transform(32, (0, 0, 0), (1, 1, 1), FLIPS)
@@ -58,7 +58,7 @@ def test_flips_are_fair_and_independent_of_each_other() -> None:
     assert all(60 < count < 140 for count in counts.values())
 
 
-def test_masks_move_with_their_pixels() -> None:
+def test_masks_are_transformed_like_their_images() -> None:
     pixels = np.zeros((64, 64, 3), dtype=np.uint8)
     pixels[10:34, 20:44] = 255
     geometric = Augmentation(brightness=0, contrast=0, saturation=0, erasing=0.0)
@@ -70,7 +70,7 @@ def test_masks_move_with_their_pixels() -> None:
         assert overlap > 0.85
 
 
-def test_erasing_paints_the_mean_colour_and_empties_the_mask() -> None:
+def test_erasing_sets_the_mean_colour_and_clears_the_mask() -> None:
     always = Augmentation(0, 0, 0, None, brightness=0, contrast=0, saturation=0, erasing=1.0)
     white, everywhere = np.full((32, 32, 3), 255, np.uint8), np.ones((32, 32), bool)
     out, mask = Transform(32, MEAN, STD, always)(white, everywhere, seed=(1,))
@@ -93,5 +93,5 @@ def test_crop_shares_above_one_are_drawn_again() -> None:
     assert unchanged((0.7, 1.3)) < 0.2
 
 
-def test_published_strengths() -> None:
+def test_the_default_augmentation_has_the_published_strengths() -> None:
     assert Augmentation(0.5, 0.5, 5.0, (0.7, 1.3), (3 / 4, 4 / 3), 0.5, 0.5, 0.5, 0.0, 0.5, (0.02, 0.33)) == PUBLISHED

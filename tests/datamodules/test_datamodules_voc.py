@@ -40,7 +40,7 @@ def test_boxes_scale_with_the_squashed_image(root):
     assert "train: 3 images (cat 1, dog 2)" in data.report()
 
 
-def test_images_without_objects_stay(root):
+def test_images_without_objects_are_kept(root):
     with pytest.warns(UserWarning, match="without area"):
         batch = next(iter(module(root, augmentation=None).train_dataloader()))
     counts = dict(zip(batch["index"].tolist(), map(len, batch["boxes"])))
@@ -51,7 +51,7 @@ def test_images_without_objects_stay(root):
 
 
 @pytest.mark.filterwarnings("ignore:.*without area")
-def test_a_flip_moves_the_boxes_along(root):
+def test_a_flip_flips_the_boxes(root):
     flip = Augmentation(horizontal_flip=1.0, vertical_flip=0.0, **STILL)
     plain = module(root).dataset("train")[0]
     flipped = module(root, augmentation=flip).dataset("train", augment=True)[0]
@@ -62,7 +62,7 @@ def test_a_flip_moves_the_boxes_along(root):
 
 
 @pytest.mark.filterwarnings("ignore:.*without area")
-def test_a_crop_keeps_what_is_still_visible(root):
+def test_a_crop_keeps_the_objects_that_are_still_visible(root):
     crop = Augmentation(horizontal_flip=0.0, vertical_flip=0.0, **{**STILL, "crop_scale": (0.2, 0.4)})
     data = module(root, augmentation=crop, min_visibility=0.5)
     dataset = data.dataset("train", augment=True)
@@ -78,7 +78,7 @@ def test_a_crop_keeps_what_is_still_visible(root):
 
 
 @pytest.mark.filterwarnings("ignore:.*without area")
-def test_difficult_objects_are_for_evaluation_only(root):
+def test_difficult_objects_are_left_out_of_training_only(root):
     annotation(root, "b").write_text(xml([("dog", (1, 1, 60, 40))], difficult=1))
     data = module(root)
     assert data.dataset("train")[1]["difficult"].tolist() == [True]
@@ -96,7 +96,7 @@ def test_cached_images_give_the_same_batches(root):
 
 
 @pytest.mark.filterwarnings("ignore:.*without area")
-def test_two_images_of_one_name_are_named_where_a_list_has_it(root):
+def test_two_images_of_one_listed_name_raise_an_error_that_names_them(root):
     shutil.copy(root / "JPEGImages" / "a.jpg", root / "JPEGImages" / "unlisted.jpg")
     shutil.copy(root / "JPEGImages" / "a.jpg", root / "JPEGImages" / "unlisted.png")
     assert len(module(root).labels("train")) == 3
@@ -106,19 +106,19 @@ def test_two_images_of_one_name_are_named_where_a_list_has_it(root):
 
 
 @pytest.mark.filterwarnings("ignore:.*without area")
-def test_an_unknown_class_is_named(root):
+def test_an_unknown_class_raises_an_error_that_names_it(root):
     with pytest.raises(ValueError, match=r"a\.xml, object 2: class 'dog' is not one of cat; add it to `classes`"):
         module(root, classes=["cat"]).labels("train")
 
 
-def test_broken_xml_is_named_with_its_line(root):
+def test_broken_xml_raises_an_error_with_file_and_line(root):
     annotation(root, "b").write_text("<annotation>\n<size>\n</annotation>\n")
     with pytest.raises(ValueError, match=r"b\.xml, line 3, column \d+: broken XML"):
         module(root).labels("train")
 
 
 @pytest.mark.filterwarnings("ignore:.*without area")
-def test_a_box_outside_the_image(root):
+def test_a_box_outside_the_image_raises_or_is_clipped(root):
     annotation(root, "b").write_text(xml([("dog", (51, 1, 70, 40))]))
     with pytest.raises(ValueError, match=r"b\.xml, object 1 \(dog\): its box reaches outside the image of 60 x 40"):
         module(root).labels("train")
@@ -147,21 +147,21 @@ def test_an_annotation_must_have_the_size_of_its_image(root):
         module(root).labels("train")
 
 
-def test_an_image_listed_twice_is_named_with_its_lines(root):
+def test_an_image_listed_twice_raises_an_error_with_both_lines(root):
     (root / "ImageSets" / "Main" / "train.txt").write_text("a\nb\n\na\n")
     with pytest.raises(ValueError, match=r"train\.txt, line 4: 'a' is already in line 1; every image needs"):
         module(root).labels("train")
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
-def test_training_shares_no_image_with_what_scores_it(root, split):
+def test_an_image_in_training_and_test_raises(root, split):
     (root / "ImageSets" / "Main" / "mixed.txt").write_text("d\nb\n")
     with pytest.raises(ValueError, match=rf"train \(train\.txt\) and {split} \(mixed\.txt\) of .* both list 'b' \(1 "):
         module(root, image_sets={split: "mixed"}).labels("train")
     assert module(root, image_sets={"test": "val"}).source("test").names == ["d"]
 
 
-def test_what_is_missing_is_named(root):
+def test_missing_files_raise_an_error_that_names_them(root):
     path = annotation(root, "b")
     path.write_text(xml([("dog", (1, 1, 9, 9))]).replace("<xmin>1</xmin>", "<xmin>one</xmin>"))
     with pytest.raises(ValueError, match=r"b\.xml, object 1: bndbox/xmin is 'one'; it must be a number of pixels"):
@@ -180,7 +180,7 @@ def test_what_is_missing_is_named(root):
 
 
 @pytest.mark.data
-def test_blood_cells(data_root):
+def test_the_real_blood_cells_have_the_published_counts(data_root):
     data = VOC(data_root / "bccd")
     with pytest.warns(UserWarning, match=r"BloodImage_003(38|43)\.xml.*without area"):
         report = data.report()

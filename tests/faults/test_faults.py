@@ -27,7 +27,7 @@ def copy_of(bench, tmp_path):
     return shutil.copytree(bench.finished()[0], tmp_path / "run")
 
 
-def test_a_damaged_last_checkpoint_gives_way_to_the_one_before(bench, tmp_path):
+def test_a_damaged_last_checkpoint_is_replaced_by_the_previous_one(bench, tmp_path):
     run_dir = copy_of(bench, tmp_path)
     last = run_dir / "checkpoints" / "last.ckpt"
     last.write_bytes(last.read_bytes()[:-1000])
@@ -50,7 +50,7 @@ def test_truncated_maps_and_scores_are_computed_again(bench, tmp_path):
 
 
 @pytest.mark.parametrize("epoch", [0, 2])
-def test_a_row_of_the_log_that_was_not_written_any_more_is_in_the_curves(bench, tmp_path, epoch):
+def test_a_log_row_lost_by_a_killed_process_is_in_the_curves(bench, tmp_path, epoch):
     run_dir = tmp_path / "run"
     (process,) = bench.fit(run_dir, environment={"LABN_TEST_UNLOGGED": str(epoch)}, check=False)
     assert process.poll() == -signal.SIGKILL
@@ -61,7 +61,7 @@ def test_a_row_of_the_log_that_was_not_written_any_more_is_in_the_curves(bench, 
     bench.equals_undisturbed(run_dir)
 
 
-def test_a_loss_that_is_nan_stops_before_a_checkpoint_has_it(bench, tmp_path):
+def test_a_loss_that_is_nan_raises_before_a_checkpoint_is_saved(bench, tmp_path):
     run_dir = tmp_path / "run"
     (process,) = bench.fit(run_dir, environment={"LABN_TEST_NAN": "6"}, check=False)
     assert process.poll() == 1
@@ -72,7 +72,7 @@ def test_a_loss_that_is_nan_stops_before_a_checkpoint_has_it(bench, tmp_path):
     bench.equals_undisturbed(run_dir)
 
 
-def test_no_memory_on_one_rank_ends_both_and_says_which(bench, tmp_path):
+def test_exhausted_memory_on_one_rank_ends_both_and_names_the_rank(bench, tmp_path):
     run_dir = shutil.copytree(bench.finished(ranks=2)[0], tmp_path / "run")
     shutil.rmtree(run_dir / "test")
     ranks = bench.test(run_dir, ranks=2, environment={"LABN_TEST_HUNGRY": "1"}, check=False)
@@ -98,7 +98,7 @@ def slurm(tmp_path):
     return {**job, "PATH": f"{tool.parent}:{os.environ['PATH']}"}
 
 
-def test_a_preempted_slurm_job_is_queued_again_and_goes_on(bench, tmp_path, slurm):
+def test_a_preempted_slurm_job_is_requeued_and_resumes(bench, tmp_path, slurm):
     run_dir = tmp_path / "run"
     signals = {"LABN_TEST_AT": "6", "LABN_TEST_SIGNALS": "SIGUSR1 SIGTERM"}
     (process,) = bench.fit(run_dir, environment={**slurm, **signals}, check=False)
@@ -126,7 +126,7 @@ def pictures(tmp_path):
     return tmp_path / "pictures"
 
 
-def test_a_picture_that_vanishes_is_named_and_nothing_is_lost(bench, tmp_path, pictures):
+def test_a_vanished_picture_raises_an_error_that_names_it_and_results_stay(bench, tmp_path, pictures):
     data = tmp_path / "data.yaml"
     options = {"root": str(pictures), "image_size": 48, "batch_size": 4, "mean": [0.5] * 3, "std": [0.25] * 3}
     metrics = "{class_path: callbacks.EvaluationCallback, init_args: {metrics: [pid16]}}"
@@ -170,7 +170,7 @@ def fill(disk, left):
     return disk / "filler"
 
 
-def test_a_full_disk_is_named_and_all_is_whole(bench, disk):
+def test_a_full_disk_raises_one_sentence_and_files_stay_complete(bench, disk):
     run_dir = disk / "run"
     for step in (bench.fit, bench.test):
         filler = fill(disk, 100_000)
@@ -185,7 +185,7 @@ def test_a_full_disk_is_named_and_all_is_whole(bench, disk):
     bench.equals_undisturbed(run_dir)
 
 
-def test_a_read_only_folder_is_refused_at_once(bench, disk):
+def test_a_read_only_folder_raises_at_once(bench, disk):
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     for step in (bench.fit, bench.test):
         (process,) = step(disk / "run", check=False)
@@ -194,7 +194,7 @@ def test_a_read_only_folder_is_refused_at_once(bench, disk):
         assert f"--run_dir {disk / 'run'} cannot be written: Read-only file system; make the folder writable" in told
 
 
-def test_a_few_kills(tmp_path):
+def test_runs_that_are_killed_a_few_times_end_with_the_same_results(tmp_path):
     """The short form of the hundred kills in the README."""
     done = subprocess.run(
         [sys.executable, "tests/benchmarks/kills.py", "--kills=4", "--seed=1", "--patience=2", "--ranks=1"],

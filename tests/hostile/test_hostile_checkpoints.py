@@ -39,7 +39,7 @@ def save(payload, path):
 
 
 @pytest.mark.parametrize("read", [read_checkpoint, restore, PlainCheckpointIO().load_checkpoint])
-def test_no_reader_runs_what_a_pickle_names(tmp_path, read):
+def test_no_reader_runs_code_of_a_pickle(tmp_path, read):
     path, marker = tmp_path / "evil.ckpt", tmp_path / "marker"
     save(Touch(marker), path)
     with pytest.raises(ValueError, match=r"evil\.ckpt cannot be read .*names code to run \(posix\.mkdir\), .*refused"):
@@ -49,7 +49,7 @@ def test_no_reader_runs_what_a_pickle_names(tmp_path, read):
     assert marker.exists(), "the payload is none"
 
 
-def test_functions_of_this_package_are_not_called_either(tmp_path, monkeypatch):
+def test_functions_of_this_package_are_not_called_by_a_pickle(tmp_path, monkeypatch):
     called = []
 
     def digest(*things):
@@ -66,7 +66,7 @@ def test_functions_of_this_package_are_not_called_either(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "fit last"])
-def test_no_command_runs_what_a_checkpoint_names(tmp_path, monkeypatch, request, command):
+def test_no_command_runs_code_of_a_checkpoint(tmp_path, monkeypatch, request, command):
     monkeypatch.chdir(request.config.rootpath)
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     (tmp_path / "checkpoints").mkdir()
@@ -78,7 +78,7 @@ def test_no_command_runs_what_a_checkpoint_names(tmp_path, monkeypatch, request,
     assert not marker.exists()
 
 
-def test_hyper_parameters_build_no_foreign_class(tmp_path, monkeypatch, request):
+def test_hyper_parameters_cannot_instantiate_a_foreign_class(tmp_path, monkeypatch, request):
     monkeypatch.chdir(request.config.rootpath)
     harm = {"class_path": "logging.FileHandler", "init_args": {"filename": str(tmp_path / "marker")}}
     arguments = {"_class_path": "labn.modules.LABN", "network_options": {"deep": [harm]}}
@@ -98,7 +98,7 @@ def test_a_class_that_the_configuration_names_is_allowed():
         check_own_classes("a.ckpt", content, ())
 
 
-def test_weights_alone_are_no_checkpoint_to_test(tmp_path):
+def test_weights_alone_cannot_be_tested_as_a_checkpoint(tmp_path):
     torch.save({"a": torch.ones(1)}, tmp_path / "weights.pt")
     with pytest.raises(ValueError, match=r"weights\.pt is not a checkpoint of `cli\.py fit`; pass weights alone"):
         PlainCheckpointIO().load_checkpoint(tmp_path / "weights.pt")
@@ -106,13 +106,13 @@ def test_weights_alone_are_no_checkpoint_to_test(tmp_path):
         PlainCheckpointIO().load_checkpoint("http://localhost:1/a.ckpt")
 
 
-def test_options_of_this_package_survive(tmp_path):
+def test_dataclasses_of_this_package_are_loaded(tmp_path):
     torch.save({"guidance": SaliencyGuidance(patch_size=4)}, tmp_path / "a.ckpt")
     assert own_dataclasses(tmp_path / "a.ckpt") == [SaliencyGuidance]
     assert read_checkpoint(tmp_path / "a.ckpt")["guidance"] == SaliencyGuidance(patch_size=4)
 
 
-def test_an_old_pickle_is_refused_too(tmp_path):
+def test_a_pickle_in_the_old_format_raises(tmp_path):
     marker = tmp_path / "marker"
     (tmp_path / "old.pt").write_bytes(pickle.dumps(Touch(marker), protocol=2))
     with pytest.raises(ValueError, match=r"old\.pt cannot be read as tensors only"):
@@ -120,7 +120,7 @@ def test_an_old_pickle_is_refused_too(tmp_path):
     assert not marker.exists()
 
 
-def test_what_is_no_checkpoint_is_not_answered_with_advice_to_trust_it(tmp_path):
+def test_the_error_for_a_damaged_checkpoint_does_not_advise_unsafe_loading(tmp_path):
     (tmp_path / "notes.md").write_text("# Notes\n")
     with pytest.raises(ValueError, match=r"it is damaged, or not a checkpoint of PyTorch \(.*\)\.$") as refused:
         read_checkpoint(tmp_path / "notes.md")
@@ -128,7 +128,7 @@ def test_what_is_no_checkpoint_is_not_answered_with_advice_to_trust_it(tmp_path)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 40, 500, -10])
-def test_a_cut_checkpoint_is_named(tmp_path, cut):
+def test_a_truncated_checkpoint_raises_an_error_that_names_it(tmp_path, cut):
     torch.save({"state_dict": {"a": torch.ones(100)}}, tmp_path / "a.ckpt")
     whole = (tmp_path / "a.ckpt").read_bytes()
     (tmp_path / "a.ckpt").write_bytes(whole[:cut])

@@ -25,7 +25,7 @@ class Bright(nn.Module):
 
 @settings(max_examples=50, deadline=None)
 @given(height=SIDES, width=SIDES, patch=st.integers(1, 30), seed=st.integers(0, 999), ties=st.booleans())
-def test_any_shape_and_patch_size_scores_within_bounds_or_is_refused(height, width, patch, seed, ties):
+def test_any_shape_and_patch_size_scores_within_bounds_or_raises(height, width, patch, seed, ties):
     generator = torch.Generator().manual_seed(seed)
     images, maps = (
         torch.randn(2, 3, height, width, generator=generator),
@@ -45,7 +45,7 @@ def test_any_shape_and_patch_size_scores_within_bounds_or_is_refused(height, wid
 
 @settings(max_examples=30, deadline=None)
 @given(height=SIDES, width=SIDES, value=VALUES, data=st.data())
-def test_a_map_that_is_not_finite_is_refused(height, width, value, data):
+def test_a_map_that_is_not_finite_raises(height, width, value, data):
     maps = torch.zeros(2, height, width)
     place = data.draw(st.tuples(st.integers(0, 1), st.integers(0, height - 1), st.integers(0, width - 1)))
     maps[place] = value
@@ -55,7 +55,7 @@ def test_a_map_that_is_not_finite_is_refused(height, width, value, data):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 5), SIDES, SIDES, st.one_of(st.none(), VALUES), st.integers(0, 10**8))
-def test_maps_of_any_shape_and_value_come_back_bit_by_bit(tmp_path_factory, count, height, width, special, first):
+def test_stored_maps_of_any_shape_are_read_bit_by_bit(tmp_path_factory, count, height, width, special, first):
     maps = torch.randn(count, height, width)
     if special is not None:
         maps[0, 0, 0] = special
@@ -67,6 +67,6 @@ def test_maps_of_any_shape_and_value_come_back_bit_by_bit(tmp_path_factory, coun
         assert torch.equal(found[first + number].view(torch.int32), maps[number].view(torch.int32))
 
 
-def test_no_images_are_refused():
+def test_zero_images_raise():
     with pytest.raises(ValueError, match="images holds no image; give at least one"):
         evaluate(Bright(), torch.zeros(0, 3, 8, 8), torch.zeros(0, 8, 8), metrics=["pid4"], mean=None, std=None)

@@ -44,7 +44,7 @@ def opened():
 
 
 @pytest.mark.parametrize("name", list(TARGETS))
-def test_damaged_files_end_with_a_documented_error(tmp_path, opened, name):
+def test_damaged_files_raise_a_documented_error(tmp_path, opened, name):
     outcomes = Fuzzer(name, tmp_path, opened).run(f"short.{n}" for n in range(ROUNDS))
     assert outcomes.total() == ROUNDS
 
@@ -71,7 +71,7 @@ def png(width, height, rows=1):
         (1, 257, "longer side may be 256 times the shorter"),
     ],
 )
-def test_an_image_that_promises_too_much_is_not_unpacked(tmp_path, width, height, message):
+def test_an_image_that_declares_too_many_pixels_is_not_decoded(tmp_path, width, height, message):
     path = tmp_path / "bomb.png"
     path.write_bytes(png(width, height))
     tracemalloc.start()
@@ -85,21 +85,21 @@ def test_an_image_that_promises_too_much_is_not_unpacked(tmp_path, width, height
 @pytest.mark.parametrize(
     "content", [b"GIF89a" + bytes(40), b"#!/bin/sh\n", b"%PDF-1.7\n", b"PK\x03\x04" + bytes(60), b""]
 )
-def test_content_that_is_no_image_is_refused_whatever_its_name(tmp_path, content):
+def test_content_that_is_not_an_image_raises_whatever_its_name(tmp_path, content):
     (tmp_path / "a.jpg").write_bytes(content)
     assert image_error(tmp_path / "a.jpg") == "is not an image"
     with pytest.raises(BadImageError, match=r"a\.jpg is not an image"):
         read_image(tmp_path / "a.jpg")
 
 
-def test_a_pipe_is_not_waited_for(tmp_path):
+def test_a_pipe_raises_instead_of_blocking(tmp_path):
     os.mkfifo(tmp_path / "a.png")
     assert image_error(tmp_path / "a.png") == "cannot be read (not a regular file)"
     with pytest.raises(BadImageError, match="not a regular file"):
         read_image(tmp_path / "a.png")
 
 
-def test_a_picture_of_another_format_than_its_name_is_read(tmp_path):
+def test_a_picture_with_the_suffix_of_another_format_is_read(tmp_path):
     picture(tmp_path / "a.png")
     (tmp_path / "a.png").rename(tmp_path / "a.JPEG")
     assert image_error(tmp_path / "a.JPEG") is None
@@ -110,17 +110,17 @@ def test_a_picture_of_another_format_than_its_name_is_read(tmp_path):
     "name",
     ["/etc/passwd", "../a", "a/../../b", "..", "\\\\host\\a", "..\\a", "C:\\a", "", "  ", "a\0b", "a\nb", "x" * 300],
 )
-def test_paths_that_leave_the_folder(tmp_path, name):
+def test_paths_that_leave_the_folder_raise(tmp_path, name):
     with pytest.raises(ValueError, match=r"list\.txt, line 3: .* must be a path inside .*, without '\.\.'"):
         path_inside(tmp_path, name, "list.txt, line 3")
 
 
 @pytest.mark.parametrize("name", ["a.png", "b/a.png", "..a.png", "a..b", "b/...", "C3.png"])
-def test_paths_that_stay(tmp_path, name):
+def test_paths_inside_the_folder_are_accepted(tmp_path, name):
     assert path_inside(tmp_path, name, "list") == tmp_path / name
 
 
-def test_links_may_stay_in_the_folder_but_not_leave_it(tmp_path):
+def test_links_inside_the_folder_are_accepted_and_links_out_of_it_raise(tmp_path):
     root = tmp_path / "data"
     (root / "real").mkdir(parents=True)
     (root / "in").symlink_to(root / "real")
@@ -175,7 +175,7 @@ def linked_image(root):
 
 
 @pytest.mark.parametrize("trick", [cub_list, voc_list, sun_table, idrid_table, linked_image])
-def test_tricks_with_paths_name_file_and_line(tmp_path, trick):
+def test_hostile_paths_raise_an_error_with_file_and_line(tmp_path, trick):
     (tmp_path / "data").mkdir()
     read, message = trick(tmp_path / "data")
     with pytest.raises(ValueError, match=message):
@@ -192,7 +192,7 @@ LAUGHS = '<!DOCTYPE a [<!ENTITY a "ha">' + "".join(
     "start",
     [LAUGHS + "]>", '<!DOCTYPE a [<!ENTITY j SYSTEM "file:///etc/passwd">]>', '<!DOCTYPE a SYSTEM "http://x/y.dtd">'],
 )
-def test_entities_of_xml_are_refused(tmp_path, start, encoding):
+def test_xml_entities_raise(tmp_path, start, encoding):
     write_voc(tmp_path / "voc")
     path = annotation(tmp_path / "voc", "a")
     path.write_bytes(("\n" + start + xml([("&j;", (1, 1, 9, 9))])).lstrip().encode(encoding))
@@ -202,7 +202,7 @@ def test_entities_of_xml_are_refused(tmp_path, start, encoding):
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", "9" * 500, "", "1_0_0", "0x10"])
 @pytest.mark.parametrize("field", ["width", "xmax"])
-def test_numbers_of_xml_that_are_no_pixels(tmp_path, field, value):
+def test_xml_numbers_that_are_not_pixels_raise(tmp_path, field, value):
     path = tmp_path / "a.xml"
     path.write_text(xml([("cat", (1, 1, 9, 9))]))
     old = {"width": "<width>60<", "xmax": "<xmax>9<"}[field]
@@ -214,7 +214,7 @@ def test_numbers_of_xml_that_are_no_pixels(tmp_path, field, value):
         read_annotation(path)
 
 
-def test_a_huge_annotation_is_not_read(tmp_path):
+def test_a_huge_annotation_raises_without_being_read(tmp_path):
     with (tmp_path / "a.xml").open("wb") as file:
         file.truncate(MAX_XML + 1)
     with pytest.raises(ValueError, match=r"a\.xml is larger than"):
@@ -230,7 +230,7 @@ def test_a_huge_annotation_is_not_read(tmp_path):
         ({"NAXIS1": "8.5"}, "NAXIS1 is 8.5; it must be an integer"),
     ],
 )
-def test_fits_headers_that_lie(tmp_path, cards, message):
+def test_wrong_fits_headers_raise(tmp_path, cards, message):
     write_sun(tmp_path)
     path = tmp_path / "2015.fits"
     data = path.read_bytes()
@@ -243,7 +243,7 @@ def test_fits_headers_that_lie(tmp_path, cards, message):
 
 
 @pytest.mark.parametrize("make", ["objects", "archive", "huge", "flat"])
-def test_arrays_of_frames_that_are_none(tmp_path, make):
+def test_files_that_are_not_arrays_of_frames_raise(tmp_path, make):
     write_years(tmp_path)
     path = tmp_path / "2016.npy"
     if make == "objects":
@@ -260,7 +260,7 @@ def test_arrays_of_frames_that_are_none(tmp_path, make):
         small(Magnetogram, **YEARS)(tmp_path)
 
 
-def test_arrays_that_unpack_to_too_much_or_are_pickles(tmp_path):
+def test_arrays_that_are_too_large_or_pickled_raise(tmp_path):
     np.savez_compressed(tmp_path / "bomb.npz", a=np.zeros(2**21))
     assert (tmp_path / "bomb.npz").stat().st_size < 2**16
     with pytest.raises(ValueError, match=r"bomb\.npz is not a complete archive of arrays \(it unpacks to \d+ bytes"):
@@ -273,7 +273,7 @@ def test_arrays_that_unpack_to_too_much_or_are_pickles(tmp_path):
         read_arrays(tmp_path / "pickled.npz")
 
 
-def test_tables_and_manifests_name_the_line(tmp_path):
+def test_errors_of_tables_and_manifests_name_the_line(tmp_path):
     (tmp_path / "a.csv").write_bytes(b"index,value\n1,2\n3,\xff\n")
     with pytest.raises(ValueError, match=r"a\.csv, line 3: byte 0xff is not UTF-8"):
         list(read_table(tmp_path / "a.csv"))
@@ -297,7 +297,7 @@ def test_tables_and_manifests_name_the_line(tmp_path):
             read_json(tmp_path / "a.json", dict)
 
 
-def test_a_missing_image_is_named(tmp_path):
+def test_a_missing_image_raises_an_error_that_names_it(tmp_path):
     with pytest.raises(BadImageError, match=r"gone\.png cannot be read \(No such file or directory\)"):
         read_image(Path(tmp_path / "gone.png"))
 
@@ -323,14 +323,14 @@ def laughs(levels, width=10, link="[{}]"):
         ("a: \x07", r"a\.yaml: not YAML"),
     ],
 )
-def test_a_configuration_that_would_unfold_is_refused(tmp_path, text, message):
+def test_a_configuration_with_too_many_aliases_raises(tmp_path, text, message):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(ValueError, match=message):
         read_yaml(tmp_path / "a.yaml")
 
 
 @given(levels=st.integers(0, 3), width=st.integers(1, 4))
-def test_values_are_counted_as_if_written_out(tmp_path_factory, levels, width):
+def test_values_are_counted_with_aliases_expanded(tmp_path_factory, levels, width):
     path = tmp_path_factory.mktemp("yaml") / "a.yaml"
     path.write_text(laughs(levels, width))
     sizes = [3]
@@ -343,7 +343,7 @@ def test_values_are_counted_as_if_written_out(tmp_path_factory, levels, width):
 
 
 @pytest.mark.parametrize("nested", [False, True])
-def test_the_command_line_refuses_a_bomb_before_it_is_unfolded(tmp_path, monkeypatch, nested):
+def test_the_command_line_raises_for_an_alias_bomb_before_expanding_it(tmp_path, monkeypatch, nested):
     monkeypatch.setattr("labn.io.readers.MAX_NODES", 500)
     bomb = tmp_path / "bomb.yaml"
     bomb.write_text(laughs(3))
@@ -354,7 +354,7 @@ def test_the_command_line_refuses_a_bomb_before_it_is_unfolded(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
-def test_arrays_are_whole_or_refused(tmp_path, on_disk):
+def test_arrays_are_read_completely_or_raise(tmp_path, on_disk):
     scratch_dir = tmp_path if on_disk else None
     rows = np.random.default_rng(0).random((5000, 3), dtype=np.float32)
     path = tmp_path / "a.npz"

@@ -21,7 +21,7 @@ print(min(touch() for _ in range(5)))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
-def test_pages_of_freed_tensors_are_used_again():
+def test_pages_of_freed_tensors_are_reused():
     runs = {
         mode: subprocess.run([sys.executable, "-c", SCRIPT, mode], capture_output=True, text=True, check=True)
         for mode in ("keep", "return")

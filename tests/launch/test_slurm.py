@@ -25,7 +25,7 @@ def job(tmp_path, monkeypatch):
     signal.signal(signal.SIGUSR1, before)
 
 
-def test_the_first_process_asks_once(job, capsys):
+def test_the_first_process_requeues_the_job_once(job, capsys):
     requeue_on_signal()
     for _ in range(3):
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -34,35 +34,35 @@ def test_the_first_process_asks_once(job, capsys):
 
 
 @pytest.mark.parametrize("name", ["SLURM_PROCID", "RANK", "LOCAL_RANK"])
-def test_other_processes_do_not(job, monkeypatch, name):
+def test_other_processes_do_not_requeue_the_job(job, monkeypatch, name):
     monkeypatch.setenv(name, "1")
     requeue_on_signal()
     os.kill(os.getpid(), signal.SIGUSR1)
     assert not job.exists()
 
 
-def test_a_failure_says_what_to_do(job, monkeypatch, capsys):
+def test_a_failed_requeue_prints_advice(job, monkeypatch, capsys):
     (job.parent / "scontrol").write_text("#!/bin/sh\necho 'Job may not be requeued' >&2\nexit 1\n")
     requeue_on_signal()
     os.kill(os.getpid(), signal.SIGUSR1)
     assert "`scontrol requeue 17` failed (Job may not be requeued); submit it again" in capsys.readouterr().err
 
 
-def test_outside_of_slurm_nothing_is_touched(job, monkeypatch):
+def test_outside_slurm_no_signal_handler_is_installed(job, monkeypatch):
     monkeypatch.delenv("SLURM_JOB_ID")
     before = signal.getsignal(signal.SIGUSR1)
     requeue_on_signal()
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
-def test_an_array_job_is_named_with_its_task(job, monkeypatch):
+def test_the_name_of_an_array_job_has_its_task(job, monkeypatch):
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "16")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     assert job_id() == "16_3"
 
 
 @pytest.mark.parametrize(("count", "again"), [(None, False), ("", False), ("0", False), ("2", True)])
-def test_a_restart_is_known_by_its_count(job, monkeypatch, count, again):
+def test_a_requeued_job_is_detected_by_its_restart_count(job, monkeypatch, count, again):
     if count is not None:
         monkeypatch.setenv("SLURM_RESTART_COUNT", count)
     assert restarted() == again

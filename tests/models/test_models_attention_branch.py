@@ -21,7 +21,7 @@ def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def test_parameter_counts_of_the_papers():
+def test_networks_have_the_parameter_counts_of_the_papers():
     idrid = AttentionBranchNetwork()
     assert count(idrid.attention_branch) == 9_216_152
     assert count(idrid) == 22_167_098
@@ -47,7 +47,7 @@ def test_theta_zero_keeps_the_map_and_theta_one_makes_the_prediction_independent
     assert torch.equal(first, second)
 
 
-def test_the_gate_is_strict_and_only_survivors_carry_gradient():
+def test_the_gate_is_strict_and_only_open_positions_have_a_gradient():
     attention = torch.tensor([0.2, 0.75, 0.7500001, 0.9], requires_grad=True)
     gated = gate_attention(attention, 0.75)
     assert gated.tolist() == [0.0, 0.0, attention[2].item(), attention[3].item()]
@@ -121,7 +121,7 @@ def test_abn_on_basic_blocks_uses_basic_blocks_and_labn_bottlenecks():
 
 
 @pytest.mark.parametrize("branch", ["labn", "abn"])
-def test_branch_of_lambda_blocks(branch):
+def test_a_branch_can_have_lambda_blocks(branch):
     options = {"r": 3, "heads": 2}
     network = tiny(branch=branch, lab_block="lambda", branch_options=options, lab_hidden=6)
     assert {type(b).__name__ for b in network.attention_branch.blocks} == {"LambdaBottleneck"}
@@ -131,7 +131,7 @@ def test_branch_of_lambda_blocks(branch):
 
 
 @pytest.mark.parametrize(("name", "split"), [("resnet18", 3), ("timm/resnet18", 4), ("timm/resnet26d", 5)])
-def test_other_backbones(name, split):
+def test_attention_branches_work_on_other_backbones(name, split):
     network = AttentionBranchNetwork(name, num_classes=4, in_channels=1, split=split)
     output = network(torch.randn(2, 1, 64, 64))
     assert output.logits.shape == output.branch_logits.shape == (2, 4)
@@ -139,12 +139,12 @@ def test_other_backbones(name, split):
     assert 0 < output.attention.min() <= output.attention.max() < 1
 
 
-def test_head_is_the_backbones_classifier():
+def test_head_is_the_classifier_of_the_backbone():
     network = resnet18(num_classes=2)
     assert AttentionBranchNetwork(network, split=4).head is network.fc
 
 
-def test_every_parameter_learns():
+def test_every_parameter_has_a_gradient():
     network = tiny(theta=0.3)
     output = network(torch.randn(4, 3, 64, 64))
     (output.logits.square().sum() + output.branch_logits.square().sum()).backward()
@@ -159,7 +159,7 @@ def test_output_is_frozen_and_survives_pickling():
     assert torch.equal(copy.attention, output.attention)
 
 
-def test_output_comes_through_compilation():
+def test_output_passes_through_torch_compile():
     network = tiny(split=1, backbone_options={**TINY, "layers": (1,)}).eval()
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
     images = torch.randn(2, 3, 32, 32)
@@ -208,6 +208,6 @@ def test_gate_margin_starts_with_a_flat_map_above_the_threshold(theta, start):
 
 
 @pytest.mark.parametrize(("theta", "margin"), [(0.5, 0.0), (0.5, -1.0), (1.0, 0.2)])
-def test_gate_margin_that_leaves_the_gate_closed_is_refused(theta, margin):
+def test_a_gate_margin_that_leaves_the_gate_closed_raises(theta, margin):
     with pytest.raises(ValueError, match="gate_margin is"):
         AttentionBranchNetwork("resnet18", split=2, theta=theta, gate_margin=margin)

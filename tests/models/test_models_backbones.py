@@ -30,7 +30,7 @@ def test_every_convolution_of_a_lambda_resnet_is_1x1_but_the_stem():
     assert set(kernels[1:]) == {(1, 1)}
 
 
-def test_initialisation():
+def test_lambda_resnets_have_the_published_initialisation():
     torch.manual_seed(0)
     network = lambda_resnet26(2)
     blocks = [m for m in network.modules() if isinstance(m, LambdaBottleneck)]
@@ -42,7 +42,7 @@ def test_initialisation():
     assert window.std().item() == pytest.approx(1 / 23 / 3**0.5, rel=0.05)
 
 
-def test_magnetogram_network():
+def test_the_magnetogram_network_has_the_published_shapes():
     network = magnetogram_net()
     assert (network.conv1.in_channels, network.conv1.out_channels) == (1, 16)
     assert depths(network) == [1]
@@ -52,7 +52,7 @@ def test_magnetogram_network():
 
 
 @pytest.mark.parametrize(("stride", "size"), [(1, (5, 8)), (2, (3, 4))])
-def test_bottleneck_shapes(stride, size):
+def test_bottlenecks_have_the_expected_shapes(stride, size):
     block = LambdaBottleneck(6, 4, stride, heads=2, r=3)
     assert block(torch.randn(2, 6, 5, 8)).shape == (2, 16, *size)
 
@@ -60,7 +60,7 @@ def test_bottleneck_shapes(stride, size):
 @pytest.mark.parametrize(
     "name", ["resnet18", "resnet50", "timm/resnet18", "timm/resnet26d", "timm/seresnet50", "lambda_resnet26"]
 )
-def test_chain_of_parts_is_the_network_after_any_block(name):
+def test_both_halves_in_sequence_equal_the_network_for_every_split(name):
     torch.manual_seed(0)
     network = build_network(name, 3).eval()
     backbone = backbone_of(network)
@@ -76,14 +76,14 @@ def test_chain_of_parts_is_the_network_after_any_block(name):
 @pytest.mark.parametrize(
     ("split", "stages"), [(3, ["layer1"]), (7, ["layer1", "layer2"]), (13, ["layer1", "layer2", "layer3"])]
 )
-def test_the_papers_cuts_fall_behind_whole_stages(split, stages):
+def test_the_splits_of_the_papers_follow_complete_stages(split, stages):
     front, back = backbone_of(build_network("lambda_resnet50")).split(split)
     names = [name for name, _ in front.named_children() if name.startswith("layer")]
     assert names == stages
     assert not set(names) & {name for name, _ in back.named_children()}
 
 
-def test_a_cut_inside_a_stage_keeps_the_names():
+def test_a_split_inside_a_stage_keeps_the_tensor_names():
     network = build_network("resnet50")
     front, back = backbone_of(network).split(5)
     assert sorted([*front.state_dict(), *back.state_dict()]) == sorted(network.state_dict())
@@ -95,7 +95,7 @@ def test_dropout_before_the_classifier_is_kept():
     assert [m.p for m in back if isinstance(m, nn.Dropout)] == [0.5]
 
 
-def test_other_input_channels():
+def test_networks_accept_other_numbers_of_input_channels():
     for name in ("resnet18", "timm/resnet18", "lambda_resnet26", "vgg11"):
         network = build_network(name, 2, in_channels=5)
         assert next(m for m in network.modules() if isinstance(m, nn.Conv2d)).weight.shape[1] == 5
@@ -118,7 +118,7 @@ def test_every_parameter_of_a_network_with_auxiliary_classifiers_trains(name, si
     assert {key.partition(".")[0] for key in report.unused} <= {"aux1", "aux2", "AuxLogits"}
 
 
-def test_checkpoints_that_have_auxiliary_classifiers_are_read():
+def test_checkpoints_with_auxiliary_classifiers_can_be_loaded():
     module = Classifier("googlenet", 2)
     state = {**module.state_dict(), "network.aux1.fc1.weight": torch.zeros(1)}
     module.on_load_checkpoint({"state_dict": state})
@@ -126,14 +126,14 @@ def test_checkpoints_that_have_auxiliary_classifiers_are_read():
     assert not module.random_weights
 
 
-def test_unknown_names_are_refused():
+def test_unknown_network_names_raise():
     with pytest.raises(ValueError, match="'resnet51'; known are lambda_resnet26"):
         build_network("resnet51")
     with pytest.raises(ValueError, match="'timm/resnet51'"):
         build_network("timm/resnet51")
 
 
-def test_a_ready_network_keeps_its_classes():
+def test_a_network_object_with_other_classes_raises():
     network = resnet18(num_classes=4)
     assert build_network(network, 4) is network
     with pytest.raises(ValueError, match="backbone is a network with 4 classes"):
@@ -154,7 +154,7 @@ class Skipping(nn.Module):
         return self.fc(self.avgpool(2 * self.layer1(self.conv1(x))).flatten(1))
 
 
-def test_networks_that_are_no_chain_are_refused():
+def test_networks_that_are_not_a_chain_raise():
     with pytest.raises(ValueError, match=r"Skipping\.forward does more"):
         backbone_of(Skipping())
     with pytest.raises(ValueError, match="VGG cannot carry an attention branch"):
@@ -164,7 +164,7 @@ def test_networks_that_are_no_chain_are_refused():
 
 
 @pytest.mark.parametrize("name", ["resnet18", "timm/resnet10t", "lambda_resnet26"])
-def test_cbam_goes_behind_the_last_feature_maps_and_changes_no_name(name, tmp_path):
+def test_cbam_is_inserted_behind_the_last_feature_maps_and_keeps_tensor_names(name, tmp_path):
     torch.manual_seed(0)
     plain = build_network(name, num_classes=3)
     torch.save(plain.state_dict(), tmp_path / "plain.pt")

@@ -30,7 +30,7 @@ def same(a: nn.Module, b: nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
-def test_own_weights_load_whole(tmp_path, suffix):
+def test_all_tensors_of_own_weights_are_loaded(tmp_path, suffix):
     source, target, path = tiny(seed=1), tiny(seed=2), tmp_path / f"weights.{suffix}"
     if suffix == "pt":
         torch.save(source.state_dict(), path)
@@ -41,7 +41,7 @@ def test_own_weights_load_whole(tmp_path, suffix):
     assert (len(report.taken), report.fresh, report.unused) == (len(source.state_dict()), (), ())
 
 
-def test_between_splits_and_from_lightning_checkpoints(tmp_path):
+def test_weights_load_between_splits_and_from_lightning_checkpoints(tmp_path):
     source, target, path = branched(1, 1), branched(2, 2), tmp_path / "last.ckpt"
     state = {f"network.{name}": value for name, value in source.state_dict().items()}
     torch.save({"state_dict": {**state, "criterion.weight": torch.ones(2)}, "epoch": 3}, path)
@@ -54,7 +54,7 @@ def test_between_splits_and_from_lightning_checkpoints(tmp_path):
     assert "criterion.weight" in report.unused
 
 
-def test_classifier_into_branch_network_and_back(tmp_path):
+def test_weights_load_from_a_classifier_into_a_branch_network_and_back(tmp_path):
     source, path = tiny(seed=1), tmp_path / "plain.pt"
     torch.save(source.state_dict(), path)
     target = branched(1, 2, weights=str(path))
@@ -70,7 +70,7 @@ def test_classifier_into_branch_network_and_back(tmp_path):
     assert same(back, source)
 
 
-def test_classifier_of_another_size_stays_fresh(tmp_path):
+def test_a_classifier_layer_of_another_size_is_not_loaded(tmp_path):
     path, target = tmp_path / "w.pt", tiny(5, seed=2)
     torch.save(tiny(2, seed=1).state_dict(), path)
     fresh = target.fc.weight.clone()
@@ -82,14 +82,14 @@ def test_classifier_of_another_size_stays_fresh(tmp_path):
     assert "  fresh: fc.*\n" in str(report)
 
 
-def test_the_report_names_whole_modules():
+def test_the_report_abbreviates_whole_modules():
     report = LoadReport(
         "w.pt", ("a.conv.weight", "a.conv.bias", "b.x.weight", "c.weight"), ("a.norm.weight", "c.bias"), ()
     )
     assert str(report).splitlines()[1:] == ["  taken: a.conv.*, b.*, c.weight", "  fresh: a.norm.*, c.bias"]
 
 
-def test_released_names_of_the_lambda_layer_and_float16(tmp_path):
+def test_released_lambda_layer_names_and_float16_are_loaded(tmp_path):
     source, target, path = tiny(seed=1), tiny(seed=2), tmp_path / "released.pt"
     state = {}
     for name, value in source.state_dict().items():
@@ -104,7 +104,7 @@ def test_released_names_of_the_lambda_layer_and_float16(tmp_path):
     assert torch.equal(weight, source.layer1[0].conv2.position_weight.half().float())
 
 
-def test_plain_resnet_into_lambda_resnet(tmp_path):
+def test_weights_of_a_resnet_load_into_a_lambda_resnet(tmp_path):
     path = tmp_path / "resnet26.pt"
     plain = build_network("timm/resnet26", 2)
     for module in plain.modules():
@@ -126,7 +126,7 @@ def test_plain_resnet_into_lambda_resnet(tmp_path):
     assert any(name.startswith("layer2.1.conv2.weight") for name in report.unused)
 
 
-def test_another_architecture_is_refused_and_nothing_changes(tmp_path):
+def test_another_architecture_raises_and_changes_no_weight(tmp_path):
     path = tmp_path / "resnet18.pt"
     torch.save(build_network("resnet18", 2).state_dict(), path)
     for name in ("resnet50", "vgg11", "lambda_resnet50"):
@@ -142,7 +142,7 @@ class Payload:
         return print, ("code ran",)
 
 
-def test_unreadable_files_are_named_and_run_no_code(tmp_path, capsys):
+def test_unreadable_files_raise_an_error_and_run_no_code(tmp_path, capsys):
     with pytest.raises(FileNotFoundError, match=r"none.pt does not exist"):
         read_tensors(tmp_path / "none.pt")
     torch.save({"state_dict": {"a": torch.ones(1)}, "x": Payload()}, tmp_path / "evil.ckpt")
@@ -157,7 +157,7 @@ def test_unreadable_files_are_named_and_run_no_code(tmp_path, capsys):
         read_tensors(tmp_path / "list.pt")
 
 
-def test_names():
+def test_canonical_names_have_no_prefix_of_a_wrapper():
     assert canonical("network.feature_extractor.layer2.3.conv1.weight") == "layer2.3.conv1.weight"
     assert canonical("_orig_mod.module.perception_branch.fc.bias") == "fc.bias"
     assert canonical("attention_branch.project.1.weight") == "attention_branch.project.1.weight"
@@ -165,7 +165,7 @@ def test_names():
 
 @pytest.mark.data
 @needs_resnet50
-def test_real_resnet50_loads_whole():
+def test_all_tensors_of_the_real_resnet50_are_loaded():
     network = build_network("resnet50", 1000)
     report = load_backbone(network, RESNET50)
     assert (len(report.taken), report.fresh, report.unused) == (320, (), ())
@@ -174,7 +174,7 @@ def test_real_resnet50_loads_whole():
 
 @pytest.mark.data
 @needs_resnet50
-def test_real_resnet50_starts_a_lambda_network_with_branch():
+def test_the_real_resnet50_loads_into_a_lambda_network_with_branch():
     network = AttentionBranchNetwork("lambda_resnet50")
     report = load_backbone(network, RESNET50)
     file = read_tensors(RESNET50)

@@ -26,7 +26,7 @@ from labn.models.detectors import (
 SSD300 = Layout(((38, 38), (19, 19), (10, 10), (5, 5), (3, 3), (1, 1)), (4, 6, 6, 6, 4, 4))
 
 
-def test_the_published_numbers_of_default_boxes():
+def test_ssd300_has_the_published_numbers_of_default_boxes():
     assert SSD300.starts == (0, 5776, 7942, 8542, 8692, 8728, 8732)
     assert SSD300.unit(0) == Unit(0, 0, 0, 0)
     assert SSD300.unit(5776 + 6 * 20 + 5) == Unit(1, 1, 1, 5)
@@ -35,12 +35,12 @@ def test_the_published_numbers_of_default_boxes():
 
 @settings(max_examples=40)
 @given(st.integers(0, 8731))
-def test_default_box_and_unit_are_each_others_inverse(prior):
+def test_index_of_a_default_box_and_its_unit_are_inverse(prior):
     assert SSD300.prior(SSD300.unit(prior)) == prior
 
 
 @pytest.mark.parametrize("prior", [-1, 8732])
-def test_a_default_box_that_does_not_exist(prior):
+def test_a_default_box_that_does_not_exist_raises(prior):
     with pytest.raises(IndexError, match="8732"):
         SSD300.unit(prior)
 
@@ -58,7 +58,7 @@ def scene():
         return detector, images, detector(images)
 
 
-def test_predictions_come_in_the_order_of_the_layout(scene):
+def test_predictions_follow_the_order_of_the_default_boxes(scene):
     detector, images, predictions = scene
     layout = detector.layout(predictions.grids)
     assert layout == SSD300
@@ -76,7 +76,7 @@ def test_predictions_come_in_the_order_of_the_layout(scene):
             )
 
 
-def test_detections_are_torchvisions_and_remember_their_default_box(scene):
+def test_detections_equal_torchvisions_and_have_their_default_box(scene):
     detector, images, predictions = scene
     model = detector.model
     anchors = model.anchor_generator(ImageList(images, [(300, 300)] * 2), list(model.backbone(images).values()))
@@ -97,7 +97,7 @@ def test_detections_are_torchvisions_and_remember_their_default_box(scene):
         torch.testing.assert_close(mine.scores, probabilities[mine.priors, mine.labels])
 
 
-def test_no_detection_is_an_empty_result(scene):
+def test_an_image_without_detections_gives_an_empty_result(scene):
     detector, _, predictions = scene
     for found in detect(detector, predictions, (300, 300), Thresholds(score=1.0)):
         assert isinstance(found, Detections)
@@ -112,7 +112,7 @@ def test_positive_offsets_move_right_down_and_make_wider_taller():
     torch.testing.assert_close(decoded, expected)
 
 
-def test_full_width_is_torchvisions_network():
+def test_width_one_is_the_network_of_torchvision():
     torch.manual_seed(0)
     theirs = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=4).eval()
     own = ssd300(4).eval()
@@ -125,7 +125,7 @@ def test_full_width_is_torchvisions_network():
         torch.testing.assert_close(a, b)
 
 
-def test_losses_are_torchvisions(scene):
+def test_losses_equal_those_of_torchvision(scene):
     detector, images, predictions = scene
     boxes = [torch.tensor([[20.0, 30.0, 150.0, 160.0], [5.0, 5.0, 40.0, 60.0]]), torch.zeros(0, 4)]
     labels = [torch.tensor([1, 3]), torch.zeros(0, dtype=torch.int64)]
@@ -140,7 +140,7 @@ def test_losses_are_torchvisions(scene):
     assert float(got["localisation"]) == pytest.approx(float(expected["bbox_regression"]), rel=1e-5)
 
 
-def test_ssdlite_is_adapted_too():
+def test_ssdlite_can_be_wrapped():
     torch.manual_seed(0)
     model = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=4).eval()
     detector = detector_of(model)
@@ -153,7 +153,7 @@ def test_ssdlite_is_adapted_too():
     assert isinstance(predictions, Predictions)
 
 
-def test_what_is_no_detector():
+def test_a_network_that_is_not_a_detector_raises():
     with pytest.raises(TypeError, match=r"Linear is no detector.*Detector"):
         detector_of(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="class_names has 1 names for 5 classes"):

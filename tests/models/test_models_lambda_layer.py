@@ -96,7 +96,7 @@ def test_first_and_second_derivatives_by_finite_differences(formulation):
 
 
 @pytest.mark.parametrize("formulation", FORMULATIONS)
-def test_a_gradient_can_be_asked_for_one_input_alone(formulation):
+def test_a_gradient_of_one_input_alone_can_be_computed(formulation):
     torch.manual_seed(0)
     query, window, value = torch.randn(1, 2, 3, 4, 4), torch.randn(3, 1, 5, 5), torch.randn(1, 1, 2, 4, 4)
     value.requires_grad_()
@@ -123,7 +123,7 @@ def test_tiles_cover_every_query_once_and_reach_exactly_their_keys():
     assert reachable_keys(28, 7) == 17
 
 
-def test_fast_lengths():
+def test_fft_lengths_are_fast_and_sufficient():
     assert [fast_length(n) for n in (1, 11, 13, 68, 71, 121)] == [1, 12, 14, 70, 72, 125]
 
 
@@ -185,7 +185,7 @@ def test_bfloat16_autocast_and_channels_last(formulation):
     assert (rough.float() - exact).abs().mean() < 0.05 * exact.abs().mean()
 
 
-def test_a_forward_leaves_nothing_on_the_module():
+def test_a_forward_pass_leaves_no_tensor_on_the_module():
     layer = LambdaLayer(8, heads=2, r=3)
     before = set(vars(layer)), len(pickle.dumps(layer))
     layer(torch.randn(2, 8, 5, 5, requires_grad=True)).sum().backward()

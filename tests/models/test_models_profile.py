@@ -12,7 +12,7 @@ def test_flops_count_a_multiply_add_as_two():
     assert count_flops(nn.Conv2d(3, 4, 3, padding=1, bias=False), torch.ones(1, 3, 6, 5)) == 2 * 3 * 9 * 4 * 30
 
 
-def test_resnet50_costs_what_is_published():
+def test_resnet50_has_the_published_flops():
     flops = count_flops(resnet50(), torch.zeros(1, 3, 224, 224))
     assert flops / 2 == pytest.approx(4.09e9, rel=0.005)
 
@@ -29,7 +29,7 @@ def test_lambda_layer_is_counted_by_its_definition_whatever_runs(formulation):
     assert layer.formulation == formulation
 
 
-def test_profile_leaves_the_network_as_found():
+def test_profile_restores_the_modes_of_the_network():
     network = build_network("lambda_resnet", 2, width=4, layers=(1,), r=3, heads=2).train()
     network.conv1.requires_grad_(False)
     before = {n: v.clone() for n, v in network.state_dict().items()}
@@ -42,6 +42,6 @@ def test_profile_leaves_the_network_as_found():
     assert all(torch.equal(before[n], v) for n, v in network.state_dict().items())
 
 
-def test_latency_needs_a_repeat():
+def test_latency_raises_without_a_repeat():
     with pytest.raises(ValueError, match="repeats is 0"):
         latency(nn.Identity(), torch.zeros(1, 1, 1, 1), 0)

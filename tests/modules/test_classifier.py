@@ -31,7 +31,7 @@ def trainer(**options):
     return pl.Trainer(**{**quiet, "accelerator": "cpu", "enable_model_summary": False, **options})
 
 
-def test_given_weights_are_tested_without_training(weights):
+def test_loaded_weights_can_be_tested_without_training(weights):
     module = Classifier("timm/resnet10t", 7, backbone_ckpt=str(weights))
     network = build_network("timm/resnet10t", 7, weights=str(weights)).eval()
     (found,) = trainer().test(module, loader(), verbose=False)
@@ -44,7 +44,7 @@ def test_given_weights_are_tested_without_training(weights):
 
 
 @pytest.mark.parametrize("stage", ["test", "validate"])
-def test_random_weights_are_refused(stage, weights):
+def test_random_weights_raise(stage, weights):
     bare = Classifier("timm/resnet10t", 7)
     with pytest.raises(
         ValueError, match=r"weights of timm/resnet10t \(first: conv1.0.weight\) are random: give --ckpt"
@@ -66,14 +66,14 @@ def test_trained_and_loaded_weights_are_not_random(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(fresh.state_dict().values(), module.state_dict().values()))
 
 
-def test_a_missing_file_is_named():
+def test_a_missing_file_of_weights_raises_an_error_that_names_it():
     with pytest.raises(
         FileNotFoundError, match=r"backbone_ckpt: nowhere/resnet18.pth does not exist.*weights of resnet18"
     ):
         Classifier("resnet18", 7, backbone_ckpt="nowhere/resnet18.pth")
 
 
-def test_cbam_and_head_learn_faster(weights):
+def test_cbam_and_head_have_the_larger_learning_rate(weights):
     module = Classifier("cbam/timm/resnet10t", 7, backbone_ckpt=str(weights), lr=1e-5, head_lr=1e-2)
     (block,) = [m for m in module.network.modules() if isinstance(m, CBAM)]
     groups = module.configure_optimizers()["optimizer"].param_groups
@@ -94,13 +94,13 @@ def coloured(channels):
 
 
 @pytest.mark.parametrize("stage", ["fit", "test"])
-def test_images_of_other_channels_are_refused_in_one_sentence(weights, stage):
+def test_images_with_other_channels_raise_one_sentence(weights, stage):
     message = r"^model.init_args.in_channels is 3, but images of SyntheticFundus have 1 channels; set it to 1\.$"
     with pytest.raises(ValueError, match=message):
         getattr(trainer(), stage)(Classifier("timm/resnet10t", 7, backbone_ckpt=str(weights)), datamodule=coloured(1))
 
 
-def test_images_of_the_same_channels_are_trained_on():
+def test_images_with_the_same_channels_can_be_trained_on():
     trainer(fast_dev_run=True).fit(Classifier("timm/resnet10t", 2), datamodule=coloured(3))
 
 
@@ -110,7 +110,7 @@ def test_top_error_counts_labels_outside_of_the_five_largest_logits():
 
 
 @pytest.mark.parametrize("stage", ["fit", "validate", "test"])
-def test_a_loss_that_is_no_number_stops_before_it_does_harm(weights, stage):
+def test_a_loss_that_is_not_finite_raises_before_weights_change(weights, stage):
     module = Classifier("timm/resnet10t", 7, backbone_ckpt=str(weights))
     with torch.no_grad():
         module.network.fc.bias.fill_(torch.nan)

@@ -50,21 +50,21 @@ def test_only_differentiable_masks_pass_a_gradient_to_the_map():
             assert torch.allclose(gradient, images[:, 0])
 
 
-def test_straight_through_is_hard_forward():
+def test_the_straight_through_mask_is_hard_in_the_forward_pass():
     hard = SaliencyGuidance(mask_grad="detached").mask(maps(), step=0)
     through = SaliencyGuidance(mask_grad="straight_through").mask(maps(), step=0)
     assert torch.allclose(hard, through, atol=1e-15)
     assert set(hard.unique().tolist()) == {0.0, 1.0}
 
 
-def test_drawn_ratios_follow_the_step_and_nothing_else():
+def test_drawn_keep_ratios_depend_on_the_step_alone():
     guidance = SaliencyGuidance(keep_ratio=[0.1, 0.5], keep_probabilities=[0.5, 0.5], patch_size=[1, 4])
     shares = [guidance.mask(maps(), step).mean().item() for step in range(30)]
     assert shares == [guidance.mask(maps(), step).mean().item() for step in range(30)]
     assert len({round(s, 3) for s in shares}) >= 2
 
 
-def test_direction_and_target_detachment():
+def test_direction_and_detached_target_change_the_divergence():
     a = torch.tensor([[0.9, 0.1]]).double().log().requires_grad_()
     b = torch.tensor([[0.5, 0.5]]).double().log().requires_grad_()
     assert SaliencyGuidance().divergence(a, b).item() == pytest.approx(0.3681, abs=5e-5)
@@ -106,12 +106,12 @@ def test_frozen_batchnorm_restores_flags_and_statistics():
         ({"map_weight": float("nan")}, "map_weight is nan"),
     ],
 )
-def test_wrong_options_are_named(arguments, message):
+def test_wrong_guidance_options_raise_an_error_that_names_them(arguments, message):
     with pytest.raises(ValueError, match=message):
         SaliencyGuidance(**arguments)
 
 
-def test_deletion_steps_are_drawn_by_step_and_share():
+def test_deletion_steps_depend_on_step_and_share():
     guidance = SaliencyGuidance(deletion_share=0.5)
     drawn = [guidance.deletes(step) for step in range(200)]
     assert drawn == [guidance.deletes(step) for step in range(200)]

@@ -49,7 +49,7 @@ def test_the_loss_is_the_sum_of_its_terms():
     assert torch.allclose(plain["branch_loss"], terms["branch_loss"])
 
 
-def test_validation_has_no_guidance():
+def test_the_validation_loss_has_no_guidance_term():
     terms, _ = module(guidance=SaliencyGuidance(fill="black")).losses(batch(), "val")
     assert set(terms) == {"loss", "main_loss", "branch_loss"}
 
@@ -83,7 +83,7 @@ def test_kl_weight_changes_the_gradient_under_every_option(options):
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, "masked"), (1.0, "original")])
-def test_branch_loss_is_never_that_of_an_image_without_its_evidence(share, expected):
+def test_the_branch_loss_never_uses_images_with_deleted_evidence(share, expected):
     options = {"fill": "black", "branch_loss_on": "masked", "deletion_share": share, "mask_grad": "detached"}
     built = module(guidance=SaliencyGuidance(keep_ratio=0.5, **options))
     made = []
@@ -107,7 +107,7 @@ def test_a_frozen_feature_extractor_keeps_its_statistics():
     assert built.network.perception_branch.training
 
 
-def test_classifier_groups_and_losses():
+def test_the_head_of_a_classifier_is_in_the_fast_group():
     torch.manual_seed(0)
     built = Classifier("resnet18", class_weights=[2.0, 1.0])
     groups = built.configure_optimizers()["optimizer"].param_groups
@@ -117,7 +117,7 @@ def test_classifier_groups_and_losses():
 
 
 @pytest.mark.parametrize("stage", ["test", "validate"])
-def test_random_weights_are_refused_until_others_are_loaded(stage):
+def test_random_weights_raise_until_weights_are_loaded(stage):
     built, runner = module(), pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     del built.log
     data = SyntheticFundus(n_train=4, n_val=4, n_test=4, image_size=48, batch_size=4)

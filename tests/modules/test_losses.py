@@ -25,7 +25,7 @@ def test_cross_entropy_weights_are_per_class():
     assert make_loss("ce", [2.0, 1.0], 2)(logits, labels).item() == pytest.approx(expected.item())
 
 
-def test_one_hot_bce_weighs_the_ones_of_each_output():
+def test_one_hot_bce_weights_the_positive_terms():
     logits = torch.tensor([[0.3, -0.7], [1.2, 0.4]], dtype=torch.float64)
     labels = torch.tensor([0, 1])
     p = torch.sigmoid(logits)
@@ -39,6 +39,6 @@ def test_one_hot_bce_weighs_the_ones_of_each_output():
 
 
 @pytest.mark.parametrize(("name", "weights", "message"), [("mse", None, "loss is 'mse'"), ("ce", [1.0], "1 numbers")])
-def test_wrong_loss_arguments_are_named(name, weights, message):
+def test_wrong_loss_arguments_raise_an_error_that_names_them(name, weights, message):
     with pytest.raises(ValueError, match=message):
         make_loss(name, weights, 2)

@@ -49,7 +49,7 @@ def test_intervals_come_with_groups_at_test_end_only(monkeypatch):
     assert logged["test/brier_skill_low"] <= logged["test/brier_skill_high"]
 
 
-def test_an_epoch_starts_from_nothing(monkeypatch):
+def test_the_skill_is_reset_at_every_epoch(monkeypatch):
     model, logged = module(monkeypatch, None)
     for labels in ([0, 2], [2, 0]):
         feed(model, "val", labels, [0, 2], None)
@@ -67,5 +67,5 @@ def test_a_skill_that_is_undefined_is_not_logged(monkeypatch):
     assert "val/brier_skill" in logged
 
 
-def test_checkpoints_hold_no_rows():
+def test_checkpoints_do_not_contain_the_samples_of_the_skill():
     assert not any("skill" in key for key in Classifier("lambda_resnet26").state_dict())

@@ -31,7 +31,7 @@ def test_one_optimiser_over_all_layers_and_the_plateau_schedule():
     assert built["lr_scheduler"]["monitor"] == "val/loss"
 
 
-def test_starts_from_given_weights_with_a_fresh_classifier(weights, monkeypatch, capsys):
+def test_weights_are_loaded_except_for_the_classifier(weights, monkeypatch, capsys):
     path, source = weights
     monkeypatch.setenv("WEIGHTS", str(path.parent))
     module = ResNetLRP("resnet18", num_classes=3, backbone_ckpt="$WEIGHTS/resnet18.safetensors")
@@ -56,12 +56,12 @@ def test_starts_from_given_weights_with_a_fresh_classifier(weights, monkeypatch,
         ("timm/resnet18d", r"resnet18\.safetensors has no tensor for conv1\.0\.weight"),
     ],
 )
-def test_weights_of_another_depth_are_refused(weights, backbone, message):
+def test_weights_of_another_depth_raise(weights, backbone, message):
     with pytest.raises(ValueError, match=message):
         ResNetLRP(backbone, backbone_ckpt=str(weights[0]))
 
 
-def test_weights_of_another_width_are_refused_with_both_shapes(tmp_path):
+def test_weights_of_another_width_raise_an_error_with_both_shapes(tmp_path):
     path = tmp_path / "wide.pt"
     torch.save(torchvision.models.wide_resnet50_2(num_classes=2).state_dict(), path)
     shapes = r"layer1\.0\.conv1\.weight is \(128, 64, 1, 1\), this ResNet needs \(64, 64, 1, 1\)"
@@ -69,21 +69,21 @@ def test_weights_of_another_width_are_refused_with_both_shapes(tmp_path):
         ResNetLRP("resnet50", backbone_ckpt=str(path))
 
 
-def test_counters_of_batches_may_be_missing(weights, tmp_path):
+def test_counters_of_batches_may_be_missing_in_the_file(weights, tmp_path):
     net = torchvision.models.resnet18(num_classes=7)
     kept = {k: v for k, v in weights[1].state_dict().items() if not k.endswith("num_batches_tracked")}
     save_file(kept, tmp_path / "bare.safetensors")
     assert len(load_classifier(net, tmp_path / "bare.safetensors").taken) == len(kept)
 
 
-def test_a_checkpoint_of_the_module_starts_another_one(weights, tmp_path):
+def test_a_checkpoint_of_the_module_can_be_loaded_as_weights(weights, tmp_path):
     module = ResNetLRP("resnet18", num_classes=4, backbone_ckpt=str(weights[0]))
     torch.save({"state_dict": module.state_dict(), "epoch": 2}, tmp_path / "best.ckpt")
     again = ResNetLRP("resnet18", num_classes=4, backbone_ckpt=str(tmp_path / "best.ckpt"))
     assert all(torch.equal(a, b) for a, b in zip(module.network.parameters(), again.network.parameters()))
 
 
-def test_a_step_lowers_the_loss_and_the_network_is_explained():
+def test_a_step_lowers_the_loss_and_lrp_explains_the_network():
     torch.manual_seed(0)
     module = ResNetLRP("resnet18", num_classes=2, lr=0.05)
     module.log = lambda *args, **kwargs: None

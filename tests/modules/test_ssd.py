@@ -56,7 +56,7 @@ def slim(**settings) -> SSD:
     return module
 
 
-def test_the_loss_falls_and_the_precision_is_logged():
+def test_training_lowers_the_loss_and_logs_the_precision():
     module, run = slim(optimizer="adamw", lr=3e-3), trainer(epochs=3)
     first = float(module.losses(next(iter(loader())))[0]["loss"].detach())
     run.fit(module, loader(), loader())
@@ -103,31 +103,31 @@ def test_a_class_without_a_box_has_no_precision():
     assert not any(name.startswith("test/ap50") for name in empty)
 
 
-def test_detections_and_thresholds():
+def test_detections_follow_the_thresholds():
     module = slim(score_threshold=1.0).eval()
     with torch.no_grad():
         assert [len(d) for d in module.detections(next(iter(loader()))["image"])] == [0, 0]
 
 
-def test_random_weights_are_refused():
+def test_random_weights_raise():
     with pytest.raises(ValueError, match=r"weights of SSD \(first: model.* are random: give --ckpt_path"):
         trainer().test(SSD(2, 1 / 16, True), loader(), verbose=False)
 
 
-def test_bad_settings():
+def test_bad_settings_of_a_detector_raise():
     with pytest.raises(ValueError, match="optimizer is 'adam'; it must be one of sgd, adamw"):
         slim(optimizer="adam")
     with pytest.raises(ValueError, match="width must be positive"):
         slim(width=0)
 
 
-def test_images_of_another_size_are_refused():
+def test_images_of_another_size_raise():
     with pytest.raises(ValueError, match="images are 64 x 96 pixels; SSD300 needs 300 x 300"):
         slim()(torch.zeros(1, 3, 64, 96))
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
-def test_data_of_another_size_is_refused_before_the_network_is_profiled(tmp_path):
+def test_data_of_another_size_raises_before_the_network_is_profiled(tmp_path):
     data = VOC(write_voc(tmp_path), image_size=200)
     fit = pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[RunProfile()])
     with pytest.raises(
@@ -136,7 +136,7 @@ def test_data_of_another_size_is_refused_before_the_network_is_profiled(tmp_path
         fit.fit(SSD(num_classes=2, width=1 / 16), data)
 
 
-def test_weights_of_a_file_are_taken(tmp_path, capsys):
+def test_weights_are_loaded_from_a_file(tmp_path, capsys):
     module = slim()
     torch.save(module.network.model.state_dict(), tmp_path / "given.pth")
     torch.manual_seed(1)
