@@ -49,6 +49,7 @@ def explained_channels(model: nn.Module, images: Tensor) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        # The first registered convolution is the one that reads the images in practically every network.
         first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
         if first is None or first.in_channels == images.shape[1]:
             raise

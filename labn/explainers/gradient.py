@@ -36,6 +36,7 @@ def _draw(shape: torch.Size, seed: int) -> Tensor:
 
 def noise_scale(images: Tensor, std: float, relative: bool) -> Tensor:
     """The standard deviation (B, 1, 1, 1): `std` itself, or `std` times each image's value range if `relative`."""
+    # Relative to the range of each image, as in the paper.
     flat = images.flatten(1)
     span = flat.amax(1) - flat.amin(1) if relative else torch.ones_like(flat[:, 0])
     return (std * span).view(-1, 1, 1, 1)
@@ -69,6 +70,7 @@ def input_gradient(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
         InputError: a target is not a class index, or the logits do not depend on the images.
     """
     leaf = images.detach().clone().requires_grad_()
+    # One backward pass for the whole batch: in eval mode each score depends on its own image only.
     scores = class_scores(logits_of(model(leaf)), targets)
     gradient = torch.autograd.grad(scores.sum(), leaf, allow_unused=True)[0] if scores.requires_grad else None
     if gradient is None:

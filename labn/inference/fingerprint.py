@@ -83,8 +83,9 @@ def structure_key(model: nn.Module) -> Hashable:
 def state_key(model: nn.Module) -> Hashable:
     """`structure_key`, which also changes when a parameter or buffer is replaced or modified in place.
 
-    A change through `.data` does not change the key, because torch does not count it.
+    Writing into `.data` does not change the key, because torch does not count it as a change in place.
     """
+    # The address too: assigning `.data` gives a tensor other memory without counting as a change in place.
     tensors = [*model.parameters(), *model.buffers()]
     return structure_key(model), tuple((_Identity(t), t.data_ptr(), version_of(t)) for t in tensors)
 
@@ -164,6 +165,7 @@ def _value_key(value: Any, depth: int = DEPTH) -> Hashable:
     if isinstance(value, Tensor):
         return _Identity(value), version_of(value)
     if isinstance(value, CONTAINERS) and depth:
+        # Keys and values of a dictionary in its order.
         items = itertools.chain.from_iterable(value.items()) if isinstance(value, dict) else value
         inside = [_value_key(item, depth - 1) for item in items]
         return type(value), frozenset(inside) if isinstance(value, (set, frozenset)) else tuple(inside)

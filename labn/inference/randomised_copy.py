@@ -36,7 +36,7 @@ def _randomise(module: nn.Module, generator: torch.Generator) -> None:
     not saturate the softmax at any depth. Vectors without a matrix beside them (the scale of a branch) are shuffled. A
     normalisation becomes the identity, because its running statistics belong to the old weights.
     """
-    if isinstance(module, NORMS):
+    if isinstance(module, NORMS):  # resets running statistics too
         module.reset_parameters()
         return
     own = [parameter for parameter in module.parameters(recurse=False) if parameter.is_floating_point()]

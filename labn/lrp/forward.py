@@ -75,6 +75,7 @@ def run_forward(graph: Graph, residual_sums: dict[int, ResidualSum], config: Con
     run = _Run(
         graph, residual_sums, config, {0: images}, graph.reach({graph.logits}), UnitActivation(graph, images), extremes
     )
+    # Reference counts: how many nodes still have to read each value.
     waiting = {index: node.consumers for index, node in graph.nodes.items()}
     for index, node in graph.nodes.items():
         run.values[index] = FORWARD.get(node.kind, _evaluate)(run, node)

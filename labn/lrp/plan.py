@@ -92,6 +92,7 @@ def plan_for(model: nn.Module, images: Tensor, read_logits: ReadLogits = logits_
     key = (tuple(images.shape), images.dtype, images.device, read_logits)
     if key not in plans.by_shape:
         plan = _make(model, images, plans.layers, read_logits)
+        # Once per state of the model: the check costs a forward of the model and one of the graph.
         if not plans.by_shape:
             _verify(model, plan, images, read_logits)
         plans.by_shape[key] = plan
@@ -131,6 +132,7 @@ def _make(model: nn.Module, images: Tensor, layers: dict[tuple[object, ...], Lay
     graph = build(record(model, images, read_logits))
     for node in graph.nodes.values():
         if node.layer is not None:
+            # One `Layer` per weight: graphs of other image shapes share its prepared weights.
             node.layer = layers.setdefault(_identity_of(node.layer), node.layer)
     if images.device.type == "cpu":
         use_fastest(graph, can_pack(images, images.dtype))
@@ -179,6 +181,7 @@ def _verify(model: nn.Module, plan: Plan, images: Tensor, read_logits: ReadLogit
         logits = run_forward(plan.graph, plan.residual_sums, Config(residual="duplicate"), others).logits
     finite = expected.isfinite()
     logits, expected = logits[finite], expected[finite]
+    # Relative to the largest logit; 1e-6 for a network whose logits are all zero.
     scale = torch.cat([expected.abs().flatten(), expected.new_tensor([1e-6])]).max()
     if not torch.allclose(logits / scale, expected / scale, atol=TOLERANCES[images.dtype], rtol=0):
         raise InputError(

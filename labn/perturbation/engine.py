@@ -139,6 +139,7 @@ class PerturbationEngine:
         self._memo: dict[Hashable, int] = {}
         self._logits: list[Tensor] = []
         self._fills: list[Tensor] = []
+        # A random 64-bit key per pixel; the hash of a pixel set is the sum of its keys (see `_set_hashes`).
         pixels = images.shape[-2] * images.shape[-1]
         self._pixel_keys = sample_integers(0, torch.zeros(1, dtype=torch.long, device=images.device), pixels)[0]
         self._all_pixels = int(self._pixel_keys.sum())
@@ -224,6 +225,7 @@ class PerturbationEngine:
         else:
             self._chunk.succeeded(size)
             return logits
+        # Outside of the `except`, whose traceback would keep the failed tensors alive.
         self._chunk.failed(size)
         if self.images.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -231,6 +233,7 @@ class PerturbationEngine:
 
     def _chunk_logits(self, make_batch: Callable[[Tensor], Tensor], start: int, size: int) -> Tensor:
         batch = make_batch(torch.arange(start, start + size, device=self.images.device))
+        # Convolutions follow the memory format of their input.
         batch = batch.contiguous(memory_format=self._form.memory_format)
         return logits_of(self._forward(batch)).to(self.images.dtype)
 
@@ -314,6 +317,7 @@ class PerturbationEngine:
 
     def _evaluate(self, keys: list[Hashable], make_batch: Callable[[Tensor], Tensor]) -> Tensor:
         """Logits (len(keys), num_classes) of inputs with these keys; an input that is not in the memo runs once."""
+        # Key -> position of its first input: equal inputs of one call run once as well.
         fresh: dict[Hashable, int] = {}
         for position, key in enumerate(keys):
             if key not in self._memo:
@@ -322,12 +326,14 @@ class PerturbationEngine:
             positions = torch.tensor(list(fresh.values()), device=self.images.device)
             logits = self.run(lambda chunk: make_batch(positions[chunk]), len(fresh))
             self._memo.update({key: len(self._memo) + i for i, key in enumerate(fresh)})
+            # One tensor, so that a single index operation gathers the answer.
             self._logits = [torch.cat([*self._logits, logits])]
         self.reused += len(keys) - len(fresh)
         return self._logits[0][torch.tensor([self._memo[key] for key in keys], device=self.images.device)]
 
     def _register(self, fill: Tensor | float) -> tuple[Tensor, int]:
         """The fill as (1 or B, C, H, W), where H and W may be 1, and its number; equal fills have the same number."""
+        # Numbered, because hashing a fill's content for every input would cost more than comparing the few that exist.
         fill = torch.as_tensor(fill).to(self.images)
         fill = fill.reshape(*[1] * (4 - fill.ndim), *fill.shape)
         if fill.ndim > 4 or any(side not in (1, full) for side, full in zip(fill.shape, self.images.shape)):

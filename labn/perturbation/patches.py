@@ -38,6 +38,7 @@ def patch_grid(size: tuple[int, int], patch_size: int) -> tuple[int, int]:
 
 def default_step(size: tuple[int, int], patch_size: int) -> int:
     """Patches per step: from the released table if it contains the size, else about a hundredth of all patches."""
+    # The released evaluation defines steps for square images of two sizes only.
     rows, columns = patch_grid(size, patch_size)
     table = STEPS.get(size[0], {}) if size[0] == size[1] else {}
     return table.get(patch_size, max(1, round(rows * columns / 100)))
@@ -53,6 +54,7 @@ def _mean(maps: Tensor, size: int) -> Tensor:
 
 
 def _sum(maps: Tensor, size: int) -> Tensor:
+    # Zero padding adds nothing to a sum, and the average times the area is the sum.
     padded = F.pad(maps, (0, -maps.shape[-1] % size, 0, -maps.shape[-2] % size))
     return F.avg_pool2d(padded, size) * size**2
 
@@ -109,6 +111,7 @@ def _stable_ranks(values: Tensor, seed: int, indices: Tensor | None) -> Tensor:
 def _random_ranks(values: Tensor, seed: int, indices: Tensor | None) -> Tensor:
     """Ranks with ties in a random order, which depends on (seed, sample index) only."""
     indices = torch.zeros(len(values), dtype=torch.long) if indices is None else indices
+    # A stable sort of values in random order breaks ties at random.
     shuffle = sample_integers(seed, indices.to(values.device), values.shape[1]).argsort(dim=1)
     ranks = _stable_ranks(values.gather(1, shuffle), seed, indices)
     return torch.empty_like(ranks).scatter_(1, shuffle, ranks)
@@ -162,6 +165,7 @@ def top_patches(values: Tensor, count: int) -> Tensor:
     """
     flat = values.flatten(1)
     lowest = flat.kthvalue(flat.shape[1] - count + 1, dim=1, keepdim=True).values
+    # All patches above the count-th value, and as many tied ones as remain, in raster order.
     above, tied = flat > lowest, flat == lowest
     remaining = count - above.sum(dim=1, keepdim=True)
     return above | (tied & (tied.cumsum(dim=1) <= remaining))

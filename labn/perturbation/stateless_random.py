@@ -18,6 +18,7 @@ def _shift_right(values: Tensor, bits: int) -> Tensor:
 
 def splitmix64(counter: Tensor) -> Tensor:
     """The splitmix64 mixing function (Steele, Lea and Flood, OOPSLA 2014) on int64 tensors, modulo 2**64."""
+    # int64 products wrap modulo 2**64, as the unsigned ones of the definition do.
     mixed = counter * _GOLDEN
     for bits, multiplier in _MIX:
         mixed = (mixed ^ _shift_right(mixed, bits)) * multiplier
@@ -39,6 +40,7 @@ def sample_integers(seed: int, indices: Tensor, count: int, stream: int = 0) -> 
         True
     """
     indices = indices.long()  # the products would wrap earlier in a type of fewer bits
+    # Each ingredient is mixed before the next is added, so that neighbouring seeds and samples are unrelated.
     start = splitmix64(torch.full_like(indices, seed)) + stream
     key = splitmix64((splitmix64(start) if stream else start) + indices)
     position = torch.arange(1, count + 1, device=indices.device)

@@ -98,6 +98,7 @@ def _otsu(one: Tensor, level: float) -> float:
     low, high = float(one.min()), float(one.max())
     if low == high:
         return high
+    # OpenCV's Otsu works on 256 levels of grey.
     grey = ((one - low) / (high - low) * 255).round().to(torch.uint8).cpu().numpy()
     best, _ = cv2.threshold(grey, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
     # OpenCV's threshold is the highest background level; half a level above it separates the two classes.
@@ -116,6 +117,7 @@ def component_mask(one: Tensor, binary: Tensor, options: Options) -> Tensor:
     """Mask (H, W) of the chosen connected component of `binary`; all True for an empty `binary`."""
     if not binary.any():
         return torch.ones_like(binary)
+    # Label 0 is the background.
     _, labels = cv2.connectedComponents(_bytes(binary), connectivity=options.connectivity)
     label = _COMPONENTS[options.component](one.detach().cpu().numpy(), labels)
     return torch.from_numpy(labels == label).to(binary.device)
@@ -137,6 +139,7 @@ def contour_mask(one: Tensor, binary: Tensor, options: Options) -> Tensor:
     """Mask (H, W) of the chosen outer contour of `binary`, holes filled; all True for an empty `binary`."""
     if not binary.any():
         return torch.ones_like(binary)
+    # [-2]: older releases of OpenCV return the image first. CHAIN_APPROX_NONE keeps every boundary pixel.
     contours = cv2.findContours(_bytes(binary), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)[-2]
     contour = _CONTOURS[options.contour](list(contours), one, binary)
     return torch.from_numpy(_filled(contour, binary) > 0).to(binary.device)
@@ -156,6 +159,7 @@ def _filled(contour: np.ndarray, binary: Tensor) -> np.ndarray:
 
 def _around_max(contours: list[np.ndarray], one: Tensor, binary: Tensor) -> np.ndarray:
     flat = torch.where(binary, one, -torch.inf).flatten()
+    # OpenCV's points are (x, y); the test is 1 inside, 0 on the contour and -1 outside.
     row, column = divmod(int(flat.argmax()), binary.shape[1])
     return max(contours, key=lambda contour: cv2.pointPolygonTest(contour, (column, row), False))
 

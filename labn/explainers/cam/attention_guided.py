@@ -137,7 +137,7 @@ class AttentionMapGuided(GradCAM):
             raise InputError(f"order must be one of {', '.join(ORDERS)}, got {order!r}.")
         if apply_to not in ("weighted", "activation"):
             raise InputError(f"apply_to must be weighted or activation, got {apply_to!r}.")
-        ParameterFreeGates(box)
+        ParameterFreeGates(box)  # checks the side
         self.attention, self.order, self.apply_to = attention, order, apply_to
         self.residual, self.normalise, self.box = residual, normalise, box
 
@@ -162,6 +162,7 @@ class AttentionMapGuided(GradCAM):
             features = gradient_features(model, layer, images, targets, lambda maps: self._attend(gates, maps, maps))
             return self.weigh(self.weights(features.activations, features.slopes), features.activations)
         features = gradient_features(model, layer, images, targets)
+        # The attention acts on the finished weights: no gradient passes it here.
         with torch.no_grad():
             weighted = self.weights(features.activations, features.slopes) * features.activations
             attended = self._attend(gates, weighted, features.activations)

@@ -128,5 +128,6 @@ def gradient_features(
         raise InputError(
             f"The logits of {type(model).__name__} do not depend on target_layer; name a layer before them."
         )
+    # Images do not influence each other in eval mode, so one gradient of the sum gives all of them.
     (gradients,) = torch.autograd.grad(class_scores(logits, targets).sum(), leaves[0])
     return Features(leaves[0].detach(), logits.detach(), gradients)

@@ -63,6 +63,7 @@ def is_channels_last(shape: torch.Size, size: torch.Size) -> bool:
     """
     if is_strided(shape[2], shape[3], size):
         return False
+    # Logarithms compare ratios: twice as wide and half as wide are equally far from square.
     proportion = math.log(size[0] / size[1])
     first, last = abs(math.log(shape[2] / shape[3]) - proportion), abs(math.log(shape[1] / shape[2]) - proportion)
     return last < first
@@ -115,6 +116,7 @@ def _trace(model: nn.Module, images: Tensor) -> tuple[list[_Seen], Tensor]:
             is_map = _is_map(output, images.shape[-2:])
             seen.append(_Seen(name, output, output._version, is_map, _is_tokens(args[0] if args else None)))
 
+    # The image requires a gradient, so that outputs that depend on it can be told from constants.
     with watching(dict(model.named_modules()), see):
         logits = logits_of(model(images[:1].detach().clone().requires_grad_()))
     return seen, logits
@@ -133,6 +135,7 @@ def _inside_tokens(name: str, tokens: set[str]) -> bool:
 
 def _mostly_tokens(model: nn.Module, seen: list[_Seen], position: int) -> bool:
     """Whether more layers with weights process tokens after `seen[position]` than run before it."""
+    # Leaf modules with parameters count, whatever blocks they are grouped in.
     leaves = {name for name, m in model.named_modules() if not m._modules and m._parameters}
     before = sum(s.name in leaves for s in seen[: position + 1])
     after = sum(s.name in leaves and s.is_tokens for s in seen[position + 1 :])

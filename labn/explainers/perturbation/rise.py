@@ -40,6 +40,7 @@ def _orthogonal(generator: torch.Generator, count: int, cells: int, p: float) ->
     The balance removes the additive part of the model's response from the noise. Columns change their sign at random,
     so that every single mask is a Bernoulli(1/2) grid.
     """
+    # The next power of two: Sylvester matrices exist for these orders.
     order = max(2, 1 << (cells - 1).bit_length())
     matrix = torch.ones(1, 1)
     while len(matrix) < order:  # Sylvester's construction
@@ -91,6 +92,7 @@ class MaskBank:
     def draw(cls, count: int, grid: int, p: float, seed: int, sampler: str) -> MaskBank:
         """Draw `count` masks in groups of `GROUP`, so that the first masks do not depend on the number of masks."""
         generator = torch.Generator().manual_seed(seed)
+        # Shared shifts follow a low-discrepancy sequence from a random origin, so that few groups cover all shifts.
         origin = torch.rand(2, generator=generator, dtype=torch.float64)
         grids, shifts = [], []
         for number in range(-(-count // GROUP)):
@@ -126,6 +128,7 @@ class MaskBank:
         unit = torch.eye(side, device=like.device, dtype=like.dtype).unsqueeze(1)
         # Enlarging the unit vectors gives the interpolation matrix; rows of it are positions of the enlarged grid.
         matrix = F.interpolate(unit, size=(side + 1) * cell, mode="linear", align_corners=False).squeeze(1).T
+        # Float64 shifts just below 1 may round up to a whole cell.
         first = (shifts * cell).long().clamp(max=cell - 1)
         return matrix[first[:, None] + torch.arange(length, device=like.device)]
 

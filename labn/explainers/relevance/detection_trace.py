@@ -83,6 +83,7 @@ class DetectionTrace:
                 f"{type(detector).__name__} predicts {logits.shape[1]} values; its heads() and num_classes say "
                 f"{count} default boxes x ({classes} classes + 4 coordinates)."
             )
+        # `Predictions.rows` holds all class logits first, then all offsets.
         scores, offsets = logits.split([count * classes, count * 4], 1)
         self.predictions = Predictions(scores.view(1, count, classes), offsets.view(1, count, 4), grids)
 
@@ -117,6 +118,7 @@ class DetectionTrace:
 
     def _window(self, node: Node, unit: Unit, outputs: int) -> Window:
         assert node.layer is not None
+        # Box-major heads: the outputs of one default box are consecutive channels.
         kernel = node.layer.prepared(Identity(), True)[unit.box * outputs : (unit.box + 1) * outputs]
         options = node.layer.options
         stride, padding, dilation = (_pair(options[name]) for name in ("stride", "padding", "dilation"))

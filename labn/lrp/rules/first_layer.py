@@ -79,6 +79,7 @@ class PixelBounds:
         return self._computed[index]
 
     def _of(self, node: Node) -> tuple[Tensor, Tensor] | None:
+        # Valid for factors in [0, 1] if the bounds enclose 0, as normalised black and white do.
         if node.kind in ("rescale", "product"):
             return self.at(node.flow[0])
         inputs = {index: self.at(index) for index in node.inputs} if node.kind in _MONOTONE else {}

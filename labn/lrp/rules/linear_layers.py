@@ -66,6 +66,7 @@ class Layer:
 
     def prepared(self, transform: WeightTransform, folded: bool) -> Tensor:
         """rho(W), with BatchNorm folded in or not; computed once and kept."""
+        # Folded or not is the same without a BatchNorm, and must not be prepared twice.
         key = (transform, folded and self.norm is not None)
         if key not in self._prepared:
             weight = self._transformed(*key)
@@ -144,6 +145,7 @@ class Layer:
 
     def _is_reversible(self) -> bool:
         padding, stride, dilation, groups = self._geometry()
+        # Padding beyond k - 1 would need a negative padding of the transpose.
         fits = all(p < k for p, k in zip(padding, self.weight.shape[2:]))
         return fits and groups == 1 and stride == dilation == [1, 1]
 
@@ -226,6 +228,7 @@ def _explicit_padding(padding: Any, weight: Tensor, dilation: Any) -> Any:
         return 0
     if padding != "same":
         return padding
+    # "same" pads d (k - 1) pixels in total, which is symmetric only if that is even.
     reach = [d * (k - 1) for d, k in zip(_per_axis(dilation, weight.ndim - 2), weight.shape[2:])]
     if any(r % 2 for r in reach):
         raise InputError(

@@ -89,6 +89,7 @@ class Graph:
 def build(recording: Recording) -> Graph:
     """The graph of a recording, with kinds, gates, joined BatchNorms, first layers and known signs."""
     calls = {call.index: call for call in recording.calls}
+    # Backwards from the logits: calls that they do not depend on are dropped.
     needed = {recording.logits}
     for index in sorted(calls, reverse=True):
         if index in needed:
@@ -124,6 +125,7 @@ def _carrying_factor(call: Call, nodes: dict[int, Node], calls: dict[int, Call])
     factors = [arg.index for arg in call.args]
     if factors[0] == factors[1]:  # a square: neither factor is a constant
         return None
+    # The broadcast factor is the one with fewer values.
     sizes = [calls[index].shape.numel() if index else call.shape.numel() for index in factors]
     if sizes[0] != sizes[1]:
         return factors[sizes.index(max(sizes))]

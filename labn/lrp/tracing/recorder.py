@@ -122,6 +122,7 @@ class _Recorder(TorchFunctionMode):
         self.calls: list[Call] = []
         self.scopes: list[tuple[str, str]] = [("", "")]
         self.outputs: dict[str, int] = {}
+        # By identity and weakly: a tensor that the model frees leaves the table, and its address may be used again.
         self._indices = WeakTensorKeyDictionary()
         self._indices[images] = 0
 
@@ -187,6 +188,7 @@ def record(model: nn.Module, images: Tensor, read_logits: Callable[[Any], Tensor
     Raises:
         InputError: the logits do not depend on the images through torch functions.
     """
+    # A clone: models that work in place on their input must not change the caller's images.
     images = images.detach().clone()
     recorder = _Recorder(images)
     with torch.no_grad(), _watching(model, recorder):
