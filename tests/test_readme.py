@@ -1,4 +1,4 @@
-"""Every command of the README is executed by a test or by `.ci/run`, and its worked examples work."""
+"""Every command of the READMEs is executed by a test or by `.ci/run`, and their worked examples work."""
 
 import csv
 import importlib
@@ -16,11 +16,24 @@ import timm
 import torch
 from command_line import ROOT, TINY, call_main, environment, one_step
 from safetensors.torch import save_file
+from small_detectors import tiny
 
 from labn import explain
 from labn.lrp import relevance
 
-README = (ROOT / "README.md").read_text()
+READMES = [
+    ROOT / name
+    for name in (
+        "README.md",
+        "labn/README.md",
+        "labn/lrp/README.md",
+        "callbacks/README.md",
+        "datamodules/README.md",
+        "configs/README.md",
+        "tests/README.md",
+    )
+]
+TEXT = "\n".join(path.read_text() for path in READMES)
 LESS = [*TINY, "--data.init_args.n_train=8", "--data.init_args.n_test=6", "--trainer.max_epochs=1"]
 SMALL = [word for word in LESS if "n_t" not in word and "n_val" not in word]
 PICTURES = [*SMALL, "--data.init_args.image_size=64", "--data.init_args.batch_size=4"]
@@ -49,6 +62,9 @@ ELSEWHERE = {
     "pip install -q -e .": ".ci/run",
     "pip install -q -e '.[test]'": ".ci/run",
     "python -m pytest -q -n auto": ".ci/run",
+    "python -m pytest -q -n auto -m 'not slow'": ".ci/run",
+    "python -m pytest -q tests/lrp": ".ci/run",
+    "python -m pytest tests/devices": ".ci/run",
     "python cli.py fit --config configs/idrid/idrid_labn.yaml --config configs/shared/ddp.yaml": (
         "tests/test_readme.py::test_lines_for_several_nodes_parse"
     ),
@@ -67,7 +83,7 @@ ELSEWHERE = {
 
 
 def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 
 
 def commands():
@@ -87,7 +103,7 @@ def commands():
 
 def on_an_experiment(command):
     """Whether a command runs an experiment of `configs/`, which `test_every_experiment_runs` does in small."""
-    found = re.match(r"python cli\.py (?:fit|test) --config (configs/\w+\.yaml)", command)
+    found = re.match(r"python cli\.py (?:fit|test) --config (configs/[\w/]+\.yaml)", command)
     return bool(found) and (ROOT / found[1]).is_file()
 
 
@@ -207,3 +223,47 @@ def test_lines_for_several_nodes_parse(command, monkeypatch, capsys):
 def test_the_files_named_in_the_readme_exist():
     for name in set(re.findall(r"`((?:configs|tests)/[\w/.]+\.(?:yaml|py))`", README)):
         assert Path(ROOT, name).is_file(), name
+
+
+def test_the_readme_is_short():
+    text = READMES[0].read_text()
+    assert len(text.splitlines()) <= 250
+    assert len(text.encode()) <= 14_000
+
+
+def test_links_between_the_readmes_lead_somewhere():
+    for path in READMES:
+        for target, anchor in re.findall(r"\]\(([\w/.]*\.(?:md|png|jpg))?(#[\w-]+)?\)", path.read_text()):
+            other = path.parent / target if target else path
+            assert other.is_file(), f"{path}: {target}"
+            if anchor:
+                titles = re.findall(r"^#+ (.*)$", other.read_text(), re.MULTILINE)
+                slugs = {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+                assert anchor[1:] in slugs, f"{path}: {target}{anchor}"
+
+
+UNNAMED = [block for block in blocks("python") if not block.startswith("# my_")]
+
+
+@pytest.mark.parametrize("block", UNNAMED, ids=lambda block: block.splitlines()[0])
+def test_a_python_block_runs(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 3),
+        torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1),
+        torch.nn.Flatten(),
+        torch.nn.Linear(4, 3),
+    ).eval()
+    names = {
+        "model": model,
+        "images": torch.randn(2, 3, 64, 64),
+        "maps": torch.rand(2, 64, 64),
+        "targets": torch.tensor([0, 2]),
+        "mean": [0.5] * 3,
+        "std": [0.25] * 3,
+        "detector": tiny(num_classes=4, dtype=torch.float32).eval(),
+        "image": torch.randn(3, 128, 128),
+    }
+    exec(compile(block, "README", "exec"), names)
