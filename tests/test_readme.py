@@ -221,7 +221,7 @@ def test_lines_for_several_nodes_parse(command, monkeypatch, capsys):
 
 
 def test_the_files_named_in_the_readme_exist():
-    for name in set(re.findall(r"`((?:configs|tests)/[\w/.]+\.(?:yaml|py))`", README)):
+    for name in set(re.findall(r"`((?:configs|tests)/[\w/.]+\.(?:yaml|py))`", TEXT)):
         assert Path(ROOT, name).is_file(), name
 
 
@@ -264,6 +264,6 @@ def test_a_python_block_runs(block, tmp_path, monkeypatch):
         "mean": [0.5] * 3,
         "std": [0.25] * 3,
         "detector": tiny(num_classes=4, dtype=torch.float32).eval(),
-        "image": torch.randn(3, 128, 128),
+        "image": torch.randn(3, 32, 32),
     }
     exec(compile(block, "README", "exec"), names)
