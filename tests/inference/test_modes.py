@@ -1,4 +1,4 @@
-"""The context of every forward for an explanation or a score: eval mode and full precision."""
+"""What surrounds every forward of an explanation or a score."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ cudnn, mkldnn, matmul = torch.backends.cudnn, torch.backends.mkldnn, torch.backe
 
 
 def settings() -> tuple[str, ...]:
-    """The precision settings of convolutions, recurrent layers and matrix products on GPU and CPU."""
+    """What single precision means to convolutions, recurrent layers and matrix products on GPU and CPU."""
     operations = (cudnn.conv, cudnn.rnn, matmul, mkldnn.conv, mkldnn.rnn, mkldnn.matmul)
     return tuple(operation.fp32_precision for operation in operations)
 
@@ -58,7 +58,7 @@ def test_settings_of_the_newer_interface_are_restored_too() -> None:
     ids=["everywhere", "gpu", "gpu's products", "cpu", "cpu's convolutions"],
 )
 def test_reduced_precision_of_the_newer_interface_is_switched_off(place: Any, precision: str) -> None:
-    """Reading the older interface is then an error, which must not reach the user."""
+    """Asking the older interface is then an error, of which a user must see nothing."""
     place.fp32_precision = precision
     before = settings()
     assert precision in before
@@ -77,7 +77,7 @@ def test_inherited_precision_settings_stay_inherited() -> None:
 
 
 def test_a_modules_own_train_method_is_not_called() -> None:
-    """An example is a module that merges low-rank weights for evaluation."""
+    """Such as low-rank weights, which are merged for evaluation."""
 
     class LowRank(nn.Linear):
         merged = False
