@@ -168,9 +168,7 @@ def test_balanced_batches_are_drawn_without_decoding_an_image(make: Make, monkey
     assert data.labels("train")[[k.sample for k in keys[:4]]].tolist().count(1) == 2
 
 
-def test_bias_image_is_exact_and_is_read_from_the_cache(
-    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bias_image_is_exact_and_cached(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = make(augmentation=PUBLISHED)
     images = np.stack([data.source("train").load(i)[0] for i in range(len(data.labels("train")))])
     exact = torch.from_numpy(images.astype(np.int64).sum(0) / (255 * len(images))).permute(2, 0, 1)

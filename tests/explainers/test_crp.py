@@ -131,13 +131,13 @@ def test_unknown_boxes_classes_and_tasks_are_refused():
         crp.ask(trace, [Question(0, "left")])
     with pytest.raises(ValueError, match="leaves a class without any other class"):
         CRP(others=[1]).ask(trace, [Question(0, "class", 1)])
-    with pytest.raises(TypeError, match=r"SSD is no detector; .* or the `network` of labn.modules.SSD"):
+    with pytest.raises(TypeError, match=r"SSD is not a detector; .* or the `network` of labn.modules.SSD"):
         crp.trace(SSD(num_classes=2, width=1 / 16), torch.zeros(3, 300, 300))
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got -1"):
         CRP(chunk_size=-1)
     with pytest.raises(ValueError, match="chunk_size must be at least 1, got 0"):
         trace.maps([crp.start(trace, Question(0))], chunk_size=0)
-    with pytest.raises(TypeError, match="Linear is no detector"):
+    with pytest.raises(TypeError, match="Linear is not a detector"):
         crp.trace(torch.nn.Linear(1, 1), torch.zeros(3, 8, 8))
     with pytest.raises(ValueError, match="one image, got 2"):
         crp.trace(detector, torch.zeros(2, 3, 32, 32))

@@ -154,7 +154,7 @@ def test_ssdlite_can_be_wrapped():
 
 
 def test_a_network_that_is_not_a_detector_raises():
-    with pytest.raises(TypeError, match=r"Linear is no detector.*Detector"):
+    with pytest.raises(TypeError, match=r"Linear is not a detector.*Detector"):
         detector_of(torch.nn.Linear(2, 2))
     with pytest.raises(ValueError, match="class_names has 1 names for 5 classes"):
         TorchvisionSSD(slim().model, ("background",))

@@ -1,4 +1,4 @@
-"""Single-shot detectors: raw predictions, default boxes, and detections that remember their default box."""
+"""Single-shot detectors: raw predictions, default boxes, and detections with the index of their default box."""
 
 from labn.models.detectors.base import COORDINATES, Detector, Head, Layout, Predictions, Unit, per_box
 from labn.models.detectors.decode import Detections, Thresholds, corners, decode_boxes, detect

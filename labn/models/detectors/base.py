@@ -1,4 +1,4 @@
-"""What relevance propagation, decoding and scores need to know of a single-shot detector."""
+"""The interface of single-shot detectors for relevance propagation, decoding and scores."""
 
 from __future__ import annotations
 
@@ -32,10 +32,8 @@ class Predictions:
 
     @property
     def rows(self) -> Tensor:
-        """(B, P (K + 4)): all predictions in one row per image, which is what a propagation is recorded to.
-
-        Not called `logits`, as its columns are no classes: what explains or scores a classifier refuses a detector.
-        """
+        """All predictions (B, P (K + 4)) in one row per image, the output that relevance propagation starts from."""
+        # Not named `logits`: explainers and metrics of classifiers recognise their networks by that attribute.
         return torch.cat([self.classes.flatten(1), self.offsets.flatten(1)], 1)
 
 
@@ -56,7 +54,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Unit:
-    """Where a default box sits: source map, row, column, and which of the cell's boxes it is."""
+    """The position of a default box: source map, row, column, and number among the boxes of its cell."""
 
     source: int
     row: int
@@ -85,7 +83,11 @@ class Layout:
         """The unit of default box `prior`.
 
         Raises:
-            IndexError: there is no such default box.
+            IndexError: the default box does not exist.
+
+        Example:
+            >>> Layout(grids=((2, 2), (1, 1)), boxes=(3, 2)).unit(7)
+            Unit(source=0, row=1, column=0, box=1)
         """
         starts, prior = self.starts, int(prior)
         if not 0 <= prior < starts[-1]:
@@ -101,10 +103,10 @@ class Layout:
 
 
 class Detector(nn.Module, ABC):
-    """A single-shot detector as the rest of this project sees it; an own one is a subclass of about 30 lines.
+    """The base class of single-shot detectors; a detector of one's own is a subclass of about 30 lines.
 
-    A subclass runs the network on normalised images, names the last convolutions of its heads, and gives its default
-    boxes; decoding, explanation (`labn.explainers.CRP`) and scores follow from that:
+    A subclass runs the network on normalised images, names the last convolutions of its heads, and returns its default
+    boxes. Decoding, explanation (`labn.explainers.CRP`) and scores use these:
 
         class MySSD(Detector):
             num_classes = 3  # background, cat, dog
@@ -127,10 +129,10 @@ class Detector(nn.Module, ABC):
                 return torch.cat([my_boxes(grid, size) for grid in grids]).to(like)
 
     Attributes:
-        num_classes: K, the background included.
-        background: channel of the background class, None where there is none.
+        num_classes: number of classes K, including the background.
+        background: channel of the background class; None without a background class.
         variances: factors of the box code, see `decode_boxes`.
-        class_names: names of the K classes, where they are known.
+        class_names: names of the K classes; None where they are not known.
     """
 
     num_classes: int
@@ -155,10 +157,10 @@ class Detector(nn.Module, ABC):
         return Layout(grids, tuple(head.boxes for head in self.heads()))
 
     def class_index(self, wanted: int | str) -> int:
-        """The channel of a class given by channel or by name.
+        """The channel of a class, from its channel or name.
 
         Raises:
-            ValueError: the detector does not have it.
+            InputError: the detector does not have the class.
         """
         known = self.class_names or ()
         index = known.index(wanted) if isinstance(wanted, str) and wanted in known else wanted
@@ -169,6 +171,11 @@ class Detector(nn.Module, ABC):
 
 
 def per_box(output: Tensor, columns: int) -> Tensor:
-    """(B, a * columns, h, w) of a box-major head as (B, h w a, columns), the order of `Layout`."""
+    """Output (B, a * columns, h, w) of a box-major head as (B, h w a, columns), in the order of `Layout`.
+
+    Example:
+        >>> per_box(torch.zeros(1, 6, 2, 3), columns=3).shape
+        torch.Size([1, 12, 3])
+    """
     batch, _, height, width = output.shape
     return output.view(batch, -1, columns, height, width).permute(0, 3, 4, 1, 2).reshape(batch, -1, columns)

@@ -1,4 +1,4 @@
-"""From raw predictions to detections that remember which default box each of them is."""
+"""Decoding raw predictions to detections, each with the index of its default box."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Detections:
         boxes: (n, 4) x1, y1, x2, y2 in pixels, clipped to the image.
         scores: (n,) softmax probability of the class.
         labels: (n,) int64 class channel (with background class: 1 is the first object class).
-        priors: (n,) int64 index of the default box; what survives suppression is one default box, unchanged.
+        priors: (n,) int64 index of the default box; suppression selects boxes and does not merge them.
     """
 
     boxes: Tensor
@@ -31,19 +31,19 @@ class Detections:
         return len(self.scores)
 
     def best(self, count: int) -> Detections:
-        """The first `count`."""
+        """The first `count` detections."""
         return Detections(self.boxes[:count], self.scores[:count], self.labels[:count], self.priors[:count])
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What becomes a detection (SSD, Liu et al. 2016, section 2.2).
+    """Thresholds of detections (SSD, Liu et al. 2016, section 2.2).
 
     Attributes:
-        score: lowest probability.
-        overlap: intersection over union above which the lower-scored box of the same class is suppressed.
-        candidates: boxes per class that enter suppression.
-        top_k: detections per image.
+        score: smallest probability of a detection.
+        overlap: IoU above which the lower-scored of two boxes of a class is suppressed.
+        candidates: largest number of boxes per class before suppression.
+        top_k: largest number of detections per image.
     """
 
     score: float = 0.01
@@ -53,15 +53,19 @@ class Thresholds:
 
 
 def decode_boxes(offsets: Tensor, default_boxes: Tensor, variances: tuple[float, ...] = (0.1, 0.1, 0.2, 0.2)) -> Tensor:
-    """Boxes in centre form: cx = d_cx + v0 t_cx d_w, cy = d_cy + v1 t_cy d_h, w = d_w exp(v2 t_w), h likewise.
+    """Decode boxes: cx = d_cx + v0 t_cx d_w, cy = d_cy + v1 t_cy d_h, w = d_w exp(v2 t_w), h = d_h exp(v3 t_h).
 
     Args:
         offsets: (..., 4) regression outputs t.
-        default_boxes: (..., 4) cx, cy, w, h.
-        variances: v.
+        default_boxes: (..., 4) default boxes d: cx, cy, w, h.
+        variances: factors v.
 
     Returns:
         (..., 4) cx, cy, w, h in the units of the default boxes; a positive t means right, down, wider, taller.
+
+    Example:
+        >>> decode_boxes(torch.tensor([1.0, 0.0, 0.0, 0.0]), torch.tensor([50.0, 50.0, 20.0, 10.0])).tolist()
+        [52.0, 50.0, 20.0, 10.0]
     """
     centre, size = default_boxes[..., :2], default_boxes[..., 2:]
     v = offsets.new_tensor(variances)
@@ -70,20 +74,25 @@ def decode_boxes(offsets: Tensor, default_boxes: Tensor, variances: tuple[float,
 
 
 def corners(boxes: Tensor) -> Tensor:
-    """(..., 4) cx, cy, w, h as x1, y1, x2, y2."""
+    """Convert boxes (..., 4) from cx, cy, w, h to x1, y1, x2, y2.
+
+    Example:
+        >>> corners(torch.tensor([5.0, 4.0, 2.0, 6.0])).tolist()
+        [4.0, 1.0, 6.0, 7.0]
+    """
     return torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], -1)
 
 
 def detect(
     detector: Detector, predictions: Predictions, size: tuple[int, int], thresholds: Thresholds | None = None
 ) -> list[Detections]:
-    """Detections of every image: score threshold, suppression per class, best `top_k`; an image may have none.
+    """Detections of every image, by score threshold, suppression per class and best `top_k`; there may be none.
 
     Args:
-        detector: gives default boxes, box code and background class.
-        predictions: of the same detector.
+        detector: the detector, for its default boxes, box code and background class.
+        predictions: raw predictions of the detector.
         size: (H, W) of the images in pixels.
-        thresholds: None: the defaults.
+        thresholds: thresholds; None takes the defaults.
     """
     chosen = thresholds or Thresholds()
     priors = detector.default_boxes(size, predictions.grids, predictions.offsets)
@@ -102,7 +111,7 @@ def _one_image(boxes: Tensor, scores: Tensor, background: int | None, chosen: Th
     count = min(chosen.candidates, len(scores))
     values, priors = objects.T.topk(count, dim=1)  # (K, count)
     labels = torch.arange(scores.shape[1], device=scores.device)[:, None].expand_as(priors)
-    there = values > 0
-    values, priors, labels = values[there], priors[there], labels[there]
+    is_candidate = values > 0
+    values, priors, labels = values[is_candidate], priors[is_candidate], labels[is_candidate]
     keep = batched_nms(boxes[priors], values, labels, chosen.overlap)[: chosen.top_k]
     return Detections(boxes[priors[keep]], values[keep], labels[keep], priors[keep])

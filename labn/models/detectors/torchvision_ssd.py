@@ -21,14 +21,14 @@ SSD300_STEPS = [8, 16, 32, 64, 100, 300]
 
 
 class TorchvisionSSD(Detector):
-    """Any `torchvision.models.detection.ssd.SSD`: `ssd300_vgg16`, `ssdlite320_mobilenet_v3_large`, or an own one.
+    """A wrapper of any `torchvision.models.detection.ssd.SSD`, such as `ssd300_vgg16` or one of your own.
 
-    Images are batches (B, 3, H, W), resized and normalised by the caller (a data module does it); torchvision's own
-    resizing transform is left out, so that gradients and relevance end at what the caller gave.
+    Images are batches (B, 3, H, W) that are already resized and normalised, as a data module does. Torchvision's own
+    resizing is skipped, so that gradients and relevance end at these images.
 
     Args:
         model: the detector.
-        class_names: of its classes, the background first.
+        class_names: names of its classes, the background first.
     """
 
     def __init__(self, model: SSD, class_names: tuple[str, ...] | None = None) -> None:
@@ -39,7 +39,7 @@ class TorchvisionSSD(Detector):
         self.variances = (1 / wx, 1 / wy, 1 / ww, 1 / wh)
         self.num_classes = model.head.classification_head.num_columns
         if class_names is not None and len(class_names) != self.num_classes:
-            raise InputError(f"class_names has {len(class_names)} names for {self.num_classes} classes.")
+            raise InputError(f"class_names has {len(class_names)} names for {self.num_classes} classes; give one each.")
         self.class_names = class_names
 
     def forward(self, images: Tensor) -> Predictions:
@@ -51,10 +51,10 @@ class TorchvisionSSD(Detector):
         return Predictions(heads["cls_logits"], heads["bbox_regression"], grids)
 
     def heads(self) -> tuple[Head, ...]:
-        """The last convolution of every entry of the two scoring heads."""
+        """The last convolutions of the classification and the regression head, for every source map."""
         names = [
-            [f"model.head.{part}.module_list.{n}{_last_convolution(m)}" for n, m in enumerate(head.module_list)]
-            for part, head in (
+            [f"model.head.{name}.module_list.{n}{_last_convolution(m)}" for n, m in enumerate(head.module_list)]
+            for name, head in (
                 ("classification_head", self.model.head.classification_head),
                 ("regression_head", self.model.head.regression_head),
             )
@@ -64,49 +64,49 @@ class TorchvisionSSD(Detector):
     def default_boxes(self, size: tuple[int, int], grids: tuple[tuple[int, int], ...], like: Tensor) -> Tensor:
         """Default boxes (P, 4) in centre form and pixels, from the model's own generator."""
         maps = [like.new_empty((1, 1, h, w)) for h, w in grids]
-        found = self.model.anchor_generator(ImageList(like.new_empty((1, 3, *size)), [size]), maps)[0]
-        return torch.cat([(found[:, :2] + found[:, 2:]) / 2, found[:, 2:] - found[:, :2]], 1)
+        edges = self.model.anchor_generator(ImageList(like.new_empty((1, 3, *size)), [size]), maps)[0]
+        return torch.cat([(edges[:, :2] + edges[:, 2:]) / 2, edges[:, 2:] - edges[:, :2]], 1)
 
     def losses(
         self, predictions: Predictions, size: tuple[int, int], boxes: list[Tensor], labels: list[Tensor]
     ) -> dict[str, Tensor]:
-        """SSD's loss: smooth L1 on matched boxes and cross entropy with hard negatives, each over their number.
+        """SSD's losses per matched box: smooth L1 of offsets, and cross entropy with hard negatives.
 
         Args:
-            predictions: for B images.
+            predictions: predictions for B images.
             size: (H, W) of the images.
             boxes: per image (n, 4) x1, y1, x2, y2 in pixels; n may be 0.
             labels: per image (n,) int64 class channels, without background.
 
         Returns:
-            `classification` and `localisation`, scalars, and the number of default boxes `matched` that they are over.
+            Scalars `classification` and `localisation`, and the number of `matched` default boxes.
         """
         priors = corners(self.default_boxes(size, predictions.grids, predictions.offsets))
-        nothing = priors.new_full((len(priors),), -1, dtype=torch.int64)
-        matched = [self.model.proposal_matcher(box_iou(b, priors)) if len(b) else nothing for b in boxes]
+        no_match = priors.new_full((len(priors),), -1, dtype=torch.int64)
+        matched = [self.model.proposal_matcher(box_iou(b, priors)) if len(b) else no_match for b in boxes]
         targets = [{"boxes": b, "labels": k} for b, k in zip(boxes, labels)]
         outputs = {"cls_logits": predictions.classes, "bbox_regression": predictions.offsets}
-        found = self.model.compute_loss(targets, outputs, [priors] * len(boxes), matched)
+        losses = self.model.compute_loss(targets, outputs, [priors] * len(boxes), matched)
         number = sum((match >= 0).sum() for match in matched)
-        terms = {"classification": found["classification"], "localisation": found["bbox_regression"]}
+        terms = {"classification": losses["classification"], "localisation": losses["bbox_regression"]}
         return {**terms, "matched": torch.as_tensor(number)}
 
 
 def _last_convolution(module: nn.Module) -> str:
-    """`.`-led name of the last convolution inside `module`, empty where it is one itself."""
-    return [f".{name}" if name else "" for name, part in module.named_modules() if isinstance(part, nn.Conv2d)][-1]
+    """`.<name>` of the last convolution inside `module`; an empty text where `module` is a convolution itself."""
+    return [f".{name}" if name else "" for name, child in module.named_modules() if isinstance(child, nn.Conv2d)][-1]
 
 
 def ssd300(
     num_classes: int, width: float = 1.0, batchnorm: bool = False, class_names: tuple[str, ...] | None = None
 ) -> TorchvisionSSD:
-    """SSD300 with a VGG-16 trunk, random weights; `width=1` without BatchNorm has torchvision's parameter names.
+    """SSD300 with a VGG-16 trunk and random weights; with width 1 and without BatchNorm, torchvision's weights fit.
 
     Args:
-        num_classes: K, the background included.
-        width: factor on the channels of every trunk layer.
-        batchnorm: normalise the VGG part, for training from random weights.
-        class_names: of the classes, the background first.
+        num_classes: number of classes K, including the background.
+        width: factor of the number of channels of every trunk layer.
+        batchnorm: add BatchNorm to the VGG layers, for training from random weights.
+        class_names: names of the classes, the background first.
     """
     boxes = DefaultBoxGenerator(SSD300_RATIOS, scales=SSD300_SCALES, steps=SSD300_STEPS)
     model = SSD(VGGFeatures(width, batchnorm), boxes, (SSD300_SIDE, SSD300_SIDE), num_classes)
@@ -114,12 +114,12 @@ def ssd300(
 
 
 def detector_of(model: nn.Module) -> Detector:
-    """`model` as a detector: itself (without a `torch.compile` wrapper), or a torchvision SSD in its adapter.
+    """The model as a detector: a `Detector` itself (without a `torch.compile` wrapper), or a torchvision SSD, wrapped.
 
-    Wrap a torchvision model once with `TorchvisionSSD` and keep the wrapper, so that prepared weights are kept too.
+    A torchvision model should be wrapped once with `TorchvisionSSD`, because caches belong to the wrapper.
 
     Raises:
-        TypeError: it is neither.
+        InputTypeError: the model is neither.
     """
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, Detector):
@@ -127,6 +127,6 @@ def detector_of(model: nn.Module) -> Detector:
     if isinstance(model, SSD):
         return TorchvisionSSD(model)
     raise InputTypeError(
-        f"{type(model).__name__} is no detector; give torchvision's SSD, a subclass of labn.models.detectors.Detector, "
-        "or the `network` of labn.modules.SSD."
+        f"{type(model).__name__} is not a detector; give torchvision's SSD, a subclass of "
+        "labn.models.detectors.Detector, or the `network` of labn.modules.SSD."
     )

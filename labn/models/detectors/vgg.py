@@ -17,18 +17,17 @@ EXTRAS = ((256, 512, 2), (128, 256, 2), (128, 256, 1), (128, 256, 1))
 
 
 class VGGFeatures(nn.Module):
-    """Six source maps of a 300 x 300 image: 38, 19, 10, 5, 3 and 1 cells wide.
+    """Computes six source maps of 300 x 300 images, with 38, 19, 10, 5, 3 and 1 cells per side.
 
-    With `width=1` and no BatchNorm, modules and parameter names are those of torchvision's `ssd300_vgg16`, so that its
-    weights load. Convolutions start from He's normal initialisation (2015), which keeps the signal's size without a
-    pretrained trunk.
+    With width 1 and without BatchNorm, modules and parameters have the names of torchvision's `ssd300_vgg16`, so that
+    its weights fit. Convolutions are initialised by He's normal initialisation (2015).
 
     Args:
-        width: multiplies the number of channels of every layer.
-        batchnorm: normalise after the convolutions of the VGG part, which training from random weights needs.
+        width: factor of the number of channels of every layer.
+        batchnorm: add BatchNorm behind the VGG convolutions, which training from random weights needs.
 
     Attributes:
-        out_channels: of the six source maps.
+        out_channels: numbers of channels of the six source maps.
     """
 
     def __init__(self, width: float = 1.0, batchnorm: bool = False) -> None:
@@ -54,7 +53,7 @@ class VGGFeatures(nn.Module):
         self.apply(_initialise)
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
-        """Source maps by number; the first is L2-normalised per position and scaled per channel (ParseNet, 2015)."""
+        """Compute the source maps; the first is L2-normalised per position and scaled per channel (ParseNet, 2015)."""
         x = self.features(images)
         maps = [self.scale_weight.view(1, -1, 1, 1) * F.normalize(x)]
         for block in self.extra:
@@ -66,7 +65,7 @@ class VGGFeatures(nn.Module):
 class _Widths:
     def __init__(self, factor: float) -> None:
         if factor <= 0:
-            raise InputError(f"width must be positive, got {factor}.")
+            raise InputError(f"width must be positive, and it is {factor}.")
         self.factor = factor
 
     def __call__(self, channels: int) -> int:

@@ -1,1 +1,1 @@
-"""Lambda networks: the layer, its position path, the linear map that relevance passes through, and ResNets of them."""
+"""Lambda networks: the layer, its position path, its linear map for relevance propagation, and lambda ResNets."""

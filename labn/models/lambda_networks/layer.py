@@ -12,7 +12,7 @@ from labn.models.lambda_networks.position import FORMULATIONS
 
 
 class LambdaLayer(nn.Module):
-    """Replace a k x k convolution by lambdas: linear maps made from the context, applied to each query.
+    """A layer that replaces a k x k convolution: lambdas, linear maps computed from the context, act on each query.
 
     With positions n, m, heads h, key depth k, intra-depth u and values v (Bello 2021, eq. 1-3):
 
@@ -20,24 +20,28 @@ class LambdaLayer(nn.Module):
                               lambda_p[n,k,v] = sum_{u,m} E[k,u,m-n] V[u,v,m]     m in the r x r window around n
         Y[h,v,n] = sum_k Q[h,k,n] (lambda_c[k,v] + lambda_p[n,k,v] + b[k])
 
-    A forward leaves nothing behind on the module. Relevance propagation holds queries and keys constant and passes
-    relevance to the values, see `labn.models.lambda_networks.linear_map.LambdaWeights`.
+    Relevance propagation treats queries and keys as constants and passes relevance to the values, see
+    `labn.models.lambda_networks.linear_map.LambdaWeights`.
 
     Args:
-        channels: d, channels in and out, a multiple of `heads`.
+        channels: number of input and output channels d, a multiple of `heads`.
         dim_k: depth of queries and keys.
         dim_u: intra-depth.
-        heads: number of heads; each sees d / heads values.
-        r: side of the position window, odd; may exceed the map.
-        stride: 1, or 2 for a 3 x 3 average pooling with stride 2 after the layer.
-        pos_bias: learn b (the released convolution has it, Bello's equations do not).
-        formulation: how the position path is computed, see `FORMULATIONS`; the result is the same.
+        heads: number of heads; each has d / heads values.
+        r: side of the position window, odd; it may be larger than the map.
+        stride: 1, or 2 for a 3 x 3 average pooling with stride 2 behind the layer.
+        pos_bias: learn the bias b, which the released convolution has and Bello's equations do not.
+        formulation: computation of the position path, see `FORMULATIONS`; all give the same result.
 
     Shapes:
         (B, d, H, W) -> (B, d, H, W), or (B, d, ceil(H / 2), ceil(W / 2)) with stride 2.
 
     Raises:
-        ValueError: an argument is outside of what is said above.
+        InputError: an argument is outside the values above.
+
+    Example:
+        >>> LambdaLayer(channels=8, r=5, stride=2)(torch.zeros(2, 8, 6, 7)).shape
+        torch.Size([2, 8, 3, 4])
     """
 
     def __init__(
@@ -65,20 +69,20 @@ class LambdaLayer(nn.Module):
         self.reset_position()
 
     def reset_position(self) -> None:
-        """Draw window and bias of the position path uniformly from +-1 / sqrt(dim_u r^2), as for such a convolution."""
+        """Draw window and bias of the position path uniformly from +-1 / sqrt(dim_u r^2), as PyTorch's convolutions."""
         bound = (self.dim_u * self.r**2) ** -0.5
         nn.init.uniform_(self.position_weight, -bound, bound)
         if self.position_bias is not None:
             nn.init.uniform_(self.position_bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Y of the class's equations, (B, d, H, W), average-pooled if the stride is 2."""
+        """Compute Y (B, d, H, W), average-pooled where the stride is 2."""
         query, key, value = self.project(x)
         position = (self.position_weight, self.position_bias, self.dim_v, self.formulation)
         return weighted(value, LambdaWeights, query, key, *position, self.pool)
 
     def content(self, x: Tensor) -> Tensor:
-        """The content path alone, Y_c[h,v,n] = sum_k Q[h,k,n] lambda_c[k,v], (B, d, H, W), before any pooling.
+        """Compute the content path alone, Y_c[h,v,n] = sum_k Q[h,k,n] lambda_c[k,v], (B, d, H, W), before any pooling.
 
         Its mean over channels is the papers' lambda attention map (JSAI 2022, section 4.2).
         """
@@ -86,18 +90,19 @@ class LambdaLayer(nn.Module):
         return apply_lambdas(content_lambdas(key, value), query).flatten(1, 2)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, heads, dim_k, H, W), keys (B, dim_u, dim_k, H, W), values (B, dim_u, dim_v, H, W).
+        """Compute queries (B, heads, dim_k, H, W), keys (B, dim_u, dim_k, H, W) and values (B, dim_u, dim_v, H, W).
 
-        Keys sum to 1 over the positions; queries and values are normalised over the batch, keys are not.
+        Queries and values pass a BatchNorm; keys pass a softmax over the positions.
         """
         query, key, value = self.to_qkv(x).contiguous().split(self._widths(), dim=1)
         query = self.norm_q(query).unflatten(1, (self.heads, self.dim_k))
         value = self.norm_v(value).unflatten(1, (self.dim_u, self.dim_v))
+        # Autocast computes the softmax in float32; the cast below keeps keys and values in one dtype.
         key = key.flatten(2).softmax(dim=2).view(len(x), self.dim_u, self.dim_k, *x.shape[-2:])
         return query, key.to(value.dtype), value
 
     def extra_repr(self) -> str:
-        """Sizes, for printing."""
+        """The sizes, for the text of the module."""
         return f"{self.channels}, dim_k={self.dim_k}, dim_u={self.dim_u}, heads={self.heads}, r={self.r}"
 
     def _widths(self) -> list[int]:

@@ -1,4 +1,4 @@
-"""The lambda layer as a linear map of its values, queries and normalised keys held constant."""
+"""The lambda layer as a linear map of its values, with queries and normalised keys as constants."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from labn.lrp.weighted_product import Weights
 from labn.models.lambda_networks.position import Span, position_path, spans
 
 TILE = 7
+"""Side of a tile of queries."""
 
 KEPT_BYTES = 2**27
+"""Largest size of the tiles that `held` keeps."""
 
 Change = Callable[[Tensor], Tensor]
 
 
 class Tile(NamedTuple):
-    """P between a tile's queries (h, n) and the keys (u, m) that they reach: weights (B, heads * n, du * m)."""
+    """Weights P (B, heads * n, du * m) between the queries (h, n) of a tile and the keys (u, m) in their reach."""
 
     row: Span
     column: Span
@@ -30,12 +32,14 @@ class Tile(NamedTuple):
 
 
 class PositionWeights:
-    """P of some images, never whole: square tiles of queries meet only the keys within the window's reach.
+    """The weights P of a batch, computed tile by tile: square tiles of queries with the keys in the window's reach.
 
     Args:
         query: Q (B, heads, dk, H, W).
-        window: E (dk, du, r, r), its centre the offset 0.
+        window: E (dk, du, r, r); the offset 0 is at its centre.
     """
+
+    # P has (heads * H * W) x (du * H * W) entries per image and would not fit into memory as a whole.
 
     def __init__(self, query: Tensor, window: Tensor) -> None:
         self.query = query
@@ -69,7 +73,7 @@ class PositionWeights:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Keep the tiles for what is asked within, where they take at most KEPT_BYTES."""
+        """Keep the tiles in memory inside the block, if they take at most KEPT_BYTES."""
         self._kept = [] if self._bytes() <= KEPT_BYTES else None
         try:
             yield
@@ -106,10 +110,11 @@ class PositionWeights:
 
 
 def _place(weights: Tensor) -> Tensor:
-    """Move the window (B, heads, a, b, du, r, s) of query (i, j) by (i, j): (B, heads, a, b, du, a+r-1, b+s-1)."""
+    """Shift the window of query (i, j) by (i, j): (B, heads, a, b, du, r, s) -> (B, heads, a, b, du, a+r-1, b+s-1)."""
     _, _, rows, columns, _, r, s = weights.shape
     canvas = weights.new_zeros(*weights.shape[:5], rows + r - 1, columns + s - 1)
     strides = list(canvas.stride())
+    # One step along the query axis is also one step along the key axis: a single strided copy shifts all windows.
     strides[2], strides[3] = strides[2] + strides[5], strides[3] + strides[6]
     canvas.as_strided(weights.shape, strides).copy_(weights)
     return canvas
@@ -118,10 +123,9 @@ def _place(weights: Tensor) -> Tensor:
 class LambdaWeights(Weights):
     """Y[h,v,n] = sum_{u,m} (sum_k Q[h,k,n] K[u,k,m] + P[h,n,u,m]) V[u,v,m] + sum_k Q[h,k,n] b[k].
 
-    P[h,n,u,m] = sum_k Q[h,k,n] E[k,u,m-n] (Bello, ICLR 2021, eq. 1-3). The weights that rules of relevance propagation
-    change are the Q[h,k,n] K[u,k,m], one for each key, and the P[h,n,u,m]: values reach the output through dk
-    summaries of the whole map and, within the window, directly. As K >= 0, rho(Q K) = rho(Q) K; the sum over keys or of
-    both paths could only be clamped for all pairs of positions. Neither A nor a lambda is ever held whole.
+    P[h,n,u,m] = sum_k Q[h,k,n] E[k,u,m-n] (Bello, ICLR 2021, eq. 1-3). Rules of relevance propagation transform the
+    weights Q[h,k,n] K[u,k,m] of the content path, one for each k, and the weights P[h,n,u,m] of the position path. As
+    K >= 0, rho(Q K) = rho(Q) K. Transforming their sums instead would need a matrix of all pairs of positions.
 
     Args:
         query: Q (B, heads, dk, H, W).
@@ -129,9 +133,9 @@ class LambdaWeights(Weights):
         window: E (dk, du, r, r).
         bias: b (dk,) or None.
         dim_v: dv, values per head.
-        formulation: how the position path of the forward pass is computed, see `labn.models.lambda_networks.position`.
-        pool: identity or average pooling of Y, which belongs to the linear map: its windows divide relevance by the
-            contributions to a window, not by the signed sums in it, which may cancel.
+        formulation: computation of the position path in the forward pass, see `labn.models.lambda_networks.position`.
+        pool: identity or average pooling of Y, as part of the linear map. Relevance is then divided in proportion to
+            all contributions to a pooling window, and not to the signed sums in it, which may cancel.
 
     Values (B, du, dv, H, W) become outputs (B, heads * dv, H', W'), head by head.
     """
@@ -150,7 +154,7 @@ class LambdaWeights(Weights):
         self.dim_v, self.formulation, self.pool = dim_v, formulation, pool
 
     def __call__(self, value: Tensor) -> Tensor:
-        """Y of V, pooled."""
+        """Compute Y from V, pooled."""
         lambdas = content_lambdas(self.key, value)
         if self.bias is not None:
             lambdas = lambdas + self.bias[:, None].to(lambdas.dtype)
@@ -159,14 +163,14 @@ class LambdaWeights(Weights):
         return self.pool((apply_lambdas(lambdas, self.query) + position).flatten(1, 2))
 
     def apply(self, value: Tensor, transform: WeightTransform) -> Tensor:
-        """The sum of both paths with their weights changed; under `Flat` every value of a channel has the weight 1."""
+        """Compute both paths with transformed weights; with `Flat`, every value of a channel has the weight 1."""
         query, key = self._content(transform)
         content = apply_lambdas(content_lambdas(key, value), query)
         whole = content if isinstance(transform, Flat) else content + self._position.sum(value, transform)
         return self.pool(whole.flatten(1, 2))
 
     def adjoint(self, s: Tensor, transform: WeightTransform) -> Tensor:
-        """The transposes of pooling and of the two paths."""
+        """Apply the transposes of the pooling and of both paths."""
         s = self._unpool(s).unflatten(1, (self.query.shape[1], -1))
         query, key = self._content(transform)
         lambdas = query.transpose(1, 2).flatten(2, 4) @ s.movedim(2, -1).flatten(1, 3)
@@ -175,11 +179,11 @@ class LambdaWeights(Weights):
         return content if isinstance(transform, Flat) else content + self._position.spread(s, transform)
 
     def held(self) -> AbstractContextManager[None]:
-        """All transforms of one rule share the products of queries and window."""
+        """Compute the products of queries and window once for all transforms of a rule."""
         return self._position.held()
 
     def offset(self) -> Tensor | None:
-        """sum_k Q[h,k,n] b[k], pooled and the same for the dv values of a head."""
+        """The offset sum_k Q[h,k,n] b[k], pooled and repeated for the dv values of a head; None without a bias."""
         if self.bias is None:
             return None
         offset = self.pool(torch.einsum("bhkij,k->bhij", self.query, self.bias))
@@ -196,17 +200,17 @@ class LambdaWeights(Weights):
             return torch.autograd.grad(self.pool(leaf), leaf, s)[0]
 
     def _content(self, transform: WeightTransform) -> tuple[Tensor, Tensor]:
-        """Two factors of the changed weights of the content path: rho(Q K) = rho(Q) K, as K >= 0."""
+        """The factors rho(Q) and K of the transformed weights of the content path."""
         if isinstance(transform, Flat):
             return torch.full_like(self.query, 1 / self.query.shape[2]), torch.ones_like(self.key)
         return transform(self.query), self.key
 
 
 def content_lambdas(key: Tensor, value: Tensor) -> Tensor:
-    """lambda_c[k,v] = sum_{u,m} K[u,k,m] V[u,v,m], (B, dk, dv)."""
+    """Content lambdas (B, dk, dv): lambda_c[k,v] = sum_{u,m} K[u,k,m] V[u,v,m]."""
     return torch.einsum("bukij,buvij->bkv", key, value)
 
 
 def apply_lambdas(lambdas: Tensor, query: Tensor) -> Tensor:
-    """Apply lambdas (B, dk, dv), the same at every position, to queries (B, heads, dk, H, W): (B, heads, dv, H, W)."""
+    """Apply lambdas (B, dk, dv), common to all positions, to queries (B, heads, dk, H, W): (B, heads, dv, H, W)."""
     return (lambdas.mT.unsqueeze(1) @ query.flatten(3)).unflatten(3, query.shape[-2:])

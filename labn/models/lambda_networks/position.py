@@ -1,4 +1,4 @@
-"""The position path of the lambda layer in three formulations: the same function at different speed."""
+"""The position path of the lambda layer in three formulations: one function at different speeds."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_BYTES = {"cpu": 2**22, "cuda": 2**29}
+"""Size of the lambdas that are in memory at once, per core of a CPU or per GPU."""
 
 
 def convolution(query: Tensor, window: Tensor, value: Tensor) -> Tensor:
     """lambda[k,v,n] = sum_{u,m} E[k,u,m-n] V[u,v,m], then y[h,v,n] = sum_k Q[h,k,n] lambda[k,v,n].
 
-    The lambdas of a few images at a time are made, used while they are in cache and dropped; the gradient makes them
-    again, so memory does not grow with them. The gradient of E and V goes through one FFT of the incoming gradient:
-    a convolution library needs several forwards' time for each of the two. Second derivatives go through plain
-    operations. Shapes as in `labn.models.lambda_networks.position`; half precision accumulates in float32.
+    The lambdas are computed for a few images at a time and used while they are in the cache. The backward pass computes
+    them again, so that they take no memory in between. Half precision accumulates in float32. Shapes as in
+    `position_path`.
     """
+    # The gradients of E and V share one FFT of the incoming gradient; a convolution library would need the time of
+    # several forward passes for each of them. Second derivatives use plain operations.
     return _Convolution.apply(query, window, value)
 
 
@@ -30,8 +32,8 @@ class _Convolution(torch.autograd.Function):
         ctx.save_for_backward(query, window, value)
         result = torch.zeros_like(value[:, :1].expand(-1, query.shape[1], -1, -1, -1), dtype=_wide(value.dtype))
         with torch.autocast(value.device.type, enabled=False):
-            for part in _chunks(query, value):
-                _apply(result[part], query[part].to(result.dtype), lambdas(window, value[part]).to(result.dtype))
+            for chunk in _chunks(query, value):
+                _apply(result[chunk], query[chunk].to(result.dtype), lambdas(window, value[chunk]).to(result.dtype))
         return result.to(value.dtype)
 
     @staticmethod
@@ -50,7 +52,12 @@ def lambdas(window: Tensor, value: Tensor) -> Tensor:
 
 
 def fast_length(minimum: int) -> int:
-    """The smallest length from `minimum` on whose prime factors are 2, 3, 5 and 7."""
+    """The smallest length of at least `minimum` whose prime factors are 2, 3, 5 and 7, for which FFTs are fast.
+
+    Example:
+        >>> fast_length(11), fast_length(121)
+        (12, 125)
+    """
     rest = minimum
     for prime in (2, 3, 5, 7):
         while rest % prime == 0:
@@ -59,27 +66,25 @@ def fast_length(minimum: int) -> int:
 
 
 def _gradients(query: Tensor, window: Tensor, value: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, window and value; correlations with the window are products of transforms.
-
-    Circular wrapping is harmless from length H + r // 2 + 1 on: it only reaches rows that are cut off again.
-    """
+    """Gradients of query, window and value; correlations with the window are products of Fourier transforms."""
+    # From length H + r // 2 + 1 on, circular wrapping only reaches rows that are cut off again.
     height, width = value.shape[-2:]
     r, reach, wide = window.shape[-1], window.shape[-1] // 2, _wide(value.dtype)
     size = tuple(fast_length(max(n + reach + 1, r)) for n in (height, width))
     window_f = torch.fft.rfft2(window.to(wide), size)
     d_query, d_value = torch.empty_like(query), torch.empty_like(value)
     d_window_f = torch.zeros_like(window_f)
-    for part in _chunks(query, value):
-        q, g = query[part].to(wide), grad[part].to(wide)
-        made = lambdas(window, value[part]).to(wide)
+    for chunk in _chunks(query, value):
+        q, g = query[chunk].to(wide), grad[chunk].to(wide)
+        lambda_ = lambdas(window, value[chunk]).to(wide)
         for head in range(q.shape[1]):
-            d_query[part, head] = (g[:, head, :, None] * made).sum(dim=1)
-        d_lambda_f = torch.fft.rfft2(_outer(made, q, g), size)
-        value_f = torch.fft.rfft2(value[part].to(wide), size).conj()
+            d_query[chunk, head] = (g[:, head, :, None] * lambda_).sum(dim=1)
+        d_lambda_f = torch.fft.rfft2(_outer(lambda_, q, g), size)
+        value_f = torch.fft.rfft2(value[chunk].to(wide), size).conj()
         for u in range(value.shape[1]):
             d_window_f[:, u] += (d_lambda_f * value_f[:, u, :, None]).sum(dim=(0, 1))
             spread = torch.fft.irfft2((d_lambda_f * window_f[:, u]).sum(dim=2), size)
-            d_value[part, u] = spread[..., reach : reach + height, reach : reach + width]
+            d_value[chunk, u] = spread[..., reach : reach + height, reach : reach + width]
     d_window = torch.fft.irfft2(d_window_f.conj(), size).roll((reach, reach), dims=(-2, -1))[..., :r, :r]
     return d_query, d_window.to(window.dtype), d_value
 
@@ -90,19 +95,20 @@ def _differentiable_gradients(
     query, window, value = saved
     with torch.enable_grad():
         result = torch.einsum("bhkij,bvkij->bhvij", query, lambdas(window, value))
-    wanted = [tensor for tensor, need in zip(saved, needed) if need]
-    found = iter(torch.autograd.grad(result, wanted, grad, create_graph=True))
-    return tuple(next(found) if need else None for need in needed)
+    inputs = [tensor for tensor, need in zip(saved, needed) if need]
+    gradients = iter(torch.autograd.grad(result, inputs, grad, create_graph=True))
+    return tuple(next(gradients) if need else None for need in needed)
 
 
-def _apply(result: Tensor, query: Tensor, made: Tensor) -> None:
-    """Add sum_k Q[h,k,n] lambda[k,v,n] to `result` in place; `addcmul` needs no permuted copy of the lambdas."""
+def _apply(result: Tensor, query: Tensor, lambda_: Tensor) -> None:
+    """Add sum_k Q[h,k,n] lambda[k,v,n] to `result` in place."""
+    # Unlike `einsum`, `addcmul_` needs no permuted copy of the lambdas.
     for k in range(query.shape[2]):
-        result.addcmul_(query[:, :, k, None], made[:, None, :, k])
+        result.addcmul_(query[:, :, k, None], lambda_[:, None, :, k])
 
 
 def _outer(out: Tensor, query: Tensor, grad: Tensor) -> Tensor:
-    """Gradient of the lambdas, sum_h Q[h,k,n] g[h,v,n], written over `out` (B, dv, dk, H, W)."""
+    """Write the gradient of the lambdas, sum_h Q[h,k,n] g[h,v,n], into `out` (B, dv, dk, H, W)."""
     torch.mul(query[:, 0, None], grad[:, 0, :, None], out=out)
     for head in range(1, query.shape[1]):
         out.addcmul_(query[:, head, None], grad[:, head, :, None])
@@ -110,7 +116,7 @@ def _outer(out: Tensor, query: Tensor, grad: Tensor) -> Tensor:
 
 
 def _chunks(query: Tensor, value: Tensor) -> Iterator[slice]:
-    """Slices of the batch whose lambdas fit the cores' caches or a share of a GPU's memory; at least one image each."""
+    """Slices of the batch, of at least one image, whose lambdas fit into the cores' caches or CHUNK_BYTES of a GPU."""
     image = value.shape[2] * query.shape[2] * value.shape[3] * value.shape[4] * _wide(value.dtype).itemsize
     cores = torch.get_num_threads() if value.device.type == "cpu" else 1
     step = max(1, cores * CHUNK_BYTES.get(value.device.type, 2**29) // image)
@@ -122,6 +128,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 TILE = 14
+"""Side of a tile of queries."""
 
 
 class Span(NamedTuple):
@@ -136,8 +143,8 @@ class Span(NamedTuple):
 def query_first(query: Tensor, window: Tensor, value: Tensor) -> Tensor:
     """S[h,n,m] = sum_k Q[h,k,n] E[k,u,m-n], then y[h,v,n] = sum_{u,m} S[h,n,m] V[u,v,m].
 
-    That is heads * (dk + dv) multiply-adds per pair (n, m) instead of dk * dv. Square tiles of queries meet only the
-    keys within the window's reach. Plain differentiable operations; shapes as in `position_path`.
+    This needs heads * (dk + dv) multiply-adds per pair (n, m) instead of dk * dv. Square tiles of queries are combined
+    with the keys in the window's reach only. All operations are differentiable. Shapes as in `position_path`.
     """
     reach = window.shape[-1] // 2
     padded = F.pad(window, (TILE - 1,) * 4)
@@ -149,7 +156,7 @@ def query_first(query: Tensor, window: Tensor, value: Tensor) -> Tensor:
 
 
 def spans(size: int, reach: int, tile: int = TILE) -> Iterator[Span]:
-    """Cut an axis into equal tiles of at most `tile` queries, with the keys at most `reach` away."""
+    """Divide an axis into equal tiles of at most `tile` queries, each with the keys at most `reach` away."""
     count = -(-size // tile)
     edges = [round(i * size / count) for i in range(count + 1)]
     for start, stop in pairwise(edges):
@@ -157,15 +164,15 @@ def spans(size: int, reach: int, tile: int = TILE) -> Iterator[Span]:
 
 
 def reachable_keys(size: int, r: int) -> float:
-    """Mean number of keys along an axis that the tile of a query works on."""
+    """Mean number of keys along an axis that a query's tile is combined with."""
     return sum((s.last - s.first) * (s.stop - s.start) for s in spans(size, r // 2)) / size
 
 
 def _tile(query: Tensor, padded: Tensor, value: Tensor, row: Span, column: Span, reach: int) -> Tensor:
-    """The tile's result, (B, heads, dv, height, width)."""
-    part = query[..., row.start : row.stop, column.start : column.stop]
-    batch, heads, dim_k, height, width = part.shape
-    queries = part.permute(3, 4, 0, 1, 2).reshape(height * width, batch * heads, dim_k)
+    """Result (B, heads, dv, height, width) of one tile."""
+    tile = query[..., row.start : row.stop, column.start : column.stop]
+    batch, heads, dim_k, height, width = tile.shape
+    queries = tile.permute(3, 4, 0, 1, 2).reshape(height * width, batch * heads, dim_k)
     scores = queries @ _table(padded, row, column, reach)
     scores = scores.unflatten(1, (batch, heads)).permute(1, 2, 0, 3).reshape(batch, heads * height * width, -1)
     keys = value[..., row.first : row.last, column.first : column.last]
@@ -174,10 +181,8 @@ def _tile(query: Tensor, padded: Tensor, value: Tensor, row: Span, column: Span,
 
 
 def _table(padded: Tensor, row: Span, column: Span, reach: int) -> Tensor:
-    """E[k,u,m-n] for the tile's queries n and its keys (u, m): (queries, dk, du * keys), 0 beyond the window.
-
-    Offsets shrink as n grows, hence the flips.
-    """
+    """E[k,u,m-n] (queries, dk, du * keys) for the queries n and keys (u, m) of a tile; 0 outside the window."""
+    # `unfold` enumerates offsets m - n in increasing order, which is decreasing in n: hence the flips.
     windows = padded
     for axis, span in ((2, row), (3, column)):
         offset = span.first - (span.stop - 1) + reach + TILE - 1
@@ -187,6 +192,7 @@ def _table(padded: Tensor, row: Span, column: Span, reach: int) -> Tensor:
 
 
 QUERY_FIRST_BELOW = 25.0
+"""Ratio of the costs of `query_first` and `convolution`, in the units of `choose`, at which both take equally long."""
 
 
 def position_path(query: Tensor, window: Tensor, value: Tensor, formulation: str = "auto") -> Tensor:
@@ -194,9 +200,9 @@ def position_path(query: Tensor, window: Tensor, value: Tensor, formulation: str
 
     Args:
         query: Q (B, heads, dk, H, W).
-        window: E (dk, du, r, r), its centre the offset 0.
-        value: V (B, du, dv, H, W), zero outside of the map; all three of one dtype.
-        formulation: `auto` for `choose`, or a key of `FORMULATIONS`.
+        window: E (dk, du, r, r); the offset 0 is at its centre.
+        value: V (B, du, dv, H, W), zero outside the map; all three tensors have one dtype.
+        formulation: a key of `FORMULATIONS`, or `auto` for the choice of `choose`.
 
     Returns:
         (B, heads, dv, H, W).
@@ -206,12 +212,10 @@ def position_path(query: Tensor, window: Tensor, value: Tensor, formulation: str
 
 
 def choose(query: torch.Size, window: torch.Size, value: torch.Size) -> str:
-    """The formulation for these shapes (see `position_path`), the same on every device.
-
-    Query first costs about heads + dk / B operations on each key that a query can reach, where the convolution's cost
-    grows with dv: measured on a CPU, the two cross where the ratio of these is `QUERY_FIRST_BELOW`. While compiling,
-    the convolution with a hand-written gradient gives way to plain operations, which a compiler can trace whole.
-    """
+    """The fastest formulation for these shapes (see `position_path`), equal on all devices."""
+    # `query_first` costs about heads + dk / B operations for each key in a query's reach, and the convolution's cost
+    # grows with dv; QUERY_FIRST_BELOW was measured on a CPU. Compilers cannot trace the hand-written gradient of
+    # `convolution`, so that plain operations are compiled instead.
     batch, heads, dim_k = query[:3]
     keys = value[1] * reachable_keys(query[-2], window[-1]) * reachable_keys(query[-1], window[-1])
     if (heads + dim_k / max(batch, 1)) * keys <= QUERY_FIRST_BELOW * value[2]:
@@ -220,7 +224,7 @@ def choose(query: torch.Size, window: torch.Size, value: torch.Size) -> str:
 
 
 def conv2d(query: Tensor, window: Tensor, value: Tensor) -> Tensor:
-    """By definition: lambdas by a 2-D convolution with the values folded into the batch, then applied to queries."""
+    """The definition: lambdas by a 2-D convolution, with the values folded into the batch, then applied to queries."""
     folded = value.transpose(1, 2).flatten(0, 1)
     lambdas = F.conv2d(folded, window, padding=window.shape[-1] // 2)
     lambdas = lambdas.unflatten(0, (len(value), value.shape[2]))

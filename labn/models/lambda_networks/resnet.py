@@ -13,16 +13,21 @@ from labn.models.lambda_networks.layer import LambdaLayer
 class LambdaBottleneck(nn.Module):
     """relu(shortcut(x) + BN(conv1x1(relu(BN(lambda(relu(BN(conv1x1(x)))))))).
 
-    Submodules carry the names of torchvision's `Bottleneck`, so that a plain network's tensors fit by name.
+    Submodules have the names of torchvision's `Bottleneck`, so that weights of plain ResNets fit by name.
 
     Args:
-        in_channels: channels of x.
-        planes: channels of the lambda layer; the block returns 4 * planes.
-        stride: 1 or 2, in the lambda layer (average pooling) and in the shortcut's convolution.
+        in_channels: number of channels of x.
+        planes: number of channels of the lambda layer; the block returns 4 * planes channels.
+        stride: 1 or 2, of the lambda layer (as average pooling) and of the shortcut's convolution.
         options: further arguments of `LambdaLayer`.
 
     Shapes:
         (B, in_channels, H, W) -> (B, 4 * planes, ceil(H / stride), ceil(W / stride)).
+
+    Example:
+        >>> import torch
+        >>> LambdaBottleneck(in_channels=6, planes=4, stride=2, r=3)(torch.zeros(2, 6, 5, 8)).shape
+        torch.Size([2, 16, 3, 4])
     """
 
     expansion = 4
@@ -41,7 +46,7 @@ class LambdaBottleneck(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        """The block's equation."""
+        """Compute the block's equation."""
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
@@ -50,7 +55,7 @@ class LambdaBottleneck(nn.Module):
 
 
 def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential | None:
-    """1 x 1 convolution and BatchNorm where a block changes its shape, None where it does not."""
+    """1 x 1 convolution and BatchNorm for a block that changes the shape of its input; None for any other block."""
     if stride == 1 and in_channels == out_channels:
         return None
     conv = nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False)
@@ -58,18 +63,24 @@ def shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Sequential 
 
 
 class LambdaResNet(nn.Module):
-    """A residual network of lambda bottlenecks; children are named and ordered as torchvision's ResNet.
+    """A residual network of lambda bottlenecks, whose children have the names and order of torchvision's ResNet.
 
     Args:
-        layers: number of bottlenecks per stage, (3, 4, 6, 3) for the 50-layer network.
+        layers: number of bottlenecks of each stage, (3, 4, 6, 3) for the 50-layer network.
         num_classes: number of classes.
         in_channels: channels of the images.
-        width: planes of the first stage, doubled from stage to stage; 64 in the papers.
-        stem_width: channels of the 7 x 7 stem; as `width` when None.
+        width: planes of the first stage, which double from stage to stage; 64 in the papers.
+        stem_width: channels of the 7 x 7 stem; None takes `width`.
         options: further arguments of `LambdaLayer`, such as `r` or `heads`.
 
     Shapes:
         (B, in_channels, H, W) -> logits (B, num_classes).
+
+    Example:
+        >>> import torch
+        >>> network = LambdaResNet((1, 1), num_classes=3, width=8, r=3)
+        >>> network(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 3])
     """
 
     def __init__(
@@ -97,7 +108,7 @@ class LambdaResNet(nn.Module):
         _initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (B, num_classes): the children in order."""
+        """Compute logits (B, num_classes) by running the children in order."""
         for child in self.children():
             x = child(x)
         return x
@@ -110,7 +121,8 @@ def _stage(in_channels: int, planes: int, depth: int, stride: int, options: dict
 
 
 def _initialise(network: nn.Module) -> None:
-    """Kaiming fan_out for convolutions; the last BatchNorm of a block starts at 0: a block starts as its shortcut."""
+    """Initialise convolutions by Kaiming's fan_out, and the last BatchNorm of every block with scale 0."""
+    # With scale 0, a block starts as its shortcut, which makes deep networks easier to train (Goyal et al., 2017).
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -119,32 +131,51 @@ def _initialise(network: nn.Module) -> None:
 
 
 def lambda_resnet26(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> LambdaResNet:
-    """Lambda ResNet-26, stages (2, 2, 2, 2); `options` as `LambdaResNet`."""
+    """Lambda ResNet-26 with stages (2, 2, 2, 2); `options` are arguments of `LambdaResNet`.
+
+    Example:
+        >>> sum(p.numel() for p in lambda_resnet26(num_classes=2).parameters()) < 9_500_000
+        True
+    """
     return LambdaResNet((2, 2, 2, 2), num_classes, in_channels, **options)
 
 
 def lambda_resnet38(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> LambdaResNet:
-    """Lambda ResNet-38, stages (2, 3, 5, 2); `options` as `LambdaResNet`."""
+    """Lambda ResNet-38 with stages (2, 3, 5, 2); `options` are arguments of `LambdaResNet`.
+
+    Example:
+        >>> [len(stage) for name, stage in lambda_resnet38().named_children() if name.startswith("layer")]
+        [2, 3, 5, 2]
+    """
     return LambdaResNet((2, 3, 5, 2), num_classes, in_channels, **options)
 
 
 def lambda_resnet50(num_classes: int = 1000, in_channels: int = 3, **options: Any) -> LambdaResNet:
-    """Lambda ResNet-50, stages (3, 4, 6, 3), 14 995 848 parameters with 1000 classes; `options` as `LambdaResNet`."""
+    """Lambda ResNet-50 with stages (3, 4, 6, 3); `options` are arguments of `LambdaResNet`.
+
+    Example:
+        >>> sum(p.numel() for p in lambda_resnet50().parameters())
+        14995848
+    """
     return LambdaResNet((3, 4, 6, 3), num_classes, in_channels, **options)
 
 
 def magnetogram_net(num_classes: int = 2, in_channels: int = 1, **options: Any) -> LambdaResNet:
-    """7 x 7 stem of 16 channels, one lambda bottleneck (width 8, 32 channels out), pooling and a linear layer.
+    """The magnetogram network: 7 x 7 stem of 16 channels, one lambda bottleneck, pooling and a linear layer.
 
-    The lambda layer has d=8 and 4 heads, so 2 values per head; on 512 x 512 images its map is 128 x 128.
+    The lambda layer has 8 channels and 4 heads, so 2 values per head; its map is 128 x 128 for 512 x 512 images.
 
     Args:
         num_classes: number of classes.
-        in_channels: 1 for magnetograms.
+        in_channels: channels of the images; 1 for magnetograms.
         options: further arguments of `LambdaResNet`.
 
     Returns:
         A network (B, in_channels, H, W) -> logits (B, num_classes).
+
+    Example:
+        >>> magnetogram_net().fc.in_features
+        32
     """
     return LambdaResNet(
         **{"layers": (1,), "width": 8, "stem_width": 16, **options}, num_classes=num_classes, in_channels=in_channels
