@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TWO = ["--config", "configs/parts/ddp_cpu.yaml"]
+TWO = ["--config", "configs/shared/ddp_cpu.yaml"]
 
 
 def serve():
