@@ -1,4 +1,4 @@
-"""The public API: explain a model's predictions and score the explanations, in three lines."""
+"""Public API: explain the predictions of a model and score the explanations."""
 
 from __future__ import annotations
 
@@ -22,12 +22,16 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` returns.
+    """Result of `explain`.
 
     Attributes:
-        maps: (B, H, W) float32, not normalised, signed where the method is.
-        targets: (B,) int64, the classes that were explained.
-        method: the method's name, or its class where an explainer was given.
+        maps: (B, H, W) float32, not normalised; negative values only for signed methods.
+        targets: (B,) int64, the explained classes.
+        method: name of the method, or of the class for a ready explainer.
+
+    Example:
+        >>> Explanation(torch.zeros(1, 8, 8), torch.tensor([3]), "gradcam").targets
+        tensor([3])
     """
 
     maps: Tensor
@@ -44,22 +48,27 @@ def explain(
     indices: Tensor | None = None,
     **arguments: Any,
 ) -> Explanation:
-    """Explain a batch of images; nothing about the model is changed.
+    """Explain a batch of images; the model's weights, mode and hooks stay as they are.
 
     Args:
-        model: any `nn.Module` (own, timm, torchvision) that returns logits or an object with `.logits`.
-        images: (B, C, H, W), normalised as the model expects; they decide device and dtype.
-        method: a name of `labn.explainers.EXPLAINERS`, a leading `-` negating its map; or a ready explainer.
-        targets: None, every image's predicted class; an integer, one class for all; or (B,) classes.
-        indices: (B,) int64 positions in a data set, from which random methods take their randomness per sample; None:
-            the same for all.
-        arguments: of the explainer, as in `method="rise", n_masks=2000`.
+        model: an `nn.Module` (own, timm, torchvision) that returns logits or an object with `.logits`.
+        images: (B, C, H, W), normalised as the model expects; their device and dtype are those of the computation.
+        method: a name of `labn.explainers.EXPLAINERS`, with a leading `-` for the negated map; or a ready explainer.
+        targets: None for the predicted class of every image; an integer for all images; or (B,) classes.
+        indices: (B,) int64 positions in a data set, which seed random methods per sample; None: the same randomness for
+            all samples.
+        arguments: arguments of the explainer, as in `method="rise", n_masks=2000`.
 
     Raises:
-        ValueError: unknown method, images that are no batch or hold no image, targets out of range, or a model that the
-            method does not fit.
-        TypeError: images that are no tensor, an argument that the method does not have, or any beside a ready
-            explainer.
+        InputError: an unknown method, images that are not (B, C, H, W) with B >= 1, targets out of range, or a model
+            that the method does not support.
+        InputTypeError: images that are not a floating-point tensor, an argument that the method does not have, or
+            arguments beside a ready explainer.
+
+    Example:
+        >>> model, images = nn.Sequential(nn.Conv2d(3, 2, 1), nn.AvgPool2d(8), nn.Flatten()), torch.rand(1, 3, 8, 8)
+        >>> explain(model, images, "gradcam", targets=1).maps.shape
+        torch.Size([1, 8, 8])
     """
     _check_images(images)
     if not isinstance(method, str) and arguments:
@@ -89,60 +98,73 @@ def evaluate(
     precision: str = "fp32",
     **settings: Any,
 ) -> dict[str, Tensor]:
-    """Score maps with several metrics, which share their forwards.
+    """Score maps with several metrics; the metrics share their forwards.
 
     Args:
-        model: the model that was explained.
+        model: the explained model.
         images: (B, C, H, W), normalised with `mean` and `std`.
-        maps: (B, H, W), for example `explain(...).maps`; tensors here may also be arrays or lists, of `bool` too.
+        maps: (B, H, W), for example `explain(...).maps`. This and the next arguments may be tensors, arrays or lists,
+            also of bool.
         targets: the explained classes, as for `explain`.
-        metrics: names that `labn.metrics.metric_by_name` knows.
+        metrics: metric names, see `labn.metrics.metric_by_name`.
         labels: (B,) true classes; None: the targets.
-        masks: (B, H, W) bool ground-truth regions, for the metrics that need them.
-        boxes: per sample (n, 4) boxes x1, y1, x2, y2 in pixels, likewise.
-        explainer: what made the maps, for metrics that explain again; a name takes the method with its defaults.
-        indices: (B,) int64 positions in a data set; None: 0..B-1.
-        mean: per-channel mean of the normalisation; None: the images were not normalised.
-        std: likewise the standard deviation.
+        masks: (B, H, W) bool ground-truth regions, for metrics that compare with them.
+        boxes: per sample (n, 4) boxes x1, y1, x2, y2 in pixels, for the same metrics.
+        explainer: the method that made the maps, for metrics that explain again; a name stands for the method with its
+            default arguments.
+        indices: (B,) int64 positions in a data set; None: 0 to B - 1.
+        mean: per-channel mean of the images' normalisation; None: images in [0, 1].
+        std: per-channel standard deviation of the normalisation; None: images in [0, 1].
         chunk_size: images per forward; None lets the engine choose.
         fold: whether the forwards may run on a BatchNorm-folded copy, where that is exact.
-        precision: of the forwards, "fp32" (the images' own) or "bf16".
-        settings: for all metrics that know them, such as `fill="blur"`.
+        precision: precision of the forwards, "fp32" (the dtype of the images) or "bf16".
+        settings: settings for all metrics that have them, such as `fill="blur"`.
 
     Returns:
-        metric name -> (B,) float64 on the images' device; NaN where a metric leaves a sample out. `pctin` stands for
-        several values and gives each under its own name.
+        Metric name -> (B,) float64 on the images' device; NaN where a metric leaves a sample out. `pctin` returns each
+        of its values under its own name.
 
     Raises:
-        ValueError: an unknown metric, no image, maps, masks or boxes that do not fit the images, or a metric that needs
-            masks or an explainer and gets none; before anything is scored.
-        TypeError: a setting that none of the metrics knows or that their names say already, images that are no tensor,
-            maps, labels, masks or boxes that are no numbers, or one name instead of a list.
+        InputError: an unknown metric, an empty batch, maps, masks or boxes that do not fit the images, or a metric that
+            lacks its masks or explainer. All inputs are checked before the first score.
+        InputTypeError: a setting without effect on any of the metrics, images that are not a floating-point tensor,
+            maps, labels, masks or boxes that are not numbers, or one name in place of a list.
+
+    Example:
+        >>> model, images = nn.Sequential(nn.Conv2d(3, 2, 1), nn.AvgPool2d(8), nn.Flatten()), torch.rand(1, 3, 8, 8)
+        >>> maps = torch.zeros(1, 8, 8)
+        >>> maps[:, :4] = 1.0
+        >>> evaluate(model, images, maps, metrics=["sparseness", "pointing"], masks=maps.bool())
+        {'sparseness': tensor([0.5000], dtype=torch.float64), 'pointing': tensor([1.], dtype=torch.float64)}
     """
     _check_images(images)
     if isinstance(metrics, str):
         raise InputTypeError(f"metrics is {metrics!r}; it must be a list of names, such as [{metrics!r}].")
     check_settings(metrics, settings)
     built = {name: metric_by_name(name, **_normalisation(images, mean, std), **settings) for name in metrics}
-    places = torch.arange(len(images)) if indices is None else indices
-    maker = explainer_by_name(explainer) if isinstance(explainer, str) else explainer
-    # Without indices `explain` gave random methods none either.
-    again = maker if maker is None or indices is not None else _without_indices(maker)
+    positions = torch.arange(len(images)) if indices is None else indices
+    method = explainer_by_name(explainer) if isinstance(explainer, str) else explainer
+    # `explain` without indices used one randomness for all samples; a second explanation must do the same.
+    explain_again = method if method is None or indices is not None else _without_indices(method)
     with explained_channels(model, images):
-        how: dict[str, Any] = {"chunk_size": chunk_size, "fold": fold, "precision": precision}
-        engine = PerturbationEngine.for_model(model, images, indices=places, **how)
-        # Classes are those of the model as it is, whatever the precision of the forwards.
-        known = None if precision == "fp32" else resolve_targets(model, images)
+        engine = PerturbationEngine.for_model(
+            model, images, indices=positions, chunk_size=chunk_size, fold=fold, precision=precision
+        )
+        # Predicted classes are those of the full-precision model, also where the forwards run in bfloat16.
+        predictions = None if precision == "fp32" else resolve_targets(model, images)
         if targets is None:
-            targets = engine.original().argmax(1) if known is None else known
-        chosen = resolve_targets(model, images, targets)
-        batch = ScoredBatch(model, images, maps, chosen, places, labels, masks, boxes, again, engine, known)
+            targets = engine.original().argmax(1) if predictions is None else predictions
+        classes = resolve_targets(model, images, targets)
+        batch = ScoredBatch(
+            model, images, maps, classes, positions, labels, masks, boxes, explain_again, engine, predictions
+        )
+        # All checks come before the first score, which may take minutes.
         for metric in built.values():
             metric.check(batch)
         scores: dict[str, Tensor] = {}
         for name, metric in built.items():
-            found = metric.score_batch(batch).values
-            scores |= {key: found[value] for key, value in values_named(name, metric).items()}
+            values = metric.score_batch(batch).values
+            scores |= {key: values[value] for key, value in values_named(name, metric).items()}
     return {name: score.to(images.device) for name, score in scores.items()}
 
 
@@ -151,7 +173,7 @@ def _without_indices(explainer: Explainer) -> Callable[[nn.Module, Tensor, Tenso
 
 
 def _check_images(images: Tensor) -> None:
-    """Refuse what is no batch of images, before a model fails on it in words of its own."""
+    """Raise an error unless `images` is a floating-point tensor (B, C, H, W) with B >= 1."""
     if not isinstance(images, Tensor):
         raise InputTypeError(
             f"images must be a tensor (B, C, H, W), got {type(images).__name__}; see torch.from_numpy."
@@ -161,18 +183,18 @@ def _check_images(images: Tensor) -> None:
             f"images are {images.dtype}; they must be floating point, normalised as the model expects."
         )
     if images.ndim != 4:
-        alone = "; a single image goes in as image[None]" if images.ndim == 3 else ""
-        raise InputError(f"images must be (B, C, H, W), got {tuple(images.shape)}{alone}.")
+        hint = "; a single image goes in as image[None]" if images.ndim == 3 else ""
+        raise InputError(f"images must be (B, C, H, W), got {tuple(images.shape)}{hint}.")
     if not len(images):
-        raise InputError("images holds no image; give at least one.")
+        raise InputError("images is an empty batch; give at least one image.")
 
 
 def _normalisation(
     images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> dict[str, Sequence[float] | None]:
-    """The settings `mean` and `std`; ImageNet's defaults need images of three channels."""
+    """Settings `mean` and `std`; raises InputError where ImageNet's defaults meet images without three channels."""
     if images.shape[1] != len(IMAGENET_MEAN) and (mean is IMAGENET_MEAN or std is IMAGENET_STD):
         raise InputError(
-            f"images have {images.shape[1]} channels; give mean and std as they were normalised (None: not at all)."
+            f"images have {images.shape[1]} channels; give mean and std of their normalisation (None: in [0, 1])."
         )
     return {"mean": mean, "std": std}

@@ -74,7 +74,7 @@ def images() -> Tensor:
     return torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
-def test_three_lines_on_a_timm_model(images: Tensor) -> None:
+def test_explain_and_evaluate_work_on_a_timm_model(images: Tensor) -> None:
     torch.manual_seed(0)
     model = timm.create_model("resnet18", pretrained=False, num_classes=5)
     result = explain(model, images, method="lrp", targets=None)
@@ -84,7 +84,7 @@ def test_three_lines_on_a_timm_model(images: Tensor) -> None:
     assert all(value.shape == (2,) and value.isfinite().all() for value in scores.values())
 
 
-def test_three_lines_in_a_plain_interpreter(tmp_path: Path) -> None:
+def test_the_api_works_in_a_plain_interpreter(tmp_path: Path) -> None:
     """From any folder, on a timm model that no configuration names and on a module of the user's; without Lightning."""
     assert not any(FOREIGN in path.read_text() for path in (ROOT / "configs").rglob("*.yaml"))
     done = subprocess.run(
@@ -106,7 +106,7 @@ def test_three_lines_in_a_plain_interpreter(tmp_path: Path) -> None:
         assert all(len(found[name]) == 2 and max(map(abs, found[name])) <= 1 for name in ("pid16", "pid8"))
 
 
-def test_explain_on_ones_own_module(model: Own, images: Tensor) -> None:
+def test_explain_works_on_an_own_module(model: Own, images: Tensor) -> None:
     result = explain(model, images, "gradcam++", relu=False)
     with torch.no_grad():
         assert torch.equal(result.targets, model(images).argmax(1))
@@ -116,7 +116,7 @@ def test_explain_on_ones_own_module(model: Own, images: Tensor) -> None:
     assert torch.equal(same.maps, result.maps)
 
 
-def test_targets_and_ready_explainers(model: Own, images: Tensor) -> None:
+def test_explain_accepts_targets_and_ready_explainers(model: Own, images: Tensor) -> None:
     assert explain(model, images, "gradcam", 2).targets.tolist() == [2, 2]
     ready = explain(model, images, GradCAM(), [1, 0])
     assert ready.method == "GradCAM"
@@ -131,7 +131,7 @@ def test_indices_reach_random_methods(model: Own, images: Tensor) -> None:
     assert torch.equal(maps[1], explain(model, images[:1], "random", indices=torch.tensor([7])).maps[0])
 
 
-def test_evaluate_is_what_the_metric_says(model: Own, images: Tensor) -> None:
+def test_evaluate_equals_the_metric_classes(model: Own, images: Tensor) -> None:
     maps = torch.rand(2, 32, 32, generator=torch.Generator().manual_seed(2))
     targets, indices = torch.tensor([0, 2]), torch.arange(2)
     names = ["pid8", "id", "pid1", "insertion16", "pid16@official", "fill_probability"]
@@ -143,7 +143,7 @@ def test_evaluate_is_what_the_metric_says(model: Own, images: Tensor) -> None:
         assert torch.allclose(found[name], expected[key], atol=1e-6), name
 
 
-def test_black_depends_on_how_the_images_were_normalised(model: Own, images: Tensor) -> None:
+def test_black_fill_depends_on_the_normalisation(model: Own, images: Tensor) -> None:
     maps = torch.rand(2, 32, 32, generator=torch.Generator().manual_seed(2))
     default = evaluate(model, images, maps, [0, 1], ["fill_probability"])
     raw = evaluate(model, images, maps, [0, 1], ["fill_probability"], mean=None, std=None)
@@ -166,7 +166,7 @@ def test_labels_masks_and_settings_reach_the_metrics(model: Own, images: Tensor)
 
 
 @pytest.mark.parametrize("method", ["random", "smoothgrad"])
-def test_evaluate_explains_again_as_explain_did(model: Own, images: Tensor, method: str) -> None:
+def test_evaluate_repeats_the_explanation_of_explain(model: Own, images: Tensor, method: str) -> None:
     again: list[Tensor] = []
     ready = explainer_by_name(method)
     with patch.object(type(ready), "attribute", spy(type(ready).attribute, again)):
@@ -184,7 +184,7 @@ def spy(function, seen: list) -> object:
     return attribute
 
 
-def test_how_the_forwards_run_reaches_the_engine(model: Own, images: Tensor) -> None:
+def test_chunk_size_fold_and_precision_reach_the_engine(model: Own, images: Tensor) -> None:
     maps = torch.rand(2, 32, 32, generator=torch.Generator().manual_seed(2))
     seen: list[torch.dtype] = []
     model.conv.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
@@ -199,7 +199,7 @@ def test_how_the_forwards_run_reaches_the_engine(model: Own, images: Tensor) -> 
         evaluate(model, images, maps, precision="fp8")
 
 
-def test_nothing_is_mutated(model: Own, images: Tensor) -> None:
+def test_explain_and_evaluate_do_not_change_the_model(model: Own, images: Tensor) -> None:
     model.train()
     before, given = {k: v.clone() for k, v in model.state_dict().items()}, images.clone()
     result = explain(model, images, "scorecam")
@@ -218,10 +218,10 @@ def test_nothing_is_mutated(model: Own, images: Tensor) -> None:
         (lambda m, x: explain(m, x, "gradcam", [0]), "targets must be 2 class indices, one per image"),
         (lambda m, x: explain(m, x, "gradcam", target_layer="conf"), "near it: conv"),
         (lambda m, x: explain(m, x[:, :2], "gradcam"), "images have 2 channels; Own expects 3"),
-        (lambda m, x: evaluate(m, x, x[:, 0], metrics=["pid_16"]), "unknown metric 'pid_16'; near names: pid16"),
+        (lambda m, x: evaluate(m, x, x[:, 0], metrics=["pid_16"]), "unknown metric 'pid_16'; similar names: pid16"),
         (lambda m, x: evaluate(m, x, x[:, 0, :9]), "resize them"),
-        (lambda m, x: explain(m, x[:0], "gradcam"), "images holds no image; give at least one"),
-        (lambda m, x: evaluate(m, x[:0], x[:0, 0]), "images holds no image; give at least one"),
+        (lambda m, x: explain(m, x[:0], "gradcam"), "images is an empty batch; give at least one"),
+        (lambda m, x: evaluate(m, x[:0], x[:0, 0]), "images is an empty batch; give at least one"),
         (
             lambda m, x: evaluate(m, x, x[:, 0], [0, 0], ["mass", "pid64"], masks=x[:, 0] > 0),
             "patch_size must be from 1",
@@ -230,7 +230,7 @@ def test_nothing_is_mutated(model: Own, images: Tensor) -> None:
         (lambda m, x: evaluate(m, x[0, 0], x[0, 0]), r"images must be \(B, C, H, W\), got \(\d+, \d+\)\.$"),
     ],
 )
-def test_one_sentence_for_bad_input(model: Own, images: Tensor, call, message: str) -> None:
+def test_bad_input_gives_an_error_of_one_sentence(model: Own, images: Tensor, call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(model, images)
 
@@ -267,14 +267,14 @@ def test_maps_labels_and_regions_may_be_arrays_and_lists(model: Own, images: Ten
             evaluate(**{"model": model, "images": images, "maps": maps, "metrics": ["mass"], **more, name: bad})
 
 
-def test_maps_may_be_regions(model: Own, images: Tensor) -> None:
+def test_maps_may_be_bool(model: Own, images: Tensor) -> None:
     metrics = ["pid4", "id", "auroc", "mass", "average_drop", "sparseness", "pctin10"]
     regions = images[:, 0] > 0.5
     found, expected = (evaluate(model, images, m, [1, 0], metrics, masks=regions) for m in (regions, regions.float()))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_scores_have_no_graph(model: Own, images: Tensor) -> None:
+def test_scores_carry_no_autograd_graph(model: Own, images: Tensor) -> None:
     maps = images[:, 0].clone().requires_grad_()
     assert not evaluate(model, images, maps, [0, 1], ["sparseness"])["sparseness"].requires_grad
 
@@ -288,12 +288,12 @@ def test_scores_have_no_graph(model: Own, images: Tensor) -> None:
         (lambda m, x: evaluate(m, x, x[:, 0], metrics="pid16"), r"such as \['pid16'\]"),
     ],
 )
-def test_one_sentence_for_what_is_of_another_type(model: Own, images: Tensor, call, message: str) -> None:
+def test_input_of_a_wrong_type_gives_an_error_of_one_sentence(model: Own, images: Tensor, call, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         call(model, images)
 
 
-def test_other_channels_need_their_normalisation() -> None:
+def test_images_of_other_channels_need_mean_and_std() -> None:
     images, model = torch.rand(1, 1, 16, 16), Own(1).eval()
     with pytest.raises(ValueError, match="images have 1 channels; give mean and std"):
         evaluate(model, images, images[:, 0], [0], ["pid4"])
@@ -303,7 +303,7 @@ def test_other_channels_need_their_normalisation() -> None:
 @pytest.mark.parametrize(
     ("old", "names"), [("labn.weighted", ["Dense", "weighted"]), ("labn.explainers.crp", ["CRP", "Question"])]
 )
-def test_modules_that_the_readme_showed_before_give_their_names_and_say_where_they_are(old, names, monkeypatch):
+def test_old_module_paths_export_their_names_with_a_warning(old, names, monkeypatch):
     monkeypatch.delitem(sys.modules, old, raising=False)
     with pytest.warns(FutureWarning, match=f"{old} has moved to labn"):
         module = importlib.import_module(old)

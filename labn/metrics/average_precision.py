@@ -14,22 +14,21 @@ from torchmetrics.detection import MeanAveragePrecision
 class AveragePrecision(MeanAveragePrecision):
     """Average precision at an overlap of .5, overall and per class (COCO's interpolation at 101 points).
 
-    torchmetrics gathers one tensor per image and rank, which hangs as soon as ranks have different numbers of images.
-    Here a rank hands over all of its images at once, be they none, and images are ordered by their index, each once,
-    so that ties between scores are resolved as on one process.
+    The states of all ranks are merged by image index, each image once, so that the value equals that of one process.
     """
 
     indices: list[Tensor]
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(iou_thresholds=[0.5], class_metrics=True, **kwargs)
-        self.warn_on_many_detections = False  # of up to 200 per image the best 100 count, as in COCO
+        # Up to 200 detections per image arrive and the best 100 count, as in COCO: that is no reason for a warning.
+        self.warn_on_many_detections = False
         self.add_state("indices", default=[], dist_reduce_fx=None)
 
     def update(  # type: ignore[override]
         self, preds: list[dict[str, Tensor]], target: list[dict[str, Tensor]], indices: Tensor
     ) -> None:
-        """Keep a batch.
+        """Add the detections of a batch to the state.
 
         Args:
             preds: per image `boxes` (n, 4), `scores` (n,), `labels` (n,).
@@ -40,12 +39,15 @@ class AveragePrecision(MeanAveragePrecision):
         self.indices += list(indices.cpu())
 
     def _sync_dist(self, dist_sync_fn: Callable[..., Any] | None = None, process_group: Any | None = None) -> None:
-        mine = {name: [item.cpu() for item in getattr(self, name)] for name in self._reductions}
+        # torchmetrics gathers one tensor per image and rank, and hangs where ranks have different numbers of images.
+        # Here all images of a rank go in one object, which may also be empty.
+        own = {name: [item.cpu() for item in getattr(self, name)] for name in self._reductions}
         ranks: list[dict[str, list[Tensor]]] = [{}] * dist.get_world_size(process_group)
-        dist.all_gather_object(ranks, mine, group=process_group)
+        dist.all_gather_object(ranks, own, group=process_group)
         merged = {name: list(itertools.chain.from_iterable(r[name] for r in ranks)) for name in self._reductions}
-        rows = {int(index): row for row, index in enumerate(merged["indices"])}
+        # Sorted by index: ties between scores are then resolved in the order of one process.
+        positions = {int(index): position for position, index in enumerate(merged["indices"])}
+        order = [position for _, position in sorted(positions.items())]
         for name, items in merged.items():
-            # States of masks are empty: only boxes are kept.
-            kept = [items[row].to(self.device) for _, row in sorted(rows.items())] if items else []
-            setattr(self, name, kept)
+            # Only boxes are evaluated, so the states of masks are empty lists.
+            setattr(self, name, [items[position].to(self.device) for position in order] if items else [])

@@ -1,4 +1,4 @@
-"""What all per-sample metrics share: rows of (index, values), merged to the same digits on any number of ranks."""
+"""Base classes of the metrics: one row (index, values) per sample, with equal digits on any number of ranks."""
 
 from __future__ import annotations
 
@@ -20,22 +20,31 @@ from labn.perturbation.engine import PerturbationEngine
 Boxes = Sequence[Tensor] | Tensor
 
 
-def as_tensor(name: str, given: Any) -> Tensor:
-    """`given` itself, or the tensor of an array or of nested lists.
+def as_tensor(name: str, values: Any) -> Tensor:
+    """A tensor from a tensor, an array or nested lists.
+
+    Args:
+        name: name of the argument for the error message.
+        values: the argument.
 
     Raises:
-        TypeError: it is none of these; the message says `name`.
+        InputTypeError: values that torch cannot convert.
     """
     try:
-        return torch.as_tensor(given)
+        return torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:
-        what = f"{type(given).__name__}, of which torch says: {error}".rstrip(".")
+        what = f"{type(values).__name__} (torch: {error})"
         raise InputTypeError(f"{name} must be a tensor, an array or lists of numbers, got {what}.") from error
 
 
 @dataclass(frozen=True)
 class ScoredBatch:
-    """What a metric may look at; the fields are the arguments of `SampleMetric.score`."""
+    """Input of a metric for one batch; the fields are the arguments of `SampleMetric.score`.
+
+    Raises:
+        InputError: maps, labels, masks or boxes that do not fit the images, or a map with NaN or infinity.
+        InputTypeError: a field that is neither tensor, array nor lists of numbers.
+    """
 
     model: nn.Module
     images: Tensor
@@ -52,58 +61,72 @@ class ScoredBatch:
     def __post_init__(self) -> None:
         for name in ("maps", "targets", "indices", "labels", "masks", "predictions"):
             if getattr(self, name) is not None:
-                object.__setattr__(self, name, as_tensor(name, getattr(self, name)))
+                self._set(name, as_tensor(name, getattr(self, name)))
         if self.boxes is not None and not isinstance(self.boxes, Tensor):
-            object.__setattr__(self, "boxes", [_corners(one) for one in self.boxes])
+            self._set("boxes", [_corners(boxes) for boxes in self.boxes])
         if self.maps.dtype == torch.bool:
-            object.__setattr__(self, "maps", self.maps.to(self.images.dtype))
+            self._set("maps", self.maps.to(self.images.dtype))
+        self._check_shapes()
+        self._classes_to_int64()
+        self._set("maps", self.maps.detach())
+        broken = self.indices.to(self.maps.device)[~self.maps.isfinite().flatten(1).all(1)].tolist()
+        if broken:
+            raise InputError(f"maps must be finite; the map of sample {broken[0]} holds NaN or infinity.")
+
+    def _set(self, name: str, value: Any) -> None:
+        # The documented way to fill a field of a frozen dataclass in its __post_init__.
+        object.__setattr__(self, name, value)
+
+    def _check_shapes(self) -> None:
         expected = (len(self.images), *self.images.shape[-2:])
         if self.maps.shape != expected:
             raise InputError(f"maps must be {expected} to fit the images, got {tuple(self.maps.shape)}; resize them.")
         for name in ("targets", "indices", "labels", "predictions"):
-            given = getattr(self, name)
-            if given is not None and given.shape != expected[:1]:
-                raise InputError(f"{name} must have one entry per image {expected[:1]}, got {tuple(given.shape)}.")
+            values = getattr(self, name)
+            if values is not None and values.shape != expected[:1]:
+                raise InputError(f"{name} must have one entry per image {expected[:1]}, got {tuple(values.shape)}.")
         if self.masks is not None and self.masks.shape != expected:
             raise InputError(f"masks must be {expected} to fit the images, got {tuple(self.masks.shape)}.")
         if self.boxes is not None and len(self.boxes) != len(self.images):
             raise InputError(f"boxes must have one entry per image {expected[:1]}, got {len(self.boxes)}.")
+
+    def _classes_to_int64(self) -> None:
         for name in ("targets", "labels"):
-            given = getattr(self, name)
-            if given is not None and (given.is_floating_point() or given.is_complex()):
-                raise InputError(f"{name} must be class indices, got {given.dtype}.")
-            object.__setattr__(self, name, None if given is None else given.long())
-        object.__setattr__(self, "maps", self.maps.detach())
-        bad = self.indices.to(self.maps.device)[~self.maps.isfinite().flatten(1).all(1)].tolist()
-        if bad:
-            raise InputError(f"maps must be finite; the map of sample {bad[0]} holds NaN or infinity.")
+            classes = getattr(self, name)
+            if classes is not None and (classes.is_floating_point() or classes.is_complex()):
+                raise InputError(f"{name} must be class indices, got {classes.dtype}.")
+            self._set(name, None if classes is None else classes.long())
 
     @property
     def true_labels(self) -> Tensor:
-        """(B,) the labels on the images' device; the targets where no labels are given."""
+        """Labels (B,) on the images' device; the targets where no labels were given."""
         return (self.targets if self.labels is None else self.labels).to(self.images.device)
 
     def predicted(self, engine: PerturbationEngine) -> Tensor:
-        """(B,) the predicted classes on the images' device; the engine's, in its precision, where none are given."""
+        """Predicted classes (B,) on the images' device; from `engine`, in its precision, where none were given."""
         return engine.original().argmax(-1) if self.predictions is None else self.predictions.to(self.images.device)
 
     def engine(self, **options: Any) -> PerturbationEngine:
-        """`cache`, which must hold these images, or a new engine with `options`."""
+        """The engine in `cache`, or a new one with `options`.
+
+        Raises:
+            InputError: an engine of other images.
+        """
         if self.cache is None:
             return PerturbationEngine.for_model(self.model, self.images, indices=self.indices, **options)
         if self.cache.images.shape != self.images.shape or not torch.equal(self.cache.images, self.images):
-            raise InputError("cache must be the perturbation engine of these images; it holds others.")
+            raise InputError("cache must be a perturbation engine of these images; it holds other images.")
         return self.cache
 
 
 @dataclass(frozen=True)
 class SampleScores:
-    """Scores of one batch, as `SampleMetric.score_batch` gives them.
+    """Scores of one batch, the result of `SampleMetric.score_batch`.
 
     Attributes:
         values: name of a value -> (B,) floating; NaN where the metric leaves the sample out.
         curves: name of a line, such as `x` or `insertion` -> (S, K), for metrics that are areas under curves.
-        samples: (S,) int64, positions in the batch of the samples that have curves.
+        samples: (S,) int64, positions of the samples with curves in the batch; None without curves.
 
     Example:
         >>> SampleScores({"sparseness": torch.tensor([0.5, 0.25])}).values["sparseness"]
@@ -116,23 +139,29 @@ class SampleScores:
 
 
 def _corners(boxes: Any) -> Tensor:
-    """The boxes of one sample as a tensor, (0, 4) where it has none."""
+    """Boxes of one sample as a tensor (n, 4); an empty list becomes (0, 4)."""
     tensor = as_tensor("boxes", boxes)
     return tensor.new_zeros(0, 4) if tensor.shape == (0,) else tensor
 
 
-def need_explainer(batch: ScoredBatch, metric: str, why: str) -> None:
-    """Raise ValueError unless the batch says what made its maps."""
+def check_explainer(batch: ScoredBatch, metric: str, purpose: str) -> None:
+    """Raise InputError where the batch has no explainer.
+
+    Args:
+        batch: the scored batch.
+        metric: name of the metric for the message.
+        purpose: what the metric explains, such as "explains a randomised copy of the model".
+    """
     if batch.explainer is None:
-        raise InputError(f"metric {metric!r} {why}: it needs explainer=, as made the maps.")
+        raise InputError(f"metric {metric!r} {purpose}: it needs explainer=, the method that made the maps.")
 
 
 class SampleRows(Metric):
-    """State of one row (index, values) per sample, merged to the same digits on any number of ranks.
+    """Metric state of one row (index, values) per sample, with equal digits on any number of ranks.
 
     Args:
-        names: of the values.
-        kwargs: of `torchmetrics.Metric`.
+        names: names of the values.
+        kwargs: arguments of `torchmetrics.Metric`.
     """
 
     full_state_update = False
@@ -143,40 +172,59 @@ class SampleRows(Metric):
     def __init__(self, names: Sequence[str], **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.names = tuple(names)
-        # Flat rows in one state: a rank without samples then contributes an empty tensor of the same kind.
+        # One flat state: the empty tensor of a rank without samples then fits those of the others in torch's gather.
         self.add_state("rows", [], dist_reduce_fx="cat")
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the rows, also of those that an empty rank contributes; a move to a device does not change it."""
+        """float64, also for the empty state of a rank without samples; `Metric.to` does not change it."""
         return torch.float64
 
     def append(self, indices: Tensor, scores: dict[str, Tensor]) -> None:
-        """Keep the values of a batch: one (B,) tensor per name."""
+        """Add the rows of a batch to the state.
+
+        Args:
+            indices: (B,) int64, positions in the data set.
+            scores: name -> (B,) values, one entry per name.
+        """
         columns = [indices, *(scores[name] for name in self.names)]
         table = torch.stack([column.to(self.device, torch.float64) for column in columns], dim=1)
         self.rows.append(table.flatten())
-        # What `update` does around this, for callers that score and append themselves.
+        # torchmetrics wraps `update` to reset the cached result; callers of `append` alone need the same.
         self._computed, self._update_count = None, self._update_count + 1
 
     def per_sample(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """Sorted sample indices (n,) int64 and, per name, their values (n,) float64; each sample once."""
+        """Sorted sample indices (n,) int64 and name -> values (n,) float64, each sample once."""
         rows = dim_zero_cat(self.rows) if len(self.rows) else torch.empty(0, dtype=torch.float64, device=self.device)
         indices, *columns = rows.view(-1, 1 + len(self.names)).cpu().numpy().T
+        # A distributed sampler repeats samples to fill the last batch; the table counts each once.
         merged = SampleTable(np.unique(indices.astype(np.int64)), len(self.names))
         merged.add(indices.astype(np.int64), dict(enumerate(columns)))
-        found = torch.from_numpy(merged.index).to(self.device), torch.from_numpy(merged.values).to(self.device)
-        return found[0], dict(zip(self.names, found[1]))
+        values = torch.from_numpy(merged.values).to(self.device)
+        return torch.from_numpy(merged.index).to(self.device), dict(zip(self.names, values))
 
 
 class SampleMetric(SampleRows):
-    """A metric with one value per sample and name; `compute` gives their means.
+    """Base of the metrics with one value per sample and name; `compute` returns the means.
 
-    Subclasses set `names` and implement `score_batch`. A value of NaN says that the metric leaves the sample out.
+    Subclasses pass `names` to the constructor and implement `score_batch`. NaN leaves a sample out of the mean.
 
     Attributes:
-        counts_samples: `compute` gives numbers of samples in place of means, which results keep in a table of its own.
-        needs_regions: it compares with ground truth, masks or boxes.
+        counts_samples: whether `compute` returns numbers of samples in place of means; results folders keep these in a
+            table of their own.
+        needs_regions: whether the metric compares the map with ground-truth masks or boxes.
+
+    Example:
+        >>> class MeanRelevance(SampleMetric):
+        ...     def __init__(self):
+        ...         super().__init__(["mean_relevance"])
+        ...     def score_batch(self, batch):
+        ...         return SampleScores({"mean_relevance": batch.maps.mean((1, 2))})
+        >>> metric, images = MeanRelevance(), torch.zeros(2, 1, 2, 2)
+        >>> maps = torch.tensor([[[0.0, 1.0], [1.0, 2.0]], [[3.0, 3.0], [3.0, 3.0]]])
+        >>> metric.update(nn.Identity(), images, maps, torch.tensor([0, 0]), torch.tensor([0, 1]))
+        >>> metric.compute()
+        {'mean_relevance': tensor(2., dtype=torch.float64)}
     """
 
     counts_samples = False
@@ -184,19 +232,19 @@ class SampleMetric(SampleRows):
 
     @property
     def revision(self) -> int:
-        """Raised when these arguments come to give other values than before: results on disk are not taken for them."""
+        """Version of the metric's definition; a results folder does not reuse scores of another revision."""
         return 0
 
     def check_size(self, size: tuple[int, int]) -> None:
-        """Raise ValueError where images of this (height, width) cannot be scored."""
+        """Raise InputError where images of this (height, width) cannot be scored."""
 
     def check(self, batch: ScoredBatch) -> None:
-        """Raise ValueError where the batch lacks what the metric needs, before anything is computed."""
+        """Raise InputError, before any forward, where the batch lacks an input that the metric needs."""
         self.check_size((batch.images.shape[-2], batch.images.shape[-1]))
 
     @abstractmethod
     def score_batch(self, batch: ScoredBatch) -> SampleScores:
-        """Values, one (B,) tensor per entry of `names`, NaN where a sample is left out, and curves if there are any."""
+        """Score a batch: one (B,) tensor per entry of `names`, NaN where a sample is left out, and curves if any."""
 
     def score(
         self,
@@ -213,28 +261,27 @@ class SampleMetric(SampleRows):
         cache: PerturbationEngine | None = None,
         predictions: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Values of a batch, without touching the state.
+        """Score a batch; the state does not change.
 
         Args:
             model: returns logits or an object with `.logits`.
             images: (B, C, H, W), normalised.
             maps: (B, H, W), at the images' size.
-            targets: (B,) int64, the class that was explained.
+            targets: (B,) int64, the explained classes.
             indices: (B,) int64, positions in the data set.
-            labels: (B,) int64, the true class; None: the targets are the labels.
+            labels: (B,) int64, the true classes; None: the targets.
             masks: (B, H, W) bool ground-truth regions, where the data has them.
             boxes: per sample (n, 4) ground-truth boxes x1, y1, x2, y2 in pixels, where the data has them.
-            explainer: what made the maps, for metrics that explain again.
-            cache: the batch's perturbation engine, through which metrics share their forwards.
-            predictions: (B,) int64, the classes that the model predicts, where they are known already, in full
-                precision for example; None: they are computed where needed.
+            explainer: the method that made the maps, for metrics that explain again.
+            cache: perturbation engine of the batch, through which metrics share their forwards.
+            predictions: (B,) int64, the predicted classes, for example in full precision; None: computed by the engine.
 
         Returns:
-            One (B,) float64 tensor per entry of `names`; NaN: the sample is left out.
+            One (B,) float64 tensor per entry of `names`; NaN where the sample is left out.
 
         Raises:
-            ValueError: a map is not finite (named by its index) or does not have the images' size, or what the metric
-                needs (masks, an explainer) is not given.
+            InputError: a map with NaN or infinity (named by its index) or of another size than the images, or a missing
+                input that the metric needs (masks, an explainer).
         """
         more = (labels, masks, boxes, explainer, cache, predictions)
         batch = ScoredBatch(model, images, maps, targets, indices, *more)
@@ -244,13 +291,13 @@ class SampleMetric(SampleRows):
     def update(
         self, model: nn.Module, images: Tensor, maps: Tensor, targets: Tensor, indices: Tensor, **more: Any
     ) -> None:
-        """Score a batch and keep its rows; arguments as in `score`."""
+        """Score a batch and add the rows to the state; arguments as in `score`."""
         self.append(indices, self.score(model, images, maps, targets, indices, **more))
 
     def reduce(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From per-sample values (n,) per name to what `compute` gives: means over those that are not left out."""
+        """Reduce per-sample values (n,) per name to the result of `compute`: their mean without the NaN."""
         return {name: column[~column.isnan()].mean() for name, column in values.items()}
 
     def compute(self) -> dict[str, Tensor]:
-        """Mean per name over the samples that are not left out, float64; NaN where there is none."""
+        """Mean per name over the samples that are not left out, float64; NaN without samples."""
         return self.reduce(self.per_sample()[1])

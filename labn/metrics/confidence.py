@@ -1,4 +1,4 @@
-"""Average drop, percent increase and ADCC: what becomes of the class when the image is seen through its map."""
+"""Average drop, percent increase and ADCC: the class's probability when the image is multiplied by its map."""
 
 from __future__ import annotations
 
@@ -9,36 +9,37 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from labn.metrics.base import SampleScores, ScoredBatch, need_explainer
-from labn.metrics.filled import FilledMetric, key_of, spread
+from labn.metrics.base import SampleScores, ScoredBatch, check_explainer
+from labn.metrics.filled import FilledMetric, checked_option, scatter_to_batch
 from labn.metrics.functional.confidence import adcc, confidence_drop, confidence_increase
 from labn.metrics.functional.similarity import correlation
 from labn.perturbation.fills import Channels
 from labn.postprocess import unit_range
 
-# What is multiplied by the map, and so what its zeros show.
+# The space in which the image is multiplied by the map, and the fill that a zero of the map then shows.
 MASK_SPACES = {"normalised": "mean", "pixel": "black"}
 
 
 class ConfidenceChange(FilledMetric):
-    """Compare Y, the class's softmax probability on the image x, with O, that on E * x (Chattopadhay et al. 2018).
+    """Base of the metrics that compare the softmax probabilities Y on the image x and O on E * x (Chattopadhay et al.).
 
-    E is the map brought to [0, 1] by its own minimum and maximum (a constant map becomes 0 and shows nothing). A map
-    that is high nearly everywhere hides little, so that both metrics reward large maps: read them beside `constant`,
-    `random` and `sparseness`. Two forwards per image, one of them the unperturbed image that other metrics share.
+    E is the map scaled to [0, 1] by its own minimum and maximum; a constant map becomes 0 and hides the whole image. A
+    map that is high nearly everywhere hides little, so that large maps are rewarded: read the values beside those of
+    `constant` and `random` and beside `sparseness`. The cost is two forwards per image, of which the one of the
+    unperturbed image is shared with other metrics.
 
     Args:
-        mask_space: "normalised" multiplies the normalised image, so that zeros of E show the mean colour; "pixel"
-            multiplies the pixels in [0, 1], so that they show black.
-        mean: per-channel mean that the images were normalised with, for "pixel"; None: not at all.
-        std: likewise the standard deviation.
+        mask_space: "normalised" multiplies the normalised image, and zeros of E show the mean colour; "pixel"
+            multiplies the pixels in [0, 1], and zeros of E show black.
+        mean: per-channel mean of the images' normalisation, for "pixel"; None: images in [0, 1].
+        std: per-channel standard deviation of the normalisation; None: images in [0, 1].
         positives_only: leave out samples with label 0, which then cost no forward.
         correct_only: leave out samples whose label is not the predicted class.
-        score_class: "target" (the explained class; of explained predictions the papers' predicted class), "label" or
-            "predicted".
-        chunk_size: inputs per forward, see `PerturbationEngine`; this and the next two shape the engine
+        score_class: "target" (the explained class, which is the papers' predicted class where predictions are
+            explained), "label" or "predicted".
+        chunk_size: inputs per forward, see `PerturbationEngine`. This and the next two arguments are for the engine
             that is made where no `cache` is given.
-        fold: whether the BatchNorm-folded copy of the model may be used.
+        fold: whether forwards may run on a BatchNorm-folded copy of the model.
         precision: "fp32" or "bf16".
     """
 
@@ -57,7 +58,7 @@ class ConfidenceChange(FilledMetric):
         precision: str = "fp32",
         **kwargs: Any,
     ) -> None:
-        fill = MASK_SPACES[key_of("mask_space", mask_space, MASK_SPACES)]
+        fill = MASK_SPACES[checked_option("mask_space", mask_space, MASK_SPACES)]
         super().__init__(
             self.names_of_values,
             fill,
@@ -72,59 +73,101 @@ class ConfidenceChange(FilledMetric):
             **kwargs,
         )
 
-    def confidences(self, batch: ScoredBatch, kept: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Y and O, each (S,) float64, of the S samples at `kept` and the weights E (S, H, W)."""
+    def confidences(self, batch: ScoredBatch, scored: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities Y and O of the scored samples.
+
+        Args:
+            batch: the batch.
+            scored: (S,) int64, positions of the scored samples in the batch.
+            weights: (S, H, W), E.
+
+        Returns:
+            Y and O, each (S,) float64.
+        """
         engine = batch.engine(**self.engine_options)
-        logits = torch.stack([engine.original(kept), engine.soft(weights, self.filling(batch), kept)], 1).double()
-        whole, shown = self.of_class(logits, self.classes(batch, engine)[kept]).unbind(1)
+        logits = torch.stack([engine.original(scored), engine.soft(weights, self.filling(batch), scored)], 1).double()
+        whole, shown = self.of_class(logits, self.classes(batch, engine)[scored]).unbind(1)
         return whole, shown
 
     @abstractmethod
-    def values(self, batch: ScoredBatch, kept: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-        """The metric's values, each (S,) float64, one per name; arguments as for `confidences`."""
+    def values(self, batch: ScoredBatch, scored: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+        """Values of the scored samples, one (S,) float64 tensor per name; arguments as for `confidences`."""
 
     def score_batch(self, batch: ScoredBatch) -> SampleScores:
-        """Values of a batch by their names in files."""
-        kept = self.included(batch)
+        """Score a batch: name -> (B,) values."""
+        scored = self.included(batch)
         columns: tuple[Tensor, ...] = (batch.images.new_empty(0),) * len(self.names)
-        if len(kept):
-            # Brought to [0, 1] before it is rounded to the images' dtype, as a small map is 0 in half precision.
+        if len(scored):
+            # Scaled to [0, 1] before the cast to the images' dtype: small relevances underflow to 0 in half precision.
             wide = torch.promote_types(batch.maps.dtype, batch.images.dtype)
-            maps = unit_range(batch.maps.to(batch.images.device, wide)[kept])
-            columns = self.values(batch, kept, maps.to(batch.images))
-        return SampleScores({name: spread(column, kept, batch) for name, column in zip(self.names, columns)})
+            maps = unit_range(batch.maps.to(batch.images.device, wide)[scored])
+            columns = self.values(batch, scored, maps.to(batch.images))
+        return SampleScores(
+            {name: scatter_to_batch(column, scored, batch) for name, column in zip(self.names, columns)}
+        )
 
 
 class AverageDrop(ConfidenceChange):
-    """Average Drop, 100 max(0, Y - O) / Y per sample; `labn.metrics.functional.confidence_drop`."""
+    """Average Drop in percent, 100 max(0, Y - O) / Y per sample: see `labn.metrics.functional.confidence_drop`.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(1, 2, bias=False))
+        >>> _ = model[2].weight.data.copy_(torch.tensor([[4.0], [0.0]]))
+        >>> images, maps = torch.ones(1, 1, 4, 4), torch.arange(16.0).view(1, 4, 4)
+        >>> target, index = torch.tensor([0]), torch.tensor([0])
+        >>> AverageDrop().score(model, images, maps, target, index)
+        {'average_drop': tensor([10.3071], dtype=torch.float64)}
+    """
 
     higher_is_better = False
     names_of_values = ("average_drop",)
 
-    def values(self, batch: ScoredBatch, kept: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-        """In percent."""
-        return (confidence_drop(*self.confidences(batch, kept, weights)),)
+    def values(self, batch: ScoredBatch, scored: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+        """Drops in percent, one (S,) tensor."""
+        return (confidence_drop(*self.confidences(batch, scored, weights)),)
 
 
 class PercentIncrease(ConfidenceChange):
-    """Increase in Confidence, 100 where O > Y, per sample; `labn.metrics.functional.confidence_increase`."""
+    """Percent Increase in Confidence, 100 where O > Y per sample: see `labn.metrics.functional.confidence_increase`.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(1, 2, bias=False))
+        >>> _ = model[2].weight.data.copy_(torch.tensor([[4.0], [0.0]]))
+        >>> images, maps = torch.ones(1, 1, 4, 4), torch.arange(16.0).view(1, 4, 4)
+        >>> target, index = torch.tensor([0]), torch.tensor([0])
+        >>> PercentIncrease().score(model, images, maps, target, index)
+        {'percent_increase': tensor([0.], dtype=torch.float64)}
+    """
 
     names_of_values = ("percent_increase",)
 
-    def values(self, batch: ScoredBatch, kept: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-        """In percent."""
-        return (confidence_increase(*self.confidences(batch, kept, weights)),)
+    def values(self, batch: ScoredBatch, scored: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+        """0 or 100, one (S,) tensor."""
+        return (confidence_increase(*self.confidences(batch, scored, weights)),)
 
 
 class ADCC(ConfidenceChange):
     """Average Drop, Coherency, Complexity (Poppi et al., CVPR Workshops 2021, section 3), per sample and in [0, 1].
 
-    F is what the explainer gives for the image seen through its map, E * x, brought to [0, 1] as E is. Then
-    `adcc_coherency` is (1 + r) / 2 with Pearson's correlation r of E and F, `adcc_complexity` the mean of E, and `adcc`
-    the harmonic mean of coherency, 1 - complexity and 1 - drop, the drop being `AverageDrop`'s as a share.
+    F is the explanation of the masked image E * x, scaled to [0, 1] as E is. `adcc_coherency` is (1 + r) / 2 with
+    Pearson's correlation r of E and F, `adcc_complexity` the mean of E, and `adcc` the harmonic mean of coherency,
+    1 - complexity and 1 - drop, with `AverageDrop` / 100 as the drop.
 
-    A map that does not depend on the image, such as `random`, is perfectly coherent. Each sample costs one explanation
-    beside the two forwards.
+    A map that does not depend on the image, such as `random`, is perfectly coherent. The cost per sample is one
+    explanation and two forwards.
+
+    Example:
+        >>> from torch import nn
+        >>> from labn.explainers import explainer_by_name
+        >>> model = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(1, 2, bias=False))
+        >>> _ = model[2].weight.data.copy_(torch.tensor([[4.0], [0.0]]))
+        >>> images, maps = torch.ones(1, 1, 4, 4), torch.arange(16.0).view(1, 4, 4)
+        >>> target, index = torch.tensor([0]), torch.tensor([0])
+        >>> explainer = explainer_by_name("random")
+        >>> ADCC().score(model, images, maps, target, index, explainer=explainer)["adcc_complexity"]
+        tensor([0.5000], dtype=torch.float64)
     """
 
     names_of_values = ("adcc", "adcc_coherency", "adcc_complexity")
@@ -132,14 +175,15 @@ class ADCC(ConfidenceChange):
     def check(self, batch: ScoredBatch) -> None:
         """An explainer is needed."""
         super().check(batch)
-        need_explainer(batch, "adcc", "explains the images seen through their maps")
+        check_explainer(batch, "adcc", "explains the images seen through their maps")
 
-    def values(self, batch: ScoredBatch, kept: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
-        """One explanation of the scored samples."""
-        seen = torch.lerp(self.filling(batch), batch.images[kept], weights.unsqueeze(1))
-        targets, indices = (values[kept.to(values.device)] for values in (batch.targets, batch.indices))
-        maps = batch.explainer(batch.model, seen, targets, indices)
+    def values(self, batch: ScoredBatch, scored: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
+        """ADCC, coherency and complexity, each (S,) float64; explains the masked images once."""
+        masked = torch.lerp(self.filling(batch), batch.images[scored], weights.unsqueeze(1))
+        targets, indices = (values[scored.to(values.device)] for values in (batch.targets, batch.indices))
+        maps = batch.explainer(batch.model, masked, targets, indices)
+        # The paper asks for a correlation in [0, 1]; r lies in [-1, 1], and the released code maps it like this.
         coherency = (1 + correlation(weights, unit_range(maps.to(weights)))) / 2
         complexity = weights.double().mean((1, 2))
-        drop = confidence_drop(*self.confidences(batch, kept, weights)) / 100
+        drop = confidence_drop(*self.confidences(batch, scored, weights)) / 100
         return adcc(coherency, complexity, drop), coherency, complexity

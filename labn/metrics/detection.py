@@ -1,4 +1,4 @@
-"""The scores of a detector's explanations: CRP against plain relevance propagation and against chance."""
+"""Scores of a detector's explanations: CRP beside plain relevance propagation and random maps."""
 
 from __future__ import annotations
 
@@ -22,7 +22,14 @@ from labn.perturbation.stateless_random import sample_uniform
 
 
 class Score(NamedTuple):
-    """One value: which detection of the image, which method, which measure."""
+    """One value of a detection.
+
+    Attributes:
+        detection: number of the detection in its image.
+        explainer: `crp`, `-crp`, `lrp` or `random`.
+        metric: name of the measure, see `DetectionScores`.
+        value: the score.
+    """
 
     detection: int
     explainer: str
@@ -32,26 +39,27 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class DetectionScores:
-    """Measures the maps of detections.
+    """Scores of the maps of detections.
 
     - `similarity`: cosine of the maps for the detected class and for the next most probable object class; lower is more
-      discriminative. The contrasts of all K classes add up to zero, so that those of `crp` have -1 / (K - 1) where they
-      have nothing else in common: -1 for two classes, whatever the network.
+      discriminative. The contrastive relevances of all K classes add up to zero, so that the expected value of `crp` is
+      -1 / (K - 1) for classes without common evidence, and exactly -1 for two classes, whatever the network.
     - `mass`: share of positive relevance inside the detected box.
-    - `confidence`: probability of the class, averaged while the most supporting patches are removed (5 to 40 % of the
-      box's area, wherever they lie); lower is better.
-    - `shift_<coordinate>`: how far the coordinate moves while the patches are removed that support right/down/wider/
-      taller most (in default-box sizes, or as log of the size).
+    - `confidence`: probability of the class, averaged over the removal of the most supporting patches (5 to 40 % of the
+      box's area, anywhere in the image); lower is better.
+    - `shift_<coordinate>`: mean change of the coordinate while the patches that most support right, down, wider or
+      taller are removed (in default-box sizes, or as the logarithm of the size).
     - `shift_<coordinate>` of `-crp`: the same for the patches that contradict most.
 
-    Explainers are `crp`, `lrp` (alpha1-beta0 without contrast), `random` and, for the shifts, `-crp`. Boxes move
-    whatever is removed, so that a shift means something beside that of `random` only: the map means what it says if
-    that of `crp` lies below it and that of `-crp` above.
+    Explainers are `crp`, `lrp` (alpha1-beta0 without contrast), `random` and, for the shifts, `-crp`. A box moves
+    whatever is removed, so that a shift is read against the one of `random`: a faithful map has a lower shift for
+    `crp` and a higher one for `-crp`.
 
     Args:
         fractions: of the detected box's area, see `removal_curves`; removed pixels show the mean colour.
-        patch_size, chunk_size: see `removal_curves`.
-        seed: of the random maps.
+        patch_size: side of the patches in pixels, see `removal_curves`.
+        chunk_size: images per forward.
+        seed: seed of the random maps.
     """
 
     fractions: Sequence[float] = FRACTIONS
@@ -59,27 +67,27 @@ class DetectionScores:
     chunk_size: int | None = None
     seed: int = 0
 
-    def __call__(self, crp: CRP, trace: DetectionTrace, found: Detections, index: int = 0) -> list[Score]:
-        """All scores of the detections of one image; none for no detection.
+    def __call__(self, crp: CRP, trace: DetectionTrace, detections: Detections, index: int = 0) -> list[Score]:
+        """All scores of the detections of one image; an empty list without detections.
 
         Args:
-            crp: with its class contrast on; the shifts are of its maps for right/down/wider/taller, whatever its
-                `direction`.
-            trace: of the image.
-            found: the detections to score.
-            index: of the image in its data set, the source of the random maps.
+            crp: explainer with class contrast. Shifts are scored with its maps for right, down, wider and taller,
+                whatever its `direction`.
+            trace: recorded forward of the image.
+            detections: the detections to score.
+            index: position of the image in its data set, which seeds the random maps.
 
         Raises:
-            ValueError: `crp` has no class contrast.
+            InputError: an explainer without class contrast.
         """
         check_contrast(crp)
-        if not len(found):
+        if not len(detections):
             return []
-        return [*self._classes(crp, trace, found, index), *self._coordinates(crp, trace, found)]
+        return [*self._classes(crp, trace, detections, index), *self._coordinates(crp, trace, detections)]
 
-    def _classes(self, crp: CRP, trace: DetectionTrace, found: Detections, index: int) -> Iterator[Score]:
-        priors, labels = found.priors.tolist(), found.labels.tolist()
-        boxes = boxes_to_masks(found.boxes[:, None].to(trace.image.device), trace.size)
+    def _classes(self, crp: CRP, trace: DetectionTrace, detections: Detections, index: int) -> Iterator[Score]:
+        priors, labels = detections.priors.tolist(), detections.labels.tolist()
+        boxes = boxes_to_masks(detections.boxes[:, None].to(trace.image.device), trace.size)
         other = [runner_up(trace, p, k) for p, k in zip(priors, labels)]
         maps: dict[str, Tensor] = {}
         for name, method in (("crp", crp), ("lrp", without_contrast(crp))):
@@ -88,48 +96,50 @@ class DetectionScores:
                 for classes in (labels, other)
             )
             maps[name] = own
-            yield from _rows(name, "similarity", map_similarity(own, rival))
-            yield from _rows(name, "mass", relevance_mass(own, boxes))
+            yield from _scores(name, "similarity", map_similarity(own, rival))
+            yield from _scores(name, "mass", relevance_mass(own, boxes))
+        # One stateless random map per detection; an image has fewer than 1000 detections, so that no seed repeats.
         numbers = torch.arange(len(priors), device=own.device) + 1000 * index
         noise = sample_uniform(self.seed, numbers, own[0].numel(), torch.float32).view_as(own)
         for name, heat in (*maps.items(), ("random", noise)):
-            curves = self._curves(trace, heat, found)
-            yield from _rows(name, "confidence", curves.mean_confidence())
+            curves = self._curves(trace, heat, detections)
+            yield from _scores(name, "confidence", curves.mean_confidence())
+        # `curves` are now those of the last entry, the random maps.
         for task, shifts in zip(COORDINATES, curves.mean_shifts().T):
-            yield from _rows("random", f"shift_{task}", shifts)
+            yield from _scores("random", f"shift_{task}", shifts)
 
-    def _coordinates(self, crp: CRP, trace: DetectionTrace, found: Detections) -> Iterator[Score]:
+    def _coordinates(self, crp: CRP, trace: DetectionTrace, detections: Detections) -> Iterator[Score]:
         method = positive(crp)
         for number, task in enumerate(COORDINATES):
-            maps = method.ask(trace, [Question(p, task) for p in found.priors.tolist()]).maps
+            maps = method.ask(trace, [Question(p, task) for p in detections.priors.tolist()]).maps
             for name, heat in (("crp", maps), ("-crp", -maps)):
-                curves = self._curves(trace, heat, found)
-                yield from _rows(name, f"shift_{task}", curves.mean_shifts()[:, number])
+                curves = self._curves(trace, heat, detections)
+                yield from _scores(name, f"shift_{task}", curves.mean_shifts()[:, number])
 
-    def _curves(self, trace: DetectionTrace, maps: Tensor, found: Detections) -> RemovalCurves:
+    def _curves(self, trace: DetectionTrace, maps: Tensor, detections: Detections) -> RemovalCurves:
         return removal_curves(
             trace.detector,
             trace.image,
             maps,
-            found.priors.tolist(),
-            found.labels.tolist(),
+            detections.priors.tolist(),
+            detections.labels.tolist(),
             self.fractions,
-            (box_area(found.boxes) / math.prod(trace.size)).double().cpu(),
+            (box_area(detections.boxes) / math.prod(trace.size)).double().cpu(),
             patch_size=self.patch_size,
             chunk_size=self.chunk_size,
         )
 
 
 def similarity_by_layer(crp: CRP, trace: DetectionTrace, prior: int, labels: tuple[int, int]) -> dict[str, float]:
-    """How alike the relevance of two classes is at the input of every convolution, from the head down to the pixels.
+    """Cosine similarity of the relevance of two classes at the input of every convolution, from the head to the pixels.
 
-    Under plain propagation the difference between classes fades from layer to layer; under the contrast it stays
-    (CRP, IJCNN 2019).
+    Plain propagation makes the relevances of different classes more alike from layer to layer; contrastive propagation
+    keeps them apart (CRP, IJCNN 2019).
 
     Args:
-        crp: with the contrast, or `without_contrast`.
-        trace: of an image.
-        prior: the default box.
+        crp: the explainer, or `without_contrast` of it.
+        trace: recorded forward of an image.
+        prior: number of the default box.
         labels: two class channels.
 
     Returns:
@@ -141,37 +151,33 @@ def similarity_by_layer(crp: CRP, trace: DetectionTrace, prior: int, labels: tup
     reached = graph.reach({top})
     names = {n.inputs[0]: n.call.module for n in graph.nodes.values() if n.kind == "linear" and n.index in reached}
     layers = [index for index in sorted(names, reverse=True) if 0 < index < top]
-    found = {"head": map_similarity(*(s.relevance[None] for s in starts))}
-    found |= {names[index]: map_similarity(*trace.maps(starts, until=index).split(1)) for index in layers}
-    found["pixels"] = map_similarity(*trace.maps(starts).split(1))
-    return {name: float(value) for name, value in found.items()}
+    similarities = {"head": map_similarity(*(s.relevance[None] for s in starts))}
+    similarities |= {names[index]: map_similarity(*trace.maps(starts, until=index).split(1)) for index in layers}
+    similarities["pixels"] = map_similarity(*trace.maps(starts).split(1))
+    return {name: float(value) for name, value in similarities.items()}
 
 
-def _rows(explainer: str, metric: str, values: Tensor) -> Iterator[Score]:
+def _scores(explainer: str, metric: str, values: Tensor) -> Iterator[Score]:
     for number, value in enumerate(values.tolist()):
         yield Score(number, explainer, metric, value)
 
 
 def without_contrast(crp: CRP) -> CRP:
-    """The same explainer as plain alpha1-beta0 propagation."""
+    """Copy of the explainer without contrast: plain alpha1-beta0 propagation."""
     plain = copy.copy(crp)
     plain.contrast_at = "none"
     return plain
 
 
 def positive(crp: CRP) -> CRP:
-    """The same explainer asked for right, down, wider and taller."""
-    turned = copy.copy(crp)
-    turned.direction = "positive"
-    return turned
+    """Copy of the explainer that explains the coordinates towards right, down, wider and taller."""
+    explainer = copy.copy(crp)
+    explainer.direction = "positive"
+    return explainer
 
 
 def check_contrast(crp: CRP) -> None:
-    """Refuse an explainer without contrast, whose rows `crp` and `lrp` would be the same.
-
-    Raises:
-        ValueError: it has none.
-    """
+    """Raise InputError for an explainer without contrast: its scores as `crp` and as `lrp` would be equal."""
     if crp.contrast_at == "none":
         raise InputError(
             "contrast_at of crp is 'none', so the rows crp and lrp would be identical; set it to source or output, or "
@@ -180,7 +186,7 @@ def check_contrast(crp: CRP) -> None:
 
 
 def runner_up(trace: DetectionTrace, prior: int, label: int) -> int:
-    """The most probable object class of a default box other than `label` (the background where there is no other)."""
+    """Most probable object class of a default box other than `label`; the background where there is no other class."""
     logits = trace.predictions.classes[0, prior].clone()
     logits[label] = -torch.inf
     background = trace.detector.background

@@ -1,4 +1,4 @@
-"""Error analysis: what is wrong with the maps of the lowest insertion-deletion score."""
+"""Error analysis: kinds of failure among the maps with the lowest insertion-deletion scores (C3-LRP, JSAI 2024)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from labn.metrics.base import SampleMetric, SampleScores, ScoredBatch
 from labn.metrics.functional.errors import KINDS, ErrorThresholds, count_errors, region_shares
 from labn.metrics.functional.localisation import relevance_mass
 from labn.metrics.insertion_deletion import PatchInsertionDeletion
-from labn.metrics.localisation import need_regions, regions_of
+from labn.metrics.localisation import check_regions, regions_of
 from labn.perturbation.fills import Channels
 from labn.postprocess.regions import Options, threshold
 
@@ -21,7 +21,7 @@ AreaThreshold = Literal["mean", "otsu", "quantile", "absolute"]
 
 
 class ErrorAnalysis(SampleMetric):
-    """Failures and their kinds (C3-LRP, JSAI 2024): of the `n_failures` samples with the lowest ID it counts
+    """Number of failures of each kind among the `n_failures` samples with the lowest ID (C3-LRP, JSAI 2024).
 
     - `insufficient`: the map's area covers less than `low_coverage` of the box;
     - `over`: more than `high_outside` of the area lies outside of the box, and more than `high_coverage` of the box is
@@ -29,34 +29,45 @@ class ErrorAnalysis(SampleMetric):
     - `wrong`: less than `low_mass` of the positive relevance lies in the box, whatever the area;
     - `other`: none of these.
 
-    A failure has one kind, see `labn.metrics.functional.kinds_of_error`. The map's area is where it exceeds a threshold
-    (its mean, as C3 takes it). Per sample it gives `errors_id`, `errors_coverage`, `errors_outside` and `errors_mass`;
-    `compute()` gives the counts, which are of the data set and no means. Masks win over boxes where both are given.
+    A failure has one kind, see `labn.metrics.functional.kinds_of_error`. The map's area is the set of pixels above a
+    threshold (the mean of the map, as in C3). The values per sample are `errors_id`, `errors_coverage`,
+    `errors_outside` and `errors_mass`; `compute()` returns the counts over the data set. Masks take precedence over
+    boxes where both are given.
 
     Args:
-        n_failures: samples that count as failures, those of the lowest ID; 100 in the paper.
-        low_coverage: see above, as for the next three; shares in [0, 1].
-        high_outside: share of the area.
-        high_coverage: share of the box.
-        low_mass: share of the relevance.
+        n_failures: number of samples that count as failures; 100 in the paper.
+        low_coverage: share of the box in [0, 1], see above.
+        high_outside: share of the area in [0, 1].
+        high_coverage: share of the box in [0, 1].
+        low_mass: share of the relevance in [0, 1].
         area_threshold: `mean`, `otsu`, `quantile` or `absolute`, see `labn.postprocess.Options`.
         area_level: the quantile, or the absolute level.
-        step: of ID, see `PatchInsertionDeletion`, as for all further arguments.
-        n_steps: number of steps instead.
-        fill: what removed pixels show.
-        mean: per-channel mean that the images were normalised with.
-        std: likewise the standard deviation.
+        step: pixels per step of ID; this and all further arguments are those of `PatchInsertionDeletion`.
+        n_steps: number of steps in place of `step`.
+        fill: colour of removed pixels.
+        mean: per-channel mean of the images' normalisation.
+        std: per-channel standard deviation of the normalisation.
         bias: image for `fill="bias"`.
         positives_only: leave out samples with label 0.
         correct_only: leave out samples whose label is not the predicted class.
-        score_class: class whose probability is read.
-        seed: of the "uniform" fill.
+        score_class: the scored class, "label", "target" or "predicted".
+        seed: seed of the "uniform" fill.
         chunk_size: inputs per forward.
-        fold: whether the BatchNorm-folded copy may be used.
+        fold: whether forwards may run on a BatchNorm-folded copy.
         precision: "fp32" or "bf16".
 
     Raises:
-        ValueError: a threshold that is no share, no failure asked for, or neither masks nor boxes given.
+        InputError: a threshold outside [0, 1], `n_failures` below 1, or a batch with neither masks nor boxes.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(1, 2, bias=False))
+        >>> _ = model[2].weight.data.copy_(torch.tensor([[4.0], [0.0]]))
+        >>> images, maps = torch.ones(1, 1, 4, 4), torch.arange(16.0).view(1, 4, 4)
+        >>> metric, boxes = ErrorAnalysis(), [torch.tensor([[0.0, 0.0, 4.0, 2.0]])]
+        >>> metric.update(model, images, maps, torch.tensor([0]), torch.tensor([0]), boxes=boxes)
+        >>> {name: int(count) for name, count in metric.compute().items()}
+        {'failures': 1, 'insufficient': 0, 'over': 0, 'wrong': 1, 'other': 0}
     """
 
     counts_samples = True
@@ -110,25 +121,25 @@ class ErrorAnalysis(SampleMetric):
         )
 
     def check_size(self, size: tuple[int, int]) -> None:
-        """As ID."""
+        """Raise InputError where ID cannot score images of this (height, width)."""
         self.insertion_deletion.check_size(size)
 
     def check(self, batch: ScoredBatch) -> None:
-        """Ground truth is needed."""
+        """Raise InputError without masks or boxes."""
         super().check(batch)
-        need_regions(batch, "errors")
+        check_regions(batch, "errors")
 
     def score_batch(self, batch: ScoredBatch) -> SampleScores:
-        """ID, coverage, share outside and relevance mass per sample; with a shared `cache` ID costs no forward."""
+        """ID, coverage, share outside and relevance mass per sample; a shared `cache` supplies the forwards of ID."""
         regions = regions_of(batch).to(batch.maps.device)
-        areas = torch.stack([one > threshold(one, self.area) for one in batch.maps])
+        areas = torch.stack([heat > threshold(heat, self.area) for heat in batch.maps])
         coverage, outside = region_shares(areas, regions)
         scores = self.insertion_deletion.score_batch(batch).values["id"]
         columns = (scores, coverage, outside, relevance_mass(batch.maps, regions))
         return SampleScores(dict(zip(self.names, columns)))
 
     def reduce(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """`failures` and the number of each kind, see `labn.metrics.functional.count_errors`."""
+        """Counts `failures` and one per kind, float64: see `labn.metrics.functional.count_errors`."""
         scores, coverage, outside, mass = (values[name].cpu() for name in self.names)
         counts = count_errors(scores, coverage, outside, mass, self.n_failures, self.thresholds)
         return {name: torch.tensor(float(counts[name]), dtype=torch.float64) for name in ("failures", *KINDS)}

@@ -1,4 +1,4 @@
-"""What metrics share that fill removed pixels and read off one class; and the probability of the bare fill."""
+"""Base of the metrics that score one class on filled images, and the probability of the class on the bare fill."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ SCORE_CLASSES: dict[str, Callable[[ScoredBatch, PerturbationEngine], Tensor]] = 
 }
 
 
-def key_of(argument: str, value: str, options: Mapping[str, object]) -> str:
-    """`value`; ValueError names the argument and what it may be where there is no such option."""
+def checked_option(argument: str, value: str, options: Mapping[str, object]) -> str:
+    """Return `value` if it is a key of `options`, else raise InputError with the name of the argument."""
     if value not in options:
         raise InputError(f"{argument} must be one of {sorted(options)}, got {value!r}.")
     return value
 
 
-def spread(values: Tensor, kept: Tensor, batch: ScoredBatch) -> Tensor:
-    """Values (S, ...) of the samples at `kept` as (B, ...) float64, NaN for the others of the batch."""
+def scatter_to_batch(values: Tensor, scored: Tensor, batch: ScoredBatch) -> Tensor:
+    """Scatter values (S, ...) of the samples at the positions `scored` to (B, ...) float64; NaN for all others."""
     full = values.new_full((len(batch.images), *values.shape[1:]), torch.nan, dtype=torch.float64)
-    full[kept.to(values.device)] = values.double()
+    full[scored.to(values.device)] = values.double()
     return full
 
 
 class FilledMetric(SampleMetric):
-    """Base of the metrics that show a model filled images and read one class of its answer.
+    """Base of the metrics that run the model on filled images and score one class of its output.
 
     Args:
-        names: see `SampleMetric`.
-        fill: what removed pixels show, a name in `labn.perturbation.fills.FILLS`.
-        mean: per-channel mean that the images were normalised with; None: not at all.
-        std: likewise the standard deviation.
+        names: names of the values.
+        fill: colour of removed pixels, a name in `labn.perturbation.fills.FILLS`.
+        mean: per-channel mean of the images' normalisation; None: images in [0, 1].
+        std: per-channel standard deviation of the normalisation; None: images in [0, 1].
         bias: (C, H, W) image in pixel space [0, 1], for `fill="bias"`.
-        positives_only: leave out samples with label 0, which then cost no forward; a list of classes scores those.
+        positives_only: True leaves out samples with label 0, without a forward; a list of classes scores only these.
         correct_only: leave out samples whose label is not the predicted class.
         score_class: "label" (the true class), "target" (the explained one) or "predicted".
         probability: "softmax", "sigmoid" or "logit".
-        seed: of the "uniform" fill and of random ties.
-        chunk_size: inputs per forward, see `PerturbationEngine`; this and the next two shape the engine
+        seed: seed of the "uniform" fill and of random ties.
+        chunk_size: inputs per forward, see `PerturbationEngine`. This and the next two arguments are for the engine
             that is made where no `cache` is given.
-        fold: whether the BatchNorm-folded copy of the model may be used.
+        fold: whether forwards may run on a BatchNorm-folded copy of the model.
         precision: "fp32" or "bf16".
     """
 
@@ -74,41 +74,57 @@ class FilledMetric(SampleMetric):
         **kwargs: Any,
     ) -> None:
         super().__init__(names, **kwargs)
-        self.fill = key_of("fill", fill, FILLS)
+        self.fill = checked_option("fill", fill, FILLS)
         self.fill_options = FillOptions(mean, std, bias, seed=seed)
-        self.score_class = key_of("score_class", score_class, SCORE_CLASSES)
-        self.probability = key_of("probability", probability, PROBABILITIES)
+        self.score_class = checked_option("score_class", score_class, SCORE_CLASSES)
+        self.probability = checked_option("probability", probability, PROBABILITIES)
         self.positives_only, self.correct_only, self.seed = positives_only, correct_only, seed
         self.engine_options = {"chunk_size": chunk_size, "fold": fold, "precision": precision}
 
     def included(self, batch: ScoredBatch) -> Tensor:
-        """(S,) int64 positions of the batch's samples that are scored."""
+        """Positions (S,) int64 of the scored samples in the batch."""
         labels = batch.true_labels
         if isinstance(self.positives_only, bool):
             keep = labels > 0 if self.positives_only else torch.ones_like(labels, dtype=torch.bool)
         else:
             keep = torch.isin(labels, torch.tensor(list(self.positives_only), device=labels.device))
+        # The predictions need a forward of the whole batch, which a batch without candidates does without.
         if self.correct_only and bool(keep.any()):
             keep &= labels == batch.predicted(batch.engine(**self.engine_options))
         return keep.nonzero().squeeze(1)
 
     def classes(self, batch: ScoredBatch, engine: PerturbationEngine) -> Tensor:
-        """(B,) the class of each sample whose probability is scored."""
+        """Scored class (B,) of each sample."""
         return SCORE_CLASSES[self.score_class](batch, engine)
 
     def filling(self, batch: ScoredBatch, name: str | None = None) -> Tensor:
-        """The substrate of a batch, broadcastable to its images; `name` instead of the metric's fill."""
+        """Fill of a batch, broadcastable to its images.
+
+        Args:
+            batch: the batch.
+            name: a name in `FILLS`; None: the metric's own.
+        """
         return fill_with(name or self.fill, batch.images, replace(self.fill_options, indices=batch.indices))
 
     def of_class(self, logits: Tensor, classes: Tensor, probability: str | None = None) -> Tensor:
-        """`class_probability` (S, K) of logits (S, K, num_classes), read as the metric does where None is given."""
+        """`class_probability` (S, K) of logits (S, K, num_classes); None: the metric's own `probability`."""
         return class_probability(logits, classes, probability or self.probability)
 
 
 class FillProbability(FilledMetric):
-    """Probability of the class on the bare fill, p(c | b): where an insertion curve starts.
+    """Probability p(c | b) of the class on the bare fill b, the start of an insertion curve.
 
-    On a two-class model it can be anything between 0 and 1, so it belongs beside every insertion-deletion figure.
+    On a two-class model it can have any value from 0 to 1, so that insertion and deletion are read beside it. The
+    arguments are those of `FilledMetric`.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(1, 2, bias=False))
+        >>> _ = model[2].weight.data.copy_(torch.tensor([[4.0], [0.0]]))
+        >>> images, maps = torch.ones(1, 1, 4, 4), torch.arange(16.0).view(1, 4, 4)
+        >>> target, index = torch.tensor([0]), torch.tensor([0])
+        >>> FillProbability(fill="black").score(model, images, maps, target, index)
+        {'fill_probability': tensor([0.5000], dtype=torch.float64)}
     """
 
     higher_is_better = False
@@ -135,11 +151,11 @@ class FillProbability(FilledMetric):
         )  # fmt: skip
 
     def score_batch(self, batch: ScoredBatch) -> SampleScores:
-        """One forward per batch where the fill does not depend on the image."""
-        kept = self.included(batch)
+        """Score a batch; a fill that does not depend on the image costs one forward per batch."""
+        scored = self.included(batch)
         values = batch.images.new_empty(0)
-        if len(kept):
+        if len(scored):
             engine = batch.engine(**self.engine_options)
-            logits = engine.filled(self.filling(batch))[kept, None]
-            values = self.of_class(logits, self.classes(batch, engine)[kept])[:, 0]
-        return SampleScores({"fill_probability": spread(values, kept, batch)})
+            logits = engine.filled(self.filling(batch))[scored, None]
+            values = self.of_class(logits, self.classes(batch, engine)[scored])[:, 0]
+        return SampleScores({"fill_probability": scatter_to_batch(values, scored, batch)})

@@ -1,4 +1,4 @@
-"""Skill of a classifier's forecasts, with intervals that draw whole groups (days) of samples."""
+"""Skill of a classifier's forecasts, with bootstrap intervals that resample whole groups (days)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from labn.metrics.functional.forecast import (
 )
 from labn.metrics.statistics import bootstrap_sums
 
-# Functions of the sums (R, 5 + K) of hits, misses, false alarms, rejections, Brier terms and samples per class.
+# Functions of sums (R, 5 + K): hits, misses, false alarms, rejections, Brier terms, and samples of each of K classes.
+# A bootstrap resample changes only the sums, so that the statistics need no second look at the samples.
 STATISTICS: dict[str, Callable[[Tensor], Tensor]] = {
     "tss": lambda sums: true_skill_statistic(*sums[:, :4].unbind(1)),
     "brier_skill": lambda sums: brier_skill_score(sums[:, 4], sums[:, 5:]),
@@ -34,6 +35,15 @@ class ForecastSkill(SampleRows):
         positive: classes that count as an event for the true skill statistic; None: all but the first.
         n_resamples: of the bootstrap; 0 for no intervals.
         kwargs: of `torchmetrics.Metric`.
+
+    Example:
+        >>> metric = ForecastSkill(num_classes=2)
+        >>> logits, labels = torch.tensor([[9.0, 0.0], [0.0, 9.0], [0.0, 9.0]]), torch.tensor([0, 1, 0])
+        >>> metric.update(logits, labels, indices=torch.arange(3))
+        >>> skill = metric.compute()
+        >>> skill["tss"], skill["confusion"]
+        (tensor(0.5000, dtype=torch.float64), tensor([[1, 1],
+                [0, 1]]))
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Insertion, deletion and their difference on patches: ID and PID."""
+"""Insertion, deletion and their difference on patches: the metrics ID and PID."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from labn.errors import InputError
 from labn.metrics.base import SampleScores, ScoredBatch
-from labn.metrics.filled import FilledMetric, key_of, spread
+from labn.metrics.filled import FilledMetric, checked_option, scatter_to_batch
 from labn.metrics.functional.insertion_deletion import (
     AREAS,
     PROTOCOLS,
@@ -27,46 +27,56 @@ VALUES = ("insertion", "deletion", "pid", "fill_probability")
 class PatchInsertionDeletion(FilledMetric):
     """Patch insertion-deletion (JSAI 2022, eq. 7-9; ACCV 2022): PID = AUC(insertion) - AUC(deletion); m = 1 is ID.
 
-    Patches are ordered by the map's maximum inside. Insertion shows the image's first n patches on the fill b, deletion
-    the image without them: i_n = p on A_n, b elsewhere; d_n = b on A_n, p elsewhere. The curves are the probability of
-    a class over the fraction of patches moved; the area is the trapezoid's. PID lies in [-1, 1]; an uninformative map
-    expects 0 under `protocol="paper"` (exactly where the step divides the number of patches; a shorter last step weighs
-    insertion's end less than deletion's beginning), and more than 0 under `"official"`, whose figures do not compare
-    across m.
+    Patches are ordered by the maximum of the map in each patch; A_n are the first n patches. Insertion shows
+    i_n = p on A_n, b elsewhere; deletion shows d_n = b on A_n, p elsewhere, with the image p and the fill b. A curve is
+    the probability of a class over the fraction of moved patches, and its area is the trapezoid rule's.
 
-    `compute()` gives the means of `insertion`, `deletion`, `pid` and `fill_probability` (of the bare fill: on a
-    two-class model it can be anything). `score` names its values for files: `pid16`, `insertion16@official`, ... and
-    `id` for m = 1. `curves` gives the whole curves.
+    PID lies in [-1, 1]. Under `protocol="paper"` the expected PID of an uninformative map is 0, exactly where the step
+    divides the number of patches (a shorter last step weighs the end of insertion less than the beginning of deletion).
+    Under `"official"` the expectation lies above 0, and figures of different m do not compare.
+
+    `compute()` returns the means of `insertion`, `deletion`, `pid` and `fill_probability`. `score` returns values under
+    their names in files: `pid16`, `insertion16@official`, ... and `id` for m = 1. `curves` returns the whole curves.
 
     Args:
         patch_size: m in pixels; patches at the right and lower edge are smaller where m does not divide the size.
-        step: patches per step; None: the released table where it has the size, else about N / 100.
-        protocol: "paper", or "official" to reproduce the released code: thresholds, one patch too many, no point at
-            n = 0, the last point repeated, equally spaced x whatever was moved. It needs square images that m divides.
-        ties: "fraction": tied patches enter together and x is the fraction really moved; "stable": raster order;
-            "random": seeded order; "threshold": together like "fraction", but x goes on by the nominal step, the
-            artefact of the released code alone: a constant map scores (1 - s / N) (p(c | x) - p(c | b)).
-        fill: what removed pixels show, a name in `labn.perturbation.fills.FILLS`.
-        mean: per-channel mean that the images were normalised with; None: not at all.
-        std: likewise the standard deviation.
-        positives_only: leave out samples with label 0; a list of classes scores those.
+        step: s, patches per step; None: the released code's table where it has the size, else about N / 100.
+        protocol: "paper", or "official" for the released code: one patch too many at every point, no point at n = 0,
+            the last point repeated, equally spaced x. It needs square images whose side m divides.
+        ties: "fraction" moves tied patches together, and x is the moved fraction; "stable" takes raster order; "random"
+            a seeded order; "threshold" moves them together but advances x by the nominal step, which is this artefact
+            of the released code alone: a constant map then scores (1 - s / N) (p(c | x) - p(c | b)).
+        fill: colour of removed pixels, a name in `labn.perturbation.fills.FILLS`.
+        mean: per-channel mean of the images' normalisation; None: images in [0, 1].
+        std: per-channel standard deviation of the normalisation; None: images in [0, 1].
+        positives_only: True leaves out samples with label 0; a list of classes scores only these.
         correct_only: leave out samples whose label is not the predicted class.
         bias: (C, H, W) image in pixel space [0, 1], for `fill="bias"`.
         score_class: "label" (the true class), "target" (the explained one) or "predicted".
-        pooling: "max", "mean" or "sum" over a patch.
-        n_steps: number of steps instead of `step`: step = ceil(N / n_steps).
-        deletion_fill: another fill for deletion (RISE: `fill="blur"`, `deletion_fill="mean"`); None: the same.
+        pooling: importance of a patch, the "max", "mean" or "sum" of its pixels.
+        n_steps: number of steps in place of `step`: step = ceil(N / n_steps).
+        deletion_fill: fill of deletion (RISE: `fill="blur"`, `deletion_fill="mean"`); None: `fill`.
         probability: "softmax", "sigmoid" or "logit".
-        area: of a curve, "trapezoid" or "mean" of its points, which ties do not move: see
-            `labn.metrics.functional.mean_height`.
-        seed: of the "uniform" fill and of "random" ties.
-        chunk_size: inputs per forward; see `PerturbationEngine`. This and the next two shape the engine
-            that is made where `cache` is not given.
-        fold: whether the BatchNorm-folded copy of the model may be used.
+        area: "trapezoid", or "mean" of the points: see `labn.metrics.functional.mean_height`.
+        seed: seed of the "uniform" fill and of "random" ties.
+        chunk_size: inputs per forward, see `PerturbationEngine`. This and the next two arguments are for the engine
+            that is made where no `cache` is given.
+        fold: whether forwards may run on a BatchNorm-folded copy of the model.
         precision: "fp32" or "bf16".
 
     Raises:
-        ValueError: an argument outside its range, `step` and `n_steps` together, or `ties` with `protocol="official"`.
+        InputError: an argument outside its range, `step` and `n_steps` together, or `ties` with `protocol="official"`.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(1, 2, bias=False))
+        >>> _ = model[2].weight.data.copy_(torch.tensor([[4.0], [0.0]]))
+        >>> images, maps = torch.zeros(1, 1, 4, 4), torch.arange(16.0).view(1, 4, 4)
+        >>> images[..., 2:, 2:] = 1.0
+        >>> target, index = torch.tensor([0]), torch.tensor([0])
+        >>> metric = PatchInsertionDeletion(patch_size=2, step=1, probability="logit")
+        >>> metric.score(model, images, maps, target, index)["pid2"]
+        tensor([0.7500], dtype=torch.float64)
     """
 
     def __init__(
@@ -100,43 +110,43 @@ class PatchInsertionDeletion(FilledMetric):
             names, fill, mean, std, bias, positives_only, correct_only, score_class, probability, seed, chunk_size,
             fold, precision, **kwargs,
         )  # fmt: skip
-        given = [number for number in (step, n_steps, patch_size) if number is not None]
-        if len(given) == 3 or min(given) < 1:
+        numbers = [number for number in (step, n_steps, patch_size) if number is not None]
+        if len(numbers) == 3 or min(numbers) < 1:
             raise InputError(f"give step or n_steps, not both, and above 0: {step=}, {n_steps=}, {patch_size=}.")
         if protocol == "official" and ties != "fraction":
             raise InputError(f"protocol='official' lets ties enter together: leave ties at 'fraction', got {ties!r}.")
         self.patch_size, self.step, self.n_steps = patch_size, step, n_steps
-        self.protocol = key_of("protocol", protocol, PROTOCOLS)
-        self.ties = key_of("ties", ties, TIES)
-        self.pooling = key_of("pooling", pooling, POOLINGS)
-        self.area = key_of("area", area, AREAS)
-        self.deletion_fill = key_of("deletion_fill", deletion_fill or fill, FILLS)
+        self.protocol = checked_option("protocol", protocol, PROTOCOLS)
+        self.ties = checked_option("ties", ties, TIES)
+        self.pooling = checked_option("pooling", pooling, POOLINGS)
+        self.area = checked_option("area", area, AREAS)
+        self.deletion_fill = checked_option("deletion_fill", deletion_fill or fill, FILLS)
 
     def counts(self, size: tuple[int, int]) -> Tensor:
-        """(K,) int64 numbers of patches moved, for images of this (height, width); see `patch_counts`."""
+        """Numbers of moved patches (K,) int64 for images of this (height, width); see `patch_counts`."""
         rows, columns = patch_grid(size, self.patch_size)
         step = -(-rows * columns // self.n_steps) if self.n_steps else self.step
         return patch_counts(size, self.patch_size, step, self.protocol)
 
     @property
     def revision(self) -> int:
-        """1 where means of curves are taken at places that ties do not move, as they were not before."""
+        """1 for `area="mean"` with `ties="fraction"`, whose values changed when ties stopped moving the points."""
         return int(self.area == "mean" and self.ties == "fraction")
 
     def check_size(self, size: tuple[int, int]) -> None:
-        """Raise ValueError where images of this (height, width) have no such patches, or do not fit the protocol."""
+        """Raise InputError where images of this (height, width) are smaller than a patch or do not fit the protocol."""
         self.counts(size)
 
     def curves(self, *args: Any, **kwargs: Any) -> InsertionDeletionCurves:
-        """Curves of the S scored samples; arguments as in `score`."""
+        """Insertion and deletion curves of the S scored samples; arguments as in `score`."""
         return self._curves(ScoredBatch(*args, **kwargs))
 
     def _curves(self, batch: ScoredBatch) -> InsertionDeletionCurves:
         images = batch.images
         counts, scored = self.counts((images.shape[-2], images.shape[-1])), self.included(batch)
         if len(scored) == 0:
-            nothing = images.new_zeros(0, len(counts), dtype=torch.float64)
-            return InsertionDeletionCurves(scored, counts, nothing, nothing, nothing, nothing[:, 0], nothing)
+            empty = images.new_zeros(0, len(counts), dtype=torch.float64)
+            return InsertionDeletionCurves(scored, counts, empty, empty, empty, empty[:, 0], empty)
         engine = batch.engine(**self.engine_options)
         return insertion_deletion_curves(
             engine,
@@ -153,27 +163,33 @@ class PatchInsertionDeletion(FilledMetric):
         )
 
     def score_batch(self, batch: ScoredBatch) -> SampleScores:
-        """Areas of a batch by their names in files, and the curves that they are the areas of."""
+        """Score a batch: areas by their names in files, and the curves."""
         curves = self._curves(batch)
         areas = curves.areas(self.area)
-        values = {name: spread(areas[value], curves.samples, batch) for name, value in zip(self.names, VALUES)}
+        values = {
+            name: scatter_to_batch(areas[value], curves.samples, batch) for name, value in zip(self.names, VALUES)
+        }
         lines = {"x": curves.x, "insertion": curves.insertion, "deletion": curves.deletion}
         return SampleScores(values, lines, curves.samples)
 
     def steps(self, maps: Tensor, indices: Tensor) -> Tensor:
-        """First point k of the curve at which each patch has moved: (B, rows, columns) int64; K where it never does.
+        """First point k of the curve at which each patch has moved.
 
         Args:
             maps: (B, H, W), at the images' size.
             indices: (B,) int64 positions in the data set, for random ties.
+
+        Returns:
+            (B, rows, columns) int64; K for a patch that never moves.
         """
         size = (maps.shape[-2], maps.shape[-1])
         counts = self.counts(size).to(maps.device)
         ranks = self._ranks(maps, indices.to(maps.device))
+        # A patch of rank r has moved at the first point whose count exceeds r.
         return torch.searchsorted(counts, ranks, right=True).unflatten(1, patch_grid(size, self.patch_size))
 
     def compute(self) -> dict[str, Tensor]:
-        """Means `insertion`, `deletion`, `pid` and `fill_probability` over the samples that are scored, float64."""
+        """Means of `insertion`, `deletion`, `pid` and `fill_probability` over the scored samples, float64."""
         return dict(zip(VALUES, super().compute().values()))
 
     def _ranks(self, maps: Tensor, indices: Tensor) -> Tensor:

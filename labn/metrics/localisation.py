@@ -18,14 +18,14 @@ from labn.metrics.functional.localisation import (
 )
 
 
-def need_regions(batch: ScoredBatch, name: str) -> None:
-    """Raise ValueError naming the metric `name` where a batch has neither masks nor boxes."""
+def check_regions(batch: ScoredBatch, name: str) -> None:
+    """Raise InputError with the metric's name where a batch has neither masks nor boxes."""
     if batch.masks is None and batch.boxes is None:
         raise InputError(f"metric {name!r} compares with ground truth: it needs masks= or boxes=.")
 
 
 def regions_of(batch: ScoredBatch) -> Tensor:
-    """Ground truth (B, H, W) bool of a batch: its masks, else the union of each sample's boxes."""
+    """Ground-truth regions (B, H, W) bool of a batch: the masks, or else the union of each sample's boxes."""
     if batch.masks is not None:
         return batch.masks
     assert batch.boxes is not None
@@ -33,9 +33,10 @@ def regions_of(batch: ScoredBatch) -> Tensor:
 
 
 class LocalisationMetric(SampleMetric):
-    """A function of map and region per sample; a sample whose region is empty is left out.
+    """Base of the metrics that compare a map with a region; samples with an empty region are left out.
 
-    Subclasses call the functional twin, which states the equation. Masks win over boxes where both are given.
+    Subclasses call the function of `labn.metrics.functional` that states the equation. Masks take precedence over boxes
+    where both are given.
     """
 
     name: ClassVar[str]
@@ -46,20 +47,29 @@ class LocalisationMetric(SampleMetric):
 
     @abstractmethod
     def compare(self, maps: Tensor, masks: Tensor) -> Tensor:
-        """(B, H, W), (B, H, W) bool -> (B,) float64."""
+        """Score maps (B, H, W) against masks (B, H, W) bool: (B,) float64."""
 
     def check(self, batch: ScoredBatch) -> None:
-        """Ground truth is needed."""
+        """Raise InputError without masks or boxes."""
         super().check(batch)
-        need_regions(batch, self.name)
+        check_regions(batch, self.name)
 
     def score_batch(self, batch: ScoredBatch) -> SampleScores:
-        """Values of a batch."""
+        """Score a batch; the model is not run."""
         return SampleScores({self.name: self.compare(batch.maps, regions_of(batch).to(batch.maps.device))})
 
 
 class RelevanceMass(LocalisationMetric):
-    """Share of the positive relevance that lies inside the region: `labn.metrics.functional.relevance_mass`."""
+    """Share of the positive relevance inside the region: see `labn.metrics.functional.relevance_mass`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> maps, masks = torch.tensor([[[3.0, 2.0], [1.0, 0.0]]]), torch.tensor([[[False, True], [True, False]]])
+        >>> images, target, index = torch.zeros(1, 1, 2, 2), torch.tensor([0]), torch.tensor([0])
+        >>> RelevanceMass().score(nn.Identity(), images, maps, target, index, masks=masks)
+        {'mass': tensor([0.5000], dtype=torch.float64)}
+    """
 
     name = "mass"
 
@@ -69,7 +79,16 @@ class RelevanceMass(LocalisationMetric):
 
 
 class PointingGame(LocalisationMetric):
-    """Whether the map's maximum lies inside the region: `labn.metrics.functional.pointing_game`."""
+    """Pointing game, 1 where the map's maximum lies in the region: see `labn.metrics.functional.pointing_game`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> maps, masks = torch.tensor([[[3.0, 2.0], [1.0, 0.0]]]), torch.tensor([[[False, True], [True, False]]])
+        >>> images, target, index = torch.zeros(1, 1, 2, 2), torch.tensor([0]), torch.tensor([0])
+        >>> PointingGame().score(nn.Identity(), images, maps, target, index, masks=masks)
+        {'pointing': tensor([0.], dtype=torch.float64)}
+    """
 
     name = "pointing"
 
@@ -79,7 +98,16 @@ class PointingGame(LocalisationMetric):
 
 
 class RelevanceRank(LocalisationMetric):
-    """Share of the region's size in top pixels that lies inside: `labn.metrics.functional.relevance_rank`."""
+    """Share of the |region| highest pixels inside the region: see `labn.metrics.functional.relevance_rank`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> maps, masks = torch.tensor([[[3.0, 2.0], [1.0, 0.0]]]), torch.tensor([[[False, True], [True, False]]])
+        >>> images, target, index = torch.zeros(1, 1, 2, 2), torch.tensor([0]), torch.tensor([0])
+        >>> RelevanceRank().score(nn.Identity(), images, maps, target, index, masks=masks)
+        {'rank': tensor([0.5000], dtype=torch.float64)}
+    """
 
     name = "rank"
 
@@ -89,7 +117,16 @@ class RelevanceRank(LocalisationMetric):
 
 
 class MapAUROC(LocalisationMetric):
-    """The map as a detector of the region's pixels: `labn.metrics.functional.map_auroc`."""
+    """Area under the ROC curve of the map as a detector of region pixels: see `labn.metrics.functional.map_auroc`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> maps, masks = torch.tensor([[[3.0, 2.0], [1.0, 0.0]]]), torch.tensor([[[False, True], [True, False]]])
+        >>> images, target, index = torch.zeros(1, 1, 2, 2), torch.tensor([0]), torch.tensor([0])
+        >>> MapAUROC().score(nn.Identity(), images, maps, target, index, masks=masks)
+        {'auroc': tensor([0.5000], dtype=torch.float64)}
+    """
 
     name = "auroc"
 

@@ -1,4 +1,4 @@
-"""Model-parameter randomisation: does an explanation change when the model no longer knows anything?"""
+"""Model-parameter randomisation test: similarity of a map to the map of the model with random weights."""
 
 from __future__ import annotations
 
@@ -10,26 +10,34 @@ from torch import Tensor
 from labn.errors import InputError
 from labn.inference.hooks import recording_calls
 from labn.inference.randomised_copy import randomised_copies
-from labn.metrics.base import SampleMetric, SampleScores, ScoredBatch, need_explainer
+from labn.metrics.base import SampleMetric, SampleScores, ScoredBatch, check_explainer
 from labn.metrics.functional.similarity import rank_correlation
 
 
 class Randomisation(SampleMetric):
-    """Similarity of the map to the one that the same explainer makes of a randomised copy (Adebayo et al. 2018).
+    """Similarity of the map to the map of a model with random weights, by the same explainer (Adebayo et al. 2018).
 
-    The similarity is Spearman's rank correlation of the pixels, in [-1, 1]; 1 says that the explanation has nothing to
-    do with the model's weights (the rows `random` and `constant` have exactly 1). The model is never changed.
-
-    Each stage costs one explanation per sample.
+    The similarity is Spearman's rank correlation of the pixels, in [-1, 1]. At 1 the explanation does not depend on
+    the weights; the explainers `random` and `constant` have exactly 1. Copies of the model are randomised and the model
+    itself does not change. The cost is one explanation per sample and stage.
 
     Args:
-        n_stages: 1 randomises all layers at once; more randomise them cumulatively from the output to the input, in
-            that many groups, and the value is the mean over the stages (the cascade of the paper).
-        absolute: compare absolute values, for methods whose sign carries no meaning.
-        seed: of the random weights.
+        n_stages: 1 randomises all layers at once. A larger number randomises the layers cumulatively from the output to
+            the input in that many groups, and the value is the mean over the groups (the paper's cascade).
+        absolute: whether absolute values are compared, for methods whose sign carries no meaning.
+        seed: seed of the random weights.
 
     Raises:
-        ValueError: no stage.
+        InputError: `n_stages` below 1, or a model whose copy would run modules of the model itself.
+
+    Example:
+        >>> from torch import nn
+        >>> from labn.explainers import explainer_by_name
+        >>> model, images = nn.Sequential(nn.Flatten(), nn.Linear(16, 2)), torch.ones(1, 1, 4, 4)
+        >>> explainer, target, index = explainer_by_name("random"), torch.tensor([0]), torch.tensor([0])
+        >>> maps = explainer(model, images, target, index)
+        >>> Randomisation().score(model, images, maps, target, index, explainer=explainer)
+        {'randomisation': tensor([1.], dtype=torch.float64)}
     """
 
     higher_is_better = False
@@ -41,20 +49,22 @@ class Randomisation(SampleMetric):
         self.n_stages, self.absolute, self.seed = n_stages, absolute, seed
 
     def check(self, batch: ScoredBatch) -> None:
-        """An explainer is needed."""
+        """Raise InputError without an explainer."""
         super().check(batch)
-        need_explainer(batch, "randomisation", "explains a randomised copy of the model")
+        check_explainer(batch, "randomisation", "explains a randomised copy of the model")
 
     def score_batch(self, batch: ScoredBatch) -> SampleScores:
-        """Values of a batch: one explanation per stage."""
+        """Score a batch with one explanation per stage."""
         values = []
         for network in randomised_copies(batch.model, self.seed, self.n_stages):
-            with recording_calls(batch.model) as heard:
+            # A deep copy does not reach modules that a closure holds; their calls show up on the original model.
+            with recording_calls(batch.model) as original_calls:
                 maps = batch.explainer(network, batch.images, batch.targets, batch.indices)
-            if heard:
+            if original_calls:
                 raise InputError(
                     f"randomisation: a copy of {type(batch.model).__name__} runs the model's own "
-                    f"{type(heard[0]).__name__}, as an attribute of it is a function that holds it; make that a method."
+                    f"{type(original_calls[0]).__name__}, because an attribute of it is a function that holds it; "
+                    "make that function a method."
                 )
             values.append(rank_correlation(self._compared(batch.maps.to(maps)), self._compared(maps)))
         return SampleScores({"randomisation": torch.stack(values).mean(0)})

@@ -1,4 +1,4 @@
-"""Metrics by the names that files and command lines use: `pid16@official`, `id`, `mass`, ..."""
+"""Registry of metrics by the names in files and on command lines: `pid16@official`, `id`, `mass`, ..."""
 
 from __future__ import annotations
 
@@ -23,13 +23,18 @@ from labn.metrics.sparseness import Sparseness
 
 @dataclass(frozen=True)
 class MetricEntry:
-    """One family of names.
+    """One family of metric names.
 
     Attributes:
-        pattern: regular expression that the whole name matches.
-        metric: the class; of the shared settings it gets those that its constructor takes.
-        arguments: match -> the constructor arguments that the name itself says.
-        examples: names offered where an unknown one is near.
+        pattern: regular expression that matches the whole name.
+        metric: the metric's class, which receives those of the shared settings that its constructor has.
+        arguments: match -> constructor arguments that the name contains.
+        examples: names to suggest for a similar unknown name.
+
+    Example:
+        >>> entry = MetricEntry(r"gini", Sparseness, lambda match: {}, ("gini",))
+        >>> bool(re.fullmatch(entry.pattern, "gini"))
+        True
     """
 
     pattern: str
@@ -39,7 +44,7 @@ class MetricEntry:
 
     @property
     def parameters(self) -> set[str]:
-        """Names that the constructor takes."""
+        """Names of the constructor's arguments."""
         return set(inspect.signature(self.metric).parameters) - {"kwargs"}
 
 
@@ -54,7 +59,7 @@ _SUFFIXES: dict[str, dict[str, str]] = {
 _PATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
-def _nothing(match: re.Match[str]) -> dict[str, Any]:
+def _no_arguments(match: re.Match[str]) -> dict[str, Any]:
     return {}
 
 
@@ -86,81 +91,117 @@ _PERCENTAGE_EXAMPLES = tuple(f"pctin{form}{q}" for form in ("", *(f"_{form}" for
 REGISTRY: list[MetricEntry] = [
     MetricEntry(r"id" + _SUFFIX, PatchInsertionDeletion, _pixel_wise, tuple(f"id{suffix}" for suffix in _SUFFIXES)),
     MetricEntry(_FAMILY + _SUFFIX, PatchInsertionDeletion, _insertion_deletion, _FAMILY_EXAMPLES),
-    MetricEntry(r"fill_probability", FillProbability, _nothing, ("fill_probability",)),
-    MetricEntry(r"pctin", PercentageIn, _nothing, ("pctin",)),
+    MetricEntry(r"fill_probability", FillProbability, _no_arguments, ("fill_probability",)),
+    MetricEntry(r"pctin", PercentageIn, _no_arguments, ("pctin",)),
     MetricEntry(_PERCENTAGE, PercentageIn, _percentage_in, _PERCENTAGE_EXAMPLES),
-    MetricEntry(r"randomisation", Randomisation, _nothing, ("randomisation",)),
-    MetricEntry(r"sparseness", Sparseness, _nothing, ("sparseness",)),
-    MetricEntry(r"average_drop", AverageDrop, _nothing, ("average_drop",)),
-    MetricEntry(r"percent_increase", PercentIncrease, _nothing, ("percent_increase",)),
-    MetricEntry(r"adcc", ADCC, _nothing, ("adcc",)),
-    MetricEntry(r"errors", ErrorAnalysis, _nothing, ("errors",)),
-    *(MetricEntry(m.name, m, _nothing, (m.name,)) for m in (RelevanceMass, PointingGame, RelevanceRank, MapAUROC)),
+    MetricEntry(r"randomisation", Randomisation, _no_arguments, ("randomisation",)),
+    MetricEntry(r"sparseness", Sparseness, _no_arguments, ("sparseness",)),
+    MetricEntry(r"average_drop", AverageDrop, _no_arguments, ("average_drop",)),
+    MetricEntry(r"percent_increase", PercentIncrease, _no_arguments, ("percent_increase",)),
+    MetricEntry(r"adcc", ADCC, _no_arguments, ("adcc",)),
+    MetricEntry(r"errors", ErrorAnalysis, _no_arguments, ("errors",)),
+    *(MetricEntry(m.name, m, _no_arguments, (m.name,)) for m in (RelevanceMass, PointingGame, RelevanceRank, MapAUROC)),
 ]
 
 
 def register_metric(entry: MetricEntry) -> None:
-    """Add a family of names."""
+    """Add a family of names to the registry.
+
+    Args:
+        entry: the family; a name that several patterns match belongs to the first of them.
+
+    Example:
+        >>> register_metric(MetricEntry(r"gini", Sparseness, lambda match: {}, ("gini",)))
+        >>> type(metric_by_name("gini")).__name__
+        'Sparseness'
+        >>> _ = REGISTRY.pop()
+    """
     REGISTRY.append(entry)
 
 
 def metric_by_name(name: str, **shared: Any) -> SampleMetric:
-    """The metric of a name.
+    """Build the metric of a name.
 
     Args:
-        name: `id`, `pid<m>`, `insertion<m>`, `deletion<m>`, each also with `@official`, `@stable`,
-            `@random` (a seeded order of ties) or `@threshold` (the released code's handling of ties alone);
-            `fill_probability`; `average_drop`, `percent_increase`, `adcc`; `pctin_prob<q>`, `pctin_logit<q>`,
-            `pctin_ratio<q>` for a percentage q, `pctin<q>` (the logit) and `pctin` (all three at 5, 10, 20, 25 and 50
-            from one curve);
-            `mass`, `pointing`, `rank`, `auroc`, `errors`; `randomisation`, `sparseness`; and what else is registered.
-        shared: settings for all metrics, such as `mean`, `std`, `fill`; each metric takes those it knows.
+        name: one of
+
+            - `id`, `pid<m>`, `insertion<m>`, `deletion<m>`, each also with the suffix `@official`, `@stable`, `@random`
+              (a seeded order of ties) or `@threshold` (the released code's handling of ties alone);
+            - `fill_probability`, `average_drop`, `percent_increase`, `adcc`;
+            - `pctin_prob<q>`, `pctin_logit<q>`, `pctin_ratio<q>` for a percentage q, `pctin<q>` (the logit), and
+              `pctin` (all three at 5, 10, 20, 25 and 50 % from one curve);
+            - `mass`, `pointing`, `rank`, `auroc`, `errors`, `randomisation`, `sparseness`;
+            - a name of a family that `register_metric` added.
+        shared: settings for all metrics, such as `mean`, `std`, `fill`; each metric receives those it has.
 
     Returns:
-        A new metric; `values_named` says which of its values the name stands for.
+        A new metric; `values_named` lists the values that the name refers to.
 
     Raises:
-        ValueError: no metric has this name; the message lists the near ones.
-        TypeError: a setting that no metric knows.
+        InputError: an unknown name; the message lists similar ones.
+        InputTypeError: a setting that no metric has.
+
+    Example:
+        >>> metric_by_name("pid16@official", fill="black").names
+        ('insertion16@official', 'deletion16@official', 'pid16@official', 'fill_probability')
     """
     for setting in shared:
         if not any(setting in entry.parameters for entry in REGISTRY):
             raise InputTypeError(f"no metric has a setting {setting!r}.")
     entry, arguments = _entry_of(name)
-    known = {key: value for key, value in shared.items() if key in entry.parameters}
-    return entry.metric(**{**known, **arguments})
+    settings = {key: value for key, value in shared.items() if key in entry.parameters}
+    # The name comes last: `pid8` keeps its patch size where a shared setting has another one.
+    return entry.metric(**{**settings, **arguments})
 
 
 def check_settings(names: Sequence[str], settings: Iterable[str]) -> None:
-    """Raise TypeError for a setting without effect: none of these metrics knows it, or their names say it already.
+    """Check that every setting has an effect on at least one metric.
 
     Args:
-        names: as for `metric_by_name`.
+        names: metric names, see `metric_by_name`.
         settings: names of constructor arguments.
+
+    Raises:
+        InputTypeError: a setting that none of the metrics has, or that all their names contain already.
+
+    Example:
+        >>> check_settings(["pid16", "mass"], ["fill"])
     """
     entries = [_entry_of(name) for name in names]
     for setting in settings:
         takers = [arguments for entry, arguments in entries if setting in entry.parameters]
         if all(setting in arguments for arguments in takers):
-            why = "say it by their names" if takers else "have no such setting"
-            raise InputTypeError(f"{setting!r} would do nothing: the metrics {', '.join(names)} {why}.")
+            why = "contain it in their names" if takers else "have no such setting"
+            raise InputTypeError(f"{setting!r} would have no effect: the metrics {', '.join(names)} {why}.")
 
 
 def _entry_of(name: str) -> tuple[MetricEntry, dict[str, Any]]:
-    """The family that a name belongs to, and the arguments that the name says."""
+    """The family of a name, and the constructor arguments that the name contains."""
     for entry in REGISTRY:
         match = re.fullmatch(entry.pattern, name)
         if match:
             return entry, entry.arguments(match)
     examples = [example for entry in REGISTRY for example in entry.examples]
     near = difflib.get_close_matches(name, examples, n=5, cutoff=0.4) or examples
-    raise InputError(f"unknown metric {name!r}; near names: {', '.join(near)}.")
+    raise InputError(f"unknown metric {name!r}; similar names: {', '.join(near)}.")
 
 
 def values_named(name: str, metric: SampleMetric) -> dict[str, str]:
-    """What the name asks for among the metric's values, by the names to report them under.
+    """Values of a metric that a name refers to.
 
-    The value called so (`pid1` is `id`); else, for a family such as `pctin`, every value under its own name.
+    A name of one value, such as `pid16`, refers to that value (`pid1` to `id`). A name of a group, such as `pctin`,
+    refers to all values of the metric.
+
+    Args:
+        name: the name that built the metric.
+        metric: the metric.
+
+    Returns:
+        Name to report -> name of the value in `metric.names`.
+
+    Example:
+        >>> values_named("pid16", metric_by_name("pid16"))
+        {'pid16': 'pid16'}
     """
     canonical = re.sub(r"^pid1(?=@|$)", "id", name)
     return {name: canonical} if canonical in metric.names else {value: value for value in metric.names}

@@ -68,5 +68,5 @@ def test_stored_maps_of_any_shape_are_read_bit_by_bit(tmp_path_factory, count, h
 
 
 def test_zero_images_raise():
-    with pytest.raises(ValueError, match="images holds no image; give at least one"):
+    with pytest.raises(ValueError, match="images is an empty batch; give at least one"):
         evaluate(Bright(), torch.zeros(0, 3, 8, 8), torch.zeros(0, 8, 8), metrics=["pid4"], mean=None, std=None)

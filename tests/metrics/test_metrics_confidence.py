@@ -47,13 +47,13 @@ class Counted(Wavy):
         return super().forward(x)
 
 
-def test_drop_and_increase_in_percent():
+def test_drop_and_increase_are_in_percent():
     whole, shown = torch.tensor([0.5, 0.5, 0.2, 0.0]), torch.tensor([0.25, 0.75, 0.2, 0.1])
     assert confidence_drop(whole, shown).tolist() == [50, 0, 0, 0]
     assert confidence_increase(whole, shown).tolist() == [0, 100, 0, 100]
 
 
-def test_increase_is_no_rounding_and_nan_where_there_is_no_answer():
+def test_increase_ignores_rounding_and_keeps_nan():
     whole = torch.tensor([0.5, 0.5, torch.nan, 0.5], dtype=torch.float64)
     shown = torch.tensor([0.5 + 1e-7, 0.5 + 1e-5, 0.5, torch.nan], dtype=torch.float64)
     assert confidence_increase(whole, shown).nan_to_num(-1).tolist() == [0, 100, -1, -1]
@@ -61,7 +61,7 @@ def test_increase_is_no_rounding_and_nan_where_there_is_no_answer():
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 999), st.sampled_from(["normalised", "pixel"]))
-def test_definition(seed, mask_space):
+def test_average_drop_and_percent_increase_follow_their_definition(seed, mask_space):
     (images, maps), model, mean, std = batch(seed), Wavy(16, seed), 0.3, 0.6
     drops, rises = [], []
     for image, one, c in zip(images, maps, TARGETS):
@@ -79,7 +79,7 @@ def test_definition(seed, mask_space):
     assert rise.higher_is_better
 
 
-def test_a_small_map_keeps_its_values_for_images_in_half_precision():
+def test_a_small_map_does_not_underflow_for_images_in_half_precision():
     """Values of 1e-7 are no different from each other there."""
     images, maps = batch()
     model, maps = Wavy(16), 1e-7 * maps.float()
@@ -91,7 +91,7 @@ def test_a_small_map_keeps_its_values_for_images_in_half_precision():
     assert torch.allclose(half, single, atol=1)
 
 
-def test_an_additive_model_drops_by_the_relevance_that_is_hidden():
+def test_drop_of_an_additive_model_is_the_hidden_relevance():
     weights = torch.tensor([[0.5, 0.25], [0.125, 0.125]])
     maps = torch.tensor([[[3.0, 2.0], [1.0, 1.0]]])  # E = 1, 1/2, 0, 0
     one = torch.ones(1, dtype=torch.long)
@@ -99,7 +99,7 @@ def test_an_additive_model_drops_by_the_relevance_that_is_hidden():
     assert drop == pytest.approx(100 * (1 - 0.5 - 0.125))
 
 
-def test_what_a_map_without_information_gets():
+def test_average_drop_of_a_constant_map_is_100_and_of_a_constant_model_0():
     one, model = torch.ones(1, dtype=torch.long), Additive(even(4, 4), 0.0)
     hidden = AverageDrop().score(model, white(4, 4), torch.ones(1, 4, 4), one, one)["average_drop"]
     assert hidden.item() == pytest.approx(100)  # a constant map is brought to 0 and shows nothing
@@ -107,7 +107,7 @@ def test_what_a_map_without_information_gets():
         assert metric.score(Constant([0.3, 1.0]), white(4, 4), distinct(0, 4, 4), one, one)[metric.names[0]].item() == 0
 
 
-def test_the_explained_class_is_scored_or_the_label_or_the_prediction():
+def test_score_class_chooses_target_label_or_prediction():
     (images, maps), model = batch(), Wavy(16)
     labels, predicted = torch.tensor([2, 0, 0]), model(images).argmax(1)
 
@@ -122,7 +122,7 @@ def test_the_explained_class_is_scored_or_the_label_or_the_prediction():
     assert not torch.equal(default, score("label", TARGETS))
 
 
-def test_counts_are_rounded_and_at_least_one():
+def test_percent_counts_are_rounded_and_at_least_one():
     assert percent_counts(224 * 224, (5, 10, 20, 25, 50)).tolist() == [2509, 5018, 10035, 12544, 25088]
     assert percent_counts(9, (5, 100)).tolist() == [1, 9]
     with pytest.raises(ValueError, match=r"percents must be above 0 and at most 100, got \[10, 101\]"):
@@ -150,7 +150,7 @@ def test_percentage_in_shows_the_top_pixels_on_black(seed):
             assert found[f"pctin_ratio{q}"][row].item() == pytest.approx(probability / whole, abs=1e-9)
 
 
-def test_all_of_the_image_and_points_of_the_insertion_curve():
+def test_percentage_in_values_are_points_of_the_insertion_curve():
     (images, maps), model = batch(), Wavy(16)
     full = PercentageIn([100]).score(model, images, maps, TARGETS, INDICES)
     logits = model(images)
@@ -163,13 +163,13 @@ def test_all_of_the_image_and_points_of_the_insertion_curve():
     assert torch.allclose(quarters["pctin_prob50"], curve.insertion[:, 2])
 
 
-def test_tied_pixels_enter_in_raster_order_so_that_the_percentage_is_kept():
+def test_percentage_in_takes_tied_pixels_in_raster_order():
     one, model = torch.ones(1, dtype=torch.long), Additive(even(4, 5), 0.0)
     found = PercentageIn().score(model, white(4, 5), torch.ones(1, 4, 5), one, one)
     assert [found[f"pctin_prob{q}"].item() for q in (5, 10, 20, 25, 50)] == pytest.approx([0.05, 0.1, 0.2, 0.25, 0.5])
 
 
-def test_the_short_name_is_the_logit():
+def test_pctin_with_a_percentage_is_the_logit():
     (images, maps), model = batch(), Wavy(16)
     found = evaluate(model, images, maps, TARGETS, ["pctin10", "pctin_logit10"], mean=None, std=None)
     assert list(found) == ["pctin10", "pctin_logit10"]
@@ -180,7 +180,7 @@ def test_the_short_name_is_the_logit():
     assert list(evaluate(model, images, maps, TARGETS, ["pctin"], mean=None, std=None)) == PCTIN
 
 
-def test_metrics_share_their_forwards():
+def test_confidence_metrics_share_their_forwards():
     (images, maps), model = batch(7, size=16), Counted(256)  # seed 0 draws the probe of `prepare`
     names = ["id", "pid16", "pctin", "average_drop", "percent_increase", "fill_probability"]
     evaluate(model, images, maps, None, names, mean=None, std=None, step=4)
@@ -200,7 +200,7 @@ def test_metrics_share_their_forwards():
     assert forwards[5] == forwards[3]
 
 
-def test_positives_only_leaves_samples_out_and_costs_nothing_for_them():
+def test_positives_only_leaves_samples_out_without_a_forward():
     (images, maps), model = batch(), Wavy(16)
     labels = torch.tensor([0, 1, 0])
     for metric in (AverageDrop(positives_only=True), PercentageIn(positives_only=True)):
@@ -219,7 +219,7 @@ def seen_twice(model, images, targets, indices):
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 999), st.sampled_from(["normalised", "pixel"]))
-def test_adcc_restated(seed, mask_space):
+def test_adcc_equals_an_independent_computation(seed, mask_space):
     (images, _), model, mean, std = batch(seed), Wavy(16, seed), 0.3, 0.6
     indices = torch.tensor([4, 0, 2])
     maps = seen_twice(model, images, TARGETS, indices)
@@ -237,7 +237,7 @@ def test_adcc_restated(seed, mask_space):
         assert found["adcc"][k].item() == pytest.approx(hmean([coherency, 1 - e.mean().item(), 1 - drop]), abs=1e-9)
 
 
-def test_adcc_of_maps_that_do_not_depend_on_the_image():
+def test_maps_that_ignore_the_image_have_coherency_one():
     (images, _), model = batch(), Wavy(16)
     for explainer, complexity in ((RandomMap(), 0.5), (ConstantMap(), 0.0)):
         maps = explainer(model, images, TARGETS, INDICES)
@@ -249,7 +249,7 @@ def test_adcc_of_maps_that_do_not_depend_on_the_image():
     assert adcc(torch.tensor(1.0), torch.tensor(0.0), torch.tensor(0.0)) == 1
 
 
-def test_adcc_of_some_samples_is_that_of_all():
+def test_adcc_of_a_sample_does_not_depend_on_the_others():
     (images, _), model = batch(), Wavy(16)
     maps = seen_twice(model, images, TARGETS, INDICES)
     labels, more = torch.tensor([1, 0, 1]), {"explainer": seen_twice}
@@ -262,7 +262,7 @@ def test_adcc_of_some_samples_is_that_of_all():
         ADCC().score(model, images, maps, TARGETS, INDICES)
 
 
-def test_correct_only_leaves_out_what_is_predicted_wrongly():
+def test_correct_only_leaves_out_wrong_predictions():
     (images, maps), model = batch(), Wavy(16)
     labels = torch.tensor([0, 1, 2])
     right = model(images).argmax(1) == labels
@@ -273,7 +273,7 @@ def test_correct_only_leaves_out_what_is_predicted_wrongly():
 
 
 @pytest.mark.parametrize("name", ["average_drop", "percent_increase", "pctin_ratio20"])
-def test_a_batch_is_its_samples(name):
+def test_scores_of_a_batch_equal_those_of_its_samples(name):
     (images, maps), model = batch(size=8), Wavy(64)
     together = metric_by_name(name).score(model, images, maps, TARGETS, INDICES)[name]
     for i in range(3):
@@ -282,7 +282,7 @@ def test_a_batch_is_its_samples(name):
         assert torch.allclose(alone, together[one], atol=1e-12)
 
 
-def test_a_class_that_the_model_does_not_have():
+def test_a_class_out_of_range_is_an_error():
     images, maps = batch()
     with pytest.raises(ValueError, match="must be from 0 to 2, as the model has 3 classes; got 0 to 3"):
         evaluate(Wavy(16), images, maps, [0, 1, 3], ["average_drop"], mean=None, std=None)

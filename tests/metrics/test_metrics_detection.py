@@ -27,13 +27,13 @@ class Brightness(TinySSD):
         return predictions
 
 
-def test_similarity_is_the_cosine():
+def test_map_similarity_is_the_cosine():
     a = torch.tensor([[[1.0, 0.0]], [[1.0, -1.0]], [[0.0, 0.0]]])
     b = torch.tensor([[[0.0, 2.0]], [[-3.0, 3.0]], [[1.0, 0.0]]])
     assert map_similarity(a, b).tolist() == pytest.approx([0.0, -1.0, 0.0])
 
 
-def test_removal_by_hand():
+def test_removal_curves_equal_forwards_of_images_masked_by_hand():
     """Removing a quarter of a constant image of value 4 takes a quarter of its mean away, whichever patches go."""
     detector = Brightness().double().eval()
     image = torch.full((1, 3, 32, 32), 4.0, dtype=torch.float64)
@@ -48,7 +48,7 @@ def test_removal_by_hand():
     assert curves.mean_shifts()[0].tolist() == pytest.approx([-0.15, 0.15, -0.6, 0])
 
 
-def test_removal_is_a_share_of_each_rows_area():
+def test_removed_pixels_are_a_share_of_each_detections_area():
     detector = Brightness().double().eval()
     image = torch.full((1, 3, 32, 32), 4.0, dtype=torch.float64)
     areas = torch.tensor([1.0, 0.5], dtype=torch.float64)
@@ -56,7 +56,7 @@ def test_removal_is_a_share_of_each_rows_area():
     assert curves.shifts[:, :, 0].flatten().tolist() == pytest.approx([0, -0.1, -0.2, 0, -0.05, -0.1])
 
 
-def test_the_highest_patches_go_first():
+def test_removal_starts_with_the_highest_patches():
     detector = Brightness().double().eval()
     image = torch.zeros(1, 3, 32, 32, dtype=torch.float64)
     image[:, :, :4, :4] = 64.0
@@ -69,12 +69,12 @@ def test_the_highest_patches_go_first():
 
 
 @pytest.mark.parametrize("fractions", [(0.1, 0.2), (0, 0), (0,), (0, 2)])
-def test_fractions_that_make_no_curve(fractions):
+def test_fractions_must_start_at_zero_and_ascend(fractions):
     with pytest.raises(ValueError, match="fractions must start with 0 and ascend"):
         removal_curves(tiny(), picture(tiny()), torch.zeros(1, 32, 32), [0], [1], fractions)
 
 
-def test_all_scores_of_an_image():
+def test_detection_scores_cover_all_explainers_and_measures():
     detector = tiny(dtype=torch.float32)
     crp = CRP()
     trace = crp.trace(detector, picture(detector, dtype=torch.float32))
@@ -92,7 +92,7 @@ def test_all_scores_of_an_image():
 
 
 @pytest.mark.parametrize("direction", ["negative", "predicted"])
-def test_shifts_are_towards_right_down_wider_taller_in_any_direction(direction):
+def test_shifts_do_not_depend_on_the_direction_of_crp(direction):
     detector = tiny(dtype=torch.float32)
     image = picture(detector, dtype=torch.float32)
     scores = DetectionScores(fractions=(0, 0.1))
@@ -104,7 +104,7 @@ def test_shifts_are_towards_right_down_wider_taller_in_any_direction(direction):
     assert turned.direction == direction
 
 
-def test_without_contrast_there_is_nothing_to_compare():
+def test_scores_of_crp_without_contrast_are_refused():
     detector = tiny(dtype=torch.float32)
     crp = CRP(contrast_at="none")
     trace = crp.trace(detector, picture(detector, dtype=torch.float32))
@@ -112,7 +112,7 @@ def test_without_contrast_there_is_nothing_to_compare():
         DetectionScores()(crp, trace, trace.detections(crp.thresholds).best(0))
 
 
-def test_the_plain_rival_is_the_same_explainer_without_contrast():
+def test_without_contrast_copies_the_explainer():
     crp = CRP(others=2, first_layer="flat")
     plain = without_contrast(crp)
     assert (plain.contrast_at, plain.others, plain.config) == ("none", 2, crp.config)
@@ -134,7 +134,7 @@ def test_similarity_by_layer_starts_at_the_head_and_ends_at_the_pixels():
     assert plain["pixels"] > found["pixels"]
 
 
-def test_the_runner_up_is_another_object_class():
+def test_runner_up_is_another_object_class():
     detector = tiny(dtype=torch.float32)
     crp = CRP()
     trace = crp.trace(detector, picture(detector, dtype=torch.float32))
@@ -145,7 +145,7 @@ def test_the_runner_up_is_another_object_class():
     assert runner_up(crp.trace(pair, picture(pair, dtype=torch.float32)), 9, 1) == 0
 
 
-def test_removing_what_supports_right_moves_left_in_a_linear_detector():
+def test_removal_of_pixels_for_right_moves_a_linear_detector_left():
     """One positive and one negative patch of evidence: the claim of the localisation rule, where it must hold."""
     detector = tiny()
     with torch.no_grad():

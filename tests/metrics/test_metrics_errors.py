@@ -28,7 +28,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_each_kind_by_counting_pixels(kind):
+def test_each_kind_of_error_equals_a_count_of_pixels(kind):
     mask, coverage, outside = CASES[kind]
     shares = region_shares(mask[None], BOX[None])
     assert [float(share) for share in shares] == [coverage, outside]
@@ -37,7 +37,7 @@ def test_each_kind_by_counting_pixels(kind):
     assert KINDS[int(found)] == kind
 
 
-def test_borders_belong_to_neither_side_and_wrong_comes_first():
+def test_thresholds_are_strict_and_wrong_takes_precedence():
     t = ErrorThresholds()
     coverage, outside, mass = (
         torch.tensor(v) for v in ([0.25, 0.75, 1.0, 0.1, 1.0], [0.0, 1.0, 0.5, 0.0, 0.9], [1.0, 1.0, 0.25, 0.1, 0.1])
@@ -49,7 +49,7 @@ def test_borders_belong_to_neither_side_and_wrong_comes_first():
     )
 
 
-def test_failures_are_the_lowest_scores_and_samples_without_a_box_are_left_out():
+def test_failures_are_the_lowest_scores_of_samples_with_a_box():
     scores = torch.tensor([0.9, 0.1, 0.3, 0.2, -1.0])
     coverage = torch.tensor([0.0, 0.0, 1.0, 0.0, torch.nan])
     outside, mass = torch.tensor([0.0, 0.0, 0.9, 0.0, torch.nan]), torch.tensor([1.0, 1.0, 1.0, 0.0, torch.nan])
@@ -68,7 +68,7 @@ def samples():
     return Additive(even(8, 8)), images, maps, torch.ones(4, dtype=torch.long), torch.arange(4)
 
 
-def test_metric_gives_id_shares_and_counts_by_masks_or_boxes():
+def test_error_analysis_accepts_masks_or_boxes():
     model, images, maps, labels, indices = samples()
     metric = ErrorAnalysis(n_failures=4, n_steps=4, area_threshold="absolute", area_level=0.5)
     maps[1] += 0.5
@@ -87,7 +87,7 @@ def test_metric_gives_id_shares_and_counts_by_masks_or_boxes():
         metric.score(*batch)
 
 
-def test_area_is_where_the_map_exceeds_its_mean():
+def test_area_is_the_pixels_above_the_mean_of_the_map():
     model, images, maps, labels, indices = samples()
     values = ErrorAnalysis(n_steps=2).score(model, images, maps, labels, indices, masks=BOX.expand(4, 8, 8))
     means = maps.mean((1, 2), keepdim=True)
@@ -95,7 +95,7 @@ def test_area_is_where_the_map_exceeds_its_mean():
     assert torch.allclose(values["errors_coverage"], coverage.double())
 
 
-def test_counts_of_the_tables_are_those_of_the_metric():
+def test_error_counts_of_results_equal_those_of_the_metric():
     model, images, maps, labels, indices = samples()
     metric = metric_by_name("errors", n_steps=4, n_failures=2, mean=None, std=None)
     metric.update(model, images, maps, labels, indices, masks=BOX.expand(4, 8, 8))
@@ -117,6 +117,6 @@ def test_counts_of_the_tables_are_those_of_the_metric():
         ({"area_threshold": "median"}, "threshold='median' is not one of"),
     ],
 )
-def test_arguments(arguments, message):
+def test_wrong_arguments_of_error_analysis_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         ErrorAnalysis(**arguments)

@@ -20,7 +20,7 @@ def filled(logits, labels, indices, groups=None, **options):
     return metric
 
 
-def test_closed_form_of_the_true_skill_statistic():
+def test_tss_equals_its_closed_form():
     # 3 of 4 events hit, 1 of 5 non-events a false alarm
     labels = torch.tensor([1, 1, 1, 1, 0, 0, 0, 0, 0])
     said = torch.tensor([1, 1, 1, 0, 1, 0, 0, 0, 0])
@@ -31,7 +31,7 @@ def test_closed_form_of_the_true_skill_statistic():
 
 
 @pytest.mark.parametrize("said", [0, 1])
-def test_a_constant_forecast_has_no_skill_and_climatology_none_either(said):
+def test_constant_and_climatological_forecasts_have_skill_zero(said):
     _, labels, indices = drawn()
     constant = torch.zeros(60, 2, dtype=torch.float64)
     constant[:, said] = 5.0
@@ -44,7 +44,7 @@ def test_a_constant_forecast_has_no_skill_and_climatology_none_either(said):
     assert (values["tss"].item(), values["brier_skill"].item()) == (1.0, 1.0)
 
 
-def test_against_scikit_learn():
+def test_confusion_and_brier_score_equal_scikit_learn():
     logits, labels, indices = drawn()
     values = filled(logits, labels, indices).compute()
     probabilities = logits.softmax(1)[:, 1]
@@ -59,13 +59,13 @@ def test_against_scikit_learn():
     assert values["tss"].item() == pytest.approx(tss, abs=1e-12)
 
 
-def test_one_sided_labels_have_no_skill_score():
+def test_skill_of_labels_of_one_class_is_nan():
     values = filled(torch.randn(5, 2), torch.zeros(5, dtype=torch.long), torch.arange(5)).compute()
     assert math.isnan(values["tss"])
     assert math.isnan(values["brier_skill"])
 
 
-def test_order_batches_and_repeats_do_not_matter():
+def test_skill_does_not_depend_on_order_batches_or_repeats():
     logits, labels, indices = drawn()
     whole = filled(logits, labels, indices).compute()
     parts = ForecastSkill(2)
@@ -76,7 +76,7 @@ def test_order_batches_and_repeats_do_not_matter():
     assert all(torch.equal(values[name], whole[name]) for name in whole)
 
 
-def test_intervals_draw_whole_days():
+def test_intervals_resample_whole_days():
     """Frames of a day that are copies of one frame carry one frame's information."""
     logits, labels, _ = drawn(40)
     alone = filled(logits, labels, torch.arange(40), n_resamples=4000).compute()
@@ -92,18 +92,18 @@ def test_intervals_draw_whole_days():
         assert width > 3 * (by_frame[f"{name}_high"] - by_frame[f"{name}_low"])
 
 
-def test_sums_of_one_column_and_a_count_are_the_mean():
+def test_bootstrap_sums_of_values_and_counts_equal_bootstrap_mean():
     values = torch.randn(30, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     columns = torch.stack([values, torch.ones(30, dtype=torch.float64)], dim=1)
     assert bootstrap_sums(columns, lambda s: s[:, 0] / s[:, 1]) == bootstrap_mean(values)
 
 
-def test_resamples_without_a_value_are_left_out():
+def test_resamples_with_nan_are_left_out_of_the_interval():
     columns = torch.tensor([[1.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
     interval = bootstrap_sums(columns, lambda s: s[:, 0] / s[:, 1], n_resamples=50)
     assert (interval.low, interval.high) == (1.0, 1.0)
 
 
-def test_brier_terms_are_zero_for_certain_and_right_forecasts():
+def test_brier_terms_of_perfect_forecasts_are_zero():
     terms = forecast.brier_terms(torch.tensor([[1.0, 0.0], [0.5, 0.5], [1.0, 0.0]]), torch.tensor([0, 0, 1]))
     assert terms.tolist() == [0.0, 0.5, 2.0]

@@ -15,11 +15,11 @@ class TestWorkedExample:
     model = Additive(torch.tensor([[0.4, 0.3], [0.2, 0.1]], dtype=torch.float64))
     maps = torch.tensor([[[4.0, 3.0], [2.0, 1.0]]])
 
-    def test_paper(self):
+    def test_paper_protocol_gives_the_worked_values(self):
         values = score(PatchInsertionDeletion(1, step=1), self.model, white(2, 2), self.maps)
         assert [values[k].item() for k in ("insertion", "deletion", "pid")] == pytest.approx([0.625, 0.375, 0.25])
 
-    def test_official(self):
+    def test_official_protocol_gives_the_worked_values(self):
         metric = PatchInsertionDeletion(1, step=1, protocol="official")
         values = score(metric, self.model, white(2, 2), self.maps)
         expected = [11 / 12, 1 / 12, 10 / 12]
@@ -31,7 +31,7 @@ class TestWorkedExample:
 
 
 class TestClosedForms:
-    def test_constant_model(self):
+    def test_pid_of_a_constant_model_is_zero(self):
         model = Constant([0.3, 1.2, -0.5])
         p = model.logits.softmax(0)[1].item()
         for protocol in ("paper", "official"):
@@ -43,7 +43,7 @@ class TestClosedForms:
 
     @settings(max_examples=25, deadline=None)
     @given(st.integers(0, 99), st.sampled_from([(4, 4, 1), (4, 6, 2), (5, 7, 3)]), st.sampled_from([0.0, 0.2]))
-    def test_additive_model_at_step_one(self, seed, shape, base):
+    def test_areas_of_an_additive_model_equal_their_closed_form(self, seed, shape, base):
         height, width, m = shape
         weights = torch.rand(height, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         weights *= (1 - base) / weights.sum()
@@ -61,7 +61,7 @@ class TestClosedForms:
         assert values["pid"].item() == pytest.approx((w * (n - 2 * place + 1) / n).sum().item(), abs=1e-10)
         assert values["fill_probability"].item() == pytest.approx(base, abs=1e-10)
 
-    def test_one_pixel_patches_equal_a_pixel_loop(self):
+    def test_one_pixel_patches_equal_a_loop_over_pixels(self):
         model, images, maps = Wavy(30), torch.randn(1, 1, 5, 6, dtype=torch.float64), distinct(3, 5, 6)
         order = maps.flatten().argsort(descending=True)
         curves = {"insertion": [], "deletion": []}
@@ -76,7 +76,7 @@ class TestClosedForms:
             area = sum((x[i + 1] - x[i]) * (y[i] + y[i + 1]) / 2 for i in range(5))
             assert values[name].item() == pytest.approx(area, abs=1e-10)
 
-    def test_end_points_are_fill_and_image(self):
+    def test_curves_run_between_fill_and_image(self):
         model, images = Wavy(36), torch.randn(2, 1, 6, 6, dtype=torch.float64)
         metric = PatchInsertionDeletion(2, step=4, fill="blur")
         maps = distinct(0, 6, 6).expand(2, -1, -1)
@@ -90,7 +90,7 @@ class TestClosedForms:
         assert curves.x[0].tolist() == pytest.approx([0, 4 / 9, 8 / 9, 1])
 
     @pytest.mark.parametrize("ties", ["fraction", "stable", "random"])
-    def test_a_random_order_expects_zero(self, ties):
+    def test_mean_pid_of_random_maps_is_zero(self, ties):
         model, images = Wavy(16), torch.randn(1, 1, 4, 4, dtype=torch.float64).expand(400, -1, -1, -1)
         maps = torch.rand(400, 4, 4, generator=torch.Generator().manual_seed(5))
         pid = score(PatchInsertionDeletion(1, step=4, ties=ties), model, images, maps)["pid"]
@@ -100,12 +100,12 @@ class TestClosedForms:
 class TestTies:
     model = Additive(even(8, 8) * 0.8, base=0.1)
 
-    def test_a_constant_map_is_neutral_with_fraction(self):
+    def test_a_constant_map_gets_one_half_with_fraction(self):
         values = score(PatchInsertionDeletion(2, step=3), self.model, white(8, 8), torch.zeros(1, 8, 8))
         assert values["insertion"].item() == pytest.approx(0.5, abs=1e-10)
         assert values["deletion"].item() == pytest.approx(0.5, abs=1e-10)
 
-    def test_a_constant_map_gets_everything_from_official(self):
+    def test_a_constant_map_gets_the_artefact_of_the_official_protocol(self):
         metric = PatchInsertionDeletion(2, step=3, protocol="official")
         values = score(metric, self.model, white(8, 8), torch.zeros(1, 8, 8))
         assert values["pid"].item() == pytest.approx(0.9 - 0.1, abs=1e-10)
@@ -117,7 +117,7 @@ class TestTies:
         curves = metric.curves(Additive(weights), white(4, 4), torch.zeros(1, 4, 4), ONE, ONE)
         assert curves.insertion[0].tolist() == pytest.approx([0, 1, 1, 1, 1], abs=1e-10)
 
-    def test_ties_enter_together_and_x_says_how_many(self):
+    def test_ties_move_together_and_x_is_the_moved_fraction(self):
         maps = torch.zeros(1, 4, 4)
         maps[0, 0] = torch.tensor([3.0, 2.0, 2.0, 2.0])
         metric = PatchInsertionDeletion(1, step=2)
@@ -125,7 +125,7 @@ class TestTies:
         assert curves.x[0].tolist() == [0, 4 / 16, 4 / 16, 1, 1, 1, 1, 1, 1]
         assert curves.insertion[0].tolist() == pytest.approx(curves.x[0].tolist(), abs=1e-10)
 
-    def test_a_threshold_moves_ties_together_and_x_by_the_step(self):
+    def test_threshold_moves_ties_together_and_x_by_the_nominal_step(self):
         """Without ties nothing changes; a constant map scores all but the first step."""
         metric = PatchInsertionDeletion(1, step=2, ties="threshold")
         maps = distinct(0, 4, 4)
@@ -141,7 +141,7 @@ class TestTies:
         return Additive(even(side, side))
 
     @pytest.mark.parametrize(("share", "official"), [(0.02, True), (0.02, False), (1.0, True), (1.0, False)])
-    def test_the_official_artefact_on_sparse_noise(self, share, official):
+    def test_sparse_noise_scores_above_zero_with_the_official_protocol(self, share, official):
         """Sparse noise scores high only because its zeros enter at once; dense noise does not (linear model)."""
         generator = torch.Generator().manual_seed(0)
         maps = torch.rand(1, 100, 100, generator=generator) * (torch.rand(1, 100, 100, generator=generator) < share)
@@ -214,7 +214,7 @@ class TestInvariants:
 
     @settings(max_examples=20, deadline=None)
     @given(st.integers(0, 99), st.integers(1, 4), st.sampled_from(["paper", "official"]), st.booleans())
-    def test_increasing_transforms_change_nothing(self, seed, m, protocol, tied):
+    def test_pid_does_not_change_under_increasing_transforms_of_the_map(self, seed, m, protocol, tied):
         side = 4 * m
         images = torch.randn(1, 1, side, side, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         maps = distinct(seed, side, side) % (5 if tied else side**2 + 1)
@@ -226,7 +226,7 @@ class TestInvariants:
     @given(
         st.integers(0, 99), st.sampled_from([(5, 7, 2), (6, 6, 3), (7, 4, 3)]), st.sampled_from(["black", "uniform"])
     )
-    def test_a_sample_does_not_depend_on_its_batch(self, seed, shape, fill):
+    def test_scores_of_a_sample_do_not_depend_on_its_batch(self, seed, shape, fill):
         height, width, m = shape
         generator = torch.Generator().manual_seed(seed)
         images = torch.randn(4, 2, height, width, generator=generator, dtype=torch.float64)
@@ -242,7 +242,7 @@ class TestInvariants:
                     assert value.item() == pytest.approx(together[name][b].item(), abs=1e-12)
 
     @pytest.mark.parametrize("chunk_size", [1, 5, 1000])
-    def test_the_chunk_size_changes_nothing(self, chunk_size):
+    def test_scores_do_not_depend_on_the_chunk_size(self, chunk_size):
         images, maps = torch.randn(2, 1, 6, 6, dtype=torch.float64), torch.rand(2, 6, 6)
         model = Wavy(36)
         one = score(PatchInsertionDeletion(1, step=1, chunk_size=chunk_size), model, images, maps)
@@ -266,19 +266,19 @@ class TestSharing:
                 forwards.append(engine.forwards)
         return forwards
 
-    def test_insertion_and_deletion_cost_two_curves_less_their_end_points(self):
+    def test_end_points_of_the_two_curves_are_computed_once(self):
         assert self.run(["id"]) == [1 + 2 + 2 * 2 * 11]
 
-    def test_names_of_the_same_curves_cost_nothing_more(self):
+    def test_metrics_of_the_same_curves_share_all_forwards(self):
         assert len(set(self.run(["id", "id@stable", "insertion1", "deletion1", "fill_probability"]))) == 1
 
-    def test_the_fill_alone_is_one_forward(self):
+    def test_fill_probability_costs_one_forward(self):
         assert self.run(["fill_probability", "id"]) == [1, 1 + 2 + 2 * 2 * 11]
 
-    def test_the_negated_map_costs_nothing_more(self):
+    def test_the_negated_map_shares_all_forwards(self):
         assert len(set(self.run(["id", "id@stable"], self.maps, -self.maps))) == 1
 
-    def test_curves_after_a_score_cost_nothing_more(self):
+    def test_curves_after_a_score_need_no_forward(self):
         engine, metric = PerturbationEngine.for_model(Wavy(36), self.images), PatchInsertionDeletion(2, step=2)
         arguments = (Wavy(36), self.images, self.maps, self.labels, torch.arange(2))
         values = metric.score(*arguments, cache=engine)
@@ -288,7 +288,7 @@ class TestSharing:
 
     def test_an_engine_of_other_images_is_refused(self):
         engine = PerturbationEngine.for_model(Wavy(36), self.images + 1)
-        with pytest.raises(ValueError, match="holds others"):
+        with pytest.raises(ValueError, match="cache must be a perturbation engine of these images"):
             PatchInsertionDeletion(2).score(
                 Wavy(36), self.images, self.maps, self.labels, torch.arange(2), cache=engine
             )

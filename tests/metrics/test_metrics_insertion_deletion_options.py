@@ -16,7 +16,7 @@ class TestOptions:
     images = torch.randn(3, 1, 4, 4, dtype=torch.float64)
     maps = torch.rand(3, 4, 4)
 
-    def test_score_class_label_target_or_predicted(self):
+    def test_score_class_chooses_label_target_or_prediction(self):
         model = Wavy(16)
         targets, labels = torch.tensor([0, 1, 2]), torch.tensor([2, 2, 1])
         predicted = model(self.images).argmax(-1)
@@ -27,14 +27,14 @@ class TestOptions:
             assert torch.allclose(curves.insertion[:, -1], expected)
 
     @pytest.mark.parametrize("probability", ["softmax", "sigmoid", "logit"])
-    def test_probability(self, probability):
+    def test_probability_chooses_softmax_sigmoid_or_logit(self, probability):
         function = {"softmax": lambda z: z.softmax(-1), "sigmoid": torch.sigmoid, "logit": lambda z: z}[probability]
         model, ones = Wavy(16), torch.ones(3, dtype=torch.long)
         metric = PatchInsertionDeletion(2, probability=probability)
         curves = metric.curves(model, self.images, self.maps, ones, torch.arange(3))
         assert torch.allclose(curves.deletion[:, 0], function(model(self.images))[:, 1])
 
-    def test_positives_only_leaves_out_label_zero_and_costs_no_forward_for_it(self):
+    def test_positives_only_leaves_out_label_zero_without_a_forward(self):
         model, labels = Additive(even(4, 4)), torch.tensor([0, 2, 0])
         labels[1] = 1
         metric = PatchInsertionDeletion(2, positives_only=True, fold=False)
@@ -45,7 +45,7 @@ class TestOptions:
         nobody = score(metric, model, engine.images, self.maps, labels * 0)
         assert all(value.isnan().all() for value in nobody.values())
 
-    def test_correct_only_leaves_out_what_is_predicted_wrongly(self):
+    def test_correct_only_leaves_out_wrong_predictions(self):
         model, one = Wavy(16), torch.ones_like(ONE)
         right = model(self.images).argmax(-1)
         labels = right.clone()
@@ -66,7 +66,7 @@ class TestOptions:
         assert kept.tolist() == [bool(right[0] == right[2]), False, True]
         assert score(metric, model, self.images[:1], self.maps[:1], right[:1] + one)["pid"].isnan().all()
 
-    def test_area_as_mean_of_the_points(self):
+    def test_mean_area_is_the_mean_of_the_points(self):
         """Linear p, N = 16 in steps of 5: the points lie at 0, 5, 10, 15 and 16 of 16, whose mean is 9.2 / 16."""
         model, images, maps = Additive(even(4, 4)), white(4, 4), self.maps[:1]
         trapezoid = score(PatchInsertionDeletion(1, step=5), model, images, maps)
@@ -76,7 +76,7 @@ class TestOptions:
         assert mean["pid"].item() == pytest.approx(2.4 / 16)
 
     @pytest.mark.parametrize("step", [1, 4, 5, 7])
-    def test_ties_do_not_bring_the_mean_of_the_points_nearer_to_the_end(self, step):
+    def test_ties_do_not_shift_the_mean_of_the_points(self, step):
         """Linear p: points that are moved too early by ties are read off the line, whatever is tied."""
         model, images = Additive(even(4, 4)), white(4, 4)
         untied = torch.arange(16.0).view(1, 4, 4)
@@ -91,7 +91,7 @@ class TestOptions:
             for tied in (untied.clamp(max=5), untied.clamp(min=11), untied.div(3, rounding_mode="floor")):
                 assert score(metric, model, images, tied)["insertion"].item() == pytest.approx(plain)
 
-    def test_the_mean_of_the_points_without_ties_is_exactly_that(self):
+    def test_mean_area_without_ties_equals_the_plain_mean_exactly(self):
         model, x = Wavy(16), torch.arange(3)
         tied = torch.cat([self.maps[:2], torch.ones(1, 4, 4)])
         for options in ({"step": 5}, {"protocol": "official"}, {"ties": "threshold"}, {"ties": "stable"}):
@@ -101,7 +101,7 @@ class TestOptions:
             assert torch.equal(means[:2], expected[:2])
             assert torch.equal(means[2], expected[2]) == ("step" not in options)
 
-    def test_another_fill_for_deletion(self):
+    def test_deletion_fill_is_used_for_deletion_only(self):
         model, images = Wavy(16), self.images[:1]
         metric = PatchInsertionDeletion(2, fill="blur", deletion_fill="mean")
         curves = metric.curves(model, images, self.maps[:1], ONE, ONE)
@@ -116,11 +116,11 @@ class TestOptions:
             expected = model((pixels.double() - 0.3)[None] / 0.5).softmax(-1)[0, 1]
             assert curves.fill_probability.item() == pytest.approx(expected.item(), abs=1e-7)
 
-    def test_number_of_steps(self):
+    def test_n_steps_sets_the_step(self):
         assert PatchInsertionDeletion(1, n_steps=224).counts((224, 224)).tolist() == list(range(0, 224**2 + 1, 224))
         assert PatchInsertionDeletion(2, n_steps=5).counts((6, 6)).tolist() == [0, 2, 4, 6, 8, 9]
 
-    def test_it_can_be_pickled(self):
+    def test_the_metric_can_be_pickled(self):
         metric = pickle.loads(pickle.dumps(PatchInsertionDeletion(2, score_class="predicted")))
         assert score(metric, Wavy(16), self.images, self.maps)["pid"].isfinite().all()
 
@@ -133,15 +133,15 @@ class TestErrors:
             with pytest.raises(ValueError, match="the map of sample 42 holds NaN"):
                 score(PatchInsertionDeletion(2), Wavy(16), images, maps, indices=torch.arange(41, 44))
 
-    def test_a_patch_larger_than_the_image(self):
+    def test_a_patch_larger_than_the_image_is_refused(self):
         with pytest.raises(ValueError, match="patch_size must be from 1 to 4 for 4x4 maps, got 16"):
             score(PatchInsertionDeletion(16), Wavy(16), white(4, 4), torch.rand(1, 4, 4))
 
-    def test_a_map_of_another_size(self):
+    def test_a_map_of_another_size_is_refused(self):
         with pytest.raises(ValueError, match=r"maps must be \(1, 4, 4\) to fit the images, got \(1, 2, 2\)"):
             score(PatchInsertionDeletion(2), Wavy(16), white(4, 4), torch.rand(1, 2, 2))
 
-    def test_labels_of_another_length(self):
+    def test_labels_of_another_length_are_refused(self):
         with pytest.raises(ValueError, match="targets must have one entry per image"):
             score(
                 PatchInsertionDeletion(2), Wavy(16), white(4, 4), torch.rand(1, 4, 4), torch.ones(2, dtype=torch.long)
@@ -149,7 +149,7 @@ class TestErrors:
 
     @pytest.mark.parametrize("probability", ["softmax", "sigmoid", "logit"])
     @pytest.mark.parametrize("kind", [PatchInsertionDeletion, FillProbability])
-    def test_a_single_logit_has_no_softmax(self, kind, probability):
+    def test_softmax_of_a_single_logit_is_refused(self, kind, probability):
         model, given = Constant([0.3]), (white(4, 4), torch.rand(1, 4, 4), ONE * 0, ONE)
         metric = kind(**({"patch_size": 2} if kind is PatchInsertionDeletion else {}), probability=probability)
         if probability == "softmax":
@@ -158,7 +158,7 @@ class TestErrors:
         else:
             assert all(value.isfinite().all() for value in metric.score(model, *given).values())
 
-    def test_a_single_logit_has_no_drop_but_a_score_of_its_top_pixels(self):
+    def test_a_single_logit_has_percentage_in_logits_but_no_drop(self):
         model, given = Constant([0.3]), (white(4, 4), torch.rand(1, 4, 4), ONE * 0, ONE)
         for metric in (AverageDrop(), PercentageIn([50], ["ratio"])):
             with pytest.raises(ValueError, match="the model has one logit"):
@@ -167,7 +167,7 @@ class TestErrors:
         assert found["pctin50"].item() == pytest.approx(0.3)
 
     @pytest.mark.parametrize("size", [(6, 6), (4, 8)])
-    def test_official_where_the_released_code_fails(self, size):
+    def test_official_protocol_refuses_sizes_that_the_released_code_fails_on(self, size):
         with pytest.raises(ValueError, match="needs square images divisible by 4"):
             PatchInsertionDeletion(4, protocol="official").counts(size)
 
@@ -186,6 +186,6 @@ class TestErrors:
             ({"probability": "odds"}, "probability must be one of"),
         ],
     )
-    def test_bad_options(self, arguments, message):
+    def test_wrong_options_are_refused(self, arguments, message):
         with pytest.raises(ValueError, match=message):
             PatchInsertionDeletion(**arguments)

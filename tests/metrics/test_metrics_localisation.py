@@ -19,19 +19,19 @@ def cases(seed: int, levels: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
     return maps, masks
 
 
-def test_pointing_game():
+def test_pointing_game_is_the_share_of_maxima_inside():
     assert pointing_game(torch.tensor([[[5.0, 1, 2], [3, 4, 0]]]), MASK).item() == 1
     assert pointing_game(torch.tensor([[[4.0, 1, 2], [3, 5, 0]]]), MASK).item() == 0
     assert pointing_game(torch.tensor([[[5.0, 1, 5], [3, 5, 5]]]), MASK).item() == 0.25
 
 
-def test_mass_counts_the_positive_part():
+def test_relevance_mass_counts_positive_values_only():
     assert relevance_mass(torch.tensor([[[2.0, -9, 1], [3, -4, 0]]]), MASK).item() == pytest.approx(2 / 6)
     assert relevance_mass(torch.full((1, 2, 3), -1.0), MASK).item() == 0
     assert relevance_mass(torch.ones(1, 2, 3), MASK).item() == pytest.approx(1 / 3)
 
 
-def test_rank_is_the_hit_rate_among_the_top_pixels():
+def test_relevance_rank_is_the_hit_rate_among_the_top_pixels():
     assert relevance_rank(torch.tensor([[[5.0, 1, 2], [3, 4, 0]]]), MASK).item() == 0.5
     assert relevance_rank(torch.tensor([[[5.0, 4, 2], [3, 1, 0]]]), MASK).item() == 1
     assert relevance_rank(torch.ones(1, 2, 3), MASK).item() == pytest.approx(1 / 3)
@@ -39,7 +39,7 @@ def test_rank_is_the_hit_rate_among_the_top_pixels():
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 999))
-def test_rank_with_ties_is_the_mean_over_random_orders(seed):
+def test_relevance_rank_with_ties_is_the_mean_over_random_orders(seed):
     maps, masks = cases(seed, 2)
     rng = np.random.default_rng(seed)
     hits = []
@@ -77,7 +77,7 @@ def test_samples_are_independent_and_empty_regions_left_out(function):
         function(maps, masks[:, :2])
 
 
-def test_auroc_needs_an_outside():
+def test_auroc_of_a_region_that_fills_the_image_is_nan():
     assert map_auroc(torch.rand(1, 2, 3), torch.ones(1, 2, 3).bool()).isnan().all()
 
 
@@ -92,7 +92,7 @@ def test_boxes_cover_pixels_whose_centre_is_inside():
 
 
 @pytest.mark.parametrize("metric", [RelevanceMass, PointingGame, RelevanceRank, MapAUROC])
-def test_metrics_take_masks_or_boxes_and_average_what_is_there(metric):
+def test_localisation_metrics_accept_masks_or_boxes(metric):
     maps, masks = cases(2)
     masks[1] = False
     model, images, ones = Constant([0.0, 1.0]), torch.zeros(3, 1, 4, 5), torch.ones(3, dtype=torch.long)

@@ -39,7 +39,7 @@ def similarity(explainer, model=None, **options):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 999))
-def test_rank_correlation_is_spearmans(seed):
+def test_rank_correlation_equals_scipys_spearman(seed):
     generator = torch.Generator().manual_seed(seed)
     first, second = (torch.randint(-4, 4, (2, 5, 6), generator=generator).float() for _ in range(2))
     for value, a, b in zip(rank_correlation(first, second), first, second):
@@ -49,7 +49,7 @@ def test_rank_correlation_is_spearmans(seed):
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 999))
-def test_correlation_is_pearsons(seed):
+def test_correlation_equals_pearsons(seed):
     generator = torch.Generator().manual_seed(seed)
     first, second = (torch.randn(2, 5, 6, generator=generator, dtype=torch.float64) for _ in range(2))
     for value, a, b in zip(correlation(first, second), first, second):
@@ -60,7 +60,7 @@ def test_correlation_is_pearsons(seed):
     assert correlation(tenth, tenth / 0).isnan().item()
 
 
-def test_rank_correlation_of_constant_and_broken_maps():
+def test_rank_correlation_of_constant_and_non_finite_maps():
     flat, other = torch.ones(1, 2, 2), torch.arange(4.0).view(1, 2, 2)
     assert rank_correlation(flat, 2 * flat).item() == 1
     assert rank_correlation(flat, other).item() == 0
@@ -70,14 +70,14 @@ def test_rank_correlation_of_constant_and_broken_maps():
         rank_correlation(flat, flat[:, :1])
 
 
-def test_explanations_without_the_model_stay_and_others_change():
+def test_maps_that_use_the_model_change_and_others_do_not():
     assert similarity(RandomMap()).tolist() == [1, 1]
     assert similarity(ConstantMap()).tolist() == [1, 1]
     changed = similarity(Gradient())
     assert (changed.abs() < 0.5).all()
 
 
-def test_the_value_is_the_mean_over_the_stages_of_independent_explanations():
+def test_randomisation_is_the_mean_over_the_stages():
     model, explainer = network(), Gradient()
     maps = explainer(model, images(), TARGETS)
     expected = [rank_correlation(maps, explainer(other, images(), TARGETS)) for other in randomised_copies(model, 5, 3)]
@@ -88,7 +88,7 @@ def test_the_value_is_the_mean_over_the_stages_of_independent_explanations():
     assert torch.equal(similarity(explainer, model, seed=5, absolute=True), absolute[0])
 
 
-def test_nothing_is_mutated_and_the_seed_decides():
+def test_randomisation_depends_on_the_seed_and_leaves_the_model_alone():
     model = network().train()
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     first = similarity(Gradient(), model)
@@ -118,7 +118,7 @@ def test_copies_are_randomised_from_the_output_on():
         assert layer.bias.abs().max() <= bound
 
 
-def test_copies_are_kept_until_the_weights_change():
+def test_randomised_copies_are_cached_until_the_weights_change():
     model = network()
     first = randomised_copies(model)[0]
     assert randomised_copies(model)[0] is first
@@ -127,7 +127,7 @@ def test_copies_are_kept_until_the_weights_change():
     assert randomised_copies(model)[0] is not first
 
 
-def test_vectors_of_their_own_keep_their_values():
+def test_parameters_outside_layers_are_permuted():
     class Scaled(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -139,7 +139,7 @@ def test_vectors_of_their_own_keep_their_values():
     assert gain.tolist() != model.gain.tolist()
 
 
-def test_a_copy_that_would_run_the_model_itself_is_refused():
+def test_a_copy_that_runs_modules_of_the_model_is_refused():
     """`copy.deepcopy` keeps functions: every copy would explain the trained layers, with a similarity of 1."""
     model = network()
     forward = model.forward
@@ -148,7 +148,7 @@ def test_a_copy_that_would_run_the_model_itself_is_refused():
         similarity(Gradient(), model)
 
 
-def test_errors_and_names():
+def test_randomisation_refuses_wrong_arguments():
     model = network()
     maps = images()[:, 0]
     with pytest.raises(ValueError, match="'randomisation' explains a randomised copy of the model: it needs"):

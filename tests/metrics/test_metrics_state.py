@@ -43,7 +43,7 @@ def test_merged_states_of_several_ranks_give_the_same_digits(kind, ranks):
     assert {name: value.item() for name, value in merged.compute().items()} == {k: v.item() for k, v in whole.items()}
 
 
-def test_rows_are_sorted_unique_and_leave_samples_out_by_name():
+def test_per_sample_values_are_sorted_and_unique():
     metric = updated(PatchInsertionDeletion(1, step=3, positives_only=True), [5, 3, 12, 3, 0])
     indices, values = metric.per_sample()
     assert indices.tolist() == [0, 3, 5, 12]
@@ -51,7 +51,7 @@ def test_rows_are_sorted_unique_and_leave_samples_out_by_name():
     assert metric.compute()["pid"].item() == values["id"][2].item()
 
 
-def test_scores_can_be_appended_without_scoring_twice():
+def test_appended_scores_equal_update():
     one, two = (PatchInsertionDeletion(1, step=3) for _ in range(2))
     updated(one, [0, 1, 2])
     i = torch.arange(3)
@@ -64,7 +64,7 @@ def test_scores_can_be_appended_without_scoring_twice():
         assert two.compute()["pid"].item() == pytest.approx(one.compute()["pid"].item(), abs=1e-14)
 
 
-def test_score_leaves_the_state_alone_and_reset_empties_it():
+def test_score_does_not_change_the_state_and_reset_empties_it():
     metric = make("mass")
     metric.score(Wavy(16), IMAGES, MAPS, LABELS, torch.arange(N), masks=MASKS)
     assert len(metric.rows) == 0
@@ -81,7 +81,7 @@ def _rank(rank, folder):
     dist.destroy_process_group()
 
 
-def test_two_processes_one_of_them_without_a_sample(tmp_path, monkeypatch):
+def test_two_processes_of_which_one_has_no_sample_agree(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]))
     mp.spawn(_rank, (str(tmp_path),), nprocs=2)
     whole = updated(make("pid"), list(range(N))).compute()

@@ -13,7 +13,7 @@ def normal(n, seed=0):
     return torch.randn(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def test_the_interval_is_the_normal_one_for_many_samples():
+def test_interval_of_many_samples_is_the_normal_one():
     values = normal(2000) * 3 + 1
     result = bootstrap_mean(values)
     error = values.std().item() / math.sqrt(2000)
@@ -23,7 +23,7 @@ def test_the_interval_is_the_normal_one_for_many_samples():
     assert result.n == 2000
 
 
-def test_the_interval_covers_the_truth_about_as_often_as_it_says():
+def test_interval_has_its_nominal_coverage():
     covered = 0
     for seed in range(300):
         result = bootstrap_mean(normal(40, seed), n_resamples=500, seed=seed, level=0.9)
@@ -31,12 +31,12 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says():
     assert 0.83 < covered / 300 < 0.95
 
 
-def test_equal_input_gives_equal_digits_and_another_seed_others():
+def test_digits_depend_on_input_and_seed_alone():
     assert bootstrap_mean(normal(50), seed=1) == bootstrap_mean(normal(50).tolist(), seed=1)
     assert bootstrap_mean(normal(50), seed=1).low != bootstrap_mean(normal(50), seed=2).low
 
 
-def test_exact_cases():
+def test_interval_of_constant_single_and_missing_samples():
     single = bootstrap_mean([0.25])
     assert (single.mean, single.n) == (0.25, 1)
     assert math.isnan(single.low)
@@ -49,7 +49,7 @@ def test_exact_cases():
     assert nothing.n == 0
 
 
-def test_clusters_of_equal_values_are_as_wide_as_their_number():
+def test_interval_of_groups_of_equal_values_is_that_of_one_value_per_group():
     values, groups = normal(30).repeat_interleave(20), torch.arange(30).repeat_interleave(20)
     plain, clustered = bootstrap_mean(values), bootstrap_mean(values, groups=groups)
     assert clustered.mean == pytest.approx(plain.mean)
@@ -59,7 +59,7 @@ def test_clusters_of_equal_values_are_as_wide_as_their_number():
     assert (own.low, own.high) == pytest.approx((plain.low, plain.high))
 
 
-def test_pairs_are_matched_by_index_and_cancel_what_samples_share():
+def test_paired_difference_matches_samples_by_index():
     shared = normal(100) * 10
     first, second = shared + 0.5 + 0.01 * normal(100, 1), shared
     shuffle = torch.randperm(100, generator=torch.Generator().manual_seed(3))
@@ -69,13 +69,13 @@ def test_pairs_are_matched_by_index_and_cancel_what_samples_share():
     assert result.n == 100
 
 
-def test_only_common_samples_that_both_have_count():
+def test_paired_difference_counts_common_samples_only():
     result = paired_difference([1, 2, 3, 4], [1.0, 2.0, 3.0, math.nan], [4, 3, 2, 9], [0.0, 1.0, 1.5, 7.0])
     assert result.n == 2
     assert result.mean == pytest.approx((0.5 + 2.0) / 2)
 
 
-def test_paired_clusters():
+def test_paired_difference_resamples_whole_groups():
     groups = {i: i // 10 for i in range(100)}
     steps = torch.tensor([groups[i] for i in range(100)]).double()
     wide = paired_difference(range(100), steps, range(100), torch.zeros(100), groups=groups)
@@ -84,7 +84,7 @@ def test_paired_clusters():
 
 
 @given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=6), grouped=st.booleans(), seed=st.integers(0, 9))
-def test_many_columns_have_the_digits_of_each_alone(sizes, grouped, seed):
+def test_bootstrap_means_equal_bootstrap_mean_of_each_column(sizes, grouped, seed):
     columns = [normal(size, seed + n) for n, size in enumerate(sizes)]
     for column in columns:
         column[column > 1.5] = math.nan
@@ -94,7 +94,7 @@ def test_many_columns_have_the_digits_of_each_alone(sizes, grouped, seed):
     assert repr(list(bootstrap_means(zip(columns, groups), **options))) == repr(expected)
 
 
-def test_what_is_held_at_once_changes_no_digit(monkeypatch):
+def test_bootstrap_means_do_not_depend_on_the_batch_size(monkeypatch):
     columns = [(normal(size, size), None) for size in (5, 40, 40, 7, 40)]
     expected = list(bootstrap_means(columns, n_resamples=50))
     for block in (1, 45, 90, 1000):
@@ -102,7 +102,7 @@ def test_what_is_held_at_once_changes_no_digit(monkeypatch):
         assert list(bootstrap_means(columns, n_resamples=50)) == expected
 
 
-def test_the_draws_stay_what_they_were():
+def test_bootstrap_draws_keep_their_recorded_digits():
     values = (torch.arange(200, dtype=torch.float64) * 0.61803398875).frac()
     single, grouped = bootstrap_mean(values), bootstrap_mean(values, groups=torch.arange(200) // 7)
     assert (single.low, single.high) == pytest.approx((0.45891130063609803, 0.5394542746815661), rel=1e-14)

@@ -9,7 +9,7 @@ from labn.perturbation.patches import patch_pool, patch_ranks
 
 
 @pytest.mark.parametrize("options", [{"step": 3}, {"ties": "stable", "step": 4}, {"protocol": "official", "step": 2}])
-def test_the_patches_moved_by_each_point_are_those_of_the_curve(options):
+def test_steps_equal_the_moved_patches_of_the_curve(options):
     maps = torch.randint(0, 6, (3, 16, 16), generator=torch.Generator().manual_seed(0)).double()
     metric = PatchInsertionDeletion(4, **options)
     steps = metric.steps(maps, torch.arange(3))
@@ -20,10 +20,10 @@ def test_the_patches_moved_by_each_point_are_those_of_the_curve(options):
     assert torch.equal(moved, kept_fractions(ranks, counts))
 
 
-def test_tied_patches_move_together_at_the_first_point_that_moves_any():
+def test_tied_patches_move_at_the_same_step():
     steps = PatchInsertionDeletion(4, step=3).steps(torch.ones(1, 16, 16), torch.zeros(1, dtype=torch.long))
     assert (steps == 1).all()
 
 
-def test_patches_at_the_edge_count_where_the_size_is_no_multiple():
+def test_steps_include_smaller_patches_at_the_edge():
     assert PatchInsertionDeletion(4, step=1).steps(torch.rand(2, 10, 14), torch.arange(2)).shape == (2, 3, 4)

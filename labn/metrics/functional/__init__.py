@@ -1,4 +1,4 @@
-"""The mathematics of the metrics as plain functions of tensors."""
+"""The metrics as functions of tensors, without state; the classes of `labn.metrics` call them."""
 
 from labn.metrics.functional.class_probability import class_probability
 from labn.metrics.functional.complexity import gini_index

@@ -1,4 +1,4 @@
-"""The probability of a class, read off logits."""
+"""Probability of a class from logits: softmax, sigmoid, or the logit itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Properties of a map alone."""
+"""Complexity of a map, which needs neither model nor ground truth."""
 
 from __future__ import annotations
 
@@ -16,9 +16,14 @@ def gini_index(maps: Tensor) -> Tensor:
 
     Returns:
         (B,) float64: 0 for a map whose absolute values are all the same (also all zero), 1 - 1 / P for a single pixel.
+
+    Example:
+        >>> gini_index(torch.tensor([[[1.0, 1.0], [1.0, 1.0]], [[0.0, 0.0], [0.0, 5.0]]]))
+        tensor([0.0000, 0.7500], dtype=torch.float64)
     """
     values = maps.double().abs().flatten(1).sort(1).values
     pixels = values.shape[1]
-    place = torch.arange(1, pixels + 1, dtype=torch.float64, device=maps.device)
+    rank = torch.arange(1, pixels + 1, dtype=torch.float64, device=maps.device)
     total = values.sum(1)
-    return ((2 * place - pixels - 1) * values).sum(1) / (pixels * torch.where(total > 0, total, 1))
+    # An all-zero map has the numerator 0: the denominator P then gives 0, as for every constant map, in place of 0 / 0.
+    return ((2 * rank - pixels - 1) * values).sum(1) / (pixels * torch.where(total > 0, total, 1))

@@ -1,4 +1,4 @@
-"""How good a detector's maps are: class discrimination, and what removing the supporting pixels does to a detection."""
+"""Scores of a detector's maps: class discrimination, and the change of detections when pixels are removed."""
 
 from __future__ import annotations
 
@@ -18,22 +18,32 @@ FRACTIONS = (0.0, 0.05, 0.1, 0.2, 0.4)
 
 
 def map_similarity(first: Tensor, second: Tensor) -> Tensor:
-    """Cosine of two sets of maps (T, H, W), (T,) float64 in [-1, 1]: near 1, the map hardly depends on what was asked.
+    """Cosine similarity of two sets of maps; near 1 the maps hardly depend on the explained class.
 
-    0 where one of two maps is all zero.
+    Args:
+        first: (T, H, W).
+        second: (T, H, W).
+
+    Returns:
+        (T,) float64 in [-1, 1]; 0 where one of the two maps is all zero.
+
+    Example:
+        >>> map_similarity(torch.tensor([[[1.0, 0.0]]]), torch.tensor([[[1.0, 1.0]]]))
+        tensor([0.7071], dtype=torch.float64)
     """
+    # eps bounds the product of the norms from below: relevance may be far smaller than the default of 1e-8.
     return torch.cosine_similarity(first.double().flatten(1), second.double().flatten(1), eps=1e-300)
 
 
 @dataclass(frozen=True)
 class RemovalCurves:
-    """What T default boxes predict while the pixels that T maps rank highest are removed.
+    """Predictions of T default boxes while the highest-ranked pixels of T maps are removed.
 
     Attributes:
-        fractions: (F,) float64, how much is removed, as a share of each row's area.
-        confidence: (T, F) float64, softmax probability of each row's class.
-        offsets: (T, F, 4) float64, regression outputs cx, cy, w, h of each row's default box.
-        variances: (4,) of the box code.
+        fractions: (F,) float64, removed share of each detection's area.
+        confidence: (T, F) float64, softmax probability of each detection's class.
+        offsets: (T, F, 4) float64, regression outputs cx, cy, w, h of each detection's default box.
+        variances: (4,) float64, scales of the box coding (SSD's 0.1, 0.1, 0.2, 0.2).
     """
 
     fractions: Tensor
@@ -43,11 +53,11 @@ class RemovalCurves:
 
     @property
     def shifts(self) -> Tensor:
-        """(T, F, 4) change against the whole image: of the centre in default-box sizes, of width and height as log."""
+        """(T, F, 4) change against the whole image: centre in default-box sizes, width and height as logarithms."""
         return (self.offsets - self.offsets[:, :1]) * self.variances
 
     def mean_confidence(self) -> Tensor:
-        """(T,) confidence averaged over the fractions above 0; low where the map found what the class rests on."""
+        """(T,) confidence averaged over the fractions above 0; low where the map found the evidence for the class."""
         return self.confidence[:, self.fractions > 0].mean(1)
 
     def mean_shifts(self) -> Tensor:
@@ -67,48 +77,52 @@ def removal_curves(
     patch_size: int = 4,
     chunk_size: int | None = None,
 ) -> RemovalCurves:
-    """Remove the patches that a map ranks highest and watch its default box, whatever else the detector then finds.
+    """Remove the patches that a map ranks highest and read the predictions of one fixed default box.
+
+    The default box stays the same during the removal, even where non-maximum suppression would choose another one.
 
     Args:
-        detector: as explained.
+        detector: the explained detector; not changed.
         image: (1, C, H, W), normalised.
-        maps: (T, H, W); a map of relevance for "right" ranks first what should keep the box to the right.
-        priors: T default boxes.
+        maps: (T, H, W), one per detection.
+        priors: T numbers of default boxes.
         labels: T class channels.
         fractions: ascending shares of `areas` to remove, the first one 0. The pixels may lie anywhere.
-        areas: (T,) shares of the image, for example of the detected boxes, so that a small object is not removed
-            altogether where a large one has lost a tenth; 1 is the whole image for every row.
+        areas: (T,) areas of the detected boxes as shares of the image, so that small and large objects lose the same
+            share of their box; 1 takes the fractions of the whole image.
         fill: what removed pixels show, broadcastable to the image; 0 is the mean colour after normalisation.
-        patch_size: side of the patches in pixels; a patch is worth the sum of its relevance.
+        patch_size: side of the patches in pixels; the importance of a patch is the sum of its relevance.
         chunk_size: images per forward.
 
     Raises:
-        ValueError: the first fraction is not 0, or they do not ascend within [0, 1].
+        InputError: fractions that do not start with 0 or do not ascend within [0, 1].
     """
-    wanted = torch.as_tensor(fractions, dtype=torch.float64)
-    if len(wanted) < 2 or wanted[0] != 0 or bool((wanted.diff() <= 0).any()) or wanted[-1] > 1:
+    shares = torch.as_tensor(fractions, dtype=torch.float64)
+    if len(shares) < 2 or shares[0] != 0 or bool((shares.diff() <= 0).any()) or shares[-1] > 1:
         raise InputError(f"fractions must start with 0 and ascend to at most 1, got {list(fractions)}.")
-    rows, classes = len(maps), detector.num_classes
+    detections, classes = len(maps), detector.num_classes
     chosen = torch.as_tensor(list(priors), device=image.device)
 
-    def units(batch: Tensor) -> Tensor:
-        predictions = logits_of_units(detector, batch, chosen)
-        return predictions.flatten(1)
+    def predictions_of_boxes(batch: Tensor) -> Tensor:
+        return predict_default_boxes(detector, batch, chosen).flatten(1)
 
-    engine = PerturbationEngine(units, image, chunk_size=chunk_size)
+    engine = PerturbationEngine(predictions_of_boxes, image, chunk_size=chunk_size)
     size = (image.shape[-2], image.shape[-1])
     values = patch_pool(maps.to(image), patch_size, "sum").flatten(1)
     ranks = ranks_to_pixels(patch_ranks(values, "stable"), patch_size, size)
-    counts = (torch.as_tensor(areas, dtype=torch.float64).view(-1, 1) * wanted * values.shape[1]).round().long()
-    samples = torch.zeros(rows, dtype=torch.long)
-    with evaluating(detector, image.device.type):  # the engine knows the function alone, not the detector in it
-        found = engine.masked(ranks, counts, fill, keep="rest", samples=samples)
-    found = found.unflatten(2, (rows, classes + 4))[torch.arange(rows), :, torch.arange(rows)].double().cpu()
-    probability = found[..., :classes].softmax(-1)[torch.arange(rows), :, torch.as_tensor(list(labels))]
-    return RemovalCurves(wanted, probability, found[..., classes:], torch.tensor(detector.variances).double())
+    counts = (torch.as_tensor(areas, dtype=torch.float64).view(-1, 1) * shares * values.shape[1]).round().long()
+    samples = torch.zeros(detections, dtype=torch.long)
+    # The engine gets a function and cannot set the detector inside it to eval mode.
+    with evaluating(detector, image.device.type):
+        outputs = engine.masked(ranks, counts, fill, keep="rest", samples=samples)
+    # Every forward returns all T default boxes; map t is read at default box t alone, the diagonal of (T, F, T, K + 4).
+    diagonal = torch.arange(detections)
+    outputs = outputs.unflatten(2, (detections, classes + 4))[diagonal, :, diagonal].double().cpu()
+    probability = outputs[..., :classes].softmax(-1)[diagonal, :, torch.as_tensor(list(labels))]
+    return RemovalCurves(shares, probability, outputs[..., classes:], torch.tensor(detector.variances).double())
 
 
-def logits_of_units(detector: Detector, images: Tensor, priors: Tensor) -> Tensor:
-    """(B, T, K + 4): class logits and offsets of T default boxes."""
+def predict_default_boxes(detector: Detector, images: Tensor, priors: Tensor) -> Tensor:
+    """Class logits and box offsets (B, T, K + 4) of T default boxes."""
     predictions = detector(images)
     return torch.cat([predictions.classes[:, priors], predictions.offsets[:, priors]], 2)

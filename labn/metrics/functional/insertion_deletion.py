@@ -1,4 +1,4 @@
-"""Insertion and deletion curves on patches: counts, x axes, areas, and the curves of a batch in one call. No state."""
+"""Insertion and deletion curves on patches: counts of moved patches, x axes, areas, and the curves of a batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from labn.perturbation.patches import default_step, patch_grid, patch_pool, patc
 
 
 def paper_counts(n_patches: int, step: int) -> Tensor:
-    """Patches moved at each point, n = 0, s, 2s, ..., N; the last step may be short (JSAI 2022, eq. 8-9).
+    """Numbers of moved patches at the points of a curve, n = 0, s, 2s, ..., N (JSAI 2022, eq. 8-9).
+
+    The last step is shorter where s does not divide N.
 
     Args:
         n_patches: N, number of patches.
@@ -24,25 +26,39 @@ def paper_counts(n_patches: int, step: int) -> Tensor:
 
     Returns:
         (ceil(N / s) + 1,) int64.
+
+    Example:
+        >>> paper_counts(10, step=4)
+        tensor([ 0,  4,  8, 10])
     """
     return torch.cat([torch.arange(0, n_patches, step), torch.tensor([n_patches])])
 
 
 def official_counts(n_patches: int, step: int) -> Tensor:
-    """Counts of the released code: n_i = min(s (i + 1), N - 1) + 1 for i < ceil(N / s).
+    """Numbers of moved patches in the released code: n_i = min(s (i + 1), N - 1) + 1 for i < ceil(N / s).
 
-    It thresholds at the n-th value inclusively: one patch too many at every point, no point at n = 0, and the last
-    point repeated where the second last already holds all patches.
+    The released code includes the n-th value in its threshold. Every point therefore moves one patch too many, the
+    point n = 0 is missing, and the last point is repeated where the second last already moves all patches.
+
+    Args:
+        n_patches: N, number of patches.
+        step: s, patches per step.
 
     Returns:
         (ceil(N / s),) int64.
+
+    Example:
+        >>> official_counts(10, step=4)
+        tensor([ 5,  9, 10])
     """
     points = -(-n_patches // step)
     return (step * torch.arange(1, points + 1)).clamp(max=n_patches - 1) + 1
 
 
 def kept_fractions(ranks: Tensor, counts: Tensor) -> Tensor:
-    """Fraction of patches with a rank below each count, x = #{rank < n} / N: more than n / N where ties enter together.
+    """Fraction of patches whose rank is below each count, x = #{rank < n} / N.
+
+    With shared ranks tied patches move together, and x exceeds n / N.
 
     Args:
         ranks: (B, N) integer, as from `labn.perturbation.patches.patch_ranks`.
@@ -50,45 +66,76 @@ def kept_fractions(ranks: Tensor, counts: Tensor) -> Tensor:
 
     Returns:
         (B, K) float64 in [0, 1].
+
+    Example:
+        >>> kept_fractions(torch.tensor([[0, 1, 1, 3]]), torch.tensor([0, 2, 4]))
+        tensor([[0.0000, 0.7500, 1.0000]], dtype=torch.float64)
     """
     ordered = ranks.sort(dim=1).values
-    wanted = counts.to(ranks).expand(len(ranks), -1).contiguous()
-    return torch.searchsorted(ordered, wanted).double() / ranks.shape[1]
+    # In ascending ranks the insertion point of n is the number of ranks below n.
+    limits = counts.to(ranks).expand(len(ranks), -1).contiguous()
+    return torch.searchsorted(ordered, limits).double() / ranks.shape[1]
 
 
 def counted_fractions(ranks: Tensor, counts: Tensor) -> Tensor:
-    """Fraction of patches that each count names, x = n / N, however many ties were moved with them; (B, K) float64."""
+    """Fractions x = n / N (B, K) float64 of the counts n themselves, without the ties that moved with them."""
     return (counts.to(ranks.device).double() / ranks.shape[1]).expand(len(ranks), -1)
 
 
 def nominal_fractions(ranks: Tensor, counts: Tensor) -> Tensor:
-    """The released code's x axis: points equally spaced on [0, 1], whatever was really moved; (B, K) float64."""
+    """x axis of the released code: K points equally spaced on [0, 1], whatever number of patches was moved.
+
+    Args:
+        ranks: (B, N) integer.
+        counts: (K,) integer.
+
+    Returns:
+        (B, K) float64.
+
+    Example:
+        >>> nominal_fractions(torch.tensor([[0, 1, 1, 3]]), torch.tensor([0, 2, 4]))
+        tensor([[0.0000, 0.5000, 1.0000]], dtype=torch.float64)
+    """
     points = torch.linspace(0, 1, len(counts), dtype=torch.float64, device=ranks.device)
     return points.expand(len(ranks), -1)
 
 
 def mean_height(curves: Tensor, x: Tensor, nominal: Tensor | None = None) -> Tensor:
-    """The mean of a curve's points; arguments and result as `trapezoid_area`.
+    """Mean of a curve's heights at the K nominal points; ties do not change the points' weights.
 
-    Ties enter together, so that points may lie further right than they are counted. The mean is then over the curve at
-    the points' own places, read off the straight lines between what was measured: every point counts the same, on an
-    axis on which the nominal ones are equally spaced. Without ties nothing is moved; where all is tied the curve is one
-    line, whose mean is that of its ends.
+    Tied patches move together, so that a point may lie further right than its nominal x = n / N. The heights are then
+    interpolated linearly at the nominal points, and each of these counts 1 / K. Without ties this is the plain mean of
+    the K points; with all patches tied the curve is one straight line, whose mean is that of its two ends.
+
+    Args:
+        curves: (B, K), y.
+        x: (B, K), non-decreasing from 0 to 1.
+        nominal: (B, K), x of the points if there were no ties; None: `x`.
+
+    Returns:
+        (B,) float64.
+
+    Example:
+        >>> mean_height(torch.tensor([[0.0, 0.5, 1.0]]), torch.tensor([[0.0, 0.5, 1.0]]))
+        tensor([0.5000], dtype=torch.float64)
     """
     curves = curves.double()
     if nominal is None or torch.equal(x, nominal):
         return curves.mean(1)
-    places = _places(x, nominal)
-    wanted = torch.arange(curves.shape[1], dtype=places.dtype, device=places.device).expand_as(places).contiguous()
-    right = torch.searchsorted(places.contiguous(), wanted)
+    # Both axes are rescaled so that the nominal points lie at 0, 1, ..., K - 1: a short last step then counts as one.
+    measured = _in_steps(x, nominal)
+    steps = torch.arange(curves.shape[1], dtype=measured.dtype, device=measured.device)
+    steps = steps.expand_as(measured).contiguous()
+    right = torch.searchsorted(measured.contiguous(), steps)
     left = (right - 1).clamp(min=0)
-    (start, end), (low, high) = ((t.gather(1, left), t.gather(1, right)) for t in (places, curves))
-    behind = torch.where(end > start, (end - wanted) / (end - start), 0)
-    return (high - behind * (high - low)).mean(1)
+    (start, end), (low, high) = ((t.gather(1, left), t.gather(1, right)) for t in (measured, curves))
+    # Written from the right end, so that a point that coincides with a measured one keeps its exact digits.
+    to_the_end = torch.where(end > start, (end - steps) / (end - start), 0)
+    return (high - to_the_end * (high - low)).mean(1)
 
 
-def _places(x: Tensor, nominal: Tensor) -> Tensor:
-    """Where x (B, K) lies among the nominal points (B, K), in numbers of points: (B, K) from 0 to K - 1."""
+def _in_steps(x: Tensor, nominal: Tensor) -> Tensor:
+    """Positions (B, K) of x (B, K), on the axis on which the nominal points (B, K) lie at 0, 1, ..., K - 1."""
     right = torch.searchsorted(nominal.contiguous(), x.contiguous())
     end, start = nominal.gather(1, right), nominal.gather(1, (right - 1).clamp(min=0))
     return right - torch.where(end > x, (end - x) / (end - start), 0)
@@ -100,10 +147,14 @@ def trapezoid_area(curves: Tensor, x: Tensor, nominal: Tensor | None = None) -> 
     Args:
         curves: (B, K), y.
         x: (B, K), non-decreasing from 0 to 1.
-        nominal: (B, K), where the points would lie if there were no ties; None: where they lie. It moves no area.
+        nominal: not used; `AREAS` calls all its functions with the same arguments.
 
     Returns:
-        (B,) float64; a curve of one point has its own value as area.
+        (B,) float64; the area of a curve with a single point is the height of that point.
+
+    Example:
+        >>> trapezoid_area(torch.tensor([[0.0, 1.0, 1.0]]), torch.tensor([[0.0, 0.5, 1.0]]))
+        tensor([0.7500], dtype=torch.float64)
     """
     curves = curves.double()
     if curves.shape[1] == 1:
@@ -116,7 +167,13 @@ AREAS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {"trapezoid": tra
 
 @dataclass(frozen=True)
 class Protocol:
-    """Where a curve is sampled, at which x a sample is drawn, and at which one it would be without ties."""
+    """Points of a curve.
+
+    Attributes:
+        counts: number of patches, patches per step -> numbers of moved patches (K,).
+        x: ranks (B, N), counts (K,) -> x axis (B, K).
+        nominal: the same -> x axis (B, K) if there were no ties.
+    """
 
     counts: Callable[[int, int], Tensor]
     x: Callable[[Tensor, Tensor], Tensor]
@@ -135,12 +192,20 @@ class InsertionDeletionCurves:
 
     Attributes:
         samples: (S,) int64, positions of the scored samples in their batch.
-        counts: (K,) int64, nominal number of patches moved.
+        counts: (K,) int64, nominal numbers of moved patches.
         x: (S, K) float64, the x axis in [0, 1].
         insertion: (S, K) probabilities as patches of the image appear on the fill, most important first.
-        deletion: (S, K) probabilities as they disappear from the image.
-        fill_probability: (S,) probability of the bare fill.
-        nominal: (S, K) float64, the x axis as it would be without ties.
+        deletion: (S, K) probabilities as the same patches disappear from the image.
+        fill_probability: (S,) probability of the class on the bare fill.
+        nominal: (S, K) float64, the x axis if there were no ties.
+
+    Example:
+        >>> x = torch.tensor([[0.0, 0.5, 1.0]]).double()
+        >>> rising, falling = torch.tensor([[0.0, 1.0, 1.0]]), torch.tensor([[1.0, 0.0, 0.0]])
+        >>> counts = torch.tensor([0, 2, 4])
+        >>> curves = InsertionDeletionCurves(torch.tensor([0]), counts, x, rising, falling, torch.zeros(1), x)
+        >>> curves.areas()["pid"]
+        tensor([0.5000], dtype=torch.float64)
     """
 
     samples: Tensor
@@ -152,10 +217,13 @@ class InsertionDeletionCurves:
     nominal: Tensor
 
     def areas(self, area: str = "trapezoid") -> dict[str, Tensor]:
-        """`insertion`, `deletion`, `pid` = their difference (JSAI 2022, eq. 7), `fill_probability`: (S,) float64.
+        """Areas `insertion` and `deletion`, `pid` = insertion - deletion (JSAI 2022, eq. 7), and `fill_probability`.
 
         Args:
             area: a name in `AREAS`: "trapezoid", or "mean" of the points.
+
+        Returns:
+            Four tensors (S,) float64.
         """
         measure = AREAS[area]
         insertion, deletion = (measure(curve, self.x, self.nominal) for curve in (self.insertion, self.deletion))
@@ -164,7 +232,7 @@ class InsertionDeletionCurves:
 
 
 def patch_counts(size: tuple[int, int], patch_size: int, step: int | None = None, protocol: str = "paper") -> Tensor:
-    """Numbers of patches moved at the points of a curve.
+    """Numbers of moved patches at the points of a curve, for images of one size.
 
     Args:
         size: (height, width) of the images.
@@ -202,20 +270,35 @@ def insertion_deletion_curves(
     ties: str = "fraction",
     probability: str = "softmax",
 ) -> InsertionDeletionCurves:
-    """Curves of some samples of a batch (JSAI 2022, eq. 8-9): i_n = p on A_n, b elsewhere; d_n = b on A_n, p elsewhere.
+    """Insertion and deletion curves of some samples of a batch (JSAI 2022, eq. 8-9).
+
+    With A_n the n first patches, p the image and b the fill, the model sees i_n = p on A_n, b elsewhere (insertion) and
+    d_n = b on A_n, p elsewhere (deletion).
 
     Args:
         engine: the perturbation engine of the batch.
         ranks: (S, N) integer, as from `labn.perturbation.patches.patch_ranks`: a patch is in A_n where its rank < n.
         counts: (K,) int64, see `patch_counts`.
-        classes: (S,) int64, the class whose probability is read.
+        classes: (S,) int64, the scored classes.
         fill: b of insertion, broadcastable to the images of the batch.
-        deletion_fill: b of deletion, likewise.
+        deletion_fill: b of deletion, broadcastable likewise.
         patch_size: m in pixels.
         samples: (S,) int64, positions of the samples in the batch.
         protocol: a name in `PROTOCOLS`.
-        ties: as of `patch_ranks`; "threshold" draws the x axis as if there were no ties.
+        ties: an option of `patch_ranks`; "threshold" draws the x axis as if there were no ties.
         probability: "softmax", "sigmoid" or "logit".
+
+    Example:
+        >>> model = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(1, 2, bias=False))
+        >>> _ = nn.init.constant_(model[2].weight, 1.0)
+        >>> engine = PerturbationEngine.for_model(model, torch.ones(1, 1, 4, 4))
+        >>> ranks, counts = torch.arange(4)[None], torch.tensor([0, 2, 4])
+        >>> sample, black = torch.tensor([0]), torch.zeros(1)
+        >>> curves = insertion_deletion_curves(
+        ...     engine, ranks, counts, sample, black, black, patch_size=2, samples=sample, probability="logit"
+        ... )
+        >>> curves.insertion, curves.deletion
+        (tensor([[0.0000, 0.5000, 1.0000]]), tensor([[1.0000, 0.5000, 0.0000]]))
     """
     pixel_ranks = ranks_to_pixels(ranks, patch_size, (engine.images.shape[-2], engine.images.shape[-1]))
     insertion, deletion = (
@@ -223,9 +306,9 @@ def insertion_deletion_curves(
         for substrate, keep in ((fill, "first"), (deletion_fill, "rest"))
     )
     bare = class_probability(engine.filled(fill)[samples, None], classes, probability)[:, 0]
-    rule = PROTOCOLS[protocol]
-    nominal = rule.nominal(ranks, counts)
-    x = nominal if ties == "threshold" else rule.x(ranks, counts)
+    points = PROTOCOLS[protocol]
+    nominal = points.nominal(ranks, counts)
+    x = nominal if ties == "threshold" else points.x(ranks, counts)
     return InsertionDeletionCurves(samples, counts, x, insertion, deletion, bare, nominal)
 
 
@@ -259,7 +342,7 @@ def patch_insertion_deletion(
         model: returns logits or an object with `.logits`; not changed.
         images: (B, C, H, W), normalised with `mean` and `std` (None: not at all).
         maps: (B, H, W), importance of every pixel.
-        targets: (B,) int64, the class whose probability is read.
+        targets: (B,) int64, the scored classes.
         patch_size: m in pixels; 1 gives pixel-wise insertion-deletion.
         step: patches per step; None: the released table where it has the size, else about N / 100.
         protocol: "paper" or "official".

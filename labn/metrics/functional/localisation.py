@@ -1,7 +1,7 @@
 """Agreement of importance maps with ground-truth regions; definitions follow Quantus (Hedström et al., JMLR 2023).
 
-Where values are tied, every function gives the expectation over a random order of the ties, so that a constant map
-scores what chance scores. A sample whose region is empty gets NaN.
+Tied values: every function returns the expectation over a random order of the ties, so that a constant map gets the
+score of chance. The score of a sample with an empty region is NaN.
 """
 
 from __future__ import annotations
@@ -16,22 +16,29 @@ from labn.metrics.functional.similarity import midranks
 
 
 def boxes_to_masks(boxes: Sequence[Tensor] | Tensor, size: tuple[int, int]) -> Tensor:
-    """Union of boxes as masks: a pixel is inside where its centre is.
+    """Masks of the union of boxes; a pixel belongs to a box that contains its centre.
 
     Args:
-        boxes: per sample (n, 4) pixel coordinates x1, y1, x2, y2; or (B, n, 4), boxes without area being padding.
+        boxes: per sample (n, 4) pixel coordinates x1, y1, x2, y2; or (B, n, 4), in which boxes
+            without area are padding.
         size: (H, W).
 
     Returns:
-        (B, H, W) bool; nothing is inside where a sample has no box.
+        (B, H, W) bool; all False for a sample without a box.
 
     Raises:
-        ValueError: boxes of a sample that are not (n, 4).
+        InputError: boxes of a sample that are not (n, 4).
+
+    Example:
+        >>> boxes_to_masks([torch.tensor([[0.0, 0.0, 2.0, 1.0]])], size=(2, 3)).int()
+        tensor([[[1, 1, 0],
+                 [0, 0, 0]]], dtype=torch.int32)
     """
-    for sample, one in enumerate(boxes):
-        if one.ndim != 2 or one.shape[1] != 4:
-            raise InputError(f"boxes must be one (n, 4) tensor per image, got {tuple(one.shape)} for image {sample}.")
-    return torch.stack([_union(one, size) for one in boxes])
+    for image, corners in enumerate(boxes):
+        if corners.ndim != 2 or corners.shape[1] != 4:
+            shape = tuple(corners.shape)
+            raise InputError(f"boxes must be one (n, 4) tensor per image, got {shape} for image {image}.")
+    return torch.stack([_union(corners, size) for corners in boxes])
 
 
 def _union(boxes: Tensor, size: tuple[int, int]) -> Tensor:
@@ -47,61 +54,96 @@ def _flat(maps: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
     return maps.double().flatten(1), masks.bool().flatten(1)
 
 
-def _left_out(scores: Tensor, keep: Tensor) -> Tensor:
-    return torch.where(keep, scores, torch.nan)
+def _nan_unless(defined: Tensor, scores: Tensor) -> Tensor:
+    return torch.where(defined, scores, torch.nan)
 
 
 def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
-    """1 where the map's maximum lies in the region, else 0 (Zhang et al., ECCV 2016); the share of tied maxima inside.
+    """1 where the map's maximum lies in the region, else 0 (Zhang et al., ECCV 2016).
 
     Args:
         maps: (B, H, W).
         masks: (B, H, W) bool.
 
     Returns:
-        (B,) float64 in [0, 1], NaN where the region is empty.
+        (B,) float64: 0 or 1, or with several equal maxima the share of them inside; NaN where the region is empty.
+
+    Example:
+        >>> masks = torch.tensor([[[True, False]], [[True, False]]])
+        >>> pointing_game(torch.tensor([[[0.9, 0.1]], [[0.5, 0.5]]]), masks)
+        tensor([1.0000, 0.5000], dtype=torch.float64)
     """
     values, inside = _flat(maps, masks)
     maxima = values == values.amax(1, keepdim=True)
-    return _left_out((maxima & inside).sum(1) / maxima.sum(1).double(), inside.any(1))
+    return _nan_unless(inside.any(1), (maxima & inside).sum(1) / maxima.sum(1).double())
 
 
 def relevance_mass(maps: Tensor, masks: Tensor) -> Tensor:
     """Relevance mass accuracy: sum of relevance inside / sum of relevance (Arras et al., Information Fusion 2022).
 
-    Only the positive part counts, as a negative value argues against the class; a map without any positive value
-    has put no mass inside and scores 0. Arguments and result as in `pointing_game`.
+    Only positive relevance counts, because negative relevance argues against the class.
+
+    Args:
+        maps: (B, H, W).
+        masks: (B, H, W) bool.
+
+    Returns:
+        (B,) float64 in [0, 1]; 0 for a map without a positive value, NaN where the region is empty.
+
+    Example:
+        >>> relevance_mass(torch.tensor([[[3.0, 1.0, -5.0]]]), torch.tensor([[[True, False, False]]]))
+        tensor([0.7500], dtype=torch.float64)
     """
     values, inside = _flat(maps, masks)
     positive = values.clamp(min=0)
     total = positive.sum(1)
     mass = torch.where(inside, positive, 0).sum(1) / torch.where(total > 0, total, 1)
-    return _left_out(mass, inside.any(1))
+    return _nan_unless(inside.any(1), mass)
 
 
 def relevance_rank(maps: Tensor, masks: Tensor) -> Tensor:
     """Relevance rank accuracy: share of the |region| highest pixels that lie inside (Arras et al. 2022).
 
-    Arguments and result as in `pointing_game`.
+    Args:
+        maps: (B, H, W).
+        masks: (B, H, W) bool.
+
+    Returns:
+        (B,) float64 in [0, 1]; NaN where the region is empty.
+
+    Example:
+        >>> relevance_rank(torch.tensor([[[3.0, 2.0, 1.0]]]), torch.tensor([[[True, False, True]]]))
+        tensor([0.5000], dtype=torch.float64)
     """
     values, inside = _flat(maps, masks)
     size = inside.sum(1, keepdim=True)
     threshold = values.sort(1, descending=True).values.gather(1, (size - 1).clamp(min=0))
     above, tied = values > threshold, values == threshold
-    places = (size - above.sum(1, keepdim=True)).double() / tied.sum(1, keepdim=True)
-    hits = (above & inside).sum(1) + (tied & inside).sum(1) * places.squeeze(1)
-    return _left_out(hits / size.squeeze(1).clamp(min=1), inside.any(1))
+    # Pixels tied at the threshold share the remaining ranks: in a random order each is taken with this probability.
+    taken = (size - above.sum(1, keepdim=True)).double() / tied.sum(1, keepdim=True)
+    hits = (above & inside).sum(1) + (tied & inside).sum(1) * taken.squeeze(1)
+    return _nan_unless(inside.any(1), hits / size.squeeze(1).clamp(min=1))
 
 
 def map_auroc(maps: Tensor, masks: Tensor) -> Tensor:
     """Area under the ROC curve of the map as a detector of region pixels, U / (n_in n_out) (Mann and Whitney 1947).
 
+    Args:
+        maps: (B, H, W).
+        masks: (B, H, W) bool.
+
     Returns:
-        (B,) float64 in [0, 1], 0.5 for a map without relation; NaN where the region is empty or everything.
+        (B,) float64 in [0, 1], 0.5 expected for a map without relation to the region; NaN where the region is empty or
+        the whole image.
+
+    Example:
+        >>> map_auroc(torch.tensor([[[3.0, 2.0, 1.0]]]), torch.tensor([[[False, True, False]]]))
+        tensor([0.5000], dtype=torch.float64)
     """
     values, inside = _flat(maps, masks)
     positive = inside.sum(1).double()
     negative = inside.shape[1] - positive
     rank_sum = torch.where(inside, midranks(values), 0).sum(1)
+    # U counts the pairs (inside, outside) in the right order; midranks count tied pairs as one half.
     wins = rank_sum - positive * (positive + 1) / 2
-    return _left_out(wins / (positive * negative).clamp(min=1), (positive > 0) & (negative > 0))
+    return _nan_unless((positive > 0) & (negative > 0), wins / (positive * negative).clamp(min=1))

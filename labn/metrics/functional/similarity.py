@@ -1,4 +1,4 @@
-"""How alike two maps are."""
+"""Similarity of two maps: Pearson's and Spearman's correlation of their pixels."""
 
 from __future__ import annotations
 
@@ -9,8 +9,20 @@ from labn.errors import InputError
 
 
 def midranks(values: Tensor) -> Tensor:
-    """Ranks 1..P of (B, P) in ascending order, tied values sharing their mean rank; float64."""
+    """Ranks 1 to P in ascending order; tied values share the mean of their ranks.
+
+    Args:
+        values: (B, P).
+
+    Returns:
+        (B, P) float64.
+
+    Example:
+        >>> midranks(torch.tensor([[0.5, 0.1, 0.5]]))
+        tensor([[2.5000, 1.0000, 2.5000]], dtype=torch.float64)
+    """
     ordered = values.sort(1).values
+    # A value with b values below it and t values up to it has the ranks b + 1, ..., t, whose mean is (b + t + 1) / 2.
     below, not_above = torch.searchsorted(ordered, values), torch.searchsorted(ordered, values, right=True)
     return (below + not_above + 1).double() / 2
 
@@ -23,11 +35,15 @@ def correlation(first: Tensor, second: Tensor) -> Tensor:
         second: (B, H, W).
 
     Returns:
-        (B,) float64 in [-1, 1]. Where a map is constant the coefficient has no value: 1 if both are, else 0. NaN where
-        a map holds a value that is not finite.
+        (B,) float64 in [-1, 1]. Pearson's coefficient is undefined for a constant map: two constant maps get 1, one
+        constant map gets 0. NaN where a map holds NaN or infinity.
 
     Raises:
-        ValueError: the maps differ in size.
+        InputError: maps of different sizes.
+
+    Example:
+        >>> correlation(torch.tensor([[[1.0, 2.0, 3.0]]]), torch.tensor([[[2.0, 4.0, 6.0]]]))
+        tensor([1.], dtype=torch.float64)
     """
     a, b = _flat(first, second)
     return _correlation(a, b)
@@ -36,7 +52,19 @@ def correlation(first: Tensor, second: Tensor) -> Tensor:
 def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
     """Spearman's rank correlation of the pixels of two maps: the correlation of their midranks (Spearman 1904).
 
-    Arguments, result and errors as for `correlation`.
+    Args:
+        first: (B, H, W).
+        second: (B, H, W).
+
+    Returns:
+        (B,) float64 in [-1, 1]; constant and non-finite maps as in `correlation`.
+
+    Raises:
+        InputError: maps of different sizes.
+
+    Example:
+        >>> rank_correlation(torch.tensor([[[1.0, 2.0, 3.0]]]), torch.tensor([[[9.0, 4.0, 1.0]]]))
+        tensor([-1.], dtype=torch.float64)
     """
     a, b = _flat(first, second)
     finite = a.isfinite().all(1) & b.isfinite().all(1)
@@ -50,8 +78,8 @@ def _flat(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _correlation(first: Tensor, second: Tensor) -> Tensor:
-    """Of the rows of (B, P) float64."""
-    # A constant row has a deviation of 0 from its first value, but not always from its mean.
+    """Pearson's correlation (B,) of the flattened maps (B, P) float64."""
+    # The mean of a constant map may be off by one rounding; after its first value is subtracted it is exactly 0.
     a, b = (values - values[:, :1] for values in (first, second))
     a, b = (values - values.mean(1, keepdim=True) for values in (a, b))
     a_square, b_square = a.square().sum(1), b.square().sum(1)
