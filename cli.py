@@ -1,4 +1,4 @@
-"""The command line: `python cli.py {fit,validate,test} --config configs/<experiment>.yaml`, and COMMANDS."""
+"""The command line: `python cli.py {fit,validate,test} --config configs/<experiment>.yaml`, and the `COMMANDS`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import Any
 
 from labn.errors import InputError
 
+# Before the imports below: albumentations asks a server for its newest version when it is imported.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ.setdefault("LABN_DATA", "../shared/data")
 
@@ -48,8 +49,8 @@ from callbacks.logging.terminal import SentenceParser, no_advertisement, say_fig
 from labn.commands import coarse, compare, doctor, explain, shards, sweep, table
 from labn.errors import sentence_of
 from labn.io.atomic import check_writable
-from labn.launch import archive_fit as earlier_fit
 from labn.launch.allocator import keep_freed_memory
+from labn.launch.archive_fit import archive_fit
 from labn.launch.config_include import configurations, expand_includes, experiment_name
 from labn.launch.error_messages import explain_error
 from labn.launch.slurm import requeue_on_signal, restarted
@@ -57,16 +58,18 @@ from labn.models.checkpoints import own_dataclasses, read_checkpoint
 from labn.modules.plain_checkpoints import check_own_classes, check_same_class
 from labn.modules.restore import WEIGHT_ARGUMENTS
 
+# The packages are imported so that jsonargparse lists their classes in `--help` and resolves short class names.
 __all__ = ["LabnCLI", "callbacks", "datamodules", "labn", "main"]
 
 CHECKPOINTS = (BEST, LAST)
 
 
 class LabnCLI(LightningCLI):
-    """LightningCLI with one run folder per experiment, and checkpoints found by `best` and `last`.
+    """LightningCLI with one run folder per experiment and the checkpoint names `best` and `last`.
 
     Args:
-        experiment: name of the run folder in `runs/`, unless `--run_dir` names one.
+        args: positional arguments of `LightningCLI`.
+        experiment: name of the run folder in `runs/`; `--run_dir` overrides it.
         kwargs: arguments of `LightningCLI`.
     """
 
@@ -76,27 +79,33 @@ class LabnCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, without `predict`: what a model predicts is in `predictions.csv` of a test.
+        """Lightning's subcommands except `predict`, with the arguments that each of them does not show.
 
-        Nor is there a `weights_only`: checkpoints are always read as plain data, see `PlainCheckpointIO`; nor a
-        `verbose`: `say_figures` prints what the tables of the maps leave out.
+        `predict` is left out because `test` writes `predictions.csv`, the argument `weights_only` because checkpoints
+        are always read as plain data (`PlainCheckpointIO`), and `verbose` because `say_figures` prints the metrics.
         """
-        known = LightningCLI.subcommands()
-        return {name: {*skipped, "weights_only", "verbose"} for name, skipped in known.items() if name != "predict"}
+        standard = LightningCLI.subcommands()
+        return {name: {*skipped, "weights_only", "verbose"} for name, skipped in standard.items() if name != "predict"}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add this project's own arguments and tie the number of classes to the data."""
+        """Add this project's own arguments and link the model's number of classes to the data."""
         parser.add_argument(
-            "--include", type=list[str], default=[], help="In a file: configurations that are read before this one."
+            "--include",
+            type=list[str],
+            default=[],
+            help="Only inside a configuration file: configurations that are read before it.",
         )
         parser.add_argument(
             "--run_dir",
             type=str | None,
             default=None,
-            help="Folder of checkpoints, logs and results; default runs/<name of the first --config>.",
+            help="Folder for checkpoints, logs and results; default runs/<name of the first --config>.",
         )
         parser.add_argument(
-            "--imports", type=list[str], default=[], help="Modules of your own to import first, such as a new metric."
+            "--imports",
+            type=list[str],
+            default=[],
+            help="Python modules to import before anything is built, such as one that registers a metric.",
         )
         parser.add_argument(
             "--wandb", type=str, default="offline", help="Weights & Biases: offline, online or disabled."
@@ -104,70 +113,73 @@ class LabnCLI(LightningCLI):
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Lightning's, which keeps what was given."""
-        self._given = args
+        """Parse the arguments, and remember them for `_configured_model`."""
+        self._arguments = args
         super().parse_arguments(parser, args)
 
-    def _said_of_the_model(self) -> Any:
-        """`model` as files and words have it: without defaults, and without what is linked to the data."""
-        said: Any = self.parser.parse_args(self._given, defaults=False)
-        return said[self.subcommand].get("model") or {}
+    def _configured_model(self) -> Any:
+        """Section `model` of files and arguments, without defaults and without values linked to the data."""
+        configured: Any = self.parser.parse_args(self._arguments, defaults=False)
+        return configured[self.subcommand].get("model") or {}
 
-    def _settle(self) -> None:
-        """Settle the run folder and the checkpoint before anything is built."""
+    def _resolve_run(self) -> None:
+        """Determine the run folder and the checkpoint, before anything is built."""
         self.subcommand = self.config["subcommand"]
         config = self.config[self.subcommand]
         run_dir = Path(config.run_dir or Path("runs") / self.experiment)
         config.run_dir = str(run_dir)
         for name in config.imports:
             importlib.import_module(name)
-        elsewhere = config.trainer.default_root_dir
-        if elsewhere is not None and Path(elsewhere).resolve() != run_dir.resolve():
-            rank_zero_warn(f"trainer.default_root_dir {elsewhere} is not used: a run goes to --run_dir ({run_dir}).")
+        root_dir = config.trainer.default_root_dir
+        if root_dir is not None and Path(root_dir).resolve() != run_dir.resolve():
+            rank_zero_warn(f"trainer.default_root_dir {root_dir} is ignored; files go to --run_dir ({run_dir}).")
         config.trainer.default_root_dir = str(run_dir)
-        # Before the trainer is built, which would first ask for a GPU or a package that such a strategy needs.
+        # Before the trainer is built, which would fail earlier for want of a GPU or of the strategy's package.
         strategy = config.trainer.strategy
         check_strategy(strategy if isinstance(strategy, str) else strategy.class_path)
         if not config.trainer.get("fast_dev_run"):
             check_writable(run_dir, "--run_dir")
         if self.subcommand == "fit" and config.get("ckpt_path") is None and restarted() and has_last(run_dir):
             config.ckpt_path = LAST
-            rank_zero_info(f"SLURM has queued this job again: fit goes on from the last checkpoint in {run_dir}.")
+            rank_zero_info(f"SLURM has requeued this job: fit resumes from the last checkpoint in {run_dir}.")
         if config.get("ckpt_path") in CHECKPOINTS:
             config.ckpt_path = find_checkpoint(run_dir, config.ckpt_path)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Build the trainer, with loggers that write to the run folder unless the configuration names its own."""
+        """Build the trainer, with loggers for the run folder unless the configuration has its own."""
         config = self.config[self.subcommand]
         if config.trainer.get("logger") in (None, True) and not config.trainer.get("fast_dev_run"):
             run_dir, command = Path(config.run_dir), str(self.subcommand)
-            version = command if self._begins() else unused_version(run_dir / "logs", command)
+            # A fresh fit archives the logs of an earlier one (`before_fit`), so that their name is free.
+            version = command if self._is_fresh_fit() else unused_version(run_dir / "logs", command)
             kwargs["logger"] = default_loggers(run_dir, config.wandb, version)
-        given = self.config_init[self.subcommand].trainer.get("plugins") or []
+        plugins = self.config_init[self.subcommand].trainer.get("plugins") or []
         checkpoints = RunCheckpointIO([config.run_dir])
-        kwargs["plugins"] = [checkpoints, *(given if isinstance(given, list) else [given])]
+        kwargs["plugins"] = [checkpoints, *(plugins if isinstance(plugins, list) else [plugins])]
         trainer = super().instantiate_trainer(**kwargs)
-        # Folders that the configuration itself gives to checkpoint callbacks; no state has been loaded yet.
-        checkpoints.folders |= {resolved(c.dirpath) for c in trainer.checkpoint_callbacks if c.dirpath}
+        # Folders that the configuration itself gives to checkpoint callbacks. No state of a checkpoint has been loaded
+        # yet, so that none of these paths can come from a foreign file.
+        checkpoints.folders |= {resolved(d) for c in trainer.checkpoint_callbacks if (d := getattr(c, "dirpath", None))}
         return trainer
 
     def before_fit(self) -> None:
-        """Keep an earlier fit apart from one that begins; by now the ranks are known, and nobody has opened a file."""
+        """Move the files of an earlier fit to an archive folder if this fit starts afresh."""
+        # Here the ranks are known, and no callback or logger has opened a file yet.
         check_monitors(self.trainer)
-        aside = None
-        if self._begins() and self.trainer.is_global_zero:
-            aside = earlier_fit.archive_fit(Path(self.config[self.subcommand].run_dir))
-        if aside is not None:
-            last = aside / "checkpoints" / f"{LAST}.ckpt"
-            hint = f"; to go on from it: --ckpt_path {last}" if last.is_file() else ""
-            rank_zero_info(f"This fit begins anew: what an earlier one left here is in {aside} now{hint}.")
+        archive = None
+        if self._is_fresh_fit() and self.trainer.is_global_zero:
+            archive = archive_fit(Path(self.config[self.subcommand].run_dir))
+        if archive is not None:
+            last = archive / "checkpoints" / f"{LAST}.ckpt"
+            hint = f"; to resume that fit: --ckpt_path {last}" if last.is_file() else ""
+            rank_zero_info(f"This fit starts afresh; the files of an earlier fit are now in {archive}{hint}.")
 
     def after_validate(self) -> None:
-        """Print the figures of the model."""
+        """Print the metrics of the model."""
         say_figures(self.trainer, "val")
 
     def after_test(self) -> None:
-        """Print the figures of the model."""
+        """Print the metrics of the model."""
         say_figures(self.trainer, "test")
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -175,11 +187,9 @@ class LabnCLI(LightningCLI):
         return {**super()._prepare_subcommand_kwargs(subcommand), **quiet}
 
     def _parse_ckpt_path(self) -> None:
-        """Let Lightning take a checkpoint's hyper-parameters over, once they are seen to name no foreign class.
-
-        `best` and `last` are found first, so that they are tested as the same network as the file that they name.
-        """
-        self._settle()
+        """Let Lightning read the hyper-parameters of a checkpoint, after a check that they name no foreign class."""
+        # First, because Lightning reads hyper-parameters of a file only: `best` must be a path by then.
+        self._resolve_run()
         config = self.config[self.subcommand]
         path = config.get("ckpt_path")
         if not path or not Path(path).is_file():
@@ -191,14 +201,14 @@ class LabnCLI(LightningCLI):
         with torch.serialization.safe_globals(own_dataclasses(Path(path))):
             super()._parse_ckpt_path()
         built: Any = self.config[self.subcommand].get("model") or {}
-        say_taken_over(path, self._said_of_the_model(), built)
+        say_taken_over(path, self._configured_model(), built)
         arguments = built.get("init_args") or {}
         for name in WEIGHT_ARGUMENTS:
             if arguments.get(name) and not Path(os.path.expandvars(arguments[name])).is_file():
                 arguments[name] = None  # the checkpoint has every weight
 
-    def _begins(self) -> bool:
-        """Whether this is a fit that goes on from no checkpoint, and leaves files."""
+    def _is_fresh_fit(self) -> bool:
+        """Whether this is a fit without a checkpoint that writes files, which `fast_dev_run` does not."""
         config = self.config[self.subcommand]
         return self.subcommand == "fit" and not config.get("ckpt_path") and not config.trainer.get("fast_dev_run")
 
@@ -214,7 +224,6 @@ COMMANDS: dict[str, ModuleType] = {
 }
 """Commands without a trainer: modules with `SUMMARY`, `DETAILS`, `add_arguments(parser)` and `run(options)`."""
 
-
 DESCRIPTION = "Train image classifiers, explain their predictions with maps, and measure how good the maps are."
 EPILOG = "\n".join(
     [
@@ -228,11 +237,11 @@ EPILOG = "\n".join(
 
 
 class MainHelp(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the lines of the list of commands."""
+    """Help formatter that does not re-wrap the list of commands."""
 
 
 def run_command(name: str, argv: Sequence[str]) -> None:
-    """Run one of `COMMANDS`; bad input ends with one sentence and exit status 2."""
+    """Run one of `COMMANDS`; an error that is meant for the user prints its sentence and exits with status 2."""
     module = COMMANDS[name]
     parser = argparse.ArgumentParser(
         prog=f"cli.py {name}",
@@ -245,6 +254,7 @@ def run_command(name: str, argv: Sequence[str]) -> None:
     try:
         module.run(options)
     except Exception as error:
+        # The system's own errors (OSError) name the file, so that they need no traceback either.
         sentence = str(error) if isinstance(error, OSError) else sentence_of(error)
         if sentence is None:
             raise
@@ -252,23 +262,31 @@ def run_command(name: str, argv: Sequence[str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line on `argv`, the process's own arguments by default."""
-    given = list(sys.argv[1:] if argv is None else argv)
-    if given and given[0] in COMMANDS:
-        run_command(given[0], given[1:])
+    """Run the command line.
+
+    Args:
+        argv: arguments; None takes those of the process.
+
+    Raises:
+        InputError: the command does not exist.
+        SystemExit: a wrong argument (status 2), or SIGTERM (status 143).
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in COMMANDS:
+        run_command(arguments[0], arguments[1:])
         return
-    words = expand_includes(given)
-    known = [*LabnCLI.subcommands(), *COMMANDS]
-    if words and not words[0].startswith("-") and words[0] not in known:
-        near = difflib.get_close_matches(words[0], known, n=1)
+    words = expand_includes(arguments)
+    names = [*LabnCLI.subcommands(), *COMMANDS]
+    if words and not words[0].startswith("-") and words[0] not in names:
+        near = difflib.get_close_matches(words[0], names, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise InputError(f"there is no command {words[0]!r}; {hint}The commands are {', '.join(known)}.")
+        raise InputError(f"there is no command {words[0]!r}; {hint}The commands are {', '.join(names)}.")
     requeue_on_signal()
     try:
-        train_or_evaluate(words, experiment_name(configurations(given)))
+        train_or_evaluate(words, experiment_name(configurations(arguments)))
     except SIGTERMException as error:
-        # Lightning's own exit status would say that all went well.
-        print("Terminated; the same command (fit: with --ckpt_path last) goes on from here.", file=sys.stderr)
+        # Lightning itself exits with status 0 after SIGTERM, as if the run were complete.
+        print("Terminated; the same command (fit: with --ckpt_path last) resumes from here.", file=sys.stderr)
         raise SystemExit(128 + signal.SIGTERM) from error
     except RuntimeError as error:
         better = explain_error(error, getattr(rank_zero_only, "rank", 0))
@@ -278,17 +296,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train_or_evaluate(words: list[str], experiment: str) -> None:
-    """Run a command that has a trainer.
+    """Run a command with a trainer: `fit`, `validate` or `test`.
 
     Args:
-        words: arguments with the included configurations in place.
+        words: arguments, with the included configurations inserted before the files that include them.
         experiment: default name of the run folder.
     """
-    # sys.argv stays as it is: the launcher of further ranks starts them with it, and they expand it themselves.
+    # Lightning warns that `args` differ from sys.argv. sys.argv is left unchanged on purpose: the launcher starts
+    # further ranks with it, and each of them expands its includes itself.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-    # Between Lightning and torch; nobody who runs a command can do anything about it.
+    # A deprecation inside Lightning's use of torch, which a user cannot act upon.
     warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
-    # Means of maps' scores are those of all ranks already; a module's own figures (`val/loss`) still warn.
+    # The logged means of maps' scores are those of all ranks already; for other values, such as `val/loss`, the
+    # warning stays.
     warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\('(val|test)/[^']+/")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
     keep_freed_memory()
@@ -302,7 +322,8 @@ def train_or_evaluate(words: list[str], experiment: str) -> None:
         save_config_callback=RunConfigCallback,
         parser_class=SentenceParser,
         parser_kwargs={"description": DESCRIPTION, "epilog": EPILOG, "formatter_class": MainHelp},
-        # Included files are read by now, and their paths mean nothing in a configuration that is printed or kept.
+        # The included files are among the words by now. Their paths, relative to the including file, would be wrong in
+        # a configuration that is printed or saved, so that the field is emptied.
         args=[*words, "--include=[]"] if "--config" in words or "-c" in words else words,
         auto_configure_optimizers=False,
         experiment=experiment,
@@ -310,9 +331,9 @@ def train_or_evaluate(words: list[str], experiment: str) -> None:
 
 
 def console() -> None:
-    """`main` for a terminal: an error that is meant for the user ends with its sentence and status 1.
+    """Entry point of the terminal: an error that is meant for the user prints its sentence and exits with status 1.
 
-    What nobody foresaw keeps its traceback, and everything has one with `LABN_TRACEBACK=1` in the environment.
+    Any other exception keeps its traceback. With `LABN_TRACEBACK=1` in the environment every error has one.
     """
     try:
         main()

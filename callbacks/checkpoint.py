@@ -1,4 +1,4 @@
-"""Checkpoints under names that every later command finds."""
+"""Checkpoints of a run: `best.ckpt`, `last.ckpt` and `previous.ckpt`, written atomically and checked when read."""
 
 from __future__ import annotations
 
@@ -27,15 +27,17 @@ from labn.models.checkpoints import read_checkpoint
 from labn.modules.plain_checkpoints import PlainCheckpointIO
 
 BEST, LAST, PREVIOUS, SUFFIX = "best", "last", "previous", ".ckpt"
+# Keys of a checkpoint file; a change makes checkpoints of earlier versions lose what they hold.
 PLATEAUS, ROW = "due_plateau_steps", "row_of_the_epoch"
 INSTEAD: dict[str, tuple[str, ...]] = {BEST: (), LAST: (PREVIOUS,)}
-"""Checkpoints that can be named -> what takes their place when they are damaged."""
+"""Value of `--ckpt_path` -> checkpoints that are used in its place when its file is damaged."""
 
 
 def damage(path: Path) -> str | None:
-    """Why a checkpoint cannot be whole, None where it is: every record is read and compared with its checksum.
+    """The reason why a checkpoint file is damaged; None for an intact file.
 
-    Loading alone compares no checksum, so that it finds a truncated file but no changed byte.
+    Every record of the zip archive is read and compared with its CRC-32 checksum. `torch.load` compares no checksums,
+    so that it detects a truncated file but not a changed byte.
     """
     try:
         with zipfile.ZipFile(path) as file:
@@ -46,26 +48,28 @@ def damage(path: Path) -> str | None:
 
 
 def has_last(run_dir: Path) -> bool:
-    """Whether a run has a checkpoint to go on from."""
+    """Whether a run has a checkpoint that `fit` can resume from."""
     return any(path.is_file() for path in last_paths(run_dir))
 
 
 def is_last(run_dir: Path, path: str | Path | None) -> bool:
-    """Whether `path` is the checkpoint from which a fit of this run goes on by itself."""
+    """Whether `path` is one of the run's own `last.ckpt` and `previous.ckpt`."""
     return path is not None and Path(path).absolute() in [last.absolute() for last in last_paths(run_dir)]
 
 
 def last_paths(run_dir: Path) -> list[Path]:
-    """`last.ckpt` and what takes its place."""
+    """Paths of `last.ckpt` and of the checkpoints that replace a damaged one."""
     return [run_dir / "checkpoints" / f"{name}.ckpt" for name in (LAST, *INSTEAD[LAST])]
 
 
 def find_checkpoint(run_dir: Path, which: str) -> str:
-    """Path of the whole `best` or `last` checkpoint of a run; where `last` is damaged, of the one before, saying so.
+    """Path of the `best` or `last` checkpoint of a run.
+
+    A damaged `last.ckpt` is replaced by `previous.ckpt`, with a warning.
 
     Raises:
-        FileNotFoundError: the run has none.
-        ValueError: all that it has is damaged.
+        MissingFileError: the run has no such checkpoint.
+        InputError: every candidate is damaged.
     """
     folder = run_dir / "checkpoints"
     wanted = folder / f"{which}.ckpt"
@@ -74,7 +78,7 @@ def find_checkpoint(run_dir: Path, which: str) -> str:
     for path, trouble in troubles.items():
         if trouble is None:
             if path != wanted:
-                warnings.warn(f"{wanted} {reason}; going on from {path}, an epoch earlier.", stacklevel=2)
+                warnings.warn(f"{wanted} {reason}; resuming from {path}, an epoch earlier.", stacklevel=2)
             return str(path)
     if not any(path.is_file() for path in troubles):
         raise MissingFileError(f"--ckpt_path {which}: {wanted} does not exist; run fit with this configuration first.")
@@ -84,7 +88,7 @@ def find_checkpoint(run_dir: Path, which: str) -> str:
 
 
 def named_classes(thing: Any) -> set[str]:
-    """Class paths that a part of a configuration names, at any depth."""
+    """All values of `class_path` in a configuration or a section of one, at any depth."""
     plain = vars(thing) if isinstance(thing, Namespace) else thing
     items = list(plain.values()) if isinstance(plain, dict) else plain if isinstance(plain, (list, tuple)) else []
     own = {str(plain["class_path"])} if isinstance(plain, dict) and "class_path" in plain else set()
@@ -92,51 +96,54 @@ def named_classes(thing: Any) -> set[str]:
 
 
 class RunCheckpointIO(PlainCheckpointIO):
-    """Writes a checkpoint beside its final name and renames it, and keeps what was `last` as `previous`.
+    """Writes checkpoints atomically, keeps the preceding `last.ckpt` as `previous.ckpt`, and removes only own files.
 
-    Lightning's own writes to the system's temporary folder and moves the file from there, which between two file
-    systems is a copy: a process killed meanwhile leaves half a checkpoint under the final name.
+    Lightning's `TorchCheckpointIO` writes to the system's temporary folder and moves the file to its final name.
+    Between two file systems a move is a copy, and a process killed during the copy leaves half a checkpoint under the
+    final name. This class writes into the target folder and renames.
 
-    A checkpoint that is read may come from a stranger, and the callbacks of Lightning remove the files that their
-    states name. So states are cleared of paths that lead out of `folders`, and no file outside of them is removed.
+    Lightning's checkpoint callbacks delete the files that are named in their restored state, and a checkpoint may come
+    from an untrusted source. Paths outside `folders` are therefore removed from the states on loading, and no file
+    outside `folders` is ever deleted.
 
     Args:
-        folders: folders whose checkpoints the present run may remove.
+        folders: folders whose checkpoints the present run may delete.
     """
 
     def __init__(self, folders: Iterable[str | Path] = ()) -> None:
         self.folders = {resolved(folder) for folder in folders}
 
     def owns(self, path: str | Path) -> bool:
-        """Whether `path`, with links and `..` followed, lies in one of the folders."""
+        """Whether `path`, after symbolic links and `..` are resolved, lies in one of the folders."""
         return any(resolved(path).is_relative_to(folder) for folder in self.folders)
 
     def load_checkpoint(
         self, path: Any, map_location: Callable | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """The checkpoint, its callbacks' states without paths that lead out of the run folder.
+        """The content of a checkpoint; callback states are stripped of paths outside the run folder.
 
         Raises:
-            MissingFileError: there is no such local file.
-            InputError: the file names code, is damaged, or is no checkpoint of a LightningModule.
+            MissingFileError: the local file does not exist.
+            InputError: the file refers to code, is damaged, or is not a checkpoint of a LightningModule.
         """
         content = super().load_checkpoint(path, map_location, weights_only)
         states = content.get("callbacks")
-        # Names of callbacks hold their settings, such as a monitor with a slash, and are no paths.
+        # Only the states are filtered: their keys contain settings such as `val/loss`, which look like paths.
         named = states.items() if isinstance(states, dict) else ()
         content["callbacks"] = {name: without_paths(state, self.owns) for name, state in named}
         return content
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Save whole or not at all.
+        """Save a checkpoint atomically: the file appears complete or not at all.
 
         Raises:
-            FileError: the folder cannot be written, or the disk is full.
+            FileError: the folder is not writable, or the disk is full.
         """
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         path = Path(path)
+        # Serialised in memory first, so that an error in torch.save leaves the files on disk as they were.
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         if path.stem == LAST and damage(path) is None:
@@ -144,9 +151,9 @@ class RunCheckpointIO(PlainCheckpointIO):
         write_atomically(path, buffer.getbuffer())
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Remove a checkpoint of the present run; anything else stays, with a warning.
+        """Delete a checkpoint of the present run; for any other path, warn and delete nothing.
 
-        Lightning removes whatever a callback names, folders with all that they hold.
+        Lightning's own method deletes every path that a callback names, folders with their content included.
         """
         if self.owns(path) and Path(path).suffix == SUFFIX and not Path(path).is_dir():
             Path(path).unlink(missing_ok=True)
@@ -155,25 +162,29 @@ class RunCheckpointIO(PlainCheckpointIO):
 
 
 def resolved(path: str | Path) -> Path:
-    """The absolute path with links and `..` followed, of a file that need not exist."""
+    """The absolute path with symbolic links and `..` resolved; the file need not exist."""
     return Path(os.path.realpath(path))
 
 
 PATH_FIELDS = ("dirpath", "best_model_path", "kth_best_model_path", "last_model_path", "best_k_models")
-"""Fields of the states of Lightning's checkpoint callbacks that hold paths."""
+"""Fields that hold paths in the states of Lightning's checkpoint callbacks."""
 
 
 def without_paths(state: Any, allowed: Callable[[str], bool]) -> Any:
-    """The state of callbacks without the paths that are not allowed, at any depth.
+    """A copy of a callback state without forbidden paths, at any depth.
 
-    A path is every text with a separator, and everything under the names of `PATH_FIELDS`. In place of a path stands
-    an empty text; a key that is a path goes with its value.
+    A string counts as a path if it contains a separator or stands under one of `PATH_FIELDS`. A forbidden value becomes
+    an empty string; an entry whose key is a forbidden path is dropped.
+
+    Args:
+        state: state of a callback, or a value inside one.
+        allowed: tells whether a path may stay.
     """
     if isinstance(state, dict):
-        kept = {key: value for key, value in state.items() if not _is_path(key) or allowed(key)}
+        entries = {key: value for key, value in state.items() if not _is_path(key) or allowed(key)}
         return {
             key: _cleared(value, allowed) if key in PATH_FIELDS else without_paths(value, allowed)
-            for key, value in kept.items()
+            for key, value in entries.items()
         }
     if isinstance(state, (list, tuple)):
         return type(state)(without_paths(item, allowed) for item in state)
@@ -185,14 +196,18 @@ def _is_path(thing: Any) -> bool:
 
 
 def _cleared(field: Any, allowed: Callable[[str], bool]) -> Any:
-    """A field of paths: a text, or a dict whose keys are paths; a name without a folder is a path as well."""
+    """The allowed paths of a field from `PATH_FIELDS`, which is a string or a dict with paths as keys.
+
+    In these fields a bare file name, without a separator, is a path too.
+    """
     if isinstance(field, dict):
         return {key: value for key, value in field.items() if isinstance(key, str) and allowed(key)}
     return field if isinstance(field, str) and field and allowed(field) else ""
 
 
 def keep_as(path: Path, name: Path) -> None:
-    """Let `name` be what `path` is, at once; where the file system has no links `path` itself is renamed."""
+    """Make `name` refer to the content of `path` atomically: by a hard link if possible, else by renaming `path`."""
+    # os.link cannot replace an existing file, os.replace can; so the link gets a temporary name first.
     link = name.with_name(f".{name.name}.{os.getpid()}.tmp")
     link.unlink(missing_ok=True)
     try:
@@ -203,15 +218,17 @@ def keep_as(path: Path, name: Path) -> None:
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """Base of `BestCheckpoint` and `LastCheckpoint`: one file of a fixed name in `<run_dir>/checkpoints/`."""
+    """Base of `BestCheckpoint` and `LastCheckpoint`: one file with a fixed name in `<run_dir>/checkpoints/`."""
 
     _due: Sequence[float | None] = ()
     _row: Mapping[str, float] = {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Place the checkpoint in the run folder, whatever the loggers do, and let it be written whole."""
+        """Set the folder to `<run_dir>/checkpoints` and install `RunCheckpointIO`."""
+        # ModelCheckpoint would otherwise choose a folder that depends on the first logger.
         if self.dirpath is None:
             self.dirpath = str(Path(trainer.default_root_dir).absolute() / "checkpoints")
+        # An exact type: a subclass, such as one for asynchronous writing, is the user's own choice.
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = RunCheckpointIO()
         if isinstance(trainer.strategy.checkpoint_io, RunCheckpointIO):
@@ -222,19 +239,19 @@ class RunCheckpoint(ModelCheckpoint):
 
     @property
     def path(self) -> Path:
-        """The file that this callback keeps; `setup` has placed it."""
+        """Path of the checkpoint that this callback writes; valid after `setup`."""
         assert self.dirpath is not None
         return Path(self.dirpath) / f"{self.filename}{SUFFIX}"
 
     def state_dict(self) -> dict[str, Any]:
-        """The best value and the present one, without any path: a run folder may be moved, copied or linked."""
+        """The monitor with its best and current value; without paths, because a run folder may be moved or copied."""
         return {"monitor": self.monitor, "best_model_score": self.best_model_score, "current_score": self.current_score}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over which file is kept, and how good it is, from the run folder; the given state is not asked.
+        """Restore the best value and its file from the run folder; `state_dict` is ignored.
 
-        A checkpoint may come from another folder, or from a stranger. The file in the run folder holds the value that
-        it was kept for.
+        The loaded checkpoint may belong to another folder or come from an untrusted source, whereas the checkpoint in
+        the run folder contains the monitored value for which it was saved.
         """
         score = kept_score(self.path)
         if score is not None or (self.monitor is None and self.path.is_file()):
@@ -246,7 +263,7 @@ class RunCheckpoint(ModelCheckpoint):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep what pictures the network expects, so that the file can be used alone, and what a resumed fit needs."""
+        """Add the preprocessing of the data, so that the file can be used alone, and what a resumed fit needs."""
         checkpoint[PLATEAUS], checkpoint[ROW] = due_plateaus(trainer), row_of_epoch(trainer)
         preprocessing = getattr(getattr(trainer, "datamodule", None), "preprocessing", None)
         if preprocessing is not None:
@@ -255,22 +272,27 @@ class RunCheckpoint(ModelCheckpoint):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Take over, for one callback of all, the steps of the schedules and the row of the log that are due."""
+        """Read the pending scheduler steps and the pending log row."""
+        # `pop`: only the first checkpoint callback gets them, so that two callbacks do not apply them twice.
         self._due, self._row = checkpoint.pop(PLATEAUS, []), checkpoint.pop(ROW, {})
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log what a process that was killed after it had saved may have lost; where it has not, it is there twice."""
+        """Log the last epoch's metrics again after a resume.
+
+        A process that was killed between saving and logging has not written them. Duplicate rows are possible.
+        """
         row, self._row = dict(self._row), {}
-        # The trainer's own count of steps is restored later.
+        # At this point trainer.global_step is still 0; Lightning restores it later.
         step = int(row.pop("step", 0))
         for logger in trainer.loggers if row else []:
             logger.log_metrics(row, step=step)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go on as if nothing had happened.
+        """Apply the pending scheduler steps, and stop again where early stopping had ended the run.
 
-        Lightning saves before the epoch's step of the plateau schedules and leaves that step out when it goes on, so
-        that the learning rate would fall an epoch late; and it forgets that early stopping had ended the run.
+        Lightning saves a checkpoint before the epoch's step of a plateau scheduler and does not repeat that step after
+        a resume, so that the learning rate would fall an epoch late. It also does not restore that early stopping had
+        ended the run.
         """
         super().on_train_start(trainer, pl_module)
         for config, value in zip(trainer.lr_scheduler_configs, self._due):
@@ -284,12 +306,13 @@ class RunCheckpoint(ModelCheckpoint):
 
 
 def check_monitors(trainer: pl.Trainer) -> None:
-    """Stop a fit without validation where early stopping or a schedule goes by what only a validation logs.
+    """Raise if a fit without validation has early stopping or a scheduler that monitors a validation value.
 
-    Schedules are there from the start of training on.
+    Without this check such a fit would fail at the end of its first epoch. Schedulers exist from the start of training
+    on, so that a call before that checks early stopping alone.
 
     Raises:
-        ValueError: it would fail at the end of its first epoch.
+        InputError: `trainer.limit_val_batches` is 0 and a `val/...` value is monitored.
     """
     if trainer.limit_val_batches != 0:
         return
@@ -299,21 +322,22 @@ def check_monitors(trainer: pl.Trainer) -> None:
     for kind, monitor in watched:
         if str(monitor).startswith("val/"):
             raise InputError(
-                f"trainer.limit_val_batches is 0, so that {kind.__name__} never sees {monitor}, which it goes by; "
-                "validate on something, as with trainer.limit_val_batches 1."
+                f"trainer.limit_val_batches is 0, so that {kind.__name__} never gets its monitored value {monitor}; "
+                "set trainer.limit_val_batches to 1 or more."
             )
 
 
 def epoch_is_over(trainer: pl.Trainer) -> bool:
-    """Whether the epoch is over but for the steps of its schedules and the row of the log, which come after a save."""
+    """Whether all batches of the epoch are done; its scheduler steps and log row follow after checkpoints are saved."""
+    # Lightning counts an epoch as processed before these callbacks and as completed after them.
     progress = trainer.fit_loop.epoch_progress.current.state_dict()
     return bool(progress["processed"] == progress["completed"] + 1)
 
 
 def row_of_epoch(trainer: pl.Trainer) -> dict[str, float]:
-    """What Lightning will log of the epoch that is over; empty within an epoch, where later rows will tell.
+    """The metrics that Lightning will log for the finished epoch; empty in the middle of an epoch.
 
-    Values of the validation are in the log by then.
+    Validation metrics are not among them: Lightning has logged these before it saves.
     """
     results = trainer._results
     if results is None or not epoch_is_over(trainer):
@@ -323,18 +347,18 @@ def row_of_epoch(trainer: pl.Trainer) -> dict[str, float]:
 
 
 def due_plateaus(trainer: pl.Trainer) -> list[float | None]:
-    """Per scheduler, what its epoch's step is still to see, where the epoch is over but for that step; else None."""
+    """Per scheduler, the monitored value of its pending step at the end of an epoch; None if no step is pending."""
     over = epoch_is_over(trainer)
     due = [
         over and c.reduce_on_plateau and c.interval == "epoch" and (trainer.current_epoch + 1) % c.frequency == 0
         for c in trainer.lr_scheduler_configs
     ]
-    seen = [trainer.callback_metrics.get(c.monitor or "") for c in trainer.lr_scheduler_configs]
-    return [float(value) if wanted and value is not None else None for wanted, value in zip(due, seen)]
+    monitored = [trainer.callback_metrics.get(c.monitor or "") for c in trainer.lr_scheduler_configs]
+    return [float(value) if is_due and value is not None else None for is_due, value in zip(due, monitored)]
 
 
 def kept_score(path: Path) -> Tensor | None:
-    """The monitored value that a best checkpoint was kept for, as the file itself holds it; None without one."""
+    """The monitored value stored in a best checkpoint; None if the file is missing, damaged or has no value."""
     if damage(path) is not None:
         return None
     states = read_checkpoint(path).get("callbacks")
@@ -346,13 +370,13 @@ def kept_score(path: Path) -> Tensor | None:
 
 
 class BestCheckpoint(RunCheckpoint):
-    """Keep `best.ckpt`, the epoch with the best monitored value.
+    """Save `best.ckpt`, the checkpoint of the epoch with the best monitored value.
 
-    A fit that goes on from the checkpoint of another folder takes the `best.ckpt` beside that checkpoint along, unless
-    its own folder has one: otherwise the first epoch of the new folder would count as the best, however bad it is.
+    A fit that resumes from a checkpoint in another folder copies the `best.ckpt` beside it, unless its own folder has
+    one. Otherwise the first epoch in the new folder would count as the best, whatever its value.
 
     Args:
-        monitor: logged value that decides.
+        monitor: name of the logged value.
         mode: `min` or `max`.
         kwargs: further arguments of Lightning's `ModelCheckpoint`.
     """
@@ -363,7 +387,7 @@ class BestCheckpoint(RunCheckpoint):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Bring the best checkpoint of the run that goes on; a collective."""
+        """Copy the best checkpoint of the resumed run into this run's folder; a collective."""
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
         if trainer.state.fn != "fit" or not trainer.ckpt_path:
             return
@@ -374,11 +398,10 @@ class BestCheckpoint(RunCheckpoint):
 
 
 class LastCheckpoint(RunCheckpoint):
-    """Keep `last.ckpt`, every epoch, better or not, and as `previous.ckpt` the one before.
+    """Save `last.ckpt` after every epoch, and keep the one of the epoch before as `previous.ckpt`.
 
-    Lightning's own `save_last` writes only in epochs that were saved for another reason, such as being the best, so
-    that a killed run would fall back to its best epoch.
-    List this callback after `BestCheckpoint`, whose state it saves.
+    Lightning's option `save_last` writes only in epochs that are saved for another reason, such as a new best value; a
+    killed run would resume from its best epoch. List this callback after `BestCheckpoint`, whose state it saves.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Checks before a run starts: metrics against the data, explanations against the strategy."""
+"""Checks before a run starts: whether metrics fit the data, and whether the strategy allows explanations."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from labn.metrics.base import SampleMetric
 
 
 class ConfigurationError(UserError, MisconfigurationException):
-    """A callback and the trainer do not fit together; the message says which setting to change."""
+    """A callback and a setting of the trainer contradict each other; the message names the setting to change."""
 
 
 def check_scorable(metrics: Mapping[str, SampleMetric], data: Any, split: str) -> None:
-    """Stop before a training of hours ends at a metric that its data does not fit.
+    """Raise, before training starts, if a metric cannot score the images of the data.
 
     Args:
         metrics: name -> metric, as `EvaluationCallback` scores them.
         data: the data module.
-        split: that is scored.
+        split: the split that is scored.
 
     Raises:
-        ValueError: patches that images of this size do not have, a protocol that they do not fit, or a metric that
-            compares with ground truth where the split has none.
+        InputError: the image size does not allow the metric's patches or protocol, or the metric needs ground-truth
+            masks and the split has none.
     """
     side = data.image_size
     for name, metric in metrics.items():
@@ -39,22 +39,23 @@ def check_scorable(metrics: Mapping[str, SampleMetric], data: Any, split: str) -
         if metric.needs_regions and not data.has_masks(split):
             raise InputError(
                 f"EvaluationCallback has the metric {name!r}, which compares with ground truth, but the {split} split "
-                f"of {type(data).__name__} has no masks; leave it out of metrics (val_metrics while fitting), or give "
-                "data that has them (ImageFolder: data.init_args.mask_root)."
+                f"of {type(data).__name__} has no masks; remove it from metrics (val_metrics while fitting), or use "
+                "data with masks (ImageFolder: data.init_args.mask_root)."
             )
 
 
+# Substrings of the names and class names of Lightning's strategies that shard parameters, lower case, without "_".
 SHARDED = ("fsdp", "deepspeed", "modelparallel")
 
 
 def check_strategy(strategy: str) -> None:
-    """Refuse a strategy that leaves no rank with the whole network.
+    """Raise if a strategy shards the parameters, so that no rank has the whole network.
 
     Args:
-        strategy: name (`fsdp`, `deepspeed_stage_3`) or class (`ModelParallelStrategy`) of the strategy.
+        strategy: name (`fsdp`, `deepspeed_stage_3`) or class name (`ModelParallelStrategy`) of the strategy.
 
     Raises:
-        MisconfigurationException: it shards the parameters.
+        ConfigurationError: the strategy shards the parameters.
     """
     if any(word in strategy.lower().replace("_", "") for word in SHARDED):
         raise ConfigurationError(

@@ -1,4 +1,4 @@
-"""What a run cost, and whether its attention gate is alive."""
+"""Watches over a training: warnings about the attention gate, and the cost of the network."""
 
 from __future__ import annotations
 
@@ -15,35 +15,36 @@ from labn.models.profile import profile
 
 
 class GateWatch(pl.Callback):
-    """Warn when the attention gate is closed everywhere, or open everywhere though its threshold is above 0.
+    """Warn if the attention gate is closed at every position, or open at every position with a threshold above 0.
 
-    A threshold of 0 (ABN, the ablation) never closes, so that it warrants no warning. Which share of the images has an
-    empty gate is logged as `gate/<stage>_empty`.
+    A gate with threshold 0 (ABN, the ablation of JSAI 2022) is open everywhere by design and causes no warning. The
+    share of images with an empty gate is logged as `gate/<stage>_empty`.
 
-    The BatchNorm before the sigmoid has fresh running statistics at first, so in eval mode the gate is often closed
-    until they settle; a gate that stays closed makes the prediction independent of the image.
+    In eval mode the gate is often closed at first, until the running statistics of the BatchNorm before the sigmoid
+    have settled. A gate that stays closed makes the prediction independent of the image.
     """
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Look at the shares that the module logged this epoch."""
+        """Check the shares of open positions, `gate/train_open` and `gate/val_open`, of this epoch."""
         closes = float(getattr(network_of(pl_module), "theta", 0.0)) > 0
         states = {0.0: ("closed", "Lower"), **({1.0: ("open", "Raise")} if closes else {})}
         for stage, mode in (("train", "train"), ("val", "eval")):
             opened = trainer.callback_metrics.get(f"gate/{stage}_open")
+            # Exactly 0 or 1: the share is a mean over all positions of all images.
             if opened is not None and float(opened) in states and trainer.is_global_zero:
                 state, remedy = states[float(opened)]
                 warnings.warn(
                     f"Epoch {trainer.current_epoch}: the attention gate is {state} everywhere in {mode} mode; the map "
-                    f"does not select anything. {remedy} theta, or lower the branch's learning rate, if this lasts.",
+                    f"does not select anything. {remedy} theta, or lower the branch's learning rate, if this persists.",
                     stacklevel=2,
                 )
 
 
 class RunProfile(pl.Callback):
-    """Log parameters, FLOPs, latency per image and training time, the figures that the papers report per run.
+    """Log the number of parameters, FLOPs, latency per image and training time, which the papers report per run.
 
     Args:
-        latency_rounds: forwards of one image that the median latency is taken over.
+        latency_rounds: number of forwards of one image; their median is the latency.
     """
 
     def __init__(self, latency_rounds: int = 5) -> None:
@@ -52,21 +53,22 @@ class RunProfile(pl.Callback):
         self._seconds = 0.0
 
     def state_dict(self) -> dict[str, float]:
-        """Training time so far, so that a resumed run goes on counting."""
+        """The training time so far in seconds."""
         return {"seconds": self._elapsed()}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Take up the count of the run that is resumed."""
+        """Add the training time of the resumed run."""
         self._seconds = float(state_dict["seconds"])
 
     def _elapsed(self) -> float:
+        # Monotonic: the wall clock jumps when the system's time is set.
         return self._seconds + (time.monotonic() - self._start if self._start else 0.0)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Profile the network on one image of the data's size, and start the clock."""
+        """Profile the network on one image of the data's size, and start measuring the training time."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         network, size = network_of(pl_module), (data.channels, data.image_size, data.image_size)
-        # That of the parameters: `trainer.precision` such as bf16-true has converted them by now.
+        # The image must have the type of the parameters, which `trainer.precision` (bf16-true) has converted by now.
         kinds = [p.dtype for p in network.parameters() if p.is_floating_point()]
         image = torch.zeros(size, device=pl_module.device, dtype=kinds[0] if kinds else None)
         figures = asdict(profile(network, image, self.latency_rounds))
@@ -79,5 +81,5 @@ class RunProfile(pl.Callback):
         self._start = time.monotonic()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Log the training time."""
+        """Log the training time in seconds as `profile/train_seconds`."""
         pl_module.log("profile/train_seconds", self._elapsed(), rank_zero_only=True)

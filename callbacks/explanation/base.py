@@ -1,4 +1,4 @@
-"""The base of every callback that explains a classifier: it shares one session of maps with the others."""
+"""Base of the callbacks that explain a classifier; all of them share one `ExplanationSession`."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from labn.explainers import Explainer, explainer_by_name
 
 
 class ExplainingCallback(StageCallback):
-    """Explain a fixed subset at validation end and the whole split (or a subset) at test end.
+    """Explain a fixed subset of the images at validation end, and all or a subset at test end.
 
-    All such callbacks of a trainer share one `ExplanationSession`, so that an explanation is computed once. The first
-    of them has the explainers and decides what is explained; settings of that kind on another callback are refused.
+    All explaining callbacks of a trainer share one `ExplanationSession`, so that every map is computed once. The first
+    callback with `explainers` decides what is explained; another callback must not set any of the arguments below.
 
     Args:
-        explainers: name -> explainer; an empty value takes the method of that name with its defaults.
+        explainers: name -> explainer; an empty value stands for the method of that name with its defaults.
         val_images: images explained at validation end while fitting, evenly spaced over the split.
         test_images: images explained at test end and by `validate`; None explains all.
         every_n_epochs: explain every n-th validation epoch while fitting; 0 never does.
-        target: class explained per image: `label`, `prediction`, `top<k>` (the k-th most probable one, `top1` being the
-            prediction), or the index of one class for all.
+        target: class explained per image: `label`, `prediction`, `top<k>` (the k-th most probable class; `top1` is the
+            prediction), or one class index for all images.
 
     Raises:
-        InputError: a target that is none of these, a negative number, or no image at test end.
+        InputError: `target` is none of these, a number is negative, or `test_images` is 0.
     """
 
     def __init__(
@@ -48,39 +48,40 @@ class ExplainingCallback(StageCallback):
 
     @property
     def session(self) -> ExplanationSession:
-        """The explanations that all callbacks of the trainer share; there from `setup` on."""
+        """The session that all explaining callbacks of the trainer share; available after `setup`."""
         assert self._session is not None
         return self._session
 
     @property
     def schedule(self) -> Schedule:  # type: ignore[override]
-        """When explanations are made, as the callback with the explainers decides."""
+        """The schedule of the callback with the explainers."""
         return self.session.schedule
 
     @property
     def folder(self) -> Path | None:
-        """Results folder of the present stage; None before a stage has begun."""
+        """Results folder of the current stage; None before the first stage."""
         store = None if self._session is None else self._session.store
         return None if store is None else store.folder
 
     @property
     def engine_options(self) -> dict[str, Any]:
-        """Arguments of the perturbation engine that this callback asks for."""
+        """Arguments of the perturbation engine that this callback sets."""
         return {}
 
     @property
     def extra_explainers(self) -> dict[str, Explainer]:
-        """Explainers that this callback adds; those of the first callback win where a name is in both."""
+        """Explainers that this callback adds; an explainer of the same name in the first callback has precedence."""
         return {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check the settings; the first explaining callback makes the session and hands it to the others.
+        """Check the settings; the first callback with explainers creates the session and hands it to the others.
 
         Raises:
-            ConfigurationError: the trainer lets no explanation be made, no callback or a second one has explainers, or
-                this callback comes before the one with the explainers or contradicts it.
+            ConfigurationError: the trainer does not allow explanations, no callback or more than one has explainers, or
+                this callback stands before the one with the explainers or contradicts its settings.
         """
         super().setup(trainer, pl_module, stage)
+        # Tests and scripts may call `setup` of a callback that the trainer does not list.
         listed = [c for c in callbacks_of(trainer) if isinstance(c, ExplainingCallback)]
         sharing = listed if self in listed else [*listed, self]
         first = self._first_with_explainers(sharing)
@@ -90,7 +91,7 @@ class ExplainingCallback(StageCallback):
                 callback._session, callback._leads = session, callback is first
 
     def _first_with_explainers(self, sharing: list[ExplainingCallback]) -> ExplainingCallback:
-        """The callback that decides what is explained, after a check that this one agrees with it."""
+        """The callback that decides what is explained; raises if this callback contradicts it."""
         mine = type(self).__name__
         first = next((callback for callback in sharing if callback.explainers), None)
         if first is None:
@@ -115,13 +116,13 @@ class ExplainingCallback(StageCallback):
     def _decisions(self) -> dict[str, Any]:
         return {**vars(self.own_schedule), "target": self.target}
 
-    # What subclasses do
+    # Hooks for subclasses
 
     def prepare(self, trainer: pl.Trainer) -> None:
-        """Called once per stage, on every rank, when the results folder is open."""
+        """Called once per stage, on every rank, after the results folder has been opened."""
 
     def work_on(self, trainer: pl.Trainer, batch: ExplainedBatch) -> None:
-        """Called per batch that holds explained samples, without any collective."""
+        """Called per batch with explained samples; must not call collectives."""
 
     def conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called once per stage, on every rank, after the last batch."""
@@ -129,26 +130,26 @@ class ExplainingCallback(StageCallback):
     # The lifecycle
 
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
-        """Open the results folder, where this is the first callback, and prepare."""
+        """Open the results folder (only the callback with the explainers), then `prepare`."""
         if self._leads:
             self.session.open(trainer, pl_module, split)
         self.prepare(trainer)
 
     def work(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, position: tuple[Any, ...]) -> None:
-        """Work on the explained samples of a batch."""
+        """Pass the explained samples of a batch to `work_on`."""
         explained = self.session.batch(position, batch)
         if explained is not None:
             self.work_on(trainer, explained)
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
-        """Close the session, where this is the first callback, and conclude."""
+        """Close the session (only the callback with the explainers), then `conclude`."""
         if self._leads:
             self.session.close(trainer, pl_module)
         self.conclude(trainer, pl_module)
 
 
 def shared_session(first: ExplainingCallback, sharing: list[ExplainingCallback]) -> ExplanationSession:
-    """The session of all explaining callbacks of a trainer, of which `first` decides what is explained."""
+    """Create the session of the explaining callbacks `sharing`; `first` decides what is explained."""
     options: dict[str, Any] = {}
     extra: dict[str, Explainer] = {}
     for callback in sharing:
@@ -163,7 +164,7 @@ DECISIONS = {
     for name, parameter in inspect.signature(ExplainingCallback).parameters.items()
     if name != "explainers"
 }
-"""Setting that the callback with the explainers decides -> default."""
+"""Settings that only the callback with the explainers may change -> their defaults."""
 
 
 def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:

@@ -1,4 +1,4 @@
-"""Explain the best detections of every image: up to five maps each, pictures, and scores."""
+"""Explain the best detections of every image with CRP: up to five maps per detection, pictures, and scores."""
 
 from __future__ import annotations
 
@@ -37,27 +37,29 @@ from labn.results.tables import PAIRED, SUMMARY
 
 
 class DetectionCallback(StageCallback):
-    """CRP maps of the best detections at validation and test end.
+    """Explain the best detections of every image by contrastive relevance propagation (CRP) at validation and test end.
 
-    In `<run_dir>/<stage>/` every explained image leaves `detections/<index>.safetensors` (`maps` (n, tasks, H, W),
-    `boxes`, `scores`, `labels`, `priors`) and `overlays/<index>-<name>.png`; all together `detections.csv` and, with
-    `scores`, `detection_scores.csv`, `detection_summary.csv` (means over detections with 95 % intervals that draw
-    whole images) and `detection_paired.csv` (differences of two explainers), and `report.html`. An image without
-    detection leaves a picture and no row. Pictures also go to Weights & Biases. Everything is computed anew: what an
-    earlier run with the same weights and data has left of these in the folder is replaced, results of other ones are
-    moved aside (`test.old-1`).
+    In `<run_dir>/<stage>/` every explained image gets `detections/<index>.safetensors` (`maps` (n, tasks, H, W),
+    `boxes`, `scores`, `labels`, `priors`) and `overlays/<index>-<name>.png`. The stage gets `detections.csv`,
+    `report.html` and, with `scores`, `detection_scores.csv`, `detection_summary.csv` (means over detections with 95 %
+    intervals, whole images resampled) and `detection_paired.csv` (differences between two explainers). An image
+    without detections has a picture but no row. Pictures are also logged to Weights & Biases.
+
+    Everything is computed anew in every run. Results of the same weights and data are replaced; results of other
+    weights or data are moved aside (`test.old-1`).
 
     Args:
-        crp: the explainer; its thresholds say what is a detection. None: defaults with a score threshold of .3.
-        tasks: what is explained of every detection: `class`, `cx`, `cy`, `w`, `h`.
-        top: detections explained per image.
+        crp: the explainer, whose thresholds define what a detection is; None: defaults with a score threshold of 0.3.
+        tasks: outputs that are explained per detection: `class`, `cx`, `cy`, `w`, `h`.
+        top: number of detections explained per image, those with the highest scores.
         val_images: images explained at validation end while fitting, evenly spaced over the split.
         test_images: images explained at test end and by `validate`; None explains all.
         every_n_epochs: explain every n-th validation epoch while fitting; 0 never does.
-        scores: measures the maps at test end, of a `crp` with contrast; None does not.
+        scores: metrics of the maps at test end; they need a `crp` with contrast. None: no scores.
 
     Raises:
-        ValueError: an unknown task, scores of a `crp` without contrast, a negative number, or no image at test end.
+        InputError: a task is unknown, `scores` is given for a `crp` without contrast, a number is negative, or
+            `test_images` is 0.
     """
 
     def __init__(
@@ -84,11 +86,11 @@ class DetectionCallback(StageCallback):
 
     @property
     def folder(self) -> Path | None:
-        """Results folder of the present stage; None before one has begun."""
+        """Results folder of the current stage; None before the first stage."""
         return self._folder
 
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
-        """Choose folder and images; a collective."""
+        """Choose the results folder and the images; a collective."""
         self._folder = stage_folder(trainer, pl_module, split)
         size = len(trainer.datamodule.source(split))  # type: ignore[attr-defined]
         self._chosen = set(self.schedule.samples(trainer, size))
@@ -107,7 +109,7 @@ class DetectionCallback(StageCallback):
                 self._image(trainer, network, batch["image"][row].float(), truth, index, position[0])
 
     def publish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
-        """Write the tables (rank zero), when the module has logged its figures; a collective."""
+        """Write the tables and the report (rank zero), after the module has logged its metrics; a collective."""
         trainer.strategy.barrier("labn-detections")
         if trainer.is_global_zero:
             self._write_tables(trainer, split)
@@ -121,24 +123,23 @@ class DetectionCallback(StageCallback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         name, classes = data.sample_name(split, index), ["background", *data.class_names]
         trace = self.crp.trace(network, image)
-        found = trace.detections(self.crp.thresholds).best(self.top)
-        questions = [
-            Question(p, t, k) for p, k in zip(found.priors.tolist(), found.labels.tolist()) for t in self.tasks
-        ]
-        maps = self.crp.ask(trace, questions).maps.view(len(found), len(self.tasks), *trace.size)
+        best = trace.detections(self.crp.thresholds).best(self.top)
+        questions = [Question(p, t, k) for p, k in zip(best.priors.tolist(), best.labels.tolist()) for t in self.tasks]
+        maps = self.crp.ask(trace, questions).maps.view(len(best), len(self.tasks), *trace.size)
         head = {"split": split, "index": index, "name": name}
-        rows = [head | row for row in detection_rows(found, trace, classes, truth)]
-        measured = self.scores(self.crp, trace, found, index) if self.scores and trainer.state.fn != "fit" else []
+        rows = [head | row for row in detection_rows(best, trace, classes, truth)]
+        measured = self.scores(self.crp, trace, best, index) if self.scores and trainer.state.fn != "fit" else []
         shown = displayable(image, data.mean, data.std)
         heats = [dict(zip(self.tasks, heat.cpu().numpy())) for heat in maps]
         record = {
             "detections": rows,
             "scores": [head | score._asdict() for score in measured],
-            "cards": [detection_card(shown, r, k, h) for r, k, h in zip(rows, found.labels.tolist(), heats)],
+            "cards": [detection_card(shown, r, k, h) for r, k, h in zip(rows, best.labels.tolist(), heats)],
         }
-        kept = self._folder / "detections" / f"{index:06d}"
-        write_atomically(kept.with_suffix(".safetensors"), packed(maps, found))
-        write_atomically(kept.with_suffix(".json"), json.dumps(record).encode())
+        stem = self._folder / "detections" / f"{index:06d}"
+        write_atomically(stem.with_suffix(".safetensors"), packed(maps, best))
+        # Rank zero makes the tables of these records; files work across nodes without gathering objects.
+        write_atomically(stem.with_suffix(".json"), json.dumps(record).encode())
         picture = draw(shown, rows, maps, self.tasks, name)
         write_atomically(self._folder / "overlays" / f"{index:06d}-{readable_name(name)}.png", picture)
 
@@ -171,9 +172,9 @@ class DetectionCallback(StageCallback):
 
 
 def remove_results(folder: Path) -> None:
-    """Remove the detections of an earlier run, which may be those of other thresholds or images.
+    """Remove the detections of an earlier run, which may have used other thresholds or images.
 
-    `report.html` stays: it is always written anew, and other callbacks write it too.
+    `report.html` is not removed: it is always overwritten, and other callbacks write it too.
     """
     for name in ("detections", "overlays"):
         if (folder / name).exists():
@@ -204,13 +205,23 @@ SCORES = ("split", "index", "name", "detection", "explainer", "metric", "value")
 def detection_rows(
     found: Detections, trace: DetectionTrace, classes: Sequence[str], truth: tuple[Tensor, Tensor]
 ) -> list[dict[str, Any]]:
-    """One row of `detections.csv` per detection; `source` counts the source maps from 0.
+    """The rows of `detections.csv`, one per detection.
 
-    `overlap` is the largest intersection over union with an object of the same class, 0 without any: a false detection
-    has a small one. `truth` holds boxes (m, 4) in pixels and object classes (m,), 0 the first.
+    Args:
+        found: the detections of one image.
+        trace: the forward that they come from.
+        classes: class names, the background first.
+        truth: boxes (m, 4) x1, y1, x2, y2 in pixels and object classes (m,), counted from 0 without the background.
+
+    Returns:
+        Dicts with the columns of `DETECTIONS` after `name`. `source` is the index of the source feature map; `overlap`
+        is the largest intersection over union with an object of the same class, 0 if there is none: a false detection
+        has a small one.
     """
-    boxes, labels = (part.to(found.boxes.device) for part in truth)
+    boxes, labels = (tensor.to(found.boxes.device) for tensor in truth)
+    # Channel 0 is the background, so that object class k is channel k + 1.
     same = found.labels[:, None] == labels[None] + 1
+    # The column of zeros gives images without objects a maximum.
     overlaps = torch.cat([box_iou(found.boxes, boxes) * same, found.boxes.new_zeros(len(found), 1)], 1).amax(1)
     columns = (
         found.boxes.tolist(),
@@ -234,7 +245,15 @@ def detection_rows(
 
 
 def draw(image: Any, rows: Sequence[dict[str, Any]], maps: Tensor, tasks: Sequence[str], title: str) -> bytes:
-    """The picture of one image as PNG; `maps` (n, tasks, H, W) belong to the rows."""
+    """The figure of one image and its detections as PNG.
+
+    Args:
+        image: (H, W, 3) or (H, W) in [0, 1].
+        rows: of `detections.csv`, one per detection.
+        maps: (n, tasks, H, W) relevance, in the order of the rows.
+        tasks: names of the explained outputs.
+        title: name of the image.
+    """
     lines = [
         DetectionRow(
             f"{row['class']} {row['score']:.2f}, source map {row['source']}",
@@ -249,13 +268,16 @@ def draw(image: Any, rows: Sequence[dict[str, Any]], maps: Tensor, tasks: Sequen
 
 
 def packed(maps: Tensor, found: Detections) -> bytes:
-    """Maps and detections of one image as a safetensors file."""
+    """The bytes of a safetensors file with the maps and detections of one image."""
     tensors = {"maps": maps, **vars(found)}
     return save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
 
 
 def summarise(scores: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean per explainer and metric over detections, with the interval of resampled images."""
+    """The rows of `detection_summary.csv`: mean per explainer and metric over detections, with its 95 % interval.
+
+    The bootstrap resamples whole images, because detections of one image are not independent.
+    """
     columns: dict[tuple[str, str], list[tuple[int, float]]] = {}
     for row in scores:
         columns.setdefault((row["explainer"], row["metric"]), []).append((row["index"], row["value"]))
@@ -268,28 +290,31 @@ def summarise(scores: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def pair(scores: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean of a - b over detections for every two explainers of a metric, with the interval of resampled images.
+    """The rows of `detection_paired.csv`: mean difference a - b over detections for every two explainers of a metric.
 
-    `random` is always b.
+    Intervals resample whole images. The baseline `random` is always b.
     """
     columns: dict[str, dict[str, dict[tuple[int, int], float]]] = {}
     for row in scores:
         column = columns.setdefault(row["metric"], {}).setdefault(row["explainer"], {})
         column[row["index"], row["detection"]] = row["value"]
     rows = []
-    for metric, found in columns.items():
-        keys = {key: number for number, key in enumerate(sorted(set().union(*found.values())))}
-        groups = {number: index for (index, _), number in keys.items()}
-        for a, b in itertools.combinations(sorted(found, key=lambda name: name == "random"), 2):
-            (ones, first), (twos, second) = (([keys[k] for k in found[n]], list(found[n].values())) for n in (a, b))
-            interval = paired_difference(ones, first, twos, second, groups=groups)
+    for metric, scored in columns.items():
+        # `paired_difference` matches samples by integer; here a sample is a pair (image, detection).
+        numbers = {key: number for number, key in enumerate(sorted(set().union(*scored.values())))}
+        groups = {number: index for (index, _), number in numbers.items()}
+        for a, b in itertools.combinations(sorted(scored, key=lambda name: name == "random"), 2):
+            (keys_a, values_a), (keys_b, values_b) = (
+                ([numbers[k] for k in scored[name]], list(scored[name].values())) for name in (a, b)
+            )
+            interval = paired_difference(keys_a, values_a, keys_b, values_b, groups=groups)
             figures = (a, b, metric, interval.mean, interval.low, interval.high, interval.n)
             rows.append(dict(zip(PAIRED, figures)))
     return rows
 
 
 def as_csv(header: Sequence[str], rows: Iterable[dict[str, Any]]) -> bytes:
-    """Rows as CSV."""
+    """Rows as a CSV file with a header."""
     text = io.StringIO()
     writer = csv.DictWriter(text, header, lineterminator="\n")
     writer.writeheader()

@@ -22,37 +22,37 @@ from labn.results.fingerprints import describe, source_digest
 from labn.results.store import ScoreShard
 from labn.results.tables import Plan, summary_table, write_results
 
+# Maps without information: a protocol under which they score well measures something other than the map.
 BASELINES = ("random", "constant")
 
 ENGINE = ("chunk_size", "fold", "precision")
-"""Arguments of the perturbation engine, which all metrics share."""
+"""Arguments of this callback that go to the perturbation engine, which all metrics share."""
 
 
 class EvaluationCallback(ExplainingCallback):
-    """PID and every other metric on the maps of the trainer's explainers.
+    """Score the maps of every explainer with PID and other metrics.
 
-    Scores go to `<run_dir>/<stage>/` batch by batch; rank zero merges them into `scores.csv`, `summary.csv`,
-    `paired.csv`, `curves.npz` and, where a metric counts samples, `counts.csv` at the end, prints the means with their
-    intervals and logs them as `<stage>/<explainer>/<metric>`.
+    Every batch's scores are saved in `<run_dir>/<stage>/scores/`. At the end of the stage rank zero merges them into
+    `scores.csv`, `summary.csv`, `paired.csv`, `predictions.csv`, `curves.npz` and, for metrics that count samples,
+    `counts.csv`, prints the means with their 95 % intervals and logs them as `<stage>/<explainer>/<metric>`.
 
     Args:
         metrics: names of metrics, such as `id`, `pid16`, `mass`.
         val_metrics: metrics scored at validation end while fitting; None takes all.
-        also: for every insertion-deletion metric its variants too: `stable`, `random`, `threshold`, `official`.
-        metric_options: settings for all metrics that know them, such as `step` or `score_class`.
+        also: variants that are added for every insertion-deletion metric: `stable`, `random`, `threshold`, `official`.
+        metric_options: settings, such as `step` or `score_class`, for all metrics that have them.
         fill: what removed pixels show: black, mean, bias, blur, uniform or image_mean.
         positives_only: score only samples of the data's positive classes in the metrics that perturb images (the
-            papers' choice for IDRiD); a list of class numbers scores those instead.
-        chunk_size: perturbed inputs per forward; None finds it.
-        fold: use the copy of the network with BatchNorm folded where it is exact.
-        precision: of the perturbed forwards, `fp32` or `bf16`; predictions are always made in full precision.
-        baselines: add the maps that know nothing, `random` and `constant`, to every table: they expose a biased
-            protocol at once.
+            papers' choice for IDRiD); a list of class numbers selects those classes instead.
+        chunk_size: perturbed inputs per forward; None measures a suitable one.
+        fold: run the copy of the network with folded BatchNorm where folding is exact.
+        precision: precision of the perturbed forwards, `fp32` or `bf16`; predictions are always made in float32.
+        baselines: add the uninformative maps `random` and `constant` to every table, to expose a biased protocol.
         kwargs: arguments of `ExplainingCallback`.
 
     Raises:
-        ValueError: an unknown metric or precision, a chunk below 1, classes that are none, or an argument of this
-            callback, or what the data says, among `metric_options`.
+        InputError: a metric or precision is unknown, `chunk_size` is below 1, `positives_only` holds a negative number,
+            or `metric_options` sets an argument of this callback or a property of the data.
     """
 
     def __init__(
@@ -82,12 +82,13 @@ class EvaluationCallback(ExplainingCallback):
         self.metrics: dict[str, SampleMetric] = {}
         self._scored: set[int] = set()
         names = list(dict.fromkeys([*self.test_names, *self.val_names]))
+        # Built once without the data's values, so that a wrong name or setting fails when the configuration is read.
         for name in names:
             metric_by_name(name, mean=None, std=None, bias=None, **self.settings)
         check_settings(names, metric_options or {})
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check the settings against the trainer, and metrics and classes against the data."""
+        """Check the settings against the trainer, and the metrics and classes against the data."""
         super().setup(trainer, pl_module, stage)
         if self.schedule.is_ever_due(trainer):
             data = trainer.datamodule  # type: ignore[attr-defined]
@@ -101,16 +102,16 @@ class EvaluationCallback(ExplainingCallback):
 
     @property
     def engine_options(self) -> dict[str, Any]:
-        """How perturbed inputs are run."""
+        """Arguments of the perturbation engine: `chunk_size`, `fold` and `precision`."""
         return {name: getattr(self, name) for name in ENGINE}
 
     @property
     def extra_explainers(self) -> dict[str, Explainer]:
-        """The baselines that every comparison table has."""
+        """The baselines `random` and `constant`, unless they are switched off."""
         return {name: explainer_by_name(name) for name in BASELINES} if self.baselines else {}
 
     def prepare(self, trainer: pl.Trainer) -> None:
-        """Build the metrics for this data."""
+        """Build the metrics with the data's mean, standard deviation and bias image, and the keys of their scores."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         self.names = self._due(trainer)
         bias = data.bias_image() if self.settings["fill"] == "bias" else None
@@ -119,16 +120,19 @@ class EvaluationCallback(ExplainingCallback):
         shared = {"mean": data.mean, "std": data.std, "bias": bias, **self.settings, "positives_only": positives}
         self.metrics = self.session.metrics = {name: metric_by_name(name, **shared) for name in self.names}
         self._bias = describe(bias)
+        # The chunk size changes the speed alone, so that scores of any chunk size are reused.
         common = {**shared, "bias": self._bias, **self.engine_options, "chunk_size": None}
         self._sources = {n: s for n, m in self.metrics.items() if (s := source_digest(type(m))) is not None}
-        # A metric of this project is known by its name and settings alone, so that its scores outlive other changes.
+        # A metric of this project is identified by name, settings and revision, so that its scores stay valid when
+        # its source is edited without changing a number; a metric of the user also by a hash of its source.
         extra = {name: [self._sources.get(name), metric.revision] for name, metric in self.metrics.items()}
         self.keys = {n: digest(n, describe(common), *(x for x in extra[n] if x)) for n in self.names}
         self.from_disk, self._scored = 0, set()
+        # Every map is counted twice by the progress bar: when it is computed and when it is scored.
         self.session.progress.total *= 2
 
     def work_on(self, trainer: pl.Trainer, batch: ExplainedBatch) -> None:
-        """Score the batch, explainer by explainer, with the metrics whose values are not on disk yet."""
+        """Score the batch, explainer by explainer, with the metrics whose values are not on disk."""
         session, indices = self.session, set(batch.indices.tolist())
         self._scored |= indices
         shards = []
@@ -140,15 +144,16 @@ class EvaluationCallback(ExplainingCallback):
             elif self.names:
                 self.from_disk += len(indices)
             session.progress.update(len(indices))
-        if not self.names:  # The predictions are written all the same.
+        if not self.names:  # predictions.csv is written even without metrics
             shards.append(self._facts(batch, next(iter(session.explainers))))
-        # An explainer takes forwards over from those before it, and what runs beside an input moves its last digits.
-        # So the last one is written first: whatever a kill leaves out is scored again in the same company.
+        # An explainer reuses forwards that earlier explainers of the batch have run, and the last digits of a logit
+        # depend on the other inputs of its forward. The shards are written in reverse order: if the run is killed
+        # here, the missing shards are those of the first explainers, which are scored again with the same chunks.
         for shard in reversed(shards):
             session.results.add_scores(shard)
 
     def _score(self, batch: ExplainedBatch, explainer: str, names: list[str]) -> ScoreShard:
-        """Scores of one explainer's maps by the metrics `names`."""
+        """Score the maps of one explainer with the metrics `names`."""
         session = self.session
         scored = ScoredBatch(
             session.network,
@@ -171,7 +176,7 @@ class EvaluationCallback(ExplainingCallback):
         return shard
 
     def _facts(self, batch: ExplainedBatch, explainer: str) -> ScoreShard:
-        """A shard without scores: labels, targets and predictions of the batch."""
+        """A score shard with labels, targets and predictions of the batch, without scores."""
         own = batch.labels[:, None]
         return ScoreShard(
             explainer=explainer,
@@ -184,12 +189,12 @@ class EvaluationCallback(ExplainingCallback):
         )
 
     def conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Merge (rank zero), print and log; a collective."""
+        """Merge the scores (rank zero), print the means and log them; a collective."""
         session = self.session
         counts = torch.tensor([float(self.from_disk), float(len(self._scored))], device=pl_module.device)
         total, scored = map(int, trainer.strategy.reduce(counts, reduce_op="sum"))  # type: ignore[arg-type]
         if total:
-            rank_zero_info(f"Took the scores of {total} samples (counted per explainer) from disk ({self.folder}).")
+            rank_zero_info(f"Read the scores of {total} samples (counted per explainer) from disk ({self.folder}).")
         trainer.strategy.barrier("labn-scores")
         metrics = {name: (self.keys[name], self.metrics[name].names) for name in self.names}
         counted = {name: self.metrics[name].reduce for name in self.names if self.metrics[name].counts_samples}
@@ -199,10 +204,11 @@ class EvaluationCallback(ExplainingCallback):
             means = self._merge(trainer, plan, scored)
         means = trainer.strategy.broadcast(means)
         for name, value in means.items():
+            # The broadcast has made the values equal on all ranks, so that Lightning must not average them.
             pl_module.log(f"{session.split}/{name}", value, rank_zero_only=False, sync_dist=False)
 
     def _merge(self, trainer: pl.Trainer, plan: Plan, scored: int) -> dict[str, float]:
-        """Write the tables and give the means that are logged."""
+        """Write the tables; the means by `<explainer>/<metric>`."""
         data, session = trainer.datamodule, self.session  # type: ignore[attr-defined]
         manifest = {
             **session.facts,
@@ -226,7 +232,7 @@ class EvaluationCallback(ExplainingCallback):
         return {f"{explainer}/{metric}": interval.mean for (explainer, metric), interval in summary.items()}
 
     def _asked(self) -> list[str]:
-        """The values that the names of the metrics ask for."""
+        """Names of the values that the requested metrics stand for, such as `id` for `pid1`."""
         return [value for name in self.names for value in values_named(name, self.metrics[name]).values()]
 
     def _headline(self) -> list[str]:
@@ -235,16 +241,16 @@ class EvaluationCallback(ExplainingCallback):
 
 
 def check_classes(positives_only: bool | list[int]) -> None:
-    """Raise ValueError unless `positives_only` is yes, no, or a list of class numbers."""
+    """Raise InputError unless `positives_only` is true, false, or a list of class numbers."""
     if not isinstance(positives_only, bool) and (not positives_only or min(positives_only) < 0):
         raise InputError(f"positives_only is {positives_only}; it must be true, false or a list of class numbers.")
 
 
 def positive_classes(data: Any, positives_only: bool | list[int]) -> list[int] | None:
-    """The classes whose samples alone are scored; None where all samples are.
+    """The classes whose samples are scored; None if all samples are scored.
 
     Raises:
-        ValueError: the data has no class of a number.
+        InputError: `positives_only` holds a number that is not a class of the data.
     """
     if isinstance(positives_only, bool):
         return list(data.positive_classes) if positives_only else None
@@ -254,16 +260,18 @@ def positive_classes(data: Any, positives_only: bool | list[int]) -> list[int] |
 
 
 def check_metric_options(metric_options: dict[str, Any]) -> None:
-    """Raise ValueError where metrics are to be set to what this callback or the data sets for all of them."""
+    """Raise InputError if `metric_options` sets an argument of this callback or a property of the data."""
     for name in metric_options:
         if name in ("fill", "positives_only", *ENGINE):
-            raise InputError(f"metric_options has {name}, which is an argument of EvaluationCallback itself; set that.")
+            raise InputError(
+                f"metric_options has {name}, which is an argument of EvaluationCallback; set that instead."
+            )
         if name in ("mean", "std", "bias"):
-            raise InputError(f"metric_options has {name}, which the data says; leave it out.")
+            raise InputError(f"metric_options has {name}, which comes from the data; remove it.")
 
 
 def with_variants(metrics: list[str], also: list[str]) -> list[str]:
-    """Every name, insertion-deletion metrics followed by their variants: `pid16`, `pid16@stable`, ..."""
+    """The names with every insertion-deletion metric followed by its variants: `pid16`, `pid16@stable`, ..."""
     names = []
     for name in metrics:
         family = name == "id" or name.startswith(("pid", "insertion", "deletion"))

@@ -1,4 +1,4 @@
-"""Compute and keep the maps of every explainer."""
+"""Compute and save the maps of every explainer."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ class ExplanationCallback(ExplainingCallback):
             self.session.maps(batch, name)
 
     def conclude(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print how many maps earlier runs had left; a collective."""
+        """Print the number of maps that were read from disk; a collective."""
         count = torch.tensor(float(sum(self.session.from_disk.values())), device=pl_module.device)
         total = int(trainer.strategy.reduce(count, reduce_op="sum"))
         if total:
-            rank_zero_info(f"Took {total} maps from disk ({self.folder}).")
+            rank_zero_info(f"Read {total} maps from disk ({self.folder}).")

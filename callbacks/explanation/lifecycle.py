@@ -1,4 +1,4 @@
-"""When a callback works: on chosen samples of a validation or a test, from the opening of the folder to the report."""
+"""The schedule and the lifecycle of explaining callbacks: which epochs and samples are explained, and the hooks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from labn.errors import InputError
 
 @dataclass(frozen=True)
 class Schedule:
-    """In which epochs, and on how many samples, explanations are made.
+    """Epochs and samples that are explained.
 
     Attributes:
         val_images: images explained at validation end while fitting, evenly spaced over the split.
@@ -23,7 +23,7 @@ class Schedule:
         every_n_epochs: explain every n-th validation epoch while fitting; 0 never does.
 
     Raises:
-        InputError: a negative number, or no image at test end.
+        InputError: a number is negative, or `test_images` is 0.
     """
 
     val_images: int = 8
@@ -34,7 +34,7 @@ class Schedule:
         check_counts(**vars(self))
 
     def is_due(self, trainer: pl.Trainer) -> bool:
-        """Whether the present epoch of the running command is explained."""
+        """Whether the current epoch of the running command is explained."""
         if trainer.sanity_checking:
             return False
         return trainer.state.fn != "fit" or (
@@ -43,17 +43,18 @@ class Schedule:
 
     def is_ever_due(self, trainer: pl.Trainer) -> bool:
         """Whether any epoch of the running command is explained."""
+        # The minimum is 0 if any of the three switches validation explanations off.
         return trainer.state.fn != "fit" or min(self.every_n_epochs, self.val_images, trainer.limit_val_batches) > 0
 
     def samples(self, trainer: pl.Trainer, size: int) -> list[int]:
-        """Indices of the samples that are explained, of a split with `size` samples."""
+        """Indices of the explained samples of a split with `size` samples."""
         return evenly_spaced(size, self.val_images if trainer.state.fn == "fit" else self.test_images)
 
 
 class StageCallback(pl.Callback):
-    """Base of the callbacks that explain: it turns Lightning's hooks into `begin`, `work`, `finish` and `publish`.
+    """Base of the explaining callbacks: it maps Lightning's hooks to `begin`, `work`, `finish` and `publish`.
 
-    Subclasses override these four, which are called only where `schedule` says that the epoch is explained.
+    Subclasses override these four methods. They are called only in epochs that `schedule` selects.
     """
 
     schedule: Schedule
@@ -62,21 +63,29 @@ class StageCallback(pl.Callback):
         """Called once per stage, on every rank, before the first batch."""
 
     def work(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, position: tuple[Any, ...]) -> None:
-        """Called per batch, without any collective; `position` tells the batch from all others of the run."""
+        """Called per batch; must not call collectives, because ranks may have different numbers of batches.
+
+        Args:
+            trainer: the trainer.
+            pl_module: the module.
+            batch: as the data loader gives it.
+            position: (split, epoch, loader, batch), unique among the batches of a run.
+        """
 
     def finish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
         """Called once per stage, on every rank, after the last batch."""
 
     def publish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
-        """Called once per stage, on every rank, when the module has logged the figures of the stage."""
+        """Called once per stage, on every rank, after the module has logged the stage's metrics."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check that the trainer lets explanations be made.
+        """Check the trainer's settings.
 
         Raises:
-            ConfigurationError: evaluation loops forbid gradients, or the strategy shards parameters.
+            ConfigurationError: evaluation runs in inference mode, or the strategy shards parameters.
         """
-        # Lightning runs whole evaluation loops, callbacks included, in inference mode; `enable_grad` cannot undo it.
+        # Lightning runs whole evaluation loops, callbacks included, in inference mode, in which `torch.enable_grad`
+        # has no effect: tensors that were made there can never enter a graph.
         if any(loop.inference_mode for loop in (trainer.validate_loop, trainer.test_loop)):
             raise ConfigurationError(
                 f"{type(self).__name__} needs gradients at validation and test end: "
@@ -142,20 +151,21 @@ class StageCallback(pl.Callback):
 
 
 def stage_folder(trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> Path:
-    """Results folder of the present stage, the same on every rank; a collective.
+    """Results folder of the current stage, the same on every rank; a collective.
 
-    It is `<run_dir>/test` or `<run_dir>/val/epoch=003`, and in a temporary folder under `fast_dev_run`.
+    The folder is `<run_dir>/test` or `<run_dir>/val/epoch=003`; with `fast_dev_run` it lies in a temporary folder.
     """
     stage = f"val/{epoch_of(trainer, pl_module)}" if split == "val" else split
     fast = getattr(trainer, "fast_dev_run", False)
     root = Path(tempfile.mkdtemp(prefix="labn-")) if fast else Path(trainer.default_root_dir)
+    # Broadcast, because every rank has made a temporary folder of its own.
     return Path(trainer.strategy.broadcast(str(root))) / stage
 
 
 def epoch_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
-    """The epoch whose weights are explained, of the running fit, else of the loaded checkpoint: `epoch=003`.
+    """The epoch of the explained weights as `epoch=003`: that of the running fit, else that of the loaded checkpoint.
 
-    A validation in the middle of an epoch names its step too, so that it has a folder of its own.
+    The name of a validation in the middle of an epoch also contains the step, so that it has its own folder.
     """
     if trainer.state.fn == "fit":
         step = "" if trainer.is_last_batch else f"-step={trainer.global_step}"
@@ -164,17 +174,17 @@ def epoch_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
 
 
 def evenly_spaced(size: int, count: int | None) -> list[int]:
-    """At most `count` indices spread evenly over `range(size)`: the same pictures in every epoch (None: all)."""
+    """At most `count` indices, evenly spaced over `range(size)` and the same in every call; None gives all."""
     if count is None or count >= size:
         return list(range(size))
     return sorted({round(k * (size - 1) / max(count - 1, 1)) for k in range(count)})
 
 
 def check_counts(**counts: int | None) -> None:
-    """Check numbers of images or epochs: none is negative, None stands for all.
+    """Check numbers of images or epochs; None stands for all.
 
     Raises:
-        InputError: a negative number, or 0 as `test_images`, which would leave nothing but empty tables.
+        InputError: a number is negative, or `test_images` is 0, which would give empty tables.
     """
     for name, count in counts.items():
         least = int(name == "test_images")

@@ -1,4 +1,4 @@
-"""Pictures of maps: to the results folder always, to Weights & Biases where it is in use."""
+"""Pictures of maps, for the results folder and for Weights & Biases."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from labn.results.shard_index import readable_name
 
 
 class MapLogger(ExplainingCallback):
-    """Draw some samples with the maps of every explainer, one PNG each in `<run_dir>/<stage>/overlays/`.
+    """Draw samples with the maps of every explainer, one PNG per sample in `<run_dir>/<stage>/overlays/`.
 
     Args:
-        max_images: samples drawn per stage, spread evenly over those that are explained.
+        max_images: number of samples drawn per stage, evenly spaced over the explained ones.
         kwargs: arguments of `ExplainingCallback`.
 
     Raises:
-        ValueError: a negative number of images.
+        InputError: `max_images` is negative.
     """
 
     def __init__(self, max_images: int = 8, **kwargs: Any) -> None:
@@ -42,9 +42,9 @@ class MapLogger(ExplainingCallback):
     def work_on(self, trainer: pl.Trainer, batch: ExplainedBatch) -> None:
         """Draw the chosen samples of the batch."""
         data, session = trainer.datamodule, self.session  # type: ignore[attr-defined]
-        rows = [row for row, index in enumerate(batch.indices.tolist()) if index in self._chosen]
-        maps = {name: session.maps(batch, name).cpu().numpy() for name in session.explainers} if rows else {}
-        for row in rows:
+        positions = [n for n, index in enumerate(batch.indices.tolist()) if index in self._chosen]
+        maps = {name: session.maps(batch, name).cpu().numpy() for name in session.explainers} if positions else {}
+        for row in positions:
             index = int(batch.indices[row])
             name = data.sample_name(session.split, index)
             names = data.class_names
@@ -65,9 +65,9 @@ class MapLogger(ExplainingCallback):
             write_atomically(path, buffer.getvalue())
 
     def publish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
-        """Send pictures of all ranks, curves and the table to Weights & Biases; a collective.
+        """Log the pictures of all ranks, the curves and the table to Weights & Biases (rank zero); a collective.
 
-        Rank zero sends them. A failure costs a warning, not the run.
+        A failure is a warning and does not end the run.
         """
         trainer.strategy.barrier("labn-overlays")
         loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
@@ -77,6 +77,7 @@ class MapLogger(ExplainingCallback):
         paths = sorted((folder / "overlays").glob("*.png"))
         paths = [path for path in paths if int(path.name.split("-")[0]) in self._chosen]
         for logger in loggers:
+            # Any error: the service, its package or the network may fail in ways that are not documented.
             try:
                 log_results(logger, folder, split, paths, trainer.state.fn != "fit")
             except Exception as error:

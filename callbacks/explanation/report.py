@@ -1,4 +1,4 @@
-"""Write `report.html`: everything that a stage left, on one page that opens from disk."""
+"""Write `report.html`: tables, curves, gallery and logs of a stage on one page that opens from disk."""
 
 from __future__ import annotations
 
@@ -27,22 +27,26 @@ from labn.report.figures import displayable
 from labn.results.reader import CARDS, Card
 
 FINE_GRID = 1024
+"""Patches per image up to which the order of removal is stored for every sample of the gallery."""
 
 
 class ReportCallback(ExplainingCallback):
-    """One self-contained page per stage, `<run_dir>/<stage>/report.html`, whatever other callbacks there are.
+    """Write one self-contained page per stage, `<run_dir>/<stage>/report.html`.
 
-    Every rank keeps small pictures and maps of its own samples; rank zero puts them together with the tables, curves
-    and logs that lie in the run folder by then. The gallery's records stay in `cards.json` for comparisons.
+    Every rank saves small pictures and maps of its own samples. Rank zero combines them with the tables, curves and
+    logs of the run folder. The records of the gallery stay in `cards.json`, for comparisons of several runs.
 
     Args:
-        max_images: samples in the gallery, spread evenly over those that are explained.
-        picture_side: pixels of the pictures' longer side.
-        map_side: pixels of the maps' longer side.
-        max_megabytes: the gallery is thinned out evenly until it takes at most this much.
-        fine_images: samples that the player offers where patches are so small (more than 1024 per image) that their
-            order takes more room than the map.
+        max_images: maximum number of samples in the gallery, evenly spaced over the explained ones.
+        picture_side: longer side of the pictures in pixels.
+        map_side: longer side of the maps in pixels.
+        max_megabytes: maximum size of the gallery in megabytes; samples are left out evenly until it fits.
+        fine_images: number of samples in the player if there are more than 1024 patches per image; the order in which
+            so many patches are removed takes more bytes than the map.
         kwargs: arguments of `ExplainingCallback`.
+
+    Raises:
+        InputError: one of the sizes is 0 or negative.
     """
 
     def __init__(
@@ -70,17 +74,18 @@ class ReportCallback(ExplainingCallback):
         self._fine = {chosen[k] for k in evenly_spaced(len(chosen), self.fine_images)}
 
     def work_on(self, trainer: pl.Trainer, batch: ExplainedBatch) -> None:
-        """Keep the batch's share of the gallery."""
+        """Save the gallery records of the batch's chosen samples."""
         session = self.session
-        rows = [row for row, index in enumerate(batch.indices.tolist()) if index in self._chosen]
-        if not rows:
+        positions = [n for n, index in enumerate(batch.indices.tolist()) if index in self._chosen]
+        if not positions:
             return
         maps = {name: session.maps(batch, name) for name in session.explainers}
         data = trainer.datamodule  # type: ignore[attr-defined]
-        cards = [self._card(data, batch, maps, row) for row in rows]
+        cards = [self._card(data, batch, maps, row) for row in positions]
         if played := player_metric(session.metrics):
-            self._add_steps(data, batch, maps, dict(zip(rows, cards)), played[1])
-        path = session.results.folder / "cards" / f"{int(batch.indices[rows[0]]):07d}.r{trainer.global_rank}.json"
+            self._add_steps(data, batch, maps, dict(zip(positions, cards)), played[1])
+        # The name holds the rank, so that no two processes write the same file.
+        path = session.results.folder / "cards" / f"{int(batch.indices[positions[0]]):07d}.r{trainer.global_rank}.json"
         write_atomically(path, json.dumps(cards).encode())
 
     def _card(self, data: Any, batch: ExplainedBatch, maps: dict[str, Tensor], row: int) -> Card:
@@ -108,7 +113,7 @@ class ReportCallback(ExplainingCallback):
         cards: dict[int, Card],
         metric: PatchInsertionDeletion,
     ) -> None:
-        """Give the scored samples what the player needs: when each patch moves, and what removed ones show."""
+        """Add the player's data to the cards of scored samples: the step at which each patch moves, and the fills."""
         steps = {name: metric.steps(heat, batch.indices).cpu().numpy() for name, heat in maps.items()}
         first = next(iter(maps.values()))
         scored = ScoredBatch(
@@ -120,18 +125,20 @@ class ReportCallback(ExplainingCallback):
             coarse = steps[next(iter(steps))][row].size <= FINE_GRID
             if coarse or cards[row]["index"] in self._fine:
                 cards[row]["steps"] = {name: steps_text(grid[row]) for name, grid in steps.items()}
+                # A fill that is the same for all images, such as a colour, has one row.
                 cards[row]["fills"] = [
                     fill_uri(displayable(fill[row if len(fill) > 1 else 0], data.mean, data.std), self.picture_side)
                     for fill in fills
                 ]
 
     def publish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
-        """Write the page (rank zero) from the cards of all ranks and the tables; a collective."""
+        """Write the page from the cards of all ranks and the tables (rank zero); a collective."""
         trainer.strategy.barrier("labn-report")
         if not trainer.is_global_zero:
             return
         folder = self.session.results.folder
         collect_cards(folder, self._chosen)
+        # Lightning flushes its CSV log every 100 steps; the report reads it now.
         for logger in trainer.loggers:
             if isinstance(logger, CSVLogger):
                 logger.save()
@@ -156,10 +163,11 @@ class ReportCallback(ExplainingCallback):
 
 
 def player_metric(metrics: Mapping[str, SampleMetric]) -> tuple[str, PatchInsertionDeletion] | None:
-    """The insertion-deletion metric that the player steps through: the largest patches, under the paper's protocol.
+    """The insertion-deletion metric of the player: that with the largest patches, preferably in the paper's protocol.
 
     Returns:
-        The name that its curves are stored under, such as `pid1` or `insertion16`, and the metric; None without any.
+        The name under which its curves are stored, such as `pid1` or `insertion16`, and the metric; None if there is
+        no insertion-deletion metric.
     """
     stepped = [(n, m) for n, m in metrics.items() if isinstance(m, PatchInsertionDeletion)]
     plain = [(n, m) for n, m in stepped if m.protocol == "paper" and m.ties == "fraction"]
@@ -167,12 +175,12 @@ def player_metric(metrics: Mapping[str, SampleMetric]) -> tuple[str, PatchInsert
 
 
 def player_facts(name: str, metric: PatchInsertionDeletion, image_size: int) -> dict[str, Any]:
-    """What the page must know of the player's metric."""
+    """Name, patch size and image size (H, W) in pixels of the player's metric, for the page."""
     return {"metric": name, "patch": metric.patch_size, "size": [image_size, image_size]}
 
 
 def stage_figures(trainer: pl.Trainer, split: str) -> dict[str, float]:
-    """Logged figures of the model itself, such as `test/accuracy`, without those of the maps."""
+    """Finite logged metrics of the model, such as `test/accuracy`, without the scores of maps."""
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return {n: v for n, v in logged.items() if n.startswith(f"{split}/") and n.count("/") == 1 and math.isfinite(v)}
 
@@ -181,6 +189,7 @@ def collect_cards(stage: Path, chosen: set[int]) -> None:
     """Merge the cards of all ranks, each sample once and in order, into the stage's `cards.json`."""
     paths = sorted((stage / "cards").glob("*.json"))
     cards = {card["index"]: card for path in paths for card in json.loads(path.read_text())}
-    kept = [card for index, card in sorted(cards.items()) if index in chosen]
-    write_atomically(stage / CARDS, json.dumps(kept).encode())
+    # By index, so that a sample that two ranks have explained, as a padding sampler makes them do, appears once.
+    gallery = [card for index, card in sorted(cards.items()) if index in chosen]
+    write_atomically(stage / CARDS, json.dumps(gallery).encode())
     shutil.rmtree(stage / "cards", ignore_errors=True)

@@ -1,4 +1,4 @@
-"""One stage's explanations, shared by all explaining callbacks of a trainer: explainers, results folder, maps."""
+"""The explanations of a command, shared by all explaining callbacks of a trainer: explainers, results folder, maps."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from labn.results.tables import write_manifest
 
 @dataclass
 class ExplainedBatch:
-    """The samples of a batch that are explained, and what has been computed for them.
+    """The explained samples of a batch, with predictions and maps.
 
     Attributes:
         images: (n, C, H, W) float32, normalised.
         labels: (n,) int64.
-        targets: (n,) int64, the classes explained.
+        targets: (n,) int64 explained classes.
         indices: (n,) int64 positions in the split.
-        masks: (n, H, W) bool ground truth, where the data has it.
-        boxes: ground-truth boxes, where the data has them.
-        predictions: (n,) int64.
-        probabilities: (n, K) softmax of the unperturbed images.
+        masks: (n, H, W) bool ground truth; None if the data has no masks.
+        boxes: ground-truth boxes; None if the data has no boxes.
+        predictions: (n,) int64, the classes of highest probability.
+        probabilities: (n, K) softmax of the unperturbed images, in [0, 1].
         engine: the batch's perturbation engine, shared by all metrics.
         maps: explainer name -> (n, H, W).
     """
@@ -55,22 +55,24 @@ class ExplainedBatch:
 
 
 class ExplanationSession:
-    """The explanations of one command: computed once, kept on disk, shared by every callback of the trainer.
+    """The maps of one command: computed once, saved to disk, shared by every explaining callback of the trainer.
 
-    The first explaining callback of a trainer makes the session in its `setup` and hands it to the others.
+    The first callback with explainers creates the session in its `setup` and hands it to the others.
 
     Args:
         explainers: name -> explainer, of all callbacks together.
-        target: class explained per image, see `chosen_classes`.
+        target: rule for the explained class, see `chosen_classes`.
         engine_options: arguments of `PerturbationEngine`.
-        schedule: in which epochs, and on how many samples, explanations are made.
+        schedule: epochs and samples that are explained.
 
     Attributes:
-        metrics: name -> metric, once the evaluation callback has built them for the data.
-        store: the results folder of the present stage.
+        metrics: name -> metric; filled when the evaluation callback has built them for the data.
+        store: the results folder of the current stage; None before the first stage.
         split: val or test.
         network: the explained network.
         samples: indices of the samples that are explained in this stage.
+        reached: indices of those that have been in a batch of this rank so far.
+        from_disk: explainer -> number of its maps that were read from disk in this stage.
     """
 
     def __init__(
@@ -84,18 +86,20 @@ class ExplanationSession:
         self.reached: set[int] = set()
         self.from_disk = dict.fromkeys(explainers, 0)
         self.store: ResultStore | None = None
+        # The latest batch by position: the callbacks receive the same batch one after the other.
         self._batch: tuple[tuple[Any, ...], ExplainedBatch | None] = ((), None)
 
     @property
     def results(self) -> ResultStore:
-        """The results folder of the present stage, which has been opened."""
+        """The results folder of the current stage; valid after `open`."""
         assert self.store is not None
         return self.store
 
     def open(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
-        """Start a stage: choose the samples, find the folder, move results of other weights or data aside.
+        """Start a stage: choose the samples and open the results folder; a collective.
 
-        Maps and scores of the same weights and data stay, to be taken from disk. A collective: every rank calls it.
+        Results of other weights or other data are moved aside. Maps and scores of the same weights and data stay, and
+        are read from disk instead of computed again.
         """
         data = trainer.datamodule  # type: ignore[attr-defined]
         self.split, self.network = split, network_of(pl_module)
@@ -113,6 +117,7 @@ class ExplanationSession:
             self.store.prepare(identity)
             self.store.remove_derived()
             write_manifest(self.store.folder, self.facts)
+        # No rank may write before rank zero has moved or removed earlier results.
         trainer.strategy.barrier("labn-store")
         self._batch = ((), None)
         share = -(-len(self.samples) // trainer.world_size)
@@ -129,27 +134,28 @@ class ExplanationSession:
         )
 
     def close(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """End a stage, with a warning where the loop has ended before all chosen samples; a collective."""
+        """End a stage; warn if the loop ended before all chosen samples had been reached; a collective."""
         self.progress.close()
         count, chosen = torch.tensor(float(len(self.reached)), device=pl_module.device), len(self.samples)
         total = int(trainer.strategy.reduce(count, reduce_op="sum"))
         if total < chosen:
             rank_zero_warn(
                 f"{self.results.folder}: {total} of the {chosen} images chosen to be explained were reached; "
-                f"trainer.limit_{self.split}_batches (or overfit_batches, fast_dev_run) ends before the others."
+                f"trainer.limit_{self.split}_batches (or overfit_batches, fast_dev_run) excludes the others."
             )
 
     def batch(self, position: tuple[Any, ...], batch: Mapping[str, Any]) -> ExplainedBatch | None:
-        """The explained samples of the batch at `position`; None where none of its samples is chosen."""
+        """The explained samples of the batch at `position`; None if none of its samples is chosen."""
         if self._batch[0] != position:
             self._batch = (position, self._explained(batch))
         return self._batch[1]
 
     def _explained(self, batch: Mapping[str, Any]) -> ExplainedBatch | None:
-        rows = [n for n, index in enumerate(batch["index"].tolist()) if index in self.samples]
-        if not rows:
+        positions = [n for n, index in enumerate(batch["index"].tolist()) if index in self.samples]
+        if not positions:
             return None
-        images, labels, indices = (batch[name][rows] for name in ("image", "label", "index"))
+        images, labels, indices = (batch[name][positions] for name in ("image", "label", "index"))
+        # `trainer.precision` (bf16-true) has converted the images; explanations run in float32.
         images = images.float()
         self.reached |= set(indices.tolist())
         engine = PerturbationEngine.for_model(self.network, images, indices=indices, **self.engine_options)
@@ -160,22 +166,22 @@ class ExplanationSession:
             labels=labels,
             targets=chosen_classes(self.target, labels, probabilities),
             indices=indices,
-            masks=batch["mask"][rows] if "mask" in batch else None,
-            boxes=[batch["boxes"][n] for n in rows] if "boxes" in batch else None,
+            masks=batch["mask"][positions] if "mask" in batch else None,
+            boxes=[batch["boxes"][n] for n in positions] if "boxes" in batch else None,
             predictions=probabilities.argmax(dim=1),
             probabilities=probabilities,
             engine=engine,
         )
 
     def _unperturbed(self, engine: PerturbationEngine, images: Tensor) -> Tensor:
-        """Logits of the images in full precision, whatever the precision of the perturbed forwards."""
+        """Logits (n, K) of the images in full precision, whatever the precision of the perturbed forwards."""
         if self.engine_options.get("precision", "fp32") == "fp32":
             return engine.original()
         options = {**self.engine_options, "precision": "fp32"}
         return PerturbationEngine.for_model(self.network, images, **options).original()
 
     def maps(self, batch: ExplainedBatch, name: str) -> Tensor:
-        """Maps (n, H, W) of the explainer `name` for the batch: from memory, from disk, or computed and saved."""
+        """Maps (n, H, W) of the explainer `name`: those in memory, else those on disk, else computed and saved."""
         if name not in batch.maps:
             indices = batch.indices.tolist()
             maps = self.results.maps(name, self.keys[name], indices)
@@ -183,6 +189,7 @@ class ExplanationSession:
             missing = [n for n, index in enumerate(indices) if index not in maps]
             if missing:
                 explainer = self.explainers[name]
+                # The only explainer that needs masks, which `attribute(model, images, targets, indices)` does not get.
                 if isinstance(explainer, GroundTruthMap):
                     explainer = explainer.with_masks(None if batch.masks is None else batch.masks[missing])
                 new = explainer(self.network, batch.images[missing], batch.targets[missing], batch.indices[missing])
@@ -194,7 +201,7 @@ class ExplanationSession:
 
 
 def identity_of(trainer: pl.Trainer, network: nn.Module, split: str) -> dict[str, str]:
-    """What the results of a stage depend on as a whole: weights, settings of the network, data and split."""
+    """Hashes of everything that all results of a stage depend on: weights, network settings, data, and the split."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     return {
         "checkpoint": weights_digest(network),
@@ -205,17 +212,17 @@ def identity_of(trainer: pl.Trainer, network: nn.Module, split: str) -> dict[str
 
 
 def check_target(target: int | str) -> None:
-    """Check a rule of `chosen_classes`.
+    """Check a rule for the explained class.
 
     Raises:
-        InputError: there is no such rule.
+        InputError: `chosen_classes` has no such rule.
     """
     if re.fullmatch(r"label|prediction|top[1-9]\d*|\d+", str(target)) is None:
         raise InputError(f"target is {target!r}; it must be label, prediction, top<k> such as top2, or a class index.")
 
 
 def check_classes_known(labels: Tensor, probabilities: Tensor) -> None:
-    """Check that every label (n,) is a class of the network, which gives probabilities (n, K).
+    """Check that every label (n,) is below K, the number of classes of the probabilities (n, K).
 
     Raises:
         InputError: a label is K or more.
@@ -229,20 +236,21 @@ def check_classes_known(labels: Tensor, probabilities: Tensor) -> None:
 
 
 def chosen_classes(target: str, labels: Tensor, probabilities: Tensor) -> Tensor:
-    """(n,) int64 classes to explain: `label`, `prediction`, `top<k>` (the k-th most probable one) or an index.
+    """The classes to explain, (n,) int64.
 
     Args:
-        target: the rule.
+        target: `label`, `prediction`, `top<k>` (the k-th most probable class) or a class index.
         labels: (n,) int64.
         probabilities: (n, K).
 
     Raises:
-        InputError: a k above K, or a class index of K or more.
+        InputError: k is above K, or the class index is K or more.
     """
     if target == "label":
         return labels
     number = {"prediction": "1"}.get(target, target.removeprefix("top"))
     classes, by_rank = probabilities.shape[1], not target.isdigit()
+    # Ranks count from 1, class indices from 0.
     if int(number) - by_rank >= classes:
         raise InputError(f"target is {target}; the network has {classes} classes.")
     if by_rank:

@@ -1,4 +1,4 @@
-"""The CSV log of a command: whole rows, whatever happens, and errors that name the file."""
+"""The CSV log of a command: rows are written completely, and errors name the file."""
 
 from __future__ import annotations
 
@@ -17,35 +17,42 @@ from labn.results.tables import csv_bytes
 
 
 class RowWriter(ExperimentWriter):
-    """Appends rows; a new column, which needs the file anew, replaces it at once instead of emptying it first."""
+    """Appends rows to `metrics.csv`; when a new column appears, the file is rewritten atomically.
+
+    Lightning's own writer truncates the file before it writes the rows again, and a process killed in between loses
+    them.
+    """
 
     def save(self) -> None:
-        """Write the metrics that have come since the last call.
+        """Write the metrics logged since the last call.
 
         Raises:
-            OSError: the file cannot be written, or the disk is full.
+            FileError: the file is not writable, or the disk is full.
         """
         if not self.metrics:
             return
         path, rows = Path(self.metrics_file_path), list(self.metrics)
         keys = sorted(set(self.metrics_keys).union(*rows))
-        known = keys == self.metrics_keys and path.is_file()
+        same_columns = keys == self.metrics_keys and path.is_file()
         self.metrics, self.metrics_keys = [], keys
-        if known:
+        if same_columns:
             with named(path), path.open("ab") as file:
                 file.write(as_csv(keys, rows).split(b"\n", 1)[1])
         else:
             write_atomically(path, as_csv(keys, [*read_rows(path), *rows]))
 
     def log_hparams(self, params: dict[str, Any]) -> None:
-        """Write the hyper-parameters, see `save`."""
+        """Write the hyper-parameters to `hparams.yaml`; errors as in `save`."""
         with named(Path(self.log_dir) / self.NAME_HPARAMS_FILE):
             super().log_hparams(params)
 
 
 @contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Name `path` in an error that may not: a full disk shows when a file is closed."""
+    """Turn an OSError inside the block into one that names `path`.
+
+    A full disk is reported when a file is flushed or closed, with an error that holds no file name.
+    """
     try:
         yield
     except OSError as error:
@@ -53,12 +60,12 @@ def named(path: Path) -> Iterator[None]:
 
 
 def as_csv(keys: list[str], rows: list[dict[str, Any]]) -> bytes:
-    """Rows under a header of `keys`."""
+    """Rows as CSV with the columns `keys`; missing values are empty."""
     return csv_bytes(keys, ([row.get(key, "") for key in keys] for row in rows))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a CSV file; none where there is no file."""
+    """The rows of a CSV file; an empty list if the file does not exist."""
     if not path.is_file():
         return []
     with path.open(newline="") as file:
@@ -66,12 +73,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 class RunLogger(CSVLogger):
-    """Lightning's `CSVLogger` with a `RowWriter`."""
+    """Lightning's `CSVLogger` that writes with a `RowWriter`."""
 
     @property
     @rank_zero_experiment
     def experiment(self) -> RowWriter:
-        """The writer; on ranks above zero one that does nothing."""
+        """The writer; on ranks above zero a dummy that does nothing."""
         if self._experiment is None:
             self._experiment = RowWriter(log_dir=self.log_dir)
         assert isinstance(self._experiment, RowWriter)

@@ -18,15 +18,15 @@ WANDB_MODES = ("offline", "online", "disabled")
 
 
 def default_loggers(run_dir: Path, wandb_mode: str, version: str) -> list[Logger]:
-    """A CSV logger to `<run_dir>/logs/<version>` and, unless disabled or not installed, a Weights & Biases logger.
+    """A CSV logger for `<run_dir>/logs/<version>` and, unless disabled or unavailable, a Weights & Biases logger.
 
     Args:
         run_dir: the run folder.
-        wandb_mode: offline, online or disabled.
+        wandb_mode: `offline`, `online` or `disabled`.
         version: folder of the CSV log, see `unused_version`.
 
     Raises:
-        InputError: `wandb_mode` is none of these.
+        InputError: `wandb_mode` has another value.
     """
     if wandb_mode not in WANDB_MODES:
         raise InputError(f"--wandb is {wandb_mode!r}; it must be offline, online or disabled.")
@@ -37,20 +37,21 @@ def default_loggers(run_dir: Path, wandb_mode: str, version: str) -> list[Logger
 
 
 def wandb_logger(run_dir: Path, mode: str) -> Logger | None:
-    """A Weights & Biases logger; `online` falls back to an offline run, which `wandb sync` can send later.
+    """A Weights & Biases logger; `online` falls back to an offline run, which `wandb sync` can upload later.
 
     Returns:
-        None, after a warning, where no working package is installed: the run folder holds everything as well.
+        None, after a warning, if no working package is installed; the run folder holds all results in any case.
     """
-    # `wandb sync` looks for the pictures of tables here; the package's default lies outside of the run folder.
+    # `wandb sync` looks for the pictures of tables in this folder; the package's default is outside the run folder.
     os.environ.setdefault("WANDB_DATA_DIR", str((run_dir / "wandb").absolute()))
     for offline in (True,) if mode == "offline" else (False, True):
         try:
             logger = RunWandbLogger(project="labn", name=run_dir.name, save_dir=run_dir, offline=offline)
+            # The property connects to the service, so that a failure shows here and not in the middle of the run.
             _ = logger.experiment
             return logger
         except Exception as error:
-            instead = "everything is" if offline else "logging offline, everything is"
+            instead = "all results are" if offline else "logging offline; all results are"
             warnings.warn(
                 f"Weights & Biases is not available ({first_line(error)}); {instead} in {run_dir}.", stacklevel=2
             )
@@ -58,6 +59,6 @@ def wandb_logger(run_dir: Path, mode: str) -> Logger | None:
 
 
 def unused_version(logs: Path, command: str) -> str:
-    """The first of `fit`, `fit-1`, ... that no earlier run has filled: Lightning empties a version that it is given."""
+    """The first of `fit`, `fit-1`, `fit-2`, ... that holds no log yet; Lightning deletes the log of a used version."""
     names = itertools.chain([command], (f"{command}-{n}" for n in itertools.count(1)))
     return next(name for name in names if not (logs / name / "metrics.csv").exists())

@@ -1,4 +1,4 @@
-"""What a command shows in the terminal beside its tables."""
+"""Output of a command in the terminal besides its tables: usage errors, metrics and restored settings of the model."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from labn.launch.error_messages import config_sentence
 
 
 class SentenceParser(LightningArgumentParser):
-    """Ends with one sentence about the mistake, instead of the usage of every option of a trainer."""
+    """A parser that reports a wrong argument in one sentence instead of printing the usage of all trainer options."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Say what is wrong and leave with status 2, or raise where the caller wants that."""
+        """Print what is wrong and exit with status 2, or raise if the parser was built with `exit_on_error=False`."""
         if not self.exit_on_error:
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
@@ -31,13 +31,13 @@ class SentenceParser(LightningArgumentParser):
 
 
 def say_figures(trainer: pl.Trainer, stage: str) -> None:
-    """Print what the model was measured to be, such as its accuracy, and where the report is; rank zero alone does.
+    """Print the metrics of the model, such as its accuracy, and the path of the report; only on rank zero.
 
-    The counts of the confusion matrix, K^2 of them, are left to the logs.
+    The K^2 counts of the confusion matrix are in the logs only.
     """
-    shown = [c for c in callbacks_of(trainer) if isinstance(c, ExplainingCallback)]
-    methods = {name for callback in shown for name in (*callback.explainers, *callback.extra_explainers)}
-    # A method's name may hold a slash, so that a key is not taken apart.
+    explaining = [c for c in callbacks_of(trainer) if isinstance(c, ExplainingCallback)]
+    methods = {name for callback in explaining for name in (*callback.explainers, *callback.extra_explainers)}
+    # The name of a method may contain a slash, so that keys are compared by prefix and not split.
     of_maps = tuple(f"{stage}/{name}/" for name in (*methods, "confusion"))
     of_model = [key for key in trainer.callback_metrics if key.startswith(f"{stage}/") and not key.startswith(of_maps)]
     figures = {key.removeprefix(f"{stage}/"): float(trainer.callback_metrics[key]) for key in of_model}
@@ -51,19 +51,23 @@ def say_figures(trainer: pl.Trainer, stage: str) -> None:
 
 
 def say_taken_over(path: str, asked: Mapping[str, Any], built: Mapping[str, Any]) -> None:
-    """Name the settings of a model that a checkpoint's own replace; nothing is said where both agree.
+    """Print the settings of the model that those of a checkpoint replace; print nothing if both agree.
 
     Args:
         path: the checkpoint.
-        asked: what the configuration itself says about the `model`, without defaults and what is linked to the data.
-        built: `model` with the checkpoint's settings in place.
+        asked: section `model` of the configuration, without defaults and without values linked to the data.
+        built: section `model` with the settings of the checkpoint.
     """
-    mine, theirs = (dict((model.get("init_args") or {}).items()) for model in (asked, built))
-    other = [f"{k} {theirs[k]} (not {mine[k]})" for k in mine if k in theirs and str(mine[k]) != str(theirs[k])]
-    if other:
-        rank_zero_info(f"The model is built with the settings that {path} was trained with: {', '.join(other)}.")
+    configured, restored = (dict((model.get("init_args") or {}).items()) for model in (asked, built))
+    changed = [
+        f"{name} {restored[name]} (not {value})"
+        for name, value in configured.items()
+        if name in restored and str(value) != str(restored[name])
+    ]
+    if changed:
+        rank_zero_info(f"The model is built with the settings that {path} was trained with: {', '.join(changed)}.")
 
 
 def no_advertisement(record: logging.LogRecord) -> bool:
-    """Whether a message of Lightning's is about the run, and not about another product of its makers."""
+    """Filter for log records: False for Lightning's advertisements of other products."""
     return "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()

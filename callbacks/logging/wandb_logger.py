@@ -1,4 +1,4 @@
-"""The Weights & Biases logger of a command: what it loses never stops the run."""
+"""A Weights & Biases logger whose failures do not stop the run."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from labn.io.readers import first_line
 
 
 class RunWandbLogger(WandbLogger):
-    """Lightning's `WandbLogger`, which gives up with a warning, once, where Weights & Biases fails in the middle.
+    """Lightning's `WandbLogger` that warns once and stops logging when Weights & Biases fails during a run.
 
-    Everything that it is given is in the run folder too. It is not asked again after a failure, because each attempt
-    may wait for a service that has gone.
+    All results are in the run folder as well. After a failure no further call is made, because each may wait for a
+    service that does not answer.
     """
 
     lost = False
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Log numbers, or give up."""
+        """Log numbers; see the class for failures."""
         self._try(super().log_metrics, metrics, step)
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace) -> None:
-        """Log hyper-parameters, or give up."""
+        """Log hyper-parameters; see the class for failures."""
         self._try(super().log_hyperparams, params)
 
     def log_image(self, key: str, images: list[Any], step: int | None = None, **kwargs: Any) -> None:
-        """Log pictures, or give up."""
+        """Log pictures; see the class for failures."""
         self._try(super().log_image, key, images, step, **kwargs)
 
     def log_table(self, key: str, *arguments: Any, **kwargs: Any) -> None:
-        """Log a table, or give up."""
+        """Log a table; see the class for failures."""
         self._try(super().log_table, key, *arguments, **kwargs)
 
     def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
-        """Send a checkpoint, where that was asked for, or give up."""
+        """Upload a checkpoint if `log_model` is set; see the class for failures."""
         self._try(super().after_save_checkpoint, checkpoint_callback)
 
     def finalize(self, status: str) -> None:
-        """Send what has been kept for the end, or give up."""
+        """Upload what is logged at the end of a run; see the class for failures."""
         self._try(super().finalize, status)
 
     def _try(self, work: Callable[..., Any], *arguments: Any, **options: Any) -> None:
@@ -54,7 +54,7 @@ class RunWandbLogger(WandbLogger):
         except Exception as error:
             self.lost = True
             warnings.warn(
-                f"Weights & Biases is lost ({first_line(error)}) and gets nothing more; the run goes on, and "
-                f"everything is in {self.save_dir}.",
+                f"Weights & Biases has failed ({first_line(error)}) and receives nothing more; the run continues, and "
+                f"all results are in {self.save_dir}.",
                 stacklevel=3,
             )

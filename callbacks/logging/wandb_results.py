@@ -1,4 +1,4 @@
-"""What Weights & Biases gets of a stage: overlays, curves, and one table with pictures, under stable keys."""
+"""Log the results of a stage to Weights & Biases under stable keys: overlays, curves, and one table with pictures."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from labn.report.figures import panels_figure
 from labn.results.reader import StageResults, read_stage
 
 MAX_SIDE = 1600
-"""Pixels of the longer side of every picture that is sent."""
+"""Maximum longer side in pixels of an uploaded picture."""
 
 
 def log_results(logger: WandbLogger, folder: Path, split: str, overlays: list[Path], table: bool) -> None:
-    """Send a results folder.
+    """Log the pictures, curves and, optionally, the table of a results folder.
 
     Keys: `maps/<split>` (overlays), `curves/<split>/<metric>` (pictures of the mean curves) and, with `table`,
-    `samples/<split>`: one row per overlay with picture, label, prediction and scores. Means are logged as numbers by
-    `EvaluationCallback`.
+    `samples/<split>` (one row per overlay with picture, label, prediction and scores). The means are logged as numbers
+    by `EvaluationCallback`.
 
     Args:
-        logger: of this process.
+        logger: the logger of this process.
         folder: the results folder.
         split: val or test.
-        overlays: pictures to send, named `<index>-<name>.png`.
-        table: send the table too; a table's key can be written only once, so not in every epoch.
+        overlays: pictures to log, named `<index>-<name>.png`.
+        table: whether to log the table; a key of a table can be written only once, so not in every epoch.
     """
     pictures = {int(path.name.split("-")[0]): capped(path.read_bytes()) for path in overlays}
     results = read_stage(folder, pictures, scratch_dir=folder)
@@ -47,22 +47,22 @@ def log_results(logger: WandbLogger, folder: Path, split: str, overlays: list[Pa
 
 
 def capped(data: bytes, side: int = MAX_SIDE) -> Image.Image:
-    """A PNG as a picture whose longer side is at most `side` pixels."""
+    """A PNG as an RGB picture whose longer side is at most `side` pixels."""
     picture = Image.open(io.BytesIO(data)).convert("RGB")
     picture.thumbnail((side, side))
     return picture
 
 
 def sample_table(results: StageResults, pictures: dict[int, Image.Image]) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows of the table of single samples."""
-    import wandb
+    """Columns and rows of the table of samples."""
+    import wandb  # imported here, because it is slow to import and not needed when logging is disabled
 
     columns = [(e, m) for e in results.explainers for m in results.headline if (e, m) in results.scores]
-    seen = _predictions(results.folder / "predictions.csv", pictures)
+    predictions = _predictions(results.folder / "predictions.csv", pictures)
     rows = []
     for index, picture in pictures.items():
-        known = seen.get(index, {})
-        facts = [known.get(name, "") for name in ("name", "label", "prediction", "probability")]
+        prediction = predictions.get(index, {})
+        facts = [prediction.get(name, "") for name in ("name", "label", "prediction", "probability")]
         values = [results.scores[key].get(index) for key in columns]
         rows.append([index, *facts, wandb.Image(picture), *values])
     header = ["index", "name", "label", "prediction", "probability", "maps"]

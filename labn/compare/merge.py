@@ -1,4 +1,4 @@
-"""Merge the scores of several runs, sample by sample, and refuse what does not belong together."""
+"""Merge the scores of several runs sample by sample, after a check that the runs are comparable."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from labn.metrics.statistics import Interval, bootstrap_mean
 Column = dict[str, float]
 """Sample name -> value."""
 IGNORED = ("chunk_size", "fold")
-"""Settings that change how fast something is computed, not what."""
+"""Settings that change the speed of a computation but not its result."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A method of a run, or of all seeds of a run, in one metric.
+    """One value of one method, over all seeds of a run.
 
     Attributes:
-        label: of the run.
+        label: label of the run.
         explainer: name of the method.
         metric: name of the value.
-        interval: mean over samples of the means over seeds, with the interval over samples, whole groups drawn; its
-            bounds are NaN where there is one sample or one group.
-        std: standard deviation of the seeds' means (n - 1); None where there is one seed.
+        interval: mean over samples of the means over seeds, with its 95 % bootstrap interval over samples (or whole
+            groups of samples); the bounds are NaN for one sample or one group.
+        std: sample standard deviation (n - 1) of the seeds' means; None for one seed.
         seeds: number of trained networks.
     """
 
@@ -43,16 +43,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare_runs` returns.
+    """The merged scores of several runs.
 
     Attributes:
-        runs: the runs, in the order given.
+        runs: the runs, in the order of the arguments.
         columns: (label, explainer, metric) -> sample name -> mean over seeds.
-        rows: the table.
-        paired: (first, second, metric, interval of the difference), first and second as `row_name` gives them.
-        left_out: metric -> number of samples that not every row has.
-        asked: values that the runs were asked for by name, and the probability of the bare fill.
-        groups: sample name -> group, where samples are not independent; None where they are.
+        rows: the rows of the table.
+        paired: (first, second, metric, interval of first - second); both names as `row_name` gives them.
+        left_out: metric -> number of samples that are left out because not every row has them.
+        asked: names of the values that were requested when the runs were scored, and `fill_probability`.
+        groups: sample name -> group, for samples that are not independent; None if they are independent.
     """
 
     runs: list[Run]
@@ -64,20 +64,20 @@ class Comparison:
     groups: dict[str, int] | None
 
     def groups_of(self, names: Iterable[str]) -> list[int] | None:
-        """Groups of the samples, as intervals draw them; None where samples are drawn singly."""
+        """Groups of the samples for the bootstrap; None if single samples are resampled."""
         return None if self.groups is None else [self.groups[name] for name in names]
 
     def row_name(self, label: str, explainer: str) -> str:
-        """How a row is called: by its method, and by its run where there are several."""
+        """Name of a row: the method, preceded by the label if there are several labels."""
         return explainer if len({run.label for run in self.runs}) == 1 else f"{label}: {explainer}"
 
 
 def compare_runs(runs: Sequence[Run]) -> Comparison:
-    """Merge runs into one table over the samples that all of them have, matched by name.
+    """Merge runs into one table over their common samples, matched by name.
 
     Raises:
-        ValueError: the runs differ in data, split, protocol or explained class, a label mixes different methods under
-            one name, one network is scored differently in two folders, or no sample is common.
+        InputError: the runs differ in data, split, protocol or explained class, runs of one label have methods of one
+            name with different arguments, one network has different scores in two folders, or no sample is common.
     """
     runs = list(runs)
     check_comparable(runs)
@@ -89,16 +89,16 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
     for (label, explainer, metric), networks in seeds.items():
         if len(networks) != (expected := len({run.checkpoint for run in runs if run.label == label})):
             raise InputError(
-                f"{label}: {len(networks)} of its {expected} networks have {metric} of {explainer}; score all of "
-                "them alike, or give the runs labels of their own (LABEL=RUN)."
+                f"{label}: only {len(networks)} of its {expected} networks have {metric} of {explainer}; score all "
+                "networks with the same metrics, or give the runs different labels (LABEL=RUN)."
             )
         common = names[metric]
         means = {name: statistics.fmean(column[name] for column in networks.values()) for name in common}
         found.columns[label, explainer, metric] = means
-        own = [statistics.fmean(column[name] for name in common) for column in networks.values()]
-        std = statistics.stdev(own) if len(own) > 1 else None
+        by_seed = [statistics.fmean(column[name] for name in common) for column in networks.values()]
+        std = statistics.stdev(by_seed) if len(by_seed) > 1 else None
         interval = bootstrap_mean(list(means.values()), groups=found.groups_of(common))
-        found.rows.append(Row(label, explainer, metric, interval, std, len(own)))
+        found.rows.append(Row(label, explainer, metric, interval, std, len(by_seed)))
     found.paired.extend(_differences(found))
     return found
 
@@ -114,7 +114,7 @@ def _differences(found: Comparison) -> Iterator[tuple[str, str, str, Interval]]:
 
 
 def _by_seed(runs: Sequence[Run]) -> dict[tuple[str, str, str], dict[str, Column]]:
-    """(label, explainer, metric) -> checkpoint -> scores; folders of one network complete each other."""
+    """(label, explainer, metric) -> checkpoint -> sample name -> value; folders of one network are merged."""
     merged: dict[tuple[str, str, str], dict[str, Column]] = {}
     for run in runs:
         for (explainer, metric), scores in run.results.scores.items():
@@ -122,32 +122,33 @@ def _by_seed(runs: Sequence[Run]) -> dict[tuple[str, str, str], dict[str, Column
             column = networks.setdefault(run.checkpoint, {})
             for index, value in scores.items():
                 name = run.results.names[index]
+                # A tolerance, because the last digits depend on the chunk size and the machine.
                 if not math.isclose(column.setdefault(name, value), value, rel_tol=1e-4, abs_tol=1e-5):
                     raise InputError(
-                        f"{run.results.folder}: {metric} of {explainer} for {name} is {value}, another folder of "
-                        f"the same network says {column[name]}; give them labels of their own (LABEL=RUN)."
+                        f"{run.results.folder}: {metric} of {explainer} for {name} is {value}, but {column[name]} in "
+                        "another folder of the same network; give the two folders different labels (LABEL=RUN)."
                     )
     return merged
 
 
 def _groups(runs: Sequence[Run]) -> dict[str, int] | None:
-    """Sample name -> group of all runs, which agree on them; None where they have no groups."""
+    """Sample name -> group over all runs; None if the runs have no groups; raises if they disagree."""
     if runs[0].results.groups is None:
         return None
-    found: dict[str, int] = {}
+    groups: dict[str, int] = {}
     for run in runs:
         for index, name in run.results.names.items():
             group = (run.results.groups or {})[index]
-            if found.setdefault(name, group) != group:
+            if groups.setdefault(name, group) != group:
                 raise InputError(
-                    f"{run.results.folder}: {name} is in group {group}, another run says {found[name]}; test both "
-                    "again with one data module."
+                    f"{run.results.folder}: {name} is in group {group}, but in group {groups[name]} in another run; "
+                    "test both again with the same data module."
                 )
-    return found
+    return groups
 
 
 def _common_names(seeds: dict[tuple[str, str, str], dict[str, Column]]) -> dict[str, list[str]]:
-    """Metric -> names of the samples that every row and seed with this metric has, in the first one's order."""
+    """Metric -> names of the samples that all rows and seeds with this metric have, in the order of the first."""
     names: dict[str, list[str]] = {}
     for (_, _, metric), networks in seeds.items():
         for column in networks.values():
@@ -164,10 +165,11 @@ def _missing(seeds: dict[tuple[str, str, str], dict[str, Column]], metric: str, 
 
 
 def check_comparable(runs: Sequence[Run]) -> None:
-    """Stop before runs are put into one table that do not belong together.
+    """Raise if runs must not be put into one table.
 
     Raises:
-        ValueError: they differ in data, split, protocol or explained class, or one label's in a method of one name.
+        InputError: the runs differ in data, split, protocol or explained class, or runs of one label have methods of
+            one name with different arguments.
     """
     for run in runs[1:]:
         _check_protocol(runs[0], run)
@@ -177,41 +179,42 @@ def check_comparable(runs: Sequence[Run]) -> None:
 
 
 def _check_protocol(first: Run, other: Run) -> None:
-    """Refuse runs on different data or under different protocols."""
+    """Raise if two runs have different data or protocols."""
     a, b = first.results.manifest, other.results.manifest
     for key, meaning in (("data", "data"), ("split", "split"), ("target", "explained class")):
-        _refuse(first, other, meaning, a.get(key), b.get(key))
-    there = ["missing" if run.results.groups is None else "there" for run in (first, other)]
-    _refuse(first, other, "the column 'group' of predictions.csv", *there)
-    mine, theirs = a.get("settings", {}), b.get("settings", {})
-    for name in dict.fromkeys([*mine, *theirs]):
+        _check_equal(first, other, meaning, a.get(key), b.get(key))
+    presence = ["missing" if run.results.groups is None else "present" for run in (first, other)]
+    _check_equal(first, other, "the column 'group' of predictions.csv", *presence)
+    settings_a, settings_b = a.get("settings", {}), b.get("settings", {})
+    for name in dict.fromkeys([*settings_a, *settings_b]):
         if name not in IGNORED:
-            _refuse(first, other, f"protocol ({name})", mine.get(name), theirs.get(name))
-    mine, theirs = a.get("sources", {}), b.get("sources", {})
-    for name in (name for name in mine if name in theirs):
-        _refuse(first, other, f"the source code of {name}", mine[name], theirs[name])
+            _check_equal(first, other, f"protocol ({name})", settings_a.get(name), settings_b.get(name))
+    # Only metrics that both runs have scored: the source of any other does not enter the table.
+    sources_a, sources_b = a.get("sources", {}), b.get("sources", {})
+    for name in (name for name in sources_a if name in sources_b):
+        _check_equal(first, other, f"the source code of {name}", sources_a[name], sources_b[name])
 
 
 def _check_methods(first: Run, other: Run) -> None:
-    """Refuse runs of one label in which one name stands for differently set methods."""
-    mine, theirs = (run.results.manifest.get("explainers", {}) for run in (first, other))
-    for name in (name for name in mine if name in theirs):
-        if _telling(mine[name]) != _telling(theirs[name]):
-            _refuse(first, other, f"arguments of {name}", mine[name], theirs[name])
+    """Raise if two runs of one label have a method of one name with different arguments."""
+    methods_a, methods_b = (run.results.manifest.get("explainers", {}) for run in (first, other))
+    for name in (name for name in methods_a if name in methods_b):
+        if _without_speed(methods_a[name]) != _without_speed(methods_b[name]):
+            _check_equal(first, other, f"arguments of {name}", methods_a[name], methods_b[name])
 
 
-def _telling(description: Any) -> Any:
-    """A method's description without what changes only how fast it is."""
+def _without_speed(description: Any) -> Any:
+    """A method's description without the settings that change its speed alone."""
     if isinstance(description, list):
-        return [_telling(item) for item in description]
+        return [_without_speed(item) for item in description]
     if not isinstance(description, dict):
         return description
-    return {name: _telling(value) for name, value in description.items() if name not in IGNORED}
+    return {name: _without_speed(value) for name, value in description.items() if name not in IGNORED}
 
 
-def _refuse(first: Run, other: Run, what: str, mine: Any, theirs: Any) -> None:
-    if mine != theirs:
+def _check_equal(first: Run, other: Run, what: str, value: Any, other_value: Any) -> None:
+    if value != other_value:
         raise InputError(
-            f"{first.results.folder} and {other.results.folder} cannot be compared, they differ in {what}: {mine} and "
-            f"{theirs}."
+            f"{first.results.folder} and {other.results.folder} cannot be compared, they differ in {what}: {value} and "
+            f"{other_value}."
         )

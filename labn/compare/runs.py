@@ -1,4 +1,4 @@
-"""Run folders as they are named on a command line, and which of them are seeds of one another."""
+"""Open the run folders that a command line names, and find out which of them are seeds of the same training."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from labn.inference.fingerprint import digest
 from labn.io.readers import read_yaml
 from labn.results.reader import StageResults, read_stage
 
-# What may differ between trainings that are the same but for their seed: where they ran and what they left.
+# Trainer settings that may differ between two seeds of one training: they say where it ran and what files it wrote.
 _INCIDENTAL = ("callbacks", "default_root_dir", "logger", "accelerator", "devices", "strategy", "num_nodes", "plugins")
 
 
@@ -24,11 +24,12 @@ class Run:
     """Results of one trained network.
 
     Attributes:
-        label: name of its rows; runs of one label are seeds of one another.
+        label: name of its rows; runs of one label are seeds of the same training.
         folder: the run folder.
-        results: the stage's results.
-        config: resolved configuration of its training (`fit.yaml`); empty where there is none, or `stale`.
-        stale: no checkpoint in the folder has the results' weights, so that the training there is not theirs.
+        results: content of the results folder.
+        config: resolved configuration of its training (`fit.yaml`); empty if the file is missing or the run is `stale`.
+        stale: whether no checkpoint in the run folder has the weights of the results, so that `fit.yaml` there
+            describes another training.
     """
 
     label: str
@@ -39,27 +40,27 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Name of the run folder, also where it was given as `.`."""
+        """Name of the run folder, resolved, so that `.` has a name too."""
         return self.folder.resolve().name
 
     @property
     def stage(self) -> str:
-        """Where in the run folder the results lie: `test`, `val/epoch=002`."""
+        """Path of the results folder relative to the run folder: `test`, `val/epoch=002`."""
         return self.results.folder.relative_to(self.folder).as_posix()
 
     @property
     def checkpoint(self) -> str:
-        """Hash of the network's state."""
+        """Hash of the network's weights."""
         return str(self.results.manifest.get("checkpoint", ""))
 
     @property
     def seed(self) -> Any:
-        """Seed of the training; None where it is not known."""
+        """Seed of the training; None if it is unknown."""
         return self.config.get("seed_everything")
 
     @property
     def training(self) -> str | None:
-        """Hash of all settings of the training but its seeds; None where they are not known."""
+        """Hash of all settings of the training except its seeds; None if they are unknown."""
         if not self.config:
             return None
         trainer = {k: v for k, v in (self.config.get("trainer") or {}).items() if k not in _INCIDENTAL}
@@ -69,27 +70,30 @@ class Run:
 
 
 def open_runs(words: Sequence[str], stage: str = "test") -> list[Run]:
-    """Read the runs that `words` name, each `RUN` or `LABEL=RUN`.
+    """Read the runs named by `words`, each `RUN` or `LABEL=RUN`.
 
-    RUN is a run folder, whose results lie in `stage`, or a results folder itself. Without labels, runs whose trainings
-    differ in nothing but the seed form one row; everything else is a row of its own, named by its run folder, and by
-    the stage too where one run has several results folders among them. Of these only equal stages are seeds.
+    RUN is a run folder, whose results are read from `stage`, or a results folder. Runs without a label whose trainings
+    differ only in the seed form one row. Every other run is a row of its own, named after its run folder, and after the
+    stage as well if several results folders of one run are given; then only equal stages are seeds of one another.
 
-    Results of weights that no checkpoint of their run folder has are warned about.
+    Results whose weights are in no checkpoint of their run folder cause a warning.
 
     Raises:
-        FileNotFoundError: a folder holds no scores.
+        MissingFileError: a folder has no scores.
     """
-    given = [_split(word) for word in words]
-    runs = [_open(path, stage) for _, path in given]
-    places = {(run.folder.resolve(), run.stage) for run in runs}
-    repeated = {folder for folder, count in Counter(folder for folder, _ in places).items() if count > 1}
-    found = zip(_distinct([run.folder for run in runs]), runs)
-    names = [f"{name}/{run.stage}" if run.folder.resolve() in repeated else name for name, run in found]
+    labels_and_paths = [_split(word) for word in words]
+    runs = [_open(path, stage) for _, path in labels_and_paths]
+    stages = {(run.folder.resolve(), run.stage) for run in runs}
+    # Run folders of which several results folders are given.
+    repeated = {folder for folder, count in Counter(folder for folder, _ in stages).items() if count > 1}
+    named_runs = zip(_distinct([run.folder for run in runs]), runs)
+    names = [f"{name}/{run.stage}" if run.folder.resolve() in repeated else name for name, run in named_runs]
     rows: dict[str, list[Run]] = {}
     labelled: list[Run] = []
-    for (label, _), run, name in zip(given, runs, names):
+    for (label, _), run, name in zip(labels_and_paths, runs, names):
         if label is None:
+            # Compared with every run of a row: a second training with a seed that the row already has is not a further
+            # seed.
             label = next((n for n, row in rows.items() if all(_one_row(r, run, bool(repeated)) for r in row)), name)
             rows.setdefault(label, []).append(run)
         labelled.append(replace(run, label=label))
@@ -97,6 +101,7 @@ def open_runs(words: Sequence[str], stage: str = "test") -> list[Run]:
 
 
 def _split(word: str) -> tuple[str | None, Path]:
+    """Label (None if there is none) and path of an argument."""
     label, separator, path = word.partition("=")
     # `val/epoch=003` is a path, not a label.
     return (label, Path(path)) if separator and "/" not in label and not Path(word).exists() else (None, Path(word))
@@ -107,6 +112,7 @@ def _open(path: Path, stage: str) -> Run:
     if not (folder / "scores.csv").is_file():
         command = "validate" if stage.split("/")[0] == "val" else "test"
         raise MissingFileError(f"{path} holds no {stage}/scores.csv; run `{command}` with an EvaluationCallback first.")
+    # Every command leaves its resolved configuration in the run folder, at most three levels above `val/epoch=003`.
     run_dir = next((p for p in [folder, *folder.parents][:4] if any(p.glob("*.yaml"))), folder.parent)
     config = run_dir / "fit.yaml"
     content = (read_yaml(config) if config.is_file() else None) or {}
@@ -115,22 +121,23 @@ def _open(path: Path, stage: str) -> Run:
 
 
 def _stale(run: Run) -> bool:
-    # Validations are moved aside together with the fit that they are of, and no checkpoint is kept of most of them.
+    # A new fit archives the validations of an earlier one, so that they always belong to the fit of their folder; and
+    # most of their weights are in no checkpoint.
     return run.results.manifest.get("split") != "val" and of_other_weights(run.folder, run.checkpoint)
 
 
 def _without_training(run: Run) -> Run:
     warnings.warn(
         f"{run.results.folder} holds results of weights that no checkpoint in {run.folder / 'checkpoints'} has, such "
-        "as those of an earlier training: fit.yaml is not taken for theirs, and only LABEL=RUN makes them a seed of "
-        "another run; test again for results of this training.",
+        "as those of an earlier training. They are not treated as results of fit.yaml, and form a row of their own "
+        "unless LABEL=RUN says otherwise; run `test` again for results of this training.",
         stacklevel=2,
     )
     return replace(run, config={}, stale=True)
 
 
 def _one_row(first: Run, second: Run, by_stage: bool) -> bool:
-    """Whether two runs without labels form one row: they are seeds of one another, or the same folder given twice."""
+    """Whether two runs without labels form one row: seeds of one training, or the same folder given twice."""
     if first.results.folder.resolve() == second.results.folder.resolve():
         return True
     return _seeds(first, second) and not (by_stage and first.stage != second.stage)
@@ -141,7 +148,7 @@ def _seeds(first: Run, second: Run) -> bool:
 
 
 def _distinct(folders: Sequence[Path]) -> list[str]:
-    """Folder names, with as many parents as it takes to tell different folders apart."""
+    """Names of folders, with the smallest number of parents that makes different folders distinguishable."""
     paths = [folder.resolve() for folder in folders]
     depth = 1
     while len({p.parts[-depth:] for p in paths}) < len(set(paths)) and depth < max(len(p.parts) for p in paths):

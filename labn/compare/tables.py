@@ -7,6 +7,7 @@ from labn.results.tables import csv_bytes
 
 TABLE = ("run", "explainer", "metric", "mean", "std", "seeds", "ci_low", "ci_high", "n")
 PAIRED = ("row_a", "row_b", "metric", "difference", "ci_low", "ci_high", "n")
+# Special characters of LaTeX -> commands; replaced character by character, so that no command is replaced again.
 _TEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -16,9 +17,9 @@ _TEX = {
 
 
 def table_csv(found: Comparison) -> bytes:
-    """One line per run, method and value, with all digits.
+    """`table.csv`: one line per run, method and value, with all digits.
 
-    `std` is empty where there is one seed; `ci_low` and `ci_high` are NaN where there is one sample or one group.
+    `std` is empty for one seed; `ci_low` and `ci_high` are NaN for one sample or one group.
     """
     rows = (
         (
@@ -32,19 +33,22 @@ def table_csv(found: Comparison) -> bytes:
 
 
 def paired_csv(found: Comparison) -> bytes:
-    """Differences between all pairs of rows on the same samples; bounds as in `table_csv`."""
+    """`paired.csv`: differences between all pairs of rows on the same samples; bounds as in `table_csv`."""
     return csv_bytes(PAIRED, ((a, b, metric, i.mean, i.low, i.high, i.n) for a, b, metric, i in found.paired))
 
 
 def markdown_table(found: Comparison) -> str:
-    """One line per row, one column per value asked for: mean ± deviation over seeds, interval over samples."""
+    """A Markdown table with one line per row and one column per requested value.
+
+    A cell is the mean ± the standard deviation over seeds, with the 95 % interval over samples.
+    """
     header, rows = _cells(found)
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
 
 def latex_table(found: Comparison) -> str:
-    """The same as a `tabular` for the package booktabs."""
+    """The table of `markdown_table` as a LaTeX `tabular` for the package booktabs."""
     header, rows = _cells(found)
     body = [" & ".join(_tex(cell) for cell in row) + r" \\" for row in rows]
     columns = "ll" + "r" * (len(header) - 2)

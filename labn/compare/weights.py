@@ -1,4 +1,4 @@
-"""Whether results are of the weights that lie in the same run folder."""
+"""Check whether results were computed with the weights of a checkpoint in the same run folder."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _NETWORK = "network."
 
 
 def of_other_weights(run_dir: Path, checkpoint: str) -> bool:
-    """Whether a run folder has checkpoints, and none of them holds the network with the hash `checkpoint`.
+    """Whether a run folder has checkpoints, none of which holds the network with the hash `checkpoint`.
 
-    Not where that cannot be said: the results do not say their weights, there is no checkpoint (only results were
-    copied), or one cannot be read.
+    The answer is False if it is unknown: the hash is empty, the folder has no checkpoint (only results were copied), or
+    a checkpoint is not readable.
     """
     paths = sorted((run_dir / "checkpoints").glob("*.ckpt"))
     try:
@@ -31,22 +31,23 @@ def of_other_weights(run_dir: Path, checkpoint: str) -> bool:
 
 
 def network_digests(path: Path) -> Iterator[str]:
-    """Hashes that the network in a checkpoint of `fit` may have in the results of its test, the likeliest first.
+    """The hashes that the network of a `fit` checkpoint can have in results of `test`, the most probable first.
 
-    A test may run in another precision, and it passes over auxiliary heads, which old checkpoints have.
+    A test may run in another precision, and it drops auxiliary heads, which checkpoints of earlier versions contain.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, or no checkpoint of a LightningModule.
+        MissingFileError: the file does not exist.
+        InputError: the file is damaged or not a checkpoint of a LightningModule.
     """
     content = read_checkpoint(path)
     state = content.get("state_dict") if isinstance(content, dict) else None
     if not isinstance(state, dict):
         raise InputError(f"{path} is no checkpoint of `cli.py fit`; it has no state_dict.")
-    # A module without a `network` is explained itself.
+    # A LightningModule without an attribute `network` is itself the explained network (`network_of`).
     own = {name.removeprefix(_NETWORK): value for name, value in state.items() if name.startswith(_NETWORK)} or state
     bare = {name: value for name, value in own.items() if name.split(".")[0] not in AUXILIARY_HEADS}
     states = [own] if len(bare) == len(own) else [own, bare]
+    # A generator: a conversion and a hash of all weights take a second, and the first hash usually matches.
     yield from map(state_digest, states)
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         yield from (state_digest({name: _converted(value, dtype) for name, value in one.items()}) for one in states)

@@ -1,4 +1,4 @@
-"""What the gallery keeps of one sample: a small picture, its mask, every map as 8-bit levels, the player's steps."""
+"""Records of the gallery: per sample a small picture, its mask, every map in 8-bit levels, and the player's steps."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from labn.results.reader import Card
 Array = np.ndarray[Any, Any]
 
 LEVELS = 254
-"""Maps are stored as 0..254, so that level 127 is exactly 0 on a symmetric scale."""
+"""Highest level of a stored map; an even number, so that level 127 is exactly 0 on a symmetric scale."""
 PNG_LIMIT = 3000
-"""Bytes up to which a map is kept without loss; noisy maps are larger and become JPEG."""
+"""Maximum bytes of a losslessly stored map; larger ones, which are noisy, are stored as JPEG."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,15 @@ class Picture:
 
     Attributes:
         index: position in the split.
-        name: its name in the tables.
+        name: name in the tables.
         label: true class.
         prediction: class with the highest probability.
-        target: class that was explained.
-        probability: of the label, in [0, 1].
-        confidence: probability of the prediction.
+        target: explained class.
+        probability: probability of the label, in [0, 1].
+        confidence: probability of the prediction, in [0, 1].
         image: (H, W, 3) or (H, W) in [0, 1].
-        mask: (H, W) bool ground truth; None where there is none.
-        boxes: (n, 4) x1, y1, x2, y2 in pixels; None where there are none.
+        mask: (H, W) bool ground truth, or None.
+        boxes: (n, 4) x1, y1, x2, y2 in pixels, or None.
     """
 
     index: int
@@ -52,12 +52,12 @@ class Picture:
 
 
 def data_uri(kind: str, data: bytes) -> str:
-    """`data:image/<kind>;base64,...`."""
+    """The bytes of an image file as a URI `data:image/<kind>;base64,...`."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def shrink(array: Array, side: int) -> Array:
-    """(H, W, ...) with its longer side at most `side` pixels, each the average of what it covers; never enlarged."""
+    """Reduce (H, W, ...) to a longer side of at most `side` pixels by averaging areas; smaller arrays are unchanged."""
     height, width = array.shape[:2]
     scale = side / max(height, width)
     if scale >= 1:
@@ -68,13 +68,14 @@ def shrink(array: Array, side: int) -> Array:
 
 
 def picture_uri(image: Array, side: int, quality: int = 80) -> str:
-    """A picture (H, W, 3) or (H, W) in [0, 1] as a JPEG of at most `side` pixels."""
+    """A picture (H, W, 3) or (H, W) in [0, 1] as the data URI of a JPEG with at most `side` pixels per side."""
     small = (shrink(image.astype(np.float32), side).clip(0, 1) * 255).round().astype(np.uint8)
+    # OpenCV encodes channels in the order blue, green, red.
     return data_uri("jpeg", _encode(".jpg", small[..., ::-1] if small.ndim == 3 else small, quality))
 
 
 def fill_uri(image: Array, side: int) -> str:
-    """What removed pixels show, (H, W, 3) or (H, W) in [0, 1]; one colour is a single pixel and kept exactly."""
+    """The fill of removed pixels, (H, W, 3) or (H, W) in [0, 1], as a data URI; a single pixel is stored losslessly."""
     if image.shape[:2] != (1, 1):
         return picture_uri(image, side)
     pixel = (image * 255).round().astype(np.uint8)
@@ -82,16 +83,17 @@ def fill_uri(image: Array, side: int) -> str:
 
 
 def mask_uri(mask: Array, side: int) -> str:
-    """A mask (H, W) bool as a PNG; a pixel is set where at least half of what it covers is, or its rim would vanish."""
+    """A mask (H, W) bool as the data URI of a PNG; a pixel is set if at least half of its area is."""
+    # A mask so thin that no pixel is half covered keeps its most covered pixels instead of vanishing.
     small = shrink(mask.astype(np.float32), side)
     return data_uri("png", _encode(".png", ((small >= min(0.5, small.max())) * (small > 0) * 255).astype(np.uint8)))
 
 
 def map_entry(heat: Array, side: int) -> dict[str, Any]:
-    """A map (H, W) as levels v of 0..254, with the limits that they stand for: low + (high - low) v / 254.
+    """A map (H, W) as an image of levels v in 0..254, which stand for the values low + (high - low) v / 254.
 
-    Limits are those of the reduced map, symmetric around 0 and without its outliers where it is signed
-    (`labn.report.figures.color_scale`), so that the colour bar is in the map's own units; values beyond them are cut.
+    The limits are those of the reduced map, in its own units: for a signed map symmetric around 0 and without outliers
+    (`labn.report.figures.color_scale`). Values beyond the limits are clipped.
     """
     small = shrink(heat.astype(np.float32), side)
     low, high, colors = color_scale(small)
@@ -103,18 +105,18 @@ def map_entry(heat: Array, side: int) -> dict[str, Any]:
 
 
 def steps_text(steps: Array) -> str:
-    """Points of the curve (rows, columns) at which patches move, as base64 of little-endian 16-bit integers."""
+    """The step at which each patch moves, (rows, columns), as base64 of little-endian 16-bit integers."""
     return base64.b64encode(np.ascontiguousarray(steps, dtype="<u2").tobytes()).decode()
 
 
 def make_card(picture: Picture, maps: Mapping[str, Array], *, picture_side: int = 160, map_side: int = 96) -> Card:
-    """The gallery's record of one sample: plain JSON.
+    """The gallery's record of one sample, in JSON-compatible types.
 
     Args:
         picture: the sample.
         maps: explainer -> (H, W) map, not normalised.
-        picture_side: pixels of the picture's longer side.
-        map_side: pixels of the maps' longer side.
+        picture_side: longer side of the picture in pixels.
+        map_side: longer side of the maps in pixels.
     """
     height, width = picture.image.shape[:2]
     boxes = np.zeros((0, 4)) if picture.boxes is None else np.asarray(picture.boxes, dtype=float).reshape(-1, 4)

@@ -1,4 +1,4 @@
-"""What must be read with the numbers, as sentences."""
+"""Caveats of a results folder as sentences for the report."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from labn.report.curves import PROBABILITY
 from labn.results.reader import StageResults
 
 FEW = 30
+"""Number of samples below which percentile bootstrap intervals are noticeably too narrow."""
 LISTED = 10
-"""Classes that a sentence names one by one."""
+"""Maximum number of classes that a sentence lists by name."""
 FILL_LIMIT = 0.2
+"""Mean probability of the bare fill above which a caveat says so."""
 
 
 def caveats(results: StageResults, split_size: int | None = None) -> list[str]:
-    """Sentences on the protocol, the subset and the size of a results folder.
+    """Sentences about the explained subset, the protocols, the fill and the settings of a results folder.
 
     Args:
-        results: the folder.
-        split_size: number of samples of the whole split, where it is known.
+        results: content of the results folder.
+        split_size: number of samples of the whole split, if known.
     """
     return [*_subset(results, split_size), *_protocols(results), *_fill(results), *_settings(results.manifest)]
 
@@ -33,9 +35,9 @@ def _subset(results: StageResults, split_size: int | None) -> Iterator[str]:
         counts = [len(total.groups) for total in results.totals.values()]
         one, what, over = "group of samples", "groups of samples", "whole groups of samples"
     if counts and min(counts) == 1:
-        yield f"Some values rest on one {one} alone: they have no interval, and no difference in them is decided."
+        yield f"Some values are based on one {one} alone: they have no interval and decide no difference."
     elif counts and min(counts) < FEW:
-        yield f"Some values rest on {min(counts)} {what}: intervals of so few are too narrow."
+        yield f"Some values are based on {min(counts)} {what}: intervals of so few are too narrow."
     if counts:
         yield f"Intervals are 95 % bootstrap intervals over {over}, not over seeds."
 
@@ -44,27 +46,27 @@ def _protocols(results: StageResults) -> Iterator[str]:
     names = results.value_names
     if any("@official" in name for name in names):
         yield (
-            "@official is the released code, bug for bug: a constant map scores high under it, and its figures do not "
-            "compare across patch sizes."
+            "@official is the released code with its errors: a constant map scores high under it, and its scores are "
+            "not comparable across patch sizes."
         )
     if any("@threshold" in name for name in names):
-        yield "@threshold rewards ties: tied patches enter together, at the place of the first of them on the x axis."
+        yield "@threshold rewards ties: tied patches enter together, at the x position of the first of them."
     if any("@stable" in name for name in names):
         yield "@stable orders tied patches by position; without a suffix tied patches enter together."
     if any(name.startswith(("pid", "id")) for name in names):
         yield (
-            "PID is insertion minus deletion area; a map without information expects 0 "
-            "(nearly, where the last step is shorter)."
+            "PID is the area under the insertion curve minus that under the deletion curve; its expectation for a map "
+            "without information is 0 (approximately 0 if the last step is shorter)."
         )
 
 
 def _fill(results: StageResults) -> Iterator[str]:
-    found = [total for (_, metric), total in results.totals.items() if metric == "fill_probability"]
-    mean = sum(total.sum for total in found) / max(sum(total.count for total in found), 1)
-    # A logit says nothing by itself.
+    totals = [total for (_, metric), total in results.totals.items() if metric == "fill_probability"]
+    mean = sum(total.sum for total in totals) / max(sum(total.count for total in totals), 1)
+    # Logits have no fixed range, so that no limit would fit them.
     if results.quantity == PROBABILITY and mean > FILL_LIMIT:
         yield (
-            f"The bare fill alone has a mean probability of {mean:.3f}: insertion curves start there, which moves "
+            f"The bare fill alone has a mean probability of {mean:.3f}: insertion curves start there, which changes "
             "every area."
         )
 
@@ -77,25 +79,25 @@ def _settings(manifest: dict[str, Any]) -> Iterator[str]:
         yield "Metrics that perturb images are scored on correctly classified samples only."
     if settings.get("probability") == "logit":
         yield (
-            "Insertion, deletion, pid (id) and fill_probability are in logits of the class instead of probabilities: "
-            "they have no fixed range, and their scale is the network's own."
+            "Insertion, deletion, pid (id) and fill_probability are logits of the class instead of probabilities: "
+            "they have no fixed range, and their scale depends on the network."
         )
     if settings.get("area", "trapezoid") != "trapezoid":
-        yield "Areas are means of the curves' points."
+        yield "Areas are means of the curve's points instead of trapezoidal areas."
     if settings.get("precision", "fp32") != "fp32":
         yield f"Perturbed inputs ran in {settings['precision']}."
     for name in ("n_steps", "step"):
         if settings.get(name):
             yield f"Curves were sampled with {name} = {settings[name]} instead of the protocol's own."
     if manifest.get("target") == "prediction":
-        yield "Maps explain the predicted class, which may be wrong; metrics score the class that the settings name."
+        yield "Maps explain the predicted class, which may be wrong; metrics score the class that score_class names."
     elif manifest.get("target", "label") != "label":
-        yield f"Maps explain the class target = {manifest['target']}; metrics score the class that the settings name."
+        yield f"Maps explain the class target = {manifest['target']}; metrics score the class that score_class names."
 
 
 def _positives(manifest: dict[str, Any]) -> Iterator[str]:
     classes, names = manifest.get("positive_classes"), manifest.get("class_names", [])
-    if classes is None:  # of results that do not say which
+    if classes is None:  # results of an earlier version do not say which
         which = "the data's positive classes"
     elif not set(range(len(names))) - set(classes):
         return

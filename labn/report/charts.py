@@ -1,4 +1,4 @@
-"""Line charts as geometry: what the SVG of the page draws, in the coordinates of its view box."""
+"""Geometry of the page's line charts, in the coordinates of the SVG view box."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 import numpy as np
 
 WIDTH, HEIGHT = 380, 240
-FEW = 12  # points up to which each is marked, so that a single one is seen
+FEW = 12  # up to so many points each gets a dot, because a line with a single point is invisible
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 36
 
 
 @dataclass(frozen=True)
 class Series:
-    """A line, with a band around it where `low` and `high` are given.
+    """A line, with a band around it if `low` and `high` are given.
 
     Attributes:
-        name: in the legend.
-        place: number of its colour and dash.
+        name: name in the legend.
+        place: number that determines its colour and dash pattern.
         x: (P,) abscissae.
         y: (P,) ordinates.
         low: (P,) lower edge of the band.
@@ -36,7 +36,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Tick:
-    """A tick at `at` in view-box units, with its text."""
+    """A tick with its position `at` in view-box units and its text."""
 
     at: float
     text: str
@@ -44,7 +44,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Line:
-    """A series as SVG: the path of the line, that of its band (empty: none), and dots where points are few."""
+    """A series in SVG: path of the line, path of the band (empty without a band), and dots if there are few points."""
 
     name: str
     place: int
@@ -58,12 +58,12 @@ class Panel:
     """One chart.
 
     Attributes:
-        title: what it shows; also its accessible name.
-        x_label: of the x axis.
-        y_label: of the y axis.
+        title: title, also the accessible name.
+        x_label: label of the x axis.
+        y_label: label of the y axis.
         series: the lines.
-        y_range: limits of y; None: those of the data, and of their bands.
-        whole: ticks of x are integers.
+        y_range: limits of the y axis; None takes those of the lines and bands.
+        whole: whether ticks of the x axis are integers.
     """
 
     title: str
@@ -75,7 +75,7 @@ class Panel:
 
     @property
     def limits(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """Limits of x and of y, never empty."""
+        """Limits of the x and the y axis, each with low < high."""
         x = [value for line in self.series for value in line.x]
         edges = [e for s in self.series for e in (s.y, s.low, s.high) if e is not None]
         return span(x), self.y_range or span([value for edge in edges for value in edge])
@@ -108,25 +108,27 @@ class Panel:
         return [
             (f"{_place(a, across, LEFT, WIDTH - RIGHT):.1f}", f"{_place(b, up, HEIGHT - BOTTOM, TOP):.1f}")
             for a, b in zip(x, y)
-            if math.isfinite(b)
+            if math.isfinite(b)  # a gap, such as an epoch without validation, is drawn over
         ]
 
     def _band(self, series: Series) -> str:
         if series.low is None or series.high is None:
             return ""
+        # Along the upper edge, then back along the lower one.
         edge = [*self._points(series.x, series.high), *self._points(series.x[::-1], series.low[::-1])]
         return _path(edge) + "Z"
 
 
 def legend(panels: Sequence[Panel]) -> list[tuple[str, int]]:
-    """Names and places of all lines of a group of panels, each once."""
+    """Name and place of every line in a group of panels, without duplicates."""
     return list(dict.fromkeys((line.name, line.place) for panel in panels for line in panel.series))
 
 
 def nice_ticks(low: float, high: float, count: int = 5, least: float = 0.0) -> list[float]:
-    """About `count` round numbers from `low` to `high`: multiples of 1, 2 or 5 times a power of ten, `least` apart."""
+    """About `count` multiples of 1, 2 or 5 times a power of ten in [low, high], at least `least` apart."""
     raw = max((high - low) / count, least)
     power = 10.0 ** math.floor(math.log10(raw))
+    # The tolerances here and below absorb rounding, such as 0.1 * 3 > 0.3, which would drop a tick at a limit.
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [round(n * step, 12) for n in range(first, math.floor(high / step + 1e-9) + 1)]
@@ -137,7 +139,7 @@ def _path(points: Sequence[tuple[str, str]]) -> str:
 
 
 def span(values: Sequence[float]) -> tuple[float, float]:
-    """Lowest and highest of the finite values, half above and below where they are one; 0 and 1 without any."""
+    """Smallest and largest finite value; equal ones are widened by 0.5 to both sides; (0, 1) without finite values."""
     finite = [float(value) for value in values if math.isfinite(value)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
     return (low, high) if high > low else (low - 0.5, high + 0.5)

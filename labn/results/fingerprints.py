@@ -1,4 +1,4 @@
-"""What identifies an explainer or metric in results: its class, its arguments, and the source of foreign classes."""
+"""Identity of an explainer or metric in saved results: its class, its arguments, and the source of foreign classes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from labn.inference.fingerprint import digest, tensor_digest
 from labn.metrics.base import SampleMetric
 
 OURS = ("labn", "callbacks", "datamodules")
-"""Packages of this project, whose classes are identified by their names; other ones' change with their source."""
+"""Packages of this project. Their classes are identified by name, classes of other packages by their source as well."""
 
-
+# Keys of maps and scores on disk are hashes of class paths. A module that moves would change them and make every saved
+# map unusable, so that the hash goes on using the path of version 0.1.
 MOVED = {
     "labn.explainers.baseline.GroundTruthMap": "labn.explainers.truth.TruthMap",
     "labn.explainers.attention.own_maps": "labn.explainers.attention",
@@ -33,11 +34,11 @@ MOVED = {
     "labn.explainers.relevance.crp": "labn.explainers.crp",
     "labn.explainers.relevance.lrp": "labn.explainers.lrp",
 }
-"""Modules and classes that have moved since results were first written -> the names that folders on disk hold."""
+"""Modules and classes that have moved -> the paths under which saved results know them."""
 
 
 def describe(thing: Any) -> Any:
-    """A JSON-able description of an explainer or metric: its class and plain arguments."""
+    """A JSON-compatible description of an explainer, a metric or a value: class path and public attributes."""
     if isinstance(thing, Tensor):
         return tensor_digest(thing)
     if isinstance(thing, (str, int, float, bool, type(None))):
@@ -50,11 +51,12 @@ def describe(thing: Any) -> Any:
         return {str(name): describe(value) for name, value in thing.items()}
     if isinstance(thing, np.ndarray):
         return digest(str(thing.dtype), thing.tolist())
-    if not hasattr(thing, "__dict__"):  # such as a dtype; an address would differ in every run
+    if not hasattr(thing, "__dict__"):  # such as a dtype or a built-in function; its address would differ in every run
         return re.sub(r" at 0x[0-9a-f]+", "", repr(thing))
     arguments = {name: value for name, value in vars(thing).items() if not name.startswith("_")}
     source = source_digest(type(thing))
-    # Keys that no argument can have; none at all for most of the project's own classes.
+    # These keys contain a space, so that no attribute can have the same name. Classes of this project have neither key
+    # in general, so that their hashes depend on class and arguments alone.
     extra: dict[str, Any] = {} if source is None else {"source code": source}
     if isinstance(thing, (Explainer, SampleMetric)) and thing.revision:
         extra["the revision"] = thing.revision
@@ -62,21 +64,22 @@ def describe(thing: Any) -> Any:
 
 
 def _path_of(kind: type) -> str:
-    """The path of a class that identifies it in results: the one that it had when results were first written."""
+    """The import path that identifies a class in results; for a class that has moved, its original path."""
     path = f"{kind.__module__}.{kind.__qualname__}"
     return MOVED.get(path) or f"{MOVED.get(kind.__module__, kind.__module__)}.{kind.__qualname__}"
 
 
 def source_digest(kind: type) -> str | None:
-    """Hash of the source files of a class from outside this project, and of the classes that it builds on.
+    """Hash of the source files of a foreign class and of its base classes.
 
-    What it inherits through the project's own classes does not enter, such as those of other packages.
+    Base classes that it inherits through a class of this project, such as `torchmetrics.Metric`, are not included.
 
     Returns:
-        None for a class of this project, and where there is no source file, as for one typed into an interpreter.
+        None for a class of this project, and for a class without a source file, such as one from an interpreter.
     """
     if _ours(kind):
         return None
+    # A new release of torchmetrics must not invalidate the scores of every metric that derives from SampleMetric.
     through_ours = {base for one in kind.__mro__ if _ours(one) for base in one.__mro__}
     files = dict.fromkeys(_source_file(one) for one in kind.__mro__ if one not in through_ours)
     texts = [path.read_bytes().hex() for path in files if path is not None]
@@ -90,6 +93,6 @@ def _ours(kind: type) -> bool:
 def _source_file(kind: type) -> Path | None:
     try:
         path = inspect.getsourcefile(kind)
-    except (TypeError, OSError):  # built in, or typed into an interpreter
+    except (TypeError, OSError):  # a built-in class, or a class from an interpreter
         return None
     return Path(path) if path is not None and Path(path).is_file() else None

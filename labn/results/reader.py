@@ -1,4 +1,4 @@
-"""A results folder read back: tables, curves, what made them, and the gallery's cards."""
+"""Read a results folder: tables, curves, manifest and the cards of the gallery."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from labn.io.readers import TableRow, read_arrays, read_json, read_table
 from labn.results.tables import PAIRED, SUMMARY
 
 Card = dict[str, Any]
-"""What the gallery keeps of one sample, see `labn.report.cards.make_card`."""
+"""Record of one sample in the gallery, see `labn.report.cards.make_card`."""
 CARDS = "cards.json"
 
 
 @dataclass
 class Total:
-    """What is known of a column of scores as a whole.
+    """Totals of one column of scores.
 
     Attributes:
-        count: samples that have a value.
-        sum: of their values.
-        groups: those that the samples belong to; empty where samples are independent.
+        count: number of samples with a value.
+        sum: sum of the values.
+        groups: groups of these samples; empty if samples are independent.
     """
 
     count: int = 0
@@ -35,20 +35,20 @@ class Total:
 
 @dataclass(frozen=True)
 class StageResults:
-    """What lies in `<run_dir>/<stage>/`; parts that a run did not write are empty.
+    """Content of a results folder `<run_dir>/<stage>/`; fields of files that do not exist are empty.
 
     Attributes:
-        folder: the stage's folder.
-        scores: (explainer, metric) -> sample index -> value, as in `scores.csv`, of the samples that were asked for.
-        totals: (explainer, metric) -> what is known of the column, over all samples.
-        names: sample index -> name, of the samples that were asked for.
-        groups: sample index -> group, where samples are not independent; None where they are.
+        folder: the results folder.
+        scores: (explainer, metric) -> sample index -> value, as in `scores.csv`, of the requested samples.
+        totals: (explainer, metric) -> count, sum and groups over all samples.
+        names: sample index -> name, of the requested samples.
+        groups: sample index -> group, for samples that are not independent; None if they are independent.
         summary: rows of `summary.csv`.
         paired: rows of `paired.csv`.
         curves: arrays of `curves.npz`; with groups also `<explainer>/<metric>/group`, (n,) int64.
-        manifest: explainer arguments, settings, hashes and versions.
+        manifest: arguments of the explainers, settings, hashes and versions.
         cards: records of the gallery.
-        scratch_dir: folder on whose disk large arrays lie meanwhile; None: in memory.
+        scratch_dir: folder for memory-mapped copies of large arrays; None keeps them in memory.
     """
 
     folder: Path
@@ -76,12 +76,12 @@ class StageResults:
 
     @property
     def quantity(self) -> str:
-        """What insertion and deletion curves hold: `probability`, of whichever kind, or `logit`."""
+        """The quantity of the insertion and deletion curves: `probability` (softmax or sigmoid) or `logit`."""
         return "logit" if self.manifest.get("settings", {}).get("probability") == "logit" else "probability"
 
     @property
     def headline(self) -> list[str]:
-        """The values that were asked for by name, then the probability of the bare fill."""
+        """Names of the requested values, then `fill_probability`."""
         asked = [*self.manifest.get("metrics", self.value_names), "fill_probability"]
         return [name for name in dict.fromkeys(asked) if name in self.value_names]
 
@@ -90,13 +90,13 @@ def read_stage(folder: Path, samples: Collection[int] | None = None, scratch_dir
     """Read a results folder.
 
     Args:
-        folder: of the stage.
-        samples: those whose scores and names are kept; None keeps all, which takes some 100 bytes per score.
-        scratch_dir: a folder on whose disk the curves lie while they are in use; None: in memory.
+        folder: the results folder.
+        samples: indices of the samples whose scores and names are kept; None keeps all (about 100 bytes per score).
+        scratch_dir: folder for memory-mapped copies of the curves; None keeps them in memory.
 
     Raises:
-        FileNotFoundError: the folder does not exist.
-        ValueError: a file in it is damaged; the message names it and the line.
+        MissingFileError: the folder does not exist.
+        InputError: a file in it is damaged; the message names the file and the line.
     """
     if not folder.is_dir():
         raise MissingFileError(f"{folder} is not a results folder; run `test` or `validate` first.")
@@ -114,7 +114,7 @@ def read_stage(folder: Path, samples: Collection[int] | None = None, scratch_dir
 
 
 def _keep(results: StageResults, row: TableRow, samples: Collection[int] | None) -> None:
-    """Count a row of `scores.csv`, and keep it where its sample is asked for."""
+    """Add a row of `scores.csv` to the totals, and keep its value if its sample is requested."""
     index, value, key = row.number("index", int), row.number("value", float), (row["explainer"], row["metric"])
     total, column = results.totals.setdefault(key, Total()), results.scores.setdefault(key, {})
     total.count, total.sum = total.count + 1, total.sum + value
@@ -135,13 +135,14 @@ def _lines(path: Path, columns: Sequence[str]) -> Iterator[TableRow]:
 
 
 def _groups(path: Path) -> dict[int, int] | None:
-    """Sample index -> group from `predictions.csv`; None where it has no such column."""
-    # The kind int64 refuses what no array of groups could hold.
+    """Sample index -> group from `predictions.csv`; None if it has no column `group`."""
+    # np.int64 raises for numbers that do not fit into the int64 arrays of groups.
     rows = (row for row in _lines(path, ("index",)) if "group" in row.cells)
     return {row.number("index", int): int(row.number("group", np.int64)) for row in rows} or None
 
 
 def _with_groups(path: Path, groups: dict[int, int] | None, scratch_dir: Path | None) -> dict[str, np.ndarray]:
+    """The arrays of `curves.npz`, with an array `<explainer>/<metric>/group` per curve if samples have groups."""
     arrays = read_arrays(path, scratch_dir=scratch_dir) if path.exists() else {}
     if groups is None:
         return arrays

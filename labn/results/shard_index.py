@@ -1,8 +1,8 @@
-"""Names of files in a results folder, and which of its shards may hold a sample, told from their names alone.
+"""File names of shards, and an index that finds the shards of a sample by file name alone.
 
-A shard is called `<explainer>.<key>.<first>-<last>.<rest>`: between its smallest and its largest sample index there may
-be others, of other ranks. A folder of 10^6 records is listed once, no file is opened, and a look-up is two binary
-searches.
+A shard is named `<explainer>.<key>.<first>-<last>.<rest>`, where `first` and `last` are its smallest and largest sample
+index; samples in between may belong to shards of other ranks. A folder of 10^6 shards is listed once, no file is
+opened, and a look-up takes two binary searches.
 """
 
 from __future__ import annotations
@@ -17,89 +17,94 @@ from urllib.parse import quote
 import numpy as np
 
 LONGEST = 120
-"""Bytes of a readable name; a file name has 255, for what stands before and behind it too."""
+"""Maximum bytes of a readable name. File systems allow 255 per file name, which also contains an index and a suffix."""
 
+# Separators of folders and characters that are special in a shell or forbidden on Windows.
 _SPECIAL = frozenset("/\\ %:*?\"'<>|$&;`!#~")
 
 _NAME = re.compile(r"([^.]+)\.([^.]+)\.(\d+)-(\d+)\.(.+)")
 
 
 def file_name(name: str) -> str:
-    """`name` of an explainer as the first, dot-free field of a file name."""
+    """The name of an explainer, percent-encoded and without dots, as the first field of a file name."""
     return quote(name, safe="+-").replace(".", "%2E")
 
 
 def readable_name(name: str) -> str:
-    """`name` of a sample or picture as a part of a file name, of at most `LONGEST` bytes in UTF-8.
+    """The name of a sample or picture in a form that is safe inside a file name, at most `LONGEST` bytes in UTF-8.
 
-    Letters of any script stay; what separates folders, cannot be printed or is special in a shell becomes `_`, as does
-    a dot in front. A longer name keeps its beginning, followed by a hash of all of it. Different names may become the
-    same: an index beside it, or a check, must tell them apart.
+    Letters of any script stay. Separators of folders, unprintable characters, characters that are special in a shell,
+    and a leading dot become `_`. A longer name is cut and ends with a hash of the whole name. Different names may give
+    the same result, so that the caller must add an index or check for duplicates.
     """
-    kept = "".join(c if c.isprintable() and c not in _SPECIAL else "_" for c in name)
-    kept = f"_{kept[1:]}" if kept.startswith(".") else kept
-    if len(kept.encode()) <= LONGEST:
-        return kept
+    safe = "".join(c if c.isprintable() and c not in _SPECIAL else "_" for c in name)
+    safe = f"_{safe[1:]}" if safe.startswith(".") else safe
+    if len(safe.encode()) <= LONGEST:
+        return safe
+    # surrogatepass: names from a file system that are not valid UTF-8 hold lone surrogates.
     ending = "-" + hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:12]
-    return kept.encode()[: LONGEST - len(ending)].decode(errors="ignore") + ending
+    # A cut in the middle of a character leaves bytes that `errors="ignore"` drops.
+    return safe.encode()[: LONGEST - len(ending)].decode(errors="ignore") + ending
 
 
 def shard_name(explainer: str, key: str, indices: list[int], rest: str) -> str:
-    """File name of a shard with the samples `indices`."""
+    """File name of a shard with the samples `indices`; `rest` holds the rank and the suffix."""
     return f"{file_name(explainer)}.{key}.{min(indices):07d}-{max(indices):07d}.{rest}"
 
 
 class ShardIndex:
-    """The shards of one folder, as it is when this is made.
+    """Index of the shards in a folder at the time of construction.
 
     Args:
-        folder: it need not exist.
-        suffix: of the files to consider; others, and those still being written, are not shards.
+        folder: the folder; it need not exist.
+        suffix: suffix of the shards; other files and temporary files are ignored.
     """
 
     def __init__(self, folder: Path, suffix: str) -> None:
         self.folder = folder
-        found: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
+        shards: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
         for name in os.listdir(folder) if folder.is_dir() else ():
             match = _NAME.fullmatch(name) if name.endswith(suffix) and not name.startswith(".") else None
             if match:
                 explainer, key, first, last, rest = match.groups()
+                # Interned, because there may be 10^6 files but few different strings.
                 entry = (int(first), int(last), sys.intern(rest))
-                found.setdefault((sys.intern(explainer), sys.intern(key)), []).append(entry)
-        self._groups = {group: _Ranges(sorted(entries)) for group, entries in sorted(found.items())}
+                shards.setdefault((sys.intern(explainer), sys.intern(key)), []).append(entry)
+        self._groups = {group: _Ranges(sorted(entries)) for group, entries in sorted(shards.items())}
 
     def holding(self, explainer: str, key: str, indices: set[int]) -> list[Path]:
-        """Shards of an explainer in whose range one of `indices` lies, in order of their names."""
+        """Paths of the shards of an explainer whose range contains one of `indices`, sorted by name."""
         group = (file_name(explainer), key)
         ranges = self._groups.get(group)
         return [] if ranges is None or not indices else self._paths(group, ranges, ranges.touching(indices))
 
     def all(self) -> list[Path]:
-        """Every shard, in order of their names."""
+        """Paths of all shards, sorted by name."""
         return [
             p for group, ranges in self._groups.items() for p in self._paths(group, ranges, range(len(ranges.rest)))
         ]
 
-    def _paths(self, group: tuple[str, str], ranges: _Ranges, places: range | list[int]) -> list[Path]:
+    def _paths(self, group: tuple[str, str], ranges: _Ranges, numbers: range | list[int]) -> list[Path]:
         start = ".".join(group)
-        return [self.folder / f"{start}.{ranges.first[n]:07d}-{ranges.last[n]:07d}.{ranges.rest[n]}" for n in places]
+        return [self.folder / f"{start}.{ranges.first[n]:07d}-{ranges.last[n]:07d}.{ranges.rest[n]}" for n in numbers]
 
 
 class _Ranges:
-    """Ranges of indices in order of their beginnings, as arrays, because there may be millions of them."""
+    """Ranges of sample indices, sorted by their first index; arrays, because there may be millions of ranges."""
 
     def __init__(self, entries: list[tuple[int, int, str]]) -> None:
         self.first = np.array([first for first, _, _ in entries], dtype=np.int64)
         self.last = np.array([last for _, last, _ in entries], dtype=np.int64)
         self.rest = [rest for _, _, rest in entries]
+        # The largest last index up to each range. Unlike `last` it never decreases, so that it can be bisected.
         self._reach = np.maximum.accumulate(self.last)
 
     def touching(self, indices: set[int]) -> list[int]:
-        """Places of the ranges that one of `indices` lies in."""
+        """Numbers of the ranges that contain one of `indices`, which must not be empty."""
         wanted = np.sort(np.fromiter(indices, dtype=np.int64))
         start = int(np.searchsorted(self._reach, wanted[0]))
         end = int(np.searchsorted(self.first, wanted[-1], side="right"))
-        # The smallest wanted index that is not before the range must not be behind it.
-        places = np.searchsorted(wanted, self.first[start:end])
-        inside = wanted[np.minimum(places, len(wanted) - 1)] <= self.last[start:end]
+        # A range contains a wanted index iff the smallest one that is >= its first index is <= its last.
+        following = np.searchsorted(wanted, self.first[start:end])
+        inside = wanted[np.minimum(following, len(wanted) - 1)] <= self.last[start:end]
         return (start + np.flatnonzero(inside)).tolist()

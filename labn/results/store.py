@@ -1,8 +1,8 @@
-"""Maps and scores on disk: written batch by batch, resumed after a crash, merged into the results folder.
+"""Maps and scores on disk, saved batch by batch, so that a killed run can be resumed.
 
-A results folder holds, while a run goes on, one file per rank, batch and explainer in `maps/` and `scores/`; each is
-written under a temporary name and renamed, so that a file with its final name is whole. Records carry a key, the hash
-of what made them (explainer and metric arguments), and a reader takes only those whose key is the present one.
+A results folder has one file (shard) per rank, batch and explainer in `maps/` and in `scores/`. Each is written under a
+temporary name and renamed, so that a file under its final name is complete. Shards carry a key, the hash of the
+arguments of their explainer and metrics, and are read only if the key matches the current arguments.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from labn.metrics.base import SampleScores
 from labn.results.shard_index import ShardIndex, shard_name
 
 FORMAT = 2
-"""Raised when old result folders can no longer be read."""
+"""Version of the folder's layout; increased when earlier folders can no longer be read."""
 
 MAPS, SCORES = ".safetensors", ".npz"
 
 MAX_SHARD_BYTES = 2**31
-"""Bytes that the arrays of one score shard may take."""
+"""Maximum size of the arrays of one score shard in bytes; a larger file is treated as damaged."""
 
 MAP_FOLDER, SCORE_FOLDER = "maps", "scores"
 
 OLD_SCORE_FOLDER = "parts"
-"""Name of `scores/` in folders of version 0.1; it is renamed when such a folder is opened."""
+"""Name of `scores/` in folders of version 0.1, renamed when such a folder is opened."""
 MANIFEST = "maps/manifest.json"
 
 TABLES = ("scores.csv", "summary.csv", "paired.csv", "counts.csv", "predictions.csv", "curves.npz")
 
 DERIVED = (*TABLES, "cards.json", "cards", "report.html", MANIFEST, "overlays")
-"""What every run makes anew of `maps/` and `scores/`, which alone hold what takes long to compute."""
+"""Files and folders that every run derives anew from `maps/` and `scores/`, the only ones that are slow to compute."""
 
 
 @dataclass
@@ -54,16 +54,16 @@ class ScoreShard:
     """Scores of one explainer on one batch.
 
     Attributes:
-        explainer: its name.
-        key: digest of its arguments.
-        index: (n,) positions in the split.
-        label: (n,) ground truth.
-        target: (n,) explained classes.
-        prediction: (n,) classes that the model gives.
-        probability: (n,) softmax probability of the label.
-        values: name of a value -> (n,) float64, NaN where the metric leaves the sample out.
-        keys: metric (which may give several values) -> digest of its arguments.
-        curves: `<metric>/<quantity>` -> (n, K) arrays.
+        explainer: name of the explainer.
+        key: hash of the explainer's arguments.
+        index: (n,) int64 positions in the split.
+        label: (n,) int64 true classes.
+        target: (n,) int64 explained classes.
+        prediction: (n,) int64 predicted classes.
+        probability: (n,) softmax probability of the label, in [0, 1].
+        values: name of a value -> (n,) float64; NaN if the metric does not score the sample.
+        keys: metric (which may give several values) -> hash of its arguments.
+        curves: `<metric>/{x,insertion,deletion}` -> (m, K) for the m <= n samples in `<metric>/index` (m,).
     """
 
     explainer: str
@@ -78,11 +78,11 @@ class ScoreShard:
     curves: dict[str, np.ndarray] = field(default_factory=dict)
 
     def add(self, metric: str, key: str, scores: SampleScores, indices: Tensor) -> None:
-        """Take over the scores of a metric.
+        """Add the scores of a metric.
 
         Args:
-            metric: its name.
-            key: digest of its arguments.
+            metric: name of the metric.
+            key: hash of the metric's arguments.
             scores: values and curves of the batch.
             indices: (n,) int64 positions of the batch's samples in the split.
         """
@@ -97,8 +97,8 @@ class ResultStore:
     """The results folder of one stage (`<run_dir>/test`, `<run_dir>/val/epoch=003`).
 
     Args:
-        folder: the stage's folder; all ranks see the same one.
-        rank: this process; file names hold it, so that ranks never write the same file.
+        folder: the stage's folder, shared by all ranks.
+        rank: rank of this process; it is part of file names, so that no two ranks write the same file.
     """
 
     def __init__(self, folder: str | Path, rank: int = 0) -> None:
@@ -108,34 +108,34 @@ class ResultStore:
         self._scores: ShardIndex | None = None
 
     def prepare(self, identity: dict[str, str]) -> None:
-        """Make the folder ready (rank zero): results of another checkpoint or other data are moved aside.
+        """Open the folder (rank zero only): results of another checkpoint or other data are moved aside.
 
         Args:
-            identity: what the results depend on as a whole (`checkpoint`, `data`, `split`).
+            identity: hashes of everything that all results depend on (`checkpoint`, `network`, `data`, `split`).
         """
         path = self.folder / "identity.json"
-        mine = {"format": FORMAT, **identity}
-        # Those in maps/ and scores/ are never read either, but looking for them would mean to list every shard.
+        current = {"format": FORMAT, **identity}
+        # Temporary files in maps/ and scores/ stay: they are never read, and to find them every shard would be listed.
         remove_leftovers(self.folder)
-        if any(found.is_file() and not found.match(LEFTOVERS) for found in self.folder.rglob("*")):
-            theirs = _identity(path)
-            if theirs != mine:
-                aside = unused_folder(self.folder)
-                self.folder.rename(aside)
-                changed = [k for k in mine if not theirs or theirs.get(k) != mine[k]]
+        if any(file.is_file() and not file.match(LEFTOVERS) for file in self.folder.rglob("*")):
+            earlier = _identity(path)
+            if earlier != current:
+                archive = unused_folder(self.folder)
+                self.folder.rename(archive)
+                changed = [k for k in current if not earlier or earlier.get(k) != current[k]]
                 warnings.warn(
-                    f"{self.folder} holds results of another {' and '.join(changed)}; they are in {aside} now.",
+                    f"{self.folder} holds results of another {' and '.join(changed)}; they are in {archive} now.",
                     stacklevel=2,
                 )
         old, new = self.folder / OLD_SCORE_FOLDER, self.folder / SCORE_FOLDER
         if old.is_dir() and not new.exists():
             old.rename(new)
-        write_atomically(path, json.dumps(mine, indent=1).encode())
+        write_atomically(path, json.dumps(current, indent=1).encode())
 
     def remove_derived(self) -> None:
-        """Remove what an earlier run has made of its maps and scores (rank zero, before anyone writes).
+        """Remove the tables, pictures and reports of an earlier run (rank zero, before any rank writes).
 
-        The present one makes it anew of other explainers, metrics and samples maybe, and need not make all of it.
+        The current run may have other explainers, metrics and samples, and need not write all of these files again.
         """
         for path in (self.folder / name for name in DERIVED):
             if path.is_dir():
@@ -146,22 +146,23 @@ class ResultStore:
     # Maps
 
     def add_maps(self, explainer: str, key: str, indices: Tensor, maps: Tensor) -> None:
-        """Save maps (n, H, W) of the samples `indices` (n,) as one shard."""
+        """Save the maps (n, H, W) of the samples `indices` (n,) as one shard."""
         name = shard_name(explainer, key, indices.tolist(), f"r{self.rank}{MAPS}")
         data = save({"index": indices.cpu(), "maps": maps.cpu().contiguous()})
         write_atomically(self.folder / MAP_FOLDER / name, data)
 
     def maps(self, explainer: str, key: str, indices: Iterable[int]) -> dict[int, Tensor]:
-        """Saved maps (H, W) of those of `indices` that were on disk at the first call (or at `refresh`)."""
-        wanted, found = set(indices), dict[int, Tensor]()
+        """Sample index -> saved map (H, W), for those of `indices` that were on disk at the first call or `refresh`."""
+        wanted, maps = set(indices), dict[int, Tensor]()
         if self._maps is None:
             self._maps = ShardIndex(self.folder / MAP_FOLDER, MAPS)
         for path in self._maps.holding(explainer, key, wanted):
+            # Any error: a damaged file can make safetensors and the system fail in many ways.
             try:
-                found |= read_maps(path, wanted)
+                maps |= read_maps(path, wanted)
             except Exception as error:
                 warnings.warn(f"{path} is damaged ({error}); its maps are computed again.", stacklevel=2)
-        return found
+        return maps
 
     # Scores
 
@@ -179,6 +180,7 @@ class ResultStore:
         arrays |= {f"value/{name}": value for name, value in shard.values.items()}
         arrays |= {f"key/{name}": np.array(value) for name, value in shard.keys.items()}
         arrays |= {f"curve/{name}": value for name, value in shard.curves.items()}
+        # The hash of metrics and samples keeps shards apart that score the same samples with other metrics.
         rest = f"{digest(shard.keys, shard.index.tolist())}.r{self.rank}{SCORES}"
         buffer = io.BytesIO()
         np.savez_compressed(buffer, **arrays)
@@ -186,7 +188,7 @@ class ResultStore:
         write_atomically(self.folder / SCORE_FOLDER / name, buffer.getbuffer())
 
     def score_shards(self) -> Iterator[ScoreShard]:
-        """Every whole score shard in the folder, of all ranks and earlier runs, one at a time."""
+        """Every readable score shard in the folder, of all ranks and earlier runs, one at a time."""
         for path in ShardIndex(self.folder / SCORE_FOLDER, SCORES).all():
             shard = self._score_shard(path)
             if shard is not None:
@@ -202,13 +204,13 @@ class ResultStore:
     def scored(
         self, explainer: str, key: str, metric_keys: dict[str, str], indices: Iterable[int]
     ) -> dict[str, set[int]]:
-        """Metric -> those of `indices` that were scored on disk at the first call (or at `refresh`).
+        """Metric -> those of `indices` whose scores were on disk at the first call or `refresh`.
 
         Args:
-            explainer: its name.
-            key: digest of its arguments.
-            metric_keys: metric -> digest of its arguments.
-            indices: samples to ask for.
+            explainer: name of the explainer.
+            key: hash of the explainer's arguments.
+            metric_keys: metric -> hash of its arguments.
+            indices: sample indices to look up.
         """
         wanted = set(indices)
         done: dict[str, set[int]] = {name: set() for name in metric_keys}
@@ -222,15 +224,15 @@ class ResultStore:
         return done
 
     def refresh(self) -> None:
-        """Forget what was listed, so that the next call sees what other ranks have written."""
+        """Drop the cached listings, so that the next call sees files that other ranks have written."""
         self._maps = self._scores = None
 
 
 def read_maps(path: Path, wanted: set[int]) -> dict[int, Tensor]:
-    """Sample index -> map (H, W), of those of a shard that are wanted; nothing in it is executed.
+    """Sample index -> map (H, W), for the wanted samples of a shard. Reading executes no code of the file.
 
     Raises:
-        ValueError: the shard holds no (n,) integer `index` with as many (n, H, W) floating-point `maps`.
+        InputError: the shard does not hold an int64 `index` (n,) and floating-point `maps` (n, H, W).
     """
     with safe_open(path, framework="pt") as file:
         if set(file.keys()) != {"index", "maps"}:
@@ -239,15 +241,15 @@ def read_maps(path: Path, wanted: set[int]) -> dict[int, Tensor]:
         shape = tuple(stored.get_shape())
         if index.ndim != 1 or index.dtype != torch.int64 or len(shape) != 3 or shape[0] != len(index):
             raise InputError(f"{tuple(index.shape)} indices and maps of shape {shape}")
-        rows = {int(i): n for n, i in enumerate(index.tolist()) if i in wanted}
-        maps = file.get_tensor("maps") if rows else None
+        positions = {int(i): n for n, i in enumerate(index.tolist()) if i in wanted}
+        maps = file.get_tensor("maps") if positions else None
         if maps is not None and not maps.is_floating_point():
             raise InputError(f"maps of type {maps.dtype}")
-    return {} if maps is None else {i: maps[n] for i, n in rows.items()}
+    return {} if maps is None else {i: maps[n] for i, n in positions.items()}
 
 
 def _identity(path: Path) -> dict[str, Any] | None:
-    """What made the results of a folder; None where that is not known, so that they are moved aside."""
+    """The saved identity of a folder; None if it is missing or damaged, in which case the results are moved aside."""
     try:
         return read_json(path, dict)
     except (OSError, ValueError):
@@ -255,10 +257,10 @@ def _identity(path: Path) -> dict[str, Any] | None:
 
 
 def read_score_shard(path: Path) -> ScoreShard:
-    """Read one score shard; nothing in it is executed.
+    """Read one score shard. Reading executes no code of the file.
 
     Raises:
-        ValueError: it is damaged, or its arrays do not belong together.
+        InputError: the file is damaged, or its arrays have inconsistent shapes or types.
     """
     arrays = read_arrays(path, MAX_SHARD_BYTES)
     _check_lengths(arrays)
@@ -281,7 +283,7 @@ def read_score_shard(path: Path) -> ScoreShard:
 
 
 def _check_lengths(arrays: dict[str, np.ndarray]) -> None:
-    """Stop unless columns are (n,) numbers, and curves have as many rows as their own index."""
+    """Raise unless columns are (n,) numbers and curves have as many rows as the index of their metric."""
     count, columns = len(arrays["index"]), ("index", "label", "target", "prediction", "probability")
     for name, value in arrays.items():
         kinds = "iu" if name in columns[:-1] or name.endswith("/index") else "iuf"

@@ -1,4 +1,7 @@
-"""The tables of a results folder: scores, means with intervals, paired differences, curves."""
+"""Merge score shards into the tables of a results folder: scores, means with intervals, paired differences, curves.
+
+Tables may be larger than memory: values lie in memory-mapped arrays and are read and written block by block.
+"""
 
 from __future__ import annotations
 
@@ -42,13 +45,13 @@ PACKAGES = ("torch", "torchvision", "lightning", "torchmetrics", "numpy")
 
 @dataclass(frozen=True)
 class Plan:
-    """What belongs into the tables, in the order in which it is shown.
+    """Content of the tables, in the order of display.
 
     Attributes:
-        explainers: name -> digest of its arguments.
-        metrics: metric -> (digest of its arguments, names of its values).
-        samples: indices that are explained; what an earlier run scored beyond them stays out of the tables.
-        counted: metrics that count samples -> what makes counts of the (n,) columns of their values.
+        explainers: name -> hash of its arguments.
+        metrics: metric -> (hash of its arguments, names of its values).
+        samples: indices of the explained samples; scores of other samples, from an earlier run, are left out.
+        counted: metric that counts samples -> function from the (n,) columns of its values to counts.
     """
 
     explainers: dict[str, str]
@@ -62,25 +65,25 @@ class Plan:
         return list(dict.fromkeys(name for _, names in self.metrics.values() for name in names))
 
     def accepted(self, shard: ScoreShard) -> set[str]:
-        """Names of the shard's values that the present explainers and metrics made."""
+        """Names of the shard's values whose explainer and metric have the arguments of this plan."""
         if self.explainers.get(shard.explainer) != shard.key:
             return set()
         return {n for m, (key, names) in self.metrics.items() if shard.keys.get(m) == key for n in names}
 
 
 class Table:
-    """Values per sample, explainer and metric, on disk, and what is known per sample.
+    """Values per sample, explainer and metric, with label and prediction per sample.
 
     Args:
         plan: explainers, metrics and samples of the table.
-        folder: folder on whose disk the values lie while the table lives; None keeps them in memory.
+        folder: folder for the memory-mapped values; None keeps them in memory.
 
     Attributes:
-        index: (S,) int64 samples of the plan, in order.
-        seen: (S,) bool, whether a score shard has the sample.
+        index: (S,) int64 sample indices of the plan, sorted.
+        seen: (S,) bool, whether a score shard contains the sample.
         facts: `label`, `prediction` (S,) int64 and `probability` (S,) float64.
-        targets: explainer -> (S,) int64.
-        values: (C, S) float64, NaN where there is no value; a row for every explainer and value.
+        targets: explainer -> (S,) int64 explained classes.
+        values: (C, S) float64, one row per pair of explainer and value; NaN if a sample has no value.
     """
 
     def __init__(self, plan: Plan, folder: Path | None = None) -> None:
@@ -98,36 +101,37 @@ class Table:
         self._merged = SampleTable(self.index, len(self._columns), self.values)
 
     def add(self, shard: ScoreShard, accepted: set[str]) -> None:
-        """Take over the accepted values of a shard; a sample that was scored twice counts once."""
-        positions, rows = self._merged.positions(shard.index)
+        """Add the accepted values of a shard; of a sample that was scored twice the first value counts."""
+        positions, in_shard = self._merged.positions(shard.index)
         self.seen[positions] = True
         for name, column in self.facts.items():
-            column[positions] = getattr(shard, name)[rows]
-        self.targets[shard.explainer][positions] = shard.target[rows]
+            column[positions] = getattr(shard, name)[in_shard]
+        self.targets[shard.explainer][positions] = shard.target[in_shard]
         names = accepted & shard.values.keys()
         self._merged.add(shard.index, {self._columns[shard.explainer, n]: shard.values[n] for n in names})
 
     def column(self, explainer: str, metric: str) -> np.ndarray:
-        """(S,) values in order of the samples, NaN where there is none."""
+        """(S,) values in the order of `index`; NaN if a sample has no value."""
         return np.asarray(self.values[self._columns[explainer, metric]])
 
     def rows(self) -> Iterator[tuple[int, int, str, str, int, int, float]]:
-        """Place, index, explainer, metric, label, target and value, by sample, explainer and metric."""
+        """Position, index, explainer, metric, label, target and value, sorted by sample, explainer and metric."""
         for block in blocks(len(self.index)):
-            held = np.asarray(self.values[:, block]).T.tolist()
-            for place, cells in enumerate(held, start=block.start):
-                index, label = int(self.index[place]), int(self.facts["label"][place])
+            # Transposed per block: the array is stored by column, the file is written by sample.
+            by_sample = np.asarray(self.values[:, block]).T.tolist()
+            for position, cells in enumerate(by_sample, start=block.start):
+                index, label = int(self.index[position]), int(self.facts["label"][position])
                 for (explainer, metric), value in zip(self._columns, cells):
                     if not math.isnan(value):
-                        yield place, index, explainer, metric, label, int(self.targets[explainer][place]), value
+                        yield position, index, explainer, metric, label, int(self.targets[explainer][position]), value
 
 
 def collect(shards: Iterable[ScoreShard], plan: Plan, folder: Path | None = None) -> Table:
-    """Read the accepted values of all shards; of each shard no more than this stays in memory."""
+    """A table with the accepted values of all shards; only one shard is in memory at a time."""
     table = Table(plan, folder)
     for shard in shards:
         accepted = plan.accepted(shard)
-        # Where nothing is scored, a shard still says what the network predicts.
+        # Without metrics a shard has no values, but its predictions are needed.
         if accepted or (not plan.metrics and plan.explainers.get(shard.explainer) == shard.key):
             table.add(shard, accepted)
     return table
@@ -139,25 +143,31 @@ Key = TypeVar("Key")
 
 
 def summarise(table: Table, plan: Plan, groups: Groups = None) -> dict[tuple[str, str], Interval]:
-    """Mean and 95 % interval per explainer and value, over the samples that have it; `groups` are drawn whole."""
+    """(explainer, value) -> mean and 95 % bootstrap interval over the samples with that value.
+
+    Args:
+        table: the scores.
+        plan: explainers and values.
+        groups: sample index -> group, resampled as a whole; None resamples single samples.
+    """
     pairs = itertools.product(plan.explainers, plan.value_names)
     return _intervals(((pair, table.column(*pair)) for pair in pairs), _drawn(table, groups))
 
 
 def compare(table: Table, plan: Plan, groups: Groups = None) -> dict[tuple[str, str, str], Interval]:
-    """Paired difference a - b with its interval, for every pair of explainers and every value."""
+    """(a, b, value) -> mean difference a - b over common samples with its interval, for every pair of explainers."""
     triples = itertools.product(itertools.combinations(plan.explainers, 2), plan.value_names)
     columns = (((a, b, name), table.column(a, name) - table.column(b, name)) for (a, b), name in triples)
     return _intervals(columns, _drawn(table, groups))
 
 
 def _drawn(table: Table, groups: Groups) -> Tensor | None:
-    """(S,) groups of the samples, as intervals draw them; None where samples are drawn singly."""
+    """(S,) int64 groups of the samples for the bootstrap; None if single samples are resampled."""
     return None if groups is None else torch.tensor([groups.get(i, -1) for i in table.index.tolist()])
 
 
 def _intervals(columns: Iterable[tuple[Key, np.ndarray]], groups: Tensor | None) -> dict[Key, Interval]:
-    """Name -> interval of those columns that hold a value."""
+    """Name -> interval, for the columns with at least one value."""
     names: list[Key] = []
 
     def present() -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -171,7 +181,7 @@ def _intervals(columns: Iterable[tuple[Key, np.ndarray]], groups: Tensor | None)
 
 
 def count_rows(table: Table, plan: Plan) -> Iterator[tuple[str, str, str, int]]:
-    """Rows of `counts.csv`: per explainer, what the metrics count over the samples that have all their values."""
+    """Rows of `counts.csv`: per explainer, the counts of the metrics over the samples with all values of the metric."""
     for explainer, (metric, reduce) in itertools.product(plan.explainers, plan.counted.items()):
         columns = {name: torch.from_numpy(np.array(table.column(explainer, name))) for name in plan.metrics[metric][1]}
         shared = ~torch.stack(list(columns.values())).isnan().any(0)
@@ -180,25 +190,26 @@ def count_rows(table: Table, plan: Plan) -> Iterator[tuple[str, str, str, int]]:
 
 
 def csv_bytes(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
-    """Rows as CSV; floats with all their digits."""
+    """Rows as CSV with a header; floats with all their digits."""
     text = io.StringIO()
     write_rows(text, header, rows)
     return text.getvalue().encode()
 
 
 def write_rows(text: TextIO, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write rows as CSV, one by one."""
+    """Write a header and rows as CSV, one by one."""
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
+    # repr gives the shortest text that reads back as the same float.
     writer.writerows([repr(v) if isinstance(v, float) else v for v in row] for row in rows)
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a table that may be larger than memory; the file appears when it is whole."""
+    """Write a table that may be larger than memory; the file appears under its name when it is complete."""
     with written_atomically(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8", newline="")
         write_rows(text, header, rows)
-        text.detach()
+        text.detach()  # flushes, and leaves the file open for written_atomically
 
 
 def score_rows(table: Table, split: str, sample_name: Callable[[int], str]) -> Iterator[tuple[Any, ...]]:
@@ -210,19 +221,19 @@ def score_rows(table: Table, split: str, sample_name: Callable[[int], str]) -> I
 def prediction_rows(
     table: Table, split: str, sample_name: Callable[[int], str], groups: Groups
 ) -> Iterator[tuple[Any, ...]]:
-    """Rows of `predictions.csv`: one per explained sample, with its group where there are groups."""
-    for place in np.flatnonzero(table.seen).tolist():
-        index = int(table.index[place])
-        facts = [column[place].item() for column in table.facts.values()]
+    """Rows of `predictions.csv`: one per explained sample, with its group if samples have groups."""
+    for position in np.flatnonzero(table.seen).tolist():
+        index = int(table.index[position])
+        facts = [column[position].item() for column in table.facts.values()]
         yield split, index, sample_name(index), *facts, *([] if groups is None else [groups[index]])
 
 
 class Curves:
-    """Insertion and deletion curves of all samples, on disk until they are written sample by sample.
+    """Insertion and deletion curves of all samples, collected from score shards.
 
     Args:
-        plan: what belongs into them.
-        folder: where they lie meanwhile; None keeps them in memory.
+        plan: explainers, metrics and samples.
+        folder: folder for the memory-mapped curves; None keeps them in memory.
     """
 
     def __init__(self, plan: Plan, folder: Path | None = None) -> None:
@@ -232,36 +243,39 @@ class Curves:
         self._seen: dict[tuple[str, str], np.ndarray] = {}
 
     def add(self, shard: ScoreShard) -> None:
-        """Keep the curves that the present explainers and metrics made."""
+        """Add the curves of a shard whose explainer and metric have the arguments of the plan."""
         for metric, (key, _) in self.plan.metrics.items():
-            known = self.plan.explainers.get(shard.explainer) == shard.key and shard.keys.get(metric) == key
-            if known and f"{metric}/x" in shard.curves:
+            matches = self.plan.explainers.get(shard.explainer) == shard.key and shard.keys.get(metric) == key
+            if matches and f"{metric}/x" in shard.curves:
                 self._add(shard, metric)
 
     def _add(self, shard: ScoreShard, metric: str) -> None:
-        positions, rows = SampleTable(self.index, 0).positions(shard.curves[f"{metric}/index"])
-        own = shard.explainer, metric
+        positions, in_shard = SampleTable(self.index, 0).positions(shard.curves[f"{metric}/index"])
+        pair = shard.explainer, metric
         for line in LINES:
             curve = shard.curves[f"{metric}/{line}"]
-            if line not in self._lines.setdefault(own, {}):
-                self._lines[own][line] = temporary_memmap((len(self.index), *curve.shape[1:]), curve.dtype, self.folder)
-            self._lines[own][line][positions] = curve[rows]
-        self._seen.setdefault(own, np.zeros(len(self.index), dtype=bool))[positions] = True
+            # The number of points is known only when the first shard arrives.
+            if line not in self._lines.setdefault(pair, {}):
+                shape = (len(self.index), *curve.shape[1:])
+                self._lines[pair][line] = temporary_memmap(shape, curve.dtype, self.folder)
+            self._lines[pair][line][positions] = curve[in_shard]
+        self._seen.setdefault(pair, np.zeros(len(self.index), dtype=bool))[positions] = True
 
     def arrays(self) -> Iterator[Stored]:
-        """`<explainer>/<metric>/{index,x,insertion,deletion}` as `write_npz` wants them."""
+        """Arrays `<explainer>/<metric>/{index,x,insertion,deletion}` in the form that `write_npz` takes."""
         for (explainer, metric), seen in self._seen.items():
-            places = np.flatnonzero(seen)
-            if not len(places):
+            positions = np.flatnonzero(seen)
+            if not len(positions):
                 continue
             start = f"{explainer}/{metric}"
-            yield f"{start}/index", (len(places),), self.index.dtype, [self.index[places]]
-            for line, held in self._lines[explainer, metric].items():
-                rows = (held[places[block]] for block in blocks(len(places)))
-                yield f"{start}/{line}", (len(places), *held.shape[1:]), held.dtype, rows
+            yield f"{start}/index", (len(positions),), self.index.dtype, [self.index[positions]]
+            for line, curves in self._lines[explainer, metric].items():
+                rows = (curves[positions[block]] for block in blocks(len(positions)))
+                yield f"{start}/{line}", (len(positions), *curves.shape[1:]), curves.dtype, rows
 
 
 def _streamed(shards: Iterable[ScoreShard], curves: Curves) -> Iterator[ScoreShard]:
+    """The shards, whose curves are collected in passing: every shard is read from disk once."""
     for shard in shards:
         curves.add(shard)
         yield shard
@@ -276,16 +290,16 @@ def write_results(
     groups: Groups = None,
     scored: int | None = None,
 ) -> dict[tuple[str, str], Interval]:
-    """Merge all shards into the tables of the results folder; rank zero calls it.
+    """Merge all score shards into the tables of the results folder; called by rank zero.
 
     Args:
-        store: the folder, with the shards of all ranks.
-        plan: what belongs into the tables.
+        store: the results folder with the shards of all ranks.
+        plan: explainers, metrics and samples of the tables.
         split: name of the split.
         sample_name: sample index -> name.
-        manifest: what else the manifest says (explainer arguments, hashes).
-        groups: sample index -> group, where samples are not independent; intervals draw whole groups.
-        scored: samples that all ranks together say they have scored; fewer in the folder are warned about.
+        manifest: further content of the manifest (explainer arguments, hashes).
+        groups: sample index -> group, for samples that are not independent; the bootstrap resamples whole groups.
+        scored: number of samples that all ranks together have scored; a warning tells if the folder has fewer.
 
     Returns:
         (explainer, value) -> mean and interval, as in `summary.csv`.
@@ -304,31 +318,32 @@ def write_results(
     write_csv(store.folder / "predictions.csv", header, prediction_rows(table, split, sample_name, groups))
     with written_atomically(store.folder / "curves.npz") as file:
         write_npz(file, curves.arrays())
-    found = int(table.seen.sum())
-    write_manifest(store.folder, {**manifest, "samples": found})
-    if plan.metrics and scored is not None and found < (expected := min(scored, len(plan.samples))):
+    written = int(table.seen.sum())
+    write_manifest(store.folder, {**manifest, "samples": written})
+    # Ranks on several nodes must share the run folder; without a shared file system their shards are missing here.
+    if plan.metrics and scored is not None and written < (expected := min(scored, len(plan.samples))):
         warnings.warn(
-            f"{store.folder}: the tables lack {expected - found} of {expected} scored samples; their process wrote to "
-            "a folder that this one does not see, or under other settings.",
+            f"{store.folder}: the tables lack {expected - written} of {expected} scored samples; a process wrote to a "
+            "folder that rank zero does not see, or had other settings.",
             stacklevel=2,
         )
     return summary
 
 
 def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
-    """Write what made the results of a folder, with the versions of what computed them."""
+    """Write `maps/manifest.json`: the given facts, and the versions of Python and the main packages."""
     versions = {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
     text = json.dumps({**facts, "versions": versions}, indent=1, default=str)
     write_atomically(folder / MANIFEST, text.encode())
 
 
 def summary_table(summary: dict[tuple[str, str], Interval], names: Sequence[str]) -> str:
-    """The means with their intervals as plain text: one line per explainer, one column per value."""
+    """Means and intervals as plain text: one line per explainer, one column per value."""
     explainers = list(dict.fromkeys(explainer for explainer, _ in summary))
     cells = [["", *names]]
     for explainer in explainers:
-        found = [summary.get((explainer, name)) for name in names]
-        cells.append([explainer, *(f"{i.mean:.3f}{i.bracketed}" if i else "-" for i in found)])
+        intervals = [summary.get((explainer, name)) for name in names]
+        cells.append([explainer, *(f"{i.mean:.3f}{i.bracketed}" if i else "-" for i in intervals)])
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in cells]
     return "\n".join(lines)

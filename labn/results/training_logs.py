@@ -1,4 +1,4 @@
-"""The CSV logs of training in a run folder."""
+"""Read the CSV logs of a run folder."""
 
 from __future__ import annotations
 
@@ -10,32 +10,33 @@ from labn.io.readers import read_table
 STAGES = ("train", "val")
 
 ELSEWHERE = ("test", "profile")
-"""Logged groups that are no curve over epochs."""
+"""Groups of logged values that are not curves over epochs."""
 
 
 def log_files(run_dir: Path, command: str) -> list[Path]:
     """The CSV logs of a command, oldest first: `logs/fit/metrics.csv`, then those of `fit-1`, `fit-2`, ..."""
-    found = {}
+    paths = {}
     for path in (run_dir / "logs").glob(f"{command}*/metrics.csv"):
         if match := re.fullmatch(rf"{command}(?:-(\d+))?", path.parent.name):
-            found[int(match[1] or 0)] = path
-    return [found[number] for number in sorted(found)]
+            paths[int(match[1] or 0)] = path
+    # By number: a sort of names would put fit-10 before fit-2.
+    return [paths[number] for number in sorted(paths)]
 
 
 def read_training(run_dir: Path, before: int | None = None) -> dict[str, dict[int, float]]:
-    """Logged value -> epoch -> its last value in it, over all `fit` logs of the run (a resumed run has several).
+    """Name of a logged value -> epoch -> last value in that epoch, over all `fit` logs of the run.
 
-    Empty where the run has no CSV log.
+    A resumed run has several logs. The result is empty if the run has none.
 
     Args:
         run_dir: the run folder.
-        before: leave this epoch and later ones out, which an attempt that was killed may have begun; None: take all.
+        before: leave out this and later epochs, which a killed attempt may have started; None takes all epochs.
     """
     values: dict[str, dict[int, float]] = {}
-    # Of a resumed fit later logs win.
+    # Oldest first, so that the log of a resumed fit replaces the epochs that it repeats.
     for path in log_files(run_dir, "fit"):
         rows = list(read_table(path))
-        # What follows the last line break is the row that a killed process was writing.
+        # A row without a line break at its end is incomplete: its process was killed while writing.
         for row in rows if path.read_bytes().endswith(b"\n") else rows[:-1]:
             for name, text in row.cells.items():
                 if text and "/" in name and row.cells.get("epoch"):

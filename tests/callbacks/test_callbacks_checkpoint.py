@@ -60,7 +60,7 @@ def test_last_is_kept_as_previous_and_nothing_else_lies_around(saved):
 def test_a_damaged_last_gives_way_to_the_one_before(saved, injure):
     last = saved / "checkpoints" / "last.ckpt"
     injure(last)
-    with pytest.warns(UserWarning, match=r"last\.ckpt is (damaged \(.*\)|missing); going on from .*previous\.ckpt"):
+    with pytest.warns(UserWarning, match=r"last\.ckpt is (damaged \(.*\)|missing); resuming from .*previous\.ckpt"):
         assert epoch_of(find_checkpoint(saved, "last")) == 1
     assert has_last(saved)
 

@@ -18,7 +18,7 @@ from callbacks import DetectionCallback, EvaluationCallback, ExplanationCallback
         ({"metric_options": {"chunk_size": 2}}, "metric_options has chunk_size, which is an argument of Evaluation"),
         ({"metric_options": {"fold": False}}, "metric_options has fold, which is an argument of Evaluation"),
         ({"metric_options": {"positives_only": [0]}}, "metric_options has positives_only, which is an argument of"),
-        ({"metric_options": {"mean": [0.5]}}, "metric_options has mean, which the data says"),
+        ({"metric_options": {"mean": [0.5]}}, "metric_options has mean, which comes from the data"),
     ],
 )
 def test_settings_that_would_fail_or_do_nothing_are_refused_at_once(options, sentence):

@@ -27,7 +27,7 @@ def whole(folder, kind):
 
 
 def taken(output, what):
-    return int(re.search(rf"Took (?:the scores of )?(\d+) {what}", output).group(1))
+    return int(re.search(rf"Read (?:the scores of )?(\d+) {what}", output).group(1))
 
 
 def test_fit_continues_from_the_last_checkpoint(tmp_path):

@@ -33,7 +33,7 @@ def test_a_fresh_fit_keeps_the_earlier_one_apart_and_a_resumed_one_goes_on(tmp_p
     old, saved = tmp_path / "fit.old-1", tmp_path / "checkpoints"
     fit(tmp_path, 2)
     (tmp_path / "test").mkdir()
-    assert (epochs(tmp_path), old.exists(), "begins anew" in caplog.text) == ([0, 1], False, False)
+    assert (epochs(tmp_path), old.exists(), "starts afresh" in caplog.text) == ([0, 1], False, False)
     with caplog.at_level("INFO"):
         fit(tmp_path, 1)
     assert f"is in {old} now; to go on from it: --ckpt_path {old}/checkpoints/last.ckpt" in caplog.text

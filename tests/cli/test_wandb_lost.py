@@ -68,8 +68,8 @@ def test_what_is_lost_is_said_once_and_changes_nothing(command, tmp_path):
     said = command("fit", run_dir, service)
     assert service.calls["log"] == 4
     assert said == [
-        "Weights & Biases is lost (the log service has gone) and gets nothing more; the run goes on, and everything is "
-        f"in {run_dir}."
+        "Weights & Biases has failed (the log service has gone) and receives nothing more; the run continues, and all "
+        f"results are in {run_dir}."
     ]
     for trouble in ("config", 0), ("log", 0), ("Image", 0), ("Image", 2), ("Table", 0):
         said = command("test", run_dir, Service(**dict([trouble])), "--ckpt_path=best")

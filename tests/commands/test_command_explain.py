@@ -222,7 +222,7 @@ def test_the_main_help_names_every_command(capsys):
         call_main(["--help"])
     text = capsys.readouterr().out
     assert all(name in text for name in ("fit", "validate", "test"))
-    assert all(f"    {name} " in text and module.SUMMARY in text for name, (module, _) in COMMANDS.items())
+    assert all(f"    {name} " in text and module.SUMMARY in text for name, module in COMMANDS.items())
 
 
 @pytest.mark.filterwarnings("ignore:Glyph .* missing from font")

@@ -4,7 +4,9 @@ from run_folders import write_run
 
 from labn.commands.table import PaperTable, Row, Runs, markdown, ours, published
 
-TABLE = PaperTable("A paper", ("id", "pid16"), (Row("LABN", "labn", "labn", (0.1, 0.2), (0.01, 0.02)),))
+TABLE = PaperTable(
+    "A paper", ("id", "pid16"), (Row("LABN", "labn", "labn", (0.1, 0.2), (0.01, 0.02), "configs/x/labn.yaml"),)
+)
 
 
 def test_mean_and_deviation_are_over_seeds(tmp_path):
@@ -132,7 +134,7 @@ def test_runs_without_a_common_sample_are_named(tmp_path):
 def test_a_missing_run_says_how_to_make_it(tmp_path):
     text = markdown(TABLE, tmp_path, ["paper"])
     assert "| | ours, paper | – | – |" in text
-    assert "not run; python cli.py sweep --config configs/labn.yaml --seeds 38 39 40 41 42" in text
+    assert "not run; python cli.py sweep --config configs/x/labn.yaml --seeds 38 39 40 41 42" in text
 
 
 def test_the_published_tables_hold_together():

@@ -52,7 +52,7 @@ def test_one_draw_decides_nothing_in_the_report_of_a_run(tmp_path, count, groups
     assert not any(cell.bounded for row in report.summary.rows.values() for cell in row)
     assert 'class="interval"' not in render(report)
     one = "sample" if groups is None else "group of samples"
-    assert f"Some values rest on one {one} alone: they have no interval, and no difference in them is decided." in (
+    assert f"Some values are based on one {one} alone: they have no interval and decide no difference." in (
         caveats(results)
     )
 

@@ -132,7 +132,7 @@ def test_the_page_draws_bands_and_says_intervals_over_groups(tmp_path):
     insertion, _ = curve_panels(curves, ["gradcam"], "pid16")
     assert np.allclose(insertion.series[0].high, insertion.series[0].low)
     notes = comparison_report(found).caveats
-    assert any("rest on 4 groups of samples" in note for note in notes)
+    assert any("based on 4 groups of samples" in note for note in notes)
     assert any("bootstrap intervals over whole groups of samples" in note for note in notes)
     assert any("intervals are over whole groups of samples, of the mean over seeds" in note for note in notes)
 
@@ -143,7 +143,7 @@ def test_runs_that_disagree_on_groups_are_refused(tmp_path):
     make_stage(tmp_path / "other", groups=DAYS | {3: 1})
     with pytest.raises(ValueError, match=r"differ in the column 'group' of predictions\.csv: there and missing"):
         compare_runs(open_runs([str(tmp_path / "days"), str(tmp_path / "none")]))
-    with pytest.raises(ValueError, match=r"is in group 1, another run says 736000"):
+    with pytest.raises(ValueError, match=r"is in group 1, but in group 736000"):
         compare_runs(open_runs([str(tmp_path / "days"), str(tmp_path / "other")]))
 
 
@@ -195,7 +195,7 @@ def test_the_caveats_of_equally_named_folders_are_all_there(tmp_path):
     path = runs[0] / "test" / "summary.csv"
     path.write_text(path.read_text().replace(",4\n", ",3\n"))
     notes = comparison_report(compare_runs(open_runs([str(run) for run in runs]))).caveats
-    few = "Some values rest on {} samples: intervals of so few are too narrow."
+    few = "Some values are based on {} samples: intervals of so few are too narrow."
     assert f"a/seed=38 (seed=38): {few.format(3)}" in notes
     assert f"b/seed=38 (seed=38): {few.format(4)}" in notes
 

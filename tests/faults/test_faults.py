@@ -108,7 +108,7 @@ def test_a_preempted_slurm_job_is_requeued_and_resumes(bench, tmp_path, slurm):
     assert (tmp_path / "calls").read_text() == "requeue 17\n"
     assert not list(run_dir.glob("hpc_ckpt*"))
     (process,) = bench.fit(run_dir, environment={**slurm, "SLURM_RESTART_COUNT": "1"})
-    assert f"fit goes on from the last checkpoint in {run_dir}" in process.output
+    assert f"fit resumes from the last checkpoint in {run_dir}" in process.output
     bench.test(run_dir, environment={**slurm, "SLURM_RESTART_COUNT": "1"})
     bench.equals_undisturbed(run_dir)
 
@@ -146,7 +146,7 @@ def test_a_vanished_picture_raises_an_error_that_names_it_and_results_stay(bench
     assert broken_files(run_dir) == []
     gone.rename(lost)
     (process,) = bench.test(run_dir, "--config", str(data))
-    assert "Took the scores of" in process.output
+    assert "Read the scores of" in process.output
     assert differences(contents(run_dir), contents(tmp_path / "whole" / "run")) == []
 
 

@@ -129,7 +129,7 @@ def test_groups_are_read_with_the_curves_and_said(tmp_path):
     assert results.groups == {index: 7 + index // 4 for index in range(8)}
     assert results.curves["-lrp/pid16/group"].tolist() == [7] * 4 + [8] * 4
     notes = caveats(results)
-    assert "Some values rest on 2 groups of samples: intervals of so few are too narrow." in notes
+    assert "Some values are based on 2 groups of samples: intervals of so few are too narrow." in notes
     assert "Intervals are 95 % bootstrap intervals over whole groups of samples, not over seeds." in notes
     plain = read_stage(make_stage(tmp_path / "plain", 8))
     assert plain.groups is None
