@@ -13,9 +13,9 @@ from labn.report.page import render
 SUMMARY = "Put the results of several runs into one table and one report."
 DETAILS = """\
 RUN is a run folder (runs/quickstart) or a results folder in it (runs/quickstart/val/epoch=002). Runs whose
-configurations differ in nothing but the seed form one row with mean and standard deviation; several results folders
-of one run are a row each. LABEL=RUN says explicitly what is one row, or names it. Samples are matched by name. Runs
-on different data, or scored under different settings, are refused with the reason.
+configurations differ only in the seed form one row with mean and standard deviation; each results folder of one run
+is a row of its own. LABEL=RUN sets the name of the row: runs of one label form one row. Samples are matched by name.
+Runs with different data or different settings of the metrics are rejected with the reason.
 
 Written to --out: table.csv (one line per run, method and value), table.md, table.tex (booktabs), paired.csv
 (differences on the same samples) and report.html.
@@ -33,11 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Compare, print the table and write everything to `options.out`.
+    """Compare the runs, print the table and write all files to `options.out`.
 
     Raises:
-        FileNotFoundError: a run has no scores.
-        ValueError: runs that do not belong together.
+        MissingFileError: a run has no scores.
+        InputError: the runs are not comparable.
     """
     found = compare_runs(open_runs(options.runs, options.stage))
     markdown = markdown_table(found)

@@ -1,4 +1,4 @@
-"""`python cli.py doctor`: is this machine ready, and if not, what to do."""
+"""`python cli.py doctor`: check whether this machine is ready, and say what to do if it is not."""
 
 from __future__ import annotations
 
@@ -23,20 +23,23 @@ from labn.api import evaluate, explain
 
 SUMMARY = "Check versions, GPU, disk and data folders, and run a self-test of a few seconds."
 DETAILS = """\
-Every line is `ok`, `note` (works without it) or `FAIL`, with what to do. Exit status 1 if anything failed.
+Every line starts with `ok`, `note` (optional) or `FAIL`, and says what to do. The exit status is 1 if a check failed.
 
 example:
   python cli.py doctor --run_dir runs
 """
 
 MALWARE = {"lightning": ("2.6.2", "2.6.3")}
+"""Package -> releases on the package index that carried malware."""
+# Both install the package cv2 over each other, so that different versions give a broken mixture of files.
 SAME = ("opencv-python", "opencv-python-headless")
 LITTLE_DISK = 5e9
+"""Free bytes below which the disk gets a note; checkpoints and the maps of a test can take as much."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report: `status` is ok, note or FAIL."""
+    """One line of output; `status` is `ok`, `note` or `FAIL`."""
 
     status: str
     text: str
@@ -48,10 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Print every finding.
+    """Print all findings.
 
     Raises:
-        SystemExit: with status 1, where something failed.
+        SystemExit: with status 1, if a check failed.
     """
     findings = [*versions(), *pairs(), *accelerators(), disk(options.run_dir), data_folder(), self_test()]
     for finding in findings:
@@ -61,22 +64,23 @@ def run(options: argparse.Namespace) -> None:
 
 
 def versions(wanted: Sequence[str] | None = None, installed: Callable[[str], str] = version) -> Iterable[Finding]:
-    """Python and the packages that the project requires: present, new enough, no release that is known to be bad."""
+    """Check Python and the required packages: installed, within the required versions, no release with malware."""
     python = platform.python_version()
     yield Finding("ok" if Version(python) >= Version("3.10") else "FAIL", f"Python {python} (3.10 or newer)")
     if wanted is None:
         try:
             wanted = requires("labn") or []
         except PackageNotFoundError:
-            yield Finding("note", "labn runs from its source tree; what it requires is not checked: pip install -e .")
+            yield Finding("note", "labn is not installed; its requirements cannot be checked: pip install -e .")
             return
     for requirement in map(Requirement, wanted):
+        # Requirements of the extras, such as the tests', have a marker that is false without an extra.
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
             yield package(requirement, installed)
 
 
 def package(requirement: Requirement, installed: Callable[[str], str]) -> Finding:
-    """One required package."""
+    """Check one required package."""
     try:
         found = installed(requirement.name)
     except PackageNotFoundError:
@@ -92,7 +96,7 @@ def package(requirement: Requirement, installed: Callable[[str], str]) -> Findin
 
 
 def pairs(installed: Callable[[str], str] = version) -> Iterable[Finding]:
-    """Packages that must fit each other: torchvision's operators load, both OpenCV packages are the same version."""
+    """Check packages that depend on each other's build: torchvision on torch, and the two OpenCV packages."""
     try:
         importlib.import_module("torchvision.ops").nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
         yield Finding("ok", "torchvision fits torch")
@@ -109,37 +113,40 @@ def pairs(installed: Callable[[str], str] = version) -> Iterable[Finding]:
 
 
 def accelerators() -> Iterable[Finding]:
-    """Every GPU with its memory, or a note that there is none."""
+    """Every GPU with its memory, or a note if there is none."""
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         yield Finding("ok", f"GPU {index}: {properties.name}, {properties.total_memory / 2**30:.0f} GiB")
     if not torch.cuda.is_available():
-        yield Finding("note", f"no GPU: everything runs on the CPU ({os.cpu_count()} cores), slowly")
+        yield Finding("note", f"no GPU: everything runs slowly on the CPU ({os.cpu_count()} cores)")
 
 
 def disk(folder: Path) -> Finding:
-    """Whether results can be written to `folder`, or to the nearest folder above it that exists, and how much fits."""
-    there = folder.absolute()
-    while not there.exists():
-        there = there.parent
-    if not os.access(there, os.W_OK):
-        return Finding("FAIL", f"{there} cannot be written to: choose another folder with --run_dir")
-    free = shutil.disk_usage(there).free
+    """Check that `folder`, or the nearest existing folder above it, is writable and has free space."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not os.access(existing, os.W_OK):
+        return Finding("FAIL", f"{existing} is not writable: choose another folder with --run_dir")
+    free = shutil.disk_usage(existing).free
     text = f"{free / 1e9:.0f} GB free for {folder}"
     return Finding("ok", text) if free > LITTLE_DISK else Finding("note", f"{text}: checkpoints and maps need more")
 
 
 def data_folder() -> Finding:
-    """What LABN_DATA holds; the quickstart needs nothing of it."""
+    """The data sets in LABN_DATA; the quickstart needs none of them."""
     folder = Path(os.environ.get("LABN_DATA", "../shared/data"))
     if not folder.is_dir():
-        return Finding("note", f"LABN_DATA: {folder} is not there; only configs/quickstart*.yaml run without data")
+        return Finding(
+            "note",
+            f"LABN_DATA: {folder} does not exist; only configs/quickstart.yaml and configs/synthetic run without data",
+        )
     names = sorted(path.name for path in folder.iterdir() if path.is_dir())
     return Finding("ok", f"LABN_DATA: {folder} holds {', '.join(names) or 'no folder'}")
 
 
 def self_test() -> Finding:
-    """Explain and score two random pictures with a small network, where the right answers are known."""
+    """Explain and score two random images with a small network; a constant map must score a PID of 0."""
     start = time.perf_counter()
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, 32, 32, generator=generator)
@@ -154,4 +161,4 @@ def self_test() -> Finding:
         return Finding("FAIL", f"self-test: {type(error).__name__}: {error}")
     if maps.shape != (2, 32, 32) or constant.abs().max() > 1e-6:
         return Finding("FAIL", f"self-test: a constant map scores {constant.tolist()} instead of 0")
-    return Finding("ok", f"self-test: explained and scored two pictures in {time.perf_counter() - start:.1f} s")
+    return Finding("ok", f"self-test: explained and scored two images in {time.perf_counter() - start:.1f} s")

@@ -1,4 +1,4 @@
-"""`python cli.py explain --image a.jpg ...`: class, confidence, overlays and raw maps of single pictures."""
+"""`python cli.py explain --image a.jpg ...`: predicted class, confidence, overlays and raw maps of single pictures."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from labn.results.tables import csv_bytes
 
 METHODS = tuple(name for name in EXPLAINERS if name != "crp")
 """Methods for classifiers."""
-SUMMARY = "Explain single pictures with a trained or a given network."
+SUMMARY = "Explain single pictures with a trained network or one with given weights."
 DETAILS = f"""\
-Prints class and confidence of every picture and writes to --out: overlays/<picture>.png (the picture with the map of
-every method beside it, with colour bars), maps/<picture>.safetensors (the raw maps by method, not normalised) and
+Prints the predicted class and confidence of every picture and writes to --out: overlays/<picture>.png (the picture
+and the map of every method, with colour bars), maps/<picture>.safetensors (raw maps by method, not normalised) and
 predictions.csv.
 
-The network is a checkpoint of this command line (--ckpt), which knows its own preprocessing and classes, or a
-torchvision or timm model with its weights in a file (--model, --weights); nothing is downloaded.
+The network is a checkpoint of this command line (--ckpt), which contains its preprocessing and class names, or a
+torchvision or timm model with a file of weights (--model, --weights). Nothing is downloaded.
 
 {textwrap.fill(f"methods: {', '.join(METHODS)}; -NAME negates (write --method=-labn)", 110)}
 
@@ -53,7 +53,7 @@ PREDICTIONS = ("file", "class", "class_name", "confidence", "explained")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument(
-        "--image", nargs="+", type=Path, required=True, help="picture files or folders of them, without subfolders"
+        "--image", nargs="+", type=Path, required=True, help="picture files, or folders of pictures without subfolders"
     )
     parser.add_argument("--ckpt", type=Path, help="checkpoint of a run")
     parser.add_argument("--model", help="name of a torchvision or timm model")
@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--target", help="name or number of the class to explain (default: the predicted one)")
     parser.add_argument("--class_names", type=Path, help="text file with one class name per line")
-    parser.add_argument("--image_size", type=int, help="side in pixels that the network gets (default: its own)")
+    parser.add_argument("--image_size", type=int, help="side of the network's input in pixels (default: its own)")
     parser.add_argument("--out", type=Path, default=Path("explained"), help="folder to write to (default: explained)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
 
@@ -72,14 +72,14 @@ def run(options: argparse.Namespace) -> None:
     """Explain every picture.
 
     Raises:
-        FileNotFoundError: a picture, folder or file of weights does not exist.
-        ValueError: an unknown method, class, model or device, no picture that can be read, or one that would be
-            overwritten.
+        MissingFileError: a picture, folder or file of weights does not exist.
+        InputError: a method, class, model or device is unknown, no picture is readable, or an output would replace a
+            picture of `--image`.
     """
     for method in options.method:
         explainer_by_name(method)
         if method.lstrip("-") not in METHODS:
-            raise InputError(f"{method} explains detectors, which `cli.py test` does with callbacks.DetectionCallback.")
+            raise InputError(f"{method} explains detectors; use `cli.py test` with callbacks.DetectionCallback.")
     check_device(options.device)
     files = _files(options.image)
     if any(path.resolve().parent == (options.out / OVERLAYS).resolve() for path in files):
@@ -93,16 +93,16 @@ def run(options: argparse.Namespace) -> None:
         print(f"{path}: {row[1]} ({row[2]:.3f})" + (f", explained {row[3]}" if row[3] != row[1] else ""))
         rows.append((str(path), *row))
     if not rows:
-        raise InputError("None of the pictures can be read; see the warnings above.")
+        raise InputError("None of the pictures of --image is readable; the warnings above say why.")
     write_atomically(options.out / "predictions.csv", csv_bytes(PREDICTIONS, rows))
     print(f"{options.out}: overlays/, maps/ and predictions.csv of {len(rows)} pictures")
 
 
 def check_device(name: str) -> None:
-    """Raise ValueError unless tensors can be put on the device of that name and fetched from it."""
+    """Raise InputError unless a tensor can be created on the device and copied back."""
     try:
         torch.zeros(1, device=name).cpu()
-    # torch ends in errors of its own for a missing driver, package, device, or kind of device.
+    # Any error: torch raises different ones for a missing driver, package, device, or kind of device.
     except Exception as error:
         raise InputError(
             f"--device is {name!r}, which cannot be used here; it must be cpu, or what torch finds, such as cuda."
@@ -110,19 +110,19 @@ def check_device(name: str) -> None:
 
 
 def load_network(options: argparse.Namespace) -> tuple[nn.Module, Preprocessing]:
-    """The network that the arguments name, and what it expects, with `--image_size` and `--class_names` put in.
+    """The network that the arguments name and its preprocessing, with `--image_size` and `--class_names` applied.
 
     Raises:
-        ValueError: neither or both ways of naming a network, no possible size, or a checkpoint that does not know its
+        InputError: the network is named in neither or both ways, the image size is below 1, or the checkpoint has no
             preprocessing.
     """
     if (options.ckpt is None) == (options.model is None) or (options.model is None) != (options.weights is None):
         raise InputError("Name the network by --ckpt, or by --model and --weights together.")
     if options.ckpt is not None:
-        network, found = restore(options.ckpt)
-        if found is None:
-            raise InputError(f"{options.ckpt} was saved without a data module and does not know its preprocessing.")
-        preprocessing = found
+        network, stored = restore(options.ckpt)
+        if stored is None:
+            raise InputError(f"{options.ckpt} has no preprocessing, because it was saved without a data module.")
+        preprocessing = stored
     else:
         network, preprocessing = load_pretrained(options.model, options.weights)
     if options.class_names is not None:
@@ -130,6 +130,7 @@ def load_network(options: argparse.Namespace) -> tuple[nn.Module, Preprocessing]
     if options.image_size is not None:
         if options.image_size < 1:
             raise InputError(f"--image_size is {options.image_size}; it must be at least 1 pixel.")
+        # The crop keeps its share of the picture: the shorter side is scaled by the same factor.
         scale = options.image_size / preprocessing.image_size
         shorter = None if preprocessing.shorter is None else round(preprocessing.shorter * scale)
         preprocessing = replace(preprocessing, image_size=options.image_size, shorter=shorter)
@@ -137,16 +138,16 @@ def load_network(options: argparse.Namespace) -> tuple[nn.Module, Preprocessing]
 
 
 def class_number(word: str, preprocessing: Preprocessing) -> int:
-    """The class that `--target` names.
+    """Index of the class that `--target` names.
 
     Raises:
-        ValueError: it is neither a class name nor a number.
+        InputError: it is neither a class name nor a number.
     """
     if word in preprocessing.class_names:
         return preprocessing.class_names.index(word)
     if not word.isdecimal():
-        known = ", ".join(preprocessing.class_names[:10]) or "not known here"
-        raise InputError(f"--target is {word!r}; it must be a number or a class name ({known}).")
+        names = ", ".join(preprocessing.class_names[:10]) or "none is known; see --class_names"
+        raise InputError(f"--target is {word!r}; it must be a number or a class name ({names}).")
     return int(word)
 
 
@@ -159,15 +160,20 @@ def _explain(
     number: int,
     name: str,
 ) -> tuple[int, str, float, str]:
-    """Write overlay and maps of one picture (C, H, W); its class, the class's name, confidence, explained class."""
+    """Write overlay and maps of one picture (C, H, W).
+
+    Returns:
+        Predicted class, its name, its probability, and the name of the explained class.
+    """
     with torch.no_grad(), evaluating(network, image.device.type):
         probabilities = logits_of(network(image[None])).softmax(1)[0]
     predicted = int(probabilities.argmax())
     chosen = predicted if target is None else target
     if chosen >= len(probabilities):
         raise InputError(f"--target is class {chosen}; the network has {len(probabilities)} classes, from 0.")
-    place = torch.tensor([number])
-    maps = {m: explain(network, image[None], m, chosen, indices=place).maps[0].cpu() for m in options.method}
+    # The position of the picture seeds random methods such as RISE.
+    index = torch.tensor([number])
+    maps = {m: explain(network, image[None], m, chosen, indices=index).maps[0].cpu() for m in options.method}
     confidence = float(probabilities[predicted])
     names = preprocessing.class_name(predicted), preprocessing.class_name(chosen)
     figure = overlay_figure(
@@ -182,20 +188,20 @@ def _explain(
     return predicted, names[0], confidence, names[1]
 
 
-def _files(given: Sequence[Path]) -> list[Path]:
+def _files(paths: Sequence[Path]) -> list[Path]:
     files = []
-    for path in given:
+    for path in paths:
         if not path.exists():
             raise MissingFileError(f"--image {path} does not exist.")
-        found = image_files(path) if path.is_dir() else [path]
-        if not found:
+        pictures = image_files(path) if path.is_dir() else [path]
+        if not pictures:
             raise MissingFileError(f"--image {path} holds no pictures of its own; its subfolders are not searched.")
-        files += found
+        files += pictures
     return files
 
 
 def _readable(files: Sequence[Path], preprocessing: Preprocessing) -> Iterator[tuple[Path, str, Tensor]]:
-    """Path, a name that is unique among the files, and normalised image; what cannot be read is warned about."""
+    """Path, unique name and normalised image of every readable picture; others are skipped with a warning."""
     taken: set[str] = set()
     for path in files:
         if shown := non_utf8_name(str(path)):

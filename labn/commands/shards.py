@@ -1,4 +1,4 @@
-"""`python cli.py shards --config ... --out ...`: write a data set to tar files with an index."""
+"""`python cli.py shards --config ... --out ...`: write a data set into tar files with an index."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from labn.launch.error_messages import config_sentence
 
 SUMMARY = "Write the data set of a configuration to tar shards, for datamodules.TarShards."
 DETAILS = """\
-Pixels are stored as the data module prepares them (cropped and resized, not augmented, without loss), with labels,
-masks, groups and names, and an index that says where every sample lies. Data sets for detectors, whose samples carry
-lists of boxes, are refused.
+Images are stored losslessly as the data module prepares them (cropped and resized, not augmented), with labels,
+masks, groups and names, and an index of the position of every sample. Data sets for detectors, whose samples have
+lists of boxes, are rejected.
 
 example:
   python cli.py shards --config configs/quickstart.yaml --out runs/shards/quickstart
@@ -41,7 +41,7 @@ def run(options: argparse.Namespace) -> None:
 
     Raises:
         MissingFileError: a configuration or the data is missing.
-        InputError: no configuration has data, the data is bad, or of a kind that shards cannot hold.
+        InputError: no configuration has a data module, or the data is damaged or of a kind that shards cannot hold.
     """
     manifest = data_module_of(options.config).write_shards(options.out, options.samples_per_shard)
     for split, facts in manifest["splits"].items():
@@ -49,10 +49,10 @@ def run(options: argparse.Namespace) -> None:
 
 
 def data_module_of(paths: Sequence[Path]) -> Any:
-    """The data module that configurations describe under `data:`; later files win, as in `fit`.
+    """The data module that configurations describe under `data:`; later files override earlier ones, as in `fit`.
 
     Raises:
-        InputError: the files describe none, or give arguments that the data module does not have.
+        InputError: no file has a section `data`, or a section has arguments that the data module does not take.
     """
     parser = LightningArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningDataModule, "data")

@@ -1,4 +1,4 @@
-"""Train and test one configuration with several seeds, a folder per seed, again and again until all of it is there."""
+"""`python cli.py sweep`: train and test one configuration with several seeds, one run folder per seed, resumably."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from labn.launch.config_include import configurations, expand_includes, experime
 
 SUMMARY = "Fit and test a configuration once per seed, in RUN_DIR/seed=N/."
 DETAILS = """\
-The same command again skips what is finished and resumes what was interrupted. All words behind `--` go to both
-commands:
+The same command again skips finished steps and resumes interrupted ones. All arguments after `--` are passed to fit
+and test:
 
   python cli.py sweep --config configs/idrid/idrid_labn.yaml --seeds 38 39 40 41 42 -- --wandb=disabled
 """
@@ -32,15 +32,16 @@ Runner = Callable[[list[str], Path], int]
 
 @dataclass(frozen=True)
 class Sweep:
-    """A configuration and the seeds that it is run with.
+    """A configuration and the seeds with which it is run.
 
     Attributes:
-        configs: configuration files of training and test, later ones overriding earlier ones.
-        fit_configs: further files that only training reads.
-        test_configs: further files that only the test reads.
-        seeds: one run each: initialisation, order of the training samples and augmentation; never the split.
-        folder: holds `seed=<n>/`, each a run folder of its own.
-        options: further words of both commands, such as `--trainer.max_epochs=3`.
+        configs: configuration files of fit and test; later ones override earlier ones.
+        fit_configs: further files for fit only.
+        test_configs: further files for test only.
+        seeds: one run per seed, which determines initialisation, order of the training samples and augmentation, but
+            not the split.
+        folder: folder of the run folders `seed=<n>/`.
+        options: further arguments of both commands, such as `--trainer.max_epochs=3`.
     """
 
     configs: tuple[str, ...]
@@ -67,10 +68,10 @@ class Sweep:
         return [*seeded, *self.options]
 
     def signature(self, step: str, seed: int) -> dict[str, Any]:
-        """The identity of a finished step: its arguments and the contents of all files that it reads.
+        """The identity of a step: its arguments and the hashes of all files that it reads.
 
         Raises:
-            FileNotFoundError: one of them does not exist.
+            MissingFileError: one of the files does not exist.
         """
         files = _files_read(_named(self.files(step)))
         every = [*files, *_files_read(self.options)]
@@ -83,29 +84,30 @@ def _named(files: Sequence[str]) -> list[str]:
 
 
 def _files_read(words: Sequence[str]) -> list[str]:
-    """The configurations that a command reads, in order: those in `words`, each behind the files that it includes."""
+    """All configurations that a command reads, in order: those in `words`, each after the files that it includes."""
     return [str(path) for path in configurations(expand_includes(words))]
 
 
 def start(words: list[str], log: Path) -> int:
-    """Run `python -m cli <words>` and append what it prints to `log`; its exit status."""
+    """Run `python -m cli <words>`, append its output to `log`, and return its exit status."""
+    # A process of its own per step: a crash, a kill or leaked memory does not end the sweep.
     with log.open("a") as file:
         return subprocess.run([sys.executable, "-m", "cli", *words], stdout=file, stderr=file, check=False).returncode
 
 
 def run_all(sweep: Sweep, runner: Runner = start) -> None:
-    """Train and test every seed; what is finished is left alone, what was interrupted goes on.
+    """Train and test every seed; skip finished steps, and resume interrupted ones.
 
     Args:
-        sweep: what to run.
-        runner: runs the words of a command, with a log file, and returns the exit status.
+        sweep: configuration and seeds.
+        runner: function that runs a command with the given arguments and log file and returns its exit status.
 
     Raises:
-        FileNotFoundError: a configuration, or a file that it includes, does not exist.
-        ValueError: a folder was trained with other arguments or other configuration files.
-        ChildProcessError: a command failed; the log is named.
+        MissingFileError: a configuration, or a file that it includes, does not exist.
+        InputError: a folder was trained with other arguments or other configuration files.
+        FailedProcessError: a command failed; the message names its log.
     """
-    # A file of the test that is missing is better known now than after a training.
+    # Reads the files of both steps, so that a missing file of the test is reported before hours of training.
     for step in STEPS:
         sweep.signature(step, sweep.seeds[0])
     for seed in sweep.seeds:
@@ -113,28 +115,29 @@ def run_all(sweep: Sweep, runner: Runner = start) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for step in STEPS:
             _step(sweep, step, seed, folder, runner)
-    # The star is the shell's.
+    # The path is quoted for the shell, the star is not: the shell expands it.
     print(f"All seeds in one table: python cli.py compare {shlex.quote(str(sweep.folder))}/seed=*", flush=True)
 
 
 def _step(sweep: Sweep, step: str, seed: int, folder: Path, runner: Runner) -> None:
     path = folder / STATE
     state = read_json(path, dict) if path.exists() else {}
-    wanted, known = sweep.signature(step, seed), state.get(step, {})
-    same = known.get("signature") == wanted
-    if same and known.get("done"):
+    signature, earlier = sweep.signature(step, seed), state.get(step, {})
+    same = earlier.get("signature") == signature
+    if same and earlier.get("done"):
         print(f"{folder}: {step} is done already.", flush=True)
         return
-    if step == "fit" and known and not same:
+    # A changed test is simply run again; a changed training would mix two networks in one folder.
+    if step == "fit" and earlier and not same:
         raise InputError(
             f"{folder} was trained with other arguments or configuration files (see {path}); "
             "give the sweep another --run_dir, or remove that folder."
         )
-    state[step] = {"signature": wanted, "done": False}
+    state[step] = {"signature": signature, "done": False}
     write_atomically(path, json.dumps(state, indent=1).encode())
     log = folder / f"{step}.log"
     print(f"{folder}: {step} ... ({log})", flush=True)
-    # The files as they were named: the command puts the included ones in front of them itself.
+    # Only the named files are passed on, because the command itself inserts the included ones before them.
     if status := runner([*sweep.words(step, seed), *_checkpoint(step, folder)], log):
         raise FailedProcessError(f"{step} of {folder} ended with status {status}; its last lines are in {log}.")
     state[step]["done"] = True
@@ -150,16 +153,16 @@ def _checkpoint(step: str, folder: Path) -> list[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("--config", action="append", required=True, help="as of fit; may come several times")
+    parser.add_argument("--config", action="append", required=True, help="configuration of fit and test; repeatable")
     parser.add_argument("--fit_config", action="append", default=[], help="read by fit only, after --config")
-    parser.add_argument("--test_config", action="append", default=[], help="read by the test only, after --config")
+    parser.add_argument("--test_config", action="append", default=[], help="read by test only, after --config")
     parser.add_argument("--seeds", type=int, nargs="+", required=True, help="the papers used five: 38 39 40 41 42")
     parser.add_argument("--run_dir", type=Path, help="default runs/<name of the first --config>")
-    parser.add_argument("options", nargs="*", help="further words of fit and test, behind --")
+    parser.add_argument("options", nargs="*", help="further arguments of fit and test, after --")
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train and test every seed; as `run_all` for the raised errors."""
+    """Train and test every seed; errors as in `run_all`."""
     folder = options.run_dir or Path("runs") / experiment_name([Path(file) for file in options.config])
     files = tuple(options.config), tuple(options.fit_config), tuple(options.test_config)
     run_all(Sweep(*files, tuple(options.seeds), folder, tuple(options.options)))

@@ -1,4 +1,4 @@
-"""The papers' tables from run folders: our mean and standard deviation over seeds, the published number beside each."""
+"""`python cli.py table`: the papers' tables with our mean and standard deviation over seeds below each number."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from labn.results.reader import StageResults
 from labn.results.store import MANIFEST
 from labn.results.training_logs import log_files
 
-SUMMARY = "Print a table of the LABN papers from the runs, the published numbers above ours."
+SUMMARY = "Print tables of the papers with the published numbers and those of the runs."
 DETAILS = """\
-A cell of ours is: mean ± standard deviation over seeds [95 % interval over samples of the seeds' mean]. The runs
-are those of `cli.py sweep`, in RUNS/<experiment>/seed=*, or, where there is none, a single run in RUNS/<experiment>.
-`accuracy` is what the last test logged: that of the network on the whole split, however many samples were explained.
+A cell of a run is: mean ± standard deviation over seeds [95 % interval over samples of the seeds' mean]. The runs are
+those of `cli.py sweep` in RUNS/<experiment>/seed=* or, without any, a single run in RUNS/<experiment>. `accuracy` is
+the value of the last test on the whole split, however many samples were explained.
 """
 PUBLISHED = Path(__file__).with_name("published.yaml")
 VARIANTS = {"paper": "", **{name: f"@{name}" for name in ("official", "stable", "random", "threshold")}}
@@ -38,12 +38,12 @@ class Row:
     """A published row and the run that reproduces it.
 
     Attributes:
-        name: as printed in the paper, or of the method.
-        run: folder of the runs.
-        explainer: method scored there.
-        mean: one number per metric; empty for a method that the paper does not have.
-        sd: their standard deviations over runs, empty where none are printed.
-        config: configuration of the runs.
+        name: name as printed in the paper, or name of the method.
+        run: name of the experiment, which is that of the folder of its runs.
+        explainer: method scored in these runs.
+        mean: published numbers, one per metric; empty for a method that the paper does not have.
+        sd: published standard deviations over runs; empty if none are printed.
+        config: path of the configuration of the runs.
     """
 
     name: str
@@ -56,7 +56,13 @@ class Row:
 
 @dataclass(frozen=True)
 class PaperTable:
-    """A table of a paper: where it stands, its columns (names of metrics), its rows."""
+    """A table of a paper.
+
+    Attributes:
+        source: paper and number of the table.
+        metrics: names of the metrics in its columns.
+        rows: its rows.
+    """
 
     source: str
     metrics: tuple[str, ...]
@@ -92,8 +98,8 @@ class Runs:
     Attributes:
         folders: their run folders.
         scores: per run, (explainer, metric) -> sample name -> value.
-        accuracies: of the runs that logged theirs.
-        groups: sample name -> group, where samples are not independent.
+        accuracies: test accuracies, in [0, 1], of the runs that logged one.
+        groups: sample name -> group, for samples that are not independent; else empty.
     """
 
     folders: tuple[Path, ...]
@@ -103,16 +109,17 @@ class Runs:
 
     @classmethod
     def read(cls, folder: Path) -> Runs:
-        """The tested runs in `folder/seed=*`; without any `folder` itself if it has been tested, else none.
+        """The tested runs in `folder/seed=*`; without any, `folder` itself if it has been tested.
 
         Raises:
-            ValueError: the runs differ in data, settings or the arguments of a method.
+            InputError: the runs differ in data, settings or the arguments of a method.
         """
         seeds = tuple(run for run in sorted(folder.glob("seed=*")) if _tested(run))
-        # The folder of a sweep is also that of a single run with the same configuration, which is no further seed.
+        # A single run of the same configuration lies in the folder of the sweep; it may repeat one of the seeds, so
+        # that it does not count beside them.
         folders = seeds or tuple(run for run in [folder] if _tested(run))
         groups = [_groups(run) for run in folders]
-        check_comparable([_made(folder.name, run, found) for run, found in zip(folders, groups)])
+        check_comparable([_manifest_run(folder.name, run, own) for run, own in zip(folders, groups)])
         accuracies = tuple(value for run in folders for value in _accuracy(run))
         return cls(folders, tuple(map(_scores, folders)), accuracies, groups[0] if groups else {})
 
@@ -121,10 +128,10 @@ class Runs:
         return [s[explainer, metric] for s in self.scores if (explainer, metric) in s]
 
     def common(self, explainer: str, metric: str) -> list[str]:
-        """Names of the samples that all of these runs have: mean, deviation and interval are over them alone.
+        """Names of the samples with this value in all runs; mean, deviation and interval are over these samples.
 
         Raises:
-            ValueError: there is none.
+            InputError: the runs have no sample in common.
         """
         columns = self.columns(explainer, metric)
         names = sorted(set.intersection(*map(set, columns))) if columns else []
@@ -136,16 +143,16 @@ class Runs:
         return names
 
     def left_out(self, explainer: str, metric: str) -> int:
-        """Samples that some of these runs have and others lack."""
+        """Number of samples with this value in some but not all runs."""
         return len(set().union(*self.columns(explainer, metric))) - len(self.common(explainer, metric))
 
     def values(self, explainer: str, metric: str) -> list[float]:
-        """Mean over the common samples of every run that has the metric."""
+        """Per run with the metric, the mean over the common samples."""
         names = self.common(explainer, metric)
         return [mean(column[name] for name in names) for column in self.columns(explainer, metric)]
 
     def interval(self, explainer: str, metric: str) -> Interval:
-        """Mean over samples of each sample's mean over runs; its 95 % interval over samples, whole groups drawn."""
+        """Mean over samples of the means over runs, with its 95 % interval over samples or whole groups of samples."""
         columns, names = self.columns(explainer, metric), self.common(explainer, metric)
         groups = [self.groups[name] for name in names] if self.groups else None
         return bootstrap_mean([mean(column[name] for column in columns) for name in names], groups=groups)
@@ -163,7 +170,7 @@ def _scores(run: Path) -> Scores:
 
 
 def _accuracy(run: Path) -> list[float]:
-    """What the last test logged, in a list; none where nothing was."""
+    """The accuracy that the last test logged, as a list; empty if no test logged one."""
     column = f"test/{ACCURACY}"
     rows = itertools.chain.from_iterable(map(read_table, log_files(run, "test")))
     return [row.number(column, float) for row in rows if row.cells.get(column)][-1:]
@@ -174,18 +181,17 @@ def _groups(run: Path) -> dict[str, int]:
     return {row["name"]: row.number("group", int) for row in rows if "group" in row.cells}
 
 
-def _made(label: str, run: Path, groups: dict[str, int]) -> Run:
-    """What `check_comparable` must know of a run, without its scores and curves."""
+def _manifest_run(label: str, run: Path, groups: dict[str, int]) -> Run:
+    """A run with the fields that `check_comparable` reads, without scores and curves."""
     manifest = read_json(run / "test" / MANIFEST, dict)
-    found = dict(enumerate(groups.values())) or None
-    return Run(label, run, StageResults(run / "test", groups=found, manifest=manifest), {})
+    by_index = dict(enumerate(groups.values())) or None
+    return Run(label, run, StageResults(run / "test", groups=by_index, manifest=manifest), {})
 
 
 def ours(runs: Runs, explainer: str, metric: str) -> str:
-    """`mean ± sd [low, high]`: over seeds, then the interval over samples; a dash without such a score.
+    """A cell `mean ± sd [low, high]` with deviation over seeds and interval over samples; a dash without scores.
 
-    One sample, or one group, has no interval, nor has the accuracy: it is of the whole split, samples that were not
-    explained included.
+    There is no interval for one sample or one group, nor for the accuracy, which is known per run and not per sample.
     """
     values = runs.accuracies if metric == ACCURACY else runs.values(explainer, metric)
     if not values:
@@ -196,9 +202,9 @@ def ours(runs: Runs, explainer: str, metric: str) -> str:
     return f"{mean(values):.3f}{spread}{runs.interval(explainer, metric).bracketed}"
 
 
-def printed(row: Row, place: int) -> str:
-    """The published number of a row, with its standard deviation where there is one."""
-    return f"{row.mean[place]:.3f}" + (f" ± {row.sd[place]:.3f}" if row.sd else "")
+def printed(row: Row, column: int) -> str:
+    """The published number of a row in a column, with its standard deviation if there is one."""
+    return f"{row.mean[column]:.3f}" + (f" ± {row.sd[column]:.3f}" if row.sd else "")
 
 
 def markdown(
@@ -208,24 +214,24 @@ def markdown(
     metrics: Sequence[str] | None = None,
     everything: bool = False,
 ) -> str:
-    """The table as Markdown: per published row the paper's numbers, then ours in every protocol.
+    """The table as Markdown: per row the published numbers, then ours under every protocol.
 
     Args:
-        table: which.
-        folder: holds the run folders of all experiments.
-        protocols: names of VARIANTS.
-        metrics: columns; None takes the paper's. A column that the paper lacks has no published number.
-        everything: behind these, the other methods that the same runs scored.
+        table: the table.
+        folder: folder with the run folders of all experiments.
+        protocols: names of `VARIANTS`.
+        metrics: columns; None takes the paper's. A column that the paper lacks has no published numbers.
+        everything: whether methods of the same runs that the paper lacks are appended.
     """
     columns = list(metrics or table.metrics)
     lines = [f"| | | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     notes = []
     runs = {row.run: Runs.read(folder / row.run) for row in table.rows}
-    others = [row for name, found in runs.items() for row in _unpublished(table, name, found)] if everything else []
+    others = [row for name, tested in runs.items() for row in _unpublished(table, name, tested)] if everything else []
     for row in (*table.rows, *others):
         if row.mean:
-            places = [table.metrics.index(name) if name in table.metrics else None for name in columns]
-            cells = ["–" if place is None else printed(row, place) for place in places]
+            numbers = [table.metrics.index(name) if name in table.metrics else None for name in columns]
+            cells = ["–" if number is None else printed(row, number) for number in numbers]
             lines.append(f"| {row.name} | published | {' | '.join(cells)} |")
         for protocol in protocols:
             names = [name if name == ACCURACY else name + VARIANTS[protocol] for name in columns]
@@ -237,37 +243,41 @@ def markdown(
 
 
 def _unpublished(table: PaperTable, name: str, runs: Runs) -> list[Row]:
-    """Rows without numbers for the methods that the runs of an experiment scored and the paper does not have."""
+    """Rows without published numbers, for the methods of an experiment's runs that the paper does not have."""
     known = {row.explainer for row in table.rows if row.run == name}
     scored = dict.fromkeys(explainer for scores in runs.scores for explainer, _ in scores)
-    return [Row(f"`{explainer}` ({name})", name, explainer, (), ()) for explainer in scored if explainer not in known]
+    return [
+        Row(f"`{explainer}` ({name})", name, explainer, (), ()) for explainer in scored if explainer not in in_paper
+    ]
 
 
 def described(runs: Runs, row: Row, folder: Path) -> str:
-    """How many runs and samples stand behind a row, or how to make some."""
+    """Number of runs and samples of a row, or the command that makes the runs."""
     if not runs.folders:
         return f"not run; python cli.py sweep --config {row.config} --seeds 38 39 40 41 42 ({folder / row.run})"
     metrics = {metric for scores in runs.scores for explainer, metric in scores if explainer == row.explainer}
     samples = max((len(runs.common(row.explainer, metric)) for metric in metrics), default=0)
     missing = max((runs.left_out(row.explainer, metric) for metric in metrics), default=0)
-    lost = f" and up to {missing} left out, which not every run has" if missing else ""
+    lost = f" and up to {missing} left out because not every run has them" if missing else ""
     return f"{len(runs.folders)} run(s), {samples} scored samples{lost} ({folder / row.run}, {row.explainer})"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(published())}; default all of them")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder that holds the run folders")
-    parser.add_argument("--protocols", nargs="+", choices=list(VARIANTS), default=["paper", "official"])
-    parser.add_argument("--metrics", nargs="+", help="columns; default the paper's")
-    parser.add_argument("--all", action="store_true", help="also the methods that the paper does not have")
+    parser.add_argument("names", nargs="*", help=f"tables: {', '.join(published())} (default: all)")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder with the run folders (default: runs)")
+    parser.add_argument(
+        "--protocols", nargs="+", choices=list(VARIANTS), default=["paper", "official"], help="default: paper official"
+    )
+    parser.add_argument("--metrics", nargs="+", help="columns (default: those of the paper)")
+    parser.add_argument("--all", action="store_true", help="add the methods that the paper does not have")
 
 
 def run(options: argparse.Namespace) -> None:
     """Print the tables.
 
     Raises:
-        ValueError: there is no table of a name, or runs do not belong together.
+        InputError: a table does not exist, or the runs of an experiment are not comparable.
     """
     for name in options.names or published():
         if name not in published():

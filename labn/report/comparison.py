@@ -21,11 +21,17 @@ from labn.results.training_logs import read_training
 
 GRIDS = ("x", "insertion", "deletion")
 VERDICT = ("prediction", "target", "probability", "confidence")
-"""What a card says of one network."""
+"""Fields of a card that depend on the network."""
 
 
 def comparison_report(found: Comparison, title: str = "Comparison", max_bytes: int = 36_000_000) -> Report:
-    """Put together the page of a comparison; a picture of its gallery shows one network of every row."""
+    """The page of a comparison.
+
+    Args:
+        found: the merged runs.
+        title: title of the page.
+        max_bytes: maximum size of the gallery in bytes; every card shows the maps of one network per row.
+    """
     rows = list(dict.fromkeys(found.row_name(label, explainer) for label, explainer, _ in found.columns))
     present = [metric for _, _, metric in found.columns]
     values = list(dict.fromkeys([*(name for name in found.asked if name in present), *present]))
@@ -51,9 +57,9 @@ def comparison_report(found: Comparison, title: str = "Comparison", max_bytes: i
 
 
 def _configs(runs: Iterable[Run]) -> list[Path]:
-    """Resolved configurations of the run folders, without `fit.yaml` where all results there are of other weights."""
-    found = [p for run in runs for p in sorted(run.folder.glob("*.yaml")) if p.name != "fit.yaml" or not run.stale]
-    return list(dict.fromkeys(found))
+    """Resolved configurations of the run folders; `fit.yaml` only of runs whose results have its weights."""
+    paths = [p for run in runs for p in sorted(run.folder.glob("*.yaml")) if p.name != "fit.yaml" or not run.stale]
+    return list(dict.fromkeys(paths))
 
 
 def _named_run(run: Run) -> str:
@@ -65,22 +71,23 @@ def _named(run: Run) -> bool:
 
 
 def _notes(found: Comparison) -> list[str]:
+    """Caveats of all runs; one that all runs share appears once, without the name of a run."""
     each = [(_named_run(run), caveats(run.results)) for run in found.runs]
     shared = [note for note in each[0][1] if all(note in other for _, other in each)]
     notes = shared + [f"{name}: {note}" for name, own in each for note in own if note not in shared]
     notes += [
-        f"{_named_run(run)}: {run.results.folder} is of weights that no checkpoint of its run folder has; the training "
-        "there is not shown as its own."
+        f"{_named_run(run)}: the weights of {run.results.folder} are in no checkpoint of its run folder; the training "
+        "of that folder is not shown."
         for run in found.runs
         if run.stale
     ]
     notes += [f"{metric}: {n} samples that not every row has were left out." for metric, n in found.left_out.items()]
     if any(row.seeds > 1 for row in found.rows):
         over = "samples" if found.groups is None else "whole groups of samples"
-        notes.append(f"± is the standard deviation over seeds; intervals are over {over}, of the mean over seeds.")
+        notes.append(f"± is the standard deviation over seeds; intervals of the mean over seeds are over {over}.")
         notes.append(
-            "Gallery: maps and prediction of one seed of every row, the first that has the picture; scores are means "
-            "over seeds."
+            "Gallery: maps and prediction of every row are those of the first seed that has the picture; scores are "
+            "means over seeds."
         )
     return list(dict.fromkeys(notes))
 
@@ -109,9 +116,9 @@ def _paired(found: Comparison, rows: list[str]) -> list[Table]:
 
 
 def merged_curves(found: Comparison) -> dict[str, np.ndarray]:
-    """Arrays `<row>/<metric>/{x,insertion,deletion}` over the common samples: means over seeds, on one grid.
+    """Curves of the common samples: arrays `<row>/<metric>/{x,insertion,deletion}` (n, 101), means over seeds.
 
-    With groups also `<row>/<metric>/group`.
+    If samples have groups, there are also arrays `<row>/<metric>/group` (n,).
     """
     stacks: dict[str, list[np.ndarray]] = {}
     groups: dict[str, np.ndarray] = {}
@@ -119,44 +126,46 @@ def merged_curves(found: Comparison) -> dict[str, np.ndarray]:
         names = run.results.names
         for key in (k.removesuffix("/index") for k in run.results.curves if k.endswith("/index")):
             explainer, metric = key.rsplit("/", 1)
-            place = {names[i]: n for n, i in enumerate(run.results.curves[f"{key}/index"].tolist()) if i in names}
+            position = {names[i]: n for n, i in enumerate(run.results.curves[f"{key}/index"].tolist()) if i in names}
             common = found.columns.get((run.label, explainer, _value_of(metric)))
-            if common is None or not all(name in place for name in common):
+            if common is None or not all(name in position for name in common):
                 continue
-            chosen = [place[name] for name in common]
+            chosen = [position[name] for name in common]
             x, row = run.results.curves[f"{key}/x"][chosen], f"{found.row_name(run.label, explainer)}/{metric}"
             for line in GRIDS:
-                own = on_grid(x, x if line == "x" else run.results.curves[f"{key}/{line}"][chosen])
-                stacks.setdefault(f"{row}/{line}", []).append(own)
+                # Seeds may have steps at other abscissae, so that curves are interpolated before they are averaged.
+                curves = on_grid(x, x if line == "x" else run.results.curves[f"{key}/{line}"][chosen])
+                stacks.setdefault(f"{row}/{line}", []).append(curves)
             if (drawn := found.groups_of(common)) is not None:
                 groups[f"{row}/group"] = np.array(drawn)
     return {key: np.mean(stack, axis=0) for key, stack in stacks.items()} | groups
 
 
 def _value_of(metric: str) -> str:
-    """The value in the tables that a metric's name asks for: `pid1` is `id` there."""
+    """Name in the tables of the value that a metric's name stands for: `id` for `pid1`."""
     try:
         return next(iter(values_named(metric, metric_by_name(metric)).values()))
-    except ValueError:  # somebody's own, which is registered where it is run
+    except ValueError:  # a metric of the user, which is registered only where the run was made
         return metric
 
 
 def _one_folder_per_network(runs: Iterable[Run]) -> list[Run]:
-    """Runs without a second folder that scores the same curves of the same network again."""
+    """The runs without those whose curves an earlier folder of the same network has already given."""
     seen: set[tuple[str, str, str]] = set()
-    kept = []
+    distinct = []
     for run in runs:
         keys = {(run.label, run.checkpoint, name) for name in run.results.curves}
         if not keys & seen:
-            kept.append(run)
+            distinct.append(run)
         seen |= keys
-    return kept
+    return distinct
 
 
 def merged_cards(found: Comparison) -> list[Card]:
-    """Cards by sample name, each with the maps and the verdict of one network per label.
+    """One card per sample name with the maps of all rows.
 
-    That is the first one that has the sample; `verdicts` holds VERDICT of each, with its label as `network`.
+    Every label contributes the maps and the prediction of one network, the first with that sample. `verdicts` holds the
+    fields of `VERDICT` per label, with the label as `network`.
     """
     cards: dict[str, Card] = {}
     shown: dict[tuple[str, str], str] = {}
@@ -165,8 +174,9 @@ def merged_cards(found: Comparison) -> list[Card]:
             key = card["name"], run.label
             if shown.get(key, run.checkpoint) != run.checkpoint:
                 continue
-            own = {name: value for name, value in card.items() if name not in (*VERDICT, "steps", "fills")}
-            merged = cards.setdefault(card["name"], {**own, "maps": {}, "verdicts": []})
+            # Steps and fills are for the player, which a comparison does not have.
+            common = {name: value for name, value in card.items() if name not in (*VERDICT, "steps", "fills")}
+            merged = cards.setdefault(card["name"], {**common, "maps": {}, "verdicts": []})
             if key not in shown:
                 merged["verdicts"].append({"network": run.label} | {name: card[name] for name in VERDICT})
             shown[key] = run.checkpoint
@@ -186,6 +196,7 @@ def _scores(
 
 
 def _training(runs: Iterable[Run]) -> list:
+    """Training panels with one line per run folder, however many of its results folders are compared."""
     rows: dict[Path, dict[str, Run]] = {}
     for run in runs:
         if not run.stale:

@@ -1,4 +1,4 @@
-"""Mean insertion and deletion curves with their bands, from the curves of all samples."""
+"""Mean insertion and deletion curves with bootstrap bands, from the curves of all samples."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from labn.report.charts import Panel, Series
 
 GRID = np.linspace(0, 1, 101)
 PROBABILITY, UNIT = "probability", (0.0, 1.0)
-_BLOCK = 1 << 22  # counts of draws held at once
+_BLOCK = 1 << 22  # multinomial counts in memory at once, 32 MB
 
 
 def on_grid(x: np.ndarray, y: np.ndarray, scratch_dir: Path | None = None) -> np.ndarray:
-    """Curves (n, K) at abscissae (n, K), linearly between their points, at the 101 points of `GRID`: (n, 101).
+    """Curves interpolated linearly at the 101 points of `GRID`.
 
-    They lie on the disk of the folder `scratch_dir`, where one is given.
+    Args:
+        x: (n, K) abscissae in [0, 1], increasing.
+        y: (n, K) ordinates.
+        scratch_dir: folder for a memory-mapped result; None keeps it in memory.
+
+    Returns:
+        (n, 101) float64.
     """
     grid = temporary_memmap((len(x), len(GRID)), np.float64, scratch_dir)
     for rows in blocks(len(x)):
@@ -29,13 +35,13 @@ def on_grid(x: np.ndarray, y: np.ndarray, scratch_dir: Path | None = None) -> np
 def band(
     curves: np.ndarray, groups: np.ndarray | None = None, resamples: int = 1000, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean over samples and, point by point, its 95 % percentile bootstrap interval (Efron 1979).
+    """Mean over samples and its pointwise 95 % percentile bootstrap interval (Efron 1979).
 
     Args:
         curves: (n, P).
-        groups: (n,) integer; samples of one group are drawn together. None: every sample is one.
+        groups: (n,) integers; samples of one group are resampled together. None: every sample is its own group.
         resamples: number of resamples.
-        seed: of the generator; equal input gives equal digits.
+        seed: seed of the generator; equal input gives equal digits.
 
     Returns:
         Mean, lower and upper bound, each (P,).
@@ -47,30 +53,36 @@ Band = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def bands(tables: Sequence[tuple[np.ndarray, np.ndarray | None]], resamples: int = 1000, seed: int = 0) -> list[Band]:
-    """`band` of many tables of curves; those of as many samples (or groups) share their draws, _BLOCK held at once."""
+    """`band` of many tables of curves (n, P) with their groups (n,) or None.
+
+    Tables with the same number of groups share the drawn resamples.
+    """
     clustered = [_clustered(curves, groups) for curves, groups in tables]
     drawn_means = [np.empty((resamples, curves.shape[1])) for curves, _ in tables]
     for count in {len(sizes) for _, sizes in clustered}:
+        # A generator per number of groups, so that a band does not depend on the other tables.
         generator, block = np.random.default_rng(seed), max(1, _BLOCK // count)
-        same = [place for place, (_, sizes) in enumerate(clustered) if len(sizes) == count]
+        same = [number for number, (_, sizes) in enumerate(clustered) if len(sizes) == count]
         for start in range(0, resamples, block):
             rows = slice(start, min(start + block, resamples))
+            # How often each group is drawn suffices: the means of all resamples are then one matrix product.
             drawn = generator.multinomial(count, np.full(count, 1 / count), rows.stop - rows.start).astype(float)
-            for place in same:
-                sums, sizes = clustered[place]
-                drawn_means[place][rows] = drawn @ sums / (drawn @ sizes)[:, None]
+            for number in same:
+                sums, sizes = clustered[number]
+                # Divided by the number of drawn samples, not groups: groups have different sizes.
+                drawn_means[number][rows] = drawn @ sums / (drawn @ sizes)[:, None]
     bounds = [np.percentile(means, [2.5, 97.5], axis=0) for means in drawn_means]
     return [(np.asarray(curves.mean(0)), low, high) for (curves, _), (low, high) in zip(tables, bounds)]
 
 
 def _clustered(curves: np.ndarray, groups: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Sums (G, P) of the curves of each group, and its size (G,)."""
+    """Per group, the sum of its curves (G, P) and its number of samples (G,)."""
     if groups is None:
         return curves, np.ones(len(curves))
-    _, place, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    _, number, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     sums = np.zeros((len(sizes), curves.shape[1]))
     for rows in blocks(len(curves)):
-        np.add.at(sums, place[rows], curves[rows])
+        np.add.at(sums, number[rows], curves[rows])
     return sums, sizes.astype(float)
 
 
@@ -81,15 +93,15 @@ def curve_panels(
     scratch_dir: Path | None = None,
     quantity: str = PROBABILITY,
 ) -> list[Panel]:
-    """An insertion and a deletion panel of one metric, one line per explainer.
+    """An insertion and a deletion panel of one metric, with one line per explainer.
 
     Args:
-        curves: arrays `<explainer>/<metric>/{x,insertion,deletion}`, as in `curves.npz`, and `.../group` (n,) where
-            samples of a group are drawn together.
-        explainers: in the order of the table, which also fixes their colours.
-        metric: its name.
-        scratch_dir: a folder on whose disk intermediate results lie; None: in memory.
-        quantity: what the curves hold, see `StageResults.quantity`; all but probabilities have the range of the data.
+        curves: arrays `<explainer>/<metric>/{x,insertion,deletion}`, as in `curves.npz`, and `.../group` (n,) if whole
+            groups of samples are resampled.
+        explainers: names in the order of the table, which determines the colours.
+        metric: name of the metric.
+        scratch_dir: folder for memory-mapped intermediate arrays; None keeps them in memory.
+        quantity: quantity of the curves, see `StageResults.quantity`; the y axis of probabilities is [0, 1].
     """
     y_range = UNIT if quantity == PROBABILITY else None
     lines = ("insertion", "deletion")
@@ -99,14 +111,14 @@ def curve_panels(
         for line in lines
         for key in keys.values()
     ]
-    found = iter(bands(grids))
+    all_bands = iter(bands(grids))
     panels = []
     for line in lines:
-        series = tuple(Series(name, explainers.index(name), GRID, *next(found)) for name in keys)
+        series = tuple(Series(name, explainers.index(name), GRID, *next(all_bands)) for name in keys)
         panels.append(Panel(f"{metric}: {line}", "fraction of patches", quantity, series, y_range))
     return panels
 
 
 def curve_metrics(curves: Mapping[str, np.ndarray]) -> list[str]:
-    """Metrics that have curves, in the order of the file."""
+    """Names of the metrics with curves, in the order of the file."""
     return list(dict.fromkeys(name.split("/")[-2] for name in curves if name.endswith("/x")))

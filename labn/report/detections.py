@@ -1,4 +1,4 @@
-"""The report of a detector's explanations: one card per detection, its columns the questions asked."""
+"""The report of a detector's explanations: one card per detection, one map per explained output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from labn.report.page import Cell, Report, Table, thin
 from labn.results.reader import Card
 
 JUDGED = ("prediction", "target", "confidence")
-"""What a picture's card says beside the class and its score, and a detection's does not: whether it is right."""
+"""Fields of a card that say whether a prediction is correct; cards of detections do not have them."""
 
 
 def detection_card(
@@ -22,10 +22,10 @@ def detection_card(
 
     Args:
         image: (H, W, 3) or (H, W) in [0, 1].
-        row: of `detections.csv`.
-        label: class channel.
-        maps: question -> (H, W) signed relevance.
-        side: pixels of the picture's longer side.
+        row: a row of `detections.csv`.
+        label: class channel, 0 for the background.
+        maps: explained output -> (H, W) signed relevance.
+        side: longer side of picture and maps in pixels.
     """
     picture = Picture(
         index=row["index"],
@@ -54,13 +54,13 @@ def detection_report(
     """The page of one stage.
 
     Args:
-        title: of the page.
-        cards: one per detection; thinned out evenly to `max_bytes`.
-        summary: rows of `detection_summary.csv`, none where nothing was scored.
-        tasks: the questions, in order.
-        class_names: of all channels, the background first.
-        facts: logged figures, such as the average precision.
-        max_bytes: limit of the gallery.
+        title: title of the page.
+        cards: one per detection; evenly spaced ones are kept so that they take at most `max_bytes`.
+        summary: rows of `detection_summary.csv`; empty without scores.
+        tasks: names of the explained outputs, in order.
+        class_names: names of all channels, the background first.
+        facts: logged metrics, such as the average precision.
+        max_bytes: maximum size of the gallery in bytes.
     """
     caption = "Mean over detections; 95 % interval from resampled images"
     cells = {(r["explainer"], r["metric"]): Cell(r["mean"], r["ci_low"], r["ci_high"], r["n"]) for r in summary}

@@ -1,4 +1,4 @@
-"""Figures of maps and detections; nothing is written here, figures are returned."""
+"""Figures of maps, curves and detections, as matplotlib figures that the caller saves."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from labn.report.charts import Panel
 
 PER_ROW = 8
+"""Maximum number of axes in a row of a figure."""
 
-OUTLIERS = 0.005  # share of the pixels
+OUTLIERS = 0.005
+"""Share of the pixels of a signed map, those with the largest absolute values, that its colour scale ignores."""
 
 
 def displayable(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
@@ -29,10 +31,10 @@ def displayable(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> n
 
 
 def color_scale(heat: np.ndarray) -> tuple[float, float, str]:
-    """Limits and colour map: symmetric red-blue for signed maps, from the minimum upwards for the others.
+    """Lower limit, upper limit and colour map for a map: symmetric red-blue if it has negative values, else inferno.
 
-    The limits of a signed map leave its `OUTLIERS` largest absolute values out: a gradient has a few pixels that would
-    make all others look like zero.
+    The limits of a signed map ignore the share `OUTLIERS` of its largest absolute values: gradients have a few pixels
+    so large that all others would look like zero.
     """
     low, high = float(heat.min()), float(heat.max())
     if low < 0:
@@ -42,9 +44,9 @@ def color_scale(heat: np.ndarray) -> tuple[float, float, str]:
 
 
 def tick_format(low: float, high: float) -> str:
-    """Format of ticks between two different limits: whole, and with as many digits as it takes to tell them apart.
+    """Format string for ticks, with enough digits to distinguish values between two different limits.
 
-    A common offset of a nearly flat map, written beside the bar, would push it away.
+    Matplotlib's own format writes a common offset beside the bar of a nearly flat map, which takes space from the axes.
     """
     digits = 2 + math.ceil(math.log10(max(abs(low), abs(high)) / (high - low)))
     return f"%.{min(max(digits, 3), 9)}g"  # float32 has no more
@@ -53,15 +55,15 @@ def tick_format(low: float, high: float) -> str:
 def overlay_figure(
     image: np.ndarray, maps: dict[str, np.ndarray], mask: np.ndarray | None = None, title: str = ""
 ) -> Figure:
-    """The picture (ground-truth outline in green), then every map over the greyed picture, with colour bars.
+    """The picture, and every map over the grey picture with a colour bar; up to `PER_ROW` axes per row.
 
-    One row holds up to `PER_ROW` of them.
+    The outline of the ground truth is green.
 
     Args:
         image: (H, W, 3) or (H, W) in [0, 1].
         maps: method -> (H, W), in their own units.
-        mask: (H, W) bool, where it is known.
-        title: of the whole figure.
+        mask: (H, W) bool ground truth, or None.
+        title: title of the figure.
     """
     rows = -(-(len(maps) + 1) // PER_ROW)
     columns = -(-(len(maps) + 1) // rows)
@@ -79,6 +81,7 @@ def overlay_figure(
         shown = axis.imshow(heat, cmap=colors, vmin=low, vmax=high, alpha=0.6)
         bar = figure.colorbar(shown, ax=axis, fraction=0.046, pad=0.02, format=tick_format(low, high))
         bar.ax.tick_params(labelsize=6)
+        # parse_math: a name with two dollar signs would be read as a formula.
         axis.set_title(name, fontsize=9, parse_math=False)
     for axis in axes:
         axis.set_axis_off()
@@ -89,7 +92,7 @@ def overlay_figure(
 
 
 def panels_figure(panels: Sequence[Panel]) -> Figure:
-    """Charts of the report as one figure, a panel beside the other, with bands and one legend."""
+    """Panels of the report side by side in one figure, with bands and one legend."""
     figure = Figure(figsize=(4.2 * len(panels), 3.2), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, panel in zip(axes, panels):
@@ -104,12 +107,12 @@ def panels_figure(panels: Sequence[Panel]) -> Figure:
 
 @dataclass(frozen=True)
 class DetectionRow:
-    """One detection as it is drawn.
+    """One detection in `detection_figure`.
 
     Attributes:
-        title: what it is, such as class, score and source layer.
+        title: class, score and source layer, for example.
         box: x1, y1, x2, y2 in pixels.
-        maps: question -> (H, W) signed relevance.
+        maps: explained output -> (H, W) signed relevance.
     """
 
     title: str
@@ -118,15 +121,15 @@ class DetectionRow:
 
 
 def detection_figure(image: np.ndarray, rows: Sequence[DetectionRow], title: str = "") -> Figure:
-    """One row per detection: the picture with its box, then every map, red supporting and blue contradicting.
+    """One row per detection: the picture with its box, then every map; red supports and blue contradicts.
 
-    Each map has its own symmetric scale, +- its largest absolute value, because relevance of different questions is
-    not comparable.
+    Each map has its own symmetric scale, +- its largest absolute value, because relevance of different outputs is not
+    comparable.
 
     Args:
         image: (H, W, 3) or (H, W) in [0, 1].
-        rows: the detections; none gives the bare picture.
-        title: of the whole figure.
+        rows: the detections; an empty sequence gives the bare picture.
+        title: title of the figure.
     """
     columns = 1 + max((len(row.maps) for row in rows), default=0)
     figure = Figure(figsize=(2.2 * columns, 2.4 * max(len(rows), 1) + 0.3), layout="constrained")
@@ -151,5 +154,5 @@ def detection_figure(image: np.ndarray, rows: Sequence[DetectionRow], title: str
 
 
 def _visibility(heat: np.ndarray) -> np.ndarray:
-    """Opacity in [0, 0.9]: the picture shows through where there is no relevance."""
+    """Opacity in [0, 0.9] of each pixel of a map in [-1, 1]; the picture is visible where relevance is small."""
     return 0.9 * np.clip(np.abs(heat) * 4, 0, 1)

@@ -1,4 +1,4 @@
-"""From the data of a report to one HTML file; its template, style and script come from `assets/`."""
+"""Render the data of a report as one HTML file; template, style and scripts are in `assets/`."""
 
 from __future__ import annotations
 
@@ -27,9 +27,14 @@ COLORS = ("RdBu_r", "inferno")
 
 @dataclass(frozen=True)
 class Cell:
-    """A number of a table: its mean, interval and number of samples; `spread` is over seeds, where there are any.
+    """A cell of a table.
 
-    Bounds are NaN where there is no interval: of one sample, or one group, nothing can be drawn.
+    Attributes:
+        mean: the mean.
+        low: lower bound of the 95 % interval; NaN for one sample or one group, which cannot be resampled.
+        high: upper bound of the interval.
+        n: number of samples.
+        spread: standard deviation over seeds; None for one seed.
     """
 
     mean: float
@@ -45,13 +50,13 @@ class Cell:
 
     @property
     def decided(self) -> bool:
-        """Whether there is an interval, and it leaves out 0."""
+        """Whether there is an interval that excludes 0."""
         return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells: `rows[name][column]`, with None where there is no value."""
+    """A table of the page: `rows[name]` holds one cell per column, None for a missing value."""
 
     caption: str
     columns: tuple[str, ...]
@@ -63,22 +68,22 @@ class Report:
     """Everything that a page shows.
 
     Attributes:
-        title: of the page.
-        facts: short statements under the title, (name, value).
+        title: title of the page.
+        facts: (name, value) of metrics of the model, shown under the title.
         caveats: sentences that must be read with the numbers.
-        summary: means per row and value.
-        summary_more: the values that the first table leaves out.
-        paired: differences, one table per value.
+        summary: means per row and requested value.
+        summary_more: means of all other values.
+        paired: differences between rows, one table per value.
         curves: metric -> its panels.
         training: panels of the training.
         training_more: panels of the maps' scores while training.
         cards: records of the gallery.
-        columns: explainers, in the order of the tables.
-        metrics: values by which the gallery sorts.
-        scores: sample name -> explainer -> values in the order of `metrics` (None: no value).
+        columns: names of the explainers, in the order of the tables.
+        metrics: names of the values by which the gallery can be sorted.
+        scores: sample name -> explainer -> values in the order of `metrics` (None for a missing value).
         class_names: one per class.
-        player: metric that the player steps through, and its numbers; None: no player.
-        made_with: (group, (name, value) pairs): hashes, versions, arguments.
+        player: metric of the player with patch size, fills and scale of its chart; None: no player.
+        made_with: (group, (name, value) pairs) of hashes, versions and arguments.
         configs: (file name, text) of resolved configurations.
     """
 
@@ -102,10 +107,10 @@ class Report:
 
 
 def render(report: Report) -> str:
-    """The page as text.
+    """The page as HTML text.
 
-    It needs no server, makes no request (a content security policy forbids all), and runs its own script only:
-    script and style are allowed by their hash, so that no name of a file or class can become either.
+    The page needs no server and makes no requests; a content security policy forbids them. The policy allows script and
+    style by their hash alone, so that no file or class name can inject either.
     """
     script = "\n".join(_asset(name) for name in SCRIPTS)
     script = f'(() => {{\n"use strict";\n{script}\n}})();\n'
@@ -126,13 +131,13 @@ def render(report: Report) -> str:
 
 
 def embed(data: Any) -> str:
-    """JSON that can stand inside a `<script>` element, whatever the texts in it hold."""
+    """JSON that is safe inside a `<script>` element, whatever its strings contain."""
     text = json.dumps(data, separators=(",", ":"), ensure_ascii=True)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def thin(cards: Sequence[Card], budget: int) -> list[Card]:
-    """Those cards, evenly spaced, whose JSON takes at most `budget` bytes together."""
+    """The largest number of evenly spaced cards whose JSON takes at most `budget` bytes together."""
     sizes = np.array([len(embed(card)) for card in cards])
     for count in range(len(cards), 0, -1):
         chosen = np.unique(np.linspace(0, len(cards) - 1, count).round().astype(int))
@@ -171,7 +176,7 @@ def _environment() -> jinja2.Environment:
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
+        undefined=jinja2.StrictUndefined,  # a misspelt field of the template raises instead of printing nothing
     )
     environment.filters["signed"] = lambda value: f"{value:+.3f}"
     environment.filters["three"] = lambda value: f"{value:.3f}"

@@ -20,20 +20,20 @@ from labn.results.training_logs import read_training
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What the folder itself does not hold.
+    """Content of a report that is not in the results folder.
 
     Attributes:
-        title: of the page.
-        run_dir: folder with logs and resolved configurations.
+        title: title of the page.
+        run_dir: run folder with logs and resolved configurations.
         class_names: one per class.
-        split_size: samples of the whole split.
-        figures: logged figures of this stage, such as accuracy.
-        notes: what the data module left out, and why.
-        player: metric that the player steps through, with its patch and image size; None: no player.
-        max_bytes: limit of the gallery.
-        epoch: the training is shown up to the end of the one before, so that the page of a validation is the same
-            whatever an attempt that was killed had logged after it; None: all of it.
-        command: that makes the page.
+        split_size: number of samples of the whole split.
+        figures: logged metrics of the model in this stage, such as accuracy.
+        notes: sentences of the data module about samples that it left out.
+        player: metric of the player with its patch size and image size; None: no player.
+        max_bytes: maximum size of the gallery in bytes.
+        epoch: training curves end before this epoch, so that the page of a validation does not depend on what a killed
+            attempt has logged afterwards; None shows all epochs.
+        command: the command that writes the page.
     """
 
     title: str
@@ -49,12 +49,12 @@ class RunInfo:
 
     @property
     def configs(self) -> list[Path]:
-        """Resolved configurations of the training and of the command, whatever other commands have left."""
+        """Paths of the resolved configurations of the training and of the current command."""
         return [self.run_dir / f"{name}.yaml" for name in dict.fromkeys(("fit", self.command))]
 
 
 def run_report(results: StageResults, info: RunInfo) -> Report:
-    """Put together the report of a results folder."""
+    """The report of a results folder."""
     charted = {
         metric: curve_panels(results.curves, results.explainers, metric, results.scratch_dir, results.quantity)
         for metric in curve_metrics(results.curves)
@@ -62,12 +62,13 @@ def run_report(results: StageResults, info: RunInfo) -> Report:
     training = read_training(info.run_dir, info.epoch)
     plain = {name: values for name, values in training.items() if name.count("/") == 1}
     cards = with_curves(results, info.player)
-    kept = thin(cards, info.max_bytes)
-    kept, player = shared_fills(kept, info.player)
-    player = None if player is None else player | player_scale(kept, results.quantity)
+    gallery, player = shared_fills(thin(cards, info.max_bytes), info.player)
+    player = None if player is None else player | player_scale(gallery, results.quantity)
     notes = [*caveats(results, info.split_size), *info.notes]
-    if len(kept) < len(cards):
-        notes.append(f"The gallery shows {len(kept)} of {len(cards)} pictures, evenly spaced, to keep the file small.")
+    if len(gallery) < len(cards):
+        notes.append(
+            f"The gallery shows {len(gallery)} of {len(cards)} pictures, evenly spaced, to limit the size of the file."
+        )
     return Report(
         title=info.title,
         facts=[(name, f"{value:.4g}") for name, value in info.figures.items()],
@@ -78,10 +79,10 @@ def run_report(results: StageResults, info: RunInfo) -> Report:
         curves=charted,
         training=training_panels(plain),
         training_more=training_panels({name: v for name, v in training.items() if name not in plain}),
-        cards=kept,
+        cards=gallery,
         columns=results.explainers,
         metrics=gallery_metrics(results),
-        scores=sample_scores(results, kept),
+        scores=sample_scores(results, gallery),
         class_names=info.class_names,
         player=player,
         made_with=made_with(results.manifest),
@@ -90,7 +91,7 @@ def run_report(results: StageResults, info: RunInfo) -> Report:
 
 
 def summary_of(results: StageResults, columns: list[str], caption: str) -> Table | None:
-    """`summary.csv` as a table; None where it has none of the columns."""
+    """`summary.csv` as a table; None if it has no value in these columns."""
     cells = {(row["explainer"], row["metric"]): cell_of(row, "mean") for row in results.summary}
     rows = {e: [cells.get((e, column)) for column in columns] for e in results.explainers}
     return Table(caption, tuple(columns), rows) if any(any(row) for row in rows.values()) else None
@@ -106,6 +107,7 @@ def paired_of(results: StageResults, metrics: list[str]) -> list[Table]:
             if row["metric"] == metric:
                 cell = cell_of(row, "difference")
                 cells[row["explainer_a"], row["explainer_b"]] = cell
+                # The file holds each pair once; the other direction has the opposite sign and exchanged bounds.
                 cells[row["explainer_b"], row["explainer_a"]] = Cell(-cell.mean, -cell.high, -cell.low, cell.n)
         if cells:
             tables.append(Table(metric, tuple(names), {a: [cells.get((a, b)) for b in names] for a in names}))
@@ -113,17 +115,17 @@ def paired_of(results: StageResults, metrics: list[str]) -> list[Table]:
 
 
 def cell_of(row: dict[str, str], mean: str) -> Cell:
-    """A cell from a row of a table, whose mean stands in the column of this name."""
+    """A cell from a row of `summary.csv` or `paired.csv`; `mean` is the name of the column with the mean."""
     return Cell(float(row[mean]), float(row["ci_low"]), float(row["ci_high"]), int(row["n"]))
 
 
 def gallery_metrics(results: StageResults) -> list[str]:
-    """All values, those that were asked for by name first: the first one stands under every map of the gallery."""
+    """Names of all values, requested ones first; the first one is shown under every map of the gallery."""
     return list(dict.fromkeys([*results.headline, *results.value_names]))
 
 
 def sample_scores(results: StageResults, cards: list[Card]) -> dict[str, dict[str, list[float | None]]]:
-    """Per sample name and explainer the values of all metrics, exactly as in `scores.csv`."""
+    """Sample name -> explainer -> values of all metrics, exactly as in `scores.csv`."""
     return {
         card["name"]: {
             explainer: [results.scores.get((explainer, m), {}).get(card["index"]) for m in gallery_metrics(results)]
@@ -134,7 +136,7 @@ def sample_scores(results: StageResults, cards: list[Card]) -> dict[str, dict[st
 
 
 def with_curves(results: StageResults, player: dict[str, Any] | None) -> list[Card]:
-    """The cards, each with its curves of the player's metric per explainer, rounded to four decimals."""
+    """The cards with the curves of the player's metric per explainer, rounded to four decimals to save space."""
     if player is None:
         return results.cards
     found: dict[int, dict[str, Any]] = {}
@@ -153,7 +155,10 @@ def with_curves(results: StageResults, player: dict[str, Any] | None) -> list[Ca
 
 
 def shared_fills(cards: list[Card], player: dict[str, Any] | None) -> tuple[list[Card], dict[str, Any] | None]:
-    """The cards with numbers in place of their fills, and the player with the fills, each once; None without curves."""
+    """The cards with fills replaced by numbers, and the player with the list of fills, each once.
+
+    The player is None if no card has curves.
+    """
     if player is None or not any("curves" in card for card in cards):
         return cards, None
     fills = list(dict.fromkeys(fill for card in cards for fill in card.get("fills", [])))
@@ -162,7 +167,7 @@ def shared_fills(cards: list[Card], player: dict[str, Any] | None) -> tuple[list
 
 
 def player_scale(cards: list[Card], quantity: str) -> dict[str, Any]:
-    """The y axis of the player's chart, one for all pictures: `quantity`, `limits` and `ticks`."""
+    """`quantity`, `limits` and `ticks` of the y axis of the player's chart, the same for all pictures."""
     curves = [curve for card in cards for curve in card.get("curves", {}).values()]
     values = [value for curve in curves for line in ("insertion", "deletion") for value in curve[line]]
     limits = UNIT if quantity == PROBABILITY else span(values)

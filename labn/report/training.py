@@ -11,12 +11,16 @@ from labn.results.training_logs import ELSEWHERE, STAGES
 
 
 def training_panels(values: Mapping[str, Mapping[int, float]]) -> list[Panel]:
-    """One panel per quantity; a line keeps its colour in all of them (`train`, `val`, `val/<explainer>`).
+    """One panel per quantity; a line (`train`, `val`, `val/<explainer>`) has the same colour in all panels.
 
-    What is logged under another group, such as `gate/train_open`, shares the panel of that group.
+    Values of another group, such as `gate/train_open`, share the panel of that group.
+
+    Args:
+        values: logged name -> epoch -> value.
     """
     panels: dict[str, list[Series]] = {}
     places: dict[str, int] = {}
+    # Sorted by the components of the names, so that colours do not depend on the order of logging.
     for name, epochs in sorted(values.items(), key=lambda item: item[0].split("/")):
         group, *middle, quantity = name.split("/")
         if group in ELSEWHERE:

@@ -21,7 +21,7 @@ def test_doctor_ends_well_without_data(monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "FAIL" not in printed
     assert "note LABN_DATA" in printed
-    assert "self-test: explained and scored two pictures" in printed
+    assert "self-test: explained and scored two images" in printed
     assert not (tmp_path / "a").exists()
 
 

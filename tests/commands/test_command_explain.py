@@ -136,7 +136,7 @@ def test_pictures_are_prepared_as_the_data_module_does(pictures, tmp_path):
         (["--model=resnet18", "--weights=CKPT", "--method=lrp"], "CKPT is of another architecture"),
         (["--ckpt=CKPT", "--method=random", "--target=cat"], "number or a class name .healthy, lesions"),
         (["--ckpt=CKPT", "--method=random", "--target=7"], "--target is class 7; the network has 2 classes"),
-        (["--ckpt=CKPT", "--method=-crp"], "-crp explains detectors, which `cli.py test` does with callbacks.Det"),
+        (["--ckpt=CKPT", "--method=-crp"], "-crp explains detectors; use `cli.py test` with callbacks.Det"),
         (["--ckpt=nowhere.ckpt", "--method=random"], "nowhere.ckpt does not exist"),
     ],
 )

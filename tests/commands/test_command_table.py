@@ -119,7 +119,7 @@ def test_mean_and_interval_are_over_the_samples_that_all_seeds_have(tmp_path):
     write_run(tmp_path / "labn" / "seed=39", {("labn", "id"): [0.3, 0.5]})
     lines = markdown(TABLE, tmp_path, ["paper"]).splitlines()
     assert lines[5] == "| | ours, paper | 0.300 ± 0.141 [0.200, 0.400] | – |"
-    assert "LABN: 2 run(s), 2 scored samples and up to 2 left out, which not every run has" in lines[-1]
+    assert "LABN: 2 run(s), 2 scored samples and up to 2 left out because not every run has them" in lines[-1]
 
 
 def test_runs_without_a_common_sample_are_named(tmp_path):

@@ -145,7 +145,7 @@ def test_results_of_an_earlier_training_are_not_taken_for_those_of_the_present_o
         runs = open_runs(words)
     assert [run.label for run in runs] == ["seed1", "seed2"]
     report = comparison_report(compare_runs(runs))
-    assert any("seed2/test is of weights that no checkpoint of its run folder has" in note for note in report.caveats)
+    assert any("seed2/test are in no checkpoint of its run folder" in note for note in report.caveats)
     lines = {series.name for panel in report.training for series in panel.series}
     assert lines == {"train/seed1 (seed1)", "val/seed1 (seed1)"}
     assert [name for name, _ in report.configs] == [f"{words[0]}/fit.yaml"]
