@@ -246,9 +246,7 @@ def _unpublished(table: PaperTable, name: str, runs: Runs) -> list[Row]:
     """Rows without published numbers, for the methods of an experiment's runs that the paper does not have."""
     known = {row.explainer for row in table.rows if row.run == name}
     scored = dict.fromkeys(explainer for scores in runs.scores for explainer, _ in scores)
-    return [
-        Row(f"`{explainer}` ({name})", name, explainer, (), ()) for explainer in scored if explainer not in in_paper
-    ]
+    return [Row(f"`{explainer}` ({name})", name, explainer, (), ()) for explainer in scored if explainer not in known]
 
 
 def described(runs: Runs, row: Row, folder: Path) -> str:
