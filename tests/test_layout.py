@@ -43,7 +43,7 @@ def test_callbacks_and_data_modules_do_not_import_the_command_line(folder):
         assert "cli" not in imported(path)
 
 
-def test_nothing_calls_backward():
+def test_no_module_calls_backward():
     files = [*LIBRARY, *(ROOT / "callbacks").rglob("*.py")]
     assert [str(path.relative_to(ROOT)) for path in files if "backward" in calls(path)] == []
 
@@ -81,7 +81,7 @@ def test_every_folder_is_a_room():
 
 
 @pytest.mark.parametrize("name", MODULES)
-def test_no_arrow_runs_up(name):
+def test_a_room_imports_only_from_rooms_before_it(name):
     above = ROOMS[ROOMS.index(room_of(name)) + 1 :]
     assert [other for other in GRAPH[name] if room_of(other) in above] == []
 

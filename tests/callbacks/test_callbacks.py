@@ -70,7 +70,7 @@ def rows(folder, name="scores.csv"):
         return list(csv.DictReader(file))
 
 
-def test_classes_to_explain():
+def test_each_target_rule_chooses_its_classes():
     labels, odds = torch.tensor([2, 0]), torch.tensor([[0.5, 0.2, 0.3], [0.1, 0.6, 0.3]])
     expected = {"label": [2, 0], "prediction": [0, 1], "top1": [0, 1], "top2": [2, 2], "top3": [1, 0], "1": [1, 1]}
     for target, classes in expected.items():
@@ -80,7 +80,7 @@ def test_classes_to_explain():
             chosen_classes(target, labels, odds)
 
 
-def test_a_given_class_is_explained(tmp_path):
+def test_a_class_index_as_target_is_explained(tmp_path):
     explain = ExplanationCallback({"gradcam": None}, target=1)
     score = EvaluationCallback(["sparseness"], baselines=False)
     trainer(tmp_path, explain, score).test(network(), data(), verbose=False)
@@ -113,7 +113,7 @@ def test_every_sample_is_explained_once_and_scored_by_every_metric(tmp_path):
     assert np.allclose(values, area, atol=1e-6)
 
 
-def test_summary_agrees_with_scores(tmp_path):
+def test_summary_csv_holds_the_means_of_scores_csv(tmp_path):
     callback = EvaluationCallback(["pid16"], explainers={"random": None, "constant": None}, metric_options={"step": 3})
     trainer(tmp_path, callback).test(network(), data(), verbose=False)
     found = rows(tmp_path / "test")
@@ -139,7 +139,7 @@ def test_predictions_do_not_depend_on_the_precision_of_scoring(tmp_path):
     assert found[0][1] != found[1][1]
 
 
-def test_positives_only_leaves_no_row_of_a_negative(tmp_path):
+def test_positives_only_scores_no_negative_sample(tmp_path):
     callback = EvaluationCallback(
         ["pid16", "mass"], explainers={"random": None}, positives_only=True, metric_options={"step": 3}
     )
@@ -147,7 +147,7 @@ def test_positives_only_leaves_no_row_of_a_negative(tmp_path):
     assert {r["label"] for r in rows(tmp_path / "test") if r["metric"] == "pid16"} == {"1"}
 
 
-def test_classes_can_be_named_whose_samples_are_scored(tmp_path):
+def test_positives_only_as_a_list_scores_those_classes(tmp_path):
     options = {"metric_options": {"step": 3}, "baselines": False}
     cases = [([0], [0]), ([0, 1], [0, 1]), (True, [1]), (False, None)]
     for given, classes in cases:
@@ -163,7 +163,7 @@ def test_classes_can_be_named_whose_samples_are_scored(tmp_path):
         trainer(tmp_path / "unknown", callback).test(network(), data(), verbose=False)
 
 
-def test_correct_only_scores_what_the_predictions_file_calls_right(tmp_path):
+def test_correct_only_scores_the_correct_samples_of_predictions_csv(tmp_path):
     options = {"metric_options": {"step": 3, "correct_only": True}, "precision": "bf16"}
     callback = EvaluationCallback(["pid16", "mass"], explainers={"random": None}, **options)
     trainer(tmp_path, callback).test(network(), data(), verbose=False)
@@ -177,7 +177,7 @@ def test_correct_only_scores_what_the_predictions_file_calls_right(tmp_path):
         assert {str(i) for i in curves[key]} == right
 
 
-def test_positives_only_means_the_positive_classes_of_the_data(tmp_path):
+def test_positives_only_uses_the_positive_classes_of_the_data(tmp_path):
     callback = EvaluationCallback(["pid16"], explainers={"random": None}, positives_only=True)
     healthy = data()
     healthy.positive_classes = (0,)
@@ -198,14 +198,14 @@ def test_explaining_at_validation_end_changes_no_weight(tmp_path, guidance):
 
 
 @pytest.mark.parametrize(("every", "steps"), [(1, 4), (2, 2), (3, 1)])
-def test_the_schedule_follows_the_validations(tmp_path, every, steps):
+def test_a_plateau_scheduler_steps_only_in_epochs_with_a_validation(tmp_path, every, steps):
     """In the epochs between there is no validation loss to look at, or an old one to count again."""
     run = trainer(tmp_path, max_epochs=4, check_val_every_n_epoch=every)
     run.fit(network(), data())
     assert [config.scheduler.last_epoch for config in run.lr_scheduler_configs] == [steps]
 
 
-def test_the_subset_is_the_same_in_every_epoch(tmp_path):
+def test_the_explained_subset_is_the_same_in_every_epoch(tmp_path):
     counted = Counted()
     callback = ExplanationCallback({"counted": counted}, val_images=2, every_n_epochs=2)
     trainer(tmp_path, callback, max_epochs=4, num_sanity_val_steps=2).fit(network(), data())
@@ -224,7 +224,7 @@ def test_new_metrics_reuse_the_maps_and_old_scores(tmp_path):
     assert len(list(ResultStore(tmp_path / "test").score_shards())) == 6
 
 
-def test_a_batch_that_was_cut_is_scored_again_in_the_same_company(tmp_path, monkeypatch):
+def test_an_interrupted_batch_gets_the_same_scores_again(tmp_path, monkeypatch):
     """The last explainer's scores are written first, so that those that are missing are never behind those on disk."""
     explainers = {"labn": None, "gradcam": None}
     names = [*explainers, "random", "constant"]
@@ -252,7 +252,7 @@ def test_a_batch_that_was_cut_is_scored_again_in_the_same_company(tmp_path, monk
         assert (tmp_path / "cut" / "test" / file).read_bytes() == (tmp_path / "whole" / "test" / file).read_bytes()
 
 
-def test_another_threshold_is_another_network(tmp_path):
+def test_another_gate_threshold_invalidates_saved_results(tmp_path):
     module = network()
     for theta in (0.3, 0.6):
         module.network.theta = theta
@@ -267,7 +267,7 @@ def test_another_threshold_is_another_network(tmp_path):
     assert (tmp_path / "test.old-1" / "maps").is_dir()
 
 
-def test_tables_hold_the_present_subset_only(tmp_path):
+def test_tables_hold_only_samples_of_the_current_subset(tmp_path):
     module = network()
     for images in (None, 2):
         callback = EvaluationCallback(
@@ -286,7 +286,7 @@ def test_the_loss_does_not_depend_on_the_batch_size(tmp_path):
     assert losses == pytest.approx([losses[0]] * 3, abs=1e-6)
 
 
-def test_classifiers_are_explained_too(tmp_path):
+def test_a_plain_classifier_is_explained(tmp_path):
     pl.seed_everything(0, verbose=False)
     options = {"metric_options": {"step": 3}, "baselines": False}
     callback = EvaluationCallback(["pid16"], explainers={"gradcam": None}, **options)
@@ -296,7 +296,7 @@ def test_classifiers_are_explained_too(tmp_path):
     assert len([r for r in rows(tmp_path / "test") if r["metric"] == "pid16"]) == 7
 
 
-def test_a_map_logger_alone_needs_explainers(tmp_path):
+def test_a_map_logger_alone_without_explainers_raises(tmp_path):
     with pytest.raises(MisconfigurationException, match="nothing to explain"):
         trainer(tmp_path, MapLogger()).test(network(), data(), verbose=False)
     trainer(tmp_path, MapLogger(explainers={"labn": None}, max_images=1)).test(network(), data(), verbose=False)
@@ -304,7 +304,7 @@ def test_a_map_logger_alone_needs_explainers(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Glyph .* missing from font")
-def test_pictures_of_samples_with_long_names_in_any_script(tmp_path, monkeypatch):
+def test_samples_with_long_names_in_any_script_get_pictures(tmp_path, monkeypatch):
     long = "糖尿病網膜症/右眼_後極部カラー眼底写真_$二〇二四年四月一日_a$"
     monkeypatch.setattr(SyntheticFundus, "sample_name", lambda self, split, index: f"{long}_{index}.jpg")
     trainer(tmp_path, MapLogger(explainers={"random": None}, max_images=2)).test(network(), data(), verbose=False)
@@ -312,25 +312,25 @@ def test_pictures_of_samples_with_long_names_in_any_script(tmp_path, monkeypatch
     assert [name[6:20] for name in names] == ["-糖尿病網膜症_右眼_後極部"] * 2
 
 
-def test_a_callback_before_the_one_with_explainers_is_refused(tmp_path):
+def test_a_callback_before_the_one_with_explainers_raises(tmp_path):
     with pytest.raises(MisconfigurationException, match="MapLogger stands before ExplanationCallback"):
         trainer(tmp_path, MapLogger(), ExplanationCallback({"labn": None})).test(network(), data(), verbose=False)
 
 
-def test_two_owners_are_refused(tmp_path):
+def test_two_callbacks_with_explainers_raise(tmp_path):
     pair = [ExplanationCallback({"labn": None}), MapLogger(explainers={"random": None})]
     with pytest.raises(MisconfigurationException, match="both have explainers"):
         trainer(tmp_path, *pair).test(network(), data(), verbose=False)
 
 
-def test_inference_mode_is_refused(tmp_path):
+def test_inference_mode_raises(tmp_path):
     pieces = trainer(tmp_path, ExplanationCallback({"labn": None}))
     pieces.test_loop.inference_mode = True
     with pytest.raises(MisconfigurationException, match="inference_mode"):
         pieces.test(network(), data(), verbose=False)
 
 
-def test_a_closed_gate_is_warned_about(tmp_path):
+def test_a_closed_gate_causes_a_warning(tmp_path):
     module = network()
     module.network.theta = 1.0
     with pytest.warns(UserWarning, match="gate is closed everywhere in eval mode"):
@@ -338,7 +338,7 @@ def test_a_closed_gate_is_warned_about(tmp_path):
 
 
 @pytest.mark.parametrize(("theta", "warned"), [(1e-9, True), (0.0, False)])
-def test_an_open_gate_is_warned_about_where_it_could_close(tmp_path, theta, warned, recwarn):
+def test_an_open_gate_with_a_threshold_above_0_causes_a_warning(tmp_path, theta, warned, recwarn):
     module = network()
     module.network.theta = theta
     trainer(tmp_path, GateWatch(), max_epochs=1).fit(module, data())
@@ -371,7 +371,7 @@ def test_last_is_saved_in_every_epoch_and_best_in_the_best(tmp_path):
     assert epochs == {"best": 0, "last": 2, "previous": 1}
 
 
-def test_evenly_spaced():
+def test_evenly_spaced_indices_are_sorted_and_distinct():
     assert evenly_spaced(10, None) == list(range(10))
     assert evenly_spaced(10, 3) == [0, 4, 9]
     assert evenly_spaced(10, 1) == [0]

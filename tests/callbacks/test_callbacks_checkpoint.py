@@ -46,7 +46,7 @@ def empty(path):
     path.write_bytes(b"")
 
 
-def test_last_is_kept_as_previous_and_nothing_else_lies_around(saved):
+def test_last_becomes_previous_and_no_temporary_file_stays(saved):
     folder = saved / "checkpoints"
     assert {path.name: epoch_of(path) for path in folder.iterdir()} == {
         "last.ckpt": 2,
@@ -57,7 +57,7 @@ def test_last_is_kept_as_previous_and_nothing_else_lies_around(saved):
 
 
 @pytest.mark.parametrize("injure", [change_a_byte, truncate, empty, os.unlink], ids=lambda f: f.__name__)
-def test_a_damaged_last_gives_way_to_the_one_before(saved, injure):
+def test_a_damaged_last_is_replaced_by_previous(saved, injure):
     last = saved / "checkpoints" / "last.ckpt"
     injure(last)
     with pytest.warns(UserWarning, match=r"last\.ckpt is (damaged \(.*\)|missing); resuming from .*previous\.ckpt"):
@@ -65,14 +65,14 @@ def test_a_damaged_last_gives_way_to_the_one_before(saved, injure):
     assert has_last(saved)
 
 
-def test_a_damaged_file_never_takes_the_place_of_a_whole_one(saved):
+def test_a_damaged_last_does_not_become_previous(saved):
     last, previous = (saved / "checkpoints" / f"{name}.ckpt" for name in ("last", "previous"))
     truncate(last)
     RunCheckpointIO().save_checkpoint(state(3), last)
     assert (epoch_of(previous), epoch_of(last)) == (1, 3)
 
 
-def test_all_damaged_is_an_error_that_says_so(saved):
+def test_damaged_last_and_previous_raise_an_input_error(saved):
     for path in (saved / "checkpoints").iterdir():
         truncate(path)
     for which in ("best", "last"):
@@ -80,13 +80,13 @@ def test_all_damaged_is_an_error_that_says_so(saved):
             find_checkpoint(saved, which)
 
 
-def test_none_at_all_is_another_error(tmp_path):
+def test_a_run_without_checkpoints_raises_a_missing_file_error(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"last\.ckpt does not exist; run fit"):
         find_checkpoint(tmp_path, "last")
     assert not has_last(tmp_path)
 
 
-def test_a_write_that_fails_leaves_what_was_there(saved, monkeypatch):
+def test_a_failed_write_keeps_the_existing_checkpoints(saved, monkeypatch):
     last = saved / "checkpoints" / "last.ckpt"
 
     def full(number):
@@ -99,14 +99,14 @@ def test_a_write_that_fails_leaves_what_was_there(saved, monkeypatch):
     assert sorted(p.name for p in last.parent.iterdir()) == ["best.ckpt", "last.ckpt", "previous.ckpt"]
 
 
-def test_without_links_the_file_itself_is_renamed(saved, monkeypatch):
+def test_without_hard_links_the_file_is_renamed(saved, monkeypatch):
     monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError("no links here")))
     last = saved / "checkpoints" / "last.ckpt"
     RunCheckpointIO().save_checkpoint(state(3), last)
     assert (epoch_of(last.with_stem("previous")), epoch_of(last)) == (2, 3)
 
 
-def test_every_truncation_is_found(saved, tmp_path):
+def test_every_truncation_is_detected(saved, tmp_path):
     whole = (saved / "checkpoints" / "last.ckpt").read_bytes()
     cut = tmp_path / "cut.ckpt"
     for size in range(0, len(whole), max(1, len(whole) // 200)):
@@ -145,7 +145,7 @@ def train(folder, epochs, *callbacks, **options):
     return module.rates
 
 
-def test_a_resumed_fit_takes_the_step_of_the_schedule_that_was_due(tmp_path):
+def test_a_resumed_fit_applies_the_pending_scheduler_step(tmp_path):
     undisturbed = train(tmp_path / "whole", 5)
     assert undisturbed == [1.0, 1.0, 0.5, 0.25, 0.125]
     for cut in (1, 2, 3, 4):
@@ -154,7 +154,7 @@ def test_a_resumed_fit_takes_the_step_of_the_schedule_that_was_due(tmp_path):
         assert before + train(folder, 5, ckpt_path=find_checkpoint(folder, "last")) == undisturbed
 
 
-def test_a_fit_that_had_stopped_early_does_not_go_on(tmp_path):
+def test_a_fit_that_had_stopped_early_stops_again_after_a_resume(tmp_path):
     assert len(train(tmp_path, 9, EarlyStopping("val/loss", patience=2))) == 3
     last = find_checkpoint(tmp_path, "last")
     assert train(tmp_path, 9, EarlyStopping("val/loss", patience=2), ckpt_path=last) == []

@@ -51,7 +51,7 @@ def rows(path):
         return list(csv.DictReader(file))
 
 
-def test_a_test_leaves_maps_pictures_and_scores(tmp_path):
+def test_a_test_writes_maps_pictures_and_scores(tmp_path):
     data = VOC(write_voc(tmp_path / "voc"), batch_size=1)
     callback = DetectionCallback(
         CRP(score_threshold=0.0), tasks=["class", "cx"], top=2, scores=DetectionScores(fractions=(0, 0.1))
@@ -89,7 +89,7 @@ def test_a_test_leaves_maps_pictures_and_scores(tmp_path):
     assert float(paired["crp", "-crp", "shift_w"]["difference"]) == pytest.approx(means[0] - means[1])
 
 
-def test_a_second_test_keeps_nothing_of_the_first(tmp_path):
+def test_a_second_test_replaces_all_files_of_the_first(tmp_path):
     """One image less and no scores: tables, pictures and tensors are those of the second run alone."""
     root = write_voc(tmp_path / "voc")
     (root / "ImageSets" / "Main" / "test.txt").write_text("e\nd\n")

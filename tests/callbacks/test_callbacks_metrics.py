@@ -66,14 +66,14 @@ def test_every_value_has_rows_a_mean_and_paired_differences(scored):
         assert mean == pytest.approx(np.mean([of[i + a] for i in indices]), abs=1e-9)
 
 
-def test_maps_that_know_nothing_are_told(scored):
+def test_uninformative_maps_have_the_expected_scores(scored):
     means = {(r["explainer"], r["metric"]): float(r["mean"]) for r in rows(scored[0], "summary.csv")}
     assert means["random", "randomisation"] == means["constant", "randomisation"] == 1
     assert means["gradcam", "randomisation"] < 0.99
     assert means["constant", "sparseness"] == pytest.approx(0, abs=1e-12)
 
 
-def test_the_rows_are_what_the_public_function_gives(scored):
+def test_rows_equal_the_scores_of_evaluate(scored):
     folder, module, data = scored
     data.setup("test")
     batch = next(iter(data.test_dataloader()))
@@ -114,6 +114,6 @@ trainer:
     assert [row["metric"] for row in found] == ["pctin_prob3", "pctin_prob7", "randomisation"]
 
 
-def test_an_unknown_setting_is_refused():
+def test_an_unknown_metric_option_raises():
     with pytest.raises(TypeError, match="no metric has a setting 'percent'"):
         EvaluationCallback(["pctin"], metric_options={"percent": [10]})

@@ -19,7 +19,7 @@ def log(logger):
         logger.save()
 
 
-def test_the_file_is_lightnings_own(tmp_path):
+def test_metrics_csv_equals_that_of_lightning(tmp_path):
     for kind in (RunLogger, CSVLogger):
         log(kind(save_dir=tmp_path, name=kind.__name__, version="fit"))
     for file in ("metrics.csv", "hparams.yaml"):
@@ -27,7 +27,7 @@ def test_the_file_is_lightnings_own(tmp_path):
         assert mine == theirs.replace("\r\n", "\n")
 
 
-def test_a_new_column_never_empties_the_file(tmp_path, monkeypatch):
+def test_a_new_column_keeps_all_rows_of_the_file(tmp_path, monkeypatch):
     logger = RunLogger(save_dir=tmp_path, name="logs", version="fit")
     log(logger)
     before = (tmp_path / "logs" / "fit" / "metrics.csv").read_bytes()
@@ -42,7 +42,7 @@ def test_a_new_column_never_empties_the_file(tmp_path, monkeypatch):
     assert (tmp_path / "logs" / "fit" / "metrics.csv").read_bytes() == before
 
 
-def test_a_cut_row_is_left_out_of_the_curves(tmp_path):
+def test_an_incomplete_row_is_left_out_of_the_training_curves(tmp_path):
     log(RunLogger(save_dir=tmp_path, name="logs", version="fit"))
     path = tmp_path / "logs" / "fit" / "metrics.csv"
     whole = read_training(tmp_path)
@@ -55,7 +55,7 @@ def test_a_cut_row_is_left_out_of_the_curves(tmp_path):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
-def test_a_full_disk_is_named():
+def test_a_full_disk_error_names_the_file():
     with (
         pytest.raises(OSError, match=r"metrics\.csv cannot be written: No space left on device; free some space"),
         named(Path("logs/fit/metrics.csv")),

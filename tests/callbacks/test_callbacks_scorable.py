@@ -33,7 +33,7 @@ def maskless(monkeypatch):
         ),
     ],
 )
-def test_a_fit_is_refused_before_it_trains(tmp_path, monkeypatch, callback, size, sentence):
+def test_a_metric_that_does_not_fit_the_data_raises_before_training(tmp_path, monkeypatch, callback, size, sentence):
     module = network()
     monkeypatch.setattr(module, "training_step", lambda *_: pytest.fail("it trained"))
     with pytest.raises(ValueError, match=sentence):
@@ -42,7 +42,7 @@ def test_a_fit_is_refused_before_it_trains(tmp_path, monkeypatch, callback, size
 
 @pytest.mark.usefixtures("maskless")
 @pytest.mark.parametrize("metric", ["mass", "auroc", "errors"])
-def test_ground_truth_is_looked_for_before_anything_is_explained(tmp_path, metric):
+def test_a_metric_without_ground_truth_raises_before_explaining(tmp_path, metric):
     sentence = NO_MASKS.replace("mass", metric)
     with pytest.raises(ValueError, match=sentence.format("test")):
         trainer(tmp_path, scoring(metric)).test(network(), data(), verbose=False)
@@ -55,7 +55,7 @@ def test_ground_truth_is_looked_for_before_anything_is_explained(tmp_path, metri
 @pytest.mark.parametrize(
     "options", [{"val_metrics": []}, {"every_n_epochs": 0}, {"val_images": 0}, {"limit_val_batches": 0}], ids=str
 )
-def test_a_fit_that_scores_nothing_is_not_refused(tmp_path, options):
+def test_a_fit_without_scoring_does_not_check_metrics(tmp_path, options):
     limits = {name: options.pop(name) for name in ("limit_val_batches",) if name in options}
     run = trainer(tmp_path, scoring("mass", "pid64", **options), max_epochs=1, limit_train_batches=1, **limits)
     module = network()

@@ -41,12 +41,12 @@ class Slotted:
     ],
     ids=lambda thing: type(thing).__name__,
 )
-def test_any_argument_is_described_and_told_from_another(one, other):
+def test_different_arguments_have_different_descriptions(one, other):
     assert digest(describe(Own(one))) == digest(describe(Own(one)))
     assert digest(describe(Own(one))) != digest(describe(Own(other)))
 
 
-def test_a_tensor_is_described_alike_by_any_number_of_threads():
+def test_the_description_of_a_tensor_does_not_depend_on_threads():
     thing, threads = torch.rand(3, 512, 512, generator=torch.Generator().manual_seed(0)), torch.get_num_threads()
     try:
         found = []
@@ -59,7 +59,7 @@ def test_a_tensor_is_described_alike_by_any_number_of_threads():
     assert describe(thing.transpose(1, 2).contiguous().transpose(1, 2)) == found[0]
 
 
-def test_no_address_enters_which_would_differ_in_every_run():
+def test_descriptions_hold_no_memory_address():
     assert describe(Own(Slotted())) == describe(Own(Slotted()))
 
 
@@ -67,13 +67,13 @@ KNOWN = {"labn": "fafc52221106", "-labn": "078c4f1927af", "gradcam": "32a9922224
 KNOWN |= {"lrp": "957ca539fd83", "c3lrp": "4ba119825bd2", "random": "61d47cca3327", "constant": "59d4bd1fcb6a"}
 
 
-def test_maps_on_disk_keep_the_keys_that_they_were_written_under():
+def test_keys_of_saved_maps_do_not_change_when_modules_move():
     assert {name: digest(describe(explainer_by_name(name)), "label") for name in KNOWN} == KNOWN
     assert digest(describe(LRP(postprocess=["c3", "hq8"])), "label") == "c1ac55ff38cf"
     assert [source_digest(kind) for kind in (GradCAM, C3LRP, PatchInsertionDeletion, int)] == [None] * 4
 
 
-def test_maps_and_scores_that_have_changed_have_other_keys(monkeypatch):
+def test_a_new_revision_gives_other_keys(monkeypatch):
     changed = [
         LRP(first_layer="zbox"),
         CRP(first_layer="zbox"),
@@ -111,7 +111,7 @@ def own(tmp_path, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_an_edited_method_of_ones_own_is_another_method(own):
+def test_editing_a_foreign_method_changes_its_description(own):
     first, same = (describe(own(1)()) for _ in range(2))
     assert first == same
     assert first != describe(own(-1)())
@@ -119,13 +119,13 @@ def test_an_edited_method_of_ones_own_is_another_method(own):
     assert first == describe(own(1)())
 
 
-def test_a_class_without_a_file_has_no_source():
+def test_a_class_without_a_file_has_no_source_digest():
     scope = {}
     exec("class Typed: pass", {"__name__": "nowhere"}, scope)
     assert source_digest(scope["Typed"]) is None
 
 
-def test_a_label_that_is_no_class_of_the_network_is_named():
+def test_a_label_beyond_the_logits_raises_and_is_named():
     with pytest.raises(ValueError, match="gives 1 logit per image, but the data has the label 1; it needs one"):
         check_classes_known(torch.tensor([0, 1]), torch.ones(2, 1))
     check_classes_known(torch.tensor([0, 1]), torch.ones(2, 2))

@@ -21,7 +21,7 @@ from callbacks import DetectionCallback, EvaluationCallback, ExplanationCallback
         ({"metric_options": {"mean": [0.5]}}, "metric_options has mean, which comes from the data"),
     ],
 )
-def test_settings_that_would_fail_or_do_nothing_are_refused_at_once(options, sentence):
+def test_invalid_or_ineffective_settings_raise_in_the_constructor(options, sentence):
     with pytest.raises(ValueError, match=sentence):
         EvaluationCallback(["pid16"], **options)
 
@@ -29,7 +29,7 @@ def test_settings_that_would_fail_or_do_nothing_are_refused_at_once(options, sen
 @pytest.mark.parametrize(
     "said", [{"target": "prediction"}, {"test_images": 1}, {"val_images": 1}, {"every_n_epochs": 2}], ids=str
 )
-def test_only_the_owner_of_the_explainers_says_what_is_explained(said):
+def test_only_the_callback_with_explainers_may_set_what_is_explained(said):
     ((name, value),) = said.items()
     callbacks = [ExplanationCallback({"random": None}), EvaluationCallback(["pid16"], **said)]
     options = {"logger": False, "enable_checkpointing": False, "inference_mode": False, "accelerator": "cpu"}
@@ -50,6 +50,6 @@ def test_only_the_owner_of_the_explainers_says_what_is_explained(said):
         (lambda: DetectionCallback(test_images=-3), "test_images is -3"),
     ],
 )
-def test_numbers_of_images_that_leave_empty_tables_are_refused(build, sentence):
+def test_numbers_of_images_that_give_empty_tables_raise(build, sentence):
     with pytest.raises(ValueError, match=sentence):
         build()

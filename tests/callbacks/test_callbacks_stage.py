@@ -38,7 +38,7 @@ def kept(stage):
     return {p: p.stat().st_mtime_ns for kind in ("maps/*.safetensors", "scores/*") for p in stage.glob(kind)}
 
 
-def test_a_second_test_leaves_no_table_and_picture_of_the_first_and_loses_no_map_and_score(tmp_path):
+def test_a_second_test_replaces_tables_and_pictures_and_keeps_maps_and_scores(tmp_path):
     stage = tmp_path / "test"
     run(tmp_path, *everything())
     first, computed = made(stage), kept(stage)
@@ -58,7 +58,7 @@ def test_a_second_test_leaves_no_table_and_picture_of_the_first_and_loses_no_map
     assert callbacks[0].explainers["counted"]._seen == []
 
 
-def test_no_process_writes_before_the_first_has_removed(tmp_path, monkeypatch):
+def test_no_rank_writes_before_rank_zero_has_removed_old_files(tmp_path, monkeypatch):
     happened = []
 
     def noted(owner, name, event):
@@ -73,7 +73,7 @@ def test_no_process_writes_before_the_first_has_removed(tmp_path, monkeypatch):
     assert events[events.index("removed") :][:3] == ["removed", "barrier", "written"]
 
 
-def test_what_made_the_maps_is_written_without_scores_too(tmp_path):
+def test_the_manifest_is_written_without_metrics(tmp_path):
     explain = ExplanationCallback({"gradcam": None}, target="prediction")
     run(tmp_path / "alone", explain)
     run(tmp_path / "scored", explain, EvaluationCallback(["pid16"], baselines=False, **STEP))
@@ -87,7 +87,7 @@ def test_what_made_the_maps_is_written_without_scores_too(tmp_path):
     assert {name: scored[name] for name in alone} == alone
 
 
-def test_it_is_there_from_the_beginning(tmp_path):
+def test_the_manifest_is_written_at_the_start_of_a_stage(tmp_path):
     class Looks(Counted):
         def attribute(self, *arguments):
             assert (tmp_path / "test" / "maps" / "manifest.json").is_file()
@@ -96,7 +96,7 @@ def test_it_is_there_from_the_beginning(tmp_path):
     run(tmp_path, ExplanationCallback({"looks": Looks()}))
 
 
-def test_scored_samples_that_the_tables_lack_are_warned_about(tmp_path, monkeypatch):
+def test_missing_scored_samples_cause_a_warning(tmp_path, monkeypatch):
     add = ResultStore.add_scores
 
     def elsewhere(store, part):
@@ -112,7 +112,7 @@ def test_scored_samples_that_the_tables_lack_are_warned_about(tmp_path, monkeypa
     assert {row["index"] for row in rows(tmp_path / "test")} == {"0", "1", "2"}
 
 
-def test_samples_that_nobody_was_to_score_are_not_warned_about(tmp_path):
+def test_samples_outside_the_subset_cause_no_warning(tmp_path):
     def score(**options):
         return EvaluationCallback(["pid16", "mass"], explainers={"random": None}, baselines=False, **options)
 
@@ -126,14 +126,14 @@ def test_samples_that_nobody_was_to_score_are_not_warned_about(tmp_path):
         trainer(tmp_path, score(val_metrics=[]), max_epochs=1).fit(network(), data())
 
 
-def test_nothing_is_said_to_come_from_disk_where_nothing_is_scored(tmp_path, caplog):
+def test_without_metrics_no_scores_are_reported_as_read_from_disk(tmp_path, caplog):
     score = EvaluationCallback(["pid16"], val_metrics=[], explainers={"random": None})
     with caplog.at_level("INFO"):
         trainer(tmp_path, score, max_epochs=1).fit(network(), data())
     assert "from disk" not in caplog.text
 
 
-def test_no_picture_of_a_killed_test_with_other_settings_stays(tmp_path, monkeypatch):
+def test_pictures_of_a_killed_test_with_other_settings_are_removed(tmp_path, monkeypatch):
     def cards(folder, fill, batch_size):
         score = EvaluationCallback(["pid16"], explainers={"gradcam": None}, fill=fill, baselines=False, **STEP)
         run(folder, score, ReportCallback(), batch_size=batch_size)
@@ -160,7 +160,7 @@ class Own(SampleMetric):
 FACTOR = 1.0
 
 
-def test_an_edited_metric_of_ones_own_is_scored_again(tmp_path, monkeypatch):
+def test_editing_a_foreign_metric_computes_its_scores_again(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "labn.metrics.registry.REGISTRY", [*REGISTRY, MetricEntry("own", Own, lambda match: {}, ("own",))]
     )
@@ -180,7 +180,7 @@ def test_an_edited_metric_of_ones_own_is_scored_again(tmp_path, monkeypatch):
     assert manifest["sources"]["own"] == "after"
 
 
-def test_the_keys_of_the_projects_own_metrics_are_those_of_their_settings(tmp_path):
+def test_keys_of_own_metrics_depend_on_their_settings_alone(tmp_path):
     score = EvaluationCallback(["pid16", "mass"], explainers={"random": None}, baselines=False, **STEP)
     run(tmp_path, score)
     assert score.keys == KEYS
@@ -189,7 +189,7 @@ def test_the_keys_of_the_projects_own_metrics_are_those_of_their_settings(tmp_pa
 KEYS = {"pid16": "df3999b8611b", "mass": "5baaca4e94bb"}
 
 
-def test_predictions_are_written_where_nothing_is_scored(tmp_path):
+def test_predictions_are_written_without_metrics(tmp_path):
     explain, score = ExplanationCallback({"random": None}, val_images=4), EvaluationCallback(["pid16"], val_metrics=[])
     trainer(tmp_path, explain, score, MapLogger(), ReportCallback(), max_epochs=1).fit(network(), data())
     stage = tmp_path / "val" / "epoch=000"
@@ -197,7 +197,7 @@ def test_predictions_are_written_where_nothing_is_scored(tmp_path):
     assert rows(stage) == []
 
 
-def test_images_that_a_limit_leaves_out_are_warned_about(tmp_path):
+def test_images_excluded_by_a_batch_limit_cause_a_warning(tmp_path):
     explain = ExplanationCallback({"random": None}, val_images=4)
     with pytest.warns(UserWarning, match=r"epoch=000: 2 of the 4 images chosen .* reached; trainer\.limit_val_batches"):
         trainer(tmp_path, explain, max_epochs=1, limit_val_batches=0.5).fit(network(), data())
@@ -206,7 +206,7 @@ def test_images_that_a_limit_leaves_out_are_warned_about(tmp_path):
         run(tmp_path, ExplanationCallback({"random": None}, test_images=3))
 
 
-def test_a_network_of_one_logit_is_refused(tmp_path, monkeypatch):
+def test_a_network_with_one_logit_raises(tmp_path, monkeypatch):
     module, single = network(), data()
     forward = type(module.network).forward
 

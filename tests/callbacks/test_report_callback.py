@@ -35,7 +35,7 @@ def test_the_page_holds_every_sample_with_its_scores(tmp_path):
     assert not (tmp_path / "test" / "cards").exists()
 
 
-def test_it_works_alone_and_keeps_to_its_limit(tmp_path):
+def test_a_report_callback_alone_writes_a_page_within_its_limit(tmp_path):
     trainer(tmp_path, ReportCallback(explainers=EXPLAINERS, max_images=3)).test(network(), data(), verbose=False)
     found = page_data(tmp_path / "test")
     assert [card["index"] for card in found["cards"]] == [0, 3, 6]
@@ -43,19 +43,19 @@ def test_it_works_alone_and_keeps_to_its_limit(tmp_path):
     assert set(found["cards"][0]["maps"]) == set(EXPLAINERS)
 
 
-def test_every_validation_has_its_page(tmp_path):
+def test_every_validation_writes_its_own_page(tmp_path):
     callback = ReportCallback(explainers={"random": None}, val_images=2)
     trainer(tmp_path, callback, max_epochs=2, num_sanity_val_steps=1).fit(network(), data())
     assert [len(page_data(tmp_path / "val" / f"epoch=00{n}")["cards"]) for n in (0, 1)] == [2, 2]
 
 
-def test_limits_must_be_positive():
+def test_limits_of_0_or_less_raise():
     with pytest.raises(ValueError, match="max_images is 0"):
         ReportCallback(max_images=0)
 
 
 @pytest.mark.parametrize("metrics", [["insertion16", "deletion16"], ["pid1"], ["pid16@official", "pid16"]], ids=str)
-def test_the_player_steps_through_whatever_curves_there_are(tmp_path, metrics):
+def test_the_player_uses_any_available_insertion_deletion_metric(tmp_path, metrics):
     """Curves are kept under the name that was asked for, which need not be that of the difference."""
     score = EvaluationCallback(metrics, metric_options={"n_steps": 3})
     callbacks = [ExplanationCallback(EXPLAINERS, test_images=2), score, ReportCallback()]
@@ -66,7 +66,7 @@ def test_the_player_steps_through_whatever_curves_there_are(tmp_path, metrics):
     assert 'id="player"' in (tmp_path / "test" / "report.html").read_text()
 
 
-def test_curves_in_logits_are_drawn_and_named_so(tmp_path):
+def test_curves_in_logits_are_labelled_as_logits(tmp_path):
     score = EvaluationCallback(["pid16"], metric_options={"n_steps": 3, "probability": "logit"})
     callbacks = [ExplanationCallback({"gradcam": None}, test_images=2), score, ReportCallback()]
     trainer(tmp_path, *callbacks).test(network(), data(), verbose=False)
@@ -75,7 +75,7 @@ def test_curves_in_logits_are_drawn_and_named_so(tmp_path):
 
 
 @pytest.mark.parametrize("given", [".", "../run"])
-def test_the_title_names_the_run_folder_however_it_is_given(tmp_path, monkeypatch, given):
+def test_the_title_names_the_resolved_run_folder(tmp_path, monkeypatch, given):
     (tmp_path / "run").mkdir()
     monkeypatch.chdir(tmp_path / "run")
     callback = ReportCallback(explainers={"random": None}, test_images=1)

@@ -23,7 +23,7 @@ def test_another_class_is_refused_with_both_names():
     ("content", "asked"),
     [(HELD, "labn.modules.LABN"), (HELD, "labn.modules.labn.LABN"), (HELD, None), ({}, "labn.modules.SSD"), (3, "x.Y")],
 )
-def test_the_same_class_and_what_names_none_pass(content, asked):
+def test_the_same_or_no_class_is_accepted(content, asked):
     check_same_class("a.ckpt", content, asked)
 
 
@@ -53,7 +53,7 @@ def trained(tmp_path, monkeypatch, request):
     return words
 
 
-def test_what_only_a_default_or_the_data_says_is_no_difference(trained, tmp_path, caplog):
+def test_defaults_and_linked_values_are_not_reported_as_replaced(trained, tmp_path, caplog):
     path = tmp_path / "checkpoints" / "best.ckpt"
     content = torch.load(path, weights_only=False)
     content["hyper_parameters"] |= {"num_classes": 3, "lr_patience": 5, "lr": 0.5}
@@ -98,7 +98,7 @@ def test_a_fit_goes_on_with_the_settings_that_it_began_with(trained, tmp_path, c
     assert (resolved["model"]["init_args"]["theta"], resolved["ckpt_path"]) == (0.5, None)
 
 
-def test_the_command_line_says_both(tmp_path, monkeypatch, request, caplog):
+def test_the_command_line_prints_replaced_settings(tmp_path, monkeypatch, request, caplog):
     monkeypatch.chdir(request.config.rootpath)
     run = ["--config", "configs/quickstart.yaml", *TINY, "--trainer.max_epochs=1", "--trainer.callbacks=[]"]
     call_main(["fit", *run, f"--run_dir={tmp_path / 'a'}", "--trainer.callbacks+=callbacks.LastCheckpoint"])

@@ -35,7 +35,7 @@ def explainers_of(path):
 
 
 @pytest.mark.parametrize("path", COMPARISONS, ids=lambda path: path.stem)
-def test_the_maps_that_know_nothing_are_not_switched_off(path):
+def test_no_experiment_switches_the_baselines_off(path):
     assert "gradcam" in explainers_of(path)
     assert "baselines" not in path.read_text()
 

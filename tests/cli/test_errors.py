@@ -105,7 +105,7 @@ def test_without_validation_what_goes_by_it_is_refused_before_anything_is_traine
 
 
 @pytest.mark.usefixtures("root")
-def test_the_folder_of_a_run_is_said_by_its_own_option(tmp_path):
+def test_default_root_dir_is_ignored_with_a_warning(tmp_path):
     fit = ["fit", *QUICKSTART, "--trainer.max_epochs=0", "--trainer.callbacks=[]", f"--run_dir={tmp_path / 'run'}"]
     with pytest.warns(UserWarning, match=r"trainer\.default_root_dir .*elsewhere is ignored; files go to --run_dir"):
         call_main([*fit, f"--trainer.default_root_dir={tmp_path / 'elsewhere'}"])

@@ -40,7 +40,7 @@ def test_the_sentence_is_that_of_the_project_also_inside_a_librarys_error():
 
 
 @pytest.mark.parametrize("work", [lambda: explainer_by_name(3), lambda: int("x"), lambda: [][1]])
-def test_what_nobody_foresaw_has_no_sentence(work):
+def test_an_unforeseen_error_has_no_sentence(work):
     assert sentence_of(caught(work)) is None
 
 

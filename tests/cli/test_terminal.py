@@ -78,7 +78,7 @@ def test_the_report_is_the_one_that_was_written(tmp_path, capsys):
     assert said == [f"Report: {tmp_path / name / 'report.html'}" for name in ("val/epoch=003", "detected")]
 
 
-def test_one_process_alone_says_them(tmp_path, capsys):
+def test_only_rank_zero_prints_the_metrics(tmp_path, capsys):
     say_figures(trainer_of(tmp_path, False), "test")
     assert capsys.readouterr().out == ""
 

@@ -59,7 +59,7 @@ def command(tmp_path, monkeypatch):
     return start
 
 
-def test_what_is_lost_is_said_once_and_changes_nothing(command, tmp_path):
+def test_a_wandb_failure_is_one_warning_and_changes_no_result(command, tmp_path):
     plain = tmp_path / "plain" / "run"
     assert command("fit", plain, Service()) == command("test", plain, Service(), "--ckpt_path=best") == []
     expected = contents(plain)

@@ -37,7 +37,7 @@ def test_the_figure_has_a_line_per_map_and_a_panel_per_part(tmp_path):
     assert [len(axis.containers) for axis in drawn.axes] == [2, 2, 2]
 
 
-def test_problems_are_named(tmp_path, capsys):
+def test_missing_scores_and_maps_are_named(tmp_path, capsys):
     with pytest.raises(SystemExit):
         call_main(["coarse", "--run", str(tmp_path)])
     assert "scores.csv does not exist; run `cli.py test" in capsys.readouterr().err
@@ -47,7 +47,7 @@ def test_problems_are_named(tmp_path, capsys):
     assert "has no map 'sharp'; it has exact, dilated 2" in capsys.readouterr().err
 
 
-def test_without_a_coarse_map_nothing_is_claimed(tmp_path, capsys):
+def test_without_a_coarse_map_the_command_raises(tmp_path, capsys):
     write_run(tmp_path, scores((0.4, 0.9), (0.6, 0.5)))
     path = tmp_path / "test" / "scores.csv"
     path.write_text(path.read_text().replace("dilated 2", "random"))

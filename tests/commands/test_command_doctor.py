@@ -15,7 +15,7 @@ def installed(**versions):
     return lookup
 
 
-def test_doctor_ends_well_without_data(monkeypatch, tmp_path, capsys):
+def test_doctor_succeeds_without_data(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("LABN_DATA", str(tmp_path / "nowhere"))
     call_main(["doctor", "--run_dir", str(tmp_path / "a" / "b")])
     printed = capsys.readouterr().out

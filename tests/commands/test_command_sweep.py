@@ -60,7 +60,7 @@ def test_the_command_that_it_offers_can_be_pasted_into_a_shell(sweep, tmp_path, 
     assert found == [str(spaced.run_dir(seed)) for seed in (38, 39)]
 
 
-def test_an_interrupted_sweep_goes_on_where_it_was(sweep):
+def test_an_interrupted_sweep_resumes_at_its_step(sweep):
     recorder = Recorder(sweep.folder, stops=[("fit", 39)])
     with pytest.raises(KeyboardInterrupt):
         run_all(sweep, recorder)
@@ -134,7 +134,7 @@ def test_a_missing_file_is_named_before_anything_is_run(with_includes, tmp_path,
     assert not (tmp_path / "runs").exists()
 
 
-def test_files_behind_the_dashes_belong_to_what_a_step_is_known_by(sweep, tmp_path):
+def test_files_among_the_options_are_part_of_the_signature(sweep, tmp_path):
     more = tmp_path / "more.yaml"
     sweep = replace(sweep, options=(f"--config={more}",))
     signatures = []
@@ -145,7 +145,7 @@ def test_files_behind_the_dashes_belong_to_what_a_step_is_known_by(sweep, tmp_pa
     assert signatures[0] != signatures[1]
 
 
-def test_the_state_says_what_is_done(sweep):
+def test_the_state_file_lists_finished_steps(sweep):
     run_all(sweep, Recorder(sweep.folder))
     state = json.loads((sweep.run_dir(38) / STATE).read_text())
     assert state["fit"]["done"]

@@ -16,7 +16,7 @@ ONE = [(1, None), (6, dict.fromkeys(range(6), 7))]
 """Samples and groups of which nothing can be drawn."""
 
 
-def test_an_interval_needs_two_draws():
+def test_one_sample_or_group_has_no_interval():
     assert math.isnan(bootstrap_mean([0.5]).low)
     assert bootstrap_mean([0.5]).mean == 0.5
     assert math.isnan(bootstrap_mean([0.5, 0.7], groups=[3, 3]).high)
@@ -26,7 +26,7 @@ def test_an_interval_needs_two_draws():
 
 
 @pytest.mark.parametrize(("count", "groups"), ONE)
-def test_one_draw_has_no_interval_in_any_table(tmp_path, count, groups):
+def test_one_sample_or_group_has_no_interval_in_any_table(tmp_path, count, groups):
     for seed, shift in ((1, 0.0), (2, 0.3)):
         make_stage(tmp_path / f"seed{seed}", count, shift, seed, groups=groups)
     found = compare_runs(open_runs([f"a={tmp_path / 'seed1'}", f"b={tmp_path / 'seed2'}"]))
@@ -43,7 +43,7 @@ def test_one_draw_has_no_interval_in_any_table(tmp_path, count, groups):
 
 
 @pytest.mark.parametrize(("count", "groups"), ONE)
-def test_one_draw_decides_nothing_in_the_report_of_a_run(tmp_path, count, groups):
+def test_one_sample_or_group_decides_no_difference_in_a_report(tmp_path, count, groups):
     results = read_stage(make_stage(tmp_path / "run", count, groups=groups))
     report = run_report(results, RunInfo("t", tmp_path / "run", CLASSES, count, {}))
     cells = [cell for table in report.paired for row in table.rows.values() for cell in row if cell]
@@ -57,7 +57,7 @@ def test_one_draw_decides_nothing_in_the_report_of_a_run(tmp_path, count, groups
     )
 
 
-def test_two_draws_still_decide(tmp_path):
+def test_two_samples_or_groups_can_decide_a_difference(tmp_path):
     report = run_report(read_stage(make_stage(tmp_path / "run", 24)), RunInfo("t", tmp_path / "run", CLASSES, 24, {}))
     cells = [cell for table in report.paired for row in table.rows.values() for cell in row if cell]
     assert all(cell.bounded for cell in cells)

@@ -60,13 +60,13 @@ def test_seeds_of_several_stages_are_rows_by_stage(tmp_path):
     assert labels(*first, second[1]) == [row, old, old]
 
 
-def test_a_second_training_of_a_seed_is_no_further_seed(tmp_path):
+def test_a_second_training_with_a_seed_is_a_row_of_its_own(tmp_path):
     for name, seed in (("a", 1), ("b", 2), ("again", 2)):
         make_stage(tmp_path / name, 6, seed=seed)
     assert labels(*(tmp_path / name for name in ("a", "b", "again"))) == ["a", "a", "again"]
 
 
-def test_a_refusal_tells_the_stages_of_one_run_apart(tmp_path):
+def test_an_error_names_the_stages_of_one_run(tmp_path):
     make_stage(tmp_path / "run", 6)
     validated = add_stage(tmp_path / "run", "val/epoch=000", "c0", split="val")
     with pytest.raises(ValueError, match=r"run/test and .*run/val/epoch=000 cannot be compared, they differ in split"):
@@ -152,7 +152,7 @@ def test_results_of_an_earlier_training_are_not_taken_for_those_of_the_present_o
 
 
 @pytest.mark.parametrize("damage", ["none left", "unreadable", "no checkpoint"])
-def test_nothing_is_said_where_the_weights_are_not_known(trained, damage):
+def test_unknown_weights_cause_no_warning(trained, damage):
     folder = trained / "seed2" / "checkpoints"
     if damage == "none left":
         shutil.rmtree(folder)

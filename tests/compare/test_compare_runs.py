@@ -96,7 +96,7 @@ def test_samples_are_matched_by_name(tmp_path):
         ({"explainers": {"gradcam": {"class": "gradcam", "layer": "x"}}}, "differ in arguments of gradcam"),
     ],
 )
-def test_what_does_not_belong_together_is_refused(seeds, tmp_path, change, message):
+def test_runs_that_differ_in_data_or_protocol_raise(seeds, tmp_path, change, message):
     edit_manifest(tmp_path / "seed2" / "test", **change)
     with pytest.raises(ValueError, match=message):
         compare_runs(open_runs(seeds[:2]))
@@ -134,14 +134,14 @@ def test_the_page_draws_bands_and_says_intervals_over_groups(tmp_path):
     notes = comparison_report(found).caveats
     assert any("based on 4 groups of samples" in note for note in notes)
     assert any("bootstrap intervals over whole groups of samples" in note for note in notes)
-    assert any("intervals are over whole groups of samples, of the mean over seeds" in note for note in notes)
+    assert any("intervals of the mean over seeds are over whole groups of samples" in note for note in notes)
 
 
 def test_runs_that_disagree_on_groups_are_refused(tmp_path):
     make_stage(tmp_path / "days", groups=DAYS)
     make_stage(tmp_path / "none")
     make_stage(tmp_path / "other", groups=DAYS | {3: 1})
-    with pytest.raises(ValueError, match=r"differ in the column 'group' of predictions\.csv: there and missing"):
+    with pytest.raises(ValueError, match=r"differ in the column 'group' of predictions\.csv: present and missing"):
         compare_runs(open_runs([str(tmp_path / "days"), str(tmp_path / "none")]))
     with pytest.raises(ValueError, match=r"is in group 1, but in group 736000"):
         compare_runs(open_runs([str(tmp_path / "days"), str(tmp_path / "other")]))

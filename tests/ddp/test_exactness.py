@@ -60,7 +60,7 @@ def check(folder, run, networks=tuple(NETWORKS)):
         assert len(swaps) <= SWAPPED_SHARE * len(one)
 
 
-def test_nothing_is_left_out(folder):
+def test_every_method_and_metric_is_compared(folder):
     """A new explainer or metric has to be put into `every_network` to be checked here."""
     assert {name for names in NETWORKS.values() for name in names} == set(EXPLAINERS)
     assert all(any(re.fullmatch(entry.pattern, name) for name in METRICS) for entry in REGISTRY)
@@ -71,13 +71,13 @@ def test_nothing_is_left_out(folder):
 
 
 @pytest.mark.parametrize("size", [1, 7])
-def test_batches(folder, size):
+def test_scores_do_not_depend_on_the_batch_size(folder, size):
     run = f"batches of {size}"
     run_here(folder, run, f"--data.init_args.batch_size={size}")
     check(folder, run)
 
 
-def test_chunks(folder, tmp_path):
+def test_scores_do_not_depend_on_the_chunk_size(folder, tmp_path):
     """Five inputs per forward in the metrics and in every explainer that has chunks, of batches of four."""
     for network in NETWORKS:
         config = yaml.safe_load((folder / f"{network}.yaml").read_text())
@@ -94,17 +94,17 @@ def everywhere(folder, run, processes, *more):
     launch(every_network.__file__, folder, run, *settings, processes=processes)
 
 
-def test_two_processes_with_loader_workers(folder):
+def test_two_processes_with_loader_workers_give_the_scores_of_one(folder):
     everywhere(folder, "two", 2, "--data.init_args.num_workers=2")
     check(folder, "two")
 
 
-def test_three_processes(folder):
+def test_three_processes_give_the_scores_of_one(folder):
     everywhere(folder, "three", 3)
     check(folder, "three")
 
 
-def test_two_nodes(folder):
+def test_two_nodes_give_the_scores_of_one(folder):
     config, run_dir = folder / "residual.yaml", folder / "nodes" / "residual"
     launch("cli.py", "test", f"--config={config}", f"--run_dir={run_dir}", "--trainer.num_nodes=2", DDP, nodes=2)
     check(folder, "nodes", ["residual"])

@@ -41,7 +41,7 @@ def compared(folder, *names):
     return compare_runs(open_runs([f"{name}={folder / name}" for name in names]))
 
 
-def test_every_row_has_its_own_verdict(two):
+def test_every_row_has_its_own_prediction(two):
     own = {name: read_stage(two / name / "test").cards for name in ("one", "two")}
     for place, card in enumerate(merged_cards(compared(two, "one", "two"))):
         assert card["verdicts"] == [
@@ -66,7 +66,9 @@ def test_maps_and_verdict_of_a_row_are_of_one_of_its_seeds(tmp_path):
     assert [len(card["verdicts"]) for card in cards.values()] == [1] * COUNT
     assert cards[0]["verdicts"][0]["prediction"] == 1
     assert cards[1]["verdicts"][0]["prediction"] == 1
-    assert any("one seed of every row, the first that has the picture" in n for n in comparison_report(found).caveats)
+    assert any(
+        "every row are those of the first seed that has the picture" in n for n in comparison_report(found).caveats
+    )
 
 
 def test_the_methods_of_one_network_share_its_verdict(tmp_path):

@@ -65,7 +65,7 @@ def test_the_caveats_say_that_areas_are_in_logits(tmp_path):
     totals = {("a", "fill_probability"): Total(2, 9.0)}
     results = StageResults(tmp_path, {key: {} for key in totals}, totals, manifest=manifest)
     (note,) = caveats(results)
-    assert "in logits of the class instead of probabilities" in note
+    assert "are logits of the class instead of probabilities" in note
     assert not caveats(StageResults(tmp_path, manifest={"settings": {"probability": "sigmoid"}}))
 
 

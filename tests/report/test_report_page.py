@@ -84,7 +84,7 @@ def test_every_score_of_the_gallery_is_that_of_scores_csv(made):
         assert page.data["scores"][row["name"]][row["explainer"]][place] == float(row["value"])
 
 
-def test_hostile_names_stay_text(made):
+def test_hostile_names_are_escaped(made):
     _, text, page = made
     assert [tag for tag, _ in page.tags].count("script") == 2
     assert not [found for tag, found in page.tags if tag == "img" or any(name.startswith("on") for name in found)]
@@ -93,7 +93,7 @@ def test_hostile_names_stay_text(made):
     assert page.data["classNames"] == CLASSES
 
 
-def test_nothing_is_fetched(made):
+def test_the_page_makes_no_requests(made):
     _, text, page = made
     links = [found.get(name) for _, found in page.tags for name in ("src", "href") if found.get(name)]
     assert all(link.startswith(("#", "data:")) for link in links)
@@ -103,7 +103,7 @@ def test_nothing_is_fetched(made):
     assert "unsafe" not in policy
 
 
-def test_the_page_says_what_it_rests_on(made):
+def test_the_page_shows_caveats_configuration_and_metrics(made):
     _, text, _ = made
     assert "Only 24 of the 30 samples" in text
     assert "seed_everything: 42" in text
@@ -156,11 +156,11 @@ def test_levels_stand_for_values_and_zero_is_exact():
     assert (levels[heat == 0] == LEVELS // 2).all()
 
 
-def test_values_are_distinct():
+def test_listed_values_are_distinct():
     assert len({value("gradcam", "pid16", index) for index in range(24)}) == 24
 
 
-def test_a_detections_card_does_not_say_that_it_is_right(browser, tmp_path):
+def test_a_card_of_a_detection_does_not_claim_correctness(browser, tmp_path):
     """A false detection of a class is no correct prediction of it."""
     row = {"index": 3, "name": "street", "detection": 0, "score": 0.75, "x1": 0.0, "y1": 0.0, "x2": 8.0, "y2": 8.0}
     made = detection_card(np.zeros((16, 16, 3)), row, 1, {"c": np.ones((16, 16))})

@@ -19,18 +19,18 @@ from labn.results.training_logs import read_training
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
-def test_ticks_are_few_evenly_spaced_and_inside(low, width):
+def test_ticks_are_few_and_evenly_spaced_within_the_limits(low, width):
     ticks = nice_ticks(low, low + width)
     assert 2 <= len(ticks) <= 7
     assert low - width * 1e-6 <= ticks[0] <= ticks[-1] <= low + width * (1 + 1e-6)
     assert np.allclose(np.diff(ticks), ticks[1] - ticks[0], rtol=1e-3)
 
 
-def test_ticks_of_epochs_are_whole():
+def test_ticks_of_epochs_are_integers():
     assert nice_ticks(0, 2, least=1.0) == [0, 1, 2]
 
 
-def test_curves_meet_on_one_grid():
+def test_curves_are_interpolated_on_one_grid():
     x = np.array([[0.0, 0.5, 1.0], [0.0, 0.25, 1.0]])
     y = np.array([[0.0, 1.0, 1.0], [0.0, 1.0, 1.0]])
     curves = on_grid(x, y)
@@ -54,7 +54,7 @@ def test_the_band_of_groups_is_that_of_their_means_and_wider_than_that_of_sample
     assert ((wide - narrow) < (high - low) / 3).all()
 
 
-def test_the_band_of_groups_weighs_samples():
+def test_the_band_of_groups_weights_groups_by_their_size():
     # Three samples of one group and one of another: drawn with means 0, 1/4 and 1.
     mean, low, high = band(np.array([[0.0], [0.0], [1.0], [0.0]]), np.array([5, 5, 9, 5]))
     assert (mean.item(), low.item(), high.item()) == (0.25, 0.0, 1.0)
@@ -123,7 +123,7 @@ def test_a_page_does_not_depend_on_what_is_kept_in_memory(tmp_path, groups):
     assert caveats(none) == caveats(whole)
 
 
-def test_groups_are_read_with_the_curves_and_said(tmp_path):
+def test_groups_are_read_with_the_curves_and_named_in_the_caveats(tmp_path):
     folder = make_stage(tmp_path, 8, groups={index: 7 + index // 4 for index in range(8)})
     results = read_stage(folder)
     assert results.groups == {index: 7 + index // 4 for index in range(8)}
@@ -145,7 +145,7 @@ def test_groups_are_read_with_the_curves_and_said(tmp_path):
         ("", "predictions.csv has no group for image_001"),
     ],
 )
-def test_a_damaged_group_is_named(tmp_path, line, message):
+def test_a_damaged_group_raises_and_is_named(tmp_path, line, message):
     path = make_stage(tmp_path, 4, groups=dict.fromkeys(range(4), 7)) / "predictions.csv"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:2], line, *lines[3:]]) + "\n")
@@ -153,7 +153,7 @@ def test_a_damaged_group_is_named(tmp_path, line, message):
         read_stage(path.parent)
 
 
-def test_a_high_probability_of_the_bare_fill_is_said(tmp_path):
+def test_a_high_fill_probability_has_a_caveat(tmp_path):
     totals = {("a", "fill_probability"): Total(2, 1.0), ("a", "pid16@official"): Total(1, 0.1)}
     scores = {key: {} for key in totals}
     manifest = {"settings": {"n_steps": 10, "precision": "bf16"}}
@@ -174,13 +174,13 @@ def test_a_high_probability_of_the_bare_fill_is_said(tmp_path):
         (True, None, ["cat", "dog"], "the data's positive classes"),
     ],
 )
-def test_the_classes_that_are_scored_alone_are_named(tmp_path, given, classes, names, which):
+def test_a_caveat_names_the_positive_classes(tmp_path, given, classes, names, which):
     manifest = {"settings": {"positives_only": given}, "positive_classes": classes, "class_names": names}
     said = [] if which is None else [f"Metrics that perturb images are scored on samples of {which} only."]
     assert caveats(StageResults(tmp_path, manifest=manifest)) == said
 
 
-def test_samples_that_were_left_out_are_not_said_to_be_spread(tmp_path):
+def test_a_caveat_counts_the_samples_that_were_left_out(tmp_path):
     """With `limit_test_batches` they are the first ones."""
     notes = caveats(StageResults(tmp_path, manifest={"samples": 2}), split_size=4)
     assert notes == ["Only 2 of the 4 samples were explained and scored."]

@@ -19,7 +19,7 @@ INDICES = st.lists(st.sets(st.integers(0, 400), min_size=1, max_size=6), min_siz
 
 @settings(max_examples=60, deadline=None)
 @given(shards=INDICES, wanted=st.sets(st.integers(0, 420), max_size=10))
-def test_look_ups_equal_a_scan(tmp_path_factory, shards, wanted):
+def test_look_ups_equal_a_scan_of_all_shards(tmp_path_factory, shards, wanted):
     folder = tmp_path_factory.mktemp("shards")
     names = {shard_name("a", "k", sorted(indices), f"{n}.r0.npz"): indices for n, indices in enumerate(shards)}
     for name in names:
@@ -31,7 +31,7 @@ def test_look_ups_equal_a_scan(tmp_path_factory, shards, wanted):
     assert found.holding("a", "other", wanted) == found.holding("b", "k", wanted) == []
 
 
-def test_what_is_no_shard_is_left_alone(tmp_path):
+def test_files_that_are_no_shards_are_ignored(tmp_path):
     for name in (".a.k.0-1.r0.npz.1.tmp", "a.k.r0.npz", "manifest.json", "a.k.0-1.r0.safetensors", "a.k.5.r0.npz"):
         (tmp_path / name).touch()
     assert ShardIndex(tmp_path, ".npz").all() == []
@@ -130,7 +130,7 @@ def test_blocks_cover_everything_once():
 
 
 @pytest.mark.parametrize("harm", ["index", "shape", "type", "more"])
-def test_shards_whose_arrays_do_not_belong_together_are_computed_again(tmp_path, harm):
+def test_map_shards_with_inconsistent_arrays_are_computed_again(tmp_path, harm):
     from safetensors.torch import save_file
 
     store = ResultStore(tmp_path)
@@ -150,7 +150,7 @@ def test_shards_whose_arrays_do_not_belong_together_are_computed_again(tmp_path,
 
 
 @pytest.mark.parametrize("field", ["label", "value/v", "curve/m/x", "index"])
-def test_score_parts_whose_columns_do_not_belong_together_are_computed_again(tmp_path, field):
+def test_score_shards_with_inconsistent_columns_are_computed_again(tmp_path, field):
     ResultStore(tmp_path).add_scores(part([0, 1], [0.5, 0.5]))
     (path,) = (tmp_path / "scores").iterdir()
     with np.load(path, allow_pickle=False) as file:

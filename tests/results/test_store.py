@@ -27,7 +27,7 @@ def part(indices, explainer="labn", key="k", value=1.0):
     )
 
 
-def test_maps_come_back_by_index(tmp_path):
+def test_saved_maps_are_read_by_sample_index(tmp_path):
     store = ResultStore(tmp_path)
     maps = torch.randn(3, 4, 5)
     store.add_maps("labn", "k", torch.tensor([7, 2, 9]), maps)
@@ -119,7 +119,7 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(tmp_path):
     assert list((tmp_path / "new" / "run").iterdir()) == []
 
 
-def test_what_a_killed_process_left_is_no_result_and_is_removed(tmp_path):
+def test_temporary_files_of_a_killed_process_are_ignored_and_removed(tmp_path):
     folder = tmp_path / "test"
     (folder / "maps").mkdir(parents=True)
     for path in (folder / ".identity.json.1.tmp", folder / "maps" / ".labn.k.0000000.r0.safetensors.1.tmp"):
@@ -137,7 +137,7 @@ def test_a_damaged_identity_moves_the_results_aside(tmp_path):
         ResultStore(folder).prepare({"checkpoint": "a"})
 
 
-def test_digests_follow_content():
+def test_digests_depend_on_content():
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1, "b": 3})
     net = torch.nn.Linear(2, 2)
     before = weights_digest(net)
