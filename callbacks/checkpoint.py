@@ -139,6 +139,7 @@ class RunCheckpointIO(PlainCheckpointIO):
         Raises:
             FileError: the folder is not writable, or the disk is full.
         """
+        # A remote store has no hard links and no rename; fsspec writes there.
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -257,6 +258,7 @@ class RunCheckpoint(ModelCheckpoint):
         if score is not None or (self.monitor is None and self.path.is_file()):
             self.best_model_path = self.kth_best_model_path = str(self.path)
         if score is not None:
+            # ModelCheckpoint decides by `kth_value` and `best_k_models`; `best_model_score` is only what it shows.
             self.best_model_score = self.kth_value = score
             self.best_k_models = {str(self.path): score}
 
@@ -349,6 +351,7 @@ def row_of_epoch(trainer: pl.Trainer) -> dict[str, float]:
 def due_plateaus(trainer: pl.Trainer) -> list[float | None]:
     """Per scheduler, the monitored value of its pending step at the end of an epoch; None if no step is pending."""
     over = epoch_is_over(trainer)
+    # The conditions under which Lightning itself steps a plateau scheduler at the end of an epoch.
     due = [
         over and c.reduce_on_plateau and c.interval == "epoch" and (trainer.current_epoch + 1) % c.frequency == 0
         for c in trainer.lr_scheduler_configs

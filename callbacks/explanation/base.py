@@ -43,6 +43,8 @@ class ExplainingCallback(StageCallback):
         check_target(target)
         self.explainers = {n: explainer_by_name(n) if e is None else e for n, e in (explainers or {}).items()}
         self.own_schedule, self.target = Schedule(val_images, test_images, every_n_epochs), str(target)
+        # Set by the callback with the explainers. `_leads` marks that callback: every explaining callback receives the
+        # hooks, but the session must be opened and closed once.
         self._session: ExplanationSession | None = None
         self._leads = False
 
@@ -105,6 +107,7 @@ class ExplainingCallback(StageCallback):
             )
         if self.explainers and self is not first:
             raise ConfigurationError(f"{mine} and {name} both have explainers; give them to one of the two.")
+        # A setting with its default value counts as not given.
         contradicting = {} if self is first else {n: v for n, v in self._decisions().items() if v != DECISIONS[n]}
         if contradicting:
             settings = ", ".join(f"{setting} = {value}" for setting, value in contradicting.items())

@@ -122,6 +122,7 @@ class DetectionCallback(StageCallback):
         assert self._folder is not None
         data = trainer.datamodule  # type: ignore[attr-defined]
         name, classes = data.sample_name(split, index), ["background", *data.class_names]
+        # One forward per image; all questions about its detections are answered from the recorded trace.
         trace = self.crp.trace(network, image)
         best = trace.detections(self.crp.thresholds).best(self.top)
         questions = [Question(p, t, k) for p, k in zip(best.priors.tolist(), best.labels.tolist()) for t in self.tasks]
@@ -156,6 +157,7 @@ class DetectionCallback(StageCallback):
             write_atomically(self._folder / "detection_scores.csv", as_csv(SCORES, scores))
             write_atomically(self._folder / "detection_summary.csv", as_csv(SUMMARY, summary))
             write_atomically(self._folder / "detection_paired.csv", as_csv(PAIRED, pair(scores)))
+        # Available here because the average precision is logged before `publish` is called.
         facts = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith(f"{split}/")}
         classes = ["background", *trainer.datamodule.class_names]  # type: ignore[attr-defined]
         title = f"{self._folder.resolve().parent.name}, {self._folder.name}: detections"

@@ -35,6 +35,8 @@ class Schedule:
 
     def is_due(self, trainer: pl.Trainer) -> bool:
         """Whether the current epoch of the running command is explained."""
+        # The sanity check runs before the first epoch, on untrained weights; its maps would lie in the folder of epoch
+        # 0.
         if trainer.sanity_checking:
             return False
         return trainer.state.fn != "fit" or (
@@ -57,6 +59,8 @@ class StageCallback(pl.Callback):
     Subclasses override these four methods. They are called only in epochs that `schedule` selects.
     """
 
+    # Lightning calls on_*_epoch_end of callbacks before it reduces the values that the module logs, and on_*_end after
+    # that. Scores are therefore logged in `finish`, and files that show logged values are written in `publish`.
     schedule: Schedule
 
     def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
@@ -177,6 +181,7 @@ def evenly_spaced(size: int, count: int | None) -> list[int]:
     """At most `count` indices, evenly spaced over `range(size)` and the same in every call; None gives all."""
     if count is None or count >= size:
         return list(range(size))
+    # Both ends are included. A set, because rounding may give an index twice.
     return sorted({round(k * (size - 1) / max(count - 1, 1)) for k in range(count)})
 
 

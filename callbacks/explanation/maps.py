@@ -69,6 +69,7 @@ class MapLogger(ExplainingCallback):
 
         A failure is a warning and does not end the run.
         """
+        # The pictures of all ranks must be on disk before rank zero lists them.
         trainer.strategy.barrier("labn-overlays")
         loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
         if not trainer.is_global_zero or not loggers:

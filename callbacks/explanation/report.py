@@ -133,6 +133,7 @@ class ReportCallback(ExplainingCallback):
 
     def publish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
         """Write the page from the cards of all ranks and the tables (rank zero); a collective."""
+        # All ranks must have written their cards and rank zero its tables.
         trainer.strategy.barrier("labn-report")
         if not trainer.is_global_zero:
             return
@@ -144,6 +145,7 @@ class ReportCallback(ExplainingCallback):
                 logger.save()
         data = trainer.datamodule  # type: ignore[attr-defined]
         run_dir = Path(trainer.default_root_dir)
+        # With fast_dev_run the results lie in a temporary folder outside the run folder.
         stage = folder.relative_to(run_dir) if folder.is_relative_to(run_dir) else ""
         played = player_metric(self.session.metrics)
         info = RunInfo(
@@ -182,6 +184,7 @@ def player_facts(name: str, metric: PatchInsertionDeletion, image_size: int) -> 
 def stage_figures(trainer: pl.Trainer, split: str) -> dict[str, float]:
     """Finite logged metrics of the model, such as `test/accuracy`, without the scores of maps."""
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    # Scores of maps have two slashes: `test/<explainer>/<metric>`.
     return {n: v for n, v in logged.items() if n.startswith(f"{split}/") and n.count("/") == 1 and math.isfinite(v)}
 
 

@@ -80,6 +80,7 @@ class ExplanationSession:
     ) -> None:
         self.explainers, self.target, self.engine_options = explainers, target, engine_options
         self.schedule = schedule
+        # The rule for the class is part of the key: the map of another class is another map.
         self.keys = {name: digest(describe(e), target) for name, e in explainers.items()}
         self.metrics: dict[str, SampleMetric] = {}
         self.samples: set[int] = set()
@@ -115,11 +116,13 @@ class ExplanationSession:
         }
         if trainer.is_global_zero:
             self.store.prepare(identity)
+            # Tables and pictures of an earlier run would stay beside those of this one.
             self.store.remove_derived()
             write_manifest(self.store.folder, self.facts)
         # No rank may write before rank zero has moved or removed earlier results.
         trainer.strategy.barrier("labn-store")
         self._batch = ((), None)
+        # Samples are divided evenly among the ranks, so that the bar of rank zero stands for all of them.
         share = -(-len(self.samples) // trainer.world_size)
         self.progress = tqdm(
             total=share * len(self.explainers),
@@ -158,6 +161,7 @@ class ExplanationSession:
         # `trainer.precision` (bf16-true) has converted the images; explanations run in float32.
         images = images.float()
         self.reached |= set(indices.tolist())
+        # One engine per batch: all metrics share its cached forwards and its measured chunk size.
         engine = PerturbationEngine.for_model(self.network, images, indices=indices, **self.engine_options)
         probabilities = self._unperturbed(engine, images).softmax(dim=1)
         check_classes_known(labels, probabilities)
@@ -206,6 +210,7 @@ def identity_of(trainer: pl.Trainer, network: nn.Module, split: str) -> dict[str
     return {
         "checkpoint": weights_digest(network),
         "network": settings_digest(network),
+        # The normalisation belongs to the data: the same pixels, normalised otherwise, are other inputs.
         "data": digest(data.fingerprint(split), list(data.mean), list(data.std)),
         "split": split,
     }

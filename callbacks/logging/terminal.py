@@ -40,6 +40,7 @@ def say_figures(trainer: pl.Trainer, stage: str) -> None:
     # The name of a method may contain a slash, so that keys are compared by prefix and not split.
     of_maps = tuple(f"{stage}/{name}/" for name in (*methods, "confusion"))
     of_model = [key for key in trainer.callback_metrics if key.startswith(f"{stage}/") and not key.startswith(of_maps)]
+    # Before the check of the rank: reading callback_metrics may synchronise the ranks.
     figures = {key.removeprefix(f"{stage}/"): float(trainer.callback_metrics[key]) for key in of_model}
     if not trainer.is_global_zero:
         return

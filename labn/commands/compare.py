@@ -39,14 +39,14 @@ def run(options: argparse.Namespace) -> None:
         MissingFileError: a run has no scores.
         InputError: the runs are not comparable.
     """
-    found = compare_runs(open_runs(options.runs, options.stage))
-    markdown = markdown_table(found)
+    comparison = compare_runs(open_runs(options.runs, options.stage))
+    markdown = markdown_table(comparison)
     texts = {
-        "table.csv": table_csv(found),
+        "table.csv": table_csv(comparison),
         "table.md": markdown.encode(),
-        "table.tex": latex_table(found).encode(),
-        "paired.csv": paired_csv(found),
-        "report.html": render(comparison_report(found)).encode(),
+        "table.tex": latex_table(comparison).encode(),
+        "paired.csv": paired_csv(comparison),
+        "report.html": render(comparison_report(comparison)).encode(),
     }
     for name, text in texts.items():
         write_atomically(options.out / name, text)

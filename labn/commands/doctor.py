@@ -123,6 +123,7 @@ def accelerators() -> Iterable[Finding]:
 
 def disk(folder: Path) -> Finding:
     """Check that `folder`, or the nearest existing folder above it, is writable and has free space."""
+    # The run folder is created later; permission and space are those of its nearest existing parent.
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
@@ -154,6 +155,7 @@ def self_test() -> Finding:
     score = partial(evaluate, model, images, metrics=["pid16"], mean=None, std=None)
     try:
         targets = torch.tensor([0, 2])
+        # Any error is a finding: the command reports a broken installation instead of ending with a traceback.
         maps = explain(model, images, method="gradcam", targets=targets).maps
         score(maps, targets=targets)
         constant = score(torch.ones(2, 32, 32), targets=targets)["pid16"]

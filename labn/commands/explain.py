@@ -82,6 +82,7 @@ def run(options: argparse.Namespace) -> None:
             raise InputError(f"{method} explains detectors; use `cli.py test` with callbacks.DetectionCallback.")
     check_device(options.device)
     files = _files(options.image)
+    # Running the command on the folder of its own overlays would replace the pictures that it reads.
     if any(path.resolve().parent == (options.out / OVERLAYS).resolve() for path in files):
         raise InputError(f"--out is {options.out}, where overlays would replace pictures that --image names.")
     network, preprocessing = load_network(options)
@@ -169,6 +170,7 @@ def _explain(
         probabilities = logits_of(network(image[None])).softmax(1)[0]
     predicted = int(probabilities.argmax())
     chosen = predicted if target is None else target
+    # Checked here, because the number of classes is known only after a forward.
     if chosen >= len(probabilities):
         raise InputError(f"--target is class {chosen}; the network has {len(probabilities)} classes, from 0.")
     # The position of the picture seeds random methods such as RISE.
@@ -213,6 +215,7 @@ def _readable(files: Sequence[Path], preprocessing: Preprocessing) -> Iterator[t
             warnings.warn(f"{error} It is skipped.", stacklevel=2)
             continue
         stem = readable_name(path.stem)
+        # cat.jpg and cat.png would otherwise write the same overlay.
         numbered = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
         name = next(name for name in numbered if name not in taken)
         taken.add(name)

@@ -61,6 +61,7 @@ def data_module_of(paths: Sequence[Path]) -> Any:
         content = read_yaml(file)
         if isinstance(content, dict) and "data" in content:
             try:
+                # The configuration so far is the base, so that a later file may override single arguments.
                 config = parser.parse_object({"data": content["data"]}, config)
             except argparse.ArgumentError as error:
                 raise InputError(f"{file}: {config_sentence(str(error))}") from error

@@ -75,6 +75,7 @@ class Sweep:
         """
         files = _files_read(_named(self.files(step)))
         every = [*files, *_files_read(self.options)]
+        # Contents and not dates: a copied or checked-out configuration is the same one.
         contents = {file: hashlib.sha256(Path(file).read_bytes()).hexdigest()[:12] for file in every}
         return {"words": [step, *_named(files), *self._rest(seed)], "files": contents}
 
@@ -133,6 +134,7 @@ def _step(sweep: Sweep, step: str, seed: int, folder: Path, runner: Runner) -> N
             f"{folder} was trained with other arguments or configuration files (see {path}); "
             "give the sweep another --run_dir, or remove that folder."
         )
+    # Written before the step starts: a fit that is killed is recognised, and resumed only with the same settings.
     state[step] = {"signature": signature, "done": False}
     write_atomically(path, json.dumps(state, indent=1).encode())
     log = folder / f"{step}.log"

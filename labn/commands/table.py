@@ -119,6 +119,7 @@ class Runs:
         # that it does not count beside them.
         folders = seeds or tuple(run for run in [folder] if _tested(run))
         groups = [_groups(run) for run in folders]
+        # Runs with other data, another protocol or other arguments of a method must not be averaged.
         check_comparable([_manifest_run(folder.name, run, own) for run, own in zip(folders, groups)])
         accuracies = tuple(value for run in folders for value in _accuracy(run))
         return cls(folders, tuple(map(_scores, folders)), accuracies, groups[0] if groups else {})
@@ -173,6 +174,7 @@ def _accuracy(run: Path) -> list[float]:
     """The accuracy that the last test logged, as a list; empty if no test logged one."""
     column = f"test/{ACCURACY}"
     rows = itertools.chain.from_iterable(map(read_table, log_files(run, "test")))
+    # Logs come oldest first, so that the last value is that of the last test.
     return [row.number(column, float) for row in rows if row.cells.get(column)][-1:]
 
 

@@ -85,7 +85,7 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
     asked = list(dict.fromkeys([name for run in runs for name in run.results.headline]))
     names = _common_names(seeds)
     left_out = {m: n for m, n in ((m, _missing(seeds, m, common)) for m, common in names.items()) if n}
-    found = Comparison(runs, {}, [], [], left_out, asked, _groups(runs))
+    comparison = Comparison(runs, {}, [], [], left_out, asked, _groups(runs))
     for (label, explainer, metric), networks in seeds.items():
         if len(networks) != (expected := len({run.checkpoint for run in runs if run.label == label})):
             raise InputError(
@@ -93,24 +93,25 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
                 "networks with the same metrics, or give the runs different labels (LABEL=RUN)."
             )
         common = names[metric]
+        # First over seeds, then over samples: the interval is over samples, seeds are reported by their deviation.
         means = {name: statistics.fmean(column[name] for column in networks.values()) for name in common}
-        found.columns[label, explainer, metric] = means
+        comparison.columns[label, explainer, metric] = means
         by_seed = [statistics.fmean(column[name] for name in common) for column in networks.values()]
         std = statistics.stdev(by_seed) if len(by_seed) > 1 else None
-        interval = bootstrap_mean(list(means.values()), groups=found.groups_of(common))
-        found.rows.append(Row(label, explainer, metric, interval, std, len(by_seed)))
-    found.paired.extend(_differences(found))
-    return found
+        interval = bootstrap_mean(list(means.values()), groups=comparison.groups_of(common))
+        comparison.rows.append(Row(label, explainer, metric, interval, std, len(by_seed)))
+    comparison.paired.extend(_differences(comparison))
+    return comparison
 
 
-def _differences(found: Comparison) -> Iterator[tuple[str, str, str, Interval]]:
-    for metric in found.asked:
-        rows = [(label, explainer) for label, explainer, name in found.columns if name == metric]
+def _differences(comparison: Comparison) -> Iterator[tuple[str, str, str, Interval]]:
+    for metric in comparison.asked:
+        rows = [(label, explainer) for label, explainer, name in comparison.columns if name == metric]
         for first, second in itertools.combinations(rows, 2):
-            a, b = (found.columns[label, explainer, metric] for label, explainer in (first, second))
+            a, b = (comparison.columns[label, explainer, metric] for label, explainer in (first, second))
             differences = [value - b[name] for name, value in a.items()]
-            interval = bootstrap_mean(differences, groups=found.groups_of(a))
-            yield found.row_name(*first), found.row_name(*second), metric, interval
+            interval = bootstrap_mean(differences, groups=comparison.groups_of(a))
+            yield comparison.row_name(*first), comparison.row_name(*second), metric, interval
 
 
 def _by_seed(runs: Sequence[Run]) -> dict[tuple[str, str, str], dict[str, Column]]:
@@ -152,6 +153,7 @@ def _common_names(seeds: dict[tuple[str, str, str], dict[str, Column]]) -> dict[
     names: dict[str, list[str]] = {}
     for (_, _, metric), networks in seeds.items():
         for column in networks.values():
+            # Matched by name, because indices differ between data modules that leave out different samples.
             names[metric] = [name for name in names.get(metric, column) if name in column]
     for metric, common in names.items():
         if not common:

@@ -120,6 +120,7 @@ def make_card(picture: Picture, maps: Mapping[str, Array], *, picture_side: int 
     """
     height, width = picture.image.shape[:2]
     boxes = np.zeros((0, 4)) if picture.boxes is None else np.asarray(picture.boxes, dtype=float).reshape(-1, 4)
+    # An empty mask would be drawn as nothing; None saves its bytes.
     mask = picture.mask if picture.mask is not None and picture.mask.any() else None
     return {
         "index": picture.index,
@@ -131,6 +132,7 @@ def make_card(picture: Picture, maps: Mapping[str, Array], *, picture_side: int 
         "confidence": picture.confidence,
         "picture": picture_uri(picture.image, picture_side),
         "mask": None if mask is None else mask_uri(mask, picture_side),
+        # Relative to the image, because the picture on the page has another size.
         "boxes": (boxes / [width, height, width, height]).round(4).tolist(),
         "maps": {name: map_entry(heat, map_side) for name, heat in maps.items()},
     }

@@ -34,6 +34,7 @@ def _subset(results: StageResults, split_size: int | None) -> Iterator[str]:
     if results.groups is not None:
         counts = [len(total.groups) for total in results.totals.values()]
         one, what, over = "group of samples", "groups of samples", "whole groups of samples"
+    # The smallest count decides: metrics may leave samples out.
     if counts and min(counts) == 1:
         yield f"Some values are based on one {one} alone: they have no interval and decide no difference."
     elif counts and min(counts) < FEW:

@@ -24,35 +24,39 @@ VERDICT = ("prediction", "target", "probability", "confidence")
 """Fields of a card that depend on the network."""
 
 
-def comparison_report(found: Comparison, title: str = "Comparison", max_bytes: int = 36_000_000) -> Report:
+def comparison_report(comparison: Comparison, title: str = "Comparison", max_bytes: int = 36_000_000) -> Report:
     """The page of a comparison.
 
     Args:
-        found: the merged runs.
+        comparison: the merged runs.
         title: title of the page.
         max_bytes: maximum size of the gallery in bytes; every card shows the maps of one network per row.
     """
-    rows = list(dict.fromkeys(found.row_name(label, explainer) for label, explainer, _ in found.columns))
-    present = [metric for _, _, metric in found.columns]
-    values = list(dict.fromkeys([*(name for name in found.asked if name in present), *present]))
-    curves = merged_curves(found)
-    cards = thin(merged_cards(found), max_bytes)
-    quantity = found.runs[0].results.quantity
+    rows = list(dict.fromkeys(comparison.row_name(label, explainer) for label, explainer, _ in comparison.columns))
+    present = [metric for _, _, metric in comparison.columns]
+    values = list(dict.fromkeys([*(name for name in comparison.asked if name in present), *present]))
+    curves = merged_curves(comparison)
+    cards = thin(merged_cards(comparison), max_bytes)
+    quantity = comparison.runs[0].results.quantity
     return Report(
         title=title,
-        caveats=_notes(found),
-        summary=_table(found, rows, found.asked, "Mean ± standard deviation over seeds, with its 95 % interval"),
-        summary_more=_table(found, rows, [v for v in values if v not in found.asked], "Other values"),
-        paired=_paired(found, rows),
+        caveats=_notes(comparison),
+        summary=_table(
+            comparison, rows, comparison.asked, "Mean ± standard deviation over seeds, with its 95 % interval"
+        ),
+        summary_more=_table(comparison, rows, [v for v in values if v not in comparison.asked], "Other values"),
+        paired=_paired(comparison, rows),
         curves={m: curve_panels(curves, rows, m, quantity=quantity) for m in curve_metrics(curves)},
-        training=_training(found.runs),
+        training=_training(comparison.runs),
         cards=cards,
         columns=rows,
         metrics=values,
-        scores=_scores(found, cards, rows, values),
-        class_names=next((run.results.manifest["class_names"] for run in found.runs if _named(run)), []),
-        made_with=[(f"{run.results.folder}: {t}", e) for run in found.runs for t, e in made_with(run.results.manifest)],
-        configs=[(str(path), path.read_text()) for path in _configs(found.runs)],
+        scores=_scores(comparison, cards, rows, values),
+        class_names=next((run.results.manifest["class_names"] for run in comparison.runs if _named(run)), []),
+        made_with=[
+            (f"{run.results.folder}: {t}", e) for run in comparison.runs for t, e in made_with(run.results.manifest)
+        ],
+        configs=[(str(path), path.read_text()) for path in _configs(comparison.runs)],
     )
 
 
@@ -70,20 +74,22 @@ def _named(run: Run) -> bool:
     return "class_names" in run.results.manifest
 
 
-def _notes(found: Comparison) -> list[str]:
+def _notes(comparison: Comparison) -> list[str]:
     """Caveats of all runs; one that all runs share appears once, without the name of a run."""
-    each = [(_named_run(run), caveats(run.results)) for run in found.runs]
+    each = [(_named_run(run), caveats(run.results)) for run in comparison.runs]
     shared = [note for note in each[0][1] if all(note in other for _, other in each)]
     notes = shared + [f"{name}: {note}" for name, own in each for note in own if note not in shared]
     notes += [
         f"{_named_run(run)}: the weights of {run.results.folder} are in no checkpoint of its run folder; the training "
         "of that folder is not shown."
-        for run in found.runs
+        for run in comparison.runs
         if run.stale
     ]
-    notes += [f"{metric}: {n} samples that not every row has were left out." for metric, n in found.left_out.items()]
-    if any(row.seeds > 1 for row in found.rows):
-        over = "samples" if found.groups is None else "whole groups of samples"
+    notes += [
+        f"{metric}: {n} samples that not every row has were left out." for metric, n in comparison.left_out.items()
+    ]
+    if any(row.seeds > 1 for row in comparison.rows):
+        over = "samples" if comparison.groups is None else "whole groups of samples"
         notes.append(f"± is the standard deviation over seeds; intervals of the mean over seeds are over {over}.")
         notes.append(
             "Gallery: maps and prediction of every row are those of the first seed that has the picture; scores are "
@@ -92,8 +98,8 @@ def _notes(found: Comparison) -> list[str]:
     return list(dict.fromkeys(notes))
 
 
-def _table(found: Comparison, rows: list[str], columns: list[str], caption: str) -> Table | None:
-    cells = {(found.row_name(r.label, r.explainer), r.metric): _cell(r.interval, r.std) for r in found.rows}
+def _table(comparison: Comparison, rows: list[str], columns: list[str], caption: str) -> Table | None:
+    cells = {(comparison.row_name(r.label, r.explainer), r.metric): _cell(r.interval, r.std) for r in comparison.rows}
     table = {row: [cells.get((row, column)) for column in columns] for row in rows}
     return Table(caption, tuple(columns), table) if any(any(line) for line in table.values()) else None
 
@@ -102,41 +108,42 @@ def _cell(interval: Interval, std: float | None = None) -> Cell:
     return Cell(interval.mean, interval.low, interval.high, interval.n, std)
 
 
-def _paired(found: Comparison, rows: list[str]) -> list[Table]:
+def _paired(comparison: Comparison, rows: list[str]) -> list[Table]:
     tables = []
-    for metric in found.asked:
+    for metric in comparison.asked:
         cells = {}
-        for a, b, name, interval in found.paired:
+        for a, b, name, interval in comparison.paired:
             if name == metric:
                 cells[a, b] = _cell(interval)
+                # The other direction has the opposite sign and exchanged bounds.
                 cells[b, a] = Cell(-interval.mean, -interval.high, -interval.low, interval.n)
         if cells and metric != "fill_probability":
             tables.append(Table(metric, tuple(rows), {a: [cells.get((a, b)) for b in rows] for a in rows}))
     return tables
 
 
-def merged_curves(found: Comparison) -> dict[str, np.ndarray]:
+def merged_curves(comparison: Comparison) -> dict[str, np.ndarray]:
     """Curves of the common samples: arrays `<row>/<metric>/{x,insertion,deletion}` (n, 101), means over seeds.
 
     If samples have groups, there are also arrays `<row>/<metric>/group` (n,).
     """
     stacks: dict[str, list[np.ndarray]] = {}
     groups: dict[str, np.ndarray] = {}
-    for run in _one_folder_per_network(found.runs):
+    for run in _one_folder_per_network(comparison.runs):
         names = run.results.names
         for key in (k.removesuffix("/index") for k in run.results.curves if k.endswith("/index")):
             explainer, metric = key.rsplit("/", 1)
             position = {names[i]: n for n, i in enumerate(run.results.curves[f"{key}/index"].tolist()) if i in names}
-            common = found.columns.get((run.label, explainer, _value_of(metric)))
+            common = comparison.columns.get((run.label, explainer, _value_of(metric)))
             if common is None or not all(name in position for name in common):
                 continue
             chosen = [position[name] for name in common]
-            x, row = run.results.curves[f"{key}/x"][chosen], f"{found.row_name(run.label, explainer)}/{metric}"
+            x, row = run.results.curves[f"{key}/x"][chosen], f"{comparison.row_name(run.label, explainer)}/{metric}"
             for line in GRIDS:
                 # Seeds may have steps at other abscissae, so that curves are interpolated before they are averaged.
                 curves = on_grid(x, x if line == "x" else run.results.curves[f"{key}/{line}"][chosen])
                 stacks.setdefault(f"{row}/{line}", []).append(curves)
-            if (drawn := found.groups_of(common)) is not None:
+            if (drawn := comparison.groups_of(common)) is not None:
                 groups[f"{row}/group"] = np.array(drawn)
     return {key: np.mean(stack, axis=0) for key, stack in stacks.items()} | groups
 
@@ -161,7 +168,7 @@ def _one_folder_per_network(runs: Iterable[Run]) -> list[Run]:
     return distinct
 
 
-def merged_cards(found: Comparison) -> list[Card]:
+def merged_cards(comparison: Comparison) -> list[Card]:
     """One card per sample name with the maps of all rows.
 
     Every label contributes the maps and the prediction of one network, the first with that sample. `verdicts` holds the
@@ -169,7 +176,7 @@ def merged_cards(found: Comparison) -> list[Card]:
     """
     cards: dict[str, Card] = {}
     shown: dict[tuple[str, str], str] = {}
-    for run in found.runs:
+    for run in comparison.runs:
         for card in run.results.cards:
             key = card["name"], run.label
             if shown.get(key, run.checkpoint) != run.checkpoint:
@@ -179,16 +186,17 @@ def merged_cards(found: Comparison) -> list[Card]:
             merged = cards.setdefault(card["name"], {**common, "maps": {}, "verdicts": []})
             if key not in shown:
                 merged["verdicts"].append({"network": run.label} | {name: card[name] for name in VERDICT})
+            # From here on only this network contributes to the row: a card never mixes maps of two networks.
             shown[key] = run.checkpoint
             for explainer, entry in card["maps"].items():
-                merged["maps"].setdefault(found.row_name(run.label, explainer), entry)
+                merged["maps"].setdefault(comparison.row_name(run.label, explainer), entry)
     return list(cards.values())
 
 
 def _scores(
-    found: Comparison, cards: list[Card], rows: list[str], values: list[str]
+    comparison: Comparison, cards: list[Card], rows: list[str], values: list[str]
 ) -> dict[str, dict[str, list[float | None]]]:
-    named = {(found.row_name(la, ex), m): column for (la, ex, m), column in found.columns.items()}
+    named = {(comparison.row_name(la, ex), m): column for (la, ex, m), column in comparison.columns.items()}
     return {
         card["name"]: {row: [named.get((row, v), {}).get(card["name"]) for v in values] for row in rows}
         for card in cards

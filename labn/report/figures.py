@@ -48,6 +48,7 @@ def tick_format(low: float, high: float) -> str:
 
     Matplotlib's own format writes a common offset beside the bar of a nearly flat map, which takes space from the axes.
     """
+    # Significant digits to distinguish high from low, and one more for ticks between them.
     digits = 2 + math.ceil(math.log10(max(abs(low), abs(high)) / (high - low)))
     return f"%.{min(max(digits, 3), 9)}g"  # float32 has no more
 
@@ -85,6 +86,7 @@ def overlay_figure(
         axis.set_title(name, fontsize=9, parse_math=False)
     for axis in axes:
         axis.set_axis_off()
+        # A constant mask has no outline, and matplotlib would warn.
         if mask is not None and mask.any() and not mask.all():
             axis.contour(mask.astype(float), levels=[0.5], colors="lime", linewidths=0.8)
     figure.suptitle(title, fontsize=9, parse_math=False)
@@ -142,6 +144,7 @@ def detection_figure(image: np.ndarray, rows: Sequence[DetectionRow], title: str
         line[0].imshow(image, cmap="gray", vmin=0, vmax=1)
         line[0].set_title(row.title, fontsize=7, parse_math=False)
         for axis, (name, heat) in zip(line[1:], row.maps.items()):
+            # A map of zeros, such as that of a dead unit, has no scale.
             bound = float(np.abs(heat).max()) or 1.0
             axis.imshow(grey, cmap="gray", vmin=0, vmax=1)
             axis.imshow(heat, cmap="RdBu_r", vmin=-bound, vmax=bound, alpha=_visibility(heat / bound))

@@ -113,6 +113,7 @@ def render(report: Report) -> str:
     style by their hash alone, so that no file or class name can inject either.
     """
     script = "\n".join(_asset(name) for name in SCRIPTS)
+    # One function scope: the names of the scripts do not become global. The hash covers exactly this text.
     script = f'(() => {{\n"use strict";\n{script}\n}})();\n'
     style = _asset("style.css")
     return (
@@ -139,6 +140,8 @@ def embed(data: Any) -> str:
 def thin(cards: Sequence[Card], budget: int) -> list[Card]:
     """The largest number of evenly spaced cards whose JSON takes at most `budget` bytes together."""
     sizes = np.array([len(embed(card)) for card in cards])
+    # From the largest number down: cards differ in size, so that fewer cards need not be smaller and bisection could
+    # miss the largest fitting number.
     for count in range(len(cards), 0, -1):
         chosen = np.unique(np.linspace(0, len(cards) - 1, count).round().astype(int))
         if sizes[chosen].sum() <= budget:

@@ -60,6 +60,7 @@ def run_report(results: StageResults, info: RunInfo) -> Report:
         for metric in curve_metrics(results.curves)
     }
     training = read_training(info.run_dir, info.epoch)
+    # One slash: values of the model. More: scores of maps, which are shown apart.
     plain = {name: values for name, values in training.items() if name.count("/") == 1}
     cards = with_curves(results, info.player)
     gallery, player = shared_fills(thin(cards, info.max_bytes), info.player)
@@ -150,6 +151,7 @@ def with_curves(results: StageResults, player: dict[str, Any] | None) -> list[Ca
         lines = [results.curves[f"{key}/{name}"][rows].round(4).tolist() for name in ("x", "insertion", "deletion")]
         for index, *values in zip(indices[rows].tolist(), *lines):
             found.setdefault(index, {})[explainer] = dict(zip(("x", "insertion", "deletion"), values))
+    # A card needs curves and steps for the player; without them it is in the gallery only.
     playable = [card["index"] in found and bool(card.get("steps")) for card in results.cards]
     return [card | {"curves": found[card["index"]]} if ok else card for card, ok in zip(results.cards, playable)]
 
@@ -161,6 +163,7 @@ def shared_fills(cards: list[Card], player: dict[str, Any] | None) -> tuple[list
     """
     if player is None or not any("curves" in card for card in cards):
         return cards, None
+    # Most fills, such as a colour or the bias image, are the same for all samples; the page holds each once.
     fills = list(dict.fromkeys(fill for card in cards for fill in card.get("fills", [])))
     numbered = [card | {"fills": [fills.index(fill) for fill in card.get("fills", [])]} for card in cards]
     return numbered, player | {"fills": fills}

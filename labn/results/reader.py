@@ -125,6 +125,7 @@ def _keep(results: StageResults, row: TableRow, samples: Collection[int] | None)
                 f"{path} has no group for {row['name']} (index {index}), which scores.csv has; test again."
             )
         total.groups.add(results.groups[index])
+    # The totals above count every row, whichever samples are kept.
     if samples is None or index in samples:
         column[index] = value
         results.names[index] = row["name"]

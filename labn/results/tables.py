@@ -157,6 +157,7 @@ def summarise(table: Table, plan: Plan, groups: Groups = None) -> dict[tuple[str
 def compare(table: Table, plan: Plan, groups: Groups = None) -> dict[tuple[str, str, str], Interval]:
     """(a, b, value) -> mean difference a - b over common samples with its interval, for every pair of explainers."""
     triples = itertools.product(itertools.combinations(plan.explainers, 2), plan.value_names)
+    # NaN - x is NaN, so that a difference exists only for samples with both values.
     columns = (((a, b, name), table.column(a, name) - table.column(b, name)) for (a, b), name in triples)
     return _intervals(columns, _drawn(table, groups))
 
@@ -184,6 +185,7 @@ def count_rows(table: Table, plan: Plan) -> Iterator[tuple[str, str, str, int]]:
     """Rows of `counts.csv`: per explainer, the counts of the metrics over the samples with all values of the metric."""
     for explainer, (metric, reduce) in itertools.product(plan.explainers, plan.counted.items()):
         columns = {name: torch.from_numpy(np.array(table.column(explainer, name))) for name in plan.metrics[metric][1]}
+        # A sample enters the counts only if every value of the metric is there.
         shared = ~torch.stack(list(columns.values())).isnan().any(0)
         for kind, count in reduce({name: column[shared] for name, column in columns.items()}).items():
             yield explainer, metric, kind, int(count)

@@ -106,7 +106,7 @@ def test_weights_that_are_not_here_are_named(name, tmp_path, monkeypatch):
 
 def cheaper(folder):
     """The callbacks of the quickstart's comparison with fewer masks, channels, nodes and copies, as a last file."""
-    explainers = explainers_of(CONFIGS / "quickstart_compare.yaml")
+    explainers = explainers_of(CONFIGS / "synthetic" / "quickstart_compare.yaml")
     for name, kind, settings in (
         ("rise", "RISE", {"n_masks": 64}),
         ("scorecam", "ScoreCAM", {"channels": 8}),
@@ -114,7 +114,7 @@ def cheaper(folder):
         ("smoothgrad", "SmoothGrad", {"n_samples": 2}),
     ):
         explainers[name] = {"class_path": f"labn.explainers.{kind}", "init_args": settings}
-    own = yaml.safe_load((CONFIGS / "quickstart_compare.yaml").read_text())["trainer"]["callbacks+"]
+    own = yaml.safe_load((CONFIGS / "synthetic" / "quickstart_compare.yaml").read_text())["trainer"]["callbacks+"]
     explaining = {"class_path": "callbacks.ExplanationCallback", "init_args": {"explainers": explainers}}
     scoring = next(entry for entry in own if entry["class_path"] == "callbacks.EvaluationCallback")
     path = folder / "cheaper.yaml"
@@ -134,7 +134,7 @@ def test_the_whole_table_of_the_quickstart(tmp_path, monkeypatch):
     compare = ["--config", "configs/synthetic/quickstart_compare.yaml", "--data.init_args.n_test=2"]
     call_main(["test", *compare, "--config", cheaper(tmp_path), checkpoint, f"--run_dir={tmp_path}/run", *run])
     summary = summary_of(tmp_path / "run" / "test")
-    for explainer in BASELINES | set(explainers_of(CONFIGS / "quickstart_compare.yaml")):
+    for explainer in BASELINES | set(explainers_of(CONFIGS / "synthetic" / "quickstart_compare.yaml")):
         for metric in ("id", "pid16", "pid16@official", "average_drop", "pctin_logit20", "mass", "randomisation"):
             assert (explainer, metric) in summary
     assert float(summary["constant", "pid16"]["mean"]) == pytest.approx(0, abs=1e-6)

@@ -92,15 +92,17 @@ def test_random_weights_are_refused(tmp_path, command):
 
 
 @pytest.mark.usefixtures("root")
-def test_without_validation_what_goes_by_it_is_refused_before_anything_is_trained(tmp_path):
+def test_monitored_validation_values_without_validation_raise_before_training(tmp_path):
     log = tmp_path / "logs" / "fit" / "metrics.csv"
     log.parent.mkdir(parents=True)
     log.write_text("epoch,val/loss\n0,1.0\n")
     fit = ["fit", *QUICKSTART, f"--run_dir={tmp_path}", "--trainer.limit_val_batches=0", "--trainer.max_epochs=1"]
-    with pytest.raises(ValueError, match=r"^trainer\.limit_val_batches is 0, so that EarlyStopping never sees val/"):
+    with pytest.raises(
+        ValueError, match=r"^trainer\.limit_val_batches is 0, so that EarlyStopping never gets its monitored value val/"
+    ):
         call_main(fit)
     assert log.exists()
-    with pytest.raises(ValueError, match=r"is 0, so that ReduceLROnPlateau never sees val/loss"):
+    with pytest.raises(ValueError, match=r"is 0, so that ReduceLROnPlateau never gets its monitored value val/loss"):
         call_main([*fit, "--trainer.callbacks=[]"])
 
 

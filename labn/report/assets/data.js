@@ -1,4 +1,4 @@
-// The page's data and small helpers. Texts from the data reach the page as text nodes only.
+// The data of the page and small helpers. Strings of the data enter the page as text nodes only, never as HTML.
 const report = JSON.parse(document.getElementById("report-data").textContent);
 const byId = (id) => document.getElementById(id);
 
@@ -11,7 +11,7 @@ const element = (tag, properties = {}, ...children) => {
 const bytesOf = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
 const className = (number) => report.classNames[number] ?? String(number);
 const short = (value) => (value === null || value === undefined ? "–" : value.toFixed(3));
-// With as many digits as it takes to tell the limits of a nearly flat map apart.
+// With enough digits to distinguish the limits of a nearly flat map.
 const limitsOf = ({ low, high }) => {
   const ratio = high > low ? Math.max(Math.abs(low), Math.abs(high)) / (high - low) : 1;
   const digits = Math.min(Math.max(1 + Math.ceil(Math.log10(ratio)), 2), 9);

@@ -1,13 +1,13 @@
 // The gallery: filter, sort, and a page of cards at a time.
 const PAGE = 20;
 const gallery = { shown: PAGE, methods: new Set(report.columns) };
-// What networks say of a picture: several in a comparison, each by its name, else one, by the card itself.
+// The predictions for a picture: those of several named networks in a comparison, else the one in the card itself.
 const verdictsOf = (card) => card.verdicts ?? [card];
 const verdictOf = (card, network) => verdictsOf(card).find((verdict) => verdict.network === network);
 const networks = [...new Set(report.cards.flatMap((card) => verdictsOf(card).map((verdict) => verdict.network)))];
 const named = (text, network) => (networks.length > 1 ? `${text} (${network})` : text);
 const byProbability = new Map(networks.map((network) => [named("probability of the label", network), network]));
-// The cards of detections have no prediction: nothing there says whether one is right.
+// Cards of detections have no prediction, so that they are neither correct nor wrong.
 const judged = report.cards.some((card) => verdictsOf(card).some((verdict) => "prediction" in verdict));
 const isCorrect = (card, verdict) => card.label === verdict.prediction;
 

@@ -1,4 +1,4 @@
-// Charts: a press of a key shows or hides its line. Then whatever else is on the page.
+// Charts: a click on a legend entry shows or hides its line. Then gallery and player, if the page has them.
 for (const button of document.querySelectorAll("[data-toggles]")) {
   button.addEventListener("click", () => {
     const show = button.getAttribute("aria-pressed") === "false";

@@ -1,4 +1,4 @@
-// Insertion and deletion of one picture: frames are put together from the picture, the fill and the steps of the patches.
+// Insertion and deletion of one picture: frames are composed of picture and fill by the step at which each patch moves.
 const player = { card: null, timer: null };
 const SVG = "http://www.w3.org/2000/svg";
 const frame = { left: 46, right: 10, top: 10, bottom: 36, width: 380, height: 240 };
