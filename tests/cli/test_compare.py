@@ -114,7 +114,7 @@ def cheaper(folder):
         ("smoothgrad", "SmoothGrad", {"n_samples": 2}),
     ):
         explainers[name] = {"class_path": f"labn.explainers.{kind}", "init_args": settings}
-    own = yaml.safe_load((CONFIGS / "synthetic" / "quickstart_compare.yaml").read_text())["trainer"]["callbacks+"]
+    own = yaml.safe_load((CONFIGS / "synthetic" / "quickstart_compare.yaml").read_text())["trainer"]["callbacks"]
     explaining = {"class_path": "callbacks.ExplanationCallback", "init_args": {"explainers": explainers}}
     scoring = next(entry for entry in own if entry["class_path"] == "callbacks.EvaluationCallback")
     path = folder / "cheaper.yaml"
