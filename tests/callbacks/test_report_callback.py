@@ -71,7 +71,7 @@ def test_curves_in_logits_are_labelled_as_logits(tmp_path):
     callbacks = [ExplanationCallback({"gradcam": None}, test_images=2), score, ReportCallback()]
     trainer(tmp_path, *callbacks).test(network(), data(), verbose=False)
     assert page_data(tmp_path / "test")["player"]["quantity"] == "logit"
-    assert "are in logits of the class instead of probabilities" in (tmp_path / "test" / "report.html").read_text()
+    assert "are logits of the class instead of probabilities" in (tmp_path / "test" / "report.html").read_text()
 
 
 @pytest.mark.parametrize("given", [".", "../run"])

@@ -1,4 +1,4 @@
-"""A fit that begins anew in the folder of another keeps that one apart; one that goes on leaves it where it is."""
+"""A fresh fit moves the files of an earlier fit aside; a resumed fit leaves them in place."""
 
 import csv
 
@@ -36,7 +36,7 @@ def test_a_fresh_fit_keeps_the_earlier_one_apart_and_a_resumed_one_goes_on(tmp_p
     assert (epochs(tmp_path), old.exists(), "starts afresh" in caplog.text) == ([0, 1], False, False)
     with caplog.at_level("INFO"):
         fit(tmp_path, 1)
-    assert f"is in {old} now; to go on from it: --ckpt_path {old}/checkpoints/last.ckpt" in caplog.text
+    assert f"are now in {old}; to resume that fit: --ckpt_path {old}/checkpoints/last.ckpt" in caplog.text
     # Nothing of the first is left beside the second, and the first is whole.
     assert (epochs(tmp_path), epochs(old)) == ([0], [0, 1])
     assert {path.name for path in saved.iterdir()} == {"best.ckpt", "last.ckpt"}
