@@ -134,6 +134,8 @@ class LabnCLI(LightningCLI):
         if root_dir is not None and Path(root_dir).resolve() != run_dir.resolve():
             rank_zero_warn(f"trainer.default_root_dir {root_dir} is ignored; files go to --run_dir ({run_dir}).")
         config.trainer.default_root_dir = str(run_dir)
+        if self.subcommand == "fit":
+            check_trainable(config.data)
         # Before the trainer is built, which would fail earlier for want of a GPU or of the strategy's package.
         strategy = config.trainer.strategy
         check_strategy(strategy if isinstance(strategy, str) else strategy.class_path)
@@ -211,6 +213,19 @@ class LabnCLI(LightningCLI):
         """Whether this is a fit without a checkpoint that writes files, which `fast_dev_run` does not."""
         config = self.config[self.subcommand]
         return self.subcommand == "fit" and not config.get("ckpt_path") and not config.trainer.get("fast_dev_run")
+
+
+def check_trainable(data: Any) -> None:
+    """Raise InputError, before the network is built, for data without a training split.
+
+    Args:
+        data: the configuration's `data`, with `class_path`.
+    """
+    path = (data or {}).get("class_path")
+    module, _, name = (path or "").rpartition(".")
+    kind = getattr(importlib.import_module(module), name, None) if module else None
+    if not getattr(kind, "has_training_split", True):
+        raise InputError(f"data: {path} has no training split, so this configuration can only be tested; run `test`.")
 
 
 COMMANDS: dict[str, ModuleType] = {

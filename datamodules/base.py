@@ -12,7 +12,7 @@ from typing import Any
 import cv2
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler, default_collate
 
@@ -89,11 +89,13 @@ class ImageDataModule(LightningDataModule):
         balanced_sampler: draw training batches with batch_size / num_classes samples of each class.
         drop_last: leave out an incomplete last training batch.
         augmentation: augmentation of the training split; None trains without augmentation.
-        on_bad_image: "stop" raises an error that names the file, before training; "skip" leaves the sample out and
-            lists it in `report()`.
+        on_bad_image: "stop" raises an error that lists the files, before training; "skip" leaves the samples out and
+            lists them in `report()`.
         cache_images: decode each split once, into uint8 memory, before its first epoch.
         cache_dir: folder for the bias image and for computed statistics; None takes `$XDG_CACHE_HOME/labn`, or
             `~/.cache/labn` without that variable.
+        strict_links: refuse every link that leaves the data folder, for data from strangers; by default linked folders
+            and images are read, and only links to files that are not images are refused.
 
     Raises:
         InputError: `image_size` or `batch_size` is below 1, `on_bad_image` is unknown, `mean` or `std` does not have
@@ -102,6 +104,7 @@ class ImageDataModule(LightningDataModule):
     Attributes:
         class_names: names of the classes, in the order of their labels.
         positive_classes: labels that metrics with `positives_only` score.
+        has_training_split: whether the data set can train a network.
         channels: number of channels C.
         crop: left, top, right, bottom of the used region of every image, as fractions of its size; None uses all of it.
         shorter: length in pixels that the shorter side is resized to before the central square is taken; None squashes
@@ -128,6 +131,7 @@ class ImageDataModule(LightningDataModule):
 
     class_names: list[str]
     positive_classes: tuple[int, ...] = (1,)
+    has_training_split: bool = True
     channels: int = 3
     crop: tuple[float, float, float, float] | None = None
     shorter: int | None = None
@@ -148,6 +152,7 @@ class ImageDataModule(LightningDataModule):
         on_bad_image: OnBadImage = "stop",
         cache_images: bool = False,
         cache_dir: str | os.PathLike[str] | None = None,
+        strict_links: bool = False,
     ) -> None:
         super().__init__()
         for name, value in (("image_size", image_size), ("batch_size", batch_size)):
@@ -161,7 +166,7 @@ class ImageDataModule(LightningDataModule):
             raise InputError(f"`mean` and `std` need {self.channels} numbers each, one per channel.")
         if not all(0.0 < value < math.inf for value in std or ()):
             raise InputError(f"std is {std}; pixels are divided by it, so every number must be finite and above 0.")
-        self.on_bad_image, self.cache_images = on_bad_image, cache_images
+        self.on_bad_image, self.cache_images, self.strict_links = on_bad_image, cache_images, strict_links
         self.cache_dir = Path(cache_dir) if cache_dir is not None else default_cache_dir()
         self._mean, self._std = mean, std
         self._notes: list[str] = []
@@ -276,21 +281,50 @@ class ImageDataModule(LightningDataModule):
         return "\n".join([f"{type(self).__name__}:", *lines, *self._notes])
 
     def _counts(self, split: Split) -> str:
-        labels = self.labels(split)
-        counts = torch.bincount(labels, minlength=self.num_classes).tolist()
+        labels, counts = self.labels(split), self._class_counts(split)
         per_class = ", ".join(f"{name} {count}" for name, count in zip(self.class_names, counts))
         if self.num_classes > MAX_LISTED_CLASSES:
             per_class = f"{sum(count > 0 for count in counts)} of {self.num_classes} classes"
         return f"  {split}: {len(labels)} images ({per_class}), data hash {self.fingerprint(split)}"
 
+    @property
+    def event_classes(self) -> tuple[int, ...]:
+        """Labels that count as an event for the true skill statistic; empty where the classes define no event."""
+        return self.positive_classes
+
+    def prepare_data(self) -> None:
+        """Check all files before Lightning starts the loggers, so that damaged files leave no run behind.
+
+        With several processes the check is that of `setup`, which runs in all of them: an error in one process alone
+        would leave the others waiting.
+        """
+        if self._ranks()[0] == 1:
+            _ = self._sources
+
     def setup(self, stage: str | None = None) -> None:
         """Check all files, print the report once and, with `cache_images`, decode the splits that `stage` needs."""
         if not self._reported:
             rank_zero_info(self.report())
+            for split in ("train", "test") if self.has_training_split else ():
+                self._warn_of_empty_classes(split)
             self._reported = True
         for split in _STAGES.get(stage, ("test",)):
             if self.cache_images and split not in self._preloaded:
                 self._preloaded[split] = ArraySource.preloaded(self.source(split))
+
+    def _warn_of_empty_classes(self, split: Split) -> None:
+        """Warn of classes without an image in a split: a network cannot learn them, or a test cannot judge them."""
+        if split not in self._sources:
+            return
+        counts = self._class_counts(split)
+        if empty := [name for name, count in zip(self.class_names, counts) if not count]:
+            more = f" and {len(empty) - MAX_LISTED_CLASSES} more" if len(empty) > MAX_LISTED_CLASSES else ""
+            listed = f"{', '.join(empty[:MAX_LISTED_CLASSES])}{more}"
+            rank_zero_warn(f"Split {split} has no image of {len(empty)} of {self.num_classes} classes: {listed}.")
+
+    def _class_counts(self, split: Split) -> list[int]:
+        """Number of images of every class in a split."""
+        return torch.bincount(self.labels(split), minlength=self.num_classes).tolist()
 
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)

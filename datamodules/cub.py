@@ -119,8 +119,8 @@ def read_classes(root: Path) -> dict[int, str]:
     return read_list(root / "classes.txt", _text, "a class number and its name").values
 
 
-def read_birds(root: Path) -> list[BirdImage]:
-    """Read all images of the lists, in the order of `images.txt`.
+def read_birds(root: Path, strict_links: bool = True) -> list[BirdImage]:
+    """Read all images of the lists, in the order of `images.txt`; `strict_links` refuses links out of `images`.
 
     Raises:
         MissingFileError: a list is missing.
@@ -139,7 +139,7 @@ def read_birds(root: Path) -> list[BirdImage]:
     for other in others:
         _check_same_images(images, other)
     for number, name in images.values.items():
-        path_inside(root / "images", name, images.where(number))
+        path_inside(root / "images", name, images.where(number), strict_links)
         _check_folder(number, images, labels, names)
     return [
         BirdImage(path, labels.values[n], training.values[n], boxes.values[n], boxes.where(n))
@@ -256,7 +256,9 @@ class CUB(ImageDataModule):
             images.
         image_size: side of the square in pixels.
         resize: length of the picture's shorter side in pixels, at least `image_size`.
-        val_fraction: share of the training images for validation; 200 of 5994 in the C3-LRP paper.
+        val_fraction: share of the training images for validation, where `val_count` is None.
+        val_count: number of training images for validation; None takes `val_fraction`. The C3-LRP slides hold out 200
+            of 5994, which leaves 5794 for training.
         split_seed: seed of the validation split.
         mean: mean of each channel for values in [0,1]; ImageNet's by default.
         std: standard deviation of each channel for values in [0,1]; ImageNet's by default.
@@ -292,6 +294,7 @@ class CUB(ImageDataModule):
         image_size: int = 224,
         resize: int = 256,
         val_fraction: float = 200 / 5994,
+        val_count: int | None = None,
         split_seed: int = 42,
         mean: list[float] | None = [0.485, 0.456, 0.406],  # noqa: B006 (read only)
         std: list[float] | None = [0.229, 0.224, 0.225],  # noqa: B006 (read only)
@@ -304,11 +307,11 @@ class CUB(ImageDataModule):
         if classes is not None and len(set(classes)) != len(classes):
             raise InputError(f"classes is {classes}; give each class once.")
         self.root, self.shorter, self.val_fraction, self.split_seed = root, resize, val_fraction, split_seed
-        self._chosen = classes
+        self.val_count, self._chosen = val_count, classes
 
     @cached_property
     def _birds(self) -> list[BirdImage]:
-        return read_birds(data_root("cub10", self.root))
+        return read_birds(data_root("cub10", self.root), self.strict_links)
 
     @cached_property
     def classes(self) -> list[int]:
@@ -338,14 +341,26 @@ class CUB(ImageDataModule):
 
     def _build(self) -> dict[Split, Source]:
         root = data_root("cub10", self.root)
-        test, notes_test = readable_records(self._records(root, training=False), self.on_bad_image, [root])
-        train, notes_train = readable_records(self._records(root, training=True), self.on_bad_image, [root])
+        test, notes_test = readable_records(
+            self._records(root, training=False), self.on_bad_image, [root], strict_links=self.strict_links
+        )
+        train, notes_train = readable_records(
+            self._records(root, training=True), self.on_bad_image, [root], strict_links=self.strict_links
+        )
         train, notes_copies = without_copies(train, test)
-        train, val, notes_groups = split_off(train, self.val_fraction, self.split_seed)
+        train, val, notes_groups = split_off(train, self._validation_share(len(train)), self.split_seed)
         self._notes = [*notes_test, *notes_train, *notes_copies, *notes_groups]
         splits: dict[Split, list[BoxRecord]] = {"train": train, "val": val, "test": test}
         assert self.shorter is not None
         return {split: BoxSource(records, self.shorter) for split, records in splits.items()}
+
+    def _validation_share(self, images: int) -> float:
+        """Share of the training images that gives `val_count` images, or `val_fraction`."""
+        if self.val_count is None:
+            return self.val_fraction
+        if not 0 < self.val_count < images:
+            raise InputError(f"val_count is {self.val_count}; it must be from 1 to {images - 1}, of {images} images.")
+        return self.val_count / images
 
     def _records(self, root: Path, training: bool) -> list[BoxRecord]:
         labels = {number: label for label, number in enumerate(self.classes)}

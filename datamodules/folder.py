@@ -57,11 +57,11 @@ def _subfolders(folder: Path) -> list[str]:
 class ImageFolder(ImageDataModule):
     """Images in `root/<class>/*` or in `root/{train,val,test}/<class>/*`; labels follow the sorted class names.
 
-    Without a folder `train`, all images are split at random (seeded) into training, validation and test; with `train`
-    but without `val`, validation is split off the training images. Byte-identical images never lie in two splits: the
-    held-out image stays, its copies are removed from training, and `report()` lists them. Alpha channels are dropped,
-    16-bit values are divided by 256, and grey images are repeated over three channels (with `channels: 1`, colour
-    images are converted to grey).
+    Without a folder `train`, all images are split at random (seeded, every class in the same shares) into training,
+    validation and test; with `train` but without `val`, validation is split off the training images. Byte-identical
+    images never lie in two splits: the held-out image stays, its copies are removed from training, and `report()` lists
+    them. Alpha channels are dropped, 16-bit values are divided by 256, and grey images are repeated over three channels
+    (with `channels: 1`, colour images are converted to grey).
 
     Args:
         root: the folder; `$VARIABLES` are expanded.
@@ -156,6 +156,11 @@ class ImageFolder(ImageDataModule):
             raise InputError(f"positive_classes has {unknown.pop()!r}; the classes are {', '.join(self.class_names)}.")
         return tuple(self.class_names.index(name) for name in self._positive)
 
+    @property
+    def event_classes(self) -> tuple[int, ...]:
+        """`positive_classes`; empty for more than two classes without that argument, whose order is alphabetical."""
+        return () if self._positive is None and self.num_classes > 2 else self.positive_classes
+
     def _has(self, split: Split) -> bool:
         return self._folder(split).is_dir()
 
@@ -181,8 +186,8 @@ class ImageFolder(ImageDataModule):
 
     def _draw_splits(self, records: list[Record]) -> dict[Split, list[Record]]:
         """Split the test images off all images at random, then the validation images off the rest."""
-        rest, test, notes = split_off(records, self.test_fraction, self.split_seed)
-        train, val, _ = split_off(rest, self.val_fraction, self.split_seed)
+        rest, test, notes = split_off(records, self.test_fraction, self.split_seed, stratified=True)
+        train, val, _ = split_off(rest, self.val_fraction, self.split_seed, stratified=True)
         self._notes += notes
         return {"train": train, "val": val, "test": test}
 
@@ -195,7 +200,7 @@ class ImageFolder(ImageDataModule):
         val = self._without_copies(self._read(self._folder("val"), "val"), test) if self._has("val") else []
         train = self._without_copies(self._read(self._folder("train"), "train"), [*val, *test])
         if not self._has("val"):
-            train, val, notes = split_off(train, self.val_fraction, self.split_seed)
+            train, val, notes = split_off(train, self.val_fraction, self.split_seed, stratified=True)
             self._notes += notes
         return {"train": train, "val": val, "test": test}
 
@@ -223,7 +228,7 @@ class ImageFolder(ImageDataModule):
             for r in self._class_records(folder / name, subfolder, label)
         ]
         roots = [self.root] if self.mask_root is None else [self.root, self.mask_root]
-        good, notes = readable_records(records, self.on_bad_image, roots)
+        good, notes = readable_records(records, self.on_bad_image, roots, strict_links=self.strict_links)
         self._notes += notes
         return good
 

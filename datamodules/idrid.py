@@ -5,19 +5,23 @@ from __future__ import annotations
 import glob
 import os
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from datamodules.base import ImageDataModule, data_root
+from datamodules.io.image_checks import image_error
+from datamodules.io.photo_matching import cached_matches
 from datamodules.io.sources import FileSource, Record, Source
 from datamodules.io.splits import Split, readable_records, split_off, without_copies
+from datamodules.io.statistics import default_cache_dir
 from datamodules.io.transforms import PUBLISHED, Augmentation
 from labn.errors import InputError, MissingFileError
 from labn.io.images import by_stem, check_crop, image_files
 from labn.io.readers import path_inside, read_table
 
 _GRADING, _SEGMENTATION = "B. Disease Grading", "A. Segmentation"
-_IMAGES = "1. Original Images"
+_IMAGES, _TRUTHS = "1. Original Images", "2. All Segmentation Groundtruths"
 _FOLDERS = {"train": "a. Training Set", "test": "b. Testing Set"}
 _CSVS = {
     "train": "a. IDRiD_Disease Grading_Training Labels.csv",
@@ -70,22 +74,93 @@ def pair_with_grades(images: list[Path], grades: dict[str, int], csv_path: Path)
     return [(by_name[name], grades[name]) for name in sorted(by_name)]
 
 
-def lesion_masks(root: Path) -> dict[tuple[str, str], tuple[Path, ...]]:
-    """(grading folder, image name) -> lesion mask files of the same photograph in the segmentation data.
+@dataclass(frozen=True)
+class LesionMasks:
+    """Lesion masks of the segmentation data by the grading image of the same photograph.
 
-    `segmentation_to_grading.csv` maps segmentation images to grading images. Where two segmentation images are the
-    same grading image, both sets of masks are taken. Without that table the result is empty.
+    Attributes:
+        files: (grading folder, image name) -> mask files; of two segmentation images of one photograph both sets.
+        notes: how segmentation and grading images were matched, for `IDRiD.report`.
     """
-    table = root / "segmentation_to_grading.csv"
+
+    files: dict[tuple[str, str], tuple[Path, ...]]
+    notes: tuple[str, ...] = ()
+
+
+Pair = tuple[tuple[str, str], tuple[str, str]]
+"""(segmentation folder, image name) and (grading folder, image name) of one photograph."""
+
+
+def lesion_masks(root: Path, cache_dir: Path | None = None, strict_links: bool = True) -> LesionMasks:
+    """Find the lesion masks of the grading images, which have other numbers than the segmentation images.
+
+    `segmentation_to_grading.csv` says which images are the same photograph. Without that table, which is not part of
+    the official archives, the pictures are compared.
+
+    Args:
+        root: the data set's folder.
+        cache_dir: folder that keeps the result of the comparison.
+        strict_links: whether links may not lead out of `root`.
+    """
+    table, truths = root / "segmentation_to_grading.csv", root / _SEGMENTATION / _TRUTHS
+    if table.is_file():
+        pairs, notes = _read_pairs(table, truths, strict_links), []
+    elif truths.is_dir():
+        pairs, notes = segmentation_pairs(root, default_cache_dir() if cache_dir is None else cache_dir)
+    else:
+        return LesionMasks({})
     masks: dict[tuple[str, str], list[Path]] = defaultdict(list)
-    if not table.is_file():
-        return {}
-    truths = root / _SEGMENTATION / "2. All Segmentation Groundtruths"
+    for (folder, image), grading in pairs:
+        paths = [p for kind in _LESIONS for p in (truths / folder / kind).glob(f"{glob.escape(image)}_*")]
+        masks[grading] += sorted(paths)
+    return LesionMasks({key: tuple(paths) for key, paths in masks.items()}, tuple(notes))
+
+
+def _read_pairs(table: Path, truths: Path, strict_links: bool) -> list[Pair]:
+    pairs = []
     for row in read_table(table, ("segmentation set", "segmentation image", "grading set", "grading image")):
-        image = path_inside(truths, f"{row['segmentation set']}/{row['segmentation image']}", row.where)
-        paths = [p for kind in _LESIONS for p in (image.parent / kind).glob(f"{glob.escape(image.name)}_*")]
-        masks[row["grading set"], row["grading image"]] += sorted(paths)
-    return {key: tuple(paths) for key, paths in masks.items()}
+        segmentation = row["segmentation set"], row["segmentation image"]
+        path_inside(truths, "/".join(segmentation), row.where, strict_links)
+        pairs.append((segmentation, (row["grading set"], row["grading image"])))
+    return pairs
+
+
+def segmentation_pairs(root: Path, cache_dir: Path) -> tuple[list[Pair], list[str]]:
+    """Match segmentation images with grading images by comparing the pictures.
+
+    Args:
+        root: the data set's folder, with the official archives "A. Segmentation" and "B. Disease Grading".
+        cache_dir: folder that keeps the result under a hash of all files.
+
+    Returns:
+        The pairs, and notes that name the segmentation images without a grading image, or with several.
+    """
+    photos, candidates = (_all_images(root / part / _IMAGES) for part in (_SEGMENTATION, _GRADING))
+    if not photos:
+        return [], [
+            f"  no lesion masks: {root / _SEGMENTATION / _IMAGES} has no image to compare with the grading images"
+        ]
+    matches = cached_matches(photos, candidates, cache_dir)
+    pairs = [(_key(photos[i]), _key(candidates[j])) for i, found in matches.matched.items() for j in found]
+    notes = [
+        f"  lesion masks: {len(matches.matched)} of {len(photos)} segmentation images are photographs of the grading "
+        "data (found by comparing the pictures)"
+    ]
+    for numbers, reason in ((matches.missing, "not in the grading data"), (matches.ambiguous, "like several of them")):
+        if numbers:
+            names = ", ".join("/".join(_key(photos[number])) for number in numbers)
+            notes.append(f"  segmentation images {reason}, whose masks are not used: {names}")
+    return pairs, notes
+
+
+def _all_images(folder: Path) -> list[Path]:
+    """Readable images of the training and the testing folder; damaged ones are reported when the splits are read."""
+    folders = [folder / name for name in _FOLDERS.values() if (folder / name).is_dir()]
+    return [path for part in folders for path in image_files(part) if image_error(path) is None]
+
+
+def _key(path: Path) -> tuple[str, str]:
+    return path.parent.name, path.stem
 
 
 class IDRiD(ImageDataModule):
@@ -95,7 +170,9 @@ class IDRiD(ImageDataModule):
     224 x 224. The crop is given in fractions, so that scaled copies of the data set work too. One training image is
     identical to a test image and is removed from training (412 remain); identical training images stay on one side of
     the train / validation split; `report()` lists both. `mask` is the union of microaneurysms, haemorrhages, hard and
-    soft exudates for the images that the segmentation data contains, and all False for the others.
+    soft exudates for the images that the segmentation data contains, and all False for the others. Segmentation images have
+    other numbers: `segmentation_to_grading.csv` pairs them with grading images, or else a comparison of the pictures,
+    whose result is kept in `cache_dir`.
 
     Args:
         root: folder with "B. Disease Grading"; None takes `$LABN_DATA/idrid`.
@@ -153,12 +230,17 @@ class IDRiD(ImageDataModule):
 
     def _build(self) -> dict[Split, Source]:
         root = data_root("idrid", self.root)
-        masks = lesion_masks(root) if self.masks else {}
-        test, notes_test = readable_records(self._records(root, "test", masks), self.on_bad_image, [root])
-        train, notes_train = readable_records(self._records(root, "train", masks), self.on_bad_image, [root])
+        lesions = lesion_masks(root, self.cache_dir, self.strict_links) if self.masks else LesionMasks({})
+        masks = lesions.files
+        test, notes_test = readable_records(
+            self._records(root, "test", masks), self.on_bad_image, [root], strict_links=self.strict_links
+        )
+        train, notes_train = readable_records(
+            self._records(root, "train", masks), self.on_bad_image, [root], strict_links=self.strict_links
+        )
         train, notes_copies = without_copies(train, test)
         train, val, notes_groups = split_off(train, self.val_fraction, self.split_seed)
-        self._notes = [*notes_test, *notes_train, *notes_copies, *notes_groups]
+        self._notes = [*notes_test, *notes_train, *notes_copies, *notes_groups, *lesions.notes]
         splits: dict[Split, list[Record]] = {"train": train, "val": val, "test": test}
         return {
             split: FileSource(records, self.image_size, self.crop, has_masks=bool(masks))

@@ -17,9 +17,10 @@ from datamodules.io.sources import FileSource, Record, Source
 from datamodules.io.splits import Split, readable_records
 from labn.errors import InputError, MissingFileError
 from labn.io.images import image_files
-from labn.io.readers import read_rows
+from labn.io.readers import read_rows, read_text
 
 _SYNSET = re.compile(r"n\d{8}")
+_VALIDATION = re.compile(r"^ILSVRC2012_val_(\d{8})$")
 
 
 @cache
@@ -48,7 +49,7 @@ def labels_by_synset(files: list[Path], argument: str) -> list[int]:
         if synset is None:
             raise InputError(
                 f"Image {file} has no synset (n and eight digits) in its name or its folder's; "
-                "set class_rule to every:<k> or csv:<file>."
+                "set class_rule to devkit:<folder>, csv:<file> or every:<k>."
             )
         labels.append(class_index(synset[0], f"Image {file}"))
     return labels
@@ -79,10 +80,69 @@ def labels_by_table(files: list[Path], argument: str) -> list[int]:
     return [class_index(word, where) for where, word in (rows[image.stem] for image in files)]
 
 
+def labels_by_devkit(files: list[Path], argument: str) -> list[int]:
+    """Labels from the development kit of ILSVRC 2012 in the folder `argument`.
+
+    Line n of `ILSVRC2012_validation_ground_truth.txt` is the class of `ILSVRC2012_val_<n>.JPEG`, a number from 1 to
+    1000 in the kit's own order of synsets, which is that of `meta.mat` and not that of ImageNet classifiers. In place
+    of `meta.mat`, which SciPy reads, a text file `synsets.txt` may list the synsets in that order; a ground truth with
+    synsets needs neither.
+    """
+    folder = Path(os.path.expandvars(argument))
+    truth = _devkit_file(folder, "ILSVRC2012_validation_ground_truth.txt")
+    words = [line.split()[0] for line in read_text(truth).splitlines() if line.strip()]
+    order = devkit_synsets(folder) if all(word.isdecimal() for word in words) else []
+    labels = []
+    for file in files:
+        match = _VALIDATION.search(file.stem)
+        if match is None or not 1 <= int(match[1]) <= len(words):
+            raise InputError(f"Image {file} must be named ILSVRC2012_val_<n>, with n from 1 to {len(words)} ({truth}).")
+        word, where = words[int(match[1]) - 1], f"{truth}, line {int(match[1])}"
+        if order and not 1 <= int(word) <= len(order):
+            raise InputError(f"{where}: class {word} must be from 1 to {len(order)}.")
+        labels.append(class_index(order[int(word) - 1] if order else word, where))
+    return labels
+
+
+def devkit_synsets(folder: Path) -> list[str]:
+    """The synsets of classes 1 to 1000 in the order of the development kit, from `synsets.txt` or `meta.mat`.
+
+    Raises:
+        MissingFileError: neither file is there.
+        InputError: `meta.mat` is damaged, or SciPy, which reads it, is not installed.
+    """
+    if listed := next((p for p in (folder / "synsets.txt", folder / "data" / "synsets.txt") if p.is_file()), None):
+        return [line.split()[0] for line in read_text(listed).splitlines() if line.strip()]
+    path = _devkit_file(folder, "meta.mat")
+    try:
+        from scipy.io import loadmat
+    except ImportError as error:
+        raise InputError(f"{path} needs SciPy: pip install scipy, or write its synsets to synsets.txt.") from error
+    # SciPy raises many kinds of errors for damaged files.
+    try:
+        table = loadmat(path, squeeze_me=True)["synsets"]
+        # The table also has the inner nodes of the hierarchy, which are no classes.
+        leaves = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in table if int(row["num_children"]) == 0}
+    except Exception as error:
+        raise InputError(f"{path} is not the table of synsets of the development kit ({error}).") from error
+    return [leaves[number] for number in sorted(leaves)]
+
+
+def _devkit_file(folder: Path, name: str) -> Path:
+    for path in (folder / name, folder / "data" / name):
+        if path.is_file():
+            return path
+    raise MissingFileError(
+        f"class_rule is 'devkit:{folder}'; {folder} has neither {name} nor data/{name}, which are files of "
+        "ILSVRC2012_devkit_t12."
+    )
+
+
 CLASS_RULES: dict[str, Callable[[list[Path], str], list[int]]] = {
     "synset": labels_by_synset,
     "every": labels_by_position,
     "csv": labels_by_table,
+    "devkit": labels_by_devkit,
 }
 
 
@@ -97,7 +157,8 @@ class ImageNet(ImageDataModule):
         root: the folder; `$VARIABLES` are expanded; None takes `$LABN_DATA/imagenet`.
         class_rule: "synset" takes the synset in the name of the file or of its folder; "every:<k>" gives image i of the
             sorted images class k*i; "csv:<file>" reads a table (with a header) of image name and synset or class
-            index, such as ImageNet's LOC_val_solution.csv.
+            index, such as ImageNet's LOC_val_solution.csv; "devkit:<folder>" reads the ground truth and the order of
+            synsets from the official development kit, for the official flat folder of validation images.
         image_size: side of the central square in pixels.
         shorter: length in pixels that the shorter side is resized to.
         mean: mean of each channel for values in [0,1]; ImageNet's by default.
@@ -122,6 +183,8 @@ class ImageNet(ImageDataModule):
         ([0, 1], ['tench', 'goldfish'])
     """
 
+    has_training_split = False
+
     def __init__(
         self,
         root: str | os.PathLike[str] | None = None,
@@ -137,7 +200,9 @@ class ImageNet(ImageDataModule):
             raise InputError(f"shorter is {shorter}; it must be at least image_size, {image_size}.")
         rule, _, self._argument = class_rule.partition(":")
         if rule not in CLASS_RULES:
-            raise InputError(f"class_rule is {class_rule!r}; it must be synset, every:<k> or csv:<file>.")
+            raise InputError(
+                f"class_rule is {class_rule!r}; it must be synset, every:<k>, csv:<file> or devkit:<folder>."
+            )
         self.root, self.class_rule, self.shorter, self._rule = root, class_rule, shorter, CLASS_RULES[rule]
         self.class_names = list(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
         self.positive_classes = tuple(range(len(self.class_names)))
@@ -151,6 +216,6 @@ class ImageNet(ImageDataModule):
             raise InputError(f"{folder} holds neither images nor folders of images.")
         labels = self._rule(files, self._argument)
         records = [Record(str(f.relative_to(folder)), label, f) for f, label in zip(files, labels)]
-        records, self._notes = readable_records(records, self.on_bad_image, [root])
+        records, self._notes = readable_records(records, self.on_bad_image, [root], strict_links=self.strict_links)
         source = FileSource(records, self.image_size, shorter=self.shorter)
         return {"val": source, "test": source}

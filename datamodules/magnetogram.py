@@ -260,12 +260,12 @@ class Magnetogram(ImageDataModule):
         table = root / str(self.labels_file)
         folder = root / self.pictures
         frames = read_flare_table(table, self.columns)
-        paths = [path_inside(folder, frame.name, frame.where) for frame in frames]
+        paths = [path_inside(folder, frame.name, frame.where, self.strict_links) for frame in frames]
         records = [Record(f.name, int(c), path) for f, c, path in zip(frames, self._classes(frames), paths)]
         for record, frame in zip(records, frames):
             if not record.path.is_file():
                 raise MissingFileError(f"{frame.where}: {folder} has no picture {record.name!r}.")
-        good, notes = readable_records(records, self.on_bad_image, [root, folder], frame_error)
+        good, notes = readable_records(records, self.on_bad_image, [root, folder], frame_error, self.strict_links)
         self._notes += notes
         table_days = {frame.name: frame.day for frame in frames}
         days = {record.name: table_days[record.name] or self._file_date(record.path) for record in good}

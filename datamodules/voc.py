@@ -180,7 +180,7 @@ class VOC(ImageDataModule):
     Difficult objects are left out of training; boxes without area are dropped in every split, with a warning.
 
     Args:
-        root: the data set's folder; None takes `$LABN_DATA/<name>`.
+        root: the data set's folder, or a folder above it that holds no other; None takes `$LABN_DATA/<name>`.
         name: folder of the data set in `$LABN_DATA`.
         classes: names of the object classes, in the order of their labels; None takes all names in the annotations of
             all splits, sorted.
@@ -248,12 +248,12 @@ class VOC(ImageDataModule):
 
     @cached_property
     def root(self) -> Path:
-        """The data set's folder.
+        """The data set's folder: the argument, or the only folder in VOC's layout up to two levels below it.
 
         Raises:
-            MissingFileError: the folder does not exist.
+            MissingFileError: the folder does not exist, or holds no folder or several folders in VOC's layout.
         """
-        return data_root(*self._root_arguments)
+        return find_voc_root(data_root(*self._root_arguments))
 
     @cached_property
     def class_names(self) -> list[str]:  # type: ignore[override]
@@ -279,15 +279,22 @@ class VOC(ImageDataModule):
         return lists
 
     def _list(self, name: str) -> list[str]:
-        path = self.root / "ImageSets" / "Main" / f"{name}.txt"
+        folder = self.root / "ImageSets" / "Main"
+        path = folder / f"{name}.txt"
+        if not folder.is_dir():
+            raise MissingFileError(
+                f"{self.root} has no folder ImageSets/Main; put train.txt, val.txt and test.txt there, with the name of "
+                "one image (without suffix) per line."
+            )
         if not path.is_file():
-            raise MissingFileError(f"Image list {path} does not exist; set image_sets to lists that do.")
+            has = ", ".join(sorted(file.stem for file in folder.glob("*.txt"))[:20]) or "no list"
+            raise MissingFileError(f"Image list {path} does not exist; set image_sets to lists that do ({has}).")
         lines = [(n, text.split()[0]) for n, text in enumerate(read_text(path).splitlines(), start=1) if text.strip()]
         if not lines:
             raise InputError(f"Image list {path} is empty; every split needs an image.")
         line_of: dict[str, int] = {}
         for number, word in lines:
-            path_inside(self.root / "Annotations", f"{word}.xml", f"{path}, line {number}")
+            path_inside(self.root / "Annotations", f"{word}.xml", f"{path}, line {number}", self.strict_links)
             if word in line_of:
                 raise InputError(
                     f"{path}, line {number}: {word!r} is already in line {line_of[word]}; every image needs exactly "
@@ -326,7 +333,7 @@ class VOC(ImageDataModule):
         sources: dict[Split, Source] = {}
         for split in SPLITS:
             records = [self._record(name, images) for name in self._lists[split]]
-            good, notes = readable_records(records, self.on_bad_image, [self.root])
+            good, notes = readable_records(records, self.on_bad_image, [self.root], strict_links=self.strict_links)
             self._notes += notes
             for record in good:
                 self._check_size(record)
@@ -360,10 +367,36 @@ class VOC(ImageDataModule):
 
     collate = staticmethod(collate_boxes)
 
-    def _counts(self, split: Split) -> str:
+    def _class_counts(self, split: Split) -> list[int]:
+        """Number of objects of every class in a split."""
         counts = Counter(int(label) for o in self.objects(split) for label in o.labels)
-        per_class = ", ".join(f"{name} {counts[label]}" for label, name in enumerate(self.class_names))
+        return [counts[label] for label in range(self.num_classes)]
+
+    def _counts(self, split: Split) -> str:
+        per_class = ", ".join(f"{name} {n}" for name, n in zip(self.class_names, self._class_counts(split)))
         return f"  {split}: {len(self.source(split))} images ({per_class}), data hash {self.fingerprint(split)}"
+
+
+def find_voc_root(folder: Path) -> Path:
+    """`folder`, or the only folder with `Annotations` and `JPEGImages` up to two levels below it.
+
+    The official archive unpacks to `VOCdevkit/VOC2012`, so that the folder above is often given.
+
+    Raises:
+        MissingFileError: there is no such folder, or several of them.
+    """
+    layouts = [p for p in (folder, *sorted(folder.glob("*")), *sorted(folder.glob("*/*"))) if _is_voc(p)]
+    if layouts[:1] == [folder] or len(layouts) == 1:
+        return layouts[0]
+    if layouts:
+        names = ", ".join(str(path.relative_to(folder)) for path in layouts)
+        raise MissingFileError(f"{folder} holds several folders in VOC's layout ({names}); set `root` to one of them.")
+    missing = [name for name in ("Annotations", "ImageSets/Main", "JPEGImages") if not (folder / name).is_dir()]
+    raise MissingFileError(f"{folder} has no folder {' and no folder '.join(missing)}; `root` must hold VOC's layout.")
+
+
+def _is_voc(folder: Path) -> bool:
+    return (folder / "Annotations").is_dir() and (folder / "JPEGImages").is_dir()
 
 
 class VOCSource(FileSource):

@@ -39,13 +39,14 @@ MAX_YAML, MAX_NODES = 2**24, 100_000
 _OUTSIDE = re.compile(r"^[\\/]|^[A-Za-z]:|(^|[\\/])\.\.([\\/]|$)|[\x00-\x1f]")
 
 
-def path_inside(root: Path, name: str, where: str) -> Path:
+def path_inside(root: Path, name: str, where: str, strict_links: bool = True) -> Path:
     """The path `root / name`, which must lie in `root`, also after links are followed.
 
     Args:
         root: a folder.
         name: a path from a table or list.
         where: file and line of `name`, for the message.
+        strict_links: whether a link may not lead out of `root`; False allows folders that are linked to another disk.
 
     Raises:
         InputError: `name` is empty or absolute, has a component `..`, control characters or a component that is too
@@ -59,7 +60,7 @@ def path_inside(root: Path, name: str, where: str) -> Path:
     if not name.strip() or _OUTSIDE.search(name) or any(len(os.fsencode(word)) > 255 for word in name.split("/")):
         shown = name if len(name) <= 100 else f"{name[:100]}..."
         raise InputError(f"{where}: {shown!r} must be a path inside {root}, without '..' and not absolute.")
-    if leaves_folder(root / name, os.path.realpath(root)):
+    if strict_links and leaves_folder(root / name, os.path.realpath(root)):
         raise InputError(f"{where}: {name!r} is a link that leaves {root}; put the file itself there.")
     return root / name
 

@@ -211,7 +211,8 @@ class AttentionBranchNetwork(nn.Module):
         theta: threshold of the gate, for the sigmoid map.
         gate: `mul` (LABN) or `residual` (ABN).
         branch: `labn` or `abn`, the layout of the branch.
-        lab_block: blocks of the branch, `plain` (as released) or `lambda`.
+        lab_block: blocks of the branch: `plain` convolutions, as in the released code, or `lambda` layers, as in the
+            bottlenecks of the JSAI 2022 paper.
         lab_hidden: channels of the branch's hidden layer; None takes 10 for LABN and num_classes for ABN.
         gate_margin: start with a constant map this far above the threshold, in logits; None starts with a random map,
             as published. See `open_gate`.

@@ -268,7 +268,8 @@ class ClassificationModule(CheckedModule):
         skill, data = self.skill[f"{stage}_"], getattr(self._trainer, "datamodule", None)
         assert isinstance(skill, ForecastSkill)
         if data is not None:
-            skill.positive = tuple(data.positive_classes)
+            # Data sets whose classes define no event (birds, one's own folders) have no true skill statistic.
+            skill.positive = tuple(getattr(data, "event_classes", data.positive_classes))
             skill.n_resamples = BOOTSTRAP_RESAMPLES if stage == "test" and data.groups(stage) is not None else 0
         values = skill.compute()
         confusion = values.pop("confusion")

@@ -37,7 +37,8 @@ class LABN(ClassificationModule):
         theta: threshold of the gate; attention must be strictly above it.
         gate: `mul` (LABN) or `residual` (ABN).
         branch: `labn` or `abn`, the layout of the attention branch.
-        lab_block: blocks of the branch, `plain` (as released) or `lambda`.
+        lab_block: blocks of the branch: `plain` convolutions, as in the released code, or `lambda` layers, as in the
+            bottlenecks of the JSAI 2022 paper (`configs/idrid/idrid_labn_lambda_block.yaml`).
         gate_margin: start with a constant map and the gate open, which determines the map's sign; None starts with a
             random map, as published. See `labn.models.attention_branch.open_gate`.
         network_options: further arguments of `AttentionBranchNetwork`.

@@ -194,3 +194,17 @@ def test_the_real_birds_have_the_published_counts_and_boxes(data_root: Path) -> 
     sample = data.dataset("test")[3]
     assert sample["mask"].any()
     assert sample["image"].shape == (3, 224, 224)
+
+
+def test_val_count_sets_the_number_of_validation_images(birds: Path) -> None:
+    data = small(birds, val_count=3)
+    assert [len(data.labels(s)) for s in ("train", "val", "test")] == [6, 3, 3]
+    assert small(birds, val_count=2).source("val").names == small(birds, val_fraction=2 / 9).source("val").names
+    with pytest.raises(ValueError, match="val_count is 9; it must be from 1 to 8, of 9 images"):
+        small(birds, val_count=9).labels("val")
+
+
+def test_val_count_of_200_gives_the_split_of_the_slides() -> None:
+    data = CUB(root="/absent", val_count=200)
+    for images in (5994, 5993, 300):
+        assert round(data._validation_share(images) * images) == 200

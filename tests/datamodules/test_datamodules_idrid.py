@@ -4,11 +4,13 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from small_data import grading_csv, grading_image, write_image
 
 from datamodules import IDRiD
-from datamodules.idrid import lesion_masks
+from datamodules.idrid import lesion_masks, segmentation_pairs
 from labn.io.images import BadImageError
+from labn.io.readers import read_table
 
 
 def small(root: Path, **options: object) -> IDRiD:
@@ -127,7 +129,7 @@ def test_masks_are_the_union_of_lesions_without_the_optic_disc(small_idrid: Path
     row = "IDRiD_09,a. Training Set,IDRiD_002,b. Testing Set"
     (small_idrid / "segmentation_to_grading.csv").write_text(f"{header}\n{row}\n")
     data = small(small_idrid, crop=None)
-    files = lesion_masks(small_idrid)["b. Testing Set", "IDRiD_002"]
+    files = lesion_masks(small_idrid).files["b. Testing Set", "IDRiD_002"]
     assert [path.stem for path in files] == ["IDRiD_09_MA", "IDRiD_09_EX"]
     masks = next(iter(data.test_dataloader()))["mask"]
     assert masks.dtype == torch.bool
@@ -170,3 +172,95 @@ def test_real_lesion_masks_lie_on_lesions(idrid_root: Path, tmp_path: Path) -> N
         blurred = cv2.GaussianBlur(image, (0, 0), 10).astype(float)
         contrast = np.abs(image[..., 1] - blurred[..., 1])
         assert contrast[mask].mean() > 1.5 * contrast[image[..., 1] > 20].mean()
+
+
+def segmentation_copy(root: Path, name: str, source: Path, lesion: str = "3. Hard Exudates") -> None:
+    """A larger copy of a picture among the segmentation images, with a palette TIFF as its mask."""
+    folder = root / "A. Segmentation"
+    pixels = cv2.imread(str(source))
+    larger = np.kron(pixels, np.ones((2, 2, 1), np.uint8))
+    images = folder / "1. Original Images" / "a. Training Set"
+    images.mkdir(parents=True, exist_ok=True)
+    assert cv2.imwrite(str(images / f"{name}.jpg"), larger, [cv2.IMWRITE_JPEG_QUALITY, 100])
+    region = np.zeros(larger.shape[:2], np.uint8)
+    region[20:120, 30:150] = 1
+    mask = Image.fromarray(region, "P")
+    mask.putpalette([0, 0, 0, 255, 0, 0])
+    masks = folder / "2. All Segmentation Groundtruths" / "a. Training Set" / lesion
+    masks.mkdir(parents=True, exist_ok=True)
+    mask.save(masks / f"{name}_EX.tif", compression="tiff_lzw")
+
+
+def smooth_picture(path: Path, seed: int) -> None:
+    """A picture without fine detail, which JPEG and other sizes hardly change."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (8, 12, 3), dtype=np.uint8)
+    assert cv2.imwrite(str(path), cv2.resize(coarse, (240, 160)), [cv2.IMWRITE_JPEG_QUALITY, 100])
+
+
+@pytest.fixture
+def smooth_idrid(small_idrid: Path) -> Path:
+    for number, path in enumerate(sorted((small_idrid / "B. Disease Grading").rglob("*.jpg"))):
+        smooth_picture(path, number)
+    return small_idrid
+
+
+def test_the_official_folder_has_masks_without_a_table(smooth_idrid: Path) -> None:
+    segmentation_copy(smooth_idrid, "IDRiD_40", grading_image(smooth_idrid, "test", 2))
+    segmentation_copy(smooth_idrid, "IDRiD_41", grading_image(smooth_idrid, "train", 5))
+    data = small(smooth_idrid, crop=None)
+    masks = next(iter(data.test_dataloader()))["mask"]
+    assert masks.any(2).any(1).tolist() == [False, True, False, False]
+    files = lesion_masks(smooth_idrid, smooth_idrid / "cache").files
+    assert {key: [path.stem for path in paths] for key, paths in files.items()} == {
+        ("b. Testing Set", "IDRiD_002"): ["IDRiD_40_EX"],
+        ("a. Training Set", "IDRiD_005"): ["IDRiD_41_EX"],
+    }
+    assert "lesion masks: 2 of 2 segmentation images are photographs of the grading data" in data.report()
+
+
+def test_missing_and_ambiguous_photographs_are_named(smooth_idrid: Path) -> None:
+    other = smooth_idrid / "other.jpg"
+    smooth_picture(other, 999)
+    segmentation_copy(smooth_idrid, "IDRiD_50", other)
+    twice = grading_image(smooth_idrid, "train", 3)
+    segmentation_copy(smooth_idrid, "IDRiD_51", twice)
+    cv2.imwrite(str(grading_image(smooth_idrid, "test", 4)), cv2.imread(str(twice)), [cv2.IMWRITE_JPEG_QUALITY, 99])
+    report = small(smooth_idrid).report()
+    assert "not in the grading data, whose masks are not used: a. Training Set/IDRiD_50" in report
+    assert "like several of them, whose masks are not used: a. Training Set/IDRiD_51" in report
+
+
+def test_byte_identical_grading_images_share_their_masks(smooth_idrid: Path) -> None:
+    copied = grading_image(smooth_idrid, "train", 3)
+    grading_image(smooth_idrid, "test", 4).write_bytes(copied.read_bytes())
+    segmentation_copy(smooth_idrid, "IDRiD_51", copied)
+    files = lesion_masks(smooth_idrid, smooth_idrid / "cache").files
+    assert set(files) == {("a. Training Set", "IDRiD_003"), ("b. Testing Set", "IDRiD_004")}
+
+
+def test_the_comparison_is_cached_until_a_file_changes(smooth_idrid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    segmentation_copy(smooth_idrid, "IDRiD_40", grading_image(smooth_idrid, "test", 2))
+    first = lesion_masks(smooth_idrid, smooth_idrid / "cache")
+    monkeypatch.setattr("datamodules.io.photo_matching.match_photographs", None)
+    assert lesion_masks(smooth_idrid, smooth_idrid / "cache") == first
+    monkeypatch.undo()
+    smooth_picture(grading_image(smooth_idrid, "test", 2), 77)
+    assert not lesion_masks(smooth_idrid, smooth_idrid / "cache").files
+
+
+@pytest.mark.data
+def test_the_comparison_of_the_real_pictures_gives_the_table(idrid_root: Path, tmp_path: Path) -> None:
+    for name in ("A. Segmentation", "B. Disease Grading"):
+        (tmp_path / name).symlink_to((idrid_root / name).resolve())
+    pairs, notes = segmentation_pairs(tmp_path, tmp_path / "cache")
+    table = list(read_table(idrid_root / "segmentation_to_grading.csv"))
+    columns = ("segmentation set", "segmentation image", "grading set", "grading image")
+    assert [(*first, *second) for first, second in pairs] == [tuple(row[c] for c in columns) for row in table]
+    assert "45 of 54 segmentation images" in notes[0]
+    missing = notes[1].split(": ")[-1].split(", ")
+    assert [name[-2:] for name in missing] == ["04", "11", "12", "25", "26", "30", "32", "39", "45"]
+    with_table = lesion_masks(idrid_root).files
+    without = lesion_masks(tmp_path, tmp_path / "cache").files
+    assert {k: [p.name for p in v] for k, v in without.items()} == {
+        k: [p.name for p in v] for k, v in with_table.items()
+    }

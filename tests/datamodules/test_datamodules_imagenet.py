@@ -77,7 +77,7 @@ def test_the_data_hash_changes_with_class_rule_and_size(flat: Path) -> None:
 @pytest.mark.parametrize(
     ("rule", "message"),
     [
-        ("alphabet", "class_rule is 'alphabet'; it must be synset, every:<k> or csv:<file>"),
+        ("alphabet", "class_rule is 'alphabet'; it must be synset, every:<k>, csv:<file> or devkit:<folder>"),
         ("every:500", "class_rule is 'every:500'"),
         ("every:x", "class_rule is 'every:x'"),
         ("csv:none.csv", "class_rule is 'csv:none.csv'; there is no such file"),
@@ -115,3 +115,47 @@ def test_the_real_photographs_have_every_tenth_class(data_root: Path) -> None:
     data = ImageNet(data_root / "imagenet")
     assert data.labels("test").tolist() == list(range(0, 1000, 10))
     assert torch.equal(ImageNet(data_root / "imagenet", class_rule="every:10").labels("val"), data.labels("test"))
+
+
+@pytest.fixture
+def official(tmp_path: Path) -> Path:
+    """The official layout: a flat folder of validation images, and the development kit with an order of its own."""
+    for number in (1, 2, 4):
+        write_image(tmp_path / "val" / f"ILSVRC2012_val_{number:08d}.JPEG", number)
+    (tmp_path / "kit" / "data").mkdir(parents=True)
+    (tmp_path / "kit" / "data" / "ILSVRC2012_validation_ground_truth.txt").write_text("3\n1\n1\n2\n")
+    return tmp_path
+
+
+def write_meta(path: Path, wnids: list[str]) -> None:
+    """A `meta.mat` with one inner node behind the classes."""
+    scipy_io = pytest.importorskip("scipy.io")
+    kind = [("ILSVRC2012_ID", object), ("WNID", object), ("num_children", object)]
+    rows = [(number, wnid, 0) for number, wnid in enumerate(wnids, start=1)] + [(len(wnids) + 1, "n00001740", 2)]
+    scipy_io.savemat(path, {"synsets": np.array(rows, dtype=kind).reshape(-1, 1)})
+
+
+def test_the_development_kit_labels_the_official_flat_folder(official: Path) -> None:
+    rule = f"devkit:{official / 'kit'}"
+    write_meta(official / "kit" / "data" / "meta.mat", [SYNSETS[1], SYNSETS[2], SYNSETS[0]])
+    assert ImageNet(official, class_rule=rule).labels("test").tolist() == [0, 10, 999]
+    (official / "kit" / "synsets.txt").write_text("\n".join([SYNSETS[0], SYNSETS[1], f"{SYNSETS[2]} toilet tissue"]))
+    assert ImageNet(official, class_rule=rule).labels("test").tolist() == [999, 0, 10]
+
+
+def test_errors_of_the_development_kit_name_what_is_missing(official: Path) -> None:
+    rule = f"devkit:{official / 'kit'}"
+    with pytest.raises(FileNotFoundError, match=r"kit has neither meta\.mat nor data/meta\.mat"):
+        ImageNet(official, class_rule=rule).labels("test")
+    (official / "kit" / "data" / "meta.mat").write_bytes(b"MATLAB")
+    with pytest.raises(ValueError, match=r"meta\.mat is not the table of synsets"):
+        ImageNet(official, class_rule=rule).labels("test")
+    (official / "kit" / "synsets.txt").write_text("\n".join(SYNSETS[:2]))
+    with pytest.raises(ValueError, match=r"ground_truth\.txt, line 1: class 3 must be from 1 to 2"):
+        ImageNet(official, class_rule=rule).labels("test")
+    write_image(official / "val" / "ILSVRC2012_val_00000009.JPEG", 9)
+    (official / "kit" / "synsets.txt").write_text("\n".join(SYNSETS))
+    with pytest.raises(ValueError, match=r"val_00000009\.JPEG must be named ILSVRC2012_val_<n>, with n from 1 to 4"):
+        ImageNet(official, class_rule=rule).labels("test")
+    with pytest.raises(FileNotFoundError, match="files of ILSVRC2012_devkit_t12"):
+        ImageNet(official, class_rule=f"devkit:{official / 'val'}").labels("test")

@@ -195,3 +195,29 @@ def test_the_real_blood_cells_have_the_published_counts(data_root):
         ]
     )
     assert counts.sum(0).tolist() == [361, 4155 - 2, 372]
+
+
+@pytest.mark.filterwarnings("ignore:.*without area")
+def test_a_folder_above_the_only_voc_folder_is_accepted(tmp_path):
+    write_voc(tmp_path / "data" / "VOCdevkit" / "VOC2012")
+    for folder in (tmp_path / "data", tmp_path / "data" / "VOCdevkit"):
+        data = module(folder)
+        assert data.root == tmp_path / "data" / "VOCdevkit" / "VOC2012"
+        assert data.class_names == ["cat", "dog"]
+
+
+def test_a_folder_above_several_voc_folders_lists_them(tmp_path):
+    for year in (2007, 2012):
+        write_voc(tmp_path / "VOCdevkit" / f"VOC{year}")
+    with pytest.raises(FileNotFoundError, match=r"VOCdevkit holds several folders .*\(VOC2007, VOC2012\); set `root`"):
+        module(tmp_path / "VOCdevkit").report()
+    with pytest.raises(FileNotFoundError, match="has no folder Annotations and no folder ImageSets/Main and no folder"):
+        module(tmp_path / "VOCdevkit" / "VOC2007" / "JPEGImages").report()
+
+
+def test_a_set_without_image_lists_says_what_to_write(root):
+    shutil.rmtree(root / "ImageSets")
+    with pytest.raises(
+        FileNotFoundError, match=r"has no folder ImageSets/Main; put train\.txt, val\.txt and test\.txt"
+    ):
+        module(root).report()

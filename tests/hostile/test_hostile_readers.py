@@ -171,10 +171,17 @@ def linked_image(root):
     write_folder(root)
     picture(root.parent / "secret.png")
     (root / "ant" / "9.png").symlink_to(root.parent / "secret.png")
+    return small(ImageFolder, strict_links=True), r"ant/9\.png is a link that leaves the data folder"
+
+
+def linked_secret(root):
+    write_folder(root)
+    (root.parent / "secret.txt").write_text("password")
+    (root / "ant" / "9.png").symlink_to(root.parent / "secret.txt")
     return small(ImageFolder), r"ant/9\.png is a link that leaves the data folder"
 
 
-@pytest.mark.parametrize("trick", [cub_list, voc_list, sun_table, idrid_table, linked_image])
+@pytest.mark.parametrize("trick", [cub_list, voc_list, sun_table, idrid_table, linked_image, linked_secret])
 def test_hostile_paths_raise_an_error_with_file_and_line(tmp_path, trick):
     (tmp_path / "data").mkdir()
     read, message = trick(tmp_path / "data")
