@@ -103,8 +103,9 @@ def lesion_masks(root: Path, cache_dir: Path | None = None, strict_links: bool =
         strict_links: whether links may not lead out of `root`.
     """
     table, truths = root / "segmentation_to_grading.csv", root / _SEGMENTATION / _TRUTHS
+    notes: list[str] = []
     if table.is_file():
-        pairs, notes = _read_pairs(table, truths, strict_links), []
+        pairs = _read_pairs(table, truths, strict_links)
     elif truths.is_dir():
         pairs, notes = segmentation_pairs(root, default_cache_dir() if cache_dir is None else cache_dir)
     else:
@@ -170,9 +171,9 @@ class IDRiD(ImageDataModule):
     224 x 224. The crop is given in fractions, so that scaled copies of the data set work too. One training image is
     identical to a test image and is removed from training (412 remain); identical training images stay on one side of
     the train / validation split; `report()` lists both. `mask` is the union of microaneurysms, haemorrhages, hard and
-    soft exudates for the images that the segmentation data contains, and all False for the others. Segmentation images have
-    other numbers: `segmentation_to_grading.csv` pairs them with grading images, or else a comparison of the pictures,
-    whose result is kept in `cache_dir`.
+    soft exudates for the images that the segmentation data contains, and all False for the others. Segmentation images
+    have other numbers: `segmentation_to_grading.csv` pairs them with grading images, or else a comparison of the
+    pictures, whose result is kept in `cache_dir`.
 
     Args:
         root: folder with "B. Disease Grading"; None takes `$LABN_DATA/idrid`.

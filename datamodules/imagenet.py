@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from scipy.io import loadmat
 from timm.data import ImageNetInfo
 from torchvision.models import ResNet50_Weights
 
@@ -85,7 +86,7 @@ def labels_by_devkit(files: list[Path], argument: str) -> list[int]:
 
     Line n of `ILSVRC2012_validation_ground_truth.txt` is the class of `ILSVRC2012_val_<n>.JPEG`, a number from 1 to
     1000 in the kit's own order of synsets, which is that of `meta.mat` and not that of ImageNet classifiers. In place
-    of `meta.mat`, which SciPy reads, a text file `synsets.txt` may list the synsets in that order; a ground truth with
+    of `meta.mat` a text file `synsets.txt` may list the synsets in that order; a ground truth with
     synsets needs neither.
     """
     folder = Path(os.path.expandvars(argument))
@@ -109,15 +110,11 @@ def devkit_synsets(folder: Path) -> list[str]:
 
     Raises:
         MissingFileError: neither file is there.
-        InputError: `meta.mat` is damaged, or SciPy, which reads it, is not installed.
+        InputError: `meta.mat` is damaged.
     """
     if listed := next((p for p in (folder / "synsets.txt", folder / "data" / "synsets.txt") if p.is_file()), None):
         return [line.split()[0] for line in read_text(listed).splitlines() if line.strip()]
     path = _devkit_file(folder, "meta.mat")
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise InputError(f"{path} needs SciPy: pip install scipy, or write its synsets to synsets.txt.") from error
     # SciPy raises many kinds of errors for damaged files.
     try:
         table = loadmat(path, squeeze_me=True)["synsets"]

@@ -18,7 +18,7 @@ from datamodules.io.sources import Record, Source
 from datamodules.io.splits import SPLITS, Split, readable_records
 from datamodules.io.transforms import PUBLISHED, Augmentation
 from labn.errors import InputError, MissingFileError
-from labn.io.fits import is_fits, read_header, required_keyword
+from labn.io.fits import image_header, is_fits, required_keyword
 from labn.io.images import Array, BadImageError
 from labn.io.readers import TableRow, path_inside, read_rows, read_table
 
@@ -160,6 +160,7 @@ class Magnetogram(ImageDataModule):
         image_size: side in pixels; frames of another size are squashed.
         caption: share of the height that is painted black at the bottom, for pictures with a line of text there.
         fits_range: physical values of FITS images (gauss) that become black and white; undefined pixels become black.
+            FITS images are turned so that north is up (CROTA2, PCi_j); compressed ones need astropy.
         mean: mean in a list of one number, for values in [0,1]; None computes it from the training split.
         std: standard deviation in a list of one number, for values in [0,1]; None computes it likewise.
         augmentation: augmentation of the training split; the published one (JSAI 2022) by default.
@@ -285,7 +286,7 @@ class Magnetogram(ImageDataModule):
         """Date of a picture without a date in the table: from its FITS header, or else from its file name."""
         text = path.name
         if is_fits(path):
-            text = str(required_keyword(read_header(path)[0], self.fits_time, path))
+            text = str(required_keyword(image_header(path)[0], self.fits_time, path))
         day = find_date(text)
         if day is None:
             raise BadImageError(f"Image {path} has no date in '{text}'; set columns.time to a column with the date.")

@@ -283,8 +283,8 @@ class VOC(ImageDataModule):
         path = folder / f"{name}.txt"
         if not folder.is_dir():
             raise MissingFileError(
-                f"{self.root} has no folder ImageSets/Main; put train.txt, val.txt and test.txt there, with the name of "
-                "one image (without suffix) per line."
+                f"{self.root} has no folder ImageSets/Main; put train.txt, val.txt and test.txt there, with the name "
+                "of one image (without suffix) per line."
             )
         if not path.is_file():
             has = ", ".join(sorted(file.stem for file in folder.glob("*.txt"))[:20]) or "no list"

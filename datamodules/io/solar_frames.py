@@ -10,7 +10,7 @@ import numpy as np
 
 from datamodules.io.sources import FileSource, Record, Source, file_error
 from labn.errors import InputError, MissingFileError
-from labn.io.fits import image_layout, is_fits, read_picture
+from labn.io.fits import image_header, image_layout, is_fits, read_picture, rotation
 from labn.io.images import MAX_ASPECT, MAX_PIXELS, Array, BadImageError, blacken_caption, content_hash, to_square
 
 # Number of 4 KiB samples in the content hash of a file with a year of frames: one for every nine hourly frames.
@@ -121,8 +121,11 @@ class PictureSource(FileSource):
 
     @property
     def identity(self) -> list[object]:  # type: ignore[override]
-        """The preparation and the identity of `FileSource`."""
-        return ["sun", self.preparation, *super().identity]
+        """The preparation, the FITS files that are turned north up, and the identity of `FileSource`."""
+        fits = [record for record in self.records if is_fits(record.path)]
+        turned = [record.name for record in fits if rotation(image_header(record.path)[0], record.path)]
+        # Only listed where there are any, which keeps the data hashes of versions that turned no image.
+        return ["sun", self.preparation, *(["turned", *turned] if turned else []), *super().identity]
 
     def load(self, index: int) -> tuple[Array, None]:
         """See `Source.load`."""
@@ -136,7 +139,7 @@ def frame_error(record: Record) -> str | None:
     if not path.is_file() or not is_fits(path):
         return file_error(record)
     try:
-        image_layout(path)
+        rotation(image_layout(path)[0], path)
     except BadImageError as error:
         return str(error)
     return None

@@ -132,3 +132,13 @@ def test_a_nan_in_a_map_names_the_sample(tmp_path, monkeypatch):
     )
     with pytest.raises(ValueError, match=r"map of sample \d+ holds NaN"):
         call_main(["test", *QUICKSTART, f"--run_dir={tmp_path}"])
+
+
+@pytest.mark.usefixtures("root")
+def test_fit_of_data_without_a_training_split_is_refused_before_the_network_is_built(tmp_path, monkeypatch):
+    """The weights do not exist, which building the network would complain about."""
+    monkeypatch.setenv("LABN_DATA", str(tmp_path))
+    command = ["fit", "--config", "configs/imagenet/imagenet_compare.yaml", f"--run_dir={tmp_path}/run"]
+    with pytest.raises(ValueError, match=r"ImageNet has no training split, so this configuration can only be tested"):
+        call_main(command)
+    assert not (tmp_path / "run" / "logs").exists()

@@ -233,3 +233,95 @@ def test_a_class_name_that_is_not_utf8_raises_an_error_that_names_it(latin: Path
     os.rename(latin / "dog", os.fsencode(latin) + b"/h\xf8nd")
     with pytest.raises(ValueError, match=r"class folder .*/h\\xf8nd is not UTF-8; rename the folder"):
         ImageFolder(latin, image_size=32).report()
+
+
+def write_classes(root: Path, **counts: int) -> Path:
+    for number, (name, count) in enumerate(counts.items()):
+        for i in range(count):
+            write_image(root / name / f"{i:03d}.png", 1000 * number + i, (8, 9, 3))
+    return root
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_random_splits_are_stratified(tmp_path: Path, seed: int) -> None:
+    root = write_classes(tmp_path / "pictures", ant=60, bee=20, cow=3, dog=2)
+    data = folder(root, split_seed=seed, mean=[0.5] * 3, std=[0.5] * 3)
+    counts = {s: torch.bincount(data.labels(s), minlength=4).tolist() for s in ("train", "val", "test")}  # type: ignore[arg-type]
+    assert counts["test"] == [12, 4, 1, 1]
+    assert counts["val"][:3] in ([10, 3, 1], [9, 3, 1])
+    assert counts["train"][3] == 1
+    assert np.sum(list(counts.values()), 0).tolist() == [60, 20, 3, 2]
+
+
+def test_copies_stay_on_one_side_of_a_stratified_split(tmp_path: Path) -> None:
+    root = write_classes(tmp_path / "pictures", ant=20, bee=20)
+    for i in range(3):
+        shutil.copy(root / "ant" / "000.png", root / "ant" / f"copy{i}.png")
+        shutil.copy(root / "bee" / "000.png", root / "ant" / f"bee{i}.png")
+    for seed in range(10):
+        of = {name: split for split, some in names(folder(root, split_seed=seed)).items() for name in some}
+        assert len({of[f"ant/{name}.png"] for name in ("000", "copy0", "copy1", "copy2")}) == 1
+        assert len({of[name] for name in ("bee/000.png", "ant/bee0.png", "ant/bee1.png", "ant/bee2.png")}) == 1
+
+
+def test_classes_without_images_are_warned_about_before_training(tmp_path: Path) -> None:
+    root = write_classes(tmp_path / "pictures", ant=10, bee=10, cow=1)
+    data = folder(root, mean=[0.5] * 3, std=[0.5] * 3)
+    with pytest.warns(UserWarning, match=r"Split test has no image of 1 of 3 classes: cow\."):
+        data.setup("fit")
+    given = write_classes(tmp_path / "given" / "test", ant=3, bee=3).parent
+    write_classes(given / "train", ant=9, bee=0)
+    (given / "train" / "bee").mkdir()
+    shutil.copy(pictures_error(given / "train" / "bee"), given / "train" / "bee" / "1.png")
+    with pytest.warns(UserWarning, match=r"Split train has no image of 1 of 2 classes: bee\."):
+        folder(given, on_bad_image="skip", mean=[0.5] * 3, std=[0.5] * 3).setup("fit")
+
+
+def pictures_error(place: Path) -> Path:
+    path = place.parent.parent / "broken"
+    path.write_text("no picture")
+    return path
+
+
+def test_all_damaged_images_are_listed_at_once_and_before_setup(pictures: Path) -> None:
+    for name in ("cat/03", "cat/07", "dog/11"):
+        (pictures / f"{name}.png").write_text("no picture")
+    with pytest.raises(BadImageError) as error:
+        folder(pictures).prepare_data()
+    message = str(error.value)
+    assert message.startswith("3 images cannot be read (")
+    assert all(f"{name}.png is not an image" in message for name in ("cat/03", "cat/07", "dog/11"))
+    for name in ("cat", "dog"):
+        for i in range(15):
+            (pictures / name / f"{i:02d}.png").write_text("no picture")
+    with pytest.raises(BadImageError, match=r"30 images cannot be read .*; and 10 more\): replace them"):
+        folder(pictures).prepare_data()
+
+
+def test_folders_and_images_on_another_disk_can_be_linked(pictures: Path) -> None:
+    disk = pictures.parent / "disk"
+    shutil.move(pictures / "cat", disk / "cat")
+    shutil.move(pictures / "dog" / "04.png", disk / "04.png")
+    (pictures / "cat").symlink_to(disk / "cat")
+    (pictures / "dog" / "04.png").symlink_to(disk / "04.png")
+    linked = pictures.parent / "linked"
+    linked.symlink_to(pictures)
+    for root in (pictures, linked):
+        assert sum(map(len, names(folder(root)).values())) == 30
+    with pytest.raises(BadImageError, match=r"16 images cannot be read \(Image .*cat/00\.png is a link that leaves"):
+        folder(pictures, strict_links=True).report()
+
+
+def test_a_link_to_a_file_that_is_not_an_image_is_refused(pictures: Path) -> None:
+    (pictures.parent / "secret").write_text("password")
+    (pictures / "cat" / "99.png").symlink_to(pictures.parent / "secret")
+    with pytest.raises(BadImageError, match=r"cat/99\.png is a link that leaves the data folder .*pictures: replace"):
+        folder(pictures).report()
+
+
+def test_more_than_two_classes_define_an_event_by_name_only(tmp_path: Path) -> None:
+    root = write_classes(tmp_path / "pictures", ant=4, bee=4, cow=4)
+    assert folder(root).event_classes == ()
+    assert folder(root).positive_classes == (1, 2)
+    assert folder(root, positive_classes=["cow"]).event_classes == (2,)
+    assert folder(write_classes(tmp_path / "two", ant=4, bee=4)).event_classes == (1,)

@@ -4,6 +4,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from scipy.io import savemat
 from small_data import write_image
 
 from datamodules import ImageNet
@@ -129,10 +130,9 @@ def official(tmp_path: Path) -> Path:
 
 def write_meta(path: Path, wnids: list[str]) -> None:
     """A `meta.mat` with one inner node behind the classes."""
-    scipy_io = pytest.importorskip("scipy.io")
     kind = [("ILSVRC2012_ID", object), ("WNID", object), ("num_children", object)]
     rows = [(number, wnid, 0) for number, wnid in enumerate(wnids, start=1)] + [(len(wnids) + 1, "n00001740", 2)]
-    scipy_io.savemat(path, {"synsets": np.array(rows, dtype=kind).reshape(-1, 1)})
+    savemat(path, {"synsets": np.array(rows, dtype=kind).reshape(-1, 1)})
 
 
 def test_the_development_kit_labels_the_official_flat_folder(official: Path) -> None:

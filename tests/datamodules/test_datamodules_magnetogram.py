@@ -10,6 +10,7 @@ import torch
 
 from datamodules import Columns, Magnetogram
 from datamodules.magnetogram import day_numbers, find_date
+from labn.io.fits import image_header, read_fits
 from labn.io.images import BadImageError
 
 SPLITS = {"train_years": [2011, 2012], "val_years": [2013], "test_years": [2014]}
@@ -275,7 +276,7 @@ def test_errors_name_the_problem_of_a_picture(pictures: Path) -> None:
     with pytest.raises(ValueError, match=r"frame2\.fits has no FITS keyword NAXIS2"):
         by_pictures(pictures).setup("fit")
     write_fits(fits, np.zeros((2, 2)), NAXIS=0)
-    with pytest.raises(BadImageError, match=r"frame2\.fits has no two-dimensional primary image"):
+    with pytest.raises(BadImageError, match=r"frame2\.fits has no two-dimensional image, neither primary"):
         by_pictures(pictures).setup("fit")
     fits.unlink()
     with pytest.raises(FileNotFoundError, match=r"labels\.csv, line 7: .*img has no picture 'frame2\.fits'"):
@@ -335,3 +336,101 @@ def test_memory_does_not_grow_while_a_memory_map_is_read(tmp_path: Path) -> None
     before = resident()
     held.sum()
     assert resident() - before > 30
+
+
+PIXELS = np.array([[0, 10, 20], [30, 40, 50]])  # bottom row first, as FITS stores it
+
+
+def read(path: Path) -> list[list[int]]:
+    return read_fits(path, 0.0, 255.0).tolist()
+
+
+@pytest.mark.parametrize(
+    ("cards", "expected"),
+    [
+        ({}, [[30, 40, 50], [0, 10, 20]]),
+        ({"CROTA2": 0.05}, [[30, 40, 50], [0, 10, 20]]),
+        ({"CROTA2": 180.0}, [[20, 10, 0], [50, 40, 30]]),
+        ({"CROTA2": -179.97}, [[20, 10, 0], [50, 40, 30]]),
+        ({"CROTA2": 90.0}, [[50, 20], [40, 10], [30, 0]]),
+        ({"PC1_1": -1.0, "PC1_2": 0.0, "PC2_1": 0.0, "PC2_2": -1.0}, [[20, 10, 0], [50, 40, 30]]),
+    ],
+)
+def test_fits_images_are_turned_north_up(tmp_path: Path, cards: dict[str, object], expected: list[list[int]]) -> None:
+    write_fits(tmp_path / "sun.fits", PIXELS, **cards)
+    assert read(tmp_path / "sun.fits") == expected
+
+
+def test_a_bright_point_moves_as_the_world_coordinates_say(tmp_path: Path) -> None:
+    """The world offset of the pixel offset (dx, dy), y up, is (dx cos a - dy sin a, dx sin a + dy cos a)."""
+    image, angle = np.zeros((65, 65)), 30.0
+    image[32 + 4, 32 + 20] = 250  # dx = 20, dy = 4
+    write_fits(tmp_path / "sun.fits", cv2.GaussianBlur(image, (0, 0), 2.0) * 20, CROTA2=angle)
+    row, column = np.unravel_index(read_fits(tmp_path / "sun.fits", 0.0, 255.0).argmax(), image.shape)
+    a = np.deg2rad(angle)
+    assert column - 32 == pytest.approx(20 * np.cos(a) - 4 * np.sin(a), abs=1)
+    assert 32 - row == pytest.approx(20 * np.sin(a) + 4 * np.cos(a), abs=1)
+
+
+def test_a_rotation_that_is_no_number_is_a_bad_image(tmp_path: Path) -> None:
+    write_fits(tmp_path / "sun.fits", PIXELS, CROTA2="unknown")
+    with pytest.raises(BadImageError, match=r"sun\.fits: FITS keyword CROTA2 is 'unknown'; it must be a finite number"):
+        read(tmp_path / "sun.fits")
+
+
+def test_turned_images_change_the_data_hash(pictures: Path) -> None:
+    before = by_pictures(pictures).fingerprint("test")
+    path = pictures / "img" / "frame4.fits"
+    cards = {"BLANK": -32768, "BZERO": -10.0, "BSCALE": 1.0, "DATE-OBS": "2014-02-01T10:00:00"}
+    write_fits(path, np.array([[0, 10], [20, -32768]]), **cards)
+    assert by_pictures(pictures).fingerprint("test") == before
+    assert "turned" not in by_pictures(pictures).source("test").identity
+    write_fits(path, np.array([[0, 10], [20, -32768]]), CROTA2=180.0, **cards)
+    data = by_pictures(pictures, image_size=2)
+    assert "turned" in data.source("test").identity
+    assert data.source("test").load(2)[0][..., 0].tolist() == [[128, 0], [0, 255]]
+
+
+def compressed_card(name: str, value: object) -> str:
+    return f"{name:<8}= {value:>20}".ljust(80)
+
+
+def write_compressed_header(path: Path) -> None:
+    """An empty primary image, and the header and table of a tile-compressed one; the tiles are zeros."""
+    primary = {"SIMPLE": "T", "BITPIX": 8, "NAXIS": 0}
+    table = {"XTENSION": "'BINTABLE'", "BITPIX": 8, "NAXIS": 2, "NAXIS1": 8, "NAXIS2": 2, "PCOUNT": 0, "GCOUNT": 1}
+    table |= {"ZIMAGE": "T", "ZBITPIX": 16, "ZNAXIS": 2, "ZNAXIS1": 3, "ZNAXIS2": 2}
+    data = b""
+    for cards in (primary, table):
+        text = "".join(compressed_card(name, value) for name, value in cards.items()) + "END"
+        data += text.ljust(2880).encode()
+    path.write_bytes(data + bytes(2880))
+
+
+def test_a_compressed_image_without_astropy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_compressed_header(tmp_path / "sun.fits")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BadImageError, match=r"sun\.fits is compressed .*; install astropy to read it"):
+        read(tmp_path / "sun.fits")
+
+
+def test_an_uncompressed_image_extension_is_read(tmp_path: Path) -> None:
+    write_fits(tmp_path / "image.fits", PIXELS)
+    data = (tmp_path / "image.fits").read_bytes()
+    empty = "".join(compressed_card(n, v) for n, v in {"SIMPLE": "T", "BITPIX": 8, "NAXIS": 0}.items()) + "END"
+    extension = data.replace(data[:80], b"XTENSION= 'IMAGE   '".ljust(80), 1)
+    (tmp_path / "sun.fits").write_bytes(empty.ljust(2880).encode() + extension)
+    assert read(tmp_path / "sun.fits") == read(tmp_path / "image.fits")
+
+
+def test_a_compressed_image_is_read_with_astropy(tmp_path: Path) -> None:
+    fits = pytest.importorskip("astropy.io.fits")
+    pixels = np.arange(100, 1700, dtype=np.int16).reshape(40, 40)
+    cards = fits.Header({"CROTA2": 180.0, "DATE-OBS": "2014-02-01T10:00:00", "BSCALE": 0.1, "BZERO": 5.0})
+    image = fits.CompImageHDU(pixels, header=cards, compression_type="RICE_1")
+    fits.HDUList([fits.PrimaryHDU(), image]).writeto(tmp_path / "sun.fits")
+    with fits.open(tmp_path / "sun.fits") as units:
+        physical = np.asarray(units[1].data, dtype=np.float64)
+    expected = np.rint(np.clip((physical - 10.0) / 90.0, 0, 1) * 255).astype(np.uint8)[:, ::-1]
+    np.testing.assert_array_equal(read_fits(tmp_path / "sun.fits", 10.0, 100.0), expected)
+    assert image_header(tmp_path / "sun.fits")[0]["DATE-OBS"] == "2014-02-01T10:00:00"

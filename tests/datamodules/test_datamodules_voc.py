@@ -217,7 +217,5 @@ def test_a_folder_above_several_voc_folders_lists_them(tmp_path):
 
 def test_a_set_without_image_lists_says_what_to_write(root):
     shutil.rmtree(root / "ImageSets")
-    with pytest.raises(
-        FileNotFoundError, match=r"has no folder ImageSets/Main; put train\.txt, val\.txt and test\.txt"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no folder ImageSets/Main; put train\.txt, val\.txt and test\.txt"):
         module(root).report()
