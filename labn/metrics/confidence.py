@@ -85,6 +85,7 @@ class ConfidenceChange(FilledMetric):
             Y and O, each (S,) float64.
         """
         engine = batch.engine(**self.engine_options)
+        # float64 before the softmax: a drop is a small difference of two probabilities near 1.
         logits = torch.stack([engine.original(scored), engine.soft(weights, self.filling(batch), scored)], 1).double()
         whole, shown = self.of_class(logits, self.classes(batch, engine)[scored]).unbind(1)
         return whole, shown
@@ -179,6 +180,7 @@ class ADCC(ConfidenceChange):
 
     def values(self, batch: ScoredBatch, scored: Tensor, weights: Tensor) -> tuple[Tensor, ...]:
         """ADCC, coherency and complexity, each (S,) float64; explains the masked images once."""
+        # fill + E (x - fill): for a fill of zeros this is the paper's E * x.
         masked = torch.lerp(self.filling(batch), batch.images[scored], weights.unsqueeze(1))
         targets, indices = (values[scored.to(values.device)] for values in (batch.targets, batch.indices))
         maps = batch.explainer(batch.model, masked, targets, indices)

@@ -146,6 +146,7 @@ def similarity_by_layer(crp: CRP, trace: DetectionTrace, prior: int, labels: tup
         Module name -> cosine of the two relevances at its input, top layer first; `pixels` last.
     """
     starts = [crp.start(trace, Question(prior, "class", label)) for label in labels]
+    # Nodes behind the head's output in the graph receive no relevance; node 0, the image, is added last.
     top = starts[0].window.value
     graph = trace.trace.graph
     reached = graph.reach({top})
@@ -164,6 +165,7 @@ def _scores(explainer: str, metric: str, values: Tensor) -> Iterator[Score]:
 
 def without_contrast(crp: CRP) -> CRP:
     """Copy of the explainer without contrast: plain alpha1-beta0 propagation."""
+    # A shallow copy is enough, as only this attribute is replaced.
     plain = copy.copy(crp)
     plain.contrast_at = "none"
     return plain
@@ -187,6 +189,7 @@ def check_contrast(crp: CRP) -> None:
 
 def runner_up(trace: DetectionTrace, prior: int, label: int) -> int:
     """Most probable object class of a default box other than `label`; the background where there is no other class."""
+    # A copy, as the trace's predictions serve all detections of the image.
     logits = trace.predictions.classes[0, prior].clone()
     logits[label] = -torch.inf
     background = trace.detector.background

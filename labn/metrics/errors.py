@@ -103,6 +103,7 @@ class ErrorAnalysis(SampleMetric):
         self.n_failures = n_failures
         self.thresholds = ErrorThresholds(low_coverage, high_outside, high_coverage, low_mass)
         self.area = Options(threshold=area_threshold, level=area_level)
+        # Failures are the samples with the lowest pixel-wise ID (m = 1), whatever other metrics are computed.
         self.insertion_deletion = PatchInsertionDeletion(
             1,
             step=step,
@@ -132,6 +133,7 @@ class ErrorAnalysis(SampleMetric):
     def score_batch(self, batch: ScoredBatch) -> SampleScores:
         """ID, coverage, share outside and relevance mass per sample; a shared `cache` supplies the forwards of ID."""
         regions = regions_of(batch).to(batch.maps.device)
+        # Strictly above: a constant map equals its mean everywhere and has no area.
         areas = torch.stack([heat > threshold(heat, self.area) for heat in batch.maps])
         coverage, outside = region_shares(areas, regions)
         scores = self.insertion_deletion.score_batch(batch).values["id"]
@@ -141,5 +143,6 @@ class ErrorAnalysis(SampleMetric):
     def reduce(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
         """Counts `failures` and one per kind, float64: see `labn.metrics.functional.count_errors`."""
         scores, coverage, outside, mass = (values[name].cpu() for name in self.names)
+        # Counts need all samples at once: the worst n of the data set are not the worst n of each batch.
         counts = count_errors(scores, coverage, outside, mass, self.n_failures, self.thresholds)
         return {name: torch.tensor(float(counts[name]), dtype=torch.float64) for name in ("failures", *KINDS)}

@@ -104,6 +104,7 @@ class FilledMetric(SampleMetric):
             batch: the batch.
             name: a name in `FILLS`; None: the metric's own.
         """
+        # Random fills are drawn by the sample's index, so that they do not depend on the batch.
         return fill_with(name or self.fill, batch.images, replace(self.fill_options, indices=batch.indices))
 
     def of_class(self, logits: Tensor, classes: Tensor, probability: str | None = None) -> Tensor:

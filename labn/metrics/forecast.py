@@ -62,6 +62,7 @@ class ForecastSkill(SampleRows):
             indices: (B,) int64, positions in the data set.
             groups: (B,) int64, equal for samples that belong together; None: every sample is its own group.
         """
+        # The Brier term is kept per sample, so that the bootstrap never needs the probabilities again.
         probabilities = logits.detach().double().softmax(1)
         columns = {
             "label": labels,
@@ -79,6 +80,7 @@ class ForecastSkill(SampleRows):
         """
         _, rows = self.per_sample()
         confusion = confusion_matrix(rows["label"], rows["prediction"], self.num_classes)
+        # Row sums of the confusion matrix are the class frequencies, the reference forecast of the Brier skill score.
         event = contingency(rows["label"], rows["prediction"], self.positive).sum(0)
         sums = torch.cat([event, rows["brier"].sum()[None], confusion.sum(1).double()])[None]
         values = {name: statistic(sums)[0] for name, statistic in STATISTICS.items()} | {"confusion": confusion}

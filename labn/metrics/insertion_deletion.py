@@ -103,6 +103,7 @@ class PatchInsertionDeletion(FilledMetric):
         precision: str = "fp32",
         **kwargs: Any,
     ) -> None:
+        # Names are those of the registry, so that a value in a file can be asked for by its name again.
         suffix = f"@{protocol}" if protocol != "paper" else f"@{ties}" if ties != "fraction" else ""
         stems = (f"insertion{patch_size}", f"deletion{patch_size}", "id" if patch_size == 1 else f"pid{patch_size}")
         names = [*(stem + suffix for stem in stems), "fill_probability"]
@@ -125,6 +126,7 @@ class PatchInsertionDeletion(FilledMetric):
     def counts(self, size: tuple[int, int]) -> Tensor:
         """Numbers of moved patches (K,) int64 for images of this (height, width); see `patch_counts`."""
         rows, columns = patch_grid(size, self.patch_size)
+        # Rounded up: n_steps is an upper bound, and the last step may be short.
         step = -(-rows * columns // self.n_steps) if self.n_steps else self.step
         return patch_counts(size, self.patch_size, step, self.protocol)
 
@@ -147,6 +149,7 @@ class PatchInsertionDeletion(FilledMetric):
         if len(scored) == 0:
             empty = images.new_zeros(0, len(counts), dtype=torch.float64)
             return InsertionDeletionCurves(scored, counts, empty, empty, empty, empty[:, 0], empty)
+        # Both curves and the bare fill go through one engine, which computes their common end points once.
         engine = batch.engine(**self.engine_options)
         return insertion_deletion_curves(
             engine,

@@ -28,7 +28,7 @@ def regions_of(batch: ScoredBatch) -> Tensor:
     """Ground-truth regions (B, H, W) bool of a batch: the masks, or else the union of each sample's boxes."""
     if batch.masks is not None:
         return batch.masks
-    assert batch.boxes is not None
+    assert batch.boxes is not None  # `check_regions` has raised otherwise
     return boxes_to_masks(batch.boxes, (batch.maps.shape[-2], batch.maps.shape[-1]))
 
 

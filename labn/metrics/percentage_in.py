@@ -100,6 +100,7 @@ class PercentageIn(FilledMetric):
         """Values (S, len(names)) of the scored samples."""
         engine = batch.engine(**self.engine_options)
         classes, size = self.classes(batch, engine)[scored], (batch.images.shape[-2], batch.images.shape[-1])
+        # "stable" breaks ties in raster order: shared ranks would show more than q % of a flat map.
         ranks = patch_ranks(batch.maps.to(batch.images.device)[scored], "stable")
         counts = percent_counts(ranks.shape[1], self.percents)
         masks = ranks_to_pixels(ranks, 1, size)

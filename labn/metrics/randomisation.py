@@ -66,6 +66,7 @@ class Randomisation(SampleMetric):
                     f"{type(original_calls[0]).__name__}, because an attribute of it is a function that holds it; "
                     "make that function a method."
                 )
+            # Ranks and not values: explainers differ in scale, and Adebayo et al. report Spearman's correlation.
             values.append(rank_correlation(self._compared(batch.maps.to(maps)), self._compared(maps)))
         return SampleScores({"randomisation": torch.stack(values).mean(0)})
 

@@ -177,6 +177,7 @@ def check_settings(names: Sequence[str], settings: Iterable[str]) -> None:
 
 def _entry_of(name: str) -> tuple[MetricEntry, dict[str, Any]]:
     """The family of a name, and the constructor arguments that the name contains."""
+    # Families are tried in order, so that a later one cannot take over a name of this project.
     for entry in REGISTRY:
         match = re.fullmatch(entry.pattern, name)
         if match:
@@ -203,5 +204,6 @@ def values_named(name: str, metric: SampleMetric) -> dict[str, str]:
         >>> values_named("pid16", metric_by_name("pid16"))
         {'pid16': 'pid16'}
     """
+    # A patch of one pixel is the pixel-wise metric, whose name is ID in the papers.
     canonical = re.sub(r"^pid1(?=@|$)", "id", name)
     return {name: canonical} if canonical in metric.names else {value: value for value in metric.names}

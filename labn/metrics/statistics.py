@@ -175,6 +175,7 @@ def _interval(
 ) -> Interval:
     """Statistic of the columns (n, F) with the percentiles of the statistic of resampled sums (R, F)."""
     bounds = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    # Resamples without both classes, for example, have no skill: they are left out and not counted as 0.
     low, high = torch.nanquantile(statistic(resampled), bounds).tolist() if clusters > 1 else (math.nan, math.nan)
     # Summed over samples and not over groups, so that the digits of the mean do not depend on the grouping.
     return Interval(float(statistic(columns.sum(0, keepdim=True))[0]), low, high, len(columns))
@@ -231,6 +232,7 @@ def paired_difference(
     """
     first = dict(zip(_integers(indices_a), torch.as_tensor(values_a, dtype=torch.float64).tolist()))
     second = dict(zip(_integers(indices_b), torch.as_tensor(values_b, dtype=torch.float64).tolist()))
+    # Differences of the same samples: what makes a sample easy for both methods cancels.
     common = sorted(first.keys() & second.keys())
     differences = [first[index] - second[index] for index in common]
     clusters = None if groups is None else [groups[index] for index in common]

@@ -45,5 +45,6 @@ def class_probability(logits: Tensor, classes: Tensor, probability: str = "softm
             f"labels and targets must be from 0 to {number - 1}, as the model has {number} classes; "
             f"got {int(classes.min())} to {int(classes.max())}."
         )
+    # The softmax is over all classes, so it comes before the selection.
     chosen = classes.view(-1, 1, 1).expand(-1, logits.shape[1], 1)
     return PROBABILITIES[probability](logits).gather(2, chosen).squeeze(2)

@@ -51,6 +51,7 @@ def official_counts(n_patches: int, step: int) -> Tensor:
         >>> official_counts(10, step=4)
         tensor([ 5,  9, 10])
     """
+    # Clamping before the increment is what the released code does: the last count is N and not N + 1.
     points = -(-n_patches // step)
     return (step * torch.arange(1, points + 1)).clamp(max=n_patches - 1) + 1
 
@@ -157,6 +158,7 @@ def trapezoid_area(curves: Tensor, x: Tensor, nominal: Tensor | None = None) -> 
         tensor([0.7500], dtype=torch.float64)
     """
     curves = curves.double()
+    # Without an interval the rule would give 0; the official protocol has one point where one step moves all patches.
     if curves.shape[1] == 1:
         return curves[:, 0]
     return torch.trapezoid(curves, x.to(curves), dim=1)
@@ -379,6 +381,7 @@ def patch_insertion_deletion(
     )
     options = FillOptions(mean, std, bias, seed=seed, indices=indices)
     values = patch_pool(maps.to(images.device), patch_size, pooling)
+    # Random ties are drawn by the sample's index, so that they do not depend on the batch.
     ranks = patch_ranks(values, ties, seed=seed, indices=indices.to(images.device))
     curves = insertion_deletion_curves(
         engine,

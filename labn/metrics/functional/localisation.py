@@ -42,6 +42,7 @@ def boxes_to_masks(boxes: Sequence[Tensor] | Tensor, size: tuple[int, int]) -> T
 
 
 def _union(boxes: Tensor, size: tuple[int, int]) -> Tensor:
+    # Pixel (0, 0) covers [0, 1) x [0, 1), so that its centre is at (0.5, 0.5).
     y, x = (torch.arange(side, device=boxes.device) + 0.5 for side in size)
     x1, y1, x2, y2 = boxes[:, :, None].unbind(1)
     rows, columns = (y >= y1) & (y < y2), (x >= x1) & (x < x2)
@@ -74,6 +75,7 @@ def pointing_game(maps: Tensor, masks: Tensor) -> Tensor:
         tensor([1.0000, 0.5000], dtype=torch.float64)
     """
     values, inside = _flat(maps, masks)
+    # Equality is exact: the maximum is one of the values, not computed from them.
     maxima = values == values.amax(1, keepdim=True)
     return _nan_unless(inside.any(1), (maxima & inside).sum(1) / maxima.sum(1).double())
 

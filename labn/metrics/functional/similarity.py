@@ -67,6 +67,7 @@ def rank_correlation(first: Tensor, second: Tensor) -> Tensor:
         tensor([-1.], dtype=torch.float64)
     """
     a, b = _flat(first, second)
+    # Ranks of NaN would be finite numbers without a meaning.
     finite = a.isfinite().all(1) & b.isfinite().all(1)
     return torch.where(finite, _correlation(midranks(a), midranks(b)), torch.nan)
 
@@ -84,6 +85,7 @@ def _correlation(first: Tensor, second: Tensor) -> Tensor:
     a, b = (values - values.mean(1, keepdim=True) for values in (a, b))
     a_square, b_square = a.square().sum(1), b.square().sum(1)
     scale = (a_square * b_square).sqrt()
+    # Two constant maps say the same about every pixel: 1. One constant map agrees with the other as chance does: 0.
     both_constant = (a_square + b_square == 0).double()
     value = torch.where(scale > 0, (a * b).sum(1) / torch.where(scale > 0, scale, 1), both_constant)
     return torch.where(scale.isfinite(), value.clamp(-1, 1), torch.nan)
