@@ -12,9 +12,13 @@ from torch import Tensor, nn
 from labn.errors import InputError, InputTypeError
 from labn.explainers.base import Explainer, Targets, explained_channels, resolve_targets
 from labn.explainers.registry import explainer_by_name
+from labn.inference.model_traits import probabilities_sentence, warn_unless_repeating
 from labn.metrics.base import Boxes, ScoredBatch
 from labn.metrics.registry import check_settings, metric_by_name, values_named
 from labn.perturbation.engine import PerturbationEngine
+
+READS_OUTPUT = ("identity", "logit")
+"""Settings of `probability` under which scores read the output of a model as it is."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -147,6 +151,10 @@ def evaluate(
     # `explain` without indices used one randomness for all samples; a second explanation must do the same.
     explain_again = method if method is None or indices is not None else _without_indices(method)
     with explained_channels(model, images):
+        if warn_unless_repeating(model, images).probabilities and settings.get("probability") not in READS_OUTPUT:
+            raise InputError(
+                f"{probabilities_sentence(model)} Or read them as given with probability='identity'."
+            )
         engine = PerturbationEngine.for_model(
             model, images, indices=positions, chunk_size=chunk_size, fold=fold, precision=precision
         )

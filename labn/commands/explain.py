@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from labn.api import explain
 from labn.errors import InputError, MissingFileError
 from labn.explainers import EXPLAINERS, explainer_by_name
-from labn.inference.modes import evaluating, logits_of
+from labn.inference.modes import evaluating, run_model
 from labn.io.atomic import write_atomically
 from labn.io.images import image_files
 from labn.io.preprocessing import Preprocessing
@@ -167,7 +167,7 @@ def _explain(
         Predicted class, its name, its probability, and the name of the explained class.
     """
     with torch.no_grad(), evaluating(network, image.device.type):
-        probabilities = logits_of(network(image[None])).softmax(1)[0]
+        probabilities = run_model(network, image[None]).softmax(1)[0]
     predicted = int(probabilities.argmax())
     chosen = predicted if target is None else target
     # Checked here, because the number of classes is known only after a forward.

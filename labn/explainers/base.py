@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labn.errors import InputError
-from labn.inference.modes import evaluating, explaining, logits_of, matching
+from labn.inference.model_traits import probabilities_sentence, warn_unless_repeating
+from labn.inference.modes import evaluating, explaining, matching, run_model
 
 Targets = Tensor | Sequence[int] | int | None
 
@@ -76,6 +79,9 @@ class Explainer(ABC):
                  [1., 1.]]])
     """
 
+    runs_model: ClassVar[bool] = True
+    """Whether the method runs the model and needs its logits."""
+
     @property
     def revision(self) -> int:
         """A number that is raised when the same arguments give other maps than in earlier versions.
@@ -101,11 +107,28 @@ class Explainer(ABC):
             InputError: images or targets of another shape or dtype, or a model that does not suit the method.
         """
         check_inputs(images, targets)
+        if self.runs_model:
+            with explained_channels(model, images):
+                self.inspect(model, images)
         model = matching(model, images)
         with explaining(model, images.device.type), explained_channels(model, images):
             # Clones: tensors made in inference mode cannot take part in a gradient.
             maps = self.attribute(model, images.detach().clone(), targets.to(images.device).long().clone(), indices)
         return resize_maps(maps.detach(), (images.shape[-2], images.shape[-1])).float()
+
+    def inspect(self, model: nn.Module, images: Tensor) -> None:
+        """Warn where two equal calls of the model differ, and where it ends in a softmax.
+
+        The model is run twice on two images, once per model. Methods that need logits override `inspect_output`.
+        """
+        if warn_unless_repeating(model, images).probabilities:
+            self.inspect_output(model)
+
+    def inspect_output(self, model: nn.Module) -> None:
+        """Warn that the model returns probabilities in place of logits."""
+        warnings.warn(
+            f"{probabilities_sentence(model)} Here the probability is explained, not the logit.", stacklevel=5
+        )
 
     def choose_targets(self, model: nn.Module, images: Tensor, targets: Targets) -> Tensor:
         """Classes (B,) int64 to explain: the predicted classes for None, one class for all, or one per image.
@@ -158,7 +181,7 @@ def class_scores(logits: Tensor, targets: Tensor) -> Tensor:
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
     model = matching(model, images)
     with torch.no_grad(), evaluating(model, images.device.type), explained_channels(model, images):
-        return logits_of(model(images))
+        return run_model(model, images)
 
 
 def predictions(model: nn.Module, images: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ class RandomMap(Explainer):
         True
     """
 
+    runs_model = False
+
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 
@@ -56,6 +58,8 @@ class ConstantMap(Explainer):
                  [1., 1.]]])
     """
 
+    runs_model = False
+
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
         """Ones (B, H, W)."""
         return images.new_ones(len(images), *images.shape[-2:])
@@ -75,6 +79,8 @@ class Negated(Explainer):
         tensor([[[-1., -1.],
                  [-1., -1.]]])
     """
+
+    runs_model = False
 
     def __init__(self, explainer: Explainer) -> None:
         self.explainer = explainer
@@ -131,6 +137,8 @@ class GroundTruthMap(Explainer):
         tensor([[[1., 0.],
                  [0., 1.]]])
     """
+
+    runs_model = False
 
     def __init__(self, dilation: int = 0, blur: float = 0.0) -> None:
         if dilation < 0 or blur < 0:

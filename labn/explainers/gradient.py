@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from labn.errors import InputError
 from labn.explainers.base import Explainer, class_scores
-from labn.inference.modes import logits_of
+from labn.inference.modes import run_model
 
 
 def gaussian_noise(images: Tensor, indices: Tensor | None, seed: int, draw: int) -> Tensor:
@@ -71,7 +71,7 @@ def input_gradient(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
     """
     leaf = images.detach().clone().requires_grad_()
     # One backward pass for the whole batch: in eval mode each score depends on its own image only.
-    scores = class_scores(logits_of(model(leaf)), targets)
+    scores = class_scores(run_model(model, leaf), targets)
     gradient = torch.autograd.grad(scores.sum(), leaf, allow_unused=True)[0] if scores.requires_grad else None
     if gradient is None:
         raise InputError(f"The logits of {type(model).__name__} do not depend on the images; there is no gradient.")

@@ -14,7 +14,8 @@ from labn.inference.chunk_size import cpu_chunk
 from labn.inference.fingerprint import ModelCache
 from labn.inference.folding import fold_batchnorm
 from labn.inference.hooks import recording_calls
-from labn.inference.modes import evaluating, logits_of, matching
+from labn.inference.model_traits import repeat_each_other
+from labn.inference.modes import evaluating, matching, run_model
 from labn.inference.packing import can_pack, pack_convolutions
 
 log = logging.getLogger(__name__)
@@ -72,6 +73,7 @@ def _build(model: nn.Module, probe: Tensor, form: FastForm, dtype: torch.dtype) 
     """The model's copy in this form; None where the form does not apply."""
     if not form.copied:
         return model
+    probe = probe.clone()  # folding and packing run the model, which may write on its input
     copied = fold_batchnorm(model, probe) if form.folded else copy.deepcopy(model).eval()
     if copied is not None:
         copied = copied.to(memory_format=torch.channels_last)
@@ -88,7 +90,7 @@ def _try(model: nn.Module, probe: Tensor, form: FastForm, expected: Tensor) -> F
         if built is None:
             return None
         with recording_calls(model) as called:
-            logits = logits_of(built(probe.contiguous(memory_format=form.memory_format)))
+            logits = run_model(built, probe, form.memory_format)
     except Exception as error:  # a user's model may fail in any way when it is copied; it still runs as it is
         log.info("%s does not run as %s (%s).", name, form, error)
         return None
@@ -113,7 +115,10 @@ def _difference(logits: Tensor, expected: Tensor) -> float:
 
 
 def _choose(model: nn.Module, probe: Tensor, fold: bool) -> FastCopy:
-    expected = logits_of(model(probe))
+    expected = run_model(model, probe)
+    # No form can be compared with a model whose own answers differ.
+    if not repeat_each_other(expected, run_model(model, probe)):
+        return FastCopy(FastForm())
     for form in _forms(model, probe, fold):
         prepared = _try(model, probe, form, expected)
         if prepared is not None:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -81,13 +82,50 @@ def structure_key(model: nn.Module) -> Hashable:
 
 
 def state_key(model: nn.Module) -> Hashable:
-    """`structure_key`, which also changes when a parameter or buffer is replaced or modified in place.
+    """`structure_key`, which also changes when a parameter or buffer is replaced, or any of its values changes.
 
-    Writing into `.data` does not change the key, because torch does not count it as a change in place.
+    The values themselves are read: a write through `.data`, NumPy or a C extension raises no version counter. Reading
+    them takes about a tenth of the time of one forward of a ResNet-50 on one image, and less in every call that needs
+    more than one forward.
     """
-    # The address too: assigning `.data` gives a tensor other memory without counting as a change in place.
     tensors = [*model.parameters(), *model.buffers()]
-    return structure_key(model), tuple((_Identity(t), t.data_ptr(), version_of(t)) for t in tensors)
+    # Address and version too: a copy shares memory with its original as long as both are the same tensor.
+    return structure_key(model), tuple((_Identity(t), t.data_ptr(), version_of(t), _sums(t)) for t in tensors)
+
+
+COLUMNS = 4093
+"""Columns of the table into which `_sums` arranges the values: a prime, so that exchanged filters change the sums."""
+
+
+def _sums(tensor: Tensor) -> bytes:
+    """Column sums, modulo 2^64, of the bytes of a tensor as a table of 64-bit integers; and the bytes that remain.
+
+    Integers are exact: no change is lost in rounding, and NaN is a value like any other. The table is read once, at the
+    speed of memory.
+    """
+    values = tensor.detach()
+    if not values.is_contiguous():
+        # Another order of the same memory, such as channels_last, is read as it lies there.
+        values = values.as_strided((values.numel(),), (1,)) if _is_dense(values) else values.contiguous()
+    flat = values.reshape(-1).view(torch.uint8)
+    table = flat[: flat.numel() // (8 * COLUMNS) * (8 * COLUMNS)]
+    rest = flat[table.numel() :].cpu().numpy().tobytes()
+    if not table.numel():
+        return rest
+    rows = table.view(torch.int64).view(-1, COLUMNS)
+    # NumPy adds rows in the order of memory; torch.sum is half as fast here.
+    sums = np.add.reduce(rows.numpy(), axis=0) if rows.device.type == "cpu" else rows.sum(0).cpu().numpy()
+    return sums.tobytes() + rest
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the values of a tensor fill a block of memory without gaps, in whatever order."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 @contextmanager

@@ -26,7 +26,25 @@ def logits_of(output: Any) -> Tensor:
             f"The model returned {type(output).__name__}; a tensor of logits or an object with `.logits` is needed. "
             "Detectors are explained by `crp` and scored by `DetectionCallback`."
         )
+    if logits.ndim == 1:
+        raise InputTypeError(
+            f"The model returned {tuple(logits.shape)}, one number per image; logits (B, num_classes) are needed: for "
+            "a single logit (B, 1), as by output[:, None]."
+        )
     return logits
+
+
+def run_model(
+    model: Callable[[Tensor], Any], images: Tensor, memory_format: torch.memory_format | None = None
+) -> Tensor:
+    """Logits of `images`, which stay as they are: a model may write on its input, so it gets a copy.
+
+    Args:
+        model: returns logits or an object with `.logits`.
+        images: (B, C, H, W).
+        memory_format: of the copy; None: that of the images.
+    """
+    return logits_of(model(images.clone(memory_format=memory_format or torch.preserve_format)))
 
 
 def matching(model: nn.Module, images: Tensor) -> nn.Module:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from labn.errors import InputError
 from labn.inference.chunk_size import check_chunk_size, cpu_chunk
 from labn.inference.fast_copy import FastCopy, FastForm, runnable_copy
-from labn.inference.modes import evaluating, logits_of
+from labn.inference.modes import evaluating, run_model
 from labn.perturbation.stateless_random import sample_integers
 
 GPU_CHUNKS = (32, 256)  # inputs per forward: the first size and the one up to which it is doubled
@@ -234,8 +234,7 @@ class PerturbationEngine:
     def _chunk_logits(self, make_batch: Callable[[Tensor], Tensor], start: int, size: int) -> Tensor:
         batch = make_batch(torch.arange(start, start + size, device=self.images.device))
         # Convolutions follow the memory format of their input.
-        batch = batch.contiguous(memory_format=self._form.memory_format)
-        return logits_of(self._forward(batch)).to(self.images.dtype)
+        return run_model(self._forward, batch, self._form.memory_format).to(self.images.dtype)
 
     def original(self, samples: Tensor | None = None) -> Tensor:
         """Logits (S, num_classes) of the unperturbed images.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from labn.errors import InputError
 from labn.explainers.base import Explainer
 from labn.inference.hooks import temporary_hooks
-from labn.inference.modes import logits_of
+from labn.inference.modes import run_model
 from labn.models.attention_branch import gate_attention
 from labn.models.lambda_networks.layer import LambdaLayer
 
@@ -85,5 +85,5 @@ class LambdaAttention(Explainer):
             raise InputError(f"layer is {chosen}, but the network has {len(layers)} lambda layers, numbered from 0.")
         inputs: list[Tensor] = []
         with torch.no_grad(), temporary_hooks(before={layers[chosen]: lambda _, args: inputs.append(args[0])}):
-            logits_of(model(images))
+            run_model(model, images)
             return layers[chosen].content(inputs[0]).mean(dim=1)

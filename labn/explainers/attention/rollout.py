@@ -16,7 +16,7 @@ from labn.explainers.base import Explainer
 from labn.explainers.cam.features import fast_logits
 from labn.explainers.cam.target_layer import watching
 from labn.inference.hooks import temporary_hooks
-from labn.inference.modes import logits_of
+from labn.inference.modes import run_model
 from labn.models.lambda_networks.layer import LambdaLayer
 
 MAX_PREFIX = 16  # largest number of class, distillation and register tokens in front of the patches
@@ -153,7 +153,7 @@ class AttentionRollout(Explainer):
         recorder, grids = _Recorder(), []
         convolutions = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
         with recorder, watching(convolutions, lambda _name, _args, output: grids.append(tuple(output.shape[-2:]))):
-            logits_of(model(images))
+            run_model(model, images)
         shapes = {tuple(attention.shape) for attention in recorder.attentions}
         if len(shapes) != 1 or next(iter(shapes))[0] != len(images):
             seen = f"attention matrices of shapes {sorted(shapes)}" if shapes else "no self-attention"

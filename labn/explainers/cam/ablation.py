@@ -10,6 +10,7 @@ from labn.explainers.cam.features import Features, layer_features
 from labn.explainers.cam.gradcam import ActivationMap
 from labn.explainers.cam.linear import linear_tail
 from labn.explainers.cam.network_tail import Tail
+from labn.explainers.cam.target_layer import TargetLayer
 from labn.perturbation.engine import PerturbationEngine
 
 CHUNK_NUMBERS = 1 << 22  # feature-map values per batch of tail forwards: 16 MiB in float32
@@ -60,7 +61,7 @@ class AblationCAM(ActivationMap):
         return self.weigh(self.weights(features.activations, torch.cat([lost, scores], dim=1)), features.activations)
 
     def _in_closed_form(
-        self, model: nn.Module, layer: nn.Module, images: Tensor, targets: Tensor
+        self, model: nn.Module, layer: TargetLayer, images: Tensor, targets: Tensor
     ) -> tuple[Features, Tensor] | None:
         """Features and drops (B, K) of y_c; None, after one forward, for a network without that ending."""
         features = layer_features(model, layer, images[:1])  # one image is enough to see whether the form applies
@@ -72,7 +73,9 @@ class AblationCAM(ActivationMap):
             tail = linear_tail(model, features)
         return None if tail is None else (features, tail.weight[targets] * tail.activations.mean(dim=(2, 3)))
 
-    def _by_tails(self, model: nn.Module, layer: nn.Module, images: Tensor, targets: Tensor) -> tuple[Features, Tensor]:
+    def _by_tails(
+        self, model: nn.Module, layer: TargetLayer, images: Tensor, targets: Tensor
+    ) -> tuple[Features, Tensor]:
         """Features and drops (B, K) from one forward per image and K forwards of the tail."""
         features, lost = [], []
         for image, target in zip(images, targets):

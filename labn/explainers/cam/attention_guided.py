@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from labn.errors import InputError
 from labn.explainers.cam.features import gradient_features
 from labn.explainers.cam.gradcam import GradCAM
+from labn.explainers.cam.target_layer import TargetLayer
 from labn.inference.modes import evaluating, matching
 from labn.models.cbam import CBAM
 
@@ -156,7 +157,7 @@ class AttentionMapGuided(GradCAM):
             return self._attended_sum(own, layer, model, images, targets)  # type: ignore[arg-type]
 
     def _attended_sum(
-        self, gates: Gates, layer: nn.Module, model: nn.Module, images: Tensor, targets: Tensor
+        self, gates: Gates, layer: TargetLayer, model: nn.Module, images: Tensor, targets: Tensor
     ) -> Tensor:
         if self.apply_to == "activation":
             features = gradient_features(model, layer, images, targets, lambda maps: self._attend(gates, maps, maps))
@@ -168,10 +169,10 @@ class AttentionMapGuided(GradCAM):
             attended = self._attend(gates, weighted, features.activations)
         return self.weigh(torch.ones_like(attended[:, :, :1, :1]), attended)
 
-    def layer(self, model: nn.Module, images: Tensor) -> nn.Module:
+    def layer(self, model: nn.Module, images: Tensor) -> TargetLayer:
         """The target layer of `model`."""
         if self.attention == "cbam" and self.target_layer is None:
-            return _cbam_of(model).features
+            return TargetLayer(_cbam_of(model).features)
         return super().layer(model, images)
 
     def _gates(self, model: nn.Module) -> Gates:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from labn.errors import InputError
 from labn.explainers.base import class_scores
-from labn.explainers.cam.target_layer import find_target_layer, is_channels_last, named_layer
+from labn.explainers.cam.target_layer import TargetLayer, is_channels_last
 from labn.inference.hooks import temporary_hooks
-from labn.inference.modes import logits_of
+from labn.inference.modes import run_model
 
 
 @dataclass(frozen=True)
@@ -38,32 +38,30 @@ class Features:
         return self.gradients
 
 
-def target_layer_of(model: nn.Module, images: Tensor, name: str | None) -> nn.Module:
-    """The layer called `name`, or for None the last one with spatial feature maps."""
-    return named_layer(model, find_target_layer(model, images) if name is None else name)
-
-
 def fast_logits(model: nn.Module, images: Tensor) -> Tensor:
     """Logits (B, num_classes), computed in channels_last, in which convolutions are faster, where the model allows it.
 
     A model that calls `view` on its feature maps fails in this memory format and is run again in the default one.
     """
     try:
-        return logits_of(model(images.contiguous(memory_format=torch.channels_last)))
+        return run_model(model, images, torch.channels_last)
     except RuntimeError as error:
         if "view" not in str(error):
             raise
-        return logits_of(model(images.contiguous()))
+        return run_model(model, images, torch.contiguous_format)
 
 
 @contextmanager
-def replacing_output(layer: nn.Module, size: torch.Size, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Make `layer` return `change(A)` in place of its feature maps A within the block.
+def replacing_output(
+    model: nn.Module, layer: TargetLayer | nn.Module, size: torch.Size, change: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """Make a call of `layer` return `change(A)` in place of its feature maps A within the block.
 
     Args:
-        layer: any submodule that returns feature maps.
+        model: the model that the layer belongs to; every forward of it counts the layer's calls anew.
+        layer: a call of a submodule, or a submodule that runs once.
         size: (H, W) of the images, whose proportions distinguish (B, h, w, K) from (B, K, h, w).
-        change: function of A (B, K, h, w), called at every forward of the layer.
+        change: function of A (B, K, h, w), called at every forward of the model.
 
     Raises:
         InputError: during a forward, if the layer does not return feature maps.
@@ -77,11 +75,44 @@ def replacing_output(layer: nn.Module, size: torch.Size, change: Callable[[Tenso
             return change(output.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return change(output)
 
-    with temporary_hooks(after={layer: hook}):
+    with hooking_call(model, layer, hook):
         yield
 
 
-def layer_features(model: nn.Module, layer: nn.Module, images: Tensor) -> Features:
+@contextmanager
+def hooking_call(
+    model: nn.Module, layer: TargetLayer | nn.Module, hook: Callable[[nn.Module, Any, Any], Any]
+) -> Iterator[None]:
+    """Call `hook(module, args, output)` after one call of a layer; what it returns replaces the output."""
+    target = layer if isinstance(layer, TargetLayer) else TargetLayer(layer)
+    calls = 0
+
+    def restart(_module: nn.Module, _args: Any) -> None:
+        nonlocal calls
+        calls = 0
+
+    def counted(module: nn.Module, args: Any, output: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return hook(module, args, output) if calls - 1 == target.call else None
+
+    with temporary_hooks(before={model: restart}, after={target.module: counted}, prepend=True):
+        yield
+
+
+@contextmanager
+def replacing_call(model: nn.Module, layer: TargetLayer, output: Tensor) -> Iterator[None]:
+    """Make a call of a layer return `output`."""
+    with hooking_call(model, layer, lambda _module, _args, _output: output):
+        yield
+
+
+def wide(maps: Tensor) -> Tensor:
+    """Feature maps in float32 where they are in half precision, whose sums over a map overflow or lose digits."""
+    return maps.float() if maps.dtype in (torch.float16, torch.bfloat16) else maps
+
+
+def layer_features(model: nn.Module, layer: TargetLayer | nn.Module, images: Tensor) -> Features:
     """Feature maps of `layer` and the logits of (B, C, H, W), without gradients."""
     maps: list[Tensor] = []
 
@@ -89,14 +120,14 @@ def layer_features(model: nn.Module, layer: nn.Module, images: Tensor) -> Featur
         maps[:] = [output.clone()]  # a copy: the next layer may work in place
         return output
 
-    with torch.no_grad(), replacing_output(layer, images.shape[-2:], keep):
+    with torch.no_grad(), replacing_output(model, layer, images.shape[-2:], keep):
         logits = fast_logits(model, images)
-    return Features(maps[0], logits)
+    return Features(wide(maps[0]), logits)
 
 
 def gradient_features(
     model: nn.Module,
-    layer: nn.Module,
+    layer: TargetLayer | nn.Module,
     images: Tensor,
     targets: Tensor,
     attend: Callable[[Tensor], Tensor] | None = None,
@@ -107,7 +138,7 @@ def gradient_features(
 
     Args:
         model: run once.
-        layer: a submodule of the model that returns feature maps.
+        layer: a call of a submodule that returns feature maps, or a submodule that runs once.
         images: (B, C, H, W).
         targets: (B,) int64.
         attend: applied to the feature maps before the next layer reads them; the result is A.
@@ -122,12 +153,13 @@ def gradient_features(
         torch.set_grad_enabled(True)
         return leaves[0].clone()  # a copy: an in-place layer must not overwrite the leaf
 
-    with torch.no_grad(), replacing_output(layer, images.shape[-2:], start_graph):
+    with torch.no_grad(), replacing_output(model, layer, images.shape[-2:], start_graph):
         logits = fast_logits(model, images)
     if not leaves or not logits.requires_grad:
         raise InputError(
-            f"The logits of {type(model).__name__} do not depend on target_layer; name a layer before them."
+            f"No gradient of the logits of {type(model).__name__} reaches target_layer: the layer does not determine "
+            "them, or runs under torch.no_grad(); name a layer before the logits, or take a method without gradients."
         )
     # Images do not influence each other in eval mode, so one gradient of the sum gives all of them.
     (gradients,) = torch.autograd.grad(class_scores(logits, targets).sum(), leaves[0])
-    return Features(leaves[0].detach(), logits.detach(), gradients)
+    return Features(wide(leaves[0].detach()), logits.detach(), wide(gradients))

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from labn.explainers.base import Explainer
-from labn.explainers.cam.features import Features, gradient_features, target_layer_of
+from labn.explainers.cam.features import Features, gradient_features
+from labn.explainers.cam.target_layer import TargetLayer, target_layer_of
 
 
 class ActivationMap(Explainer):
     """A class activation map L = ReLU(sum_k w_k A^k) at a target layer; subclasses define the weights w.
 
     Args:
-        target_layer: name of the layer; None: the last one with spatial feature maps.
+        target_layer: name of the layer, or the layer itself; None: the last one with spatial feature maps.
         relu: apply the ReLU to the map; without it the map is signed.
     """
 
@@ -37,8 +38,8 @@ class ActivationMap(Explainer):
         maps = (weights * activations).sum(dim=1)
         return maps.relu() if self.relu else maps
 
-    def layer(self, model: nn.Module, images: Tensor) -> nn.Module:
-        """The target layer of `model`."""
+    def layer(self, model: nn.Module, images: Tensor) -> TargetLayer:
+        """The call of the target layer of `model`."""
         return target_layer_of(model, images, self.target_layer)
 
     def features(self, model: nn.Module, images: Tensor, targets: Tensor) -> Features:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from labn.explainers.cam.features import fast_logits, replacing_output
-from labn.explainers.cam.target_layer import is_channels_last
+from labn.explainers.cam.features import fast_logits, replacing_call, replacing_output
+from labn.explainers.cam.target_layer import TargetLayer, is_channels_last
 from labn.inference.hooks import temporary_hooks
-from labn.inference.modes import logits_of
+from labn.inference.modes import run_model
 
 
 class _Recorded(nn.Module):
@@ -30,7 +30,7 @@ class _Recorded(nn.Module):
 class _Trunk:
     """Records one forward: the outputs of all modules that returned before the target layer did."""
 
-    def __init__(self, model: nn.Module, layer: nn.Module, image: Tensor) -> None:
+    def __init__(self, model: nn.Module, layer: TargetLayer, image: Tensor) -> None:
         self.layer = layer
         self.outputs: dict[nn.Module, Any] = {}
         self.shape = torch.Size()
@@ -41,7 +41,7 @@ class _Trunk:
 
     def _see(self, module: nn.Module, _args: Any, output: Any) -> None:
         self.calls[module] += 1
-        if module is self.layer:
+        if module is self.layer.module and self.calls[module] == self.layer.call + 1:
             self._open, self.shape = False, output.shape
         elif self._open:
             self.outputs[module] = output
@@ -58,8 +58,8 @@ class _Trunk:
 class _Cut:
     """A copy of the network with the trunk replaced by recorded outputs; it shares the original's weights."""
 
-    def __init__(self, model: nn.Module, layer: nn.Module, trunk: _Trunk, image: Tensor) -> None:
-        self.image, self.layer, self.stub = image, layer, _Recorded(None)
+    def __init__(self, model: nn.Module, layer: TargetLayer, trunk: _Trunk, image: Tensor) -> None:
+        self.image, self.layer, self.stub = image, layer.module, _Recorded(None)
         # As a memo of `deepcopy`, the tensors stand for their own copies: modules are copied, weights are shared.
         shared: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
         self.model = copy.deepcopy(model, shared)
@@ -77,19 +77,20 @@ class _Cut:
     def __call__(self, activations: Tensor) -> Tensor:
         """Logits (n, num_classes) for the layer's output (n, ...); the remaining layers see one image for all n."""
         self.stub.output = activations
-        return logits_of(self.model(self.image))
+        return run_model(self.model, self.image)
 
 
 class _Whole:
     """The whole network on the repeated image, with the layer's output replaced: always correct, but slow."""
 
-    def __init__(self, model: nn.Module, layer: nn.Module, trunk: _Trunk, image: Tensor) -> None:
+    def __init__(self, model: nn.Module, layer: TargetLayer, trunk: _Trunk, image: Tensor) -> None:
         self.model, self.layer, self.image = model, layer, image
 
     def __call__(self, activations: Tensor) -> Tensor:
         """Logits (n, num_classes) for the layer's output (n, ...)."""
-        with temporary_hooks(after={self.layer: lambda _module, _args, _output: activations}):
-            return logits_of(self.model(self.image.expand(len(activations), -1, -1, -1)))
+        # The tail's own feature maps are in the layout of the layer's output already.
+        with replacing_call(self.model, self.layer, activations):
+            return run_model(self.model, self.image.expand(len(activations), -1, -1, -1), torch.contiguous_format)
 
 
 class Tail:
@@ -109,25 +110,26 @@ class Tail:
         cut: whether the trunk is replayed from records.
     """
 
-    def __init__(self, model: nn.Module, layer: nn.Module, image: Tensor) -> None:
+    def __init__(self, model: nn.Module, layer: TargetLayer | nn.Module, image: Tensor) -> None:
+        layer = layer if isinstance(layer, TargetLayer) else TargetLayer(layer)
         maps: list[Tensor] = []
 
         def keep(output: Tensor) -> Tensor:
             maps[:] = [output.clone()]
             return output
 
-        with torch.no_grad(), replacing_output(layer, image.shape[-2:], keep):
+        with torch.no_grad(), replacing_output(model, layer, image.shape[-2:], keep):
             trunk = _Trunk(model, layer, image)
         self.activations, self.logits = maps[0], trunk.logits
         self._last = is_channels_last(trunk.shape, image.shape[-2:])
         self._run: _Cut | _Whole = _Whole(model, layer, trunk, image)
-        self.cut = trunk.calls[layer] == 1 and self._try_cut(model, layer, trunk, image)
+        self.cut = trunk.calls[layer.module] == 1 and self._try_cut(model, layer, trunk, image)
 
     def __call__(self, activations: Tensor) -> Tensor:
         """Logits (n, num_classes) with the feature maps (n, K, h, w) in place of the layer's own."""
         return self._run(activations.permute(0, 2, 3, 1) if self._last else activations)
 
-    def _try_cut(self, model: nn.Module, layer: nn.Module, trunk: _Trunk, image: Tensor) -> bool:
+    def _try_cut(self, model: nn.Module, layer: TargetLayer, trunk: _Trunk, image: Tensor) -> bool:
         """Use the replayed trunk if it reproduces the logits, for two images at once, without changing its records."""
         whole, versions = self._run, trunk.versions()
         try:

@@ -1,9 +1,14 @@
-"""The search for the target layer: the last layer with spatial feature maps."""
+"""The search for the target layer: the last call of a layer that returns spatial feature maps.
+
+A module may run several times in one forward pass, as a shared activation does. So a target is one call of a layer and
+not the layer alone.
+"""
 
 from __future__ import annotations
 
 import difflib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,13 +20,29 @@ from torch import Tensor, nn
 from labn.errors import InputError
 from labn.inference.fingerprint import ModelCache, structure_key
 from labn.inference.hooks import temporary_hooks
-from labn.inference.modes import explaining, logits_of
+from labn.inference.modes import explaining, run_model
 
 POOLING = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
 COMPILED = "_orig_mod."  # the prefix that `torch.compile` puts before the names of a module's own layers
 
-_names: ModelCache[str] = ModelCache(structure_key)  # the weights do not decide which layer is the last one
+# The weights do not decide which layer is the last one.
+_targets: ModelCache[tuple[str, int, int]] = ModelCache(structure_key)
+
+
+@dataclass(frozen=True)
+class TargetLayer:
+    """One call of a layer in the forward pass of a model.
+
+    Attributes:
+        module: the layer.
+        call: number of the call, from 0.
+        calls: number of calls of the layer in one forward pass.
+    """
+
+    module: nn.Module
+    call: int = 0
+    calls: int = 1
 
 
 @contextmanager
@@ -75,13 +96,25 @@ def _is_tokens(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Seen:
-    """One output of the traced forward; the version distinguishes a tensor from itself after an in-place layer."""
+    """One output of the traced forward; the version distinguishes a tensor from itself after an in-place layer.
+
+    Attributes:
+        name: name of the layer.
+        call: number of the call of this layer, from 0.
+        output: what it returned.
+        version: version counter of the output at that time.
+        is_map: whether the output is feature maps.
+        from_tokens: whether the layer read tokens.
+        differentiable: whether gradients were recorded when the layer ran.
+    """
 
     name: str
+    call: int
     output: Tensor
     version: int
     is_map: bool
     from_tokens: bool
+    differentiable: bool = True
 
     @property
     def is_tokens(self) -> bool:
@@ -107,23 +140,50 @@ def _is_map(output: Tensor, size: torch.Size) -> bool:
     return rows * columns > 1 and (near or is_strided(rows, columns, size))
 
 
-def _trace(model: nn.Module, images: Tensor) -> tuple[list[_Seen], Tensor]:
-    """Every differentiable output of one forward, in order of completion, and the logits."""
+@dataclass
+class _Trace:
+    """One forward pass of a model on the first image.
+
+    Attributes:
+        seen: the differentiable outputs of all layers, in order of completion.
+        hidden: the feature maps that were made without gradients, as under `torch.no_grad`.
+        calls: name of a layer -> number of its calls.
+        logits: (1, num_classes).
+    """
+
+    seen: list[_Seen]
+    hidden: list[_Seen]
+    calls: Counter[str]
+    logits: Tensor
+
+
+def _trace(model: nn.Module, images: Tensor) -> _Trace:
+    """Trace the outputs of all layers in one forward pass on the first image."""
     seen: list[_Seen] = []
+    hidden: list[_Seen] = []
+    calls: Counter[str] = Counter()
 
     def see(name: str, args: Any, output: Any) -> None:
-        if name and isinstance(output, Tensor) and output.requires_grad:
+        if not name:
+            return
+        call, differentiable = calls[name], torch.is_grad_enabled()
+        calls[name] += 1
+        if isinstance(output, Tensor) and (output.requires_grad or not differentiable):
             is_map = _is_map(output, images.shape[-2:])
-            seen.append(_Seen(name, output, output._version, is_map, _is_tokens(args[0] if args else None)))
+            tokens = _is_tokens(args[0] if args else None)
+            entry = _Seen(name, call, output, output._version, is_map, tokens, differentiable)
+            (seen if output.requires_grad else hidden).append(entry)
 
     # The image requires a gradient, so that outputs that depend on it can be told from constants.
     with watching(dict(model.named_modules()), see):
-        logits = logits_of(model(images[:1].detach().clone().requires_grad_()))
-    return seen, logits
+        logits = run_model(model, images[:1].detach().clone().requires_grad_())
+    return _Trace(seen, [entry for entry in hidden if entry.is_map], calls, logits)
 
 
 def _on_path(logits: Tensor, output: Tensor) -> bool:
     """Whether the logits depend on `output`."""
+    if not logits.requires_grad:
+        return False
     (gradient,) = torch.autograd.grad(logits.sum(), output, retain_graph=True, allow_unused=True)
     return gradient is not None
 
@@ -161,6 +221,75 @@ def _outermost(seen: list[_Seen], position: int) -> str:
     return min((name for name in same if f"{same[0]}.".startswith(f"{name}.")), key=len)
 
 
+def _bypassed(model: nn.Module, images: Tensor, layer: nn.Module, call: int, others: set[int]) -> bool:
+    """Whether the logits depend on other calls of the layer by a way that does not lead through `call`.
+
+    The output of this call is replaced by a copy without history; a gradient that still reaches another call took
+    another way.
+    """
+    count, outputs = 0, list[Tensor]()
+
+    def see(_module: nn.Module, _args: Any, output: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count - 1 == call:
+            return output.detach().clone()
+        if count - 1 in others:
+            outputs.append(output)
+        return None
+
+    with temporary_hooks(after={layer: see}):
+        logits = run_model(model, images[:1].detach().clone().requires_grad_())
+    return any(output.requires_grad and _on_path(logits, output) for output in outputs)
+
+
+def _chosen_call(model: nn.Module, images: Tensor, name: str, trace: _Trace) -> tuple[str, int, int]:
+    """Name, number and count of the last call of a layer with feature maps that determine the logits.
+
+    Raises:
+        InputError: the logits depend on several calls side by side, so that one call does not explain them.
+    """
+    layer = named_layer(model, name)
+    names = {n for n, module in model.named_modules() if module is layer}
+    maps = [s for s in trace.seen if s.name in names and s.is_map and _on_path(trace.logits, s.output)]
+    # Without feature maps the layer's first call is left to the method, which names what it returns.
+    call, calls = (maps[-1].call if maps else 0), max((trace.calls[n] for n in names), default=1)
+    if len(maps) > 1 and _bypassed(model, images, layer, call, {s.call for s in maps[:-1]}):
+        raise InputError(
+            f"target_layer {name.removeprefix(COMPILED)!r} runs {calls} times in one forward pass of "
+            f"{type(model).__name__}, and the logits depend on {len(maps)} of its feature maps side by side, as with "
+            "test-time augmentation or siamese branches; explain the part that runs once, or name a layer that does."
+        )
+    return name.removeprefix(COMPILED), call, max(calls, 1)
+
+
+def _search(model: nn.Module, images: Tensor) -> tuple[str, int, int]:
+    with explaining(model, images.device.type):
+        trace = _trace(model, images)
+        position = _last_map(model, trace.seen, trace.logits)
+        if position is None:
+            raise InputError(_no_maps(model, trace))
+        name = _outermost(trace.seen, position).removeprefix(COMPILED)
+        if _mostly_tokens(model, trace.seen, position):
+            raise InputError(
+                f"{type(model).__name__} works on tokens after {name!r}, its last layer with feature maps; "
+                "take the method rollout, or name a layer with target_layer."
+            )
+        return _chosen_call(model, images, name, trace)
+
+
+def _no_maps(model: nn.Module, trace: _Trace) -> str:
+    """The sentence that says why no layer can be a target."""
+    if trace.hidden:
+        return (
+            f"{type(model).__name__} runs {trace.hidden[-1].name!r}, its last layer with spatial feature maps, under "
+            "torch.no_grad(), so that no gradient reaches the layers before the head; remove that, or take a method "
+            "without gradients, such as rise or occlusion."
+        )
+    way_out = "take the method rollout, or name one" if any(s.is_tokens for s in trace.seen) else "name one"
+    return f"{type(model).__name__} has no layer with spatial feature maps; {way_out} with target_layer."
+
+
 def search_target_layer(model: nn.Module, images: Tensor) -> str:
     """Name of the last layer whose feature maps have more than one position and determine the logits.
 
@@ -172,23 +301,51 @@ def search_target_layer(model: nn.Module, images: Tensor) -> str:
         images: (B, C, H, W).
 
     Raises:
-        InputError: no layer has such feature maps, or most of the network processes tokens after the last one.
+        InputError: no layer has such feature maps, most of the network processes tokens after the last one, or the
+            last one runs several times side by side.
     """
-    with explaining(model, images.device.type):
-        seen, logits = _trace(model, images)
-        position = _last_map(model, seen, logits)
-    if position is None:
-        way_out = "take the method rollout, or name one" if any(s.is_tokens for s in seen) else "name one"
-        raise InputError(f"{type(model).__name__} has no layer with spatial feature maps; {way_out} with target_layer.")
-    name = _outermost(seen, position).removeprefix(COMPILED)
-    if _mostly_tokens(model, seen, position):
-        raise InputError(
-            f"{type(model).__name__} works on tokens after {name!r}, its last layer with feature maps; "
-            "take the method rollout, or name a layer with target_layer."
-        )
-    return name
+    return _search(model, images)[0]
 
 
 def find_target_layer(model: nn.Module, images: Tensor) -> str:
     """`search_target_layer`, cached per image size until the model's layers change."""
-    return _names.get(model, tuple(images.shape[1:]), lambda: search_target_layer(model, images))
+    return _targets.get(model, tuple(images.shape[1:]), lambda: _search(model, images))[0]
+
+
+def target_layer_of(model: nn.Module, images: Tensor, name: str | nn.Module | None) -> TargetLayer:
+    """The call of a layer that an explanation weighs; found once per image size until the model's layers change.
+
+    Args:
+        model: run once on the first image, in eval mode.
+        images: (B, C, H, W).
+        name: name of the layer, or the layer itself; None: the last one with spatial feature maps.
+
+    Raises:
+        InputError: see `search_target_layer`; or there is no such layer.
+    """
+    if isinstance(name, nn.Module):
+        name = name_of(model, name)
+    size = tuple(images.shape[1:])
+    if name is None:
+        found = _targets.get(model, size, lambda: _search(model, images))
+    else:
+        found = _targets.get(model, (size, name), lambda: _named(model, images, name))
+    return TargetLayer(named_layer(model, found[0]), *found[1:])
+
+
+def _named(model: nn.Module, images: Tensor, name: str) -> tuple[str, int, int]:
+    named_layer(model, name)
+    with explaining(model, images.device.type):
+        return _chosen_call(model, images, name, _trace(model, images))
+
+
+def name_of(model: nn.Module, layer: nn.Module) -> str:
+    """Name of a submodule.
+
+    Raises:
+        InputError: the layer is not a submodule of the model.
+    """
+    for name, module in model.named_modules():
+        if module is layer and name:
+            return name.removeprefix(COMPILED)
+    raise InputError(f"target_layer is a {type(layer).__name__} that is not a layer of {type(model).__name__}.")

@@ -169,6 +169,8 @@ class CRP(Explainer):
         torch.Size([1, 300, 300])
     """
 
+    runs_model = False  # a detector returns no logits
+
     def __init__(
         self,
         task: Task = "class",

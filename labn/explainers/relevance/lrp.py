@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from labn.errors import InputError
 from labn.explainers.base import Explainer
 from labn.inference.chunk_size import check_chunk_size
+from labn.inference.model_traits import probabilities_sentence
 from labn.lrp.config import BlockWeights, Config, FirstName, ResidualName, RuleName
 from labn.lrp.engine import relevance
 from labn.lrp.initial import INITIAL, Contrast, Initial, check_others
@@ -95,6 +96,10 @@ class LRP(Explainer):
     def revision(self) -> int:
         """1 with the rule zbox, whose bounds did not pass a normalisation inside the network in earlier versions."""
         return int(self.config.first_layer == "zbox")
+
+    def inspect_output(self, model: nn.Module) -> None:
+        """Refuse a model that ends in a softmax, which has no rule and whose softmax the initial relevance would be."""
+        raise InputError(f"{probabilities_sentence(model)} Relevance starts at logits.")
 
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
         """Maps (B, H, W)."""

@@ -13,7 +13,9 @@ PROBABILITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: logits.softmax(-1),
     "sigmoid": torch.sigmoid,
     "logit": lambda logits: logits,
+    "identity": lambda probabilities: probabilities,
 }
+"""How the output of a model is read; "identity" is for models that return probabilities."""
 
 
 def class_probability(logits: Tensor, classes: Tensor, probability: str = "softmax") -> Tensor:

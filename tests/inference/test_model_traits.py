@@ -1,0 +1,188 @@
+"""Models that are not pure functions from images to logits: named, refused, or run so that it does not matter."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from labn import evaluate, explain
+from labn.explainers import EXPLAINERS
+from labn.inference.fast_copy import fast_copy
+from labn.inference.model_traits import are_probabilities, traits_of
+
+METHODS = ["gradcam", "gradcam++", "xgradcam", "smoothgradcam++", "scorecam", "ablationcam", "amg", "gradient"]
+METHODS += ["gradxinput", "integrated_gradients", "smoothgrad", "occlusion", "lrp"]
+X, TARGETS = torch.rand(2, 1, 32, 32), torch.tensor([1, 0])
+
+
+class Normalising(nn.Module):
+    """Normalises its input, in place or not."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.in_place, self.conv, self.head = in_place, nn.Conv2d(1, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = x.sub_(0.5).div_(0.25) if self.in_place else (x - 0.5) / 0.25
+        return self.head(self.conv(x).relu().mean((2, 3)))
+
+
+class Dropping(nn.Module):
+    """Drops features in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.head = nn.Conv2d(1, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(nn.functional.dropout(self.conv(x).relu().mean((2, 3)), 0.5))
+
+
+def base():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)).eval()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_that_writes_on_its_input_is_explained_like_one_that_does_not(method):
+    images = X.clone()
+    maps = explain(Normalising(True).eval(), images, method, TARGETS).maps
+    assert torch.equal(images, X)
+    expected = explain(Normalising(False).eval(), X, method, TARGETS).maps
+    assert torch.allclose(maps, expected, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_scores_of_a_model_that_writes_on_its_input_are_those_of_one_that_does_not(caplog):
+    images, maps = X.clone(), torch.rand(2, 32, 32)
+    settings = {"metrics": ["pid4", "fill_probability", "average_drop"], "mean": None, "std": None}
+    scores = evaluate(Normalising(True).eval(), images, maps, TARGETS, **settings)
+    assert torch.equal(images, X)
+    expected = evaluate(Normalising(False).eval(), X, maps, TARGETS, **settings)
+    for name, values in expected.items():
+        assert torch.allclose(scores[name], values, atol=1e-6), name
+    assert "changes the answer" not in caplog.text
+
+
+@pytest.mark.parametrize("method", ["gradcam", "gradient", "occlusion"])
+def test_a_model_whose_equal_calls_differ_is_named(method):
+    with pytest.warns(UserWarning, match="Dropping gives other logits at every call for the same images in eval mode"):
+        explain(Dropping().eval(), X, method, TARGETS)
+
+
+def test_scores_of_a_model_whose_equal_calls_differ_are_warned_about():
+    with pytest.warns(UserWarning, match=r"Dropping .* such as F\.dropout"):
+        evaluate(Dropping().eval(), X, torch.rand(2, 32, 32), TARGETS, ["pid4"], mean=None, std=None)
+
+
+@pytest.mark.filterwarnings("ignore:Dropping gives other logits")
+def test_relevance_refuses_a_model_whose_equal_calls_differ_with_the_reason():
+    with pytest.raises(ValueError, match=r"Dropping gives other logits .* Relevance cannot be propagated"):
+        explain(Dropping().eval(), X, "lrp", TARGETS)
+
+
+def test_a_softmax_at_the_end_is_recognised():
+    soft = nn.Sequential(*base(), nn.Softmax(1)).eval()
+    maps = torch.rand(2, 32, 32)
+    with pytest.raises(ValueError, match=r"Sequential returns probabilities \(its rows sum to one\)"):
+        evaluate(soft, X, maps, TARGETS, ["pid4"], mean=None, std=None)
+    with pytest.raises(ValueError, match="Relevance starts at logits"):
+        explain(soft, X, "lrp", TARGETS)
+    with pytest.warns(UserWarning, match="The probability is explained, not the logit"):
+        explain(soft, X, "gradcam", TARGETS)
+
+
+def test_probabilities_are_read_as_given_when_asked_for():
+    soft, maps = nn.Sequential(*base(), nn.Softmax(1)).eval(), torch.rand(2, 32, 32)
+    settings = {"metrics": ["pid4", "insertion4", "fill_probability"], "mean": None, "std": None}
+    given = evaluate(soft, X, maps, TARGETS, probability="identity", **settings)
+    expected = evaluate(base(), X, maps, TARGETS, **settings)
+    for name, values in expected.items():
+        assert torch.allclose(given[name], values, atol=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("logits", "expected"),
+    [
+        ([[0.25, 0.75], [1.0, 0.0]], True),
+        ([[0.5, 0.5], [0.5, 0.5]], False),  # zero weights give this, too
+        ([[1.5, -0.5], [0.5, 0.5]], False),
+        ([[0.25, 0.7], [1.0, 0.0]], False),
+        ([[1.0], [1.0]], False),
+    ],
+)
+def test_distributions_are_told_from_logits(logits, expected):
+    assert are_probabilities(torch.tensor(logits)) is expected
+
+
+@pytest.mark.parametrize("call", ["explain", "evaluate"])
+def test_one_number_per_image_is_answered_with_what_is_needed(call):
+    class Squeezed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base = base()
+
+        def forward(self, x):
+            return self.base(x)[:, 0]
+
+    calls = {
+        "explain": lambda model: explain(model, X, "gradcam"),
+        "evaluate": lambda model: evaluate(model, X, torch.rand(2, 32, 32), metrics=["pid4"], mean=None, std=None),
+    }
+    with pytest.raises(TypeError, match=r"returned \(2,\), one number per image; logits \(B, num_classes\) are needed"):
+        calls[call](Squeezed().eval())
+
+
+def test_a_backbone_without_gradients_is_named():
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone, self.head = base()[:2], base()[2:]
+
+        def forward(self, x):
+            with torch.no_grad():
+                features = self.backbone(x)
+            return self.head(features)
+
+    with pytest.raises(ValueError, match=r"Frozen runs 'backbone', .* under torch\.no_grad\(\)"):
+        explain(Frozen().eval(), X, "gradcam", TARGETS)
+    with pytest.raises(ValueError, match=r"reaches target_layer: .* or runs under torch\.no_grad\(\)"):
+        explain(Frozen().eval(), X, "gradcam", TARGETS, target_layer="backbone.1")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda weight: weight.data.normal_(generator=torch.Generator().manual_seed(1)),
+        lambda weight: weight.data[3].mul_(-1),
+        lambda weight: weight.detach().numpy().__setitem__((2, 1, 1, 1), 9.0),
+        lambda weight: weight.data.copy_(weight.data.flip(0)),
+    ],
+    ids=["all", "one filter", "one number through NumPy", "exchanged filters"],
+)
+def test_copies_follow_weights_that_change_without_a_version(write):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
+    model, maps = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 4)).eval(), torch.rand(2, 32, 32)
+
+    def everything(net):
+        settings = {"metrics": ["pid4", "fill_probability"], "mean": None, "std": None}
+        scores = evaluate(net, X, maps, TARGETS, **settings)
+        of_methods = [explain(net, X, m, TARGETS, **o).maps for m, o in (("lrp", {}), ("scorecam", {}))]
+        return [*scores.values(), *of_methods, explain(net, X, "rise", TARGETS, n_masks=8).maps]
+
+    everything(model)
+    versions = [p._version for p in model.parameters()]
+    write(model[3].weight)
+    assert [p._version for p in model.parameters()] == versions
+    for changed, fresh in zip(everything(model), everything(copy.deepcopy(model))):
+        assert torch.equal(changed, fresh)
+
+
+def test_a_copy_is_kept_while_nothing_changes():
+    model = base()
+    assert fast_copy(model, X).copy is fast_copy(model, X).copy
+    assert traits_of(model, X) is traits_of(model, X)
+    assert "gradcam" in EXPLAINERS
