@@ -152,9 +152,7 @@ def evaluate(
     explain_again = method if method is None or indices is not None else _without_indices(method)
     with explained_channels(model, images):
         if warn_unless_repeating(model, images).probabilities and settings.get("probability") not in READS_OUTPUT:
-            raise InputError(
-                f"{probabilities_sentence(model)} Or read them as given with probability='identity'."
-            )
+            raise InputError(f"{probabilities_sentence(model)} Or read them as given with probability='identity'.")
         engine = PerturbationEngine.for_model(
             model, images, indices=positions, chunk_size=chunk_size, fold=fold, precision=precision
         )
