@@ -273,7 +273,7 @@ def run_command(name: str, argv: Sequence[str]) -> None:
         sentence = str(error) if isinstance(error, OSError) else sentence_of(error)
         if sentence is None:
             raise
-        parser.exit(2, f"{parser.prog}: {sentence}\n")
+        parser.exit(getattr(error, "exit_status", 2), f"{parser.prog}: {sentence}\n")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

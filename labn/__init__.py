@@ -10,9 +10,9 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from labn.api import Explanation, evaluate, explain
+from labn.api import Explanation, evaluate, explain, prepare
 
-__all__ = ["Explanation", "evaluate", "explain"]
+__all__ = ["Explanation", "evaluate", "explain", "prepare"]
 
 OLD_PATHS = {"labn.weighted": "labn.lrp", "labn.explainers.crp": "labn.explainers.relevance.crp"}
 """Modules that README showed in version 0.1 -> where their names are now; kept for one version."""

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, overload
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +17,8 @@ from labn.errors import InputError, InputTypeError
 from labn.explainers.base import Explainer, Targets, explained_channels, resolve_targets
 from labn.explainers.registry import explainer_by_name
 from labn.inference.model_traits import probabilities_sentence, warn_unless_repeating
+from labn.io.images import to_square
+from labn.io.preprocessing import Preprocessing
 from labn.metrics.base import Boxes, ScoredBatch
 from labn.metrics.registry import check_settings, metric_by_name, values_named
 from labn.perturbation.engine import PerturbationEngine
@@ -43,50 +49,90 @@ class Explanation:
     method: str
 
 
+@overload
 def explain(
     model: nn.Module,
     images: Tensor,
-    method: str | Explainer = "lrp",
+    method: str | Explainer | type[Explainer] = "lrp",
     targets: Targets = None,
     *,
     indices: Tensor | None = None,
     **arguments: Any,
-) -> Explanation:
+) -> Explanation: ...
+
+
+@overload
+def explain(
+    model: nn.Module,
+    images: Tensor,
+    method: Sequence[str],
+    targets: Targets = None,
+    *,
+    indices: Tensor | None = None,
+) -> dict[str, Explanation]: ...
+
+
+def explain(
+    model: nn.Module,
+    images: Tensor,
+    method: str | Explainer | type[Explainer] | Sequence[str] = "lrp",
+    targets: Targets = None,
+    *,
+    indices: Tensor | None = None,
+    **arguments: Any,
+) -> Explanation | dict[str, Explanation]:
     """Explain a batch of images; the model's weights, mode and hooks stay as they are.
 
     Args:
         model: an `nn.Module` (own, timm, torchvision) that returns logits or an object with `.logits`.
         images: (B, C, H, W), normalised as the model expects; their device and dtype are those of the computation.
-        method: a name of `labn.explainers.EXPLAINERS`, with a leading `-` for the negated map; or a ready explainer.
+            `labn.prepare` makes them from pictures.
+        method: a name of `labn.explainers.EXPLAINERS`, with a leading `-` for the negated map; a ready explainer, or
+            the class of one; or a list of names, which gives a dict of explanations.
         targets: None for the predicted class of every image; an integer for all images; or (B,) classes.
         indices: (B,) int64 positions in a data set, which seed random methods per sample; None: the same randomness for
             all samples.
         arguments: arguments of the explainer, as in `method="rise", n_masks=2000`.
 
     Raises:
-        InputError: an unknown method, images that are not (B, C, H, W) with B >= 1, targets out of range, or a model
-            that the method does not support.
-        InputTypeError: images that are not a floating-point tensor, an argument that the method does not have, or
-            arguments beside a ready explainer.
+        InputError: an unknown method, images that are not (B, C, H, W) with B >= 1 or hold NaN, targets out of range,
+            or a model that the method does not support.
+        InputTypeError: a model that is no `nn.Module`, images that are not a floating-point tensor, an argument that
+            the method does not have, or arguments beside a ready explainer or several methods.
 
     Example:
         >>> model, images = nn.Sequential(nn.Conv2d(3, 2, 1), nn.AvgPool2d(8), nn.Flatten()), torch.rand(1, 3, 8, 8)
         >>> explain(model, images, "gradcam", targets=1).maps.shape
         torch.Size([1, 8, 8])
+        >>> list(explain(model, images, ["gradcam", "-gradcam"], targets=1))
+        ['gradcam', '-gradcam']
     """
+    _check_model(model)
     _check_images(images)
-    if not isinstance(method, str) and arguments:
+    if isinstance(method, (list, tuple)):
+        if arguments:
+            raise InputTypeError(
+                f"{', '.join(arguments)} cannot be given to several methods; explain them one by one, or give ready "
+                "explainers."
+            )
+        explained = {name: explain(model, images, name, targets, indices=indices) for name in dict.fromkeys(method)}
+        return explained
+    if isinstance(method, type) and issubclass(method, Explainer):
+        method = method(**arguments)
+    elif not isinstance(method, str) and arguments:
         raise InputTypeError(f"a ready {type(method).__name__} takes no more arguments, got {', '.join(arguments)}.")
-    explainer = explainer_by_name(method, **arguments) if isinstance(method, str) else method
-    chosen = explainer.choose_targets(model, images, targets)
-    maps = explainer(model, images, chosen, indices)
-    return Explanation(maps, chosen, method if isinstance(method, str) else type(method).__name__)
+    elif not isinstance(method, str) and not callable(method):
+        raise InputTypeError(f"method is a {type(method).__name__}; it must be a name, an explainer, or a list of names.")
+    explainer: Explainer = explainer_by_name(method, **arguments) if isinstance(method, str) else method  # type: ignore[assignment]
+    classes = explainer.choose_targets(model, images, targets)
+    maps = explainer(model, images, classes, indices)
+    return Explanation(maps, classes, method if isinstance(method, str) else type(method).__name__)
 
 
 def evaluate(
     model: nn.Module,
     images: Tensor,
-    maps: Tensor,
+    maps: Tensor | Explanation,
     targets: Targets = None,
     metrics: Sequence[str] = ("pid16", "id"),
     *,
@@ -107,7 +153,7 @@ def evaluate(
     Args:
         model: the explained model.
         images: (B, C, H, W), normalised with `mean` and `std`.
-        maps: (B, H, W), for example `explain(...).maps`. This and the next arguments may be tensors, arrays or lists,
+        maps: (B, H, W) or (B, 1, H, W), or the result of `explain`, whose targets are then taken. This and the next arguments may be tensors, arrays or lists,
             also of bool.
         targets: the explained classes, as for `explain`.
         metrics: metric names, see `labn.metrics.metric_by_name`.
@@ -141,7 +187,13 @@ def evaluate(
         >>> evaluate(model, images, maps, metrics=["sparseness", "pointing"], masks=maps.bool())
         {'sparseness': tensor([0.5000], dtype=torch.float64), 'pointing': tensor([1.], dtype=torch.float64)}
     """
+    _check_model(model)
     _check_images(images)
+    _warn_unless_normalised(images, mean, std)
+    if isinstance(maps, Explanation):
+        maps, targets = maps.maps, maps.targets if targets is None else targets
+    if isinstance(maps, Tensor) and maps.ndim == 4 and maps.shape[1] == 1:
+        maps = maps.squeeze(1)
     if isinstance(metrics, str):
         raise InputTypeError(f"metrics is {metrics!r}; it must be a list of names, such as [{metrics!r}].")
     check_settings(metrics, settings)
@@ -182,7 +234,7 @@ def _check_images(images: Tensor) -> None:
     """Raise an error unless `images` is a floating-point tensor (B, C, H, W) with B >= 1."""
     if not isinstance(images, Tensor):
         raise InputTypeError(
-            f"images must be a tensor (B, C, H, W), got {type(images).__name__}; see torch.from_numpy."
+            f"images must be a tensor (B, C, H, W), got {type(images).__name__}; labn.prepare makes it from pictures."
         )
     if not images.is_floating_point():
         raise InputTypeError(
@@ -193,6 +245,82 @@ def _check_images(images: Tensor) -> None:
         raise InputError(f"images must be (B, C, H, W), got {tuple(images.shape)}{hint}.")
     if not len(images):
         raise InputError("images is an empty batch; give at least one image.")
+    broken = (~images.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+    if broken:
+        raise InputError(f"images must be finite; image {broken[0]} holds NaN or infinity.")
+
+
+def _check_model(model: nn.Module) -> None:
+    """Raise an error unless `model` is an `nn.Module`."""
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, str):
+        raise InputTypeError(f"model is the name {model!r}; pass the network itself, as of timm.create_model({model!r}).")
+    if callable(model):
+        raise InputTypeError("model is a function; write it as the forward of an nn.Module, whose layers can be seen.")
+    raise InputTypeError(f"model is a {type(model).__name__}; it must be an nn.Module.")
+
+
+def _warn_unless_normalised(images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:
+    """Warn where images cannot have been normalised with ImageNet's mean and standard deviation, the defaults."""
+    if mean is not IMAGENET_MEAN or std is not IMAGENET_STD:
+        return
+    low, high = float(images.min()), float(images.max())
+    # Normalised with ImageNet's figures, values lie between -2.12 and 2.64, and black and white are never both inside
+    # [0, 1]; a constant image says nothing.
+    if high > 3.0 or (low >= 0.0 and high <= 1.0 and high > low):
+        warnings.warn(
+            f"images lie between {low:.3g} and {high:.3g}, as if they were not normalised with ImageNet's mean and std; "
+            "give mean and std of their normalisation (None: in [0, 1]).",
+            stacklevel=3,
+        )
+
+
+def prepare(
+    pictures: Any,
+    size: int = 224,
+    *,
+    shorter: int | None = None,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Tensor:
+    """Normalised images from pictures, as `explain` and `evaluate` expect them.
+
+    Args:
+        pictures: a path, a PIL image or an array (H, W, 3) uint8, or a list of these.
+        size: side of the square in pixels.
+        shorter: None squashes a picture to the square; else its shorter side is resized to this and the middle taken.
+        mean: per-channel mean of the normalisation, of values in [0, 1].
+        std: per-channel standard deviation.
+
+    Returns:
+        (B, 3, size, size) float32.
+
+    Raises:
+        InputError: a file that cannot be decoded.
+        InputTypeError: something that is no picture.
+
+    Example:
+        >>> from PIL import Image
+        >>> prepare(Image.new("RGB", (40, 30)), size=32).shape
+        torch.Size([1, 3, 32, 32])
+    """
+    preprocessing = Preprocessing(size, mean, std, shorter=shorter)
+    listed = list(pictures) if isinstance(pictures, (list, tuple)) else [pictures]
+    return torch.stack([preprocessing.normalise(_pixels(picture, preprocessing)) for picture in listed])
+
+
+def _pixels(picture: Any, preprocessing: Preprocessing) -> np.ndarray:
+    """(size, size, 3) uint8 of one picture."""
+    if isinstance(picture, (str, os.PathLike)):
+        return preprocessing.read(Path(picture))
+    pixels = np.asarray(picture.convert("RGB") if hasattr(picture, "convert") else picture)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise InputTypeError(
+            f"a picture is a {type(picture).__name__} of {pixels.dtype} {pixels.shape}; it must be a path, a PIL image or "
+            "an array (H, W, 3) uint8."
+        )
+    return to_square(pixels, preprocessing.image_size, preprocessing.shorter)
 
 
 def _normalisation(

@@ -20,6 +20,9 @@ class UserError(Exception):
         There is no method 'gradcm'; did you mean gradcam, xgradcam, gradcam++?
     """
 
+    exit_status = 2
+    """Status with which a command without a trainer ends."""
+
 
 class InputError(UserError, ValueError):
     """An argument, a field of a configuration or the content of a file has a wrong value."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
+from PIL import Image
 import pytest
 import timm
 import torch
@@ -309,3 +310,60 @@ def test_old_module_paths_export_their_names_with_a_warning(old, names, monkeypa
         module = importlib.import_module(old)
     new = importlib.import_module(labn.OLD_PATHS[old])
     assert [getattr(module, name) for name in names] == [getattr(new, name) for name in names]
+
+
+def tiny_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)).eval()
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda m, x: explain("resnet18", x), r"model is the name 'resnet18'; pass the network itself"),
+        (lambda m, x: explain(lambda y: y, x), r"model is a function; write it as the forward of an nn\.Module"),
+        (lambda m, x: explain(m, x, "gradcam", "cat"), r"targets is 'cat'; class indices are needed"),
+        (lambda m, x: explain(m, x, "gradcam", torch.tensor([0.5, 1.0])), r"2 class indices, .* torch\.float32"),
+        (lambda m, x: explain(m, x, "rise", 0, masks=3), r"method 'rise' has no argument 'masks'; it has n_masks, "),
+        (lambda m, x: explain(m, x, "ig", 0), r"no method 'ig'; did you mean integrated_gradients\?"),
+        (lambda m, x: explain(m, x, "Grad-CAM", 0), r"no method 'Grad-CAM'; did you mean gradcam\?"),
+        (lambda m, x: explain(m, x, "Input x Gradient", 0), r"did you mean gradxinput\?"),
+        (lambda m, x: explain(m, x, ["gradcam", "lrp"], 0, relu=False), r"relu cannot be given to several methods"),
+        (lambda m, x: explain(m, x, 3, 0), r"method is a int; it must be a name, an explainer, or a list"),
+        (lambda m, x: explain(m, "a.jpg"), r"images must be a tensor .* labn\.prepare makes it from pictures"),
+        (lambda m, x: explain(m, torch.full_like(x, torch.nan)), r"images must be finite; image 0 holds NaN"),
+        (lambda m, x: labn.prepare(3), r"a picture is a int"),
+    ],
+)
+def test_a_wrong_argument_is_answered_with_what_would_be_right(call, sentence):
+    with pytest.raises((ValueError, TypeError), match=sentence):
+        call(tiny_model(), torch.randn(2, 3, 32, 32))
+
+
+def test_classes_lists_and_explanations_are_accepted():
+    model, images = tiny_model(), torch.randn(2, 3, 32, 32)
+    by_name = explain(model, images, "gradcam", torch.tensor(1))
+    assert by_name.targets.tolist() == [1, 1]
+    assert torch.equal(explain(model, images, GradCAM, 1).maps, by_name.maps)
+    several = explain(model, images, ["gradcam", "-gradcam"], 1)
+    assert torch.equal(several["gradcam"].maps, by_name.maps)
+    assert torch.equal(several["-gradcam"].maps, -by_name.maps)
+    scores = evaluate(model, images, by_name, metrics=["pid16"], mean=None, std=None)
+    expected = evaluate(model, images, by_name.maps[:, None], by_name.targets, ["pid16"], mean=None, std=None)
+    assert torch.equal(scores["pid16"], expected["pid16"])
+
+
+def test_pictures_are_prepared_as_arrays_paths_or_pil_images(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    images = labn.prepare([pixels, tmp_path / "a.png", Image.fromarray(pixels), str(tmp_path / "a.png")], size=16)
+    assert images.shape == (4, 3, 16, 16)
+    assert all(torch.equal(images[0], image) for image in images)
+
+
+@pytest.mark.parametrize(("images", "warned"), [("unit", True), ("bytes", True), ("normalised", False)])
+def test_images_that_cannot_have_been_normalised_are_warned_about(images, warned, recwarn):
+    unit = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    batch = {"unit": unit, "bytes": unit * 255, "normalised": (unit - 0.45) / 0.22}[images]
+    evaluate(tiny_model(), batch, torch.rand(2, 32, 32), 0, ["fill_probability"])
+    assert any("as if they were not normalised" in str(w.message) for w in recwarn) is warned

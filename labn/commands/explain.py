@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from labn.api import explain
-from labn.errors import InputError, MissingFileError
+from labn.errors import InputError, MissingFileError, UserError
 from labn.explainers import EXPLAINERS, explainer_by_name
 from labn.inference.modes import evaluating, run_model
 from labn.io.atomic import write_atomically
@@ -68,6 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
 
 
+class FailedMethodsError(UserError):
+    """Some methods gave no map; the results of the others are written."""
+
+    exit_status = 1
+
+
 def run(options: argparse.Namespace) -> None:
     """Explain every picture.
 
@@ -89,14 +95,18 @@ def run(options: argparse.Namespace) -> None:
     network = network.to(options.device)
     target = None if options.target is None else class_number(options.target, preprocessing)
     rows = []
+    failed: dict[str, str] = {}
     for number, (path, name, image) in enumerate(_readable(files, preprocessing)):
-        row = _explain(network, image.to(options.device), preprocessing, options, target, number, name)
+        row = _explain(network, image.to(options.device), preprocessing, options, target, number, name, failed)
         print(f"{path}: {row[1]} ({row[2]:.3f})" + (f", explained {row[3]}" if row[3] != row[1] else ""))
         rows.append((str(path), *row))
     if not rows:
         raise InputError("None of the pictures of --image is readable; the warnings above say why.")
     write_atomically(options.out / "predictions.csv", csv_bytes(PREDICTIONS, rows))
     print(f"{options.out}: overlays/, maps/ and predictions.csv of {len(rows)} pictures")
+    if failed:
+        reasons = "; ".join(f"{method}: {reason}" for method, reason in failed.items())
+        raise FailedMethodsError(f"{len(failed)} of {len(options.method)} methods gave no map. {reasons}")
 
 
 def check_device(name: str) -> None:
@@ -160,8 +170,9 @@ def _explain(
     target: int | None,
     number: int,
     name: str,
+    failed: dict[str, str],
 ) -> tuple[int, str, float, str]:
-    """Write overlay and maps of one picture (C, H, W).
+    """Write overlay and maps of one picture (C, H, W); methods that do not suit the network go to `failed`.
 
     Returns:
         Predicted class, its name, its probability, and the name of the explained class.
@@ -175,7 +186,15 @@ def _explain(
         raise InputError(f"--target is class {chosen}; the network has {len(probabilities)} classes, from 0.")
     # The position of the picture seeds random methods such as RISE.
     index = torch.tensor([number])
-    maps = {m: explain(network, image[None], m, chosen, indices=index).maps[0].cpu() for m in options.method}
+    maps = {}
+    for method in options.method:
+        try:
+            maps[method] = explain(network, image[None], method, chosen, indices=index).maps[0].cpu()
+        except UserError as error:
+            failed[method] = str(error)
+    if not maps:
+        # Without any map the first reason is the answer.
+        raise InputError(next(iter(failed.values())))
     confidence = float(probabilities[predicted])
     names = preprocessing.class_name(predicted), preprocessing.class_name(chosen)
     figure = overlay_figure(

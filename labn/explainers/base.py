@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from labn.errors import InputError
+from labn.errors import InputError, InputTypeError
 from labn.inference.model_traits import probabilities_sentence, warn_unless_repeating
 from labn.inference.modes import evaluating, explaining, matching, run_model
 
@@ -127,7 +127,7 @@ class Explainer(ABC):
     def inspect_output(self, model: nn.Module) -> None:
         """Warn that the model returns probabilities in place of logits."""
         warnings.warn(
-            f"{probabilities_sentence(model)} Here the probability is explained, not the logit.", stacklevel=5
+            f"{probabilities_sentence(model)} The probability is explained, not the logit.", stacklevel=5
         )
 
     def choose_targets(self, model: nn.Module, images: Tensor, targets: Targets) -> Tensor:
@@ -216,7 +216,14 @@ def resolve_targets(model: nn.Module, images: Tensor, targets: Targets = None) -
         return predictions(model, images)
     if isinstance(targets, int):
         return torch.full((len(images),), targets, dtype=torch.int64, device=images.device)
+    if isinstance(targets, str):
+        raise InputTypeError(f"targets is {targets!r}; class indices are needed, such as 3 or torch.tensor([3, 5]).")
     classes = torch.as_tensor(targets, device=images.device)
+    if classes.ndim == 0:
+        classes = classes.expand(len(images))
     if classes.shape != images.shape[:1] or classes.is_floating_point():
-        raise InputError(f"targets must be {len(images)} class indices, one per image; got {tuple(classes.shape)}.")
+        raise InputError(
+            f"targets must be {len(images)} class indices, one integer per image; got {tuple(classes.shape)} "
+            f"{classes.dtype}."
+        )
     return classes.long()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
-from labn.errors import InputError
+from labn.errors import InputError, InputTypeError
 from labn.explainers.attention.own_maps import BranchAttention, LambdaAttention
 from labn.explainers.attention.rollout import AttentionRollout
 from labn.explainers.base import Explainer
@@ -52,6 +54,34 @@ EXPLAINERS: dict[str, Callable[..., Explainer]] = {
 }
 
 
+USUAL_NAMES = {
+    "ig": "integrated_gradients",
+    "integratedgradient": "integrated_gradients",
+    "saliency": "gradient",
+    "vanillagradient": "gradient",
+    "inputxgradient": "gradxinput",
+    "inputtimesgradient": "gradxinput",
+    "gradientxinput": "gradxinput",
+    "gradcampp": "gradcam++",
+    "gradcamplusplus": "gradcam++",
+    "smoothgradcampp": "smoothgradcam++",
+    "crpssd": "crp",
+    "attentionrollout": "rollout",
+    "lambdaattention": "lambda",
+    "featureablation": "occlusion",
+}
+"""Names that other libraries and papers use, in small letters without signs -> names here."""
+
+
+def near_names(name: str) -> list[str]:
+    """Names of methods that someone who wrote `name` may mean: by spelling, or by what others call them."""
+    plain = re.sub(r"[\s_.-]", "", name.lower())
+    same = [known for known in EXPLAINERS if re.sub(r"[\s_.-]", "", known) == plain]
+    if plain in USUAL_NAMES or same:
+        return [USUAL_NAMES[plain]] if plain in USUAL_NAMES else same
+    return difflib.get_close_matches(name, EXPLAINERS, n=3, cutoff=0.4) or sorted(EXPLAINERS)
+
+
 def explainer_by_name(name: str, **arguments: Any) -> Explainer:
     """Build an explainer by its name.
 
@@ -73,6 +103,9 @@ def explainer_by_name(name: str, **arguments: Any) -> Explainer:
     if name.startswith("-"):
         return Negated(explainer_by_name(name[1:], **arguments))
     if name not in EXPLAINERS:
-        near = difflib.get_close_matches(name, EXPLAINERS, n=3, cutoff=0.4) or sorted(EXPLAINERS)
-        raise InputError(f"There is no method {name!r}; did you mean {', '.join(near)}?")
-    return EXPLAINERS[name](**arguments)
+        raise InputError(f"There is no method {name!r}; did you mean {', '.join(near_names(name))}?")
+    build = EXPLAINERS[name]
+    known = [key for key in inspect.signature(build).parameters if key != "self"]
+    if unknown := [key for key in arguments if key not in known]:
+        raise InputTypeError(f"method {name!r} has no argument {unknown[0]!r}; it has {', '.join(known) or 'none'}.")
+    return build(**arguments)

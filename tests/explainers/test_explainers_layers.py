@@ -171,7 +171,7 @@ def test_a_layer_that_does_not_reach_the_logits_is_refused() -> None:
             self.features(x)
             return x.mean((2, 3)) * 2
 
-    with pytest.raises(ValueError, match="do not depend on target_layer"):
+    with pytest.raises(ValueError, match="No gradient of the logits of Dead reaches target_layer"):
         GradCAM("features")(seeded(Dead), pictures(), torch.tensor([0, 1]))
 
 
