@@ -122,7 +122,9 @@ def explain(
     elif not isinstance(method, str) and arguments:
         raise InputTypeError(f"a ready {type(method).__name__} takes no more arguments, got {', '.join(arguments)}.")
     elif not isinstance(method, str) and not callable(method):
-        raise InputTypeError(f"method is a {type(method).__name__}; it must be a name, an explainer, or a list of names.")
+        raise InputTypeError(
+            f"method is a {type(method).__name__}; it must be a name, an explainer, or a list of names."
+        )
     explainer: Explainer = explainer_by_name(method, **arguments) if isinstance(method, str) else method  # type: ignore[assignment]
     classes = explainer.choose_targets(model, images, targets)
     maps = explainer(model, images, classes, indices)
@@ -255,7 +257,9 @@ def _check_model(model: nn.Module) -> None:
     if isinstance(model, nn.Module):
         return
     if isinstance(model, str):
-        raise InputTypeError(f"model is the name {model!r}; pass the network itself, as of timm.create_model({model!r}).")
+        raise InputTypeError(
+            f"model is the name {model!r}; pass the network itself, as of timm.create_model({model!r})."
+        )
     if callable(model):
         raise InputTypeError("model is a function; write it as the forward of an nn.Module, whose layers can be seen.")
     raise InputTypeError(f"model is a {type(model).__name__}; it must be an nn.Module.")

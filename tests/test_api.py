@@ -11,10 +11,10 @@ from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
-from PIL import Image
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import labn

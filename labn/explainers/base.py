@@ -126,9 +126,7 @@ class Explainer(ABC):
 
     def inspect_output(self, model: nn.Module) -> None:
         """Warn that the model returns probabilities in place of logits."""
-        warnings.warn(
-            f"{probabilities_sentence(model)} The probability is explained, not the logit.", stacklevel=5
-        )
+        warnings.warn(f"{probabilities_sentence(model)} The probability is explained, not the logit.", stacklevel=5)
 
     def choose_targets(self, model: nn.Module, images: Tensor, targets: Targets) -> Tensor:
         """Classes (B,) int64 to explain: the predicted classes for None, one class for all, or one per image.
