@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,29 +49,6 @@ class Explanation:
     method: str
 
 
-@overload
-def explain(
-    model: nn.Module,
-    images: Tensor,
-    method: str | Explainer | type[Explainer] = "lrp",
-    targets: Targets = None,
-    *,
-    indices: Tensor | None = None,
-    **arguments: Any,
-) -> Explanation: ...
-
-
-@overload
-def explain(
-    model: nn.Module,
-    images: Tensor,
-    method: Sequence[str],
-    targets: Targets = None,
-    *,
-    indices: Tensor | None = None,
-) -> dict[str, Explanation]: ...
-
-
 def explain(
     model: nn.Module,
     images: Tensor,
@@ -80,7 +57,7 @@ def explain(
     *,
     indices: Tensor | None = None,
     **arguments: Any,
-) -> Explanation | dict[str, Explanation]:
+) -> Any:
     """Explain a batch of images; the model's weights, mode and hooks stay as they are.
 
     Args:
@@ -93,6 +70,9 @@ def explain(
         indices: (B,) int64 positions in a data set, which seed random methods per sample; None: the same randomness for
             all samples.
         arguments: arguments of the explainer, as in `method="rise", n_masks=2000`.
+
+    Returns:
+        An `Explanation`; for a list of methods a dict, name -> `Explanation`.
 
     Raises:
         InputError: an unknown method, images that are not (B, C, H, W) with B >= 1 or hold NaN, targets out of range,
@@ -125,7 +105,7 @@ def explain(
         raise InputTypeError(
             f"method is a {type(method).__name__}; it must be a name, an explainer, or a list of names."
         )
-    explainer: Explainer = explainer_by_name(method, **arguments) if isinstance(method, str) else method  # type: ignore[assignment]
+    explainer: Any = explainer_by_name(method, **arguments) if isinstance(method, str) else method
     classes = explainer.choose_targets(model, images, targets)
     maps = explainer(model, images, classes, indices)
     return Explanation(maps, classes, method if isinstance(method, str) else type(method).__name__)
@@ -155,7 +135,8 @@ def evaluate(
     Args:
         model: the explained model.
         images: (B, C, H, W), normalised with `mean` and `std`.
-        maps: (B, H, W) or (B, 1, H, W), or the result of `explain`, whose targets are then taken. This and the next arguments may be tensors, arrays or lists,
+        maps: (B, H, W) or (B, 1, H, W), or the result of `explain`, whose targets are then taken.
+            This and the next arguments may be tensors, arrays or lists,
             also of bool.
         targets: the explained classes, as for `explain`.
         metrics: metric names, see `labn.metrics.metric_by_name`.
@@ -193,7 +174,8 @@ def evaluate(
     _check_images(images)
     _warn_unless_normalised(images, mean, std)
     if isinstance(maps, Explanation):
-        maps, targets = maps.maps, maps.targets if targets is None else targets
+        targets = maps.targets if targets is None else targets
+        maps = maps.maps
     if isinstance(maps, Tensor) and maps.ndim == 4 and maps.shape[1] == 1:
         maps = maps.squeeze(1)
     if isinstance(metrics, str):
@@ -274,8 +256,8 @@ def _warn_unless_normalised(images: Tensor, mean: Sequence[float] | None, std: S
     # [0, 1]; a constant image says nothing.
     if high > 3.0 or (low >= 0.0 and high <= 1.0 and high > low):
         warnings.warn(
-            f"images lie between {low:.3g} and {high:.3g}, as if they were not normalised with ImageNet's mean and std; "
-            "give mean and std of their normalisation (None: in [0, 1]).",
+            f"images lie between {low:.3g} and {high:.3g}, as if they were not normalised with ImageNet's mean and "
+            "std; give mean and std of their normalisation (None: in [0, 1]).",
             stacklevel=3,
         )
 
@@ -321,8 +303,8 @@ def _pixels(picture: Any, preprocessing: Preprocessing) -> np.ndarray:
     pixels = np.asarray(picture.convert("RGB") if hasattr(picture, "convert") else picture)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise InputTypeError(
-            f"a picture is a {type(picture).__name__} of {pixels.dtype} {pixels.shape}; it must be a path, a PIL image or "
-            "an array (H, W, 3) uint8."
+            f"a picture is a {type(picture).__name__} of {pixels.dtype} {pixels.shape}; it must be a path, a PIL image "
+            "or an array (H, W, 3) uint8."
         )
     return to_square(pixels, preprocessing.image_size, preprocessing.shorter)
 

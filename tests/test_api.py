@@ -323,7 +323,10 @@ def tiny_model():
         (lambda m, x: explain("resnet18", x), r"model is the name 'resnet18'; pass the network itself"),
         (lambda m, x: explain(lambda y: y, x), r"model is a function; write it as the forward of an nn\.Module"),
         (lambda m, x: explain(m, x, "gradcam", "cat"), r"targets is 'cat'; class indices are needed"),
-        (lambda m, x: explain(m, x, "gradcam", torch.tensor([0.5, 1.0])), r"2 class indices, .* torch\.float32"),
+        (
+            lambda m, x: explain(m, x, "gradcam", torch.tensor([0.5, 1.0])),
+            r"2 class indices, one per image; .* torch\.float32",
+        ),
         (lambda m, x: explain(m, x, "rise", 0, masks=3), r"method 'rise' has no argument 'masks'; it has n_masks, "),
         (lambda m, x: explain(m, x, "ig", 0), r"no method 'ig'; did you mean integrated_gradients\?"),
         (lambda m, x: explain(m, x, "Grad-CAM", 0), r"no method 'Grad-CAM'; did you mean gradcam\?"),

@@ -221,7 +221,6 @@ def resolve_targets(model: nn.Module, images: Tensor, targets: Targets = None) -
         classes = classes.expand(len(images))
     if classes.shape != images.shape[:1] or classes.is_floating_point():
         raise InputError(
-            f"targets must be {len(images)} class indices, one integer per image; got {tuple(classes.shape)} "
-            f"{classes.dtype}."
+            f"targets must be {len(images)} class indices, one per image; got {tuple(classes.shape)} {classes.dtype}."
         )
     return classes.long()

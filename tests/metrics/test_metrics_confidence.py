@@ -12,6 +12,7 @@ from scoring_models import Additive, Constant, Wavy, distinct, even, white
 
 from labn import evaluate
 from labn.explainers import ConstantMap, RandomMap
+from labn.inference.model_traits import traits_of
 from labn.metrics import (
     ADCC,
     AverageDrop,
@@ -183,6 +184,8 @@ def test_pctin_with_a_percentage_is_the_logit():
 def test_confidence_metrics_share_their_forwards():
     (images, maps), model = batch(7, size=16), Counted(256)  # seed 0 draws the probe of `prepare`
     names = ["id", "pid16", "pctin", "average_drop", "percent_increase", "fill_probability"]
+    traits_of(model, images)  # two equal calls, once per model
+    model.seen.clear()
     evaluate(model, images, maps, None, names, mean=None, std=None, step=4)
     seen = torch.stack(model.seen)
     assert [int((seen == image).flatten(1).all(1).sum()) for image in images] == [1, 1, 1]
