@@ -83,7 +83,13 @@ class LambdaAttention(Explainer):
         chosen = min(1, len(layers) - 1) if self.layer is None else self.layer
         if not 0 <= chosen < len(layers):
             raise InputError(f"layer is {chosen}, but the network has {len(layers)} lambda layers, numbered from 0.")
+        # One image at a time: these maps are nearly flat, and convolutions of other batch sizes round differently, so
+        # that an insertion curve would see another order of nearly equal pixels.
+        return torch.cat([self._content(model, layers[chosen], image) for image in images.split(1)])
+
+    def _content(self, model: nn.Module, layer: LambdaLayer, image: Tensor) -> Tensor:
+        """Mean (1, h, w) of the content path for one image (1, C, H, W)."""
         inputs: list[Tensor] = []
-        with torch.no_grad(), temporary_hooks(before={layers[chosen]: lambda _, args: inputs.append(args[0])}):
-            run_model(model, images)
-            return layers[chosen].content(inputs[0]).mean(dim=1)
+        with torch.no_grad(), temporary_hooks(before={layer: lambda _, args: inputs.append(args[0])}):
+            run_model(model, image)
+            return layer.content(inputs[0]).mean(dim=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -10,11 +12,18 @@ from torch import Tensor, nn
 from labn.errors import InputError
 from labn.explainers.base import Explainer
 from labn.inference.chunk_size import check_chunk_size
+from labn.inference.fingerprint import ModelCache, structure_key
 from labn.inference.model_traits import probabilities_sentence
 from labn.lrp.config import BlockWeights, Config, FirstName, ResidualName, RuleName
-from labn.lrp.engine import relevance
+from labn.lrp.engine import Relevance, relevance
 from labn.lrp.initial import INITIAL, Contrast, Initial, check_others
 from labn.postprocess import apply, check_names
+
+LEAST, MOST = 0.95, 1.05
+"""Shares of the initial relevance between which nothing is said about losses."""
+
+# Once per network: losses follow from its structure and rules, and every batch would repeat the warning.
+_warned: ModelCache[None] = ModelCache(structure_key)
 
 
 class LRP(Explainer):
@@ -97,6 +106,39 @@ class LRP(Explainer):
         """1 with the rule zbox, whose bounds did not pass a normalisation inside the network in earlier versions."""
         return int(self.config.first_layer == "zbox")
 
+    @property
+    def conserves(self) -> bool:
+        """Whether the rules conserve relevance by definition: C3-LRP's block rule and `duplicate` do not."""
+        signed_blocks = self.config.residual == "block" and self.config.block_weights == "signed"
+        return not signed_blocks and self.config.residual != "duplicate"
+
+    def _warn_of_losses(self, model: nn.Module, images: Tensor, targets: Tensor, result: Relevance) -> None:
+        """Warn once per network and configuration where less than 95 % or more than 105 % of the relevance arrives."""
+        initial, arrived = result.initial.abs().sum(), (result.arrived * result.initial.sign()).sum()
+        share = float(arrived / initial) if float(initial) > 0 else 1.0
+        if LEAST <= share <= MOST or not math.isfinite(share):
+            return
+        _warned.get(model, self.config, lambda: warnings.warn(self._loss(model, images, targets, share), stacklevel=6))
+
+    def _loss(self, model: nn.Module, images: Tensor, targets: Tensor, share: float) -> str:
+        """The sentence that says how much arrives, which layers keep most, and what helps."""
+        report = relevance(model, images[:1], targets[:1], self.config, self.init, report=True)
+        entries = sorted(report.entries, key=lambda entry: -float(entry.leaks.abs().sum()))[:3]
+        total = float(report.initial.abs().sum()) or 1.0
+        layers = ", ".join(f"{entry.name} {float(entry.leaks.abs().sum()) / total:.0%}" for entry in entries)
+        dead, bias = (sum(float(getattr(e, kind).abs().sum()) for e in report.entries) for kind in ("dead", "bias"))
+        helps = (
+            "rule='epsilon' with batchnorm='fold' has fewer units without contribution"
+            if dead > bias
+            else "rule='zplus' leaves biases out"
+            if bias > 0
+            else "residual='ratio' follows the branches"
+        )
+        return (
+            f"{share:.0%} of the relevance arrives at the pixels of {type(model).__name__}; most is kept by {layers}. "
+            f"{helps}; labn.lrp.relevance(..., report=True) lists all layers."
+        )
+
     def inspect_output(self, model: nn.Module) -> None:
         """Refuse a model that ends in a softmax, which has no rule and whose softmax the initial relevance would be."""
         raise InputError(f"{probabilities_sentence(model)} Relevance starts at logits.")
@@ -104,6 +146,8 @@ class LRP(Explainer):
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
         """Maps (B, H, W)."""
         result = relevance(model, images, targets, self.config, self.init, chunk_size=self.chunk_size)
+        if self.conserves:
+            self._warn_of_losses(model, images, targets, result)
         return apply(result.relevance.sum(1), self.postprocess)
 
 

@@ -210,7 +210,9 @@ def _is_non_negative(node: Node, graph: Graph) -> bool:
     if node.kind == "pad" and (node.call.kwargs.get("value") or 0) < 0:
         return False
     if node.kind in ("identity", "route", "pad", "maxpool", "spread", "sum", "product"):
-        return all(i in graph.nodes and graph.nodes[i].non_negative for i in node.inputs)
+        # A concatenation may hold constants too, whose sign is read off them.
+        known = all(bool((constant >= 0).all()) for constant in node.call.constants)
+        return known and all(i in graph.nodes and graph.nodes[i].non_negative for i in node.inputs)
     return False
 
 

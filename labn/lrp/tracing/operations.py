@@ -95,6 +95,8 @@ def kind_of(call: Call) -> str:
     if name in SHIFT_OR_SCALE:
         return _arithmetic_kind(call, name)
     kind = _KINDS.get(name, "opaque")
+    if name == "interpolate" and _mode_of(call) == "bicubic":
+        return "opaque"  # its coefficients have both signs
     if kind in ("linear", "norm", "maxpool") and not _is_plain(call, kind):
         return "opaque"
     if kind == "weighted" and not _is_linear(call):
@@ -102,6 +104,11 @@ def kind_of(call: Call) -> str:
     if name == "view" and any(isinstance(arg, torch.dtype) for arg in (*call.args, *call.kwargs.values())):
         return "opaque"  # reinterprets the bits of the memory
     return kind
+
+
+def _mode_of(call: Call) -> Any:
+    """The argument `mode` of a call of `interpolate`."""
+    return call.args[3] if len(call.args) > 3 else call.kwargs.get("mode", "nearest")
 
 
 def _arithmetic_kind(call: Call, name: str) -> str:

@@ -69,6 +69,16 @@ class Call:
         )
         return tuple(indices)
 
+    @property
+    def constants(self) -> list[Tensor]:
+        """The floating tensors among the arguments that do not depend on the images."""
+        tensors: list[Tensor] = []
+        substitute(
+            (self.args, self.kwargs),
+            lambda leaf: tensors.append(leaf) if isinstance(leaf, Tensor) and leaf.is_floating_point() else None,
+        )
+        return tensors
+
     def evaluate(self, values: dict[int, Tensor]) -> Tensor:
         """Run the call again on other values; an in-place call works on copies, because others may read the values."""
         args, kwargs = substitute(
