@@ -11,6 +11,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -53,6 +54,7 @@ from labn.launch.allocator import keep_freed_memory
 from labn.launch.archive_fit import archive_fit
 from labn.launch.config_include import configurations, expand_includes, experiment_name
 from labn.launch.error_messages import explain_error
+from labn.launch.run_lock import locked
 from labn.launch.slurm import requeue_on_signal, restarted
 from labn.models.checkpoints import own_dataclasses, read_checkpoint
 from labn.modules.plain_checkpoints import check_own_classes, check_same_class
@@ -70,11 +72,13 @@ class LabnCLI(LightningCLI):
     Args:
         args: positional arguments of `LightningCLI`.
         experiment: name of the run folder in `runs/`; `--run_dir` overrides it.
+        held: receives the lock of the run folder, which its owner holds until the command has ended.
         kwargs: arguments of `LightningCLI`.
     """
 
-    def __init__(self, *args: Any, experiment: str, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, experiment: str, held: ExitStack, **kwargs: Any) -> None:
         self.experiment = experiment
+        self.held = held
         super().__init__(*args, **kwargs)
 
     @staticmethod
@@ -141,6 +145,7 @@ class LabnCLI(LightningCLI):
         check_strategy(strategy if isinstance(strategy, str) else strategy.class_path)
         if not config.trainer.get("fast_dev_run"):
             check_writable(run_dir, "--run_dir")
+            self.held.enter_context(locked(run_dir, str(self.subcommand)))
         if self.subcommand == "fit" and config.get("ckpt_path") is None and restarted() and has_last(run_dir):
             config.ckpt_path = LAST
             rank_zero_info(f"SLURM has requeued this job: fit resumes from the last checkpoint in {run_dir}.")
@@ -327,22 +332,24 @@ def train_or_evaluate(words: list[str], experiment: str) -> None:
     warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\('(val|test)/[^']+/")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
     keep_freed_memory()
-    LabnCLI(
-        pl.LightningModule,
-        pl.LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        seed_everything_default=42,
-        trainer_defaults={"inference_mode": False, "use_distributed_sampler": False},
-        save_config_callback=RunConfigCallback,
-        parser_class=SentenceParser,
-        parser_kwargs={"description": DESCRIPTION, "epilog": EPILOG, "formatter_class": MainHelp},
-        # The included files are among the words by now. Their paths, relative to the including file, would be wrong in
-        # a configuration that is printed or saved, so that the field is emptied.
-        args=[*words, "--include=[]"] if "--config" in words or "-c" in words else words,
-        auto_configure_optimizers=False,
-        experiment=experiment,
-    )
+    with ExitStack() as held:
+        LabnCLI(
+            pl.LightningModule,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=42,
+            trainer_defaults={"inference_mode": False, "use_distributed_sampler": False},
+            save_config_callback=RunConfigCallback,
+            parser_class=SentenceParser,
+            parser_kwargs={"description": DESCRIPTION, "epilog": EPILOG, "formatter_class": MainHelp},
+            # The included files are among the words by now. Their paths, relative to the including file, would be
+            # wrong in a configuration that is printed or saved, so that the field is emptied.
+            args=[*words, "--include=[]"] if "--config" in words or "-c" in words else words,
+            auto_configure_optimizers=False,
+            experiment=experiment,
+            held=held,
+        )
 
 
 def console() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,15 +22,24 @@ BLOCK = 4096
 def temporary_memmap(shape: tuple[int, ...], dtype: Any, folder: Path | None) -> np.ndarray:
     """An array of zeros in a temporary file of `folder`, or in memory where `folder` is None.
 
-    The file has no name; the system frees its space together with the array.
+    The file has no name; the system frees its space together with the array. A folder without space for the file gives
+    an array in memory, with a warning.
     """
     if folder is None or 0 in shape:
         return np.zeros(shape, dtype)
-    folder.mkdir(parents=True, exist_ok=True)
-    # The mapping stays valid after the file is closed.
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.truncate(int(np.prod(shape)) * np.dtype(dtype).itemsize)
-        return np.memmap(file, dtype=dtype, mode="r+", shape=shape)
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # The mapping stays valid after the file is closed.
+        with tempfile.TemporaryFile(dir=folder) as file:
+            # The space is taken now: a mapping of a file with holes kills the process (SIGBUS) once the disk is full.
+            # (macOS has no such call.)
+            take = getattr(os, "posix_fallocate", lambda number, start, end: os.ftruncate(number, end))
+            take(file.fileno(), 0, size)
+            return np.memmap(file, dtype=dtype, mode="r+", shape=shape)
+    except OSError as error:
+        warnings.warn(f"{folder} has no space for {size / 2**20:.0f} MiB ({error}); they stay in memory.", stacklevel=2)
+        return np.zeros(shape, dtype)
 
 
 def blocks(size: int) -> Iterator[slice]:

@@ -1,6 +1,7 @@
 """Shards are found by their names: every one that could hold a sample, and no other."""
 
 import os
+import resource
 
 import numpy as np
 import pytest
@@ -179,3 +180,25 @@ def test_sample_names_stay_readable():
     long = "糖尿病網膜症/右眼_後極部カラー眼底写真_二〇二四年四月一日"
     assert readable_name(f"{long}_1.jpg").startswith(readable_name(long)[:25])
     assert readable_name(f"{long}_1.jpg") != readable_name(f"{long}_2.jpg")
+
+
+def test_without_space_on_the_disk_an_array_stays_in_memory(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, hard))
+    try:
+        with pytest.warns(UserWarning, match=r"has no space for 8 MiB .* they stay in memory"):
+            held = temporary_memmap((2**20,), np.float64, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    held[:] = 1
+    assert held.sum() == 2**20
+    assert not isinstance(held, np.memmap)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_space_of_an_array_is_taken_when_it_is_made(tmp_path, monkeypatch):
+    taken = []
+    monkeypatch.setattr(os, "posix_fallocate", lambda number, start, end: taken.append(end), raising=False)
+    monkeypatch.setattr(np, "memmap", lambda file, dtype, mode, shape: np.zeros(shape, dtype))
+    temporary_memmap((3, 4), np.float32, tmp_path)
+    assert taken == [48]

@@ -1,0 +1,131 @@
+"""One command per stage of a run folder: a second `fit` or `test` in the same folder ends at once with a sentence.
+
+The lock is a file that is created exclusively, which local and network file systems do atomically; neither `flock` nor
+hard links are needed. It names host, process and start time, so that the lock of a killed process is recognised.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from labn.errors import InputError
+from labn.io.atomic import write_error
+from labn.launch.slurm import RANKS
+
+
+def lock_path(run_dir: Path, command: str) -> Path:
+    """The lock file of a command in a run folder; `compare` and `explain` ask for none."""
+    return run_dir / f".{command}.lock"
+
+
+@contextmanager
+def locked(run_dir: Path, command: str) -> Iterator[None]:
+    """Hold the lock of a command on its run folder; the first process of a run holds it for all ranks.
+
+    Args:
+        run_dir: the run folder, which is created.
+        command: fit, validate or test.
+
+    Raises:
+        InputError: another living process holds the lock, or one on another host whose life cannot be seen from here.
+        FileError: the folder cannot be written.
+    """
+    if any(os.environ.get(name, "0") != "0" for name in RANKS):
+        yield
+        return
+    path = lock_path(run_dir, command)
+    _take(path, command)
+    try:
+        yield
+    finally:
+        # Only the own lock: after a wrong "remove it" by hand another process may hold one by now.
+        if _holder(path) == _myself():
+            with suppress(FileNotFoundError):
+                path.unlink()
+
+
+def _take(path: Path, command: str) -> None:
+    for _ in range(3):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "x", encoding="utf-8") as file:
+                json.dump(_myself(), file)
+            return
+        except FileExistsError:
+            holder = _holder(path)
+            if holder is None or not _is_stale(holder):
+                raise InputError(_sentence(path, command, holder)) from None
+            _remove_stale(path, holder)
+        except OSError as error:
+            raise write_error(path, error) from error
+    raise InputError(_sentence(path, command, _holder(path)))
+
+
+def _remove_stale(path: Path, holder: dict[str, Any]) -> None:
+    """Remove the lock of a dead process, unless another process has replaced it in the meantime."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with suppress(FileNotFoundError):
+        path.rename(aside)
+        if _holder(aside) != holder and not path.exists():
+            aside.rename(path)
+        aside.unlink(missing_ok=True)
+
+
+def _myself() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "process": os.getpid(),
+        "started": _started(os.getpid()),
+        "slurm_job": os.environ.get("SLURM_JOB_ID", ""),
+        "slurm_restarts": os.environ.get("SLURM_RESTART_COUNT", "0"),
+    }
+
+
+def _holder(path: Path) -> dict[str, Any] | None:
+    """The process that a lock file names; None while the file is being written, or is damaged."""
+    with suppress(OSError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+    return None
+
+
+def _started(process: int) -> str:
+    """Start time of a process as the system counts it, which tells a process from a later one of the same number."""
+    with suppress(OSError, IndexError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+    return ""
+
+
+def _is_stale(holder: dict[str, Any]) -> bool:
+    """Whether the holder has ended: a process of this host, or an earlier start of this SLURM job on any host."""
+    job, restarts = _myself()["slurm_job"], _myself()["slurm_restarts"]
+    if job and holder.get("slurm_job") == job and holder.get("slurm_restarts") != restarts:
+        return True
+    if holder.get("host") != socket.gethostname() or not isinstance(holder.get("process"), int):
+        return False
+    try:
+        os.kill(holder["process"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return holder.get("started") != _started(holder["process"])
+
+
+def _sentence(path: Path, command: str, holder: dict[str, Any] | None) -> str:
+    since = time.strftime("%H:%M on %d %B", time.localtime(path.stat().st_mtime)) if path.exists() else "just now"
+    if holder is None or holder.get("host") == socket.gethostname():
+        who = f"process {holder['process']}" if holder else "another process"
+        return f"{path.parent} is in use: {who} runs {command} there since {since}; wait for it, or give --run_dir."
+    return (
+        f"{path.parent} is in use: process {holder.get('process')} on {holder.get('host')} runs {command} there since "
+        f"{since}. If it has ended, remove {path}; else wait for it, or give --run_dir."
+    )
