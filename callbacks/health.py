@@ -17,8 +17,9 @@ from labn.models.profile import profile
 class GateWatch(pl.Callback):
     """Warn if the attention gate is closed at every position, or open at every position with a threshold above 0.
 
-    A gate with threshold 0 (ABN, the ablation of JSAI 2022) is open everywhere by design and causes no warning. The
-    share of images with an empty gate is logged as `gate/<stage>_empty`.
+    A gate with threshold 0 (ABN, the ablation of JSAI 2022) is open everywhere by design and causes no warning. Nor
+    does a gate whose threshold follows a quantile of the map. The share of images with an empty gate is logged as
+    `gate/<stage>_empty`.
 
     In eval mode the gate is often closed at first, until the running statistics of the BatchNorm before the sigmoid
     have settled. A gate that stays closed makes the prediction independent of the image.
@@ -26,7 +27,8 @@ class GateWatch(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the shares of open positions, `gate/train_open` and `gate/val_open`, of this epoch."""
-        closes = float(getattr(network_of(pl_module), "theta", 0.0)) > 0
+        network = network_of(pl_module)
+        closes = float(getattr(network, "theta", 0.0)) > 0 and getattr(network, "open_share", None) is None
         states = {0.0: ("closed", "Lower"), **({1.0: ("open", "Raise")} if closes else {})}
         for stage, mode in (("train", "train"), ("val", "eval")):
             opened = trainer.callback_metrics.get(f"gate/{stage}_open")

@@ -1,6 +1,12 @@
 """Networks as plain `nn.Module`s, and files of their weights; no module of this package imports Lightning."""
 
-from labn.models.attention_branch import AttentionBranchNetwork, BranchOutput, gate_attention, gate_health
+from labn.models.attention_branch import (
+    AttentionBranchNetwork,
+    BranchOutput,
+    gate_attention,
+    gate_health,
+    share_threshold,
+)
 from labn.models.backbones import Backbone, backbone_of, build_network
 from labn.models.checkpoints import LoadReport, load_backbone, load_classifier
 from labn.models.lambda_networks.layer import LambdaLayer
@@ -36,4 +42,5 @@ __all__ = [
     "load_classifier",
     "magnetogram_net",
     "profile",
+    "share_threshold",
 ]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -44,26 +45,74 @@ class AttentionBranch(nn.Module):
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Map features (B, c, h, w) to logits (B, num_classes) and attention (B, 1, h, w)."""
         hidden = self.project(self.blocks(features))
-        return self.class_head(hidden), self.attention_head(hidden)
+        return self.class_head(hidden), self._attention(hidden)
+
+    def _attention(self, hidden: Tensor) -> Tensor:
+        """Compute the map in float32 under autocast too; early maps are so flat that bfloat16 would tie most values."""
+        device = hidden.device.type
+        if not torch.is_autocast_enabled(device):
+            return self.attention_head(hidden)
+        with torch.autocast(device, enabled=False):
+            return self.attention_head(hidden.float())
+
+
+class SharpSigmoid(nn.Sigmoid):
+    """Compute sigmoid(sharpness * x).
+
+    An optimiser such as Adam changes the scale before the sigmoid by at most its learning rate in a step. After
+    `open_gate`, where this scale starts at 0, the map is therefore nearly constant after a short training; a sharper
+    sigmoid changes it more in the same number of steps.
+
+    Args:
+        sharpness: factor of the logits, positive.
+
+    Raises:
+        InputError: `sharpness` is not a positive number.
+
+    Example:
+        >>> SharpSigmoid(2.0)(torch.tensor([0.0, 0.5])).tolist()
+        [0.5, 0.7310585975646973]
+    """
+
+    def __init__(self, sharpness: float) -> None:
+        super().__init__()
+        if not 0 < sharpness < math.inf:
+            raise InputError(f"sharpness is {sharpness}; it must be above 0.")
+        self.sharpness = sharpness
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Map logits of any shape to values in (0, 1)."""
+        return super().forward(self.sharpness * logits)
 
 
 def labn_branch(
-    channels: int, num_classes: int, hidden: int, block: str, like: nn.Module, depth: int, **options: Any
+    channels: int,
+    num_classes: int,
+    hidden: int,
+    block: str,
+    like: nn.Module,
+    depth: int,
+    planes: int | None = None,
+    sharpness: float = 1.0,
+    **options: Any,
 ) -> AttentionBranch:
-    """LABN's branch (JSAI 2022, figure 2): two bottlenecks c -> 4c, then
+    """LABN's branch (JSAI 2022, figure 2): two bottlenecks c -> 4 planes, then
 
         z = relu(conv1x1(BN(g))),   attention = sigmoid(BN(conv1x1(relu(BN(conv1x1(z))))))
 
-    Bottlenecks are used on every backbone, also on backbones with basic blocks. `like` and `depth` are arguments of
-    `abn_branch` and have no effect.
+    The bottlenecks have `planes` channels; None is c, as in the paper. In a ResNet-50 with B = 7, such a branch needs
+    more multiplications than the rest of the network, and one with c / 4 planes a sixteenth of them. `sharpness` is
+    that of `SharpSigmoid`. Bottlenecks are used on every backbone, also on backbones with basic blocks. `like` and
+    `depth` are arguments of `abn_branch` and have no effect.
     """
-    wide = 4 * channels
-    first, second = (BLOCKS[block](c, channels, **options) for c in (channels, wide))
+    planes = planes or channels
+    wide = 4 * planes
+    first, second = (BLOCKS[block](c, planes, **options) for c in (channels, wide))
     attention = [_conv(hidden, hidden), nn.BatchNorm2d(hidden), nn.ReLU(), _conv(hidden, 1)]
     return AttentionBranch(
         nn.Sequential(first, second),
         nn.Sequential(nn.BatchNorm2d(wide), _conv(wide, hidden), nn.ReLU()),
-        nn.Sequential(*attention, nn.BatchNorm2d(1), nn.Sigmoid()),
+        nn.Sequential(*attention, nn.BatchNorm2d(1), nn.Sigmoid() if sharpness == 1 else SharpSigmoid(sharpness)),
         _class_head(hidden, num_classes),
     )
 
@@ -127,7 +176,7 @@ class BranchOutput:
     attention: Tensor
 
 
-def gate_attention(attention: Tensor, theta: float) -> Tensor:
+def gate_attention(attention: Tensor, theta: float | Tensor) -> Tensor:
     """Threshold the attention: alpha' = alpha where alpha > theta (strictly), else 0 (JSAI 2022, eq. 2).
 
     Gradients reach only the positions above the threshold. Shape and dtype are those of `attention`; NaN stays NaN.
@@ -141,12 +190,36 @@ def gate_attention(attention: Tensor, theta: float) -> Tensor:
     return attention * (attention > theta)
 
 
-def gate_health(attention: Tensor, theta: float) -> tuple[Tensor, Tensor]:
+def share_threshold(attention: Tensor, share: float | Tensor) -> Tensor:
+    """Find the threshold of each image that leaves `round(share * h * w)` positions open, at least one.
+
+    Positions with the same value as the lowest open one are open too, so that all of a constant map is open. The
+    threshold carries no gradient.
+
+    Args:
+        attention: (B, 1, h, w).
+        share: share of the positions, in (0, 1].
+
+    Returns:
+        (B, 1, 1, 1) in the dtype of the map, just below the lowest value that stays open.
+
+    Example:
+        >>> attention = torch.tensor([0.1, 0.9, 0.3, 0.7]).view(1, 1, 2, 2)
+        >>> gate_attention(attention, share_threshold(attention, 0.5)).flatten()
+        tensor([0.0000, 0.9000, 0.0000, 0.7000])
+    """
+    ordered = attention.detach().flatten(1).sort(dim=1, descending=True).values
+    count = (torch.as_tensor(share, device=attention.device) * ordered.shape[1]).round().long()
+    lowest = ordered.index_select(1, count.clamp(1, ordered.shape[1]).view(1) - 1)
+    return torch.nextafter(lowest, torch.full_like(lowest, -1.0))[:, :, None, None]
+
+
+def gate_health(attention: Tensor, theta: float | Tensor) -> tuple[Tensor, Tensor]:
     """Share of open positions, and share of images without any open position, as two scalars in [0, 1].
 
     Args:
         attention: (B, 1, h, w), before the threshold.
-        theta: the gate's threshold.
+        theta: the gate's threshold, one for all images or (B, 1, 1, 1).
 
     Example:
         >>> import torch
@@ -174,10 +247,18 @@ def open_gate(branch: AttentionBranch, theta: float, margin: float) -> None:
     # BatchNorm) nothing is hidden at first, and the first gradient of the scale decides the map's sign.
     if margin <= 0 or theta >= 1:
         raise InputError(f"gate_margin is {margin} with theta {theta}; it must be above 0, with theta below 1.")
-    last = branch.attention_head[-2]
+    last, sigmoid = branch.attention_head[-2:]
     assert isinstance(last, nn.BatchNorm2d)
     nn.init.zeros_(last.weight)
-    nn.init.constant_(last.bias, margin + (math.log(theta / (1 - theta)) if theta > 0 else 0.0))
+    logit = margin + (math.log(theta / (1 - theta)) if theta > 0 else 0.0)
+    nn.init.constant_(last.bias, logit / getattr(sigmoid, "sharpness", 1.0))
+
+
+def checked_share(share: float) -> float:
+    """Return the share; raise InputError outside (0, 1]."""
+    if not 0 < share <= 1:
+        raise InputError(f"open_share is {share}; it must be in (0, 1].")
+    return float(share)
 
 
 def gate_multiply(features: Tensor, attention: Tensor) -> Tensor:
@@ -216,15 +297,18 @@ class AttentionBranchNetwork(nn.Module):
         lab_hidden: channels of the branch's hidden layer; None takes 10 for LABN and num_classes for ABN.
         gate_margin: start with a constant map this far above the threshold, in logits; None starts with a random map,
             as published. See `open_gate`.
+        open_share: share of each image's positions that the gate leaves open, in (0, 1]. The threshold is then a
+            quantile of the map (see `share_threshold`) instead of `theta`. The share is a buffer, which
+            `set_open_share` changes and checkpoints contain. None uses `theta`, as published.
         weights: local file of weights for the backbone, see `labn.models.checkpoints.load_backbone`.
         backbone_options: further arguments of the backbone.
-        branch_options: further arguments of the branch's lambda layers.
+        branch_options: further arguments of the branch: `planes` and `sharpness` (LABN), and those of lambda layers.
 
     Shapes:
         images (B, in_channels, H, W) -> `BranchOutput`.
 
     Raises:
-        InputError: a name is unknown, or the backbone has fewer blocks than `split`.
+        InputError: a name is unknown, the backbone has fewer blocks than `split`, or `open_share` is not in (0, 1].
 
     Example:
         >>> import torch
@@ -233,6 +317,8 @@ class AttentionBranchNetwork(nn.Module):
         >>> output.logits.shape, output.attention.shape
         (torch.Size([1, 2]), torch.Size([1, 1, 2, 2]))
     """
+
+    open_share: Tensor | None
 
     def __init__(
         self,
@@ -246,6 +332,7 @@ class AttentionBranchNetwork(nn.Module):
         lab_block: str = "plain",
         lab_hidden: int | None = None,
         gate_margin: float | None = None,
+        open_share: float | None = None,
         weights: str | None = None,
         backbone_options: dict[str, Any] | None = None,
         branch_options: dict[str, Any] | None = None,
@@ -273,8 +360,23 @@ class AttentionBranchNetwork(nn.Module):
         )
         if gate_margin is not None:
             open_gate(self.attention_branch, theta, gate_margin)
+        self.register_buffer("open_share", None if open_share is None else torch.tensor(checked_share(open_share)))
         if weights is not None:
             load_backbone(self, weights)
+
+    def set_open_share(self, share: float) -> None:
+        """Change the share of open positions of a network that was built with `open_share`.
+
+        Raises:
+            InputError: the network was built without, or the share is not in (0, 1].
+        """
+        if self.open_share is None:
+            raise InputError("The network has a fixed threshold, theta; build it with open_share.")
+        self.open_share.fill_(checked_share(share))
+
+    def threshold(self, attention: Tensor) -> float | Tensor:
+        """Return what attention (B, 1, h, w) must exceed: theta, or (B, 1, 1, 1) that follow from `open_share`."""
+        return self.theta if self.open_share is None else share_threshold(attention, self.open_share)
 
     @property
     def head(self) -> nn.Linear:
@@ -285,5 +387,6 @@ class AttentionBranchNetwork(nn.Module):
         """Compute logits and attention of images (B, in_channels, H, W)."""
         features = self.feature_extractor(images)
         branch_logits, attention = self.attention_branch(features)
-        gated = GATES[self.gate](features, gate_attention(attention, self.theta))
+        open_attention = gate_attention(attention, self.threshold(attention))
+        gated = GATES[self.gate](features, open_attention.to(features.dtype))
         return BranchOutput(self.perception_branch(gated), branch_logits, attention)

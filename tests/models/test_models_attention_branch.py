@@ -6,7 +6,14 @@ import torch
 from torch import nn
 from torchvision.models import resnet18
 
-from labn.models import AttentionBranchNetwork, BranchOutput, build_network, gate_attention, gate_health
+from labn.models import (
+    AttentionBranchNetwork,
+    BranchOutput,
+    build_network,
+    gate_attention,
+    gate_health,
+    share_threshold,
+)
 
 TINY = {"width": 4, "layers": (1, 2, 1), "r": 3, "heads": 2, "dim_k": 3}
 
@@ -211,3 +218,79 @@ def test_gate_margin_starts_with_a_flat_map_above_the_threshold(theta, start):
 def test_a_gate_margin_that_leaves_the_gate_closed_raises(theta, margin):
     with pytest.raises(ValueError, match="gate_margin is"):
         AttentionBranchNetwork("resnet18", split=2, theta=theta, gate_margin=margin)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_share_of_each_image_stays_open_and_ties_with_it(dtype):
+    rows = [[0.1, 0.9, 0.3, 0.7], [0.5, 0.5, 0.5, 0.5], [0.0, 0.0, 0.25, 1.0]]
+    attention = torch.tensor(rows, dtype=dtype).reshape(3, 1, 2, 2)
+    opened = {s: (attention > share_threshold(attention, s)).flatten(1).sum(1).tolist() for s in (0.01, 0.5, 0.75, 1.0)}
+    assert opened == {0.01: [1, 4, 1], 0.5: [2, 4, 2], 0.75: [3, 4, 4], 1.0: [4, 4, 4]}
+    kept = gate_attention(attention, share_threshold(attention, torch.tensor(0.5)))
+    assert torch.equal(kept[0].flatten(), torch.tensor([0, 0.9, 0, 0.7], dtype=dtype))
+    assert gate_health(attention, share_threshold(attention, 0.5)) == (torch.tensor(8 / 12), torch.tensor(0.0))
+
+
+def test_the_open_share_of_a_network_is_a_buffer_that_its_state_carries():
+    network = tiny(open_share=1.0).eval()
+    images = torch.randn(3, 3, 64, 64)
+    whole = network(images)
+    network.set_open_share(0.25)
+    attention = network(images).attention
+    assert torch.equal(attention, whole.attention)
+    assert gate_health(attention, network.threshold(attention))[0] == pytest.approx(0.25, abs=0.02)
+    assert not torch.equal(network(images).logits, whole.logits)
+    other = tiny(open_share=0.9).eval()
+    other.load_state_dict(network.state_dict())
+    assert torch.equal(other(images).logits, network(images).logits)
+    fixed = tiny()
+    assert "open_share" not in fixed.state_dict()
+    assert fixed.threshold(attention) == fixed.theta
+    with pytest.raises(ValueError, match="fixed threshold"):
+        fixed.set_open_share(0.5)
+    for share in (0.0, 1.5):
+        with pytest.raises(ValueError, match=f"open_share is {share}"):
+            tiny(open_share=share)
+        with pytest.raises(ValueError, match=f"open_share is {share}"):
+            network.set_open_share(share)
+
+
+def test_an_images_gate_does_not_depend_on_its_batch():
+    network, images = tiny(open_share=0.3).double().eval(), torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    alone = torch.cat([network(image[None]).logits for image in images])
+    torch.testing.assert_close(alone, network(images).logits)
+
+
+def test_the_width_of_the_branch_is_an_option():
+    narrow = tiny(branch_options={"planes": 2})
+    channels = narrow.attention_branch.blocks[0].conv1.in_channels
+    assert narrow.attention_branch.blocks[1].conv3.out_channels == 8
+    assert tiny().attention_branch.blocks[1].conv3.out_channels == 4 * channels
+
+
+def test_under_autocast_a_flat_map_keeps_the_order_of_its_positions():
+    network = tiny(gate_margin=0.2).eval()
+    last = network.attention_branch.attention_head[-2]
+    torch.nn.init.constant_(last.weight, 1e-3)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = network(images)
+    assert output.attention.dtype == torch.float32
+    assert output.logits.dtype == torch.bfloat16
+    assert output.attention[0].unique().numel() > output.attention[0].bfloat16().unique().numel()
+
+
+def test_a_sharper_sigmoid_starts_at_the_same_map_and_moves_faster():
+    plain, sharp = (tiny(gate_margin=0.2, branch_options={"sharpness": s}).double().eval() for s in (1.0, 4.0))
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    torch.testing.assert_close(sharp(images).attention, plain(images).attention)
+    sharp.load_state_dict(plain.state_dict())
+    for network in (plain, sharp):
+        last = network.attention_branch.attention_head[-2]
+        torch.nn.init.constant_(last.weight, 0.1)
+        torch.nn.init.zeros_(last.bias)
+    flat, steep = (torch.logit(network(images).attention) for network in (plain, sharp))
+    assert flat.std() > 0
+    torch.testing.assert_close(steep, 4 * flat)
+    with pytest.raises(ValueError, match="sharpness is 0"):
+        tiny(branch_options={"sharpness": 0.0})

@@ -17,7 +17,7 @@ class BranchAttention(Explainer):
     """The attention map of LABN or ABN (JSAI 2022, eq. 1): one map for all classes, in [0, 1] before resizing.
 
     Args:
-        explain_map: `raw`, the sigmoid map, or `thresholded`, in which values at or below theta are 0 (eq. 2).
+        explain_map: `raw`, the sigmoid map, or `thresholded`, in which values that the gate stops are 0 (eq. 2).
 
     Raises:
         InputError: an unknown `explain_map`; on call, a network without attention branch.
@@ -45,11 +45,11 @@ class BranchAttention(Explainer):
         """Attention (B, h, w)."""
         with torch.no_grad():
             attention = getattr(model(images), "attention", None)
-        theta = getattr(model, "theta", 0.0)
         if attention is None:
             raise InputError(f"{type(model).__name__} has no attention branch; choose a method that needs none.")
         if self.explain_map == "thresholded":
-            attention = gate_attention(attention, float(theta))
+            threshold = getattr(model, "threshold", None)
+            attention = gate_attention(attention, threshold(attention) if threshold else getattr(model, "theta", 0.0))
         return attention.squeeze(1)
 
 
