@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -90,6 +91,12 @@ class SaliencyGuidance:
             remaining pixels is then trained towards the prediction on the fill alone, D_KL(p(b) || p((1 - M) x + M b)).
             With insertion alone, a network can encode the class in the shape of the kept region, and the evidence may
             lie outside; with both directions it cannot.
+        deletion_by: `step` deletes in the whole batch or nowhere; `image` deletes in `round(deletion_share * B)` images
+            of every batch, which are drawn, so that every step trains both directions.
+        deletion_class: class that images without their salient pixels are trained towards, for data in which the
+            absence of evidence is a class (no lesion is class 0); None uses the prediction on the fill alone.
+        target: what the prediction on the kept pixels is trained towards: the `prediction` on the whole image, or its
+            `label`.
         map_weight: weight of mean(attention), a penalty that keeps a soft mask from becoming 1 everywhere.
         direction: `original_masked` is D_KL(p(x) || p(x~)), `masked_original` is D_KL(p(x~) || p(x)).
         detach_target: stop the gradient through p(x) in the KL term.
@@ -116,6 +123,9 @@ class SaliencyGuidance:
     source: str = "attention"
     mask_grad: str = "straight_through"
     deletion_share: float = 0.0
+    deletion_by: str = "step"
+    deletion_class: int | None = None
+    target: str = "prediction"
     map_weight: float = 0.0
     direction: str = "original_masked"
     detach_target: bool = False
@@ -133,6 +143,8 @@ class SaliencyGuidance:
             "direction": ("original_masked", "masked_original"),
             "branch_loss_on": ("original", "masked"),
             "masked_bn": ("train", "frozen"),
+            "deletion_by": ("step", "image"),
+            "target": ("prediction", "label"),
         }
         for name, values in allowed.items():
             if getattr(self, name) not in values:
@@ -148,6 +160,8 @@ class SaliencyGuidance:
             )
         if not 0 <= self.deletion_share <= 1:
             raise InputError(f"guidance.deletion_share is {self.deletion_share}; it must be in [0, 1].")
+        if self.deletion_class is not None and self.deletion_class < 0:
+            raise InputError(f"guidance.deletion_class is {self.deletion_class}; it must be at least 0.")
         for name in ("kl_weight", "map_weight"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"guidance.{name} is {getattr(self, name)}; it must be finite and at least 0.")
@@ -163,17 +177,47 @@ class SaliencyGuidance:
         mask = hard_mask(maps.detach(), size, ratio)
         return MASK_GRADIENTS[self.mask_grad](maps, mask)
 
-    def deletes(self, step: int) -> bool:
-        """Whether this training step deletes the salient pixels."""
+    def deletes(self, step: int, count: int) -> Tensor:
+        """Which of the `count` images of this training step lose their salient pixels, (count,) bool."""
         # Another offset than in `mask`: the two draws of a step must be independent.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step + 500_009)
-        return float(torch.rand(1, generator=generator)) < self.deletion_share
+        if self.deletion_by == "image":
+            return torch.randperm(count, generator=generator) < round(self.deletion_share * count)
+        return (torch.rand(1, generator=generator) < self.deletion_share).expand(count)
 
     def divergence(self, logits: Tensor, masked_logits: Tensor) -> Tensor:
         """The KL term between predictions on the original and on the masked images, from their logits (B, K)."""
         original = logits.detach() if self.detach_target else logits
         p, q = original.log_softmax(dim=1), masked_logits.log_softmax(dim=1)
         return kl_divergence(p, q) if self.direction == "original_masked" else kl_divergence(q, p)
+
+    def loss(
+        self, logits: Tensor, masked_logits: Tensor, deletes: Tensor, bare: Tensor | None, labels: Tensor
+    ) -> Tensor:
+        """Mean guidance loss of a batch: `divergence` from a prediction, or cross entropy with a class.
+
+        Args:
+            logits: (B, K) of the whole images.
+            masked_logits: (B, K) of the masked images.
+            deletes: (B,) bool, see `deletes`.
+            bare: (B, K) of the fill alone; needed where an image loses its salient pixels and `deletion_class` is None.
+            labels: (B,) int64.
+        """
+        halves = []
+        for chosen, target, classes in (
+            (~deletes, logits, labels if self.target == "label" else None),
+            (deletes, bare, None if self.deletion_class is None else torch.full_like(labels, self.deletion_class)),
+        ):
+            if not bool(chosen.any()):
+                continue
+            shown = masked_logits[chosen]
+            if classes is not None:
+                part = F.cross_entropy(shown, classes[chosen])
+            else:
+                assert target is not None
+                part = self.divergence(target[chosen], shown)
+            halves.append(part * len(shown))
+        return torch.stack(halves).sum() / len(masked_logits)
 
 
 def _as_list(given: Any) -> list[Any]:

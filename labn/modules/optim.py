@@ -1,4 +1,4 @@
-"""Parameter groups of the optimisers, and the plateau schedule."""
+"""Parameter groups of the optimisers, and the schedules of the learning rate."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import CosineAnnealingLR, ReduceLROnPlateau
 
 from labn.errors import InputError
 
@@ -55,3 +55,8 @@ def on_plateau(optimizer: Optimizer, factor: float, patience: int, min_lr: float
     """
     scheduler = ReduceLROnPlateau(optimizer, mode="min", factor=factor, patience=patience, min_lr=min_lr)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val/loss"}}
+
+
+def on_cosine(optimizer: Optimizer, epochs: int, min_lr: float) -> OptimizerLRSchedulerConfig:
+    """Optimiser dictionary of Lightning with a cosine schedule from each group's rate to `min_lr` after `epochs`."""
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": CosineAnnealingLR(optimizer, epochs, eta_min=min_lr)}}

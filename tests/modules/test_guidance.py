@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -102,6 +104,9 @@ def test_frozen_batchnorm_restores_flags_and_statistics():
         ({"fill": "white"}, "guidance.fill is 'white'; it must be one of black"),
         ({"deletion_share": 2.0}, "deletion_share is 2.0"),
         ({"deletion_share": -0.1}, "deletion_share is -0.1"),
+        ({"deletion_by": "pixel"}, "deletion_by is 'pixel'"),
+        ({"deletion_class": -1}, "deletion_class is -1"),
+        ({"target": "class"}, "guidance.target is 'class'"),
         ({"kl_weight": -1.0}, "kl_weight is -1.0"),
         ({"map_weight": float("nan")}, "map_weight is nan"),
     ],
@@ -113,10 +118,55 @@ def test_wrong_guidance_options_raise_an_error_that_names_them(arguments, messag
 
 def test_deletion_steps_depend_on_step_and_share():
     guidance = SaliencyGuidance(deletion_share=0.5)
-    drawn = [guidance.deletes(step) for step in range(200)]
-    assert drawn == [guidance.deletes(step) for step in range(200)]
+    drawn = [bool(guidance.deletes(step, 4)[0]) for step in range(200)]
+    assert drawn == [bool(guidance.deletes(step, 4).all()) for step in range(200)]
     assert 70 < sum(drawn) < 130
-    assert not any(SaliencyGuidance().deletes(step) for step in range(50))
+    assert not any(SaliencyGuidance().deletes(step, 4).any() for step in range(50))
+
+
+def test_every_step_asks_both_halves_where_images_are_drawn():
+    guidance = SaliencyGuidance(deletion_share=0.5, deletion_by="image")
+    drawn = [guidance.deletes(step, 6) for step in range(50)]
+    assert all(int(d.sum()) == 3 for d in drawn)
+    assert all(torch.equal(d, guidance.deletes(step, 6)) for step, d in enumerate(drawn))
+    assert (torch.stack(drawn).double().mean(0) - 0.5).abs().max() < 0.3
+    assert len({tuple(d.tolist()) for d in drawn}) > 10
+
+
+def test_the_loss_of_both_halves_is_the_mean_over_images():
+    logits = torch.tensor([[0.9, 0.1], [0.5, 0.5], [0.2, 0.8]]).double().log()
+    masked = torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.4, 0.6]]).double().log()
+    deletes, labels = torch.tensor([False, False, True]), torch.tensor([0, 1, 1])
+    first = 0.9 * math.log(0.9 / 0.5) + 0.1 * math.log(0.1 / 0.5)
+    bare = torch.tensor([[0.4, 0.6]]).double().log().expand(3, 2)
+    assert float(SaliencyGuidance().loss(logits, masked, deletes, bare, labels)) == pytest.approx(first / 3)
+    asked = SaliencyGuidance(target="label", deletion_class=0).loss(logits, masked, deletes, None, labels)
+    assert float(asked) == pytest.approx((2 * math.log(2) - math.log(0.4)) / 3)
+    none, every = torch.zeros(3, dtype=torch.bool), torch.ones(3, dtype=torch.bool)
+    kept = SaliencyGuidance().loss(logits, masked, none, None, labels)
+    assert torch.allclose(kept, SaliencyGuidance().divergence(logits, masked))
+    gone = SaliencyGuidance(deletion_class=1).loss(logits, masked, every, None, labels)
+    assert float(gone) == pytest.approx((2 * math.log(2) - math.log(0.6)) / 3)
+
+
+def test_both_halves_raise_the_map_on_the_evidence():
+    """p(1) rises with the pixel at the left; the kept half asks label 1 of it, the complement class 0."""
+    guidance = SaliencyGuidance(
+        keep_ratio=0.5, deletion_share=0.5, deletion_by="image", deletion_class=0, target="label"
+    )
+    images, values = torch.ones(2, 1, 1, 2, dtype=torch.float64), torch.full((2, 1, 2), 0.5, dtype=torch.float64)
+    values.requires_grad_()
+    for deletes in (torch.tensor([True, False]), torch.tensor([False, True])):
+        mask = guidance.mask(values, step=0)
+        shown = masked_images(
+            images, torch.where(deletes[:, None, None], 1 - mask, mask), torch.zeros(1, 1, 1, 1).double()
+        )
+        evidence = shown[:, 0, 0, 0]
+        logits = torch.stack([torch.zeros_like(evidence), evidence], dim=1)
+        loss = guidance.loss(logits, logits, deletes, None, torch.ones(2, dtype=torch.long))
+        (gradient,) = torch.autograd.grad(loss, values)
+        assert (gradient[:, 0, 0] < 0).all()
+        assert (gradient[:, 0, 1] == 0).all()
 
 
 @given(

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from datamodules import SyntheticFundus
-from labn.modules import LABN, Classifier, SaliencyGuidance
+from labn.modules import LABN, Classifier, GateSchedule, SaliencyGuidance
+from labn.modules.restore import restore
 
 BACKBONE = {"backbone_options": {"layers": [1, 1], "width": 4, "stem_width": 4, "r": 3}}
 
@@ -67,6 +68,8 @@ def test_the_validation_loss_has_no_guidance_term():
         {"masked_bn": "frozen"},
         {"branch_loss_on": "masked"},
         {"deletion_share": 1.0},
+        {"deletion_share": 0.5, "deletion_by": "image"},
+        {"deletion_share": 0.5, "deletion_by": "image", "deletion_class": 0, "target": "label"},
         {"keep_ratio": [0.1, 0.3], "patch_size": [1, 4]},
     ],
     ids=str,
@@ -100,11 +103,29 @@ def test_keep_ratio_one_gives_no_divergence():
     assert terms["kl"].item() == pytest.approx(0, abs=1e-6)
 
 
-def test_a_frozen_feature_extractor_keeps_its_statistics():
+@pytest.mark.parametrize("called", [False, True])
+def test_a_frozen_feature_extractor_keeps_its_statistics(called):
     built = module(train_lfe=False)
-    built.train()
+    if called:
+        built.eval()
+        built.train()
     assert not any(m.training for m in built.network.feature_extractor.modules())
     assert built.network.perception_branch.training
+
+
+def test_without_train_bn_only_the_branch_is_normalised_by_the_batch():
+    built = module(train_bn=False)
+    backbone = [*built.network.feature_extractor.modules(), *built.network.perception_branch.modules()]
+    normalising = [m for m in backbone if isinstance(m, torch.nn.BatchNorm2d)]
+    assert normalising
+    assert not any(m.training for m in normalising)
+    assert all(m.training for m in built.network.attention_branch.modules())
+    before = {name: buffer.clone() for name, buffer in built.network.named_buffers()}
+    built.losses(batch(), "train")
+    moved = {n for n, b in built.network.named_buffers() if not torch.equal(b, before[n])}
+    assert moved
+    assert all(name.startswith("attention_branch.") for name in moved)
+    assert not any(m.training for m in built.eval().modules())
 
 
 def test_the_head_of_a_classifier_is_in_the_fast_group():
@@ -130,3 +151,66 @@ def test_random_weights_raise_until_weights_are_loaded(stage):
     assert all("head" in name for name in built.random_weights)
     built.load_state_dict(weights)
     assert built.random_weights == ()
+
+
+def test_the_gate_closes_by_the_epoch():
+    schedule = GateSchedule(share=0.2, begin=1, end=5)
+    assert [schedule.at(epoch) for epoch in range(8)] == pytest.approx([1, 1, 0.8, 0.6, 0.4, 0.2, 0.2, 0.2])
+    for wrong in ({"share": 0.0}, {"share": 1.1}, {"begin": -1}, {"begin": 3, "end": 3}):
+        with pytest.raises(ValueError, match="gate_schedule"):
+            GateSchedule(**wrong)
+
+
+def fit(folder, epochs, ckpt=None, **options):
+    torch.manual_seed(3)
+    options = {"gate_schedule": GateSchedule(0.5, 0, 2), "gate_margin": 0.2, **options}
+    built = LABN("lambda_resnet", split=1, theta=0.5, network_options=BACKBONE, **options)
+    runner = pl.Trainer(
+        accelerator="cpu", max_epochs=epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0,
+    )  # fmt: skip
+    data = SyntheticFundus(n_train=8, n_val=4, n_test=4, image_size=48, batch_size=4)
+    runner.fit(built, data, ckpt_path=ckpt, weights_only=False)
+    runner.save_checkpoint(folder / f"{epochs}.ckpt")
+    return built, runner
+
+
+def test_a_resumed_schedule_goes_on_and_the_checkpoint_carries_its_share(tmp_path):
+    first, _ = fit(tmp_path, 2, bn_epochs=1)
+    assert float(first.network.open_share) == pytest.approx(0.75)
+    second, runner = fit(tmp_path, 3, tmp_path / "2.ckpt", bn_epochs=1)
+    assert float(second.network.open_share) == pytest.approx(0.5)
+    assert float(runner.callback_metrics["gate/val_open"]) == pytest.approx(0.5, abs=0.01)
+    whole, _ = fit(tmp_path, 3, bn_epochs=1)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+    content = torch.load(tmp_path / "3.ckpt", weights_only=False)
+    content["hyper_parameters"]["_class_path"] = "labn.modules.LABN"
+    content["hyper_parameters"]["gate_schedule"] = {"share": 0.5, "begin": 0, "end": 2}  # as the command line saves it
+    torch.save(content, tmp_path / "named.ckpt")
+    restored, _ = restore(tmp_path / "named.ckpt")
+    assert float(restored.open_share) == pytest.approx(0.5)
+
+
+def test_the_network_keeps_its_statistics_after_its_epochs(tmp_path):
+    statistics = []
+    for epochs in (1, 2, 3):
+        built, _ = fit(tmp_path, epochs, bn_epochs=2)
+        statistics.append({name: b for name, b in built.network.named_buffers() if "running" in name})
+    assert not all(torch.equal(statistics[0][name], statistics[1][name]) for name in statistics[0])
+    assert all(torch.equal(statistics[1][name], statistics[2][name]) for name in statistics[0])
+    assert not any(m.training for m in built.network.modules() if isinstance(m, torch.nn.BatchNorm2d))
+
+
+def test_a_cosine_ends_at_its_floor(tmp_path):
+    _, runner = fit(tmp_path, 2, lr_schedule="cosine", lr=1e-2, head_lr=1e-1, min_lr=1e-3)
+    assert [group["lr"] for group in runner.optimizers[0].param_groups] == pytest.approx([1e-3, 1e-3])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"lr_schedule": "step"}, "lr_schedule is 'step'"), ({"bn_epochs": 0}, "bn_epochs is 0")],
+)
+def test_options_that_no_training_can_follow_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        module(**options)
