@@ -345,7 +345,7 @@ def train_or_evaluate(words: list[str], experiment: str) -> None:
             parser_kwargs={"description": DESCRIPTION, "epilog": EPILOG, "formatter_class": MainHelp},
             # The included files are among the words by now. Their paths, relative to the including file, would be
             # wrong in a configuration that is printed or saved, so that the field is emptied.
-            args=[*words, "--include=[]"] if "--config" in words or "-c" in words else words,
+            args=[*words, "--include=[]"] if "--config" in words else words,
             auto_configure_optimizers=False,
             experiment=experiment,
             held=held,

@@ -8,6 +8,7 @@ the command line reads these first.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -15,11 +16,14 @@ from pathlib import Path
 from labn.errors import InputError, MissingFileError
 from labn.io.readers import read_yaml
 
+CONFIG = "--config"
+
 
 def expand_includes(argv: Sequence[str]) -> list[str]:
     """Put the files that a configuration includes in front of it, as `--config` arguments of their own.
 
-    Later files win, so an experiment overrides the files that it includes.
+    Later files win, so an experiment overrides the files that it includes. A file that several include is read once, at
+    its first place.
 
     Raises:
         MissingFileError: an included file does not exist.
@@ -29,23 +33,33 @@ def expand_includes(argv: Sequence[str]) -> list[str]:
         raise InputError("--include is a key of configuration files; on the command line, give the file with --config.")
     expanded: list[str] = []
     words = [word for argument in argv for word in _separated(argument)]
+    read: set[Path] = set()
     for position, word in enumerate(words):
-        if position and words[position - 1] in ("--config", "-c"):
+        if position and words[position - 1] == CONFIG:
             expanded.pop()
-            expanded += [item for path in with_includes(Path(word)) for item in ("--config", str(path))]
+            *included, named = with_includes(Path(word))
+            # A second time, a shared file would undo what an experiment between has changed.
+            for path in [*(path for path in included if path.resolve() not in read), named]:
+                expanded += [CONFIG, str(path)]
+                read.add(path.resolve())
         else:
             expanded.append(word)
     return expanded
 
 
 def _separated(argument: str) -> list[str]:
-    return argument.split("=", 1) if argument.startswith("--config=") else [argument]
+    """Split `--config=FILE`, and write every spelling of the option that the parser accepts as `--config`."""
+    found = re.match(r"(--co(?:n|nf|nfi|nfig)?|-c)(=.*)?$", argument, re.DOTALL)
+    if found:
+        return [CONFIG] if found[2] is None else [CONFIG, found[2][1:]]
+    # `-cFILE`; no other option begins with a single dash and a c.
+    return [CONFIG, argument[2:]] if re.match(r"-c.", argument) else [argument]
 
 
 def configurations(argv: Sequence[str]) -> list[Path]:
     """The files that `--config` names in the arguments of a command, in order, without the files that they include."""
     words = [word for argument in argv for word in _separated(argument)]
-    return [Path(word) for option, word in pairwise(words) if option in ("--config", "-c")]
+    return [Path(word) for option, word in pairwise(words) if option == CONFIG]
 
 
 def experiment_name(files: Sequence[Path]) -> str:
@@ -59,7 +73,7 @@ def experiment_name(files: Sequence[Path]) -> str:
 
 
 def with_includes(path: Path, including: Sequence[Path] = ()) -> list[Path]:
-    """All files that `path` includes, depth first, and `path` itself as the last one.
+    """All files that `path` includes, depth first and each of them once, and `path` itself as the last one.
 
     Args:
         path: a configuration; included paths are relative to its folder.
@@ -79,4 +93,8 @@ def with_includes(path: Path, including: Sequence[Path] = ()) -> list[Path]:
     included = [] if included is None else included
     if not isinstance(included, list) or not all(isinstance(name, str) for name in included):
         raise InputError(f"{path}: include is {included!r}; it must be a list of files, such as [shared/trainer.yaml].")
-    return [file for name in included for file in with_includes(path.parent / name, [*including, path])] + [path]
+    files: dict[Path, Path] = {}
+    for name in included:
+        for file in with_includes(path.parent / name, [*including, path]):
+            files.setdefault(file.resolve(), file)
+    return [*files.values(), path]

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import re
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import is_dataclass
+from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from labn.errors import InputError
 from labn.models.checkpoints import read_checkpoint
 
 _CLASS_KEYS = ("class_path", "_class_path")
+_FILE_KEYS = ("backbone_ckpt", "ckpt", "weights")
 
 
 class PlainCheckpointIO(TorchCheckpointIO):
@@ -38,7 +45,10 @@ class PlainCheckpointIO(TorchCheckpointIO):
 
 
 def check_own_classes(path: Any, content: Any, allowed: Collection[str]) -> None:
-    """Check the classes in a checkpoint's hyper-parameters, which the command line would import and instantiate.
+    """Check a checkpoint's hyper-parameters, whose classes the command line would import and instantiate.
+
+    The command line also reads texts as settings: a text in YAML, the name of a file with YAML, and the bare name of a
+    class. Each of these could name a class. They are refused, except in arguments of type str, which stay texts.
 
     Args:
         path: the file, for the message.
@@ -46,15 +56,27 @@ def check_own_classes(path: Any, content: Any, allowed: Collection[str]) -> None
         allowed: class paths that the configuration names; classes of `labn` are always allowed.
 
     Raises:
-        InputError: the hyper-parameters name another class.
+        InputError: the hyper-parameters name another class, or contain a text that would be read as settings.
     """
     arguments = content.get("hyper_parameters") if isinstance(content, dict) else None
     for name in _class_paths(arguments):
-        if not name.startswith("labn.") and name not in allowed:
+        if name not in allowed and not _is_own(name):
             raise InputError(
                 f"{path} asks for the class {name}, which neither this project nor the configuration names; "
                 "name it in the configuration if it is yours."
             )
+    if not isinstance(arguments, dict):
+        return
+    texts = _text_arguments(arguments.get("_class_path"))
+    for name, value in arguments.items():
+        if name in texts or name in (*_CLASS_KEYS, "_instantiator"):
+            continue
+        for key, text in _texts(value, name):
+            if text not in allowed and (_is_settings(text) or (key not in _FILE_KEYS and _names_settings(text))):
+                raise InputError(
+                    f"{path} has the text {text!r} in its hyper-parameter {name}, which would be read as settings or "
+                    "as a class; use a checkpoint that `cli.py fit` has written."
+                )
 
 
 def check_same_class(path: Any, content: Any, configured: str | None) -> None:
@@ -78,7 +100,9 @@ def check_same_class(path: Any, content: Any, configured: str | None) -> None:
 
 
 def _class_paths(content: Any) -> Iterator[str]:
-    """All class paths in nested dicts, lists and tuples."""
+    """All class paths in nested dicts, lists, tuples and dataclasses."""
+    if is_dataclass(content):
+        content = vars(content)
     if isinstance(content, dict):
         for key, value in content.items():
             if key in _CLASS_KEYS:
@@ -87,3 +111,63 @@ def _class_paths(content: Any) -> Iterator[str]:
     elif isinstance(content, (list, tuple)):
         for item in content:
             yield from _class_paths(item)
+
+
+def _is_own(class_path: str) -> bool:
+    """Whether a class path leads to a class that this package defines, and not to one that a module of it imports."""
+    module, _, name = class_path.rpartition(".")
+    if not module.startswith("labn."):
+        return False
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return False
+    return str(getattr(found, "__module__", "")).startswith("labn.")
+
+
+def _text_arguments(class_path: Any) -> set[str]:
+    """Names of the arguments of type str, or str and None, of a class."""
+    module, _, name = str(class_path or "").rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name, None) if module else None
+    except ImportError:
+        return set()
+    parameters = inspect.signature(found).parameters.values() if callable(found) else ()
+    return {p.name for p in parameters if p.annotation in (str, str | None, "str", "str | None")}
+
+
+def _texts(content: Any, key: Any) -> Iterator[tuple[Any, str]]:
+    """All texts in nested dicts, lists, tuples and dataclasses, with their keys, and keys that are no identifiers."""
+    # The command line takes keys apart at their dots: `guidance.class_path` is a class path too.
+    if is_dataclass(content):
+        content = vars(content)
+    if isinstance(content, dict):
+        for inner, value in content.items():
+            if isinstance(inner, str) and not inner.isidentifier():
+                yield key, inner
+            if inner not in _CLASS_KEYS:
+                yield from _texts(value, inner)
+    elif isinstance(content, (list, tuple)):
+        for item in content:
+            yield from _texts(item, key)
+    elif isinstance(content, str):
+        yield key, content
+
+
+def _is_settings(text: str) -> bool:
+    """Whether YAML reads a text as a dictionary or a list."""
+    try:
+        return isinstance(yaml.safe_load(text), (dict, list))
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return any(mark in text for mark in "{[:\n")
+
+
+def _names_settings(text: str) -> bool:
+    """Whether a text is the path of a class outside this package, or the name of a file."""
+    text = text.strip()
+    if re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", text):
+        return not _is_own(text)
+    try:
+        return Path(text).is_file()
+    except (ValueError, OSError):
+        return False

@@ -89,8 +89,67 @@ def test_hyper_parameters_cannot_instantiate_a_foreign_class(tmp_path, monkeypat
     assert not (tmp_path / "marker").exists()
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"guidance": "evil_module.Evil"},
+        {"guidance": " evil_module.Evil"},
+        {"guidance": "{class_path: evil_module.Evil}"},
+        {"guidance": '{"class\\x5fpath": evil_module.Evil}'},
+        {"guidance": "settings.yaml"},
+        {"guidance": "settings"},
+        {"guidance": {"class_path": "labn.modules.SaliencyGuidance", "init_args": {"fill": "settings.yaml"}}},
+        {"guidance": {"class_path": "evil_module.Evil"}},
+        {"guidance.class_path": "evil_module.Evil"},
+        {"network_options": "{a: {class_path: evil_module.Evil}}"},
+        {"network_options": {"a": "{class_path: evil_module.Evil}"}},
+        {"network_options": {"weights": "{class_path: evil_module.Evil}"}},
+        {"network_options": {"a": [["class_path:\n  evil_module.Evil"]]}},
+    ],
+    ids=str,
+)
+def test_no_text_of_a_checkpoint_imports_a_module(tmp_path, monkeypatch, request, arguments):
+    (tmp_path / "evil_module.py").write_text(
+        "import pathlib\npathlib.Path(__file__).with_name('marker').touch()\nclass Evil: pass\n"
+    )
+    for name in ("settings", "settings.yaml"):
+        (tmp_path / name).write_text("class_path: evil_module.Evil\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "last.ckpt"
+    config = str(request.config.rootpath / "configs" / "quickstart.yaml")
+    saved = {"_class_path": "labn.modules.LABN", "_instantiator": "lightning.pytorch.cli.instantiate_module"}
+    torch.save({"state_dict": {"a": torch.ones(1)}, "hyper_parameters": saved | arguments}, path)
+    monkeypatch.chdir(tmp_path)  # where the files of settings are
+    with pytest.raises(ValueError, match=r"last\.ckpt (asks for the class evil_module|has the text)"):
+        call_main(["test", "--config", config, f"--run_dir={tmp_path / 'run'}", f"--ckpt_path={path}"])
+    assert not (tmp_path / "marker").exists()
+
+
+def test_classes_that_a_module_of_this_package_only_imports_are_foreign():
+    content = {
+        "hyper_parameters": {"_class_path": "labn.modules.LABN", "guidance": {"class_path": "labn.io.atomic.Path"}}
+    }
+    with pytest.raises(ValueError, match=r"asks for the class labn\.io\.atomic\.Path"):
+        check_own_classes("a.ckpt", content, ())
+
+
+def test_names_of_networks_files_and_options_are_texts():
+    arguments = {
+        "_class_path": "labn.modules.LABN",
+        "_instantiator": "lightning.pytorch.cli.instantiate_module",
+        "backbone": "timm/resnet18.a1_in1k",
+        "backbone_ckpt": __file__,
+        "loss": "ce",
+        "network_options": {"weights": __file__, "branch_options": {"mode": "a-b", "sizes": [1, "2x2"]}},
+        "guidance": SaliencyGuidance(fill="black"),
+    }
+    check_own_classes("a.ckpt", {"hyper_parameters": arguments}, ())
+
+
 def test_a_class_that_the_configuration_names_is_allowed():
-    content = {"hyper_parameters": {"_class_path": "mine.Net", "guidance": {"class_path": "labn.modules.Own"}}}
+    content = {
+        "hyper_parameters": {"_class_path": "mine.Net", "guidance": {"class_path": "labn.modules.SaliencyGuidance"}}
+    }
     check_own_classes("a.ckpt", content, {"mine.Net"})
     check_own_classes("a.ckpt", {"hyper_parameters": None}, ())
     check_own_classes("a.ckpt", [1], ())

@@ -1,6 +1,8 @@
+from pathlib import Path
+
 import pytest
 
-from labn.launch.config_include import expand_includes, with_includes
+from labn.launch.config_include import configurations, expand_includes, with_includes
 
 
 @pytest.fixture
@@ -13,12 +15,29 @@ def write(tmp_path):
     return written
 
 
-def test_included_files_come_first_depth_first_and_may_come_twice(write):
+def test_included_files_come_first_depth_first_and_once(write):
     folder = write(a="[b.yaml, c.yaml]", b="[d.yaml]", c="[d.yaml]", d="")
     names = [path.stem for path in with_includes(folder / "a.yaml")]
-    assert names == ["d", "b", "d", "c", "a"]
+    assert names == ["d", "b", "c", "a"]
     words = expand_includes(["fit", f"--config={folder / 'b.yaml'}", "--x"])
     assert words == ["fit", "--config", f"{folder / 'd.yaml'}", "--config", f"{folder / 'b.yaml'}", "--x"]
+
+
+def test_a_file_that_two_experiments_include_is_read_once(write):
+    folder = write(a="[shared.yaml]", b="[shared.yaml]", shared="")
+    words = expand_includes(["fit", "--config", str(folder / "a.yaml"), "--config", str(folder / "b.yaml")])
+    assert [Path(word).stem for word in words[2::2]] == ["shared", "a", "b"]
+    words = expand_includes(["fit", *["--config", str(folder / "a.yaml")] * 2])  # named twice: the user's wish
+    assert [Path(word).stem for word in words[2::2]] == ["shared", "a", "a"]
+
+
+@pytest.mark.parametrize("spelling", ["-c {}", "-c={}", "-c{}", "--conf {}", "--conf={}", "--co={}", "--config={}"])
+def test_every_spelling_of_config_reads_includes(write, spelling):
+    file = write(a="[b.yaml]", b="") / "a.yaml"
+    words = ["fit", *spelling.format(file).split(), "--ckpt_path=best", "--count"]
+    assert [Path(word).stem for word in expand_includes(words)[2:5:2]] == ["b", "a"]
+    assert expand_includes(words)[5:] == ["--ckpt_path=best", "--count"]
+    assert configurations(words) == [file]
 
 
 @pytest.mark.parametrize(
