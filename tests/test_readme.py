@@ -50,8 +50,7 @@ HERE = {
     "--method lrp c3lrp gradcam": ["--image_size=64"],
     "python cli.py fit --config configs/pictures.yaml --data.init_args.root my/pictures "
     "--model.init_args.backbone timm/resnet18 --model.init_args.backbone_ckpt resnet18.safetensors": PICTURES,
-    "python cli.py test --config configs/pictures.yaml --data.init_args.root my/pictures "
-    "--model.init_args.backbone timm/resnet18 --ckpt_path best": PICTURES,
+    "python cli.py test --config configs/pictures.yaml --data.init_args.root my/pictures --ckpt_path best": PICTURES,
     "python cli.py fit --config my_run.yaml": SMALL,
     "python cli.py test --config my_run.yaml --ckpt_path best": SMALL,
 }
