@@ -6,6 +6,7 @@ import importlib
 import itertools
 import pickle
 import re
+import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from labn.models.lambda_networks.layer import LambdaLayer
 
 # Prefixes of tensor names from DDP, `torch.compile`, LightningModules, and the halves of an attention branch network.
 PREFIXES = re.compile(r"^(?:(?:module|model|network|_orig_mod|feature_extractor|perception_branch)\.)+")
+LARGEST_REPEATED = 2**26
+"""Bytes that a tensor may occupy in memory without occupying them in its file, as an expanded buffer does."""
 # Names of the lambda layer's tensors in the released LABN code -> names in this project.
 RENAMES = {
     "conv_qkv.weight": "to_qkv.weight",
@@ -196,14 +199,48 @@ def _read(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
+        _check_uncompressed(path)
         with torch.serialization.safe_globals(own_dataclasses(path)):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} cannot be read as tensors only: {_unsafe_content(path, error)}") from error
     # torch and safetensors raise many kinds of errors for damaged or hostile files.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{path} cannot be read as tensors only: {reason}") from error
+    _check_sizes(path, content)
+    return content
+
+
+def _check_uncompressed(path: Path) -> None:
+    """Raise InputError for an archive with compressed entries, which could unfold into any size.
+
+    PyTorch writes them uncompressed.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        name = next((e.filename for e in archive.infolist() if e.compress_type != zipfile.ZIP_STORED), None)
+    if name is not None:
+        raise InputError(f"its entry {name} is compressed, which PyTorch never does; save it with torch.save.")
+
+
+def _check_sizes(path: Path, content: Any) -> None:
+    """Raise InputError for a tensor that repeats a small storage into a large tensor; a copy would fill the memory."""
+    pending = [content]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, dict):
+            pending += item.values()
+        elif isinstance(item, (list, tuple)):
+            pending += item
+        elif isinstance(item, Tensor) and item.layout is torch.strided:
+            claimed, stored = item.numel() * item.element_size(), item.untyped_storage().nbytes()
+            if claimed > max(stored, LARGEST_REPEATED):
+                raise InputError(
+                    f"{path} has a tensor of shape {tuple(item.shape)} in a storage of {stored} bytes; save tensors "
+                    "with all of their values (`.contiguous()`)."
+                )
 
 
 def _unsafe_content(path: Path, error: Exception) -> str:

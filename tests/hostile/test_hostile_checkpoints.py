@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import zipfile
 
 import pytest
 import torch
@@ -155,6 +156,23 @@ def test_a_class_that_the_configuration_names_is_allowed():
     check_own_classes("a.ckpt", [1], ())
     with pytest.raises(ValueError, match=r"a\.ckpt asks for the class mine\.Net"):
         check_own_classes("a.ckpt", content, ())
+
+
+def test_a_small_file_cannot_claim_a_large_tensor(tmp_path):
+    torch.save({"state_dict": {"a": torch.zeros(1).expand(2**40)}}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"a\.pt has a tensor of shape \(1099511627776,\) in a storage of 4 bytes"):
+        read_checkpoint(tmp_path / "a.pt")
+    torch.save({"a": torch.zeros(1).expand(64), "b": [torch.ones(2, 2).T]}, tmp_path / "b.pt")
+    assert read_checkpoint(tmp_path / "b.pt")["a"].shape == (64,)
+
+
+def test_compressed_archives_are_refused(tmp_path):
+    torch.save({"a": torch.zeros(2**20)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as plain, zipfile.ZipFile(tmp_path / "b.pt", "w") as compressed:
+        for name in plain.namelist():
+            compressed.writestr(name, plain.read(name), zipfile.ZIP_DEFLATED)
+    with pytest.raises(ValueError, match=r"b\.pt cannot be read .*its entry .* is compressed"):
+        read_checkpoint(tmp_path / "b.pt")
 
 
 def test_weights_alone_cannot_be_tested_as_a_checkpoint(tmp_path):
