@@ -7,7 +7,7 @@ import os
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -223,9 +223,13 @@ class RunCheckpoint(ModelCheckpoint):
 
     _due: Sequence[float | None] = ()
     _row: Mapping[str, float] = {}
+    _restored: Set[str] = frozenset()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Set the folder to `<run_dir>/checkpoints` and install `RunCheckpointIO`."""
+        if stage == "fit":
+            # What an earlier fit, or a test of a checkpoint, has read does not concern this fit.
+            self._due, self._row, self._restored = (), {}, frozenset()
         # ModelCheckpoint would otherwise choose a folder that depends on the first logger.
         if self.dirpath is None:
             self.dirpath = str(Path(trainer.default_root_dir).absolute() / "checkpoints")
@@ -274,7 +278,8 @@ class RunCheckpoint(ModelCheckpoint):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Read the pending scheduler steps and the pending log row."""
+        """Read the pending scheduler steps, the pending log row and the names of the restored callbacks."""
+        self._restored = frozenset(checkpoint.get("callbacks", {}))
         # `pop`: only the first checkpoint callback gets them, so that two callbacks do not apply them twice.
         self._due, self._row = checkpoint.pop(PLATEAUS, []), checkpoint.pop(ROW, {})
 
@@ -302,7 +307,10 @@ class RunCheckpoint(ModelCheckpoint):
                 pl_module.lr_scheduler_step(config.scheduler, value)
         self._due = []
         for callback in callbacks_of(trainer):
-            if isinstance(callback, EarlyStopping) and callback.wait_count >= max(callback.patience, 1):
+            # A callback that is used for a second fit still has the count of the first one.
+            if not isinstance(callback, EarlyStopping) or callback.state_key not in self._restored:
+                continue
+            if callback.wait_count >= max(callback.patience, 1):
                 trainer.should_stop = True
                 rank_zero_info(f"{callback.monitor} had not improved for {callback.wait_count} epochs: fit is over.")
 

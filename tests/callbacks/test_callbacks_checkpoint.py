@@ -137,10 +137,12 @@ class Falling(pl.LightningModule):
         return on_plateau(torch.optim.SGD(self.parameters(), lr=1.0), factor=0.5, patience=0, min_lr=0.0)
 
 
+QUIET = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+
+
 def train(folder, epochs, *callbacks, **options):
     module, loader = Falling(), DataLoader(TensorDataset(torch.ones(4, 1)), batch_size=2)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    trainer = pl.Trainer(default_root_dir=folder, max_epochs=epochs, callbacks=[LastCheckpoint(), *callbacks], **quiet)
+    trainer = pl.Trainer(default_root_dir=folder, max_epochs=epochs, callbacks=[LastCheckpoint(), *callbacks], **QUIET)
     trainer.fit(module, loader, loader, **options)
     return module.rates
 
@@ -160,3 +162,24 @@ def test_a_fit_that_had_stopped_early_stops_again_after_a_resume(tmp_path):
     assert train(tmp_path, 9, EarlyStopping("val/loss", patience=2), ckpt_path=last) == []
     # Lightning takes the patience from the checkpoint; without the callback nothing stops it.
     assert len(train(tmp_path, 5, ckpt_path=last)) == 2
+
+
+def test_a_fresh_fit_is_not_stopped_by_the_count_of_an_earlier_one(tmp_path):
+    stopping = EarlyStopping("val/loss", patience=2)
+    assert len(train(tmp_path / "first", 9, stopping)) == 3
+    # Lightning goes on counting, so that the first epoch without an improvement ends the second fit.
+    assert len(train(tmp_path / "second", 9, stopping)) == 1
+    # A checkpoint that was saved without early stopping says nothing about its count.
+    train(tmp_path / "without", 1)
+    last = find_checkpoint(tmp_path / "without", "last")
+    assert len(train(tmp_path / "without", 9, stopping, ckpt_path=last)) == 1
+
+
+def test_a_fresh_fit_does_not_apply_the_scheduler_step_of_a_tested_checkpoint(tmp_path):
+    train(tmp_path, 2)
+    callback, loader = LastCheckpoint(), DataLoader(TensorDataset(torch.ones(4, 1)), batch_size=2)
+    trainer = pl.Trainer(default_root_dir=tmp_path, max_epochs=1, callbacks=[callback], **QUIET)
+    trainer.validate(Falling(), loader, ckpt_path=find_checkpoint(tmp_path, "last"), verbose=False)
+    module = Falling()
+    trainer.fit(module, loader, loader)
+    assert module.optimizers().param_groups[0]["lr"] == 1.0
