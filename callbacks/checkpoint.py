@@ -6,6 +6,7 @@ import io
 import os
 import struct
 import warnings
+import weakref
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from pathlib import Path
@@ -224,15 +225,24 @@ class RunCheckpoint(ModelCheckpoint):
     _due: Sequence[float | None] = ()
     _row: Mapping[str, float] = {}
     _restored: Set[str] = frozenset()
+    # The folder that `setup` has chosen; any other `dirpath` is the user's own.
+    _chosen: str | None = None
+    _fitted_by: weakref.ref[pl.Trainer] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Set the folder to `<run_dir>/checkpoints` and install `RunCheckpointIO`."""
+        """Set the folder to `<run_dir>/checkpoints` and install `RunCheckpointIO`.
+
+        The first fit of another trainer begins anew, with the folder and the best value of its own run.
+        """
         if stage == "fit":
             # What an earlier fit, or a test of a checkpoint, has read does not concern this fit.
             self._due, self._row, self._restored = (), {}, frozenset()
+            if self._fitted_by is None or self._fitted_by() is not trainer:
+                self.forget()
+                self._fitted_by = weakref.ref(trainer)
         # ModelCheckpoint would otherwise choose a folder that depends on the first logger.
         if self.dirpath is None:
-            self.dirpath = str(Path(trainer.default_root_dir).absolute() / "checkpoints")
+            self.dirpath = self._chosen = str(Path(trainer.default_root_dir).absolute() / "checkpoints")
         # An exact type: a subclass, such as one for asynchronous writing, is the user's own choice.
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = RunCheckpointIO()
@@ -240,7 +250,26 @@ class RunCheckpoint(ModelCheckpoint):
             trainer.strategy.checkpoint_io.folders.add(resolved(self.dirpath))
         if trainer.is_global_zero and stage == "fit":
             remove_leftovers(Path(self.dirpath))
+        is_chosen = self.dirpath == self._chosen
         super().setup(trainer, pl_module, stage=stage)
+        # ModelCheckpoint replaces the folder by that of the first process.
+        self._chosen = str(self.dirpath) if is_chosen else None
+
+    def forget(self) -> None:
+        """Set everything that a fit leaves in this callback to its initial value; files stay as they are."""
+        if self.dirpath == self._chosen:
+            self.dirpath = None
+        self.current_score = self.best_model_score = None
+        self.best_k_models = {}
+        self.kth_value = torch.tensor(torch.inf if self.mode == "min" else -torch.inf)
+        self.best_model_path = self.kth_best_model_path = self.last_model_path = self._last_checkpoint_saved = ""
+        # Lightning saves nothing at a step at which it believes that it has saved.
+        self._last_global_step_saved, self._last_time_checked = 0, None
+        self._defer_save_until_validation = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The attributes without the trainer, to which a reference cannot be pickled for a spawned process."""
+        return {**self.__dict__, "_fitted_by": None}
 
     @property
     def path(self) -> Path:

@@ -1,6 +1,7 @@
 """Checkpoints on disk: written whole, the one before kept, damage found and said."""
 
 import os
+import pickle
 import shutil
 
 import lightning.pytorch as pl
@@ -9,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from torch.utils.data import DataLoader, TensorDataset
 
-from callbacks.checkpoint import LastCheckpoint, RunCheckpointIO, damage, find_checkpoint, has_last
+from callbacks.checkpoint import BestCheckpoint, LastCheckpoint, RunCheckpointIO, damage, find_checkpoint, has_last
 from labn.modules.optim import on_plateau
 
 
@@ -183,3 +184,76 @@ def test_a_fresh_fit_does_not_apply_the_scheduler_step_of_a_tested_checkpoint(tm
     module = Falling()
     trainer.fit(module, loader, loader)
     assert module.optimizers().param_groups[0]["lr"] == 1.0
+
+
+class Scored(Falling):
+    """A model whose validation loss is given, and which remembers the loss of the checkpoint that it has loaded."""
+
+    def __init__(self, loss):
+        super().__init__()
+        self.register_buffer("loss", torch.tensor(loss))
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", self.loss)
+
+    test_step = validation_step
+
+
+def fit_scored(folder, loss, callbacks, epochs=1, **options):
+    loader = DataLoader(TensorDataset(torch.ones(4, 1)), batch_size=2)
+    trainer = pl.Trainer(default_root_dir=folder, max_epochs=epochs, callbacks=callbacks, **QUIET)
+    trainer.fit(Scored(loss), loader, loader, **options)
+    return trainer
+
+
+def loss_in(path):
+    return float(torch.load(path, weights_only=True)["state_dict"]["loss"])
+
+
+def files_of(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.ckpt")}
+
+
+def test_a_second_fit_with_the_same_callbacks_writes_to_the_folder_of_its_own_trainer(tmp_path):
+    best, last = callbacks = [BestCheckpoint(), LastCheckpoint()]
+    first, second = tmp_path / "first", tmp_path / "second"
+    fit_scored(first, 0.25, callbacks)
+    written = files_of(first)
+    # The second fit is worse and has as many steps as the first, and both of its checkpoints are saved nevertheless.
+    trainer = fit_scored(second, 0.75, callbacks)
+    assert files_of(first) == written
+    saved = second / "checkpoints"
+    assert {path.name: loss_in(path) for path in saved.iterdir()} == {"best.ckpt": 0.75, "last.ckpt": 0.75}
+    assert (best.best_model_path, float(best.best_model_score)) == (str(saved / "best.ckpt"), 0.75)
+    assert (last.best_model_path, last.path) == (str(saved / "last.ckpt"), saved / "last.ckpt")
+    # The same trainer still knows its best epoch, in a test and when it goes on.
+    loader = DataLoader(TensorDataset(torch.ones(4, 1)), batch_size=2)
+    assert trainer.test(dataloaders=loader, ckpt_path="best", verbose=False) == [{"val/loss": 0.75}]
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(Scored(1.0), loader, loader)
+    assert (loss_in(saved / "best.ckpt"), loss_in(saved / "last.ckpt")) == (0.75, 1.0)
+
+
+def test_a_folder_that_the_user_gives_is_kept_for_every_trainer(tmp_path):
+    given, set_later = BestCheckpoint(dirpath=tmp_path / "given"), LastCheckpoint()
+    set_later.dirpath = str(tmp_path / "later")
+    for name, loss in (("first", 0.25), ("second", 0.75)):
+        fit_scored(tmp_path / name, loss, [given, set_later])
+    assert loss_in(tmp_path / "given" / "best.ckpt") == loss_in(tmp_path / "later" / "last.ckpt") == 0.75
+    assert not list(tmp_path.glob("*/checkpoints"))
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_a_used_callback_that_forgets_is_like_a_new_one(tmp_path, mode):
+    used = BestCheckpoint(mode=mode)
+    fit_scored(tmp_path, 0.25, [used])
+    used.forget()
+    new = vars(BestCheckpoint(mode=mode))
+    assert {name: vars(used)[name] for name in new} == new
+
+
+def test_a_used_callback_can_be_pickled(tmp_path):
+    used = BestCheckpoint()
+    trainer = fit_scored(tmp_path, 0.25, [used])
+    assert pickle.loads(pickle.dumps(used)).best_model_path == used.best_model_path
+    assert used._fitted_by() is trainer
