@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import filecmp
 import io
+import itertools
 import os
 import struct
+import uuid
 import warnings
 import weakref
 import zipfile
@@ -22,14 +25,14 @@ from torch import Tensor
 
 from callbacks.explanation.base import callbacks_of
 from labn.errors import InputError, MissingFileError
-from labn.io.atomic import remove_leftovers, write_atomically
+from labn.io.atomic import remove_leftovers, write_atomically, write_error
 from labn.io.preprocessing import KEY
 from labn.models.checkpoints import read_checkpoint
 from labn.modules.plain_checkpoints import PlainCheckpointIO
 
 BEST, LAST, PREVIOUS, SUFFIX = "best", "last", "previous", ".ckpt"
 # Keys of a checkpoint file; a change makes checkpoints of earlier versions lose what they hold.
-PLATEAUS, ROW = "due_plateau_steps", "row_of_the_epoch"
+PLATEAUS, ROW, FIT = "due_plateau_steps", "row_of_the_epoch", "fit_identity"
 INSTEAD: dict[str, tuple[str, ...]] = {BEST: (), LAST: (PREVIOUS,)}
 """Value of `--ckpt_path` -> checkpoints that are used in its place when its file is damaged."""
 
@@ -205,6 +208,11 @@ def _cleared(field: Any, allowed: Callable[[str], bool]) -> Any:
     if isinstance(field, dict):
         return {key: value for key, value in field.items() if isinstance(key, str) and allowed(key)}
     return field if isinstance(field, str) and field and allowed(field) else ""
+
+
+def same_content(first: Path, second: Path) -> bool:
+    """Whether two files exist and are equal byte by byte."""
+    return first.is_file() and second.is_file() and filecmp.cmp(first, second, shallow=False)
 
 
 def keep_as(path: Path, name: Path) -> None:
@@ -409,11 +417,30 @@ def kept_score(path: Path) -> Tensor | None:
     return None
 
 
+def fit_in(path: Path) -> str | None:
+    """The identity of the fit that saved a checkpoint; None if the file is missing, unreadable or has no identity."""
+    try:
+        content = None if damage(path) is not None else read_checkpoint(path)
+    except InputError:
+        return None
+    return fit_of(content)
+
+
+def fit_of(content: Any) -> str | None:
+    """The identity of a fit in the content of its checkpoint; None if there is none, as in those of version 0.1."""
+    fit = content.get(FIT) if isinstance(content, dict) else None
+    return fit if isinstance(fit, str) and fit else None
+
+
 class BestCheckpoint(RunCheckpoint):
     """Save `best.ckpt`, the checkpoint of the epoch with the best monitored value.
 
     A fit that resumes from a checkpoint in another folder copies the `best.ckpt` beside it, unless its own folder has
     one. Otherwise the first epoch in the new folder would count as the best, whatever its value.
+
+    Every fresh fit has a random identity, which all its checkpoints contain and a resumed fit takes over. A `best.ckpt`
+    of another fit in the folder of a resumed one is renamed to `best.old-1.ckpt`, with a warning: its value would
+    otherwise stand for epochs of which it knows nothing.
 
     Args:
         monitor: name of the logged value.
@@ -421,20 +448,68 @@ class BestCheckpoint(RunCheckpoint):
         kwargs: further arguments of Lightning's `ModelCheckpoint`.
     """
 
+    _fit = ""
+
     def __init__(self, monitor: str = "val/loss", mode: str = "min", **kwargs: Any) -> None:
         super().__init__(filename=BEST, monitor=monitor, mode=mode, enable_version_counter=False, **kwargs)
+
+    def forget(self) -> None:
+        """Forget the earlier fit, and choose an identity for the next one."""
+        super().forget()
+        self._fit = uuid.uuid4().hex
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the identity of the fit to what every checkpoint of a run has."""
+        super().on_save_checkpoint(trainer, pl_module, checkpoint)
+        checkpoint[FIT] = self._fit
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Copy the best checkpoint of the resumed run into this run's folder; a collective."""
+        """Take over the identity and the best checkpoint of the resumed fit; a collective."""
         super().on_load_checkpoint(trainer, pl_module, checkpoint)
-        if trainer.state.fn != "fit" or not trainer.ckpt_path:
+        # A trial run with `fast_dev_run` saves no checkpoint, so that it changes none either.
+        if trainer.state.fn != "fit" or not trainer.ckpt_path or getattr(trainer, "fast_dev_run", False):
             return
-        source = Path(trainer.ckpt_path).with_name(self.path.name)
-        if trainer.is_global_zero and not self.path.is_file() and damage(source) is None:
-            write_atomically(self.path, source.read_bytes())
+        self._fit = fit_of(checkpoint) or self._fit
+        # Only the first process saves checkpoints, so that the files concern no other.
+        if trainer.is_global_zero:
+            self._take_over(Path(trainer.ckpt_path), fit_of(checkpoint))
         trainer.strategy.barrier("labn-best")
+
+    def _take_over(self, resumed: Path, fit: str | None) -> None:
+        """Set `best.ckpt` of a foreign fit aside, and copy the one beside the resumed checkpoint if there is none.
+
+        Args:
+            resumed: the checkpoint from which this fit resumes.
+            fit: identity in that checkpoint.
+        """
+        source, own = resumed.with_name(self.path.name), fit_in(self.path)
+        if fit is not None and own is not None and fit != own:
+            aside = self._aside()
+            try:
+                os.replace(self.path, aside)
+            except OSError as error:
+                raise write_error(aside, error) from error
+            warnings.warn(f"{self.path} is of another fit than {resumed}; it is now {aside}.", stacklevel=2)
+        elif fit is None and own is not None:
+            # A resumed fit without an identity may have improved `best.ckpt` and died before it saved `last.ckpt`.
+            self._fit = own
+        if not self.path.is_file():
+            is_foreign = fit is not None and fit_in(source) not in (fit, None)
+            if damage(source) is None and not is_foreign:
+                write_atomically(self.path, source.read_bytes())
+        elif None in (fit, own) and resolved(source) != resolved(self.path) and not same_content(source, self.path):
+            warnings.warn(
+                f"{self.path} stays the best checkpoint, but may be of another fit than {resumed}.", stacklevel=2
+            )
+
+    def _aside(self) -> Path:
+        """The first unused one of the names `best.old-1.ckpt`, `best.old-2.ckpt` and so on."""
+        names = (self.path.with_name(f"{self.path.stem}.old-{number}{SUFFIX}") for number in itertools.count(1))
+        return next(name for name in names if not os.path.lexists(name))
 
 
 class LastCheckpoint(RunCheckpoint):

@@ -257,3 +257,78 @@ def test_a_used_callback_can_be_pickled(tmp_path):
     trainer = fit_scored(tmp_path, 0.25, [used])
     assert pickle.loads(pickle.dumps(used)).best_model_path == used.best_model_path
     assert used._fitted_by() is trainer
+
+
+def resume(source, folder, epochs):
+    best = BestCheckpoint()
+    fit_scored(folder, 9.0, [best, LastCheckpoint()], epochs, ckpt_path=source / "checkpoints" / "last.ckpt")
+    return best
+
+
+@pytest.fixture
+def two_fits(tmp_path):
+    """Run folders of two fits, of which the second is better."""
+    folders = tmp_path / "mine", tmp_path / "other"
+    for folder, loss in zip(folders, (0.5, 0.25)):
+        fit_scored(folder, loss, [BestCheckpoint(), LastCheckpoint()])
+    return folders
+
+
+def test_a_resumed_fit_sets_the_best_checkpoint_of_another_fit_aside(two_fits, recwarn):
+    mine, other = two_fits
+    own, foreign = ((folder / "checkpoints" / "best.ckpt").read_bytes() for folder in two_fits)
+    saved = other / "checkpoints"
+    with pytest.warns(
+        UserWarning, match=r"best\.ckpt is of another fit than .*last\.ckpt; it is now .*best\.old-1\.ckpt"
+    ):
+        best = resume(mine, other, epochs=2)
+    assert float(best.best_model_score) == 0.5
+    recwarn.clear()
+    # The fit owns the folder from now on, whichever of its checkpoints it resumes from.
+    for source in (other, mine):
+        resume(source, other, epochs=3)
+        assert (saved / "best.ckpt").read_bytes() == own
+    assert (saved / "best.old-1.ckpt").read_bytes() == foreign
+    assert not [str(w.message) for w in recwarn if "another fit" in str(w.message)]
+    assert sorted(path.name for path in saved.iterdir()) == [
+        "best.ckpt",
+        "best.old-1.ckpt",
+        "last.ckpt",
+        "previous.ckpt",
+    ]
+
+
+def test_without_its_best_checkpoint_a_resumed_fit_counts_from_its_next_epoch(two_fits):
+    mine, other = two_fits
+    (mine / "checkpoints" / "best.ckpt").unlink()
+    with pytest.warns(UserWarning, match=r"best\.ckpt is of another fit"):
+        resume(mine, other, epochs=2)
+    assert epoch_of(other / "checkpoints" / "best.ckpt") == 1
+
+
+def test_a_best_checkpoint_without_an_identity_stays_with_a_warning(two_fits, recwarn):
+    mine, other = two_fits
+    for path in (*mine.rglob("*.ckpt"), *other.rglob("*.ckpt")):
+        content = torch.load(path, weights_only=True)
+        del content["fit_identity"]
+        torch.save(content, path)
+    foreign = (other / "checkpoints" / "best.ckpt").read_bytes()
+    with pytest.warns(
+        UserWarning, match=r"best\.ckpt stays the best checkpoint, but may be of another fit than .*last"
+    ):
+        resume(mine, other, epochs=2)
+    assert (other / "checkpoints" / "best.ckpt").read_bytes() == foreign
+    recwarn.clear()
+    resume(other, other, epochs=3)
+    resume(mine, mine, epochs=2)
+    assert not [str(w.message) for w in recwarn if "another fit" in str(w.message)]
+
+
+def test_a_trial_run_moves_no_checkpoint(two_fits):
+    mine, other = two_fits
+    before = files_of(other)
+    loader = DataLoader(TensorDataset(torch.ones(4, 1)), batch_size=2)
+    options = {**QUIET, "fast_dev_run": True, "default_root_dir": other}
+    trainer = pl.Trainer(callbacks=[BestCheckpoint(), LastCheckpoint()], **options)
+    trainer.fit(Scored(1.0), loader, loader, ckpt_path=mine / "checkpoints" / "last.ckpt")
+    assert files_of(other) == before
