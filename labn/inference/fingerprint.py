@@ -107,6 +107,9 @@ def _sums(tensor: Tensor) -> bytes:
     if not values.is_contiguous():
         # Another order of the same memory, such as channels_last, is read as it lies there.
         values = values.as_strided((values.numel(),), (1,)) if _is_dense(values) else values.contiguous()
+    if values.storage_offset() * values.element_size() % 8:
+        # A view into a larger vector may begin between two 64-bit integers, where it cannot be read as such.
+        values = values.clone()
     flat = values.reshape(-1).view(torch.uint8)
     table = flat[: flat.numel() // (8 * COLUMNS) * (8 * COLUMNS)]
     rest = flat[table.numel() :].cpu().numpy().tobytes()

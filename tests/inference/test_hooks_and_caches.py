@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from labn.inference.fast_copy import FastCopy, FastForm
-from labn.inference.fingerprint import ModelCache
+from labn.inference.fingerprint import ModelCache, state_key
 from labn.inference.hooks import temporary_hooks
 from labn.perturbation.engine import PerturbationEngine
 
@@ -58,3 +58,15 @@ def test_a_cached_value_is_freed_with_its_model():
 def test_the_engine_refuses_a_fast_copy_without_a_module():
     with pytest.raises(ValueError, match="make it by runnable_copy"):
         PerturbationEngine(FastCopy(FastForm()), torch.zeros(1, 3, 4, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_parameters_that_are_views_of_one_vector_have_a_key(dtype):
+    model = nn.Sequential(nn.Linear(1, 1), nn.Linear(130, 130)).to(dtype)  # the matrix begins at an odd offset
+    values = nn.utils.parameters_to_vector(model.parameters()).detach()
+    nn.utils.vector_to_parameters(torch.cat([values[:1], values])[1:], model.parameters())
+    assert model[1].weight.storage_offset() % 2
+    before = state_key(model)
+    assert state_key(model) == before
+    model[1].weight.data[7, 7] += 1
+    assert state_key(model) != before
