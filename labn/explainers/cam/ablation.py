@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from labn.explainers.base import check_targets
-from labn.explainers.cam.features import Features, layer_features
+from labn.explainers.cam.features import Features, layer_features, wide
 from labn.explainers.cam.gradcam import ActivationMap
 from labn.explainers.cam.linear import linear_tail
 from labn.explainers.cam.network_tail import Tail
@@ -81,7 +81,7 @@ class AblationCAM(ActivationMap):
         for image, target in zip(images, targets):
             tail = Tail(model, layer, image[None])
             check_targets(target[None], tail.logits.shape[1])
-            features.append((tail.activations, tail.logits))
+            features.append((wide(tail.activations), wide(tail.logits)))
             lost.append(self._lost(tail, image[None], target))
         return Features(*(torch.cat(column) for column in zip(*features))), torch.stack(lost)
 
@@ -96,7 +96,7 @@ class AblationCAM(ActivationMap):
 
         engine = PerturbationEngine(tail, image, chunk_size=chunk)
         without = engine.run(ablated, tail.activations.shape[1])
-        return tail.logits[0, target] - without[:, target]
+        return wide(tail.logits)[0, target] - without[:, target]
 
 
 def _fields(features: Features) -> tuple[Tensor, Tensor]:

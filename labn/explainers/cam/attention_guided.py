@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labn.errors import InputError
-from labn.explainers.cam.features import gradient_features
+from labn.explainers.cam.features import gradient_features, wide
 from labn.explainers.cam.gradcam import GradCAM
 from labn.explainers.cam.target_layer import TargetLayer
 from labn.inference.modes import evaluating, matching
@@ -152,7 +152,8 @@ class AttentionMapGuided(GradCAM):
         gates, layer = self._gates(model), self.layer(model, images)
         if not isinstance(gates, nn.Module):
             return self._attended_sum(gates, layer, model, images, targets)
-        own = matching(gates, images)
+        # Inside a half-precision network the gates read its own maps; behind it they read float32 (`wide`).
+        own = matching(gates, images if self.apply_to == "activation" else wide(images))
         with evaluating(own, images.device.type):
             return self._attended_sum(own, layer, model, images, targets)  # type: ignore[arg-type]
 

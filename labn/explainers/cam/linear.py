@@ -50,9 +50,10 @@ def linear_tail(model: nn.Module, features: Features) -> LinearTail | None:
     for weight, bias in _linear_layers(model, expected.shape[1], features.activations.shape[1]):
         # Some networks, such as DenseNet, have a ReLU between the layer and the pooling.
         for activations in (features.activations, features.activations.relu()):
-            logits = nn.functional.linear(activations.mean(dim=(2, 3)), weight, bias)
+            # The layer runs in its own dtype, as in the network; the features of a half-precision one are float32.
+            logits = nn.functional.linear(activations.mean(dim=(2, 3)).to(weight.dtype), weight, bias)
             if (logits - expected).abs().max() <= limit:
-                return LinearTail(weight, activations)
+                return LinearTail(weight.to(activations.dtype), activations)
     return None
 
 

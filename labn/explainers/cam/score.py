@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from labn.errors import InputError
 from labn.explainers.base import check_targets
-from labn.explainers.cam.features import layer_features
+from labn.explainers.cam.features import layer_features, wide
 from labn.explainers.cam.gradcam import ActivationMap
 from labn.perturbation.engine import PerturbationEngine, check_precision
 from labn.postprocess import unit_range
@@ -103,7 +103,7 @@ class ScoreCAM(ActivationMap):
         engine = PerturbationEngine.for_model(
             model, images, chunk_size=self.chunk_size, fold=self.fold, precision=self.precision
         )
-        baselines = SCORES[self.score](engine.filled(0.0)).gather(1, targets[:, None])
+        baselines = SCORES[self.score](wide(engine.filled(0.0))).gather(1, targets[:, None])
         scores = torch.cat([torch.zeros_like(features.activations[:, :, 0, 0]), baselines], dim=1)
         for of_image, image, maps, used, target in zip(
             scores, images, features.activations, self._used(features.activations), targets
@@ -125,6 +125,7 @@ class ScoreCAM(ActivationMap):
         def masked(channels: Tensor) -> Tensor:
             # Masks are resized chunk by chunk; all K at image size would not fit.
             up = F.interpolate(masks[channels, None], image.shape[-2:], mode="bilinear", align_corners=False)
-            return up * image
+            # The masks of a half-precision network are float32; the masked images must have the network's dtype.
+            return (up * image).to(image.dtype)
 
-        return SCORES[self.score](engine.run(masked, len(masks)))[:, target]
+        return SCORES[self.score](wide(engine.run(masked, len(masks))))[:, target]
