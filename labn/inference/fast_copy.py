@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from labn.inference.chunk_size import cpu_chunk
-from labn.inference.fingerprint import ModelCache
+from labn.inference.fingerprint import ModelCache, note_written
 from labn.inference.folding import fold_batchnorm
 from labn.inference.hooks import recording_calls
 from labn.inference.model_traits import repeat_each_other
@@ -116,6 +116,7 @@ def _difference(logits: Tensor, expected: Tensor) -> float:
 
 def _choose(model: nn.Module, probe: Tensor, fold: bool) -> FastCopy:
     expected = run_model(model, probe)
+    note_written(model)
     # No form can be compared with a model whose own answers differ.
     if not repeat_each_other(expected, run_model(model, probe)):
         return FastCopy(FastForm())

@@ -7,12 +7,17 @@ are hashes of contents that are the same in every process; results on disk are f
 
 from __future__ import annotations
 
+import argparse
+import enum
 import hashlib
 import itertools
 import json
+import sys
+import types
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -31,12 +36,62 @@ ignored, because everything here runs in eval mode."""
 
 CONTAINERS = (list, tuple, dict, set, frozenset)
 
-DEPTH = 4
-"""Levels of nested containers that are compared by value; the limit ends the recursion in a container of itself."""
+DEPTH = 8
+"""Levels of nested containers and objects that are compared by value; what lies deeper is compared by identity."""
 
-# Attributes that a module writes during its own forward, such as the last attention or its gradient. They are results
-# and not settings, so the keys ignore them.
-_written: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+NAMESPACES = (types.SimpleNamespace, argparse.Namespace)
+
+OPAQUE = sys.stdlib_module_names | {"torch", "torchmetrics", "lightning", "lightning_fabric", "pytorch_lightning"}
+"""Packages whose objects are compared by identity: loggers, optimisers and trainers change at every step, and are no
+settings of a model."""
+
+ABSENT = ("absent",)  # the key of an attribute that the module does not have
+
+
+@dataclass
+class _Record:
+    """What is known of the attributes that one module writes during its own forward.
+
+    Attributes:
+        left: name -> key of the value that the forward left. The keys of the module ignore the attribute as long as it
+            has this value; another value is a change by the user.
+        results: names of tensors and counters that the forward replaced although nobody else had changed them, such as
+            the last attention. They are results and not settings, so that the keys ignore them whatever their value.
+        changes: how often the forward replaced a value that was not its own: what it left then depends on that value.
+        blocks: number of open blocks of `noting_written`.
+        entered: name -> key of every attribute when they were last looked at within the outermost open block.
+        own: names of the attributes that then had the value that the forward had left.
+    """
+
+    left: dict[str, Hashable] = field(default_factory=dict)
+    results: set[str] = field(default_factory=set)
+    changes: int = 0
+    blocks: int = 0
+    entered: dict[str, Hashable] = field(default_factory=dict)
+    own: set[str] = field(default_factory=set)
+
+    def look(self, module: nn.Module, values: dict[str, Hashable]) -> None:
+        """Note the attributes that have changed since the last look, which only the module's forward can have done."""
+        # A key of a tensor that is gone equals nothing, itself included, which is what a replaced tensor needs.
+        old, names = self.entered, self.entered.keys() | values.keys()
+        for name in names:
+            if old.get(name, ABSENT) == values.get(name, ABSENT):
+                continue
+            if name in self.own and _is_result(vars(module).get(name)):
+                self.results.add(name)
+            elif name not in self.own and name not in self.results:
+                self.changes += 1
+            self.left[name] = values.get(name, ABSENT)
+            self.own.add(name)
+        self.entered = values
+
+    def enter(self, values: dict[str, Hashable]) -> None:
+        """Begin a block with these values."""
+        self.entered = values
+        self.own = {name for name, key in self.left.items() if values.get(name, ABSENT) == key}
+
+
+_records: WeakKeyDictionary[nn.Module, _Record] = WeakKeyDictionary()
 
 
 class _Identity:
@@ -71,9 +126,10 @@ def version_of(tensor: Tensor) -> int:
 def structure_key(model: nn.Module) -> Hashable:
     """A key that changes with every module of `model`, every forward hook and every attribute `forward` may read.
 
-    Numbers, strings, and lists and dictionaries of these are compared by value, tensors by identity and version, and
-    everything else (functions, a `forward` set on the instance) by identity: a change inside such an object does not
-    change the key. Attributes that the model writes itself (`noting_written`) and metrics of torchmetrics are ignored.
+    Numbers, strings, arrays, and lists, dictionaries and plain objects of these (a configuration) are compared by
+    value, tensors by identity and version, and everything else (functions, a `forward` set on the instance) by
+    identity: a change inside such an object does not change the key. Metrics of torchmetrics are ignored, and
+    attributes that the model writes itself (`noting_written`), as long as nobody else has changed them.
     """
     return tuple(
         (_Identity(module), type(module), tuple(_hooks(module)), tuple(_settings(module).items()))
@@ -133,15 +189,34 @@ def _is_dense(tensor: Tensor) -> bool:
 
 @contextmanager
 def noting_written(model: nn.Module) -> Iterator[None]:
-    """Record which attributes `model` writes on itself during the block, so that the keys ignore them from then on."""
-    before = [(module, _settings(module)) for module in _modules(model)]
-    yield
-    for module, old in before:
-        new = _settings(module)
-        # `_written` serves as a default that no setting is equal to.
-        changed = {name for name in old.keys() | new.keys() if old.get(name, _written) != new.get(name, _written)}
-        if changed:
-            _written.setdefault(module, set()).update(changed)
+    """Record which attributes `model` writes on itself during the block, so that the keys ignore what it has written.
+
+    A value that is found changed at the beginning of a later block is the user's and counts as a setting again.
+    """
+    noted = [(module, _records.setdefault(module, _Record())) for module in _modules(model)]
+    for module, record in noted:
+        if record.blocks:
+            record.look(module, _values(module))
+        else:
+            record.enter(_values(module))
+        record.blocks += 1
+    try:
+        yield
+    finally:
+        for module, record in noted:
+            record.look(module, _values(module))
+            record.blocks -= 1
+
+
+def note_written(model: nn.Module) -> None:
+    """Look, within a block of `noting_written`, at what the forward before this call has written.
+
+    Called between two forwards, it tells what every forward replaces, a result, from what the first one filled in.
+    """
+    for module in _modules(model):
+        record = _records.get(module)
+        if record is not None and record.blocks:
+            record.look(module, _values(module))
 
 
 class ModelCache(Generic[T]):
@@ -192,25 +267,70 @@ def _hooks(module: nn.Module) -> list[Hashable]:
     return [(key, _Identity(hook)) for registered in hooks for key, hook in registered.items()]
 
 
-def _settings(module: nn.Module) -> dict[str, Hashable]:
+def _values(module: nn.Module) -> dict[str, Hashable]:
     """Attribute name -> a key of its value, for the attributes that the module has beyond those of `nn.Module`."""
-    ignored = _written.get(module, ())
-    return {
-        name: _value_key(value) for name, value in vars(module).items() if name not in OWNED and name not in ignored
+    return {name: _value_key(value) for name, value in vars(module).items() if name not in OWNED}
+
+
+def _settings(module: nn.Module) -> dict[str, Hashable]:
+    """`_values` without what the module has written itself."""
+    values, record = _values(module), _records.get(module)
+    if record is None:
+        return values
+    if record.blocks:
+        record.look(module, values)
+    removed = {name: ABSENT for name, key in record.left.items() if key != ABSENT and name not in values}
+    settings = {
+        name: key
+        for name, key in (values | removed).items()
+        if name not in record.results and (name not in record.left or record.left[name] != key)
     }
+    return {**settings, "": record.changes}
 
 
-def _value_key(value: Any, depth: int = DEPTH) -> Hashable:
+def _is_result(value: Any) -> bool:
+    """Whether an attribute is a tensor, a list with tensors, or a whole number, as counters are."""
+    if isinstance(value, (list, tuple)):
+        return any(isinstance(item, Tensor) for item in value)
+    return isinstance(value, Tensor) or type(value) is int
+
+
+def _value_key(value: Any, around: tuple[int, ...] = ()) -> Hashable:
+    """A key of a value; `around` are the addresses of the containers and objects that it lies in."""
     if isinstance(value, PLAIN):
         return type(value), value
     if isinstance(value, Tensor):
         return _Identity(value), version_of(value)
-    if isinstance(value, CONTAINERS) and depth:
-        # Keys and values of a dictionary in its order.
-        items = itertools.chain.from_iterable(value.items()) if isinstance(value, dict) else value
-        inside = [_value_key(item, depth - 1) for item in items]
-        return type(value), frozenset(inside) if isinstance(value, (set, frozenset)) else tuple(inside)
+    if isinstance(value, (np.ndarray, np.generic)) and not value.dtype.hasobject:
+        return type(value), value.shape, str(value.dtype), _blake2b([value.tobytes()])
+    if id(value) in around:
+        return "around", around.index(id(value))
+    if len(around) < DEPTH:
+        around = (*around, id(value))
+        if isinstance(value, CONTAINERS):
+            # Keys and values of a dictionary in its order.
+            items = itertools.chain.from_iterable(value.items()) if isinstance(value, dict) else value
+            inside = [_value_key(item, around) for item in items]
+            return type(value), frozenset(inside) if isinstance(value, (set, frozenset)) else tuple(inside)
+        if _is_plain_object(value):
+            return type(value), tuple((name, _value_key(item, around)) for name, item in _attributes(value).items())
     return _Identity(value)
+
+
+def _is_plain_object(value: Any) -> bool:
+    """Whether an object is nothing but its attributes, such as a configuration."""
+    kind = type(value)
+    if isinstance(value, NAMESPACES):
+        return True
+    if isinstance(value, (type, nn.Module, enum.Enum)) or callable(value):
+        return False
+    return kind.__module__.partition(".")[0] not in OPAQUE and (hasattr(value, "__dict__") or is_dataclass(kind))
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """The attributes of an object, also of a dataclass with slots."""
+    slots = [f.name for f in fields(value)] if is_dataclass(value) else []
+    return {name: getattr(value, name) for name in slots if hasattr(value, name)} | getattr(value, "__dict__", {})
 
 
 def _blake2b(chunks: Iterable[bytes], size: int = 64) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from labn.inference.fingerprint import ModelCache, structure_key
+from labn.inference.fingerprint import ModelCache, note_written, structure_key
 from labn.inference.modes import evaluating, matching, run_model
 
 REPEATS = 1e-4  # largest relative difference of two equal calls; atomics on a GPU give about 1e-6
@@ -40,7 +40,9 @@ def traits_of(model: nn.Module, images: Tensor) -> ModelTraits:
 def _seen(model: nn.Module, images: Tensor) -> ModelTraits:
     matched = matching(model, images)
     with torch.inference_mode(False), torch.no_grad(), evaluating(matched, images.device.type):
-        first, second = run_model(matched, images), run_model(matched, images)
+        first = run_model(matched, images)
+        note_written(matched)
+        second = run_model(matched, images)
     if first.ndim != 2 or first.shape != second.shape:
         return ModelTraits()
     return ModelTraits(repeat_each_other(first, second), are_probabilities(first))

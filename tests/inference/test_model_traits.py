@@ -1,7 +1,10 @@
 """Models that are not pure functions from images to logits: named, refused, or run so that it does not matter."""
 
 import copy
+from dataclasses import dataclass
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -186,3 +189,154 @@ def test_a_copy_is_kept_while_nothing_changes():
     assert fast_copy(model, X).copy is fast_copy(model, X).copy
     assert traits_of(model, X) is traits_of(model, X)
     assert "gradcam" in EXPLAINERS
+
+
+class Scaled(nn.Module):
+    """Logits times a factor, which lies in an attribute of some kind."""
+
+    def __init__(self, **attributes) -> None:
+        super().__init__()
+        self.base, self.forwards, self.last = base(), 0, None
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def factor(self):
+        return self.scale
+
+    def forward(self, x):
+        self.forwards += 1
+        self.last = self.base(x)
+        return self.last * float(self.factor())
+
+
+class WritingOnce(Scaled):
+    """Fills in the factor that is missing."""
+
+    def factor(self):
+        if self.scale is None:
+            self.scale = 1.0
+        return self.scale
+
+
+class Configured(Scaled):
+    """Reads the factor from an object."""
+
+    def factor(self):
+        return self.cfg.scale
+
+
+class WithArray(Scaled):
+    """Reads the factor from an array."""
+
+    def factor(self):
+        return self.array[0]
+
+
+class WithObjects(Scaled):
+    """Reads the factor from an object inside an object that also knows itself."""
+
+    def factor(self):
+        return self.cfg.parts["head"][0].scale
+
+
+@dataclass
+class Config:
+    """A configuration."""
+
+    scale: float = 1.0
+
+
+@dataclass
+class Slotted:
+    """A configuration without a dictionary."""
+
+    __slots__ = ("scale",)
+    scale: float
+
+
+class Nested:
+    """A plain object that refers to itself."""
+
+    def __init__(self) -> None:
+        self.parts, self.parent = {"head": [Config()]}, self
+
+
+def set_scale(model):
+    model.scale = 5.0
+
+
+def set_missing(model):
+    model.scale = None
+    model(X)  # as a training step does between two explanations
+    model.scale = 5.0
+
+
+def set_in_config(model):
+    model.cfg.scale = 5.0
+
+
+def set_in_array(model):
+    model.array[0] = 5.0
+
+
+def set_in_nested(model):
+    model.cfg.parts["head"][0].scale = 5.0
+
+
+CHANGES = {
+    "written once": (lambda: WritingOnce(scale=None), set_scale),
+    "written twice": (lambda: WritingOnce(scale=None), set_missing),
+    "namespace": (lambda: Configured(cfg=SimpleNamespace(scale=1.0)), set_in_config),
+    "dataclass": (lambda: Configured(cfg=Config()), set_in_config),
+    "slots": (lambda: Configured(cfg=Slotted(1.0)), set_in_config),
+    "array": (lambda: WithArray(array=np.ones(2)), set_in_array),
+    "nested": (lambda: WithObjects(cfg=Nested()), set_in_nested),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_scores_follow_an_attribute_that_the_user_changes(case):
+    build, change = CHANGES[case]
+    model, maps = build().eval(), torch.rand(2, 32, 32)
+
+    def scores(net):
+        return evaluate(net, X, maps, TARGETS, ["pid4"], mean=None, std=None)["pid4"]
+
+    before = scores(model)
+    assert torch.equal(scores(model), before)
+    change(model)
+    fresh = build().eval()
+    change(fresh)
+    expected = scores(fresh)
+    assert torch.equal(scores(model), expected)
+    assert not torch.equal(expected, before)
+
+
+def test_a_missing_attribute_that_is_written_from_the_images_is_no_old_one():
+    class Calibrated(Scaled):
+        def factor(self):
+            if self.scale is None:
+                self.scale = float(self.last.abs().max())
+            return self.scale
+
+    model, maps = Calibrated(scale=None).eval(), torch.rand(2, 32, 32)
+    settings = {"metrics": ["pid4"], "mean": None, "std": None}
+    for images in (X, 3 * X):
+        for fold in (True, False):
+            model.scale = None
+            scores = evaluate(model, images, maps, TARGETS, fold=fold, **settings)["pid4"]
+            fresh = evaluate(Calibrated(scale=model.scale).eval(), images, maps, TARGETS, fold=fold, **settings)["pid4"]
+            assert torch.equal(scores, fresh)
+
+
+def test_a_copy_is_kept_of_a_model_that_keeps_its_last_output():
+    model = Scaled(scale=1.0).eval()
+    for _ in range(2):
+        explain(model, X, "scorecam", TARGETS)
+    copied = fast_copy(model, X).copy
+    explain(model, X, "scorecam", TARGETS)
+    assert fast_copy(model, X).copy is copied
+    model.last = torch.zeros(1)
+    assert fast_copy(model, X).copy is copied
+    model.scale = 2.0
+    assert fast_copy(model, X).copy is not copied
