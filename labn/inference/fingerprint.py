@@ -241,7 +241,14 @@ class ModelCache(Generic[T]):
         # Weak keys: an entry must not keep its model alive. A value must not refer to the model for the same reason.
         self._entries: WeakKeyDictionary[nn.Module, dict[Hashable, tuple[Hashable, T]]] = WeakKeyDictionary()
 
-    def get(self, model: nn.Module, name: Hashable, build: Callable[[], T], valid_for: Hashable = None) -> T:
+    def get(
+        self,
+        model: nn.Module,
+        name: Hashable,
+        build: Callable[[], T],
+        valid_for: Hashable = None,
+        keep: Callable[[T], bool] = lambda value: True,
+    ) -> T:
         """The value kept under `name`, or `build()` where there is none or the model has changed.
 
         Args:
@@ -249,10 +256,14 @@ class ModelCache(Generic[T]):
             name: distinguishes the values of one model; each keeps one value.
             build: makes the value.
             valid_for: a further condition: a value that was made for another one is replaced.
+            keep: whether a value is kept at all.
         """
         entries = self._entries.setdefault(model, {})
         if name not in entries or entries[name][0] != (self._key_of(model), valid_for):
             value = build()
+            if not keep(value):
+                entries.pop(name, None)
+                return value
             # The key is taken after `build`, which may run the model and so reveal attributes that it writes itself.
             entries[name] = ((self._key_of(model), valid_for), value)
         return entries[name][1]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from labn.inference.fingerprint import ModelCache, note_written, structure_key
+from labn.inference.fingerprint import ModelCache, note_written
 from labn.inference.modes import evaluating, matching, run_model
 
 REPEATS = 1e-4  # largest relative difference of two equal calls; atomics on a GPU give about 1e-6
@@ -22,19 +22,26 @@ class ModelTraits:
     Attributes:
         repeats: both calls gave the same logits; a model with random operations does not repeat.
         probabilities: every row is non-negative and sums to one, as after a softmax.
+        decided: the answers hold for other images, too; logits that are all equal, or not finite, show nothing.
     """
 
     repeats: bool = True
     probabilities: bool = False
+    decided: bool = True
 
 
-# Weights do not matter: a model is random, or ends in a softmax, by its structure.
-_traits: ModelCache[ModelTraits] = ModelCache(structure_key)
+# The weights matter: with a head of zeros a softmax looks like logits, and a random model repeats itself.
+_traits: ModelCache[ModelTraits] = ModelCache()
 
 
 def traits_of(model: nn.Module, images: Tensor) -> ModelTraits:
-    """The traits of `model`, seen on the first two images (B, C, H, W); run once per model."""
-    return _traits.get(model, "traits", lambda: _seen(model, images[:2]))
+    """The traits of `model`, seen on the first two images (B, C, H, W).
+
+    The model is run once per state and dtype, and again on the next images where these decide nothing.
+    """
+    # The dtype matters: rounding hides from half precision that rows sum to one.
+    name = images.dtype, images.device
+    return _traits.get(model, name, lambda: _seen(model, images[:2]), keep=lambda traits: traits.decided)
 
 
 def _seen(model: nn.Module, images: Tensor) -> ModelTraits:
@@ -45,7 +52,8 @@ def _seen(model: nn.Module, images: Tensor) -> ModelTraits:
         second = run_model(matched, images)
     if first.ndim != 2 or first.shape != second.shape:
         return ModelTraits()
-    return ModelTraits(repeat_each_other(first, second), are_probabilities(first))
+    repeats, probabilities = repeat_each_other(first, second), are_probabilities(first)
+    return ModelTraits(repeats, probabilities, not repeats or probabilities or not _is_silent(first))
 
 
 def repeat_each_other(first: Tensor, second: Tensor) -> bool:
@@ -63,8 +71,18 @@ def are_probabilities(logits: Tensor) -> bool:
     if logits.shape[1] < 2 or logits.dtype not in SUMS_TO_ONE:
         return False
     limit = SUMS_TO_ONE[logits.dtype]
-    uniform = bool(((logits - logits[:, :1]).abs() <= limit).all())
-    return not uniform and bool((logits >= 0).all() and ((logits.sum(1) - 1).abs() <= limit).all())
+    return not _is_uniform(logits) and bool((logits >= 0).all() and ((logits.sum(1) - 1).abs() <= limit).all())
+
+
+def _is_uniform(logits: Tensor) -> bool:
+    """Whether the logits of every row of (B, K) are equal up to rounding."""
+    limit = SUMS_TO_ONE.get(logits.dtype, torch.finfo(logits.dtype).eps)
+    return bool(((logits - logits[:, :1]).abs() <= limit).all())
+
+
+def _is_silent(logits: Tensor) -> bool:
+    """Whether (B, K) tell nothing about the model: rows of two or more equal logits, or a logit that is not finite."""
+    return not bool(logits.isfinite().all()) or (logits.shape[1] > 1 and _is_uniform(logits))
 
 
 def warn_unless_repeating(model: nn.Module, images: Tensor) -> ModelTraits:

@@ -340,3 +340,47 @@ def test_a_copy_is_kept_of_a_model_that_keeps_its_last_output():
     assert fast_copy(model, X).copy is copied
     model.scale = 2.0
     assert fast_copy(model, X).copy is not copied
+
+
+def zero_head(soft):
+    soft[4].weight.data.zero_(), soft[4].bias.data.zero_()
+
+
+def test_a_softmax_that_was_first_seen_with_a_head_of_zeros_is_recognised_later():
+    soft = nn.Sequential(*base(), nn.Softmax(1)).eval()
+    weights = copy.deepcopy(soft.state_dict())
+    zero_head(soft)
+    assert not traits_of(soft, X).probabilities
+    soft.load_state_dict(weights)
+    assert traits_of(soft, X).probabilities
+
+
+def test_a_softmax_that_was_first_seen_on_images_without_content_is_recognised_later():
+    soft = nn.Sequential(*base(), nn.Softmax(1)).eval()
+    soft[0].bias.data.zero_(), soft[4].bias.data.zero_()
+    assert not traits_of(soft, torch.zeros_like(X)).probabilities
+    assert traits_of(soft, X).probabilities
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_softmax_that_was_first_seen_in_half_precision_is_recognised_in_single(dtype):
+    soft = nn.Sequential(*base(), nn.Softmax(1)).eval()
+    assert not traits_of(soft, X.to(dtype)).probabilities
+    assert traits_of(soft, X).probabilities
+
+
+def test_a_random_model_that_was_first_seen_with_a_head_of_zeros_is_named_later():
+    model = Dropping().eval()
+    weight = model.head.weight.detach().clone()
+    model.head.weight.data.zero_()
+    assert traits_of(model, X).repeats
+    model.head.weight.data.copy_(weight)
+    assert not traits_of(model, X).repeats
+
+
+def test_two_equal_calls_decide_once_for_all_images():
+    model, calls = base(), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    traits_of(model, X)
+    traits_of(model, 2 * X)
+    assert len(calls) == 2
