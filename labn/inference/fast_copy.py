@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from labn.inference.chunk_size import cpu_chunk
+from labn.inference.deep_copy import deep_copy
 from labn.inference.fingerprint import ModelCache, note_written
 from labn.inference.folding import fold_batchnorm
 from labn.inference.hooks import recording_calls
@@ -74,7 +74,7 @@ def _build(model: nn.Module, probe: Tensor, form: FastForm, dtype: torch.dtype) 
     if not form.copied:
         return model
     probe = probe.clone()  # folding and packing run the model, which may write on its input
-    copied = fold_batchnorm(model, probe) if form.folded else copy.deepcopy(model).eval()
+    copied = fold_batchnorm(model, probe) if form.folded else deep_copy(model).eval()
     if copied is not None:
         copied = copied.to(memory_format=torch.channels_last)
         if form.packed:

@@ -8,7 +8,6 @@ output; `labn.inference.fast_copy` therefore compares the folded copy's logits w
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
+from labn.inference.deep_copy import deep_copy
 from labn.inference.hooks import temporary_hooks
 
 Pair = tuple[_ConvNd, _BatchNorm]
@@ -110,7 +110,7 @@ def fold_batchnorm(model: nn.Module, probe: Tensor) -> nn.Module | None:
         The copy, or None for a model without such a BatchNorm.
     """
     # Traced on the copy: the pairs are its own modules, and the model sees no hook.
-    folded = copy.deepcopy(model).eval()
+    folded = deep_copy(model).eval()
     pairs = _trace(folded, probe)
     for conv, norm in pairs:
         _merge(conv, norm)

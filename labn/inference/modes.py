@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from labn.errors import InputTypeError
+from labn.inference.deep_copy import deep_copy
 from labn.inference.fingerprint import noting_written
 
 
@@ -55,7 +55,7 @@ def matching(model: nn.Module, images: Tensor) -> nn.Module:
     """
     tensors = [*model.parameters(), *model.buffers()]
     same = all(t.device == images.device and (t.dtype == images.dtype or not t.is_floating_point()) for t in tensors)
-    return model if same else copy.deepcopy(model).to(device=images.device, dtype=images.dtype)
+    return model if same else deep_copy(model).to(device=images.device, dtype=images.dtype)
 
 
 @contextmanager

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from labn.errors import InputError
+from labn.inference.deep_copy import deep_copy
 from labn.inference.fingerprint import ModelCache
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
@@ -64,7 +63,7 @@ def _build(model: nn.Module, seed: int, n_stages: int) -> list[nn.Module]:
     current = model
     with torch.inference_mode(False), torch.no_grad():
         for stage in range(n_stages):
-            current = copy.deepcopy(current)
+            current = deep_copy(current)
             for name in names[stage * len(names) // n_stages : (stage + 1) * len(names) // n_stages]:
                 _randomise(current.get_submodule(name), generator)
             copies.append(current)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from labn.errors import InputError, UnsupportedError
+from labn.inference.deep_copy import deep_copy
 from labn.inference.fingerprint import ModelCache
 from labn.inference.model_traits import random_sentence, repeat_each_other
 from labn.inference.modes import logits_of
@@ -195,7 +195,7 @@ def _agree(logits: Tensor, expected: Tensor, tolerance: float) -> bool:
 def _rounding(model: nn.Module, images: Tensor, read_logits: ReadLogits) -> float:
     """The error that single precision alone makes in the model's own logits, relative to the largest one."""
     single = read_logits(model(images.clone())).double()
-    double = read_logits(copy.deepcopy(model).double()(images.double()))
+    double = read_logits(deep_copy(model).double()(images.double()))
     finite = double.isfinite() & single.isfinite()
     error = (single - double)[finite].abs().max() / double[finite].abs().max().clamp(min=1e-6)
     return float(error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from labn.explainers.cam.features import fast_logits, replacing_call, replacing_output
 from labn.explainers.cam.target_layer import TargetLayer, is_channels_last
+from labn.inference.deep_copy import deep_copy
 from labn.inference.hooks import temporary_hooks
 from labn.inference.modes import run_model
 
@@ -62,7 +62,7 @@ class _Cut:
         self.image, self.layer, self.stub = image, layer.module, _Recorded(None)
         # As a memo of `deepcopy`, the tensors stand for their own copies: modules are copied, weights are shared.
         shared: dict[int, Any] = {id(t): t for t in [*model.parameters(), *model.buffers()]}
-        self.model = copy.deepcopy(model, shared)
+        self.model = deep_copy(model, shared)
         self._replace(model, trunk, dict(zip(model.modules(), self.model.modules())))
 
     def _replace(self, module: nn.Module, trunk: _Trunk, twins: dict[nn.Module, nn.Module]) -> None:
