@@ -110,11 +110,17 @@ class Explainer(ABC):
         if self.runs_model:
             with explained_channels(model, images):
                 self.inspect(model, images)
+        fitted = self.fitted_to(model)
         model = matching(model, images)
         with explaining(model, images.device.type), explained_channels(model, images):
             # Clones: tensors made in inference mode cannot take part in a gradient.
-            maps = self.attribute(model, images.detach().clone(), targets.to(images.device).long().clone(), indices)
+            classes = targets.to(images.device).long().clone()
+            maps = fitted.attribute(model, images.detach().clone(), classes, indices)
         return resize_maps(maps.detach(), (images.shape[-2], images.shape[-1])).float()
+
+    def fitted_to(self, model: nn.Module) -> Explainer:
+        """This method in a form that also suits converted copies of `model`; itself where it holds no layers of it."""
+        return self
 
     def inspect(self, model: nn.Module, images: Tensor) -> None:
         """Warn where two equal calls of the model differ, and where it ends in a softmax.

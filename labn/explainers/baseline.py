@@ -89,6 +89,10 @@ class Negated(Explainer):
         """The targets of the explainer whose maps are negated."""
         return self.explainer.choose_targets(model, images, targets)
 
+    def fitted_to(self, model: nn.Module) -> Explainer:
+        """The negation of the fitted explainer."""
+        return Negated(self.explainer.fitted_to(model))
+
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
         """Negated maps (B, H, W)."""
         return -self.explainer(model, images, targets, indices)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from labn import explain
+from labn.explainers import GradCAM
 from labn.models.cbam import CBAM
 
 HALVES = {torch.bfloat16: 0.15, torch.float16: 0.02}  # largest difference, relative to the largest value
@@ -52,3 +53,23 @@ def test_the_gates_of_a_half_precision_network_are_its_own(apply_to, dtype):
     settings = {"attention": "cbam", "relu": False, "apply_to": apply_to}
     expected = explain(copy.deepcopy(model).float(), images.float(), "amg", 1, **settings).maps
     assert alike(explain(model, images, "amg", 1, **settings).maps, expected, dtype)
+
+
+LAYERS = ["gradcam", "gradcam++", "xgradcam", "smoothgradcam++", "cam", "scorecam", "ablationcam", "amg", "-gradcam"]
+
+
+@pytest.mark.parametrize("method", LAYERS)
+def test_a_layer_of_a_model_in_another_dtype_is_given_as_the_module(method):
+    images, model = torch.randn(2, 3, 16, 16), network().bfloat16()
+    maps = explain(model, images, method, 1, target_layer=model[1]).maps
+    assert torch.equal(maps, explain(model, images, method, 1, target_layer="1").maps)
+
+
+def test_an_explainer_keeps_the_layer_that_it_was_given():
+    images, model = torch.randn(2, 3, 16, 16), network()
+    explainer = GradCAM(target_layer=model[1])
+    maps = explainer(model.double(), images, torch.tensor([1, 1]))
+    assert explainer.target_layer is model[1]
+    with pytest.raises(ValueError, match="target_layer is a ReLU that is not a layer of Sequential"):
+        explainer(network(), images, torch.tensor([1, 1]))
+    assert torch.equal(maps, GradCAM("1")(model, images, torch.tensor([1, 1])))

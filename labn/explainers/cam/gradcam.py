@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from labn.explainers.base import Explainer
 from labn.explainers.cam.features import Features, gradient_features
-from labn.explainers.cam.target_layer import TargetLayer, target_layer_of
+from labn.explainers.cam.target_layer import TargetLayer, name_of, target_layer_of
 
 
 class ActivationMap(Explainer):
@@ -20,9 +21,17 @@ class ActivationMap(Explainer):
         relu: apply the ReLU to the map; without it the map is signed.
     """
 
-    def __init__(self, target_layer: str | None = None, relu: bool = True) -> None:
+    def __init__(self, target_layer: str | nn.Module | None = None, relu: bool = True) -> None:
         self.target_layer = target_layer
         self.relu = relu
+
+    def fitted_to(self, model: nn.Module) -> Explainer:
+        """This method with the name of its target layer in place of the layer itself, which only `model` has."""
+        if not isinstance(self.target_layer, nn.Module):
+            return self
+        named = copy.copy(self)
+        named.target_layer = name_of(model, self.target_layer)
+        return named
 
     @abstractmethod
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
