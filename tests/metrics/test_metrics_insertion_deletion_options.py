@@ -6,7 +6,9 @@ import pytest
 import torch
 from scoring_models import Additive, Constant, Wavy, even, score, white
 
+from labn.errors import InputError
 from labn.metrics import AverageDrop, FillProbability, PatchInsertionDeletion, PercentageIn
+from labn.metrics.functional import patch_insertion_deletion
 from labn.perturbation.engine import PerturbationEngine
 
 ONE = torch.ones(1, dtype=torch.long)
@@ -189,3 +191,38 @@ class TestErrors:
     def test_wrong_options_are_refused(self, arguments, message):
         with pytest.raises(ValueError, match=message):
             PatchInsertionDeletion(**arguments)
+
+
+class TestArgumentsOfTheFunction:
+    @pytest.mark.parametrize(
+        ("arguments", "sentence"),
+        [
+            ({"area": "simpson"}, r"area must be one of \['mean', 'trapezoid'\], got 'simpson'\."),
+            ({"protocol": "released"}, r"protocol must be one of \['official', 'paper'\], got 'released'\."),
+            ({"probability": "softmx"}, "probability must be one of .*'softmax'.*, got 'softmx'"),
+            ({"ties": "first"}, "ties must be one of .*, got 'first'"),
+            ({"pooling": "median"}, "pooling must be one of .*, got 'median'"),
+            ({"fill": "green"}, "fill must be one of .*, got 'green'"),
+            ({"deletion_fill": "green"}, "deletion_fill must be one of .*, got 'green'"),
+            ({"step": 0}, "step must be at least 1, got 0"),
+            ({"step": -2}, "step must be at least 1, got -2"),
+            ({"patch_size": 0}, "patch_size must be at least 1, got 0"),
+            ({"maps": torch.rand(2, 64, 32)}, r"maps must be \(2, 32, 64\) to fit the images, got \(2, 64, 32\)"),
+            ({"maps": torch.rand(1, 32, 64)}, r"maps must be \(2, 32, 64\) to fit the images, got \(1, 32, 64\)"),
+            ({"maps": torch.rand(2, 1, 32, 64)}, r"maps must be \(2, 32, 64\) .*, got \(2, 1, 32, 64\)"),
+            ({"maps": torch.rand(2, 32, 64).index_fill(0, ONE, torch.nan)}, "maps must be finite; map 1 holds NaN"),
+        ],
+    )
+    def test_a_wrong_argument_is_named_before_the_model_runs(self, arguments, sentence):
+        model, calls = Constant([0.0, 1.0]), []
+        model.register_forward_hook(lambda *_: calls.append(1))
+        images, targets = torch.rand(2, 3, 32, 64), torch.zeros(2, dtype=torch.long)
+        with pytest.raises(InputError, match=sentence):
+            patch_insertion_deletion(model, images, **{"maps": torch.rand(2, 32, 64), "targets": targets, **arguments})
+        assert calls == []
+
+    @pytest.mark.parametrize("kind", [torch.int64, torch.float64])
+    def test_maps_of_any_dtype_are_scored(self, kind):
+        maps = (4 * torch.rand(2, 32, 64)).to(kind)
+        scores = patch_insertion_deletion(Wavy(3 * 32 * 64), torch.rand(2, 3, 32, 64), maps, torch.tensor([0, 1]))
+        assert scores["pid"].isfinite().all()

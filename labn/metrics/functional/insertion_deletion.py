@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from labn.errors import InputError
-from labn.metrics.functional.class_probability import class_probability
+from labn.metrics.functional.class_probability import PROBABILITIES, class_probability
 from labn.perturbation.engine import PerturbationEngine
-from labn.perturbation.fills import Channels, FillOptions, fill_with
-from labn.perturbation.patches import default_step, patch_grid, patch_pool, patch_ranks, ranks_to_pixels
+from labn.perturbation.fills import FILLS, Channels, FillOptions, fill_with
+from labn.perturbation.patches import POOLINGS, TIES, default_step, patch_grid, patch_pool, patch_ranks, ranks_to_pixels
 
 
 def paper_counts(n_patches: int, step: int) -> Tensor:
@@ -314,6 +314,26 @@ def insertion_deletion_curves(
     return InsertionDeletionCurves(samples, counts, x, insertion, deletion, bare, nominal)
 
 
+def _check_options(chosen: dict[str, tuple[str, Iterable[str]]], numbers: dict[str, int | None]) -> None:
+    """Raise InputError unless every option is one of its names, and every number that is given is above 0."""
+    for argument, (value, options) in chosen.items():
+        if value not in options:
+            raise InputError(f"{argument} must be one of {sorted(options)}, got {value!r}.")
+    for argument, number in numbers.items():
+        if number is not None and number < 1:
+            raise InputError(f"{argument} must be at least 1, got {number}.")
+
+
+def _check_maps(images: Tensor, maps: Tensor) -> None:
+    """Raise InputError unless the maps have the images' size and finite values."""
+    expected = (len(images), *images.shape[-2:])
+    if maps.shape != expected:
+        raise InputError(f"maps must be {expected} to fit the images, got {tuple(maps.shape)}; resize them.")
+    broken = (~maps.isfinite().flatten(1).all(1)).nonzero().flatten().tolist()
+    if broken:
+        raise InputError(f"maps must be finite; map {broken[0]} holds NaN or infinity.")
+
+
 def patch_insertion_deletion(
     model: nn.Module,
     images: Tensor,
@@ -366,6 +386,10 @@ def patch_insertion_deletion(
     Returns:
         `insertion`, `deletion`, `pid` and `fill_probability`, each (B,) float64.
 
+    Raises:
+        InputError: an option of another name, a step or patch size below 1, or maps that do not fit the images or hold
+            NaN or infinity; before the model is run.
+
     Example:
         >>> model = nn.Sequential(nn.AvgPool2d(16), nn.Flatten(), nn.Linear(4, 2, bias=False))
         >>> _ = nn.init.zeros_(model[2].weight)
@@ -373,6 +397,17 @@ def patch_insertion_deletion(
         >>> patch_insertion_deletion(model, images, maps, torch.tensor([0]), step=1)["pid"].tolist()
         [0.0]
     """
+    chosen: dict[str, tuple[str, Iterable[str]]] = {
+        "protocol": (protocol, PROTOCOLS),
+        "ties": (ties, TIES),
+        "fill": (fill, FILLS),
+        "deletion_fill": (deletion_fill or fill, FILLS),
+        "pooling": (pooling, POOLINGS),
+        "probability": (probability, PROBABILITIES),
+        "area": (area, AREAS),
+    }
+    _check_options(chosen, {"step": step, "patch_size": patch_size})
+    _check_maps(images, maps)
     size = (images.shape[-2], images.shape[-1])
     counts = patch_counts(size, patch_size, step, protocol)
     indices = torch.arange(len(images)) if indices is None else indices
