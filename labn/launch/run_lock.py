@@ -17,7 +17,7 @@ from typing import Any
 
 from labn.errors import InputError
 from labn.io.atomic import write_error
-from labn.launch.slurm import RANKS
+from labn.launch.slurm import is_first_process
 
 
 def lock_path(run_dir: Path, command: str) -> Path:
@@ -37,7 +37,7 @@ def locked(run_dir: Path, command: str) -> Iterator[None]:
         InputError: another living process holds the lock, or one on another host whose life cannot be seen from here.
         FileError: the folder cannot be written.
     """
-    if any(os.environ.get(name, "0") != "0" for name in RANKS):
+    if not is_first_process():
         yield
         return
     path = lock_path(run_dir, command)

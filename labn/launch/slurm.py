@@ -11,6 +11,11 @@ from types import FrameType
 RANKS = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
 
 
+def is_first_process() -> bool:
+    """Whether this is the first process of a run, as far as its launcher's environment says."""
+    return all(os.environ.get(name, "0") == "0" for name in RANKS)
+
+
 def restarted() -> bool:
     """Whether SLURM has requeued this job (`SLURM_RESTART_COUNT` above 0)."""
     return int(os.environ.get("SLURM_RESTART_COUNT") or 0) > 0
@@ -31,8 +36,7 @@ class _Requeue:
     """The signal handler. Data loader workers inherit it by fork and do nothing, as they did not install it."""
 
     def __init__(self) -> None:
-        first = all(os.environ.get(name, "0") == "0" for name in RANKS)
-        self.owner = os.getpid() if first else None
+        self.owner = os.getpid() if is_first_process() else None
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self.owner:

@@ -15,9 +15,10 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from labn.errors import InputError
 from labn.models.checkpoints import read_checkpoint
+from labn.modules.restore import WEIGHT_ARGUMENTS
 
 _CLASS_KEYS = ("class_path", "_class_path")
-_FILE_KEYS = ("backbone_ckpt", "ckpt", "weights")
+_FILE_KEYS = (*WEIGHT_ARGUMENTS, "weights")
 
 
 class PlainCheckpointIO(TorchCheckpointIO):
