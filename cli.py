@@ -1,278 +1,67 @@
-"""The command line: `python cli.py {fit,validate,test} --config configs/<experiment>.yaml`, and the `COMMANDS`."""
+"""The command line: `python cli.py {fit,validate,test} --config configs/<experiment>.yaml`, and the other `COMMANDS`.
+
+Everything that takes seconds to import is imported by the command that needs it, so that `--help` answers at once.
+"""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import importlib
-import logging
 import os
-import signal
 import sys
-import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
-from labn.errors import InputError
+from labn.commands import COMMANDS
+from labn.errors import InputError, sentence_of
 
-# Before the imports below: albumentations asks a server for its newest version when it is imported.
+# albumentations asks a server for its newest version when it is imported.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ.setdefault("LABN_DATA", "../shared/data")
 
-import lightning.pytorch as pl
-import torch
-from jsonargparse import DefaultHelpFormatter
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-
-import callbacks
-import datamodules
-import labn.explainers
-import labn.modules
-from callbacks.checkpoint import (
-    BEST,
-    LAST,
-    RunCheckpointIO,
-    check_monitors,
-    find_checkpoint,
-    has_last,
-    named_classes,
-    resolved,
-)
-from callbacks.checks import check_strategy
-from callbacks.logging.loggers import default_loggers, unused_version
-from callbacks.logging.run_config import RunConfigCallback
-from callbacks.logging.terminal import SentenceParser, no_advertisement, say_figures, say_taken_over
-from labn.commands import coarse, compare, doctor, explain, shards, sweep, table
-from labn.errors import sentence_of
-from labn.io.atomic import check_writable
-from labn.launch.allocator import keep_freed_memory
-from labn.launch.archive_fit import archive_fit
-from labn.launch.config_include import configurations, expand_includes, experiment_name
-from labn.launch.error_messages import explain_error
-from labn.launch.run_lock import locked
-from labn.launch.slurm import requeue_on_signal, restarted
-from labn.models.checkpoints import own_dataclasses, read_checkpoint
-from labn.modules.plain_checkpoints import check_own_classes, check_same_class
-from labn.modules.restore import WEIGHT_ARGUMENTS
-
-# The packages are imported so that jsonargparse lists their classes in `--help` and resolves short class names.
-__all__ = ["LabnCLI", "callbacks", "datamodules", "labn", "main"]
-
-CHECKPOINTS = (BEST, LAST)
-
-
-class LabnCLI(LightningCLI):
-    """LightningCLI with one run folder per experiment and the checkpoint names `best` and `last`.
-
-    Args:
-        args: positional arguments of `LightningCLI`.
-        experiment: name of the run folder in `runs/`; `--run_dir` overrides it.
-        held: receives the lock of the run folder, which its owner holds until the command has ended.
-        kwargs: arguments of `LightningCLI`.
-    """
-
-    def __init__(self, *args: Any, experiment: str, held: ExitStack, **kwargs: Any) -> None:
-        self.experiment = experiment
-        self.held = held
-        super().__init__(*args, **kwargs)
-
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Lightning's subcommands except `predict`, with the arguments that each of them does not show.
-
-        `predict` is left out because `test` writes `predictions.csv`, the argument `weights_only` because checkpoints
-        are always read as plain data (`PlainCheckpointIO`), and `verbose` because `say_figures` prints the metrics.
-        """
-        standard = LightningCLI.subcommands()
-        return {name: {*skipped, "weights_only", "verbose"} for name, skipped in standard.items() if name != "predict"}
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add this project's own arguments and link the model's number of classes to the data."""
-        parser.add_argument(
-            "--include",
-            type=list[str],
-            default=[],
-            help="Only inside a configuration file: configurations that are read before it.",
-        )
-        parser.add_argument(
-            "--run_dir",
-            type=str | None,
-            default=None,
-            help="Folder for checkpoints, logs and results; default runs/<name of the first --config>.",
-        )
-        parser.add_argument(
-            "--imports",
-            type=list[str],
-            default=[],
-            help="Python modules to import before anything is built, such as one that registers a metric.",
-        )
-        parser.add_argument(
-            "--wandb", type=str, default="offline", help="Weights & Biases: offline, online or disabled."
-        )
-        parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the arguments, and remember them for `_configured_model`."""
-        self._arguments = args
-        super().parse_arguments(parser, args)
-
-    def _configured_model(self) -> Any:
-        """Section `model` of files and arguments, without defaults and without values linked to the data."""
-        configured: Any = self.parser.parse_args(self._arguments, defaults=False)
-        return configured[self.subcommand].get("model") or {}
-
-    def _resolve_run(self) -> None:
-        """Determine the run folder and the checkpoint, before anything is built."""
-        self.subcommand = self.config["subcommand"]
-        config = self.config[self.subcommand]
-        run_dir = Path(config.run_dir or Path("runs") / self.experiment)
-        config.run_dir = str(run_dir)
-        for name in config.imports:
-            importlib.import_module(name)
-        root_dir = config.trainer.default_root_dir
-        if root_dir is not None and Path(root_dir).resolve() != run_dir.resolve():
-            rank_zero_warn(f"trainer.default_root_dir {root_dir} is ignored; files go to --run_dir ({run_dir}).")
-        config.trainer.default_root_dir = str(run_dir)
-        if self.subcommand == "fit":
-            check_trainable(config.data)
-        # Before the trainer is built, which would fail earlier for want of a GPU or of the strategy's package.
-        strategy = config.trainer.strategy
-        check_strategy(strategy if isinstance(strategy, str) else strategy.class_path)
-        if not config.trainer.get("fast_dev_run"):
-            check_writable(run_dir, "--run_dir")
-            self.held.enter_context(locked(run_dir, str(self.subcommand)))
-        if self.subcommand == "fit" and config.get("ckpt_path") is None and restarted() and has_last(run_dir):
-            config.ckpt_path = LAST
-            rank_zero_info(f"SLURM has requeued this job: fit resumes from the last checkpoint in {run_dir}.")
-        if config.get("ckpt_path") in CHECKPOINTS:
-            config.ckpt_path = find_checkpoint(run_dir, config.ckpt_path)
-
-    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
-        """Build the trainer, with loggers for the run folder unless the configuration has its own."""
-        config = self.config[self.subcommand]
-        if config.trainer.get("logger") in (None, True) and not config.trainer.get("fast_dev_run"):
-            run_dir, command = Path(config.run_dir), str(self.subcommand)
-            # A fresh fit archives the logs of an earlier one (`before_fit`), so that their name is free.
-            version = command if self._is_fresh_fit() else unused_version(run_dir / "logs", command)
-            kwargs["logger"] = default_loggers(run_dir, config.wandb, version)
-        plugins = self.config_init[self.subcommand].trainer.get("plugins") or []
-        checkpoints = RunCheckpointIO([config.run_dir])
-        kwargs["plugins"] = [checkpoints, *(plugins if isinstance(plugins, list) else [plugins])]
-        trainer = super().instantiate_trainer(**kwargs)
-        # Folders that the configuration itself gives to checkpoint callbacks. No state of a checkpoint has been loaded
-        # yet, so that none of these paths can come from a foreign file.
-        checkpoints.folders |= {resolved(d) for c in trainer.checkpoint_callbacks if (d := getattr(c, "dirpath", None))}
-        return trainer
-
-    def before_fit(self) -> None:
-        """Move the files of an earlier fit to an archive folder if this fit starts afresh."""
-        # Here the ranks are known, and no callback or logger has opened a file yet.
-        check_monitors(self.trainer)
-        archive = None
-        if self._is_fresh_fit() and self.trainer.is_global_zero:
-            archive = archive_fit(Path(self.config[self.subcommand].run_dir))
-        if archive is not None:
-            last = archive / "checkpoints" / f"{LAST}.ckpt"
-            hint = f"; to resume that fit: --ckpt_path {last}" if last.is_file() else ""
-            rank_zero_info(f"This fit starts afresh; the files of an earlier fit are now in {archive}{hint}.")
-
-    def after_validate(self) -> None:
-        """Print the metrics of the model."""
-        say_figures(self.trainer, "val")
-
-    def after_test(self) -> None:
-        """Print the metrics of the model."""
-        say_figures(self.trainer, "test")
-
-    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        quiet = {"verbose": False} if subcommand in ("validate", "test") else {}
-        return {**super()._prepare_subcommand_kwargs(subcommand), **quiet}
-
-    def _parse_ckpt_path(self) -> None:
-        """Let Lightning read the hyper-parameters of a checkpoint, after a check that they name no foreign class."""
-        # First, because Lightning reads hyper-parameters of a file only: `best` must be a path by then.
-        self._resolve_run()
-        config = self.config[self.subcommand]
-        path = config.get("ckpt_path")
-        if not path or not Path(path).is_file():
-            return
-        content = read_checkpoint(path)
-        asked = config.get("model") or {}
-        check_own_classes(path, content, named_classes(asked))
-        check_same_class(path, content, asked.get("class_path"))
-        with torch.serialization.safe_globals(own_dataclasses(Path(path))):
-            super()._parse_ckpt_path()
-        built: Any = self.config[self.subcommand].get("model") or {}
-        say_taken_over(path, self._configured_model(), built)
-        arguments = built.get("init_args") or {}
-        for name in WEIGHT_ARGUMENTS:
-            if arguments.get(name) and not Path(os.path.expandvars(arguments[name])).is_file():
-                arguments[name] = None  # the checkpoint has every weight
-
-    def _is_fresh_fit(self) -> bool:
-        """Whether this is a fit without a checkpoint that writes files, which `fast_dev_run` does not."""
-        config = self.config[self.subcommand]
-        return self.subcommand == "fit" and not config.get("ckpt_path") and not config.trainer.get("fast_dev_run")
-
-
-def check_trainable(data: Any) -> None:
-    """Raise InputError, before the network is built, for data without a training split.
-
-    Args:
-        data: the configuration's `data`, with `class_path`.
-    """
-    path = (data or {}).get("class_path")
-    module, _, name = (path or "").rpartition(".")
-    kind = getattr(importlib.import_module(module), name, None) if module else None
-    if not getattr(kind, "has_training_split", True):
-        raise InputError(f"data: {path} has no training split, so this configuration can only be tested; run `test`.")
-
-
-COMMANDS: dict[str, ModuleType] = {
-    "compare": compare,
-    "doctor": doctor,
-    "explain": explain,
-    "shards": shards,
-    "sweep": sweep,
-    "table": table,
-    "coarse": coarse,
-}
-"""Commands without a trainer: modules with `SUMMARY`, `DETAILS`, `add_arguments(parser)` and `run(options)`."""
-
 DESCRIPTION = "Train image classifiers, explain their predictions with maps, and measure how good the maps are."
-EPILOG = "\n".join(
-    [
-        "commands without a trainer:",
-        *(f"    {name:<20}{module.SUMMARY}" for name, module in COMMANDS.items()),
-        "",
-        "python cli.py fit --config configs/quickstart.yaml",
-        "python cli.py test --config configs/quickstart.yaml --ckpt_path best",
-    ]
-)
+
+TRAINER_COMMANDS = {
+    "fit": "Train a network, and validate it after every epoch.",
+    "validate": "Explain and score a network on the validation split.",
+    "test": "Explain and score a network on the test split.",
+}
+"""Commands of LightningCLI, with a trainer."""
 
 
-class MainHelp(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help formatter that does not re-wrap the list of commands."""
+def help_text() -> str:
+    """The text of `--help`: every command with its summary."""
+    listed = [f"    {name:<12}{summary}" for name, summary in {**TRAINER_COMMANDS, **COMMANDS}.items()]
+    return "\n".join(
+        [
+            "usage: cli.py COMMAND ...",
+            "",
+            DESCRIPTION,
+            "",
+            "commands:",
+            *listed,
+            "",
+            "Every command has a --help of its own.",
+            "",
+            "python cli.py fit --config configs/quickstart.yaml",
+            "python cli.py test --config configs/quickstart.yaml --ckpt_path best",
+        ]
+    )
 
 
 def run_command(name: str, argv: Sequence[str]) -> None:
     """Run one of `COMMANDS`; an error that is meant for the user prints its sentence and exits with status 2."""
-    module = COMMANDS[name]
+    command = importlib.import_module(f"labn.commands.{name}")
     parser = argparse.ArgumentParser(
         prog=f"cli.py {name}",
-        description=module.SUMMARY,
-        epilog=module.DETAILS,
+        description=COMMANDS[name],
+        epilog=command.DETAILS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    module.add_arguments(parser)
+    command.add_arguments(parser)
     options = parser.parse_args(argv)
     try:
-        module.run(options)
+        command.run(options)
     except Exception as error:
         # The system's own errors (OSError) name the file, so that they need no traceback either.
         sentence = str(error) if isinstance(error, OSError) else sentence_of(error)
@@ -292,64 +81,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: a wrong argument (status 2), or SIGTERM (status 143).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments and arguments[0] in COMMANDS:
-        run_command(arguments[0], arguments[1:])
-        return
-    words = expand_includes(arguments)
-    names = [*LabnCLI.subcommands(), *COMMANDS]
-    if words and not words[0].startswith("-") and words[0] not in names:
-        near = difflib.get_close_matches(words[0], names, n=1)
+    first = arguments[0] if arguments else ""
+    names = [*TRAINER_COMMANDS, *COMMANDS]
+    if first in ("", "-h", "--help"):
+        print(help_text())
+        sys.exit(0 if first else 2)
+    if first in COMMANDS:
+        run_command(first, arguments[1:])
+    elif first.startswith("-") or first in TRAINER_COMMANDS:
+        importlib.import_module("callbacks.lightning_cli").train_or_evaluate(arguments)
+    else:
+        near = difflib.get_close_matches(first, names, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise InputError(f"there is no command {words[0]!r}; {hint}The commands are {', '.join(names)}.")
-    requeue_on_signal()
-    try:
-        train_or_evaluate(words, experiment_name(configurations(arguments)))
-    except SIGTERMException as error:
-        # Lightning itself exits with status 0 after SIGTERM, as if the run were complete.
-        print("Terminated; the same command (fit: with --ckpt_path last) resumes from here.", file=sys.stderr)
-        raise SystemExit(128 + signal.SIGTERM) from error
-    except RuntimeError as error:
-        better = explain_error(error, getattr(rank_zero_only, "rank", 0))
-        if better is None:
-            raise
-        raise better from error
-
-
-def train_or_evaluate(words: list[str], experiment: str) -> None:
-    """Run a command with a trainer: `fit`, `validate` or `test`.
-
-    Args:
-        words: arguments, with the included configurations inserted before the files that include them.
-        experiment: default name of the run folder.
-    """
-    # Lightning warns that `args` differ from sys.argv. sys.argv is left unchanged on purpose: the launcher starts
-    # further ranks with it, and each of them expands its includes itself.
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-    # A deprecation inside Lightning's use of torch, which a user cannot act upon.
-    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
-    # The logged means of maps' scores are those of all ranks already; for other values, such as `val/loss`, the
-    # warning stays.
-    warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\('(val|test)/[^']+/")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
-    keep_freed_memory()
-    with ExitStack() as held:
-        LabnCLI(
-            pl.LightningModule,
-            pl.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            seed_everything_default=42,
-            trainer_defaults={"inference_mode": False, "use_distributed_sampler": False},
-            save_config_callback=RunConfigCallback,
-            parser_class=SentenceParser,
-            parser_kwargs={"description": DESCRIPTION, "epilog": EPILOG, "formatter_class": MainHelp},
-            # The included files are among the words by now. Their paths, relative to the including file, would be
-            # wrong in a configuration that is printed or saved, so that the field is emptied.
-            args=[*words, "--include=[]"] if "--config" in words else words,
-            auto_configure_optimizers=False,
-            experiment=experiment,
-            held=held,
-        )
+        raise InputError(f"there is no command {first!r}; {hint}The commands are {', '.join(names)}.")
 
 
 def console() -> None:

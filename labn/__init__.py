@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
-from labn.api import Explanation, evaluate, explain, prepare
+if TYPE_CHECKING:
+    from labn.api import Explanation, evaluate, explain, prepare
 
 __all__ = ["Explanation", "evaluate", "explain", "prepare"]
 
@@ -35,3 +37,14 @@ class _OldPaths(MetaPathFinder, Loader):
 
 
 sys.meta_path.append(_OldPaths())
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name of `__all__` when it is first used (PEP 562): commands that need no network start at once."""
+    if name in __all__:
+        return getattr(importlib.import_module("labn.api"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -7,21 +7,23 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from labn import metrics as known
 from labn.errors import InputError, InputTypeError
 from labn.explainers.base import Explainer, Targets, explained_channels, resolve_targets
 from labn.explainers.registry import explainer_by_name
 from labn.inference.model_traits import probabilities_sentence, warn_unless_repeating
 from labn.io.images import to_square
 from labn.io.preprocessing import Preprocessing
-from labn.metrics.base import Boxes, ScoredBatch
-from labn.metrics.registry import check_settings, metric_by_name, values_named
 from labn.perturbation.engine import PerturbationEngine
+
+if TYPE_CHECKING:
+    from labn.metrics.base import Boxes
 
 READS_OUTPUT = ("identity", "logit")
 """Settings of `probability` under which scores read the output of a model as it is."""
@@ -180,8 +182,8 @@ def evaluate(
         maps = maps.squeeze(1)
     if isinstance(metrics, str):
         raise InputTypeError(f"metrics is {metrics!r}; it must be a list of names, such as [{metrics!r}].")
-    check_settings(metrics, settings)
-    built = {name: metric_by_name(name, **_normalisation(images, mean, std), **settings) for name in metrics}
+    known.check_settings(metrics, settings)
+    built = {name: known.metric_by_name(name, **_normalisation(images, mean, std), **settings) for name in metrics}
     positions = torch.arange(len(images)) if indices is None else indices
     method = explainer_by_name(explainer) if isinstance(explainer, str) else explainer
     # `explain` without indices used one randomness for all samples; a second explanation must do the same.
@@ -197,7 +199,7 @@ def evaluate(
         if targets is None:
             targets = engine.original().argmax(1) if predictions is None else predictions
         classes = resolve_targets(model, images, targets)
-        batch = ScoredBatch(
+        batch = known.ScoredBatch(
             model, images, maps, classes, positions, labels, masks, boxes, explain_again, engine, predictions
         )
         # All checks come before the first score, which may take minutes.
@@ -206,7 +208,7 @@ def evaluate(
         scores: dict[str, Tensor] = {}
         for name, metric in built.items():
             values = metric.score_batch(batch).values
-            scores |= {key: values[value] for key, value in values_named(name, metric).items()}
+            scores |= {key: values[value] for key, value in known.values_named(name, metric).items()}
     return {name: score.to(images.device) for name, score in scores.items()}
 
 

@@ -26,6 +26,7 @@ def serve():
     # What every child would otherwise do anew.
     from matplotlib import pyplot
 
+    import callbacks.lightning_cli  # noqa: F401
     import cli
 
     pyplot.figure(figsize=(1, 1)).suptitle("fonts").figure.savefig(io.BytesIO())

@@ -21,7 +21,6 @@ from labn.io.atomic import write_atomically
 from labn.io.readers import read_table
 from labn.metrics.statistics import Interval, bootstrap_mean, paired_difference
 
-SUMMARY = "Compare fine and coarse maps: patch sizes at which the score ranks an exact mask above coarse copies of it."
 DETAILS = """\
 Reads the results of:
 

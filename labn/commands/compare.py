@@ -10,7 +10,6 @@ from labn.io.atomic import write_atomically
 from labn.report.comparison import comparison_report
 from labn.report.page import render
 
-SUMMARY = "Put the results of several runs into one table and one report."
 DETAILS = """\
 RUN is a run folder (runs/quickstart) or a results folder in it (runs/quickstart/val/epoch=002). Runs whose
 configurations differ only in the seed form one row with mean and standard deviation; each results folder of one run

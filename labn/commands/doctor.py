@@ -21,7 +21,6 @@ from torch import nn
 
 from labn.api import evaluate, explain
 
-SUMMARY = "Check versions, GPU, disk and data folders, and run a self-test of a few seconds."
 DETAILS = """\
 Every line starts with `ok`, `note` (optional) or `FAIL`, and says what to do. The exit status is 1 if a check failed.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import itertools
 import textwrap
@@ -24,14 +25,12 @@ from labn.io.images import image_files
 from labn.io.preprocessing import Preprocessing
 from labn.io.readers import non_utf8_name, read_text
 from labn.models.pretrained import load_pretrained
-from labn.modules.restore import restore
 from labn.report.figures import displayable, overlay_figure
 from labn.results.shard_index import readable_name
 from labn.results.tables import csv_bytes
 
 METHODS = tuple(name for name in EXPLAINERS if name != "crp")
 """Methods for classifiers."""
-SUMMARY = "Explain single pictures with a trained network or one with given weights."
 DETAILS = f"""\
 Prints the predicted class and confidence of every picture and writes to --out: overlays/<picture>.png (the picture
 and the map of every method, with colour bars), maps/<picture>.safetensors (raw maps by method, not normalised) and
@@ -130,7 +129,8 @@ def load_network(options: argparse.Namespace) -> tuple[nn.Module, Preprocessing]
     if (options.ckpt is None) == (options.model is None) or (options.model is None) != (options.weights is None):
         raise InputError("Name the network by --ckpt, or by --model and --weights together.")
     if options.ckpt is not None:
-        network, stored = restore(options.ckpt)
+        # Lightning, whose import takes seconds, is needed for checkpoints alone.
+        network, stored = importlib.import_module("labn.modules.restore").restore(options.ckpt)
         if stored is None:
             raise InputError(f"{options.ckpt} has no preprocessing, because it was saved without a data module.")
         preprocessing = stored

@@ -15,7 +15,6 @@ from labn.io.readers import read_yaml
 from labn.launch.config_include import with_includes
 from labn.launch.error_messages import config_sentence
 
-SUMMARY = "Write the data set of a configuration to tar shards, for datamodules.TarShards."
 DETAILS = """\
 Images are stored losslessly as the data module prepares them (cropped and resized, not augmented), with labels,
 masks, groups and names, and an index of the position of every sample. Data sets for detectors, whose samples have

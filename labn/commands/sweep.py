@@ -18,7 +18,6 @@ from labn.io.atomic import write_atomically
 from labn.io.readers import read_json
 from labn.launch.config_include import configurations, expand_includes, experiment_name
 
-SUMMARY = "Fit and test a configuration once per seed, in RUN_DIR/seed=N/."
 DETAILS = """\
 The same command again skips finished steps and resumes interrupted ones. All arguments after `--` are passed to fit
 and test:

@@ -21,7 +21,6 @@ from labn.results.reader import StageResults
 from labn.results.store import MANIFEST
 from labn.results.training_logs import log_files
 
-SUMMARY = "Print tables of the papers with the published numbers and those of the runs."
 DETAILS = """\
 A cell of a run is: mean ± standard deviation over seeds [95 % interval over samples of the seeds' mean]. The runs are
 those of `cli.py sweep` in RUNS/<experiment>/seed=* or, without any, a single run in RUNS/<experiment>. `accuracy` is

@@ -24,7 +24,6 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 T = TypeVar("T")
 
@@ -270,7 +269,10 @@ class ModelCache(Generic[T]):
 
 
 def _modules(model: nn.Module) -> Iterator[nn.Module]:
-    return (module for module in model.modules() if not isinstance(module, Metric))
+    # A metric can only be there where torchmetrics, whose import takes seconds, has been imported.
+    torchmetrics = sys.modules.get("torchmetrics")
+    metric: Any = getattr(torchmetrics, "Metric", ())
+    return (module for module in model.modules() if not isinstance(module, metric))
 
 
 def _hooks(module: nn.Module) -> list[Hashable]:

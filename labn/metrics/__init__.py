@@ -1,17 +1,65 @@
-"""Metrics of explanations: `torchmetrics.Metric` classes over the functions of `labn.metrics.functional`."""
+"""Metrics of explanations: `torchmetrics.Metric` classes over the functions of `labn.metrics.functional`.
 
-from labn.metrics.base import SampleMetric, SampleScores
-from labn.metrics.confidence import ADCC, AverageDrop, PercentIncrease
-from labn.metrics.errors import ErrorAnalysis
-from labn.metrics.filled import FillProbability
-from labn.metrics.forecast import ForecastSkill
-from labn.metrics.insertion_deletion import PatchInsertionDeletion
-from labn.metrics.localisation import MapAUROC, PointingGame, RelevanceMass, RelevanceRank
-from labn.metrics.percentage_in import PercentageIn
-from labn.metrics.randomisation import Randomisation
-from labn.metrics.registry import MetricEntry, metric_by_name, register_metric, values_named
-from labn.metrics.sparseness import Sparseness
-from labn.metrics.statistics import Interval, bootstrap_mean, bootstrap_sums, paired_difference
+A name is imported when it is first used, because torchmetrics takes seconds to import.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from labn.metrics.base import SampleMetric, SampleScores, ScoredBatch
+    from labn.metrics.confidence import ADCC, AverageDrop, PercentIncrease
+    from labn.metrics.errors import ErrorAnalysis
+    from labn.metrics.filled import FillProbability
+    from labn.metrics.forecast import ForecastSkill
+    from labn.metrics.insertion_deletion import PatchInsertionDeletion
+    from labn.metrics.localisation import MapAUROC, PointingGame, RelevanceMass, RelevanceRank
+    from labn.metrics.percentage_in import PercentageIn
+    from labn.metrics.randomisation import Randomisation
+    from labn.metrics.registry import MetricEntry, check_settings, metric_by_name, register_metric, values_named
+    from labn.metrics.sparseness import Sparseness
+    from labn.metrics.statistics import Interval, bootstrap_mean, bootstrap_sums, paired_difference
+
+_MODULES = {
+    "base": (
+        "ScoredBatch",
+        "SampleMetric",
+        "SampleScores",
+    ),
+    "confidence": (
+        "ADCC",
+        "AverageDrop",
+        "PercentIncrease",
+    ),
+    "errors": ("ErrorAnalysis",),
+    "filled": ("FillProbability",),
+    "forecast": ("ForecastSkill",),
+    "insertion_deletion": ("PatchInsertionDeletion",),
+    "localisation": (
+        "MapAUROC",
+        "PointingGame",
+        "RelevanceMass",
+        "RelevanceRank",
+    ),
+    "percentage_in": ("PercentageIn",),
+    "randomisation": ("Randomisation",),
+    "registry": (
+        "MetricEntry",
+        "check_settings",
+        "metric_by_name",
+        "register_metric",
+        "values_named",
+    ),
+    "sparseness": ("Sparseness",),
+    "statistics": (
+        "Interval",
+        "bootstrap_mean",
+        "bootstrap_sums",
+        "paired_difference",
+    ),
+}
 
 __all__ = [
     "ADCC",
@@ -31,11 +79,25 @@ __all__ = [
     "RelevanceRank",
     "SampleMetric",
     "SampleScores",
+    "ScoredBatch",
     "Sparseness",
     "bootstrap_mean",
     "bootstrap_sums",
+    "check_settings",
     "metric_by_name",
     "paired_difference",
     "register_metric",
     "values_named",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a name of `__all__` (PEP 562)."""
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

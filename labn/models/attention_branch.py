@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from labn.errors import InputError
 from labn.models.backbones import backbone_of, build_network, final_linear, input_channels
@@ -141,10 +140,14 @@ def abn_branch(
 
 
 def _plain(in_channels: int, planes: int) -> nn.Module:
+    from torchvision.models.resnet import Bottleneck  # a second, which `import labn` need not cost
+
     return Bottleneck(in_channels, planes, downsample=shortcut(in_channels, planes * Bottleneck.expansion, 1))
 
 
 def _basic(in_channels: int, planes: int) -> nn.Module:
+    from torchvision.models.resnet import BasicBlock
+
     return BasicBlock(in_channels, planes, downsample=shortcut(in_channels, planes, 1))
 
 

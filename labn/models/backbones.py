@@ -8,9 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import timm
 import torch
-import torchvision
 from torch import nn
 
 from labn.errors import InputError
@@ -222,12 +220,16 @@ def _check_ready(network: nn.Module, num_classes: int, options: dict[str, Any]) 
 
 
 def _from_timm(name: str, num_classes: int, in_channels: int, options: dict[str, Any]) -> nn.Module:
+    import timm  # three seconds, which `import labn` need not cost
+
     if name not in timm.list_models():
         raise InputError(f"backbone is 'timm/{name}', which this timm ({timm.__version__}) does not know.")
     return timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels, **options)
 
 
 def _from_torchvision(name: str, num_classes: int, in_channels: int, options: dict[str, Any]) -> nn.Module:
+    import torchvision  # a second, which `import labn` need not cost
+
     if name not in torchvision.models.list_models(module=torchvision.models):
         own = ", ".join(OWN_NETWORKS)
         raise InputError(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import timm
-import torchvision
 from torch import Tensor, nn
 
 from labn.errors import InputError
@@ -46,8 +44,14 @@ def load_pretrained(name: str, weights: str | Path) -> tuple[nn.Module, Preproce
 
 def backbone_name(name: str) -> str:
     """The name for `build_network`: `timm/` is put before names that only timm has."""
-    if "/" in name or name in OWN_NETWORKS or name in torchvision.models.list_models(module=torchvision.models):
+    if "/" in name or name in OWN_NETWORKS:
         return name
+    import torchvision
+
+    if name in torchvision.models.list_models(module=torchvision.models):
+        return name
+    import timm  # after torchvision, because it takes three times as long
+
     return f"timm/{name}" if name in timm.list_models() else name
 
 

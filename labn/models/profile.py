@@ -10,7 +10,6 @@ from statistics import median
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from labn.errors import InputError
 from labn.inference.modes import evaluating
@@ -62,6 +61,8 @@ def count_flops(model: nn.Module, images: Tensor) -> int:
         >>> count_flops(nn.Conv2d(3, 4, 1, bias=False), torch.zeros(1, 3, 5, 5))
         600
     """
+    from torch.utils.flop_counter import FlopCounterMode  # it imports triton, half a second
+
     counter = FlopCounterMode(display=False)
     with evaluating(model, images.device.type), _by_definition(model), counter:
         model(images)

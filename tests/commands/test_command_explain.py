@@ -11,9 +11,9 @@ import torch
 from command_line import call_main
 from safetensors.torch import load_file, save_file
 
-from cli import COMMANDS
 from datamodules import ImageFolder, SyntheticFundus
 from labn import explain
+from labn.commands import COMMANDS
 from labn.io.preprocessing import KEY, Preprocessing
 from labn.modules import LABN, SSD
 from labn.modules.restore import restore
@@ -222,7 +222,7 @@ def test_the_main_help_names_every_command(capsys):
         call_main(["--help"])
     text = capsys.readouterr().out
     assert all(name in text for name in ("fit", "validate", "test"))
-    assert all(f"    {name} " in text and module.SUMMARY in text for name, module in COMMANDS.items())
+    assert all(f"    {name} " in text and summary in text for name, summary in COMMANDS.items())
 
 
 @pytest.mark.filterwarnings("ignore:Glyph .* missing from font")

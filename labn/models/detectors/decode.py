@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchvision.ops import batched_nms
 
 from labn.models.detectors.base import Detector, Predictions
 
@@ -104,6 +103,8 @@ def detect(
 
 
 def _one_image(boxes: Tensor, scores: Tensor, background: int | None, chosen: Thresholds) -> Detections:
+    from torchvision.ops import batched_nms  # a second, which `import labn` need not cost
+
     objects = scores.clone()
     if background is not None:
         objects[:, background] = 0

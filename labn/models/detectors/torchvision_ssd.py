@@ -1,18 +1,22 @@
-"""torchvision's SSD and SSDlite as detectors, and SSD300 at any width."""
+"""torchvision's SSD and SSDlite as detectors, and SSD300 at any width.
+
+torchvision is imported inside the functions: its import takes a second, which `import labn` need not cost.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
-from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
-from torchvision.models.detection.image_list import ImageList
-from torchvision.models.detection.ssd import SSD
-from torchvision.ops import box_iou
 
 from labn.errors import InputError, InputTypeError
 from labn.models.detectors.base import Detector, Head, Predictions
 from labn.models.detectors.decode import corners
 from labn.models.detectors.vgg import VGGFeatures
+
+if TYPE_CHECKING:
+    from torchvision.models.detection.ssd import SSD
 
 SSD300_SIDE = 300
 SSD300_RATIOS = [[2], [2, 3], [2, 3], [2, 3], [2], [2]]
@@ -63,6 +67,8 @@ class TorchvisionSSD(Detector):
 
     def default_boxes(self, size: tuple[int, int], grids: tuple[tuple[int, int], ...], like: Tensor) -> Tensor:
         """Default boxes (P, 4) in centre form and pixels, from the model's own generator."""
+        from torchvision.models.detection.image_list import ImageList
+
         maps = [like.new_empty((1, 1, h, w)) for h, w in grids]
         edges = self.model.anchor_generator(ImageList(like.new_empty((1, 3, *size)), [size]), maps)[0]
         return torch.cat([(edges[:, :2] + edges[:, 2:]) / 2, edges[:, 2:] - edges[:, :2]], 1)
@@ -81,6 +87,8 @@ class TorchvisionSSD(Detector):
         Returns:
             Scalars `classification` and `localisation`, and the number of `matched` default boxes.
         """
+        from torchvision.ops import box_iou
+
         priors = corners(self.default_boxes(size, predictions.grids, predictions.offsets))
         no_match = priors.new_full((len(priors),), -1, dtype=torch.int64)
         matched = [self.model.proposal_matcher(box_iou(b, priors)) if len(b) else no_match for b in boxes]
@@ -108,6 +116,9 @@ def ssd300(
         batchnorm: add BatchNorm to the VGG layers, for training from random weights.
         class_names: names of the classes, the background first.
     """
+    from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+    from torchvision.models.detection.ssd import SSD
+
     boxes = DefaultBoxGenerator(SSD300_RATIOS, scales=SSD300_SCALES, steps=SSD300_STEPS)
     model = SSD(VGGFeatures(width, batchnorm), boxes, (SSD300_SIDE, SSD300_SIDE), num_classes)
     return TorchvisionSSD(model, class_names)
@@ -121,6 +132,8 @@ def detector_of(model: nn.Module) -> Detector:
     Raises:
         InputTypeError: the model is neither.
     """
+    from torchvision.models.detection.ssd import SSD
+
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, Detector):
         return model
