@@ -109,6 +109,17 @@ def _linear(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
         return [RULES[rule_name(node, config)](step)]
 
 
+def _affine(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
+    """A BatchNorm as a layer of its own, by the epsilon rule: R_x = g x R / (g x + c + e)."""
+    assert node.norm is not None
+    (a,) = state.trace.saved[node.index]
+    scale, shift = (v.view(-1, *[1] * (a.ndim - 2)) for v in (node.norm.scale, node.norm.shift))
+    s = divide(r, torch.addcmul(shift, a, scale), state.trace.config, state.conservation)
+    if state.conservation is not None:
+        state.conservation.biased(s * shift)
+    return [s * a * scale]
+
+
 def _sum(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
     """Divide relevance between the branches of a residual sum."""
     if len(node.inputs) == 1:  # x + x: both operands are one value
@@ -205,6 +216,7 @@ def _region(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
 BACKWARD: dict[str, Callable[[_Sweep, Node, Tensor], list[Tensor]]] = {
     **dict.fromkeys(("norm", "relu", "identity", "pass", "rescale", "product"), _unchanged),
     **dict.fromkeys(("linear", "weighted"), _linear),
+    "affine": _affine,
     "sum": _sum,
     "route": _route,
     "pad": _pad,
@@ -212,4 +224,4 @@ BACKWARD: dict[str, Callable[[_Sweep, Node, Tensor], list[Tensor]]] = {
     "maxpool": _maxpool,
     "region": _region,
 }
-_REPORTED = {"linear", "weighted", "sum", "pad", "spread", "maxpool", "region"}
+_REPORTED = {"linear", "weighted", "affine", "sum", "pad", "spread", "maxpool", "region"}

@@ -44,7 +44,10 @@ class Config:
             divided by `ratio`, so that the first layer keeps its own rule, unless that rule is `same`.
         block_weights: under `residual="block"`, either the block as it is (`signed`), or the block with BatchNorm
             folded, weights clamped at zero and biases left out (`zplus`), which conserves relevance.
-        batchnorm: `pass` hands relevance through a BatchNorm unchanged, `fold` joins it to the layer before.
+        batchnorm: `pass` hands relevance through a BatchNorm unchanged, `fold` joins it to the layer before. Without
+            one (DenseNet, pre-activation ResNets), it is joined to the layer behind if that follows directly and does
+            not pad, or else is a layer of its own with the rule `epsilon`; before the first linear layer that only
+            holds under first_layer `epsilon` or `same`.
         pooling: at a max pooling, the `winner` takes all, or relevance is divided as at an `average` pooling over the
             same windows.
         first_layer: rule of the first linear layer: `ones` (activation replaced by 1), `zbox` (pixel bounds),

@@ -199,6 +199,7 @@ FORWARD: dict[str, Callable[[_Run, Node], Tensor]] = {
     "sum": _sum,
     "route": _keep_inputs,
     "pad": _keep_inputs,
+    "affine": _keep_inputs,
     "maxpool": _maxpool,
     "spread": _spread,
     "region": _region,

@@ -24,6 +24,7 @@ from labn.lrp.rules.block import PIECEWISE_LINEAR, carrying_in
 from labn.lrp.rules.linear_layers import Layer
 from labn.lrp.rules.residual_sums import ResidualSum, residual_sum_of
 from labn.lrp.tracing.graph import Graph, build, use_fastest
+from labn.lrp.tracing.leading_norms import fold_leading_norms
 from labn.lrp.tracing.recorder import record
 from labn.lrp.tracing.residual_blocks import with_regions
 
@@ -53,16 +54,25 @@ class Plan:
     graph: Graph
     residual_sums: dict[int, ResidualSum]
     _regions: dict[tuple[bool, bool], Graph] = field(default_factory=dict)
+    _folded: dict[tuple[int, bool], Graph] = field(default_factory=dict)
 
     def for_config(self, config: Config) -> Graph:
-        """The graph for the residual rule of `config`: under `block`, residual blocks are joined to regions.
+        """The graph for the rules of sums and of BatchNorms of `config`."""
+        graph = self._with_blocks(config) if config.residual == "block" else self.graph
+        if not config.folded:
+            return graph
+        key = id(graph), config.first_layer in ("same", "epsilon")
+        if key not in self._folded:
+            self._folded[key] = fold_leading_norms(graph, key[1])
+        return self._folded[key]
+
+    def _with_blocks(self, config: Config) -> Graph:
+        """The graph with residual blocks joined to regions.
 
         Consecutive blocks become one region, whose relevance is a single gradient, because the output that the lower
         block divides by cancels the input that the upper block multiplies with. With clamped weights these two differ,
         so that every block is then a region of its own.
         """
-        if config.residual != "block":
-            return self.graph
         options = config.block_weights == "signed", config.first_layer == "same"
         if options not in self._regions:
             self._regions[options] = with_regions(self.graph, *options)

@@ -76,14 +76,15 @@ def test_keys_of_saved_maps_do_not_change_when_modules_move():
 def test_a_new_revision_gives_other_keys(monkeypatch):
     changed = [
         LRP(first_layer="zbox"),
-        CRP(first_layer="zbox"),
+        CRP(first_layer="zbox", batchnorm="pass"),
         AttentionMapGuided(attention="cbam"),
         PatchInsertionDeletion(4, area="mean"),
     ]
-    same = [LRP(), CRP(), AttentionMapGuided(), AttentionMapGuided(attention="cbam", normalise=False)]
+    same = [LRP(), CRP(batchnorm="pass"), AttentionMapGuided(), AttentionMapGuided(attention="cbam", normalise=False)]
     same += [PatchInsertionDeletion(4), PatchInsertionDeletion(4, area="mean", ties="stable")]
     assert [thing.revision for thing in changed] == [1] * 4
     assert [thing.revision for thing in same] == [0] * 6
+    assert [thing.revision for thing in (LRP(batchnorm="fold"), CRP(), CRP(first_layer="zbox"))] == [2, 2, 3]
     before = describe(Negated(changed[0]))
     monkeypatch.setattr(LRP, "revision", 2)
     assert describe(Negated(changed[0])) != before

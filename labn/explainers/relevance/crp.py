@@ -282,8 +282,8 @@ class CRP(Explainer):
 
     @property
     def revision(self) -> int:
-        """1 with the rule zbox, as for `LRP`."""
-        return int(self.config.first_layer == "zbox")
+        """As for `LRP`."""
+        return int(self.config.first_layer == "zbox") + 2 * self.config.folded
 
     def choose_targets(self, model: nn.Module, images: Tensor, targets: Targets) -> Tensor:
         """Class channels (B,): the given ones, or that of each image's best detection (background if there is none).

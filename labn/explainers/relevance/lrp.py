@@ -103,8 +103,9 @@ class LRP(Explainer):
 
     @property
     def revision(self) -> int:
-        """1 with the rule zbox, whose bounds did not pass a normalisation inside the network in earlier versions."""
-        return int(self.config.first_layer == "zbox")
+        """Earlier versions kept the bounds of zbox before a normalisation inside the network (1), and folded no
+        BatchNorm without a layer before it (2)."""
+        return int(self.config.first_layer == "zbox") + 2 * self.config.folded
 
     @property
     def conserves(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -161,9 +161,29 @@ class Layer:
         bias = None if self.bias is None else self.bias[channels]
         return Layer(self.operation, self.weight[channels], bias, self.options)
 
+    def after(self, scale: Tensor, shift: Tensor) -> Layer:
+        """The layer that reads x in place of scale * x + shift, each (in,); exact without padding."""
+        groups = self.options.get("groups", 1)
+        # (out, in / groups, ...): the outputs of a group read the inputs of the same group.
+        per_weight = (
+            vector.double().view(groups, 1, -1).expand(-1, len(self.weight) // groups, -1).flatten(0, 1)
+            for vector in (scale, shift)
+        )
+        axes = (*self.weight.shape[:2], *[1] * (self.weight.ndim - 2))
+        factor, constant = (vector.reshape(axes) for vector in per_weight)
+        weight = self.weight.double()
+        bias = (weight * constant).flatten(1).sum(1) + (0 if self.bias is None else self.bias.double())
+        dtype = self.weight.dtype
+        return replace(self, weight=(weight * factor).to(dtype), bias=bias.to(dtype), _prepared={}, _packed={})
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether the layer pads its input."""
+        return self.operation != "linear" and any(self._geometry()[0])
+
     @property
     def channel_axis(self) -> int:
-        """The axis of the output that holds the channels."""
+        """The axis of the input and of the output that holds the channels."""
         return -1 if self.operation == "linear" else 1
 
     def per_channel(self, vector: Tensor) -> Tensor:

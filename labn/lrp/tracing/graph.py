@@ -23,7 +23,8 @@ class Node:
         inputs: indices of all values that the node reads.
         flow: the inputs that receive relevance: all except the gate of a product and the constants of weights.
         layer: weights and options, for kind `linear`.
-        norm: the BatchNorm that follows, for kind `weighted`; that of a linear layer is part of `layer`.
+        norm: the BatchNorm that follows, for kind `weighted`, or the node itself, for kind `affine` (see
+            `labn.lrp.tracing.leading_norms`); that of a linear layer is part of `layer`.
         first: whether no linear layer lies between the images and this node (False for kind `weighted`).
         non_negative: whether the value of this node is known to be >= 0.
         consumers: number of nodes that read the value.
