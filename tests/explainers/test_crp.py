@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -245,3 +246,33 @@ def test_relevance_at_an_inner_layer_stays_inside_the_receptive_field():
     assert inner.shape[1:] == (8, 75, 75)
     assert abs(float(inner.sum())) < 1e-9
     assert set(COORDINATES) < set(TASKS)
+
+
+def depthwise(weights):
+    """The tiny detector with a depthwise convolution in place of its second one, whose weights are `weights`."""
+    detector = tiny()
+    detector.low[3] = torch.nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False)
+    detector.low.insert(4, torch.nn.Conv2d(6, 8, 1, bias=False))
+    torch.nn.init.constant_(detector.low[4].weight, 1.0)
+    with torch.no_grad():
+        detector.low[3].weight.copy_(weights)
+    return detector.double()
+
+
+def test_answers_carry_the_relevance_that_arrives_at_the_pixels():
+    """Channels without positive contribution keep their relevance, of the rivals more than of the class."""
+    weights = torch.ones(6, 1, 3, 3)
+    weights[:3] = -1.0
+    detector = depthwise(weights)
+    with torch.no_grad():
+        detector.low[3].bias = torch.nn.Parameter(torch.full((6,), 1e3, dtype=torch.float64))
+        detector.low[4].weight.copy_(torch.rand(8, 6, 1, 1, generator=torch.Generator().manual_seed(0)))
+    crp = CRP(contrast_at="none")
+    trace = crp.trace(detector, picture(detector))
+    with pytest.warns(UserWarning, match=r"relevance arrives at the pixels of TinySSD; most is kept by 'low\.3'"):
+        answers = crp.ask(trace, QUESTIONS[:1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # told once per detector
+        crp.ask(trace, QUESTIONS)
+    assert answers.arrived.tolist() == pytest.approx([float(answers.maps.sum())])
+    assert 0 < float(answers.arrived) < 0.95 * float(answers.sums)

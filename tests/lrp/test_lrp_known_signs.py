@@ -86,3 +86,44 @@ def test_lambda_maps_are_the_same_for_any_batch():
     for size in (1, 2, 3):
         maps = [LambdaAttention()(model, *pair) for pair in zip(images.split(size), targets.split(size))]
         assert torch.equal(torch.cat(maps), together)
+
+
+def test_losses_of_a_contrast_are_told_although_its_signs_cancel():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=4), nn.ReLU(), nn.AdaptiveAvgPool2d(1)]
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4, 2)).double().eval()
+    with torch.no_grad():
+        model[2].weight.abs_().neg_()
+        model[2].bias.fill_(5.0)
+    with pytest.warns(UserWarning, match=r"^0% of the relevance arrives .*; most is kept by '2'"):
+        explain(model, X, "contrastive_lrp", TARGETS)
+
+
+def test_nothing_is_said_of_a_contrast_that_arrives(recwarn):
+    """The start of a contrast sums to zero up to rounding, which is no measure of what arrives."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 12)]
+    model = nn.Sequential(*layers).eval()
+    explain(model, X.float(), "contrastive_lrp", TARGETS)
+    assert not [w for w in recwarn if "of the relevance arrives" in str(w.message)]
+
+
+def test_relevance_of_filled_channels_is_told_with_the_rule_that_avoids_it():
+    """Option A shortcuts: half of the sum's channels are filled with zeros on one side."""
+
+    class OptionA(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.stem, self.deep, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 8, 3, 2, 1), nn.Linear(8, 2)
+
+        def forward(self, x):
+            x = self.stem(x).relu()
+            skip = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2))
+            return self.head((self.deep(x) + skip).relu().mean((2, 3)))
+
+    model = OptionA().double().eval()
+    with torch.no_grad():
+        model.head.weight.abs_()
+    with pytest.warns(UserWarning, match=r"most is kept by .*pad\) .*residual='ratio' gives"):
+        explain(model, X, "lrp", TARGETS, residual="symmetric")

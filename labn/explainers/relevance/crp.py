@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,7 +13,9 @@ from torch import Tensor, nn
 from labn.errors import InputError
 from labn.explainers.base import Explainer, Targets, check_targets, resolve_targets
 from labn.explainers.relevance.detection_trace import DetectionTrace, Start
+from labn.explainers.relevance.losses import is_loss, loss_sentence
 from labn.inference.chunk_size import check_chunk_size
+from labn.inference.fingerprint import ModelCache, structure_key
 from labn.inference.modes import explaining, matching
 from labn.lrp.config import Config, FirstName
 from labn.lrp.engine import propagated
@@ -88,6 +91,15 @@ def _stable(z: Tensor, c: Tensor) -> Tensor:
     return z + torch.copysign(size, z)
 
 
+_HELPS = (
+    "The rule w+ has no other shares for units without positive contributions; pooling and batchnorm change which "
+    "units these are, and Answers.arrived tells how much arrives of every answer"
+)
+
+# Heads, by the value that they read, whose losses have been looked at.
+_checked: ModelCache[set[int]] = ModelCache(structure_key)
+
+
 Task = Literal["class", "cx", "cy", "w", "h"]
 
 TASKS: tuple[Task, ...] = ("class", "cx", "cy", "w", "h")
@@ -118,11 +130,14 @@ class Answers:
         maps: (T, H, W) signed: positive for pixels that support the statement, negative for those that contradict it.
         sums: (T,) float64 sums of the relevance at the head's input: 0 for a contrast, 1 without one.
         questions: the T questions.
+        arrived: (T,) float64 sums of the relevance at the pixels. Where they differ from `sums`, layers have kept
+            relevance; of a contrast more of one sign than of the other.
     """
 
     maps: Tensor
     sums: Tensor
     questions: tuple[Question, ...]
+    arrived: Tensor
 
 
 class CRP(Explainer):
@@ -240,8 +255,27 @@ class CRP(Explainer):
         with explaining(trace.detector, trace.image.device.type):
             starts = [self.start(trace, question) for question in questions]
             maps = trace.maps(starts, chunk_size=self.chunk_size).sum(1)
+            self._warn_of_losses(trace, starts)
         sums = torch.tensor([float(s.relevance.sum(dtype=torch.float64)) for s in starts], dtype=torch.float64)
-        return Answers(maps, sums, tuple(questions))
+        return Answers(maps, sums, tuple(questions), maps.flatten(1).sum(1, dtype=torch.float64))
+
+    def _warn_of_losses(self, trace: DetectionTrace, starts: Sequence[Start]) -> None:
+        """Warn once per detector where less than 95 % or more than 105 % of the relevance from a head arrives.
+
+        The first question at each head is propagated again, its positive and its negative relevance apart: in a
+        contrast their losses cancel.
+        """
+        heads = {start.window.value: start for start in reversed(starts)}
+        # A wrapper of torchvision's detectors is made at every call; what it wraps, its first part, stays the same.
+        network = next(trace.detector.children(), trace.detector)
+        checked = _checked.get(network, self.config, set)
+        for value in [value for value in sorted(heads) if value not in checked]:
+            checked.add(value)
+            shares, entries = trace.losses(heads[value])
+            if any(is_loss(share) for share in shares):
+                said = f"{shares[0]:.0%} of the positive and {shares[1]:.0%} of the negative relevance"
+                warnings.warn(loss_sentence(trace.detector, said, entries, _HELPS), stacklevel=4)
+                checked.update(node.inputs[0] for node in trace.head_nodes)  # told once is enough
 
     def start(self, trace: DetectionTrace, question: Question) -> Start:
         """The relevance at the head's input for one question."""

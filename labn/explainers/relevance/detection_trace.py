@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from labn.errors import InputError
 from labn.inference.chunk_size import check_chunk_size
 from labn.lrp.config import Config
 from labn.lrp.engine import backward, forward
+from labn.lrp.rules.conservation import ConservationReport, Entry
 from labn.lrp.tracing.graph import Node
 from labn.lrp.weight_transforms import Identity
 from labn.models.detectors import Detections, Detector, Predictions, Thresholds, Unit, detect
@@ -146,13 +147,31 @@ class DetectionTrace:
         gathered = torch.cat(chunks)
         return gathered[torch.tensor(order).argsort().to(gathered.device)]
 
-    def _sweep(self, starts: list[Start], until: int) -> Tensor:
+    def losses(self, start: Start) -> tuple[tuple[float, float], tuple[Entry, ...]]:
+        """How much of the positive and of the negative relevance of a start arrives at the pixels, and what keeps it.
+
+        Returns:
+            The two shares, 1 where there is no relevance of that sign, and the conservation report of the larger part.
+        """
+        parts = [replace(start, relevance=r) for r in (start.relevance.clamp(min=0), -start.relevance.clamp(max=0))]
+        sums = [float(part.relevance.sum(dtype=torch.float64)) for part in parts]
+        reports = [ConservationReport(), ConservationReport()]
+        arrived = [self._sweep([p], 0, r).sum(dtype=torch.float64) for p, r in zip(parts, reports)]
+        positive, negative = (float(a) / s if s > 0 else 1.0 for a, s in zip(arrived, sums))
+        return (positive, negative), tuple(reports[int(sums[1] > sums[0])].entries)
+
+    @property
+    def head_nodes(self) -> list[Node]:
+        """The convolutions of all heads, in the recorded graph."""
+        return [*self._classes, *self._offsets]
+
+    def _sweep(self, starts: list[Start], until: int, conservation: ConservationReport | None = None) -> Tensor:
         values = {start.window.value for start in starts}
         seeds = {value: self._seed(starts, value) for value in values}
-        return backward(self.trace, seeds, until)
+        return backward(self.trace, seeds, until, conservation)
 
     def _seed(self, starts: list[Start], value: int) -> Tensor:
-        node = next(n for n in (*self._classes, *self._offsets) if n.inputs[0] == value)
+        node = next(n for n in self.head_nodes if n.inputs[0] == value)
         layer_input = self.trace.saved[node.index][0]
         channels, height, width = layer_input.shape[1:]
         seed = layer_input.new_zeros(len(starts), channels, height, width)

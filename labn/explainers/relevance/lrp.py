@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from labn.errors import InputError
 from labn.explainers.base import Explainer
+from labn.explainers.relevance.losses import is_loss, keeps_by, loss_sentence
 from labn.inference.chunk_size import check_chunk_size
 from labn.inference.fingerprint import ModelCache, structure_key
 from labn.inference.model_traits import probabilities_sentence
@@ -19,11 +19,16 @@ from labn.lrp.engine import Relevance, relevance
 from labn.lrp.initial import INITIAL, Contrast, Initial, check_others
 from labn.postprocess import apply, check_names
 
-LEAST, MOST = 0.95, 1.05
-"""Shares of the initial relevance between which nothing is said about losses."""
+_HELPS = {
+    "dead": "rule='epsilon' with batchnorm='fold' has fewer units without contribution",
+    "bias": "rule='zplus' leaves biases out",
+    "eps": "a smaller eps keeps less",
+    "pad": "residual='ratio' gives nothing to channels that padding has filled",
+}
+"""What keeps most relevance -> the option that would help."""
 
 # Once per network: losses follow from its structure and rules, and every batch would repeat the warning.
-_warned: ModelCache[None] = ModelCache(structure_key)
+_told: ModelCache[None] = ModelCache(structure_key)
 
 
 class LRP(Explainer):
@@ -117,28 +122,14 @@ class LRP(Explainer):
         """Warn once per network and configuration where less than 95 % or more than 105 % of the relevance arrives."""
         initial, arrived = result.initial.abs().sum(), (result.arrived * result.initial.sign()).sum()
         share = float(arrived / initial) if float(initial) > 0 else 1.0
-        if LEAST <= share <= MOST or not math.isfinite(share):
-            return
-        _warned.get(model, self.config, lambda: warnings.warn(self._loss(model, images, targets, share), stacklevel=6))
+        if is_loss(share):
+            _told.get(model, self.config, lambda: self._tell_loss(model, images, targets, share))
 
-    def _loss(self, model: nn.Module, images: Tensor, targets: Tensor, share: float) -> str:
-        """The sentence that says how much arrives, which layers keep most, and what helps."""
-        report = relevance(model, images[:1], targets[:1], self.config, self.init, report=True)
-        entries = sorted(report.entries, key=lambda entry: -float(entry.leaks.abs().sum()))[:3]
-        total = float(report.initial.abs().sum()) or 1.0
-        layers = ", ".join(f"{entry.name} {float(entry.leaks.abs().sum()) / total:.0%}" for entry in entries)
-        dead, bias = (sum(float(getattr(e, kind).abs().sum()) for e in report.entries) for kind in ("dead", "bias"))
-        helps = (
-            "rule='epsilon' with batchnorm='fold' has fewer units without contribution"
-            if dead > bias
-            else "rule='zplus' leaves biases out"
-            if bias > 0
-            else "residual='ratio' follows the branches"
-        )
-        return (
-            f"{share:.0%} of the relevance arrives at the pixels of {type(model).__name__}; most is kept by {layers}. "
-            f"{helps}; labn.lrp.relevance(..., report=True) lists all layers."
-        )
+    def _tell_loss(self, model: nn.Module, images: Tensor, targets: Tensor, share: float) -> None:
+        """Warn with the layers that keep most relevance of the first image."""
+        entries = relevance(model, images[:1], targets[:1], self.config, self.init, report=True).entries
+        helps = f"{_HELPS[keeps_by(entries)]}; labn.lrp.relevance(..., report=True) lists all layers"
+        warnings.warn(loss_sentence(model, f"{share:.0%} of the relevance", entries, helps), stacklevel=7)
 
     def inspect_output(self, model: nn.Module) -> None:
         """Refuse a model that ends in a softmax, which has no rule and whose softmax the initial relevance would be."""
@@ -224,3 +215,15 @@ class ContrastiveLRP(LRP):
         check_others(others)
         # The rule of the last layer is z+ in any case: with it the contrast of logits is CRP's contrast of shares.
         self.init = Contrast(others)
+
+    def _warn_of_losses(self, model: nn.Module, images: Tensor, targets: Tensor, result: Relevance) -> None:
+        """As for `LRP`, on the first image without signs: those of a contrast cancel, so that losses do not show."""
+        _told.get(model, (self.config, "contrast"), lambda: self._tell_unsigned_loss(model, images[:1], targets[:1]))
+
+    def _tell_unsigned_loss(self, model: nn.Module, images: Tensor, targets: Tensor) -> None:
+        init = self.init
+        assert isinstance(init, Contrast)
+        unsigned = relevance(model, images, targets, self.config, lambda y, t: init(y, t).abs())
+        share = float(unsigned.arrived / unsigned.initial)
+        if is_loss(share):
+            self._tell_loss(model, images, targets, share)

@@ -1,0 +1,53 @@
+"""What is said about relevance that does not arrive at the pixels, once per network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import nn
+
+from labn.lrp.rules.conservation import Entry
+
+LEAST, MOST = 0.95, 1.05
+"""Shares of the initial relevance between which nothing is said about losses."""
+
+
+def is_loss(share: float) -> bool:
+    """Whether a share of the initial relevance, which arrives at the pixels, is worth a warning."""
+    return math.isfinite(share) and not LEAST <= share <= MOST
+
+
+def loss_sentence(model: nn.Module, share: str, entries: Sequence[Entry], helps: str) -> str:
+    """The sentence that says how much arrives, which layers keep most, and what helps.
+
+    Args:
+        model: the network.
+        share: how much arrives, such as `59% of the relevance`.
+        entries: the conservation report.
+        helps: the option that would help, as a clause.
+    """
+    total = float(entries[0].arriving.abs().sum()) or 1.0
+    layers = ", ".join(f"{entry.name} {_kept(entry) / total:.0%}" for entry in largest(entries))
+    return f"{share} arrives at the pixels of {type(model).__name__}; most is kept by {layers}. {helps}."
+
+
+def largest(entries: Sequence[Entry]) -> list[Entry]:
+    """The three layers that keep most, the first one first."""
+    return sorted(entries, key=lambda entry: -_kept(entry))[:3]
+
+
+def keeps_by(entries: Sequence[Entry]) -> str:
+    """Whether the layer that keeps most does so as `dead` units, by its `bias`, by `eps`, or at a filled border, `pad`.
+
+    Args:
+        entries: the conservation report.
+    """
+    first = largest(entries)[0]
+    if first.name.endswith(", pad)"):
+        return "pad"
+    return max(("dead", "bias", "eps"), key=lambda kind: float(getattr(first, kind).abs().sum()))
+
+
+def _kept(entry: Entry) -> float:
+    return float(entry.leaks.abs().sum())
