@@ -92,10 +92,10 @@ def find_checkpoint(run_dir: Path, which: str) -> str:
 
 
 def named_classes(thing: Any) -> set[str]:
-    """All values of `class_path` in a configuration or a section of one, at any depth."""
+    """All values of `class_path` and `backbone` in a configuration or a section of one, at any depth."""
     plain = vars(thing) if isinstance(thing, Namespace) else thing
     items = list(plain.values()) if isinstance(plain, dict) else plain if isinstance(plain, (list, tuple)) else []
-    own = {str(plain["class_path"])} if isinstance(plain, dict) and "class_path" in plain else set()
+    own = {str(plain[key]) for key in ("class_path", "backbone") if key in plain} if isinstance(plain, dict) else set()
     return own.union(*map(named_classes, items))
 
 

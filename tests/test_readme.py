@@ -51,6 +51,10 @@ HERE = {
     "python cli.py fit --config configs/pictures.yaml --data.init_args.root my/pictures "
     "--model.init_args.backbone timm/resnet18 --model.init_args.backbone_ckpt resnet18.safetensors": PICTURES,
     "python cli.py test --config configs/pictures.yaml --data.init_args.root my/pictures --ckpt_path best": PICTURES,
+    "python cli.py fit --config configs/pictures.yaml --run_dir runs/my_net --data.init_args.root my/pictures "
+    "--model.init_args.backbone my_net.SmallNet --model.init_args.backbone_options '{width: 16}'": PICTURES,
+    "python cli.py explain --image my/picture.jpg --ckpt runs/my_net/checkpoints/best.ckpt --model my_net.SmallNet "
+    "--method gradcam": [],
     "python cli.py fit --config my_run.yaml": SMALL,
     "python cli.py test --config my_run.yaml --ckpt_path best": SMALL,
 }
@@ -142,7 +146,7 @@ def workplace(tmp_path_factory):
     for text in [*blocks("python"), *blocks("yaml")]:
         if named := re.match(r"# (my_\w+\.(py|yaml))\n", text):
             (folder / named[1]).write_text(text)
-    assert len(list(folder.glob("my_*"))) == 5
+    assert len(list(folder.glob("my_*"))) == 6
     return folder
 
 

@@ -24,6 +24,7 @@ from labn.io.atomic import write_atomically
 from labn.io.images import image_files
 from labn.io.preprocessing import Preprocessing
 from labn.io.readers import non_utf8_name, read_text
+from labn.models.backbones import is_import_path
 from labn.models.pretrained import load_pretrained
 from labn.report.figures import displayable, overlay_figure
 from labn.results.shard_index import readable_name
@@ -37,7 +38,7 @@ and the map of every method, with colour bars), maps/<picture>.safetensors (raw 
 predictions.csv.
 
 The network is a checkpoint of this command line (--ckpt), which contains its preprocessing and class names, or a
-torchvision or timm model with a file of weights (--model, --weights). Nothing is downloaded.
+torchvision or timm model, or a class of your own, with a file of weights (--model, --weights). Nothing is downloaded.
 
 {textwrap.fill(f"methods: {', '.join(METHODS)}; -NAME negates (write --method=-labn)", 110)}
 
@@ -55,7 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image", nargs="+", type=Path, required=True, help="picture files, or folders of pictures without subfolders"
     )
     parser.add_argument("--ckpt", type=Path, help="checkpoint of a run")
-    parser.add_argument("--model", help="name of a torchvision or timm model")
+    parser.add_argument(
+        "--model",
+        help="name of a torchvision or timm model, or import path of your own class (my_net.SmallNet); beside --ckpt, "
+        "the class that the checkpoint's network may be built with",
+    )
     parser.add_argument("--weights", type=Path, help="file of the model's weights (.safetensors, .pt, .pth)")
     parser.add_argument(
         "--method", nargs="+", action="extend", required=True, metavar="NAME", help="methods, listed below"
@@ -63,6 +68,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", help="name or number of the class to explain (default: the predicted one)")
     parser.add_argument("--class_names", type=Path, help="text file with one class name per line")
     parser.add_argument("--image_size", type=int, help="side of the network's input in pixels (default: its own)")
+    for name in ("--mean", "--std"):
+        parser.add_argument(
+            name,
+            nargs="+",
+            type=float,
+            help="of the normalisation, per channel (default: the model's or ImageNet's)",
+        )
     parser.add_argument("--out", type=Path, default=Path("explained"), help="folder to write to (default: explained)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
 
@@ -123,14 +135,22 @@ def load_network(options: argparse.Namespace) -> tuple[nn.Module, Preprocessing]
     """The network that the arguments name and its preprocessing, with `--image_size` and `--class_names` applied.
 
     Raises:
-        InputError: the network is named in neither or both ways, the image size is below 1, or the checkpoint has no
-            preprocessing.
+        InputError: the network is named in neither or both ways, the image size is below 1, `--mean` or `--std` does
+            not have one value per channel, or the checkpoint has no preprocessing.
     """
-    if (options.ckpt is None) == (options.model is None) or (options.model is None) != (options.weights is None):
-        raise InputError("Name the network by --ckpt, or by --model and --weights together.")
+    own = [options.model] if is_import_path((options.model or "").removeprefix("cbam/")) else []
+    if options.ckpt is None:
+        complete = options.model is not None and options.weights is not None
+    else:
+        complete = options.weights is None and (options.model is None or own != [])
+    if not complete:
+        raise InputError(
+            "Name the network by --ckpt, or by --model and --weights together; beside --ckpt, --model may only name "
+            "a class of your own."
+        )
     if options.ckpt is not None:
         # Lightning, whose import takes seconds, is needed for checkpoints alone.
-        network, stored = importlib.import_module("labn.modules.restore").restore(options.ckpt)
+        network, stored = importlib.import_module("labn.modules.restore").restore(options.ckpt, own)
         if stored is None:
             raise InputError(f"{options.ckpt} has no preprocessing, because it was saved without a data module.")
         preprocessing = stored
@@ -138,6 +158,11 @@ def load_network(options: argparse.Namespace) -> tuple[nn.Module, Preprocessing]
         network, preprocessing = load_pretrained(options.model, options.weights)
     if options.class_names is not None:
         preprocessing = replace(preprocessing, class_names=read_text(options.class_names).splitlines())
+    for name in ("mean", "std"):
+        if (values := getattr(options, name)) is not None:
+            if len(values) != preprocessing.channels:
+                raise InputError(f"--{name} has {len(values)} values; give {preprocessing.channels}, one per channel.")
+            preprocessing = replace(preprocessing, **{name: values})
     if options.image_size is not None:
         if options.image_size < 1:
             raise InputError(f"--image_size is {options.image_size}; it must be at least 1 pixel.")

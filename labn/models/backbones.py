@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import re
 from collections import OrderedDict
 from collections.abc import Callable
@@ -48,8 +50,10 @@ def build_network(
     Args:
         backbone: a name of `OWN_NETWORKS` (`lambda_resnet50`), a torchvision name (`resnet50`), a timm name after
             `timm/` (`timm/resnet50d`), any of these after `cbam/` (`cbam/resnet50`, with a CBAM block behind the last
-            feature maps, see `labn.models.cbam.with_cbam`), or a module, which is returned unchanged.
-        num_classes: number of classes; a module must have the same number.
+            feature maps, see `labn.models.cbam.with_cbam`), the import path of a class or function of your own
+            (`my_net.SmallNet`), or a module, which is returned unchanged.
+        num_classes: number of classes; a module must have the same number. A class or function of your own gets it
+            where it has an argument of this name, as it gets `in_channels`.
         in_channels: channels of the images; a torchvision network gets a new first convolution where this is not 3.
         weights: local file of weights, see `labn.models.checkpoints.load_backbone`.
         options: further arguments of the network's constructor.
@@ -58,7 +62,8 @@ def build_network(
         A network (B, in_channels, H, W) -> logits (B, num_classes).
 
     Raises:
-        InputError: the name is unknown, or a module has other classes or is given options.
+        InputError: the name is unknown, an import path leads to no network, or a module has other classes or is given
+            options.
 
     Example:
         >>> import torch
@@ -74,10 +79,45 @@ def build_network(
         network = with_cbam(build_network(backbone.removeprefix("cbam/"), num_classes, in_channels, **options))
     elif backbone.startswith("timm/"):
         network = _from_timm(backbone.removeprefix("timm/"), num_classes, in_channels, options)
+    elif is_import_path(backbone):
+        network = _imported(backbone, {"num_classes": num_classes, "in_channels": in_channels}, options)
     else:
         network = _from_torchvision(backbone, num_classes, in_channels, options)
     if weights is not None:
         load_backbone(network, weights)
+    return network
+
+
+def is_import_path(name: str) -> bool:
+    """Whether a backbone's name is the import path of a class or function.
+
+    Example:
+        >>> is_import_path("my_net.SmallNet"), is_import_path("timm/resnet50d"), is_import_path("resnet50")
+        (True, False, False)
+    """
+    return re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", name) is not None
+
+
+def _imported(path: str, arguments: dict[str, Any], options: dict[str, Any]) -> nn.Module:
+    """The network of an import path; `arguments` that its constructor does not have are left out."""
+    module, _, name = path.rpartition(".")
+    try:
+        make = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(
+            f"backbone is {path!r}, which cannot be imported ({error}); the file must lie beside cli.py or on "
+            "PYTHONPATH."
+        ) from error
+    if not callable(make) or (isinstance(make, type) and not issubclass(make, nn.Module)):
+        raise InputError(f"backbone is {path!r}; it must be a subclass of nn.Module, or a function that makes one.")
+    known = inspect.signature(make).parameters
+    given = {key: value for key, value in arguments.items() if key in known}
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    if not takes_any and (unknown := set(options) - set(known)):
+        raise InputError(f"{path} has no argument {', '.join(sorted(unknown))}; it has {', '.join(known)}.")
+    network = make(**{**given, **options})
+    if not isinstance(network, nn.Module):
+        raise InputError(f"backbone is {path!r}, which made a {type(network).__name__}; it must make an nn.Module.")
     return network
 
 
@@ -233,8 +273,8 @@ def _from_torchvision(name: str, num_classes: int, in_channels: int, options: di
     if name not in torchvision.models.list_models(module=torchvision.models):
         own = ", ".join(OWN_NETWORKS)
         raise InputError(
-            f"backbone is {name!r}; known are {own}, torchvision's classifiers, timm's after 'timm/', and any of them "
-            "with a CBAM block after 'cbam/'."
+            f"backbone is {name!r}; known are {own}, torchvision's classifiers, timm's after 'timm/', any of them "
+            "with a CBAM block after 'cbam/', and import paths of your own, such as my_net.SmallNet."
         )
     network = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
     _drop_auxiliary_heads(network)

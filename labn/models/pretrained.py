@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from labn.errors import InputError
 from labn.io.preprocessing import Preprocessing
-from labn.models.backbones import OWN_NETWORKS, build_network, final_linear
+from labn.models.backbones import OWN_NETWORKS, build_network, is_import_path
 from labn.models.checkpoints import canonical, load_backbone, read_tensors
 
 IMAGENET = Preprocessing(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), shorter=256)
@@ -18,7 +18,7 @@ def load_pretrained(name: str, weights: str | Path) -> tuple[nn.Module, Preproce
     """Build a classifier and load all its weights from a file; nothing is downloaded.
 
     Args:
-        name: a torchvision name, or a timm name with or without the prefix `timm/`.
+        name: a torchvision name, a timm name with or without the prefix `timm/`, or the import path of a class.
         weights: file of the weights; its classifier determines the number of classes.
 
     Returns:
@@ -44,7 +44,7 @@ def load_pretrained(name: str, weights: str | Path) -> tuple[nn.Module, Preproce
 
 def backbone_name(name: str) -> str:
     """The name for `build_network`: `timm/` is put before names that only timm has."""
-    if "/" in name or name in OWN_NETWORKS:
+    if "/" in name or name in OWN_NETWORKS or is_import_path(name):
         return name
     import torchvision
 
@@ -66,7 +66,9 @@ def preprocessing_of(network: nn.Module) -> Preprocessing:
 
 def _classes(network: nn.Module, tensors: dict[str, Tensor]) -> int | None:
     """Number of classes of the classifier among `tensors`; None where the network's last layer is missing there."""
-    last = final_linear(network)
-    name = next(n for n, module in network.named_modules() if module is last)
+    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    if not layers:
+        return None
+    name = layers[-1]
     weight = {canonical(key): tensor for key, tensor in tensors.items()}.get(f"{name}.weight")
     return None if weight is None else len(weight)

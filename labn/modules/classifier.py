@@ -35,8 +35,8 @@ def weights_file(backbone: str, file: str) -> str:
 
 
 class Classifier(ClassificationModule):
-    """Trains or tests a classifier: of this project (`lambda_resnet50`), torchvision (`resnet50`) or timm
-    (`timm/resnet50d`), each also with a CBAM block (`cbam/resnet50`).
+    """Trains or tests a classifier: of this project (`lambda_resnet50`), torchvision (`resnet50`), timm
+    (`timm/resnet50d`) or your own (`my_net.SmallNet`), each also with a CBAM block (`cbam/resnet50`).
 
     If `backbone_ckpt` contains all weights of the network, the network can be tested without `--ckpt_path`.
 

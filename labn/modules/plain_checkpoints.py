@@ -15,7 +15,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from labn.errors import InputError
 from labn.models.checkpoints import read_checkpoint
-from labn.modules.restore import WEIGHT_ARGUMENTS
+from labn.modules.restore import WEIGHT_ARGUMENTS, check_own_network
 
 _CLASS_KEYS = ("class_path", "_class_path")
 _FILE_KEYS = (*WEIGHT_ARGUMENTS, "weights")
@@ -60,6 +60,7 @@ def check_own_classes(path: Any, content: Any, allowed: Collection[str]) -> None
         InputError: the hyper-parameters name another class, or contain a text that would be read as settings.
     """
     arguments = content.get("hyper_parameters") if isinstance(content, dict) else None
+    check_own_network(path, arguments, allowed)
     for name in _class_paths(arguments):
         if name not in allowed and not _is_own(name):
             raise InputError(

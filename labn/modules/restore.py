@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from labn.errors import InputError
 from labn.io.preprocessing import KEY, Preprocessing
+from labn.models.backbones import is_import_path
 from labn.models.checkpoints import read_checkpoint
 from labn.modules.base import ClassificationModule
 from labn.modules.ssd import SSD
@@ -21,21 +23,57 @@ TRAINING_ARGUMENTS = ("guidance", *WEIGHT_ARGUMENTS)
 """Arguments that do not change a trained network; the file of starting weights may no longer exist."""
 
 
-def restore(path: str | Path) -> tuple[nn.Module, Preprocessing | None]:
+def check_own_network(path: Any, arguments: Any, allowed: Collection[str]) -> None:
+    """Check that a checkpoint's network is of this project, torchvision or timm, or named by the user.
+
+    Args:
+        path: the file, for the message.
+        arguments: hyper-parameters of the checkpoint.
+        allowed: import paths of networks that the user has named; building any other would run foreign code.
+
+    Raises:
+        InputError: the checkpoint names another import path.
+    """
+    for name in _backbones(arguments):
+        if is_import_path(name.removeprefix("cbam/")) and name not in allowed:
+            raise InputError(
+                f"{path} asks for the network {name}, which is not of this project; if it is yours, name it in the "
+                f"configuration (model.init_args.backbone) or with --model {name}."
+            )
+
+
+def _backbones(content: Any) -> Iterator[str]:
+    """All texts under the key `backbone` in nested dicts and lists."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            if key == "backbone" and isinstance(value, str):
+                yield value
+            yield from _backbones(value)
+    elif isinstance(content, (list, tuple)):
+        for item in content:
+            yield from _backbones(item)
+
+
+def restore(path: str | Path, allowed: Collection[str] = ()) -> tuple[nn.Module, Preprocessing | None]:
     """Restore the network of a checkpoint, in eval mode, and its preprocessing.
 
     Args:
         path: `best.ckpt` or `last.ckpt` of a run; it is read as plain data, without running code.
+        allowed: import paths of the user's own networks, which the checkpoint may name.
 
     Returns:
         The network, and its preprocessing (None in a checkpoint that was saved without a data module).
 
     Raises:
         MissingFileError: the file does not exist.
-        InputError: the file is not a checkpoint of a classifier of this project.
+        InputError: the file is not a checkpoint of a classifier of this project, or its network is not in `allowed`, or
+            `allowed` names another one.
     """
     content = read_checkpoint(path)
     arguments = dict(content.get("hyper_parameters") or {})
+    check_own_network(path, arguments, allowed)
+    if allowed and not any(name in allowed for name in _backbones(arguments)):
+        raise InputError(f"{path} does not hold the network {', '.join(allowed)}; leave --model out.")
     module, _, name = str(arguments.get("_class_path", "")).rpartition(".")
     module_class: Any = getattr(importlib.import_module(module), name, None) if _in_labn_modules(module) else None
     if isinstance(module_class, type) and issubclass(module_class, SSD):
