@@ -14,7 +14,10 @@ from collections.abc import Sequence
 
 from labn.commands import COMMANDS
 from labn.errors import InputError, sentence_of
+from labn.launch.orphans import end_with_launcher
 
+# Before anything that takes seconds to import, and also where `ddp_spawn` imports this file in another process.
+end_with_launcher()
 # albumentations asks a server for its newest version when it is imported.
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ.setdefault("LABN_DATA", "../shared/data")
@@ -80,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         InputError: the command does not exist.
         SystemExit: a wrong argument (status 2), or SIGTERM (status 143).
     """
+    end_with_launcher()
     arguments = list(sys.argv[1:] if argv is None else argv)
     first = arguments[0] if arguments else ""
     names = [*TRAINER_COMMANDS, *COMMANDS]

@@ -88,6 +88,11 @@ class Process:
             time.sleep(0.002)
         return int(path.read_text())
 
+    @property
+    def parent(self):
+        """The process that started this one, and would tell its status."""
+        return int(Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[1])
+
     def poll(self):
         """Exit status, minus the signal's number, or None while it runs."""
         path = self.prefix.with_suffix(".status")
@@ -132,12 +137,15 @@ class Server:
         self.server.stdin.close()
         self.server.wait()
 
-    def start(self, *words, ranks=1, environment=None):
-        """Start a command on one or more processes, as `torchrun` would; a list of `Process`."""
+    def start(self, *words, ranks=1, environment=None, only=None):
+        """Start a command on one or more processes, as `torchrun` would; a list of `Process`.
+
+        `only` starts some of the ranks, so that they wait for the others.
+        """
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         world = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "TORCHELASTIC_RUN_ID": "forked", **address}
         started = []
-        for rank in range(ranks):
+        for rank in range(ranks) if only is None else only:
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", **world} if ranks > 1 else {}
             prefix = self.folder / f"{self.count:04d}-{words[0]}-r{rank}"
             order = {
@@ -158,6 +166,21 @@ class Server:
         if check and any(status):
             raise AssertionError(f"{words} ended with {status}:\n" + "\n".join(r.output[-4000:] for r in ranks))
         return ranks
+
+
+def is_alive(pid):
+    """Whether a process runs; a zombie, whose new parent has not asked for its status yet, does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def ends_within(pid, seconds):
+    end = time.monotonic() + seconds
+    while is_alive(pid) and time.monotonic() < end:
+        time.sleep(0.02)
+    return not is_alive(pid)
 
 
 def free_port():

@@ -9,12 +9,13 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from forked import ROOT
+from forked import ROOT, ends_within
 from run_contents import broken_files, contents, differences
 
 from labn.results.training_logs import read_training
@@ -84,6 +85,17 @@ def test_exhausted_memory_on_one_rank_ends_both_and_names_the_rank(bench, tmp_pa
     assert not (run_dir / "test" / "scores.csv").exists()
     bench.test(run_dir, ranks=2)
     bench.equals_undisturbed(run_dir, ranks=2)
+
+
+def test_a_rank_whose_launcher_dies_while_it_waits_for_the_others_ends(bench, tmp_path):
+    words = ["fit", "--config=tests/faults/small.yaml", f"--run_dir={tmp_path / 'run'}"]
+    (rank,) = bench.server.start(*words, ranks=2, only=[1])
+    while "Initializing distributed" not in rank.output:
+        assert rank.poll() is None, rank.output
+        time.sleep(0.02)
+    os.kill(rank.parent, signal.SIGKILL)
+    assert ends_within(rank.pid, 30)
+    assert "rank 1 ends, because the process that started it has ended" in rank.output
 
 
 @pytest.fixture
