@@ -34,6 +34,7 @@ from callbacks.checkpoint import (
     resolved,
 )
 from callbacks.checks import check_strategy
+from callbacks.explanation.base import callbacks_of
 from callbacks.logging.loggers import default_loggers, unused_version
 from callbacks.logging.run_config import RunConfigCallback
 from callbacks.logging.terminal import SentenceParser, no_advertisement, say_figures, say_taken_over
@@ -43,8 +44,8 @@ from labn.launch.allocator import keep_freed_memory
 from labn.launch.archive_fit import archive_fit
 from labn.launch.config_include import configurations, expand_includes, experiment_name
 from labn.launch.error_messages import explain_error
-from labn.launch.run_lock import locked
-from labn.launch.slurm import requeue_on_signal, restarted
+from labn.launch.run_lock import locked, remove_leftovers
+from labn.launch.slurm import is_first_process, requeue_on_signal, restarted
 from labn.models.checkpoints import own_dataclasses, read_checkpoint
 from labn.modules.plain_checkpoints import check_own_classes, check_same_class
 from labn.modules.restore import WEIGHT_ARGUMENTS
@@ -70,6 +71,10 @@ class LabnCLI(LightningCLI):
         self.experiment = experiment
         self.held = held
         super().__init__(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The attributes without the lock, which stays with the process that launches others (`ddp_spawn`)."""
+        return {**self.__dict__, "held": None}
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -136,6 +141,8 @@ class LabnCLI(LightningCLI):
         if not config.trainer.get("fast_dev_run"):
             check_writable(run_dir, "--run_dir")
             self.held.enter_context(locked(run_dir, str(self.subcommand)))
+            if is_first_process():
+                remove_leftovers(run_dir, str(self.subcommand))
         if self.subcommand == "fit" and config.get("ckpt_path") is None and restarted() and has_last(run_dir):
             config.ckpt_path = LAST
             rank_zero_info(f"SLURM has requeued this job: fit resumes from the last checkpoint in {run_dir}.")
@@ -171,12 +178,23 @@ class LabnCLI(LightningCLI):
             hint = f"; to resume that fit: --ckpt_path {last}" if last.is_file() else ""
             rank_zero_info(f"This fit starts afresh; the files of an earlier fit are now in {archive}{hint}.")
 
+    def _check_run_folder(self) -> None:
+        for callback in callbacks_of(self.trainer):
+            if isinstance(callback, RunConfigCallback):
+                callback.check_run_folder(self.trainer)
+
+    def after_fit(self) -> None:
+        """Check that the run folder is still there."""
+        self._check_run_folder()
+
     def after_validate(self) -> None:
-        """Print the metrics of the model."""
+        """Check that the run folder is still there, and print the metrics of the model."""
+        self._check_run_folder()
         say_figures(self.trainer, "val")
 
     def after_test(self) -> None:
-        """Print the metrics of the model."""
+        """Check that the run folder is still there, and print the metrics of the model."""
+        self._check_run_folder()
         say_figures(self.trainer, "test")
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:

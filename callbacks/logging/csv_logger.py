@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
-from labn.io.atomic import write_atomically, write_error
+from labn.io.atomic import check_not_removed, write_atomically, write_error
 from labn.results.tables import csv_bytes
 
 
@@ -27,14 +27,16 @@ class RowWriter(ExperimentWriter):
         """Write the metrics logged since the last call.
 
         Raises:
-            FileError: the file is not writable, or the disk is full.
+            FileError: the file is not writable, the disk is full, or earlier rows of this command have been removed.
         """
         if not self.metrics:
             return
         path, rows = Path(self.metrics_file_path), list(self.metrics)
         keys = sorted(set(self.metrics_keys).union(*rows))
-        same_columns = keys == self.metrics_keys and path.is_file()
+        same_columns, has_written = keys == self.metrics_keys, bool(self.metrics_keys)
         self.metrics, self.metrics_keys = [], keys
+        if has_written:
+            check_not_removed(path)
         if same_columns:
             with named(path), path.open("ab") as file:
                 file.write(as_csv(keys, rows).split(b"\n", 1)[1])

@@ -92,6 +92,20 @@ def remove_leftovers(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def check_not_removed(path: Path) -> None:
+    """Check that a file which this command has written or read at its start is still in the run folder.
+
+    Raises:
+        FileError: the file has been removed; whatever is written from now on would make an incomplete folder.
+    """
+    if not path.exists():
+        raise FileError(
+            errno.ENOENT,
+            f"{path} has been removed or moved while this command ran, so that its folder is incomplete; run the "
+            "command again.",
+        )
+
+
 def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Write `data` to `path` so that a reader sees either the complete new file or none of it.
 

@@ -6,8 +6,10 @@ hard links are needed. It names host, process and start time, so that the lock o
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -16,8 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from labn.errors import InputError
-from labn.io.atomic import write_error
+from labn.io.atomic import LEFTOVERS, write_error
 from labn.launch.slurm import is_first_process
+
+COMMANDS = ("fit", "validate", "test")
+
+FOLDERS = re.compile(r"checkpoints|logs|((fit|val|test)(\.old-\d+)?)")
+"""Names of the folders that these commands write, in a run folder."""
+
+LONGEST_WRITE = 3600.0
+"""Seconds after which a temporary file that nobody has written to is a leftover."""
+
+LONGEST_START = 5.0
+"""Seconds after which a lock without content is that of a process that was killed while it wrote the lock."""
 
 
 def lock_path(run_dir: Path, command: str) -> Path:
@@ -51,6 +64,50 @@ def locked(run_dir: Path, command: str) -> Iterator[None]:
                 path.unlink()
 
 
+def check_held(run_dir: Path, command: str) -> None:
+    """Check that this process still holds its lock; a lock that was removed by hand is taken again.
+
+    Raises:
+        InputError: another process holds the lock by now, so that both write to the folder.
+        FileError: the folder cannot be written.
+    """
+    path = lock_path(run_dir, command)
+    if _holder(path) != _myself():
+        _take(path, command)
+
+
+def remove_leftovers(run_dir: Path, command: str) -> None:
+    """Delete what killed commands left in a run folder: temporary files, and locks of processes that have ended.
+
+    The caller holds the lock of `command`. Nothing is deleted while another command runs in the folder, and no file
+    that belongs to a process which has just started.
+    """
+    running = [_may_run(lock_path(run_dir, other)) for other in COMMANDS if other != command]
+    if any(running):
+        return
+    now = time.time()
+    for path in _temporary_files(run_dir):
+        number = int(path.name.split(".")[-2])
+        with suppress(FileNotFoundError):
+            if number == os.getpid() or not _is_alive(number) or now - path.stat().st_mtime > LONGEST_WRITE:
+                path.unlink()
+
+
+def _may_run(path: Path) -> bool:
+    """Whether a lock is held; the lock of an ended process is removed."""
+    holder = _holder(path)
+    if holder is not None and _is_stale(holder):
+        _remove_stale(path, holder)
+    return path.exists()
+
+
+def _temporary_files(run_dir: Path) -> list[Path]:
+    """Temporary files of the run folder, without those of other run folders inside it."""
+    own = [path for path in run_dir.iterdir() if FOLDERS.fullmatch(path.name) and path.is_dir()]
+    files = itertools.chain(run_dir.glob(LEFTOVERS), *(folder.rglob(LEFTOVERS) for folder in own))
+    return [path for path in files if re.fullmatch(r"\..+\.\d+\.tmp", path.name)]
+
+
 def _take(path: Path, command: str) -> None:
     for _ in range(3):
         try:
@@ -59,8 +116,8 @@ def _take(path: Path, command: str) -> None:
                 json.dump(_myself(), file)
             return
         except FileExistsError:
-            holder = _holder(path)
-            if holder is None or not _is_stale(holder):
+            holder = _waited_for(path)
+            if holder is not None and not _is_stale(holder):
                 raise InputError(_sentence(path, command, holder)) from None
             _remove_stale(path, holder)
         except OSError as error:
@@ -68,7 +125,15 @@ def _take(path: Path, command: str) -> None:
     raise InputError(_sentence(path, command, _holder(path)))
 
 
-def _remove_stale(path: Path, holder: dict[str, Any]) -> None:
+def _waited_for(path: Path) -> dict[str, Any] | None:
+    """The holder of a lock that another process may just be writing; None if it writes nothing."""
+    end = time.monotonic() + LONGEST_START
+    while (holder := _holder(path)) is None and path.exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    return holder
+
+
+def _remove_stale(path: Path, holder: dict[str, Any] | None) -> None:
     """Remove the lock of a dead process, unless another process has replaced it in the meantime."""
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with suppress(FileNotFoundError):
@@ -99,9 +164,14 @@ def _holder(path: Path) -> dict[str, Any] | None:
 
 def _started(process: int) -> str:
     """Start time of a process as the system counts it, which tells a process from a later one of the same number."""
-    with suppress(OSError, IndexError):
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
-    return ""
+    return (_status(process)[19:20] or [""])[0]
+
+
+def _status(process: int) -> list[str]:
+    """The fields of `/proc/<process>/stat` behind the name, state first; empty where the system has no such file."""
+    with suppress(OSError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return []
 
 
 def _is_stale(holder: dict[str, Any]) -> bool:
@@ -111,13 +181,20 @@ def _is_stale(holder: dict[str, Any]) -> bool:
         return True
     if holder.get("host") != socket.gethostname() or not isinstance(holder.get("process"), int):
         return False
-    try:
-        os.kill(holder["process"], 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
+    return not _is_alive(holder["process"]) or holder.get("started") != _started(holder["process"])
+
+
+def _is_alive(process: int) -> bool:
+    """Whether a process of that number runs on this host."""
+    if _status(process)[:1] == ["Z"]:  # ended, and its parent has not asked for its exit status
         return False
-    return holder.get("started") != _started(holder["process"])
+    try:
+        os.kill(process, 0)
+    except PermissionError:  # of another user
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
 
 
 def _sentence(path: Path, command: str, holder: dict[str, Any] | None) -> str:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from labn.errors import InputError
 from labn.inference.fingerprint import digest
-from labn.io.atomic import LEFTOVERS, remove_leftovers, unused_folder, write_atomically
+from labn.io.atomic import LEFTOVERS, check_not_removed, remove_leftovers, unused_folder, write_atomically
 from labn.io.readers import read_arrays, read_json
 from labn.metrics.base import SampleScores
 from labn.results.shard_index import ShardIndex, shard_name
@@ -41,7 +41,7 @@ MAP_FOLDER, SCORE_FOLDER = "maps", "scores"
 
 OLD_SCORE_FOLDER = "parts"
 """Name of `scores/` in folders of version 0.1, renamed when such a folder is opened."""
-MANIFEST = "maps/manifest.json"
+MANIFEST, IDENTITY = "maps/manifest.json", "identity.json"
 
 TABLES = ("scores.csv", "summary.csv", "paired.csv", "counts.csv", "predictions.csv", "curves.npz")
 
@@ -106,6 +106,7 @@ class ResultStore:
         self.rank = rank
         self._maps: ShardIndex | None = None
         self._scores: ShardIndex | None = None
+        self._is_prepared = False
 
     def prepare(self, identity: dict[str, str]) -> None:
         """Open the folder (rank zero only): results of another checkpoint or other data are moved aside.
@@ -113,10 +114,10 @@ class ResultStore:
         Args:
             identity: hashes of everything that all results depend on (`checkpoint`, `network`, `data`, `split`).
         """
-        path = self.folder / "identity.json"
+        path = self.folder / IDENTITY
         current = {"format": FORMAT, **identity}
-        # Temporary files in maps/ and scores/ stay: they are never read, and to find them every shard would be listed.
-        remove_leftovers(self.folder)
+        for folder in (self.folder, self.folder / MAP_FOLDER, self.folder / SCORE_FOLDER):
+            remove_leftovers(folder)
         if any(file.is_file() and not file.match(LEFTOVERS) for file in self.folder.rglob("*")):
             earlier = _identity(path)
             if earlier != current:
@@ -131,6 +132,16 @@ class ResultStore:
         if old.is_dir() and not new.exists():
             old.rename(new)
         write_atomically(path, json.dumps(current, indent=1).encode())
+        self._is_prepared = True
+
+    def check_not_removed(self) -> None:
+        """Check that the folder is still the one that `prepare` has opened in this process.
+
+        Raises:
+            FileError: the folder has been removed, and with it shards that the tables would lack.
+        """
+        if self._is_prepared:
+            check_not_removed(self.folder / IDENTITY)
 
     def remove_derived(self) -> None:
         """Remove the tables, pictures and reports of an earlier run (rank zero, before any rank writes).
@@ -147,6 +158,7 @@ class ResultStore:
 
     def add_maps(self, explainer: str, key: str, indices: Tensor, maps: Tensor) -> None:
         """Save the maps (n, H, W) of the samples `indices` (n,) as one shard."""
+        self.check_not_removed()
         name = shard_name(explainer, key, indices.tolist(), f"r{self.rank}{MAPS}")
         data = save({"index": indices.cpu(), "maps": maps.cpu().contiguous()})
         write_atomically(self.folder / MAP_FOLDER / name, data)
@@ -168,6 +180,7 @@ class ResultStore:
 
     def add_scores(self, shard: ScoreShard) -> None:
         """Save the scores of one explainer on one batch."""
+        self.check_not_removed()
         arrays: dict[str, Any] = {
             "explainer": np.array(shard.explainer),
             "key": np.array(shard.key),

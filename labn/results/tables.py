@@ -306,6 +306,7 @@ def write_results(
     Returns:
         (explainer, value) -> mean and interval, as in `summary.csv`.
     """
+    store.check_not_removed()
     curves = Curves(plan, store.folder)
     table = collect(_streamed(store.score_shards(), curves), plan, store.folder)
     write_csv(store.folder / "scores.csv", SCORES, score_rows(table, split, sample_name))

@@ -42,6 +42,17 @@ def test_a_new_column_keeps_all_rows_of_the_file(tmp_path, monkeypatch):
     assert (tmp_path / "logs" / "fit" / "metrics.csv").read_bytes() == before
 
 
+def test_rows_that_are_removed_meanwhile_raise_an_error_that_names_the_file(tmp_path):
+    logger = RunLogger(save_dir=tmp_path, name="logs", version="fit")
+    log(logger)
+    (tmp_path / "logs" / "fit" / "metrics.csv").unlink()
+    for name in ("val/loss", "val/new"):
+        logger.log_metrics({"epoch": 3, name: 0.5}, step=3)
+        with pytest.raises(OSError, match=r"metrics\.csv has been removed or moved while this command ran"):
+            logger.save()
+    assert list((tmp_path / "logs" / "fit").iterdir()) == [tmp_path / "logs" / "fit" / "hparams.yaml"]
+
+
 def test_an_incomplete_row_is_left_out_of_the_training_curves(tmp_path):
     log(RunLogger(save_dir=tmp_path, name="logs", version="fit"))
     path = tmp_path / "logs" / "fit" / "metrics.csv"

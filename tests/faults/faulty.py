@@ -1,6 +1,7 @@
 """Things that go wrong on purpose, where the environment says so."""
 
 import os
+import shutil
 import signal
 
 import torch
@@ -10,17 +11,24 @@ from labn.explainers import Explainer
 from labn.modules import LABN
 
 
+def remove_run():
+    """Remove the folder that LABN_TEST_REMOVE names, once."""
+    if folder := os.environ.pop("LABN_TEST_REMOVE", None):
+        shutil.rmtree(folder)
+
+
 class Hungry(Explainer):
-    """Asks for more memory than there is, on the rank that LABN_TEST_HUNGRY names."""
+    """Asks for more memory than there is, on the rank that LABN_TEST_HUNGRY names; removes LABN_TEST_REMOVE."""
 
     def attribute(self, model, images, targets, indices):
+        remove_run()
         if os.environ.get("LABN_TEST_HUNGRY") == os.environ.get("RANK", "0"):
             torch.empty(2**55)
         return images[:, 0] * (1 + indices[:, None, None])
 
 
 class Nervous(LABN):
-    """Loses its weights at step LABN_TEST_NAN, gets LABN_TEST_SIGNALS at step LABN_TEST_AT.
+    """Loses its weights at step LABN_TEST_NAN, gets LABN_TEST_SIGNALS at step LABN_TEST_AT or removes its run folder.
 
     It is killed at the end of epoch LABN_TEST_UNLOGGED, after the checkpoint and before the row of the log.
     """
@@ -30,7 +38,8 @@ class Nervous(LABN):
             with torch.no_grad():
                 self.network.head.weight.fill_(torch.nan)
         if self.global_step == int(os.environ.get("LABN_TEST_AT", -1)):
-            for name in os.environ["LABN_TEST_SIGNALS"].split():
+            remove_run()
+            for name in os.environ.get("LABN_TEST_SIGNALS", "").split():
                 os.kill(os.getpid(), signal.Signals[name])
         return super().training_step(batch, batch_idx)
 

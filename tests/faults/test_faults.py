@@ -87,6 +87,22 @@ def test_exhausted_memory_on_one_rank_ends_both_and_names_the_rank(bench, tmp_pa
     bench.equals_undisturbed(run_dir, ranks=2)
 
 
+def test_a_run_folder_that_is_removed_meanwhile_ends_the_command_with_a_sentence(bench, tmp_path):
+    run_dir = copy_of(bench, tmp_path)
+    shutil.rmtree(run_dir / "test")
+    (process,) = bench.test(run_dir, environment={"LABN_TEST_REMOVE": str(run_dir)}, check=False)
+    assert process.poll() == 1
+    assert f"{run_dir / 'test' / 'identity.json'} has been removed or moved while this command ran" in process.output
+    removed = {"LABN_TEST_REMOVE": str(run_dir), "LABN_TEST_AT": "6"}
+    (process,) = bench.fit(run_dir, environment=removed, check=False)
+    assert process.poll() == 1
+    assert f"{run_dir}" in process.output.splitlines()[-1]
+    assert "has been removed or moved while this command ran" in process.output.splitlines()[-1]
+    bench.fit(run_dir)
+    bench.test(run_dir)
+    bench.equals_undisturbed(run_dir)
+
+
 def test_a_rank_whose_launcher_dies_while_it_waits_for_the_others_ends(bench, tmp_path):
     words = ["fit", "--config=tests/faults/small.yaml", f"--run_dir={tmp_path / 'run'}"]
     (rank,) = bench.server.start(*words, ranks=2, only=[1])

@@ -5,10 +5,12 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
-from labn.launch.run_lock import lock_path, locked
+from labn.launch import run_lock
+from labn.launch.run_lock import check_held, lock_path, locked, remove_leftovers
 
 
 def test_a_second_holder_is_refused_with_the_first_ones_process(tmp_path):
@@ -55,10 +57,92 @@ def test_the_lock_of_another_host_is_named_with_what_to_do(tmp_path):
     assert path.is_file()
 
 
+def holder_of(process):
+    return {"host": socket.gethostname(), "process": process, "started": run_lock._started(process)}
+
+
 def test_a_lock_that_is_just_being_written_counts_as_held(tmp_path):
-    lock_path(tmp_path, "fit").write_text("")
-    with pytest.raises(ValueError, match="another process runs fit there"), locked(tmp_path, "fit"):
+    path = lock_path(tmp_path, "fit")
+    path.write_text("")
+    writer = threading.Timer(0.1, lambda: path.write_text(json.dumps(holder_of(os.getppid()))))
+    writer.start()
+    with pytest.raises(ValueError, match=f"process {os.getppid()} runs fit there"), locked(tmp_path, "fit"):
         pass
+    writer.join()
+
+
+def test_a_lock_whose_process_was_killed_before_it_wrote_its_name_is_taken_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "LONGEST_START", 0.1)
+    lock_path(tmp_path, "fit").write_text("")
+    with locked(tmp_path, "fit"):
+        assert json.loads(lock_path(tmp_path, "fit").read_text())["process"] == os.getpid()
+
+
+def test_a_process_that_only_its_parent_remembers_holds_nothing(tmp_path):
+    zombie = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    lock_path(tmp_path, "fit").write_text(json.dumps(holder_of(zombie.pid)))
+    with pytest.raises(ValueError, match=f"process {zombie.pid}"), locked(tmp_path, "fit"):
+        pass
+    zombie.kill()
+    os.waitid(os.P_PID, zombie.pid, os.WEXITED | os.WNOWAIT)
+    with locked(tmp_path, "fit"):
+        pass
+    zombie.communicate()
+
+
+def test_a_lock_removed_by_hand_is_taken_again_and_a_stolen_one_ends_the_command(tmp_path):
+    with locked(tmp_path, "fit"):
+        check_held(tmp_path, "fit")
+        lock_path(tmp_path, "fit").unlink()
+        check_held(tmp_path, "fit")
+        lock_path(tmp_path, "fit").write_text(json.dumps(holder_of(os.getppid())))
+        with pytest.raises(ValueError, match=f"process {os.getppid()} runs fit there"):
+            check_held(tmp_path, "fit")
+
+
+LEFT = [
+    ".fit.yaml",
+    "checkpoints/.last.ckpt",
+    "test/maps/.a.safetensors",
+    "val/epoch=001/.scores.csv",
+    "logs/fit/.m.csv",
+]
+
+
+def leave(run_dir, process):
+    paths = [run_dir / f"{name}.{process}.tmp" for name in [*LEFT, "test.old-1/scores/.b.npz"]]
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("half")
+    return paths
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test"])
+def test_the_next_command_removes_what_killed_ones_left(tmp_path, command):
+    gone = [*leave(tmp_path, dead_process()), *leave(tmp_path, os.getpid()), *leave(tmp_path, 10**30)]
+    kept = [tmp_path / "mine/.a.1.tmp", tmp_path / "checkpoints/.hidden.tmp", tmp_path / "test/a.1.tmp"]
+    kept += leave(tmp_path, os.getppid())
+    for path in kept:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("of somebody else")
+    stale = [lock_path(tmp_path, name) for name in ("fit", "validate", "test") if name != command]
+    for path in stale:
+        path.write_text(json.dumps({"host": socket.gethostname(), "process": dead_process(), "started": "1"}))
+    remove_leftovers(tmp_path, command)
+    assert not any(path.exists() for path in [*gone, *stale])
+    assert all(path.exists() for path in kept)
+    for path in kept:  # hours later their writer is another process of that number
+        os.utime(path, (0, 0))
+    remove_leftovers(tmp_path, command)
+    assert [path.exists() for path in kept] == [True] * 3 + [False] * 6
+
+
+def test_leftovers_stay_while_another_command_runs(tmp_path):
+    paths = leave(tmp_path, dead_process())
+    for holder in (holder_of(os.getppid()), {"host": "elsewhere", "process": 7, "started": "1"}):
+        lock_path(tmp_path, "fit").write_text(json.dumps(holder))
+        remove_leftovers(tmp_path, "test")
+        assert all(path.exists() for path in paths)
 
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "SLURM_PROCID"])

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -126,7 +127,22 @@ def test_temporary_files_of_a_killed_process_are_ignored_and_removed(tmp_path):
         path.write_bytes(b"half")
     ResultStore(folder).prepare({"checkpoint": "a"})
     assert not (tmp_path / "test.old-1").exists()
-    assert [p.name for p in folder.iterdir() if p.is_file()] == ["identity.json"]
+    assert [p.name for p in folder.rglob("*") if p.is_file()] == ["identity.json"]
+
+
+def test_shards_that_are_removed_meanwhile_raise_an_error_that_names_the_folder(tmp_path):
+    store = ResultStore(tmp_path / "test")
+    store.prepare({"checkpoint": "a"})
+    store.add_scores(part([0]))
+    shutil.rmtree(tmp_path / "test")
+    for write in (
+        lambda: store.add_scores(part([1])),
+        lambda: store.add_maps("labn", "k", torch.tensor([1]), torch.zeros(1, 2, 2)),
+        store.check_not_removed,
+    ):
+        with pytest.raises(OSError, match=r"identity\.json has been removed or moved while this command ran"):
+            write()
+    assert not (tmp_path / "test").exists()
 
 
 def test_a_damaged_identity_moves_the_results_aside(tmp_path):
