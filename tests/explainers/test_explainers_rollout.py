@@ -147,3 +147,60 @@ def test_rollout_of_a_lambda_network_is_a_map() -> None:
     maps = AttentionRollout()(lambda_resnet26(num_classes=3), torch.randn(2, 3, 64, 64), torch.tensor([0, 1]))
     assert maps.shape == (2, 64, 64)
     assert float(maps.std()) > 0
+
+
+class OneBlock(nn.Module):
+    """A patch embedding, one attention written in one of several ways, and a head on the mean token."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.qkv, self.head = nn.Conv2d(3, 8, 8, 8), nn.Linear(8, 24), nn.Linear(8, 4)
+        self.way = way
+
+    def forward(self, x: Tensor) -> Tensor:
+        maps = self.embed(x)
+        if self.way == "spatial softmax":
+            maps = maps * maps.softmax(-1).softmax(-2)
+        query, key, value = self.qkv(maps.flatten(2).mT).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.head(self.mixed(query, key, value).transpose(1, 2).flatten(2).mean(1))
+
+    def mixed(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if self.way == "columns":
+            return (key @ query.mT).softmax(-2).mT @ value
+        if self.way == "einsum":
+            return torch.einsum("bhnm, bhmd -> bhnd", (query @ key.mT).softmax(-1), value)
+        if self.way == "joined heads":
+            scores = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).mT)
+            return torch.bmm(nn.functional.softmax(scores, dim=2), value.flatten(0, 1)).unflatten(0, (-1, 2))
+        if self.way == "over queries":
+            return (query @ key.mT).softmax(-2) @ value
+        return (query @ key.mT).softmax(-1) @ value
+
+
+@pytest.mark.parametrize("way", ["columns", "einsum", "joined heads"])
+def test_rollout_does_not_depend_on_how_attention_is_written(way: str) -> None:
+    images, targets = 3 * pictures(2, 32, 32), torch.tensor([0, 1])
+    models = [OneBlock(kind).double().eval() for kind in (way, "plain")]
+    assert torch.allclose(models[0](images), models[1](images))
+    maps = [AttentionRollout()(model, images, targets) for model in models]
+    assert float(maps[1].std()) > 1e-3
+    assert torch.allclose(*maps, atol=1e-7)
+
+
+def test_a_softmax_over_square_feature_maps_is_no_attention() -> None:
+    """Four by four patches: the softmax over columns looks like attention between four tokens."""
+    model, images = OneBlock("spatial softmax").double().eval(), 3 * pictures(2, 32, 32)
+    maps = model.embed(images)
+    query, key = (
+        model.qkv((maps * maps.softmax(-1).softmax(-2)).flatten(2).mT).unflatten(2, (3, 2, 4))[:, :, :2].unbind(2)
+    )
+    attention = (query.transpose(1, 2) @ key.transpose(1, 2).mT).softmax(-1).mean(1)
+    row = rollout([attention]).mean(1).reshape(2, 1, 4, 4)
+    expected = nn.functional.interpolate(row, (32, 32), mode="bilinear", align_corners=False).squeeze(1)
+    assert torch.allclose(AttentionRollout()(model, images, torch.tensor([0, 1])), expected.float(), atol=1e-6)
+
+
+def test_attention_over_the_wrong_dimension_is_refused() -> None:
+    with pytest.raises(ValueError, match="rows sum to one; a softmax of this model is over the queries"):
+        AttentionRollout()(OneBlock("over queries").double().eval(), pictures(1, 32, 32), torch.tensor([0]))

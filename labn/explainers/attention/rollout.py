@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from labn.errors import InputError
 from labn.explainers.base import Explainer
@@ -46,39 +47,79 @@ def rollout(attentions: Iterable[Tensor]) -> Tensor:
 
 
 class _Recorder(TorchFunctionMode):
-    """Records every self-attention matrix of a forward pass, mean over heads, however the model computes it."""
+    """Records every self-attention matrix of a forward pass, mean over heads, however the model computes it.
 
-    def __init__(self) -> None:
+    A softmax is attention if its result, directly or through reshapes, dropout and the like, is multiplied with values
+    as a matrix from the left: it is recorded as it is multiplied there. A softmax over feature maps is not, even if
+    these are square.
+
+    Args:
+        batch: B, by which matrices (B * heads, N, N) are divided.
+    """
+
+    def __init__(self, batch: int) -> None:
         super().__init__()
         self.attentions: list[Tensor] = []
+        self._batch = batch
+        self._softmaxes = WeakTensorKeyDictionary()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        handler = HANDLERS.get(func)
-        return func(*args, **(kwargs or {})) if handler is None else handler(self, func, args, dict(kwargs or {}))
+        kwargs = dict(kwargs or {})
+        if func in HANDLERS:
+            return HANDLERS[func](self, func, args, kwargs)
+        first = args[0] if args else None
+        if func in PRODUCTS and self._is_softmax(first):
+            self.record(first)
+        if func is torch.einsum and len(args) == 3 and self._is_softmax(args[1]):
+            self._record_einsum(*args[:2])
+        result = func(*args, **kwargs)
+        if func in SOFTMAXES or (_holds_as_many(result, first) and self._is_softmax(first)):
+            self._softmaxes[result] = True
+        return result
+
+    def _is_softmax(self, value: Any) -> TypeGuard[Tensor]:
+        return isinstance(value, Tensor) and value in self._softmaxes
+
+    def _record_einsum(self, equation: str, attention: Tensor) -> None:
+        """Keep the first operand of an einsum, whose keys are the index that is summed over."""
+        indices, result = equation.replace(" ", "").split(",")[0], equation.rpartition("->")[2]
+        if indices[-1] not in result:
+            self.record(attention)
+        elif indices[-2] not in result:
+            self.record(attention.mT)
 
     def record(self, attention: Tensor) -> None:
-        """Keep a (B, heads, N, N) matrix; a tensor that is not square in the tokens belongs to something else."""
+        """Keep a matrix (B, heads, N, N), (B * heads, N, N) or (B, N, N) whose rows are distributions.
+
+        A matrix that is not square in the tokens is attention between other things.
+        """
+        if attention.ndim == 3 and len(attention) % self._batch == 0:
+            attention = attention.unflatten(0, (self._batch, -1))
         if attention.ndim == 4 and attention.shape[-1] == attention.shape[-2]:
+            if not torch.allclose(attention.sum(-1), attention.new_ones(()), atol=1e-3):
+                raise InputError(
+                    "rollout needs attention whose rows sum to one; a softmax of this model is over the queries, or "
+                    "its attention is changed after the softmax."
+                )
             self.attentions.append(attention.mean(dim=1))
+
+
+def _holds_as_many(result: Any, first: Any) -> bool:
+    return isinstance(result, Tensor) and isinstance(first, Tensor) and result.numel() == first.numel()
 
 
 def _fused(recorder: _Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """`F.scaled_dot_product_attention` does not return its matrix, which is therefore computed once more."""
-    query, key = args[:2] if len(args) > 1 else (kwargs["query"], kwargs["key"])
-    mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
-    scale = kwargs.get("scale") or query.shape[-1] ** -0.5
-    scores = query @ key.mT * scale
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    given = {**dict(zip(names, args)), **kwargs}
+    query, key, mask = given["query"], given["key"], given.get("attn_mask")
+    scores = query @ key.mT * (given.get("scale") or query.shape[-1] ** -0.5)
+    if given.get("is_causal"):
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     recorder.record(scores.softmax(dim=-1))
     return func(*args, **kwargs)
-
-
-def _plain(recorder: _Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """A softmax, which is attention if its matrix is square."""
-    output = func(*args, **kwargs)
-    recorder.record(output)
-    return output
 
 
 def _multi_head(recorder: _Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -89,11 +130,13 @@ def _multi_head(recorder: _Recorder, func: Any, args: Any, kwargs: dict[str, Any
     return output, None
 
 
+SOFTMAXES = {F.softmax, torch.softmax, Tensor.softmax}
+
+# Products of matrices, of which the first operand mixes the rows of the second.
+PRODUCTS = {torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__}
+
 HANDLERS: dict[Any, Callable[[_Recorder, Any, Any, dict[str, Any]], Any]] = {
     F.scaled_dot_product_attention: _fused,
-    F.softmax: _plain,
-    torch.softmax: _plain,
-    Tensor.softmax: _plain,
     F.multi_head_attention_forward: _multi_head,
 }
 
@@ -150,7 +193,7 @@ class AttentionRollout(Explainer):
             return self._transformer(model, images)
 
     def _transformer(self, model: nn.Module, images: Tensor) -> Tensor:
-        recorder, grids = _Recorder(), []
+        recorder, grids = _Recorder(len(images)), []
         convolutions = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
         with recorder, watching(convolutions, lambda _name, _args, output: grids.append(tuple(output.shape[-2:]))):
             run_model(model, images)

@@ -173,7 +173,7 @@ class AttentionMapGuided(GradCAM):
     def layer(self, model: nn.Module, images: Tensor) -> TargetLayer:
         """The target layer of `model`."""
         if self.attention == "cbam" and self.target_layer is None:
-            return TargetLayer(_cbam_of(model).features)
+            return TargetLayer(_cbam_of(model).features, channels_last=False)
         return super().layer(model, images)
 
     def _gates(self, model: nn.Module) -> Gates:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from labn.errors import InputError
 from labn.explainers.base import class_scores
-from labn.explainers.cam.target_layer import TargetLayer, is_channels_last
+from labn.explainers.cam.target_layer import TargetLayer
 from labn.inference.hooks import temporary_hooks
 from labn.inference.modes import run_model
 
@@ -60,18 +60,20 @@ def replacing_output(
     Args:
         model: the model that the layer belongs to; every forward of it counts the layer's calls anew.
         layer: a call of a submodule, or a submodule that runs once.
-        size: (H, W) of the images, whose proportions distinguish (B, h, w, K) from (B, K, h, w).
+        size: (H, W) of the images, whose proportions tell (B, h, w, K) from (B, K, h, w) where nothing else does.
         change: function of A (B, K, h, w), called at every forward of the model.
 
     Raises:
         InputError: during a forward, if the layer does not return feature maps.
     """
 
+    target = layer if isinstance(layer, TargetLayer) else TargetLayer(layer)
+
     def hook(module: nn.Module, _args: Any, output: Any) -> Tensor:
         if not isinstance(output, Tensor) or output.ndim != 4:
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise InputError(f"target_layer ({type(module).__name__}) returns {shape}; (B, K, h, w) is needed.")
-        if is_channels_last(output.shape, size):
+        if target.has_channels_last(output.shape, size):
             return change(output.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return change(output)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from labn.explainers.cam.features import fast_logits, replacing_call, replacing_output
-from labn.explainers.cam.target_layer import TargetLayer, is_channels_last
+from labn.explainers.cam.target_layer import TargetLayer
 from labn.inference.deep_copy import deep_copy
 from labn.inference.hooks import temporary_hooks
 from labn.inference.modes import run_model
@@ -121,7 +121,7 @@ class Tail:
         with torch.no_grad(), replacing_output(model, layer, image.shape[-2:], keep):
             trunk = _Trunk(model, layer, image)
         self.activations, self.logits = maps[0], trunk.logits
-        self._last = is_channels_last(trunk.shape, image.shape[-2:])
+        self._last = layer.has_channels_last(trunk.shape, image.shape[-2:])
         self._run: _Cut | _Whole = _Whole(model, layer, trunk, image)
         self.cut = trunk.calls[layer.module] == 1 and self._try_cut(model, layer, trunk, image)
 

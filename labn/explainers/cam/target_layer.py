@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from labn.errors import InputError
+from labn.explainers.cam.layout import Layout, LayoutRecorder
 from labn.inference.fingerprint import ModelCache, structure_key
 from labn.inference.hooks import temporary_hooks
 from labn.inference.modes import explaining, run_model
@@ -27,7 +28,7 @@ POOLING = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2
 COMPILED = "_orig_mod."  # the prefix that `torch.compile` puts before the names of a module's own layers
 
 # The weights do not decide which layer is the last one.
-_targets: ModelCache[tuple[str, int, int]] = ModelCache(structure_key)
+_targets: ModelCache[tuple[str, int, int, bool | None]] = ModelCache(structure_key)
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,17 @@ class TargetLayer:
         module: the layer.
         call: number of the call, from 0.
         calls: number of calls of the layer in one forward pass.
+        channels_last: whether it returns (B, h, w, K) and not (B, K, h, w); None where its operations do not tell.
     """
 
     module: nn.Module
     call: int = 0
     calls: int = 1
+    channels_last: bool | None = None
+
+    def has_channels_last(self, shape: torch.Size, size: torch.Size) -> bool:
+        """`channels_last`, or, where that is None, what the sizes of maps of this shape suggest for an image (H, W)."""
+        return is_channels_last(shape, size) if self.channels_last is None else self.channels_last
 
 
 @contextmanager
@@ -104,6 +111,7 @@ class _Seen:
         output: what it returned.
         version: version counter of the output at that time.
         is_map: whether the output is feature maps.
+        channels_last: whether they are (B, h, w, K); None where the operations do not tell.
         from_tokens: whether the layer read tokens.
         differentiable: whether gradients were recorded when the layer ran.
     """
@@ -113,6 +121,7 @@ class _Seen:
     output: Tensor
     version: int
     is_map: bool
+    channels_last: bool | None
     from_tokens: bool
     differentiable: bool = True
 
@@ -126,15 +135,19 @@ class _Seen:
         return self.output is other.output and self.version == other.version
 
 
-def _is_map(output: Tensor, size: torch.Size) -> bool:
-    """Whether an output is feature maps of more than one position, in about the images' proportions.
+def _is_map(output: Tensor, size: torch.Size, layout: Layout | None) -> bool:
+    """Whether an output is feature maps of more than one position.
 
-    The proportions may differ by a quarter, because convolutions without padding reduce a side more than a stride does.
-    A transformer's (B, heads, N, d) is far from both.
+    Operations that keep rows and columns from the image on make maps of any proportions. Other outputs must have about
+    those of the image. They may differ by a quarter, because convolutions without padding reduce a side more than a
+    stride does. A transformer's (B, heads, N, d) is far from both.
     """
-    if output.ndim != 4 or 0 in output.shape:
+    if output.ndim != 4 or 0 in output.shape or (layout is not None and layout.channel_axis not in (1, 3)):
         return False
-    rows, columns = output.shape[1:3] if is_channels_last(output.shape, size) else output.shape[2:]
+    last = is_channels_last(output.shape, size) if layout is None else layout.channel_axis == 3
+    rows, columns = output.shape[1:3] if last else output.shape[2:]
+    if layout is not None and layout.spatial and min(rows, columns) > 1:
+        return True
     expected = rows * size[1] / size[0]
     near = abs(columns - expected) <= max(1, expected / 4)
     return rows * columns > 1 and (near or is_strided(rows, columns, size))
@@ -163,20 +176,25 @@ def _trace(model: nn.Module, images: Tensor) -> _Trace:
     hidden: list[_Seen] = []
     calls: Counter[str] = Counter()
 
+    image = images[:1].detach().clone().requires_grad_()
+    layouts = LayoutRecorder(image)
+
     def see(name: str, args: Any, output: Any) -> None:
         if not name:
             return
         call, differentiable = calls[name], torch.is_grad_enabled()
         calls[name] += 1
         if isinstance(output, Tensor) and (output.requires_grad or not differentiable):
-            is_map = _is_map(output, images.shape[-2:])
+            layout = layouts.of(output)
+            is_map = _is_map(output, images.shape[-2:], layout)
+            last = None if layout is None else layout.channel_axis == 3
             tokens = _is_tokens(args[0] if args else None)
-            entry = _Seen(name, call, output, output._version, is_map, tokens, differentiable)
+            entry = _Seen(name, call, output, output._version, is_map, last, tokens, differentiable)
             (seen if output.requires_grad else hidden).append(entry)
 
     # The image requires a gradient, so that outputs that depend on it can be told from constants.
-    with watching(dict(model.named_modules()), see):
-        logits = run_model(model, images[:1].detach().clone().requires_grad_())
+    with watching(dict(model.named_modules()), see), layouts:
+        logits = run_model(model, image)
     return _Trace(seen, [entry for entry in hidden if entry.is_map], calls, logits)
 
 
@@ -243,8 +261,8 @@ def _bypassed(model: nn.Module, images: Tensor, layer: nn.Module, call: int, oth
     return any(output.requires_grad and _on_path(logits, output) for output in outputs)
 
 
-def _chosen_call(model: nn.Module, images: Tensor, name: str, trace: _Trace) -> tuple[str, int, int]:
-    """Name, number and count of the last call of a layer with feature maps that determine the logits.
+def _chosen_call(model: nn.Module, images: Tensor, name: str, trace: _Trace) -> tuple[str, int, int, bool | None]:
+    """Name, number and count of the last call of a layer with feature maps that determine the logits; their layout.
 
     Raises:
         InputError: the logits depend on several calls side by side, so that one call does not explain them.
@@ -260,10 +278,11 @@ def _chosen_call(model: nn.Module, images: Tensor, name: str, trace: _Trace) -> 
             f"{type(model).__name__}, and the logits depend on {len(maps)} of its feature maps side by side, as with "
             "test-time augmentation or siamese branches; explain the part that runs once, or name a layer that does."
         )
-    return name.removeprefix(COMPILED), call, max(calls, 1)
+    last = next((s.channels_last for s in trace.seen if s.name in names and s.call == call), None)
+    return name.removeprefix(COMPILED), call, max(calls, 1), last
 
 
-def _search(model: nn.Module, images: Tensor) -> tuple[str, int, int]:
+def _search(model: nn.Module, images: Tensor) -> tuple[str, int, int, bool | None]:
     with explaining(model, images.device.type):
         trace = _trace(model, images)
         position = _last_map(model, trace.seen, trace.logits)
@@ -333,7 +352,7 @@ def target_layer_of(model: nn.Module, images: Tensor, name: str | nn.Module | No
     return TargetLayer(named_layer(model, found[0]), *found[1:])
 
 
-def _named(model: nn.Module, images: Tensor, name: str) -> tuple[str, int, int]:
+def _named(model: nn.Module, images: Tensor, name: str) -> tuple[str, int, int, bool | None]:
     named_layer(model, name)
     with explaining(model, images.device.type):
         return _chosen_call(model, images, name, _trace(model, images))
