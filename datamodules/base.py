@@ -18,12 +18,12 @@ from torch.utils.data import DataLoader, Sampler, default_collate
 
 from datamodules.io import tar_files
 from datamodules.io.samplers import BalancedSampler, EvaluationLoader, ShuffledSampler, UnrepeatedDistributedSampler
-from datamodules.io.sources import ArraySource, ImageDataset, Source
+from datamodules.io.sources import ArraySource, ImageDataset, Source, check_source
 from datamodules.io.splits import SPLITS, OnBadImage, Split
 from datamodules.io.statistics import cached, channel_statistics, default_cache_dir, pixel_mean
 from datamodules.io.transforms import Augmentation, Transform
 from labn.errors import InputError, MissingFileError
-from labn.io.images import digest
+from labn.io.images import MAX_PIXELS, digest
 from labn.io.preprocessing import Preprocessing
 
 MAX_LISTED_CLASSES = 20
@@ -158,6 +158,8 @@ class ImageDataModule(LightningDataModule):
         for name, value in (("image_size", image_size), ("batch_size", batch_size)):
             if value < 1:
                 raise InputError(f"{name} is {value}; it must be at least 1.")
+        if image_size**2 > MAX_PIXELS:
+            raise InputError(f"image_size is {image_size}; it must be at most {math.isqrt(MAX_PIXELS)}.")
         if on_bad_image not in ("stop", "skip"):
             raise InputError(f"on_bad_image is {on_bad_image!r}; it must be 'stop' or 'skip'.")
         self.image_size, self.batch_size, self.num_workers, self.seed = image_size, batch_size, num_workers, seed
@@ -180,7 +182,8 @@ class ImageDataModule(LightningDataModule):
 
     @cached_property
     def _sources(self) -> dict[Split, Source]:
-        return self._build()
+        sources = self._build()
+        return {split: check_source(split, source, self.num_classes) for split, source in sources.items()}
 
     @property
     def num_classes(self) -> int:

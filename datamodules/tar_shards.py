@@ -39,6 +39,9 @@ _MANIFEST_TYPES: dict[str, type] = {
 }
 
 
+_SPLIT_TYPES = {"samples": int, "shards": int, "has_masks": bool, "has_boxes": bool, "fingerprint": str}
+
+
 def _valid_preparation(manifest: dict[str, Any]) -> bool:
     """Whether the optional fields of a manifest are absent, null, or finite numbers of the right count."""
     # `image_size` and `channels`, the first two fields, are required and checked elsewhere.
@@ -50,6 +53,18 @@ def _valid_preparation(manifest: dict[str, Any]) -> bool:
         and all(type(number) in (int, float) and math.isfinite(number) for number in values)
         for name, value in optional.items()
     )
+
+
+def _check_classes(where: str, names: list[Any], positive: list[Any]) -> None:
+    """Raise InputError unless there are class names, and the positive classes are indices of them."""
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise InputError(f"{where}: class_names must be a list of names, one per class; write the shards again.")
+    for label in positive:
+        if type(label) is not int or not 0 <= label < len(names):
+            raise InputError(
+                f"{where}: positive_classes has {label!r}, which is no label of the {len(names)} classes; write the "
+                "shards again."
+            )
 
 
 @dataclass(frozen=True)
@@ -130,8 +145,9 @@ class TarShards(ImageDataModule):
             manifest = read_json(path, dict)
         where = f"{self.folder.root}/{MANIFEST}"
         for name, kind in _MANIFEST_TYPES.items():
-            if not isinstance(manifest.get(name), kind):
+            if type(manifest.get(name)) is not kind:
                 raise InputError(f"{where}: {name} is {manifest.get(name)!r}; write the shards again.")
+        _check_classes(where, manifest["class_names"], manifest["positive_classes"])
         channels, mean, std = manifest["channels"], manifest["mean"], manifest["std"]
         if channels not in (1, 3) or manifest["image_size"] < 1 or not len(mean) == len(std) == channels:
             raise InputError(f"{where}: channels, image_size, mean and std do not fit; write the shards again.")
@@ -160,8 +176,9 @@ class TarShards(ImageDataModule):
         return {split: self._read_split(split, facts) for split, facts in self._manifest["splits"].items()}
 
     def _read_split(self, split: Split, facts: dict[str, Any]) -> Source:
-        root, fields = self.folder.root, ("samples", "shards", "has_masks", "has_boxes", "fingerprint")
-        if not isinstance(facts, dict) or not all(isinstance(facts.get(name), (int, str)) for name in fields):
+        root = self.folder.root
+        right = isinstance(facts, dict) and all(type(facts.get(name)) is kind for name, kind in _SPLIT_TYPES.items())
+        if not right or not 0 <= facts["shards"] <= facts["samples"]:
             raise InputError(f"{root}/{MANIFEST}: the entry of {split} is damaged; write the shards again.")
         with self._local_copy(index_name(split)) as path:
             arrays = read_arrays(path)
@@ -172,4 +189,4 @@ class TarShards(ImageDataModule):
                 raise MissingFileError(f"{root}/{name} does not exist, but {index_name(split)} names it; copy it too.")
             if size < needed:
                 raise InputError(f"{root}/{name} is truncated ({size} of {needed} bytes); copy it again.")
-        return ShardSource(root, self.folder, split, facts, arrays)
+        return ShardSource(root, self.folder, split, facts, arrays, self.channels)

@@ -400,7 +400,9 @@ def _is_voc(folder: Path) -> bool:
 
 
 class VOCSource(FileSource):
-    """Image files whose data hash includes their objects."""
+    """Image files whose data hash includes their objects; the label of an image without any is -1."""
+
+    least_label = -1
 
     def __init__(self, records: list[Record], size: int, objects: list[Objects]) -> None:
         super().__init__(records, size)

@@ -80,6 +80,7 @@ class Process:
     """One rank of a started command."""
 
     prefix: Path
+    orphaned: bool = False
 
     @property
     def pid(self):
@@ -94,9 +95,18 @@ class Process:
         return int(Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[1])
 
     def poll(self):
-        """Exit status, minus the signal's number, or None while it runs."""
+        """Exit status, minus the signal's number, or None while it runs; an orphan's status is not known, so that 9."""
+        if self.orphaned:
+            return None if is_alive(self.pid) else -signal.SIGKILL
         path = self.prefix.with_suffix(".status")
         return int(path.read_text()) if path.exists() else None
+
+    def orphan(self):
+        """Kill the process that started this one."""
+        if self.poll() is None:
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                os.kill(self.parent, signal.SIGKILL)
+                self.orphaned = True
 
     def wait(self, timeout=120):
         end = time.monotonic() + timeout

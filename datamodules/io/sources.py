@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 
 from datamodules.io.image_checks import image_error
 from datamodules.io.transforms import Transform
+from labn.errors import InputError
 from labn.io.images import (
     Box,
     content_hash,
@@ -39,6 +40,7 @@ class Source(ABC):
         labels: (N,) int64 classes.
         has_masks: whether `load` returns masks.
         has_boxes: whether the regions are boxes; samples then have `boxes` too.
+        least_label: the smallest label; -1 where a sample may belong to no class.
         groups: (N,) int64 group of every sample (a day, a patient); None where samples are independent.
         identity: all values that the data hash depends on, beside names, labels and the data module's settings.
     """
@@ -47,6 +49,7 @@ class Source(ABC):
     labels: Array
     has_masks: bool
     has_boxes: bool = False
+    least_label: int = 0
     groups: Array | None = None
     identity: Sequence[object]
 
@@ -64,6 +67,33 @@ class Source(ABC):
     def fingerprint(self) -> str:
         """Hash (16 hex digits) of `identity`, names and labels."""
         return digest([*self.identity, *self.names, *self.labels.tolist()])
+
+
+def check_source(split: str, source: Source, classes: int) -> Source:
+    """A source with as many names as labels, and labels of the data module's classes; other sources raise.
+
+    Args:
+        split: name of the split, for messages.
+        source: the source.
+        classes: number of classes.
+
+    Raises:
+        InputError: a label is not an index of a class, or names, labels or groups differ in their number.
+    """
+    labels, groups = source.labels, source.groups
+    if len(source.names) != len(labels) or (groups is not None and len(groups) != len(labels)):
+        counts = f"{len(source.names)} names and {len(labels)} labels"
+        raise InputError(
+            f"Split {split} has {counts}; every sample needs one of each, and one group where there are any."
+        )
+    outside = np.flatnonzero((labels < source.least_label) | (labels >= classes))
+    if len(outside):
+        name, label = source.names[int(outside[0])], int(labels[outside[0]])
+        raise InputError(
+            f"Split {split}: {name} has the label {label}, which is none of the {classes} classes; labels count from 0 "
+            f"to {classes - 1}."
+        )
+    return source
 
 
 @dataclass(frozen=True)

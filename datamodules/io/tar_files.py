@@ -23,6 +23,7 @@ from datamodules.io.sources import Array, Source
 from datamodules.io.splits import Split
 from labn.errors import InputError
 from labn.io.atomic import write_atomically, written_atomically
+from labn.io.images import MAX_BYTES, decode_image, decode_mask
 
 MANIFEST = "shards.json"
 
@@ -166,10 +167,19 @@ class ShardSource(Source):
         split: name of the split.
         facts: the split's entry in the manifest.
         arrays: the arrays of the split's index.
+        channels: 3 (RGB) or 1 (grey); shards that another program wrote may hold pictures of any kind.
     """
 
-    def __init__(self, where: str, fetch: Fetch, split: Split, facts: dict[str, Any], arrays: dict[str, Array]) -> None:
-        self.where, self.fetch, self.split = where, fetch, split
+    def __init__(
+        self,
+        where: str,
+        fetch: Fetch,
+        split: Split,
+        facts: dict[str, Any],
+        arrays: dict[str, Array],
+        channels: int = 3,
+    ) -> None:
+        self.where, self.fetch, self.split, self.channels = where, fetch, split, channels
         self.image, self.mask, self.names = arrays["image"], arrays["mask"], arrays["name"].tolist()
         self.labels, self.groups = arrays["label"], arrays.get("group")
         self.has_masks, self.has_boxes = bool(facts["has_masks"]), bool(facts["has_boxes"])
@@ -179,14 +189,26 @@ class ShardSource(Source):
         """See `Source.load`.
 
         Raises:
-            InputError: the bytes of the sample are missing, or differ from the checksum of the index; the message
-                names the shard.
+            InputError: the bytes of the sample are missing, or differ from the checksum of the index, or the region
+                has another size than the image; the message names the shard.
+            BadImageError: the picture declares a size out of range, or cannot be decoded.
         """
-        pixels = self._decoded(self.image[index], index)
-        image = np.ascontiguousarray(pixels[..., ::-1]) if pixels.ndim == 3 else pixels[..., None]
-        return image, self._decoded(self.mask[index], index) > 0 if self.has_masks else None
+        data, where = self._content(self.image[index], index)
+        image = decode_image(data, where, self.channels)
+        if not self.has_masks:
+            return image, None
+        if not int(self.mask[index]["size"]):
+            return image, np.zeros(image.shape[:2], dtype=bool)
+        data, where = self._content(self.mask[index], index)
+        mask = decode_mask(data, where)
+        if mask.shape != image.shape[:2]:
+            raise InputError(
+                f"{where}: the region has {mask.shape} pixels, its image {image.shape[:2]}; write it again."
+            )
+        return image, mask
 
-    def _decoded(self, span: Any, index: int) -> Array:
+    def _content(self, span: Any, index: int) -> tuple[bytes, str]:
+        """The bytes of a picture, and the name of the shard and the sample for messages."""
         name, start, size = shard_file(self.split, int(span["shard"])), int(span["offset"]), int(span["size"])
         where = f"{self.where}/{name}, sample {index}"
         try:
@@ -195,10 +217,7 @@ class ShardSource(Source):
             raise InputError(f"{where}: cannot be read ({error.strerror or error}); copy the shard again.") from error
         if len(data) != size or zlib.crc32(data) != int(span["crc"]):
             raise InputError(f"{where}: bytes {start} to {start + size} fail the checksum; copy the shard again.")
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-        if pixels is None:
-            raise InputError(f"{where}: cannot be decoded; write the shards again.")
-        return pixels
+        return data, where
 
 
 def check_index(where: str, facts: dict[str, Any], arrays: dict[str, Array]) -> list[int]:
@@ -221,7 +240,9 @@ def check_index(where: str, facts: dict[str, Any], arrays: dict[str, Array]) -> 
     ends = np.zeros(facts["shards"], dtype=np.int64)
     for name in ("image", "mask"):
         shard, offset, size = (arrays[name][field].astype(np.int64) for field in ("shard", "offset", "size"))
-        if count and (min(map(np.min, (shard, offset, size))) < 0 or shard.max() >= len(ends) or size.max() > 2**31):
+        if count and (
+            min(map(np.min, (shard, offset, size))) < 0 or shard.max() >= len(ends) or size.max() > MAX_BYTES
+        ):
             raise InputError(f"{where}: {name} points outside of the {len(ends)} shards; write it again.")
         np.maximum.at(ends, shard, offset + size)
     if len(set(arrays["name"].tolist())) != count:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
 import stat
 from collections import Counter, defaultdict
@@ -56,13 +57,16 @@ def regular_file_size(path: Path) -> int:
     return info.st_size
 
 
-def size_error(path: Path) -> str | None:
+def size_error(file: Path | bytes) -> str | None:
     """The reason why the size in an image's header is not accepted, as the end of a sentence; or None.
 
     No pixel is decoded.
+
+    Args:
+        file: path of an image file, or its content.
     """
     try:
-        with Image.open(path, formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, formats=_FORMATS) as image:
             width, height = image.size
     except Image.DecompressionBombError:
         return f"declares more than {MAX_PIXELS} pixels"
@@ -105,7 +109,12 @@ def read_image(path: Path, channels: int = 3) -> Array:
     Raises:
         BadImageError: the file is missing, declares a size out of range, or cannot be decoded.
     """
-    image = _decode(path, cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR)
+    return decode_image(_content(path), str(path), channels)
+
+
+def decode_image(data: bytes, name: str, channels: int = 3) -> Array:
+    """`read_image` for the content of a file; `name` stands for the file in messages."""
+    image = _decode(data, name, cv2.IMREAD_GRAYSCALE if channels == 1 else cv2.IMREAD_COLOR)
     return image[..., None] if channels == 1 else np.ascontiguousarray(image[..., ::-1])
 
 
@@ -115,24 +124,32 @@ def read_mask(path: Path) -> Array:
     Raises:
         BadImageError: see `read_image`.
     """
+    return decode_mask(_content(path), str(path))
+
+
+def decode_mask(data: bytes, name: str) -> Array:
+    """`read_mask` for the content of a file; `name` stands for the file in messages."""
     # Read with all colours and bits: conversions to grey or to 8 bits would round small values to 0.
-    return cv2.inRange(_decode(path, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH), (0, 0, 0), (0, 0, 0)) == 0
+    return cv2.inRange(_decode(data, name, cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH), (0, 0, 0), (0, 0, 0)) == 0
 
 
-def _decode(path: Path, flags: int) -> Array:
+def _content(path: Path) -> bytes:
     try:
         regular_file_size(path)
-        data = np.fromfile(path, dtype=np.uint8)
+        return path.read_bytes()
     except OSError as error:
         raise BadImageError(f"Image {path} cannot be read ({error.strerror}); put it back or replace it.") from error
-    if reason := size_error(path):
-        raise BadImageError(f"Image {path} {reason}; replace it or take it out of the data.")
+
+
+def _decode(data: bytes, name: str, flags: int) -> Array:
+    if reason := size_error(data):
+        raise BadImageError(f"Image {name} {reason}; replace it or take it out of the data.")
     try:
-        image = cv2.imdecode(data, flags)
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error:
         image = None
     if image is None:
-        raise BadImageError(f"Image {path} cannot be decoded; replace it or take it out of the data.")
+        raise BadImageError(f"Image {name} cannot be decoded; replace it or take it out of the data.")
     return image
 
 

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import struct
 import tarfile
+import zlib
 
 import cv2
 import fsspec
@@ -13,6 +15,7 @@ from fuzzing import YEARS, picture, write_years
 
 from datamodules import Augmentation, ImageFolder, Magnetogram, TarShards
 from datamodules.io.tar_files import MANIFEST, write_shards
+from labn.io.images import read_image
 
 
 @pytest.fixture(scope="module")
@@ -145,11 +148,42 @@ def index(**changes):
     return work
 
 
+def put(root, data, field="image"):
+    """Let sample 0 of the test split have these bytes, with the right checksum, as a stranger's shards may."""
+    with np.load(root / "test.index.npz") as file:
+        arrays = dict(file)
+    shard = root / "test-00000.tar"
+    arrays[field][0] = (0, shard.stat().st_size, len(data), zlib.crc32(data))
+    shard.write_bytes(shard.read_bytes() + data)
+    np.savez(root / "test.index.npz", **arrays)
+
+
+def encoded(pixels, suffix=".png"):
+    return cv2.imencode(suffix, pixels)[1].tobytes()
+
+
+def bomb(width, height):
+    """A PNG of a few bytes whose header declares width x height pixels."""
+    data = bytearray(encoded(np.zeros((1, 1, 3), np.uint8)))
+    data[16:24] = struct.pack(">II", width, height)
+    data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
+    return bytes(data)
+
+
+def label(value):
+    def made(labels):
+        labels[1] = value
+        return labels
+
+    return made
+
+
 def moved(spans):
     spans["shard"] += 9
     return spans
 
 
+ENTRY = {"samples": 4, "shards": 1, "has_masks": True, "has_boxes": False, "fingerprint": "0"}
 DAMAGE = {
     "manifest": (lambda root: (root / MANIFEST).unlink(), FileNotFoundError, r"shards\.json does not exist; write"),
     "nonsense": (lambda root: (root / MANIFEST).write_text("{"), ValueError, r"shards\.json, line 1: not JSON"),
@@ -169,6 +203,32 @@ DAMAGE = {
         r"test-00000\.tar does not exist, but",
     ),
     "cut": (cut, ValueError, r"test-00000\.tar is truncated \(2000 of \d+ bytes\); copy it again"),
+    "classes": (change(class_names=[]), ValueError, r"shards\.json: class_names must be a list of names"),
+    "class": (change(class_names=["a", 3]), ValueError, r"shards\.json: class_names must be a list of names"),
+    "positive": (change(positive_classes=[7]), ValueError, r"positive_classes has 7, which is no label of the 2"),
+    "positive -1": (change(positive_classes=[-1]), ValueError, r"positive_classes has -1, which is no label"),
+    "positive name": (change(positive_classes=["bee"]), ValueError, r"positive_classes has 'bee', which is no label"),
+    "side": (change(image_size=2**40), ValueError, r"image_size is 1099511627776; it must be at most 11585"),
+    "side of a kind": (change(image_size=True), ValueError, r"shards\.json: image_size is True"),
+    "count": (change(splits={"test": {**ENTRY, "shards": 2**40}}), ValueError, r"the entry of test is damaged"),
+    "count of a kind": (
+        change(splits={"test": {**ENTRY, "samples": "4"}}),
+        ValueError,
+        r"the entry of test is damaged",
+    ),
+    **{
+        f"label {value}": (index(label=label(value)), ValueError, rf"ant/.* has the label {value}, .*none of the 2 cl")
+        for value in (-1, 2**40, 7)
+    },
+    "pixels": (lambda r: put(r, bomb(2**16, 2**16)), ValueError, r"test-00000\.tar, sample 0 declares .* pixels"),
+    "aspect": (lambda r: put(r, bomb(1, 900)), ValueError, r"sample 0 has 1 x 900 pixels; the longer side"),
+    "no picture": (lambda r: put(r, b"text"), ValueError, r"test-00000\.tar, sample 0 is not an image; replace"),
+    "empty": (lambda r: put(r, b""), ValueError, r"sample 0 is not an image; replace it"),
+    "region": (
+        lambda r: put(r, encoded(np.ones((3, 3), np.uint8)), "mask"),
+        ValueError,
+        r"sample 0: the region has \(3, 3\) pixels, its image \(16, 16\)",
+    ),
     "flip": (flip, ValueError, r"test-00000\.tar, sample 0: bytes \d+ to \d+ fail the checksum"),
 }
 
@@ -179,6 +239,49 @@ def test_the_error_for_damaged_shards_names_the_file(shards, kind):
     harm(shards)
     with pytest.raises(error, match=message):
         TarShards(shards).source("test").load(0)
+
+
+NOISE = np.random.default_rng(0)
+KINDS = {
+    "16 bits": encoded(NOISE.integers(0, 2**16, (16, 16, 3), dtype=np.uint16)),
+    "grey": encoded(NOISE.integers(0, 256, (16, 16), dtype=np.uint8)),
+    "grey of 16 bits": encoded(NOISE.integers(0, 2**16, (16, 16), dtype=np.uint16)),
+    "alpha": encoded(NOISE.integers(0, 256, (16, 16, 4), dtype=np.uint8)),
+    "one bit": encoded(NOISE.integers(0, 2, (16, 16), dtype=np.uint8) * 255),
+    "another size": encoded(NOISE.integers(0, 256, (23, 31, 3), dtype=np.uint8)),
+    "jpeg": encoded(NOISE.integers(0, 256, (16, 16, 3), dtype=np.uint8), ".jpg"),
+}
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_pictures_of_other_kinds_are_read_as_from_a_folder(shards, tmp_path, kind, channels):
+    put(shards, KINDS[kind])
+    change(channels=channels, mean=[0.5] * channels, std=[0.25] * channels)(shards)
+    (tmp_path / "picture").write_bytes(KINDS[kind])
+    source = TarShards(shards).source("test")
+    source.has_masks = False
+    pixels, _ = source.load(0)
+    assert pixels.dtype == np.uint8
+    assert np.array_equal(pixels, read_image(tmp_path / "picture", channels))
+    assert TarShards(shards).dataset("val")[0]["image"].shape == (channels, 16, 16)
+
+
+@pytest.mark.parametrize("values", [np.uint8, np.uint16])
+def test_regions_of_other_kinds_are_read_as_from_a_folder(shards, values):
+    region = np.zeros((16, 16, 4), values)
+    region[2:5, 3, 1] = 1
+    region[..., 3] = np.iinfo(values).max
+    put(shards, encoded(region), "mask")
+    _, mask = TarShards(shards).source("test").load(0)
+    assert np.argwhere(mask).tolist() == [[2, 3], [3, 3], [4, 3]]
+
+
+def test_a_sample_without_a_region_has_an_empty_one(shards):
+    put(shards, b"", "mask")
+    _, mask = TarShards(shards).source("test").load(0)
+    assert mask.shape == (16, 16)
+    assert not mask.any()
 
 
 def test_zero_samples_per_shard_raise(pictures, tmp_path):
