@@ -217,8 +217,11 @@ def _explain(
             maps[method] = explain(network, image[None], method, chosen, indices=index).maps[0].cpu()
         except UserError as error:
             failed[method] = str(error)
-    if not maps:
-        # Without any map the first reason is the answer.
+        # Any error: a method may not suit a network in many ways, and must not take the others' maps with it.
+        except Exception as error:
+            failed[method] = f"{type(error).__name__}: {error}"
+    if not maps and number == 0:
+        # Without any map of the first picture the first reason is the answer.
         raise InputError(next(iter(failed.values())))
     confidence = float(probabilities[predicted])
     names = preprocessing.class_name(predicted), preprocessing.class_name(chosen)

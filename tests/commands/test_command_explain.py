@@ -1,7 +1,9 @@
 """`explain`: the maps are those of the library, the class is the network's, and bad input is one sentence."""
 
 import csv
+import importlib
 import os
+import re
 
 import cv2
 import numpy as np
@@ -107,6 +109,39 @@ def test_a_folder_with_a_timm_model_and_its_weights(pictures, tmp_path, capsys):
         assert {m: tuple(heat.shape) for m, heat in maps.items()} == dict.fromkeys(
             ("lrp", "c3lrp", "gradcam"), (64, 64)
         )
+
+
+def test_methods_that_fail_are_listed_and_the_others_keep_their_maps(pictures, tmp_path, capsys, monkeypatch):
+    """A running sum has no rule, and a layer raises an error of its own in the gradient that Grad-CAM takes."""
+    (tmp_path / "my_summing_net.py").write_text(
+        "import torch\n"
+        "class Stubborn(torch.autograd.Function):\n"
+        "    @staticmethod\n"
+        "    def forward(ctx, x):\n"
+        "        return x * 1\n"
+        "    @staticmethod\n"
+        "    def backward(ctx, gradient):\n"
+        "        raise RuntimeError('no gradient here')\n"
+        "class Net(torch.nn.Module):\n"
+        "    def __init__(self, num_classes=3):\n"
+        "        super().__init__()\n"
+        "        self.conv, self.head = torch.nn.Conv2d(3, 4, 3, 2), torch.nn.Linear(4, num_classes)\n"
+        "    def forward(self, x):\n"
+        "        return self.head(Stubborn.apply(self.conv(x).cumsum(-1)).relu().mean((2, 3)))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.manual_seed(0)
+    save_file(importlib.import_module("my_summing_net").Net(3).state_dict(), tmp_path / "w.safetensors")
+    command = ["explain", "--image", str(pictures / "a.jpg"), str(pictures / "b.png"), "--image_size=24"]
+    command += ["--model=my_summing_net.Net", f"--weights={tmp_path / 'w.safetensors'}", f"--out={tmp_path}"]
+    with pytest.raises(SystemExit) as ended:
+        call_main([*command, "--device=cpu", "--method", "lrp", "occlusion", "gradcam", "random"])
+    assert ended.value.code == 1
+    said = capsys.readouterr()
+    assert "overlays/, maps/ and predictions.csv of 2 pictures" in said.out
+    assert re.search(r"2 of 4 methods gave no map\. lrp: .*; gradcam: RuntimeError: no gradient here", said.err)
+    for name in ("a", "b"):
+        assert set(load_file(tmp_path / "maps" / f"{name}.safetensors")) == {"occlusion", "random"}
 
 
 def test_pictures_are_prepared_as_the_data_module_does(pictures, tmp_path):
