@@ -12,9 +12,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from labn.api import Explanation, evaluate, explain, prepare
+    from labn.api import Explanation, Explanations, evaluate, explain, prepare
 
-__all__ = ["Explanation", "evaluate", "explain", "prepare"]
+__all__ = ["Explanation", "Explanations", "evaluate", "explain", "prepare"]
 
 OLD_PATHS = {"labn.weighted": "labn.lrp", "labn.explainers.crp": "labn.explainers.relevance.crp"}
 """Modules that README showed in version 0.1 -> where their names are now; kept for one version."""

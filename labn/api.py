@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -16,50 +15,53 @@ from torch import Tensor, nn
 from labn import metrics as known
 from labn.errors import InputError, InputTypeError
 from labn.explainers.base import Explainer, Targets, explained_channels, resolve_targets
+from labn.explainers.explanation import Explanation, Explanations
 from labn.explainers.registry import explainer_by_name
 from labn.inference.model_traits import probabilities_sentence, warn_unless_repeating
 from labn.io.images import to_square
-from labn.io.preprocessing import Preprocessing
+from labn.io.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from labn.perturbation.engine import PerturbationEngine
 
 if TYPE_CHECKING:
     from labn.metrics.base import Boxes
+    from labn.metrics.scores import Scores, ScoresByMethod
 
 READS_OUTPUT = ("identity", "logit")
 """Settings of `probability` under which scores read the output of a model as it is."""
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+
+@overload
+def explain(
+    model: nn.Module,
+    images: Tensor,
+    method: str | Explainer | type[Explainer] = ...,
+    targets: Targets = ...,
+    *,
+    indices: Tensor | None = ...,
+    **arguments: Any,
+) -> Explanation: ...
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """Result of `explain`.
-
-    Attributes:
-        maps: (B, H, W) float32, not normalised; negative values only for signed methods.
-        targets: (B,) int64, the explained classes.
-        method: name of the method, or of the class for a ready explainer.
-
-    Example:
-        >>> Explanation(torch.zeros(1, 8, 8), torch.tensor([3]), "gradcam").targets
-        tensor([3])
-    """
-
-    maps: Tensor
-    targets: Tensor
-    method: str
+@overload
+def explain(
+    model: nn.Module,
+    images: Tensor,
+    method: list[str] | tuple[str, ...],
+    targets: Targets = ...,
+    *,
+    indices: Tensor | None = ...,
+) -> Explanations: ...
 
 
 def explain(
     model: nn.Module,
     images: Tensor,
-    method: str | Explainer | type[Explainer] | Sequence[str] = "lrp",
+    method: str | Explainer | type[Explainer] | list[str] | tuple[str, ...] = "lrp",
     targets: Targets = None,
     *,
     indices: Tensor | None = None,
     **arguments: Any,
-) -> Any:
+) -> Explanation | Explanations:
     """Explain a batch of images; the model's weights, mode and hooks stay as they are.
 
     Args:
@@ -74,7 +76,8 @@ def explain(
         arguments: arguments of the explainer, as in `method="rise", n_masks=2000`.
 
     Returns:
-        An `Explanation`; for a list of methods a dict, name -> `Explanation`.
+        An `Explanation`; for a list of methods `Explanations`, a dict of name -> `Explanation`. Both have `plot` and
+        `save`.
 
     Raises:
         InputError: an unknown method, images that are not (B, C, H, W) with B >= 1 or hold NaN, targets out of range,
@@ -97,8 +100,9 @@ def explain(
                 f"{', '.join(arguments)} cannot be given to several methods; explain them one by one, or give ready "
                 "explainers."
             )
-        explained = {name: explain(model, images, name, targets, indices=indices) for name in dict.fromkeys(method)}
-        return explained
+        return Explanations(
+            {name: explain(model, images, name, targets, indices=indices) for name in dict.fromkeys(method)}
+        )
     if isinstance(method, type) and issubclass(method, Explainer):
         method = method(**arguments)
     elif not isinstance(method, str) and arguments:
@@ -110,13 +114,35 @@ def explain(
     explainer: Any = explainer_by_name(method, **arguments) if isinstance(method, str) else method
     classes = explainer.choose_targets(model, images, targets)
     maps = explainer(model, images, classes, indices)
-    return Explanation(maps, classes, method if isinstance(method, str) else type(method).__name__)
+    return Explanation(maps, classes, method if isinstance(method, str) else type(method).__name__, images)
+
+
+@overload
+def evaluate(
+    model: nn.Module,
+    images: Tensor,
+    maps: Explanations,
+    targets: Targets = ...,
+    metrics: Sequence[str] = ...,
+    **settings: Any,
+) -> ScoresByMethod: ...
+
+
+@overload
+def evaluate(
+    model: nn.Module,
+    images: Tensor,
+    maps: Any,
+    targets: Targets = ...,
+    metrics: Sequence[str] = ...,
+    **settings: Any,
+) -> Scores: ...
 
 
 def evaluate(
     model: nn.Module,
     images: Tensor,
-    maps: Tensor | Explanation,
+    maps: Tensor | Explanation | Explanations,
     targets: Targets = None,
     metrics: Sequence[str] = ("pid16", "id"),
     *,
@@ -131,15 +157,14 @@ def evaluate(
     fold: bool = True,
     precision: str = "fp32",
     **settings: Any,
-) -> dict[str, Tensor]:
+) -> Scores | ScoresByMethod:
     """Score maps with several metrics; the metrics share their forwards.
 
     Args:
         model: the explained model.
         images: (B, C, H, W), normalised with `mean` and `std`.
-        maps: (B, H, W) or (B, 1, H, W), or the result of `explain`, whose targets are then taken.
-            This and the next arguments may be tensors, arrays or lists,
-            also of bool.
+        maps: (B, H, W) or (B, 1, H, W), or the result of `explain`, whose targets are then taken. This and the next
+            arguments may be tensors, arrays or lists, also of bool.
         targets: the explained classes, as for `explain`.
         metrics: metric names, see `labn.metrics.metric_by_name`.
         labels: (B,) true classes; None: the targets.
@@ -156,8 +181,9 @@ def evaluate(
         settings: settings for all metrics that have them, such as `fill="blur"`.
 
     Returns:
-        Metric name -> (B,) float64 on the images' device; NaN where a metric leaves a sample out. `pctin` returns each
-        of its values under its own name.
+        `Scores`, a dict of metric name -> (B,) float64 on the images' device that prints as a table; NaN where a metric
+        leaves a sample out. `pctin` returns each of its values under its own name. For `Explanations` of several
+        methods `ScoresByMethod`, a dict of method -> `Scores`.
 
     Raises:
         InputError: an unknown metric, an empty batch, maps, masks or boxes that do not fit the images, or a metric that
@@ -170,8 +196,17 @@ def evaluate(
         >>> maps = torch.zeros(1, 8, 8)
         >>> maps[:, :4] = 1.0
         >>> evaluate(model, images, maps, metrics=["sparseness", "pointing"], masks=maps.bool())
-        {'sparseness': tensor([0.5000], dtype=torch.float64), 'pointing': tensor([1.], dtype=torch.float64)}
+        1 samples  sparseness  pointing
+        mean           0.5000    1.0000
     """
+    if isinstance(maps, Explanations):
+        if explainer is not None:
+            raise InputTypeError("explainer belongs to one method; score the explanations one by one to give it.")
+        shared: dict[str, Any] = {"labels": labels, "masks": masks, "boxes": boxes, "indices": indices}
+        shared |= {"mean": mean, "std": std, "chunk_size": chunk_size, "fold": fold, "precision": precision, **settings}
+        return known.ScoresByMethod(
+            {name: evaluate(model, images, one, targets, metrics, **shared) for name, one in maps.items()}
+        )
     _check_model(model)
     _check_images(images)
     _warn_unless_normalised(images, mean, std)
@@ -209,7 +244,7 @@ def evaluate(
         for name, metric in built.items():
             values = metric.score_batch(batch).values
             scores |= {key: values[value] for key, value in known.values_named(name, metric).items()}
-    return {name: score.to(images.device) for name, score in scores.items()}
+    return known.Scores({name: score.to(images.device) for name, score in scores.items()})
 
 
 def _without_indices(explainer: Explainer) -> Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]:

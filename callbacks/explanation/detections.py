@@ -28,9 +28,10 @@ from labn.io.atomic import write_atomically
 from labn.metrics.detection import DetectionScores, check_contrast
 from labn.metrics.statistics import bootstrap_mean, paired_difference
 from labn.models.detectors import Detections
+from labn.postprocess.overlay import displayable
 from labn.report import render
 from labn.report.detections import detection_card, detection_report
-from labn.report.figures import DetectionRow, detection_figure, displayable
+from labn.report.figures import DetectionRow, detection_figure
 from labn.results.shard_index import readable_name
 from labn.results.store import ResultStore
 from labn.results.tables import PAIRED, SUMMARY

@@ -14,7 +14,7 @@ from callbacks.explanation.lifecycle import check_counts, evenly_spaced
 from callbacks.explanation.session import ExplainedBatch
 from callbacks.logging.wandb_results import log_results
 from labn.io.atomic import write_atomically
-from labn.report.figures import displayable, overlay_figure
+from labn.postprocess.overlay import displayable, overlay_figure
 from labn.results.shard_index import readable_name
 
 

@@ -21,9 +21,9 @@ from labn.errors import InputError
 from labn.io.atomic import write_atomically
 from labn.metrics.base import SampleMetric, ScoredBatch
 from labn.metrics.insertion_deletion import PatchInsertionDeletion
+from labn.postprocess.overlay import displayable
 from labn.report import Picture, RunInfo, make_card, read_stage, render, run_report
 from labn.report.cards import fill_uri, steps_text
-from labn.report.figures import displayable
 from labn.results.reader import CARDS, Card
 
 FINE_GRID = 1024

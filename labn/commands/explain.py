@@ -26,7 +26,7 @@ from labn.io.preprocessing import Preprocessing
 from labn.io.readers import non_utf8_name, read_text
 from labn.models.backbones import is_import_path
 from labn.models.pretrained import load_pretrained
-from labn.report.figures import displayable, overlay_figure
+from labn.postprocess.overlay import displayable, overlay_figure
 from labn.results.shard_index import readable_name
 from labn.results.tables import csv_bytes
 

@@ -10,6 +10,7 @@ from labn.explainers.cam.gradcam import GradCAM, GradCAMPlusPlus, XGradCAM
 from labn.explainers.cam.linear import CAM
 from labn.explainers.cam.score import ScoreCAM
 from labn.explainers.cam.smooth import SmoothGradCAMPlusPlus
+from labn.explainers.explanation import Explanation, Explanations, load_explanations
 from labn.explainers.gradient import Gradient, GradientTimesInput, IntegratedGradients, SmoothGrad
 from labn.explainers.perturbation.occlusion import Occlusion
 from labn.explainers.perturbation.rise import RISE, ReleasedRISE, RiseMaps
@@ -31,6 +32,8 @@ __all__ = [
     "ConstantMap",
     "ContrastiveLRP",
     "Explainer",
+    "Explanation",
+    "Explanations",
     "GradCAM",
     "GradCAMPlusPlus",
     "Gradient",
@@ -48,4 +51,5 @@ __all__ = [
     "SmoothGradCAMPlusPlus",
     "XGradCAM",
     "explainer_by_name",
+    "load_explanations",
 ]

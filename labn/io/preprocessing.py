@@ -14,6 +14,10 @@ from torch import Tensor
 from labn.io.fits import read_picture
 from labn.io.images import blacken_caption, crop, to_square
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+"""Mean and standard deviation of ImageNet's red, green and blue, of values in [0, 1]."""
+
 KEY = "preprocessing"
 """Key of the preprocessing in checkpoints."""
 

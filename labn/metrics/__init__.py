@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from labn.metrics.base import SampleMetric, SampleScores, ScoredBatch
+    from labn.metrics.base import SampleMetric, ScoredBatch
     from labn.metrics.confidence import ADCC, AverageDrop, PercentIncrease
     from labn.metrics.errors import ErrorAnalysis
     from labn.metrics.filled import FillProbability
@@ -19,46 +19,24 @@ if TYPE_CHECKING:
     from labn.metrics.percentage_in import PercentageIn
     from labn.metrics.randomisation import Randomisation
     from labn.metrics.registry import MetricEntry, check_settings, metric_by_name, register_metric, values_named
+    from labn.metrics.scores import SampleScores, Scores, ScoresByMethod
     from labn.metrics.sparseness import Sparseness
     from labn.metrics.statistics import Interval, bootstrap_mean, bootstrap_sums, paired_difference
 
 _MODULES = {
-    "base": (
-        "ScoredBatch",
-        "SampleMetric",
-        "SampleScores",
-    ),
-    "confidence": (
-        "ADCC",
-        "AverageDrop",
-        "PercentIncrease",
-    ),
+    "base": ("SampleMetric", "ScoredBatch"),
+    "confidence": ("ADCC", "AverageDrop", "PercentIncrease"),
     "errors": ("ErrorAnalysis",),
     "filled": ("FillProbability",),
     "forecast": ("ForecastSkill",),
     "insertion_deletion": ("PatchInsertionDeletion",),
-    "localisation": (
-        "MapAUROC",
-        "PointingGame",
-        "RelevanceMass",
-        "RelevanceRank",
-    ),
+    "localisation": ("MapAUROC", "PointingGame", "RelevanceMass", "RelevanceRank"),
     "percentage_in": ("PercentageIn",),
     "randomisation": ("Randomisation",),
-    "registry": (
-        "MetricEntry",
-        "check_settings",
-        "metric_by_name",
-        "register_metric",
-        "values_named",
-    ),
+    "registry": ("MetricEntry", "check_settings", "metric_by_name", "register_metric", "values_named"),
+    "scores": ("SampleScores", "Scores", "ScoresByMethod"),
     "sparseness": ("Sparseness",),
-    "statistics": (
-        "Interval",
-        "bootstrap_mean",
-        "bootstrap_sums",
-        "paired_difference",
-    ),
+    "statistics": ("Interval", "bootstrap_mean", "bootstrap_sums", "paired_difference"),
 }
 
 __all__ = [
@@ -80,6 +58,8 @@ __all__ = [
     "SampleMetric",
     "SampleScores",
     "ScoredBatch",
+    "Scores",
+    "ScoresByMethod",
     "Sparseness",
     "bootstrap_mean",
     "bootstrap_sums",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from labn.errors import InputError, InputTypeError
 from labn.metrics.sample_table import SampleTable
+from labn.metrics.scores import SampleScores
 from labn.perturbation.engine import PerturbationEngine
 
 Boxes = Sequence[Tensor] | Tensor
@@ -44,6 +45,12 @@ class ScoredBatch:
     Raises:
         InputError: maps, labels, masks or boxes that do not fit the images, or a map with NaN or infinity.
         InputTypeError: a field that is neither tensor, array nor lists of numbers.
+
+    Example:
+        >>> model, images = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), torch.zeros(1, 1, 2, 2)
+        >>> batch = ScoredBatch(model, images, maps=[[[1, 2], [3, 4]]], targets=[1], indices=[0])
+        >>> batch.maps.shape, batch.targets
+        (torch.Size([1, 2, 2]), tensor([1]))
     """
 
     model: nn.Module
@@ -117,25 +124,6 @@ class ScoredBatch:
         if self.cache.images.shape != self.images.shape or not torch.equal(self.cache.images, self.images):
             raise InputError("cache must be a perturbation engine of these images; it holds other images.")
         return self.cache
-
-
-@dataclass(frozen=True)
-class SampleScores:
-    """Scores of one batch, the result of `SampleMetric.score_batch`.
-
-    Attributes:
-        values: name of a value -> (B,) floating; NaN where the metric leaves the sample out.
-        curves: name of a line, such as `x` or `insertion` -> (S, K), for metrics that are areas under curves.
-        samples: (S,) int64, positions of the samples with curves in the batch; None without curves.
-
-    Example:
-        >>> SampleScores({"sparseness": torch.tensor([0.5, 0.25])}).values["sparseness"]
-        tensor([0.5000, 0.2500])
-    """
-
-    values: dict[str, Tensor]
-    curves: dict[str, Tensor] = field(default_factory=dict)
-    samples: Tensor | None = None
 
 
 def _corners(boxes: Any) -> Tensor:

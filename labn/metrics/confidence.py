@@ -9,10 +9,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from labn.metrics.base import SampleScores, ScoredBatch, check_explainer
+from labn.metrics.base import ScoredBatch, check_explainer
 from labn.metrics.filled import FilledMetric, checked_option, scatter_to_batch
 from labn.metrics.functional.confidence import adcc, confidence_drop, confidence_increase
 from labn.metrics.functional.similarity import correlation
+from labn.metrics.scores import SampleScores
 from labn.perturbation.fills import Channels
 from labn.postprocess import unit_range
 

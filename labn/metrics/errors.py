@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from labn.errors import InputError
-from labn.metrics.base import SampleMetric, SampleScores, ScoredBatch
+from labn.metrics.base import SampleMetric, ScoredBatch
 from labn.metrics.functional.errors import KINDS, ErrorThresholds, count_errors, region_shares
 from labn.metrics.functional.localisation import relevance_mass
 from labn.metrics.insertion_deletion import PatchInsertionDeletion
 from labn.metrics.localisation import check_regions, regions_of
+from labn.metrics.scores import SampleScores
 from labn.perturbation.fills import Channels
 from labn.postprocess.regions import Options, threshold
 

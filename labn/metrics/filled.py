@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from labn.errors import InputError
-from labn.metrics.base import SampleMetric, SampleScores, ScoredBatch
+from labn.metrics.base import SampleMetric, ScoredBatch
 from labn.metrics.functional.class_probability import PROBABILITIES, class_probability
+from labn.metrics.scores import SampleScores
 from labn.perturbation.engine import PerturbationEngine
 from labn.perturbation.fills import FILLS, Channels, FillOptions, fill_with
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from labn.errors import InputError
-from labn.metrics.base import SampleScores, ScoredBatch
+from labn.metrics.base import ScoredBatch
 from labn.metrics.filled import FilledMetric, checked_option, scatter_to_batch
 from labn.metrics.functional.insertion_deletion import (
     AREAS,
@@ -18,6 +18,7 @@ from labn.metrics.functional.insertion_deletion import (
     insertion_deletion_curves,
     patch_counts,
 )
+from labn.metrics.scores import SampleScores
 from labn.perturbation.fills import FILLS, Channels
 from labn.perturbation.patches import POOLINGS, TIES, patch_grid, patch_pool, patch_ranks
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from labn.errors import InputError
-from labn.metrics.base import SampleMetric, SampleScores, ScoredBatch
+from labn.metrics.base import SampleMetric, ScoredBatch
 from labn.metrics.functional.localisation import (
     boxes_to_masks,
     map_auroc,
@@ -16,6 +16,7 @@ from labn.metrics.functional.localisation import (
     relevance_mass,
     relevance_rank,
 )
+from labn.metrics.scores import SampleScores
 
 
 def check_regions(batch: ScoredBatch, name: str) -> None:

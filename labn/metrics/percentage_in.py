@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from labn.metrics.base import SampleScores, ScoredBatch
+from labn.metrics.base import ScoredBatch
 from labn.metrics.filled import FilledMetric, checked_option, scatter_to_batch
 from labn.metrics.functional.confidence import percent_counts
+from labn.metrics.scores import SampleScores
 from labn.perturbation.fills import Channels
 from labn.perturbation.patches import patch_ranks, ranks_to_pixels
 

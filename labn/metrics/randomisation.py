@@ -10,8 +10,9 @@ from torch import Tensor
 from labn.errors import InputError
 from labn.inference.hooks import recording_calls
 from labn.inference.randomised_copy import randomised_copies
-from labn.metrics.base import SampleMetric, SampleScores, ScoredBatch, check_explainer
+from labn.metrics.base import SampleMetric, ScoredBatch, check_explainer
 from labn.metrics.functional.similarity import rank_correlation
+from labn.metrics.scores import SampleScores
 
 
 class Randomisation(SampleMetric):

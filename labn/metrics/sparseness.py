@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from labn.metrics.base import SampleMetric, SampleScores, ScoredBatch
+from labn.metrics.base import SampleMetric, ScoredBatch
 from labn.metrics.functional.complexity import gini_index
+from labn.metrics.scores import SampleScores
 
 
 class Sparseness(SampleMetric):

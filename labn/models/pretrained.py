@@ -7,11 +7,11 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from labn.errors import InputError
-from labn.io.preprocessing import Preprocessing
+from labn.io.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from labn.models.backbones import OWN_NETWORKS, build_network, is_import_path
 from labn.models.checkpoints import canonical, load_backbone, read_tensors
 
-IMAGENET = Preprocessing(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), shorter=256)
+IMAGENET = Preprocessing(224, IMAGENET_MEAN, IMAGENET_STD, shorter=256)
 
 
 def load_pretrained(name: str, weights: str | Path) -> tuple[nn.Module, Preprocessing]:

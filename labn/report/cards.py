@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from labn.errors import InputError
-from labn.report.figures import color_scale
+from labn.postprocess.overlay import color_scale
 from labn.results.reader import Card
 
 Array = np.ndarray[Any, Any]
@@ -93,7 +93,7 @@ def map_entry(heat: Array, side: int) -> dict[str, Any]:
     """A map (H, W) as an image of levels v in 0..254, which stand for the values low + (high - low) v / 254.
 
     The limits are those of the reduced map, in its own units: for a signed map symmetric around 0 and without outliers
-    (`labn.report.figures.color_scale`). Values beyond the limits are clipped.
+    (`labn.postprocess.overlay.color_scale`). Values beyond the limits are clipped.
     """
     small = shrink(heat.astype(np.float32), side)
     low, high, colors = color_scale(small)

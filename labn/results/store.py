@@ -26,7 +26,7 @@ from labn.errors import InputError
 from labn.inference.fingerprint import digest
 from labn.io.atomic import LEFTOVERS, check_not_removed, remove_leftovers, unused_folder, write_atomically
 from labn.io.readers import read_arrays, read_json
-from labn.metrics.base import SampleScores
+from labn.metrics.scores import SampleScores
 from labn.results.shard_index import ShardIndex, shard_name
 
 FORMAT = 2

@@ -24,7 +24,8 @@ from labn.explainers.relevance.detection_trace import DetectionTrace
 from labn.metrics.detection import runner_up, similarity_by_layer, without_contrast
 from labn.metrics.functional.detection import map_similarity
 from labn.modules import SSD
-from labn.report.figures import DetectionRow, detection_figure, displayable
+from labn.postprocess.overlay import displayable
+from labn.report.figures import DetectionRow, detection_figure
 
 
 class Study:

@@ -4,8 +4,10 @@ import io
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from labn.report.figures import PER_ROW, DetectionRow, color_scale, detection_figure, overlay_figure
+from labn.postprocess.overlay import PER_ROW, color_scale, overlay_figure
+from labn.report.figures import DetectionRow, detection_figure
 
 
 @pytest.mark.parametrize(("maps", "rows"), [(1, 1), (PER_ROW - 1, 1), (PER_ROW, 2), (2 * PER_ROW, 3)])
@@ -14,8 +16,23 @@ def test_many_maps_go_into_several_rows(maps, rows):
     figure = overlay_figure(np.zeros((4, 5, 3)), heats)
     panels = [axis for axis in figure.axes if axis.get_title()]
     assert [axis.get_title() for axis in panels] == ["image", *heats]
-    assert panels[0].get_gridspec().nrows == rows
-    assert panels[0].get_gridspec().ncols <= PER_ROW
+    places = [axis.get_position() for axis in panels]
+    assert len({round(place.y0, 6) for place in places}) == rows
+    assert len({round(place.x0, 6) for place in places}) <= PER_ROW
+    assert all(0 <= place.x0 < place.x1 <= 1 and 0 <= place.y0 < place.y1 <= 1 for place in places)
+
+
+def test_texts_of_a_figure_lie_inside_it_and_do_not_touch_the_next_picture():
+    heats = {f"method {n}": 3.018e-3 + 1e-7 * np.arange(20.0).reshape(4, 5) for n in range(3)}
+    figure = overlay_figure(np.zeros((4, 5, 3)), heats, title="a title")
+    figure.savefig(io.BytesIO(), format="png")
+    renderer, width = FigureCanvasAgg(figure).get_renderer(), figure.bbox.width
+    boxes = [axis.get_tightbbox(renderer) for axis in figure.axes]
+    assert all(box.x1 <= width for box in boxes)
+    pictures = [axis for axis in figure.axes if axis.get_title()]
+    bars = [axis for axis in figure.axes if not axis.get_title()]
+    for bar, after in zip(bars, pictures[2:]):
+        assert bar.get_tightbbox(renderer).x1 <= after.get_tightbbox(renderer).x0
 
 
 def test_signed_limits_leave_outliers_out():
