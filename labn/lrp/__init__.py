@@ -1,4 +1,4 @@
-"""Layer-wise relevance propagation through networks of linear layers, ReLUs, pools, sums and gates; see README.md."""
+"""Layer-wise relevance propagation through the layers that vision networks are made of; see README.md."""
 
 from labn.lrp.config import Config
 from labn.lrp.engine import Relevance, backward, forward, relevance

@@ -15,12 +15,15 @@ from torch import Tensor
 
 from labn.errors import InputError
 from labn.lrp.forward import ForwardTrace, rule_name
+from labn.lrp.rules import normalisation, products
 from labn.lrp.rules.block import RegionRun, book_biases
 from labn.lrp.rules.conservation import ConservationReport
 from labn.lrp.rules.elementary import RULES, Step, divide
 from labn.lrp.rules.first_layer import covered
 from labn.lrp.rules.linear_layers import gradients
+from labn.lrp.rules.maxima import with_shared_ties
 from labn.lrp.tracing.graph import Node
+from labn.lrp.tracing.operations import softmax_axis
 
 
 @dataclass
@@ -61,12 +64,17 @@ def sweep(
 def _step(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
     """The message to each value in `node.flow`."""
     propagate = BACKWARD[node.kind]
-    if state.conservation is None or node.kind not in _REPORTED:
+    if state.conservation is None or not _is_reported(node):
         return propagate(state, node, r)
     state.conservation.open(node.label, r)
     delivered = propagate(state, node, r)
     state.conservation.close(delivered)
     return delivered
+
+
+def _is_reported(node: Node) -> bool:
+    """Whether a node may keep relevance, or has weights."""
+    return node.kind in _REPORTED or (node.kind == "route" and node.fills)
 
 
 def _deliver(messages: dict[int, Tensor], node: Node, delivered: list[Tensor]) -> None:
@@ -151,16 +159,22 @@ def _rerun(node: Node, inputs: list[Tensor]) -> tuple[list[Tensor], Tensor]:
 
 def _route(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
     """Operations that copy values: the gradient sends the relevance of a copy to its original."""
-    leaves, output = _rerun(node, state.trace.saved[node.index])
+    inputs = state.trace.saved[node.index]
+    if state.conservation is not None and node.fills:
+        source = covered(node, dict(zip(node.inputs, inputs)))
+        state.conservation.biased(r * ~source)
+    leaves, output = _rerun(node, inputs)
     return gradients(output, leaves, r)
 
 
 def _pad(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
     """Padding: copied values hand relevance on; that of a filled border is kept, because no input belongs to it."""
+    inputs = state.trace.saved[node.index]
     if state.conservation is not None:
-        source = covered(node, dict(zip(node.inputs, state.trace.saved[node.index])))
+        source = covered(node, dict(zip(node.inputs, inputs)))
         state.conservation.stabilised(source, r * ~source)
-    return _route(state, node, r)
+    leaves, output = _rerun(node, inputs)
+    return gradients(output, leaves, r)
 
 
 def _spread(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
@@ -204,6 +218,59 @@ def _averaged(node: Node) -> Node:
     return replace(node, call=replace(call, func=function, args=args, kwargs={}, item=None))
 
 
+def _product(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
+    """A product: everything to the factor beside a gate; one half to each of two factors that carry relevance.
+
+    A divisor counts as a constant, as the deviation of a norm does.
+    """
+    message = r if len(node.flow) == 1 else r / 2
+    return [_unbroadcast(message, state.trace, index) for index in node.flow]
+
+
+def _matmul(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
+    """A matrix product of two values that carry relevance."""
+    trace, conservation = state.trace, state.conservation
+    return products.messages(node, trace.saved[node.index], r, lambda r, z: divide(r, z, trace.config, conservation))
+
+
+def _activation_offset(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
+    """A function with a constant part f(0), which keeps its share as a bias does."""
+    passed = r * state.trace.saved[node.index]
+    if state.conservation is not None:
+        state.conservation.biased(r - passed)
+    return [passed]
+
+
+def _normalisation(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
+    """A norm whose deviation is a constant: relevance unchanged, or divided by LRP-epsilon (`norm="linear"`)."""
+    if state.trace.config.norm == "identity":
+        return [r]
+    leaf, y, bias = normalisation.shares(node, state.trace.saved[node.index][0])
+    s = divide(r, y.detach(), state.trace.config, state.conservation)
+    if state.conservation is not None and bias is not None:
+        state.conservation.biased(s * bias)
+    return [normalisation.contributions(leaf, y, s)]
+
+
+def _softmax(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
+    """The softmax of attention under `softmax="attnlrp"`; what its expansion does not explain is a bias."""
+    scores, shares = state.trace.saved[node.index]
+    passed = products.softmax_of_scores(scores, shares, r, softmax_axis(node.call))
+    if state.conservation is not None:
+        state.conservation.biased(r - passed)
+    return [passed]
+
+
+def _maximum(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
+    """The largest value, or the larger of two: the gradient, which ties share equally; a constant winner keeps it."""
+    inputs = state.trace.saved[node.index]
+    leaves, output = _rerun(with_shared_ties(node), inputs)
+    if state.conservation is not None and node.call.constants:
+        won = gradients(output, leaves, torch.ones_like(output))[0]
+        state.conservation.biased(r * (1 - won))
+    return [_unbroadcast(m, state.trace, i) for m, i in zip(gradients(output, leaves, r), node.flow)]
+
+
 def _region(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
     """The block rule: gradient x input of a whole region, R_i = x_i sum_j (dy_j / dx_i) R_j / (y_j + e_j)."""
     run: RegionRun = state.trace.saved[node.index]
@@ -214,14 +281,23 @@ def _region(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
 
 
 BACKWARD: dict[str, Callable[[_Sweep, Node, Tensor], list[Tensor]]] = {
-    **dict.fromkeys(("norm", "relu", "identity", "pass", "rescale", "product"), _unchanged),
+    **dict.fromkeys(("norm", "relu", "identity", "pass", "rescale", "activation"), _unchanged),
     **dict.fromkeys(("linear", "weighted"), _linear),
     "affine": _affine,
-    "sum": _sum,
+    **dict.fromkeys(("sum", "difference"), _sum),
+    **dict.fromkeys(("product", "quotient"), _product),
+    "matmul": _matmul,
+    "activation_offset": _activation_offset,
+    "normalisation": _normalisation,
+    "softmax": _softmax,
+    "maximum": _maximum,
     "route": _route,
     "pad": _pad,
     "spread": _spread,
     "maxpool": _maxpool,
     "region": _region,
 }
-_REPORTED = {"linear", "weighted", "affine", "sum", "pad", "spread", "maxpool", "region"}
+_REPORTED = {
+    "linear", "weighted", "affine", "sum", "difference", "pad", "spread", "maxpool", "region", "matmul",
+    "activation_offset", "normalisation", "softmax", "maximum",
+}  # fmt: skip

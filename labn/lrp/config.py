@@ -25,6 +25,8 @@ EARLIER_NAMES = {
 }
 """Field -> earlier name of a rule -> its name; the earlier names are accepted for one version."""
 
+NormName = Literal["identity", "linear"]
+SoftmaxName = Literal["constant", "attnlrp"]
 ResidualName = Literal["ratio", "symmetric", "block", "ratio_down", "symmetric_down", "signed", "duplicate"]
 
 
@@ -54,6 +56,10 @@ class Config:
             `alpha1beta0` (z+ for pixels of both signs), `flat`, `wsquare` (squared weights), `epsilon`, or `same` as
             the other layers. Pooling and resizing of signed values before that layer divide relevance by their
             coefficients alone, except under `epsilon` and `same`.
+        norm: at a LayerNorm, GroupNorm, InstanceNorm or RMSNorm, whose deviation counts as a constant: `identity` hands
+            relevance on unchanged, `linear` divides it by LRP-epsilon among all features under the mean.
+        softmax: `constant` takes attention as constant weights, so that relevance goes to the values (Ali et al., ICML
+            2022); `attnlrp` also hands relevance to queries and keys (AttnLRP, Achtibat et al., ICML 2024).
         eps, eps_mode: stabiliser of denominators, `relative` to the sample's mean |z| in the layer, or `absolute`.
         alpha, beta, gamma: parameters of the rules of these names; alpha - beta = 1.
         low, high: per channel, the bounds of normalised pixels for `zbox`; None: black and white after ImageNet's
@@ -75,6 +81,8 @@ class Config:
     batchnorm: Literal["pass", "fold"] = "pass"
     pooling: Literal["winner", "average"] = "winner"
     first_layer: FirstName = "ones"
+    norm: NormName = "identity"
+    softmax: SoftmaxName = "constant"
     eps: float = 1e-9
     eps_mode: Literal["relative", "absolute"] = "relative"
     alpha: float = 2.0
@@ -93,6 +101,8 @@ class Config:
             "batchnorm": ("pass", "fold"),
             "pooling": ("winner", "average"),
             "first_layer": ("ones", "zbox", "alpha1beta0", "flat", "wsquare", "epsilon", "same"),
+            "norm": ("identity", "linear"),
+            "softmax": ("constant", "attnlrp"),
             "eps_mode": ("relative", "absolute"),
         }
         for name, allowed in choices.items():

@@ -84,7 +84,7 @@ def forward(
     config = config or Config()
     if images.dtype not in TOLERANCES:
         raise InputError(f"images are {images.dtype}; relevance is propagated in float32 or float64.")
-    plan = plan_for(model, images, read_logits)
+    plan = plan_for(model, images, read_logits, config.softmax)
     # The prepared weights are in channels_last too (see `use_fastest`), in which CPU convolutions are faster.
     if images.device.type == "cpu" and images.ndim == 4:
         images = images.contiguous(memory_format=torch.channels_last)
@@ -131,8 +131,32 @@ def backward(
         raise InputError(
             f"{numbers} relevance maps for {batch} images: give one per image, or many for a single image."
         )
+    target = 0 if until is None else _index(trace, until)
     with torch.no_grad():
-        return sweep(trace, starts, 0 if until is None else _index(trace, until), conservation)
+        if batch == 1 < max(counts) and not graph.copies_lead:
+            return _one_by_one(trace, starts, target, conservation)
+        if conservation is not None:
+            if batch > 1 and not graph.images_lead:
+                raise InputError(
+                    "The network mixes the axis of the images with others, as windowed attention does; "
+                    "a conservation report is made of one image at a time."
+                )
+            conservation.count = max(counts)
+        return sweep(trace, starts, target, conservation)
+
+
+def _one_by_one(
+    trace: ForwardTrace, starts: dict[int, Tensor], until: int, conservation: ConservationReport | None
+) -> Tensor:
+    """Sweep the relevance maps of one image one after another, where values have no leading axis that counts them."""
+    maps, reports = [], []
+    for k in range(max(map(len, starts.values()))):
+        report = None if conservation is None else ConservationReport(count=1)
+        maps.append(sweep(trace, {index: seed[k : k + 1] for index, seed in starts.items()}, until, report))
+        reports += [] if report is None else [report.entries]
+    if conservation is not None:
+        conservation.entries += [joined(of_layer) for of_layer in zip(*reports)]
+    return torch.cat(maps)
 
 
 def relevance(
@@ -177,6 +201,9 @@ def relevance(
     with explaining(model, images.device.type):
         # After `explaining`, so that a converted copy is made in eval mode.
         model = matching(model, images)
+        if len(images) > 1 and size > 1:
+            softmax = (config or Config()).softmax
+            size = size if plan_for(model, images[:size], softmax=softmax).graph.images_lead else 1
         pairs = zip(images.detach().split(size), targets.split(size))
         return _joined([_one_pass(model, chunk, classes, config, init, report) for chunk, classes in pairs])
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from labn.lrp.config import Config
+from labn.lrp.rules.activations import share_of_argument
 from labn.lrp.rules.block import RegionRun, evaluate_region, run_clamped, run_region
 from labn.lrp.rules.elementary import USES_OUTPUT
 from labn.lrp.rules.first_layer import PixelBounds, UnitActivation
@@ -172,12 +173,43 @@ def _sum(run: _Run, node: Node) -> Tensor:
         return node.evaluate(run.values)
     residual_sum = run.residual_sums[node.index]
     deep, skip = (run.values[node.inputs[i]] for i in (residual_sum.deep, residual_sum.skip))
+    if node.kind == "difference":
+        return _difference(run, node, deep, skip)
     if run.config.residual in SHARES:
         run.saved[node.index] = SHARES[run.config.residual](deep, skip, residual_sum)
     # In place into the deep branch where it is the fresh output of a convolution, as the network's own `+=` would be.
     source = run.graph.nodes.get(node.inputs[residual_sum.deep])
     fresh = source is not None and source.kind == "linear" and source.consumers == 1 and not _is_kept(run, source)
     return deep.add_(skip) if fresh and deep.shape == node.call.shape else deep + skip
+
+
+def _difference(run: _Run, node: Node, deep: Tensor, skip: Tensor) -> Tensor:
+    """a - b is a sum of a and -b."""
+    residual_sum = run.residual_sums[node.index]
+    signs = (1, -1) if residual_sum.deep == 0 else (-1, 1)
+    if run.config.residual in SHARES:
+        run.saved[node.index] = SHARES[run.config.residual](signs[0] * deep, signs[1] * skip, residual_sum)
+    return deep - skip if residual_sum.deep == 0 else skip - deep
+
+
+def _activation_offset(run: _Run, node: Node) -> Tensor:
+    """Keep the share of the argument; the constant f(0) has the rest."""
+    x = run.values[node.flow[0]]
+    if run.carries(node):
+        run.saved[node.index] = share_of_argument(node, x, run.config)
+    return node.evaluate(run.values)
+
+
+def _normalisation(run: _Run, node: Node) -> Tensor:
+    return (_keep_inputs if run.config.norm == "linear" else _evaluate)(run, node)
+
+
+def _softmax(run: _Run, node: Node) -> Tensor:
+    """Keep scores and shares of a softmax that hands relevance on."""
+    shares = node.evaluate(run.values)
+    if run.carries(node) and node.flow:
+        run.saved[node.index] = [run.values[node.flow[0]], shares]
+    return shares
 
 
 def _region(run: _Run, node: Node) -> Tensor:
@@ -196,7 +228,11 @@ FORWARD: dict[str, Callable[[_Run, Node], Tensor]] = {
     "linear": _linear,
     "weighted": _weighted,
     "relu": _relu,
-    "sum": _sum,
+    **dict.fromkeys(("sum", "difference"), _sum),
+    **dict.fromkeys(("matmul", "maximum"), _keep_inputs),
+    "activation_offset": _activation_offset,
+    "normalisation": _normalisation,
+    "softmax": _softmax,
     "route": _keep_inputs,
     "pad": _keep_inputs,
     "affine": _keep_inputs,

@@ -18,12 +18,12 @@ from labn.inference.model_traits import random_sentence, repeat_each_other
 from labn.inference.modes import logits_of
 from labn.inference.packing import can_pack
 from labn.lrp.backward import BACKWARD
-from labn.lrp.config import Config
+from labn.lrp.config import Config, SoftmaxName
 from labn.lrp.forward import run_forward
-from labn.lrp.rules.block import PIECEWISE_LINEAR, carrying_in
+from labn.lrp.rules.block import CLAMPABLE, PIECEWISE_LINEAR, carrying_in
 from labn.lrp.rules.linear_layers import Layer
 from labn.lrp.rules.residual_sums import ResidualSum, residual_sum_of
-from labn.lrp.tracing.graph import Graph, build, use_fastest
+from labn.lrp.tracing.graph import Graph, build, moves_axes, use_fastest
 from labn.lrp.tracing.leading_norms import fold_leading_norms
 from labn.lrp.tracing.recorder import record
 from labn.lrp.tracing.residual_blocks import with_regions
@@ -94,21 +94,24 @@ class _Plans:
     layers: dict[tuple[object, ...], Layer] = field(default_factory=dict)
 
 
-def plan_for(model: nn.Module, images: Tensor, read_logits: ReadLogits = logits_of) -> Plan:
+def plan_for(
+    model: nn.Module, images: Tensor, read_logits: ReadLogits = logits_of, softmax: SoftmaxName = "constant"
+) -> Plan:
     """The plan of `model` for images of this shape; weights that an earlier call prepared are used again.
 
     Args:
         model: in eval mode.
         images: (B, C, H, W), on which the model is recorded the first time.
         read_logits: see `ReadLogits`.
+        softmax: see `labn.lrp.Config`.
 
     Raises:
         InputError: the recording does not repeat the model on other images.
     """
     plans = plans_of(model)
-    key = (tuple(images.shape), images.dtype, images.device, read_logits)
+    key = (tuple(images.shape), images.dtype, images.device, read_logits, softmax)
     if key not in plans.by_shape:
-        plan = _make(model, images, plans.layers, read_logits)
+        plan = _make(model, images, plans.layers, read_logits, softmax)
         # Once per state of the model: the check costs a forward of the model and one of the graph.
         if not plans.by_shape:
             _verify(model, plan, images, read_logits)
@@ -127,8 +130,19 @@ def plans_of(model: nn.Module) -> _Plans:
     return _cache.get(model, "plans", _Plans)
 
 
-def _make(model: nn.Module, images: Tensor, layers: dict[tuple[object, ...], Layer], read_logits: ReadLogits) -> Plan:
-    graph = build(record(model, images, read_logits))
+def _make(
+    model: nn.Module,
+    images: Tensor,
+    layers: dict[tuple[object, ...], Layer],
+    read_logits: ReadLogits,
+    softmax: SoftmaxName,
+) -> Plan:
+    constant = softmax == "constant"
+    graph = build(record(model, images, read_logits), constant)
+    if len(images) > 1 and graph.images_lead and moves_axes(graph):
+        # With one image, an axis that only happens to be as long as the batch shows.
+        single = build(record(model, images[:1], read_logits), constant)
+        graph.images_lead, graph.copies_lead = single.images_lead, single.copies_lead
     for node in graph.nodes.values():
         if node.layer is not None:
             # One `Layer` per weight: graphs of other image shapes share its prepared weights.
@@ -136,7 +150,9 @@ def _make(model: nn.Module, images: Tensor, layers: dict[tuple[object, ...], Lay
     if images.device.type == "cpu":
         use_fastest(graph, can_pack(images, images.dtype))
     residual_sums = {
-        i: residual_sum_of(n, graph) for i, n in graph.nodes.items() if n.kind == "sum" and len(n.inputs) == 2
+        i: residual_sum_of(n, graph)
+        for i, n in graph.nodes.items()
+        if n.kind in ("sum", "difference") and len(n.inputs) == 2
     }
     return Plan(graph, residual_sums)
 
@@ -155,17 +171,25 @@ def check(graph: Graph, config: Config, starts: set[int]) -> None:
         starts: indices of the values at which relevance starts.
 
     Raises:
-        UnsupportedError: the message names the layer without a rule that is nearest to the logits.
+        UnsupportedError: the message names the layer without a rule that is nearest to the logits, or says that
+            relevance ends before the images.
     """
     reached = graph.reach(starts)
+    allowed = CLAMPABLE if config.block_weights == "zplus" else PIECEWISE_LINEAR
     for node in sorted((n for i, n in graph.nodes.items() if i in reached), key=lambda n: -n.index):
         carrying = carrying_in(node)
-        bad = [n for n in node.inner if n.index in carrying and n.kind not in PIECEWISE_LINEAR]
+        bad = [n for n in node.inner if n.index in carrying and n.kind not in allowed]
         if node.kind not in BACKWARD or bad:
             raise UnsupportedError(
                 f"Relevance propagation has no rule for {(bad or [node])[0].label}; "
-                "replace it by a layer with one (convolution, linear, BatchNorm, ReLU, pooling, sums, gates)."
+                f"{' with block_weights=' + repr(config.block_weights) if bad and config.residual == 'block' else ''}; "
+                "replace it by a layer with one (see the table of operations in labn/lrp/README.md)."
             )
+    if 0 not in reached:
+        last = graph.nodes[min(reached)]
+        raise UnsupportedError(
+            f"Relevance ends at {last.label}, whose result counts as a constant; softmax='attnlrp' hands relevance on."
+        )
 
 
 def _verify(model: nn.Module, plan: Plan, images: Tensor, read_logits: ReadLogits) -> None:

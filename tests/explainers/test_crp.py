@@ -13,6 +13,7 @@ from torchvision.models.detection import ssdlite320_mobilenet_v3_large
 from labn import evaluate, explain
 from labn.explainers import CRP
 from labn.explainers.relevance.crp import TASKS, Answers, Question
+from labn.lrp import ConservationReport
 from labn.models.detectors import COORDINATES, TorchvisionSSD
 from labn.modules import SSD
 
@@ -214,15 +215,23 @@ def test_heads_that_do_not_fit_the_predictions_are_refused():
         CRP().trace(detector, image)
 
 
-def test_ssdlite_is_refused_naming_the_activation_without_a_rule():
+def test_the_account_of_ssdlite_closes():
     torch.manual_seed(0)
     model = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3).eval()
     detector = TorchvisionSSD(model)
     crp = CRP()
     trace = crp.trace(detector, torch.randn(3, 320, 320))
     assert len(trace.detections(crp.thresholds))
-    with pytest.raises(NotImplementedError, match=r"no rule for .*(Hardswish|ReLU6)"):
-        crp.ask(trace, [Question(0)])
+    with pytest.warns(UserWarning, match="relevance arrives at the pixels"):
+        answers = crp.ask(trace, [Question(0), Question(3, "cx")])
+    assert answers.maps.shape == (2, 320, 320)
+    assert answers.maps.flatten(1).any(1).all()
+    assert answers.sums.abs().max() < 1e-6
+    # Depthwise layers keep the relevance of units without positive contribution, of either sign.
+    report = ConservationReport()
+    trace._sweep([crp.start(trace, Question(0))], 0, report)
+    kept = sum(entry.leaks for entry in report.entries)
+    assert torch.allclose(answers.arrived[:1], answers.sums[:1] - kept, atol=1e-6)
 
 
 def test_torchvisions_ssd_is_explained_without_an_adapter():

@@ -162,15 +162,18 @@ def test_the_error_for_an_unsupported_weight_transform_names_the_layer():
 
 
 @pytest.mark.parametrize("residual", ["ratio", "block"])
-def test_a_plain_product_of_two_branches_is_still_refused_by_name(residual):
+def test_a_plain_product_of_attention_and_values_is_a_weighted_product(residual):
     class Plain(Attention):
         def forward(self, x):
             query, key, value = self.qkv(x.flatten(2).transpose(1, 2)).chunk(3, -1)
             mixed = (query @ key.transpose(1, 2)).softmax(-1) @ value
             return mixed.transpose(1, 2).unflatten(2, x.shape[2:])
 
-    with pytest.raises(NotImplementedError, match=r"has no rule for 'middle' \(Plain, matmul\)"):
-        relevance(network(Plain()), images(1, 6), torch.tensor([0]), Config(residual=residual))
+    config = Config(residual=residual)
+    plain, announced = (
+        relevance(network(layer), images(1, 6), torch.tensor([0]), config) for layer in (Plain(), Attention())
+    )
+    assert torch.allclose(plain.relevance, announced.relevance, rtol=1e-9, atol=1e-15)
 
 
 def test_a_value_that_is_also_a_constant_is_refused():

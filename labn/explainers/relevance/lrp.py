@@ -14,7 +14,7 @@ from labn.explainers.relevance.losses import is_loss, keeps_by, loss_sentence
 from labn.inference.chunk_size import check_chunk_size
 from labn.inference.fingerprint import ModelCache, structure_key
 from labn.inference.model_traits import probabilities_sentence
-from labn.lrp.config import BlockWeights, Config, FirstName, ResidualName, RuleName
+from labn.lrp.config import BlockWeights, Config, FirstName, NormName, ResidualName, RuleName, SoftmaxName
 from labn.lrp.engine import Relevance, relevance
 from labn.lrp.initial import INITIAL, Contrast, Initial, check_others
 from labn.postprocess import apply, check_names
@@ -38,9 +38,9 @@ class LRP(Explainer):
     `labn.modules.ResNetLRP`.
 
     Args:
-        residual, rule, linear_rule, block_weights, batchnorm, pooling, first_layer: see `labn.lrp.Config`. The rules
-            `lrp0`, `epsilon` and `gamma` divide by signed sums that include the biases, so that a network with
-            BatchNorm needs `batchnorm="fold"`.
+        residual, rule, linear_rule, block_weights, batchnorm, pooling, first_layer, norm, softmax: see
+            `labn.lrp.Config`. The rules `lrp0`, `epsilon` and `gamma` divide by signed sums that include the biases, so
+            that a network with BatchNorm needs `batchnorm="fold"`.
         eps, eps_mode, alpha, beta, gamma, low, high: see `labn.lrp.Config`.
         init: relevance at the target's logit: its softmax `probability`, its `logit`, or `one`.
         chunk_size: images per pass; None: by their size on a CPU, else the whole batch. The maps do not depend on it.
@@ -82,6 +82,8 @@ class LRP(Explainer):
         high: Sequence[float] | None = None,
         chunk_size: int | None = None,
         block_weights: BlockWeights = "signed",
+        norm: NormName = "identity",
+        softmax: SoftmaxName = "constant",
     ) -> None:
         if init not in INITIAL:
             raise InputError(f"init={init!r} is not one of {', '.join(map(repr, INITIAL))}.")
@@ -93,6 +95,8 @@ class LRP(Explainer):
             batchnorm=batchnorm,
             pooling=pooling,
             first_layer=first_layer,
+            norm=norm,
+            softmax=softmax,
             eps=eps,
             eps_mode=eps_mode,
             alpha=alpha,

@@ -8,17 +8,27 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from labn.lrp.rules.activations import secant, slope
 from labn.lrp.rules.conservation import ConservationReport
 from labn.lrp.rules.linear_layers import Norm, gradients, transposable
+from labn.lrp.rules.maxima import with_shared_ties
+from labn.lrp.rules.normalisation import with_constant_deviation
+from labn.lrp.rules.products import halved
 from labn.lrp.rules.weighted_layer import weighted_layer_of
 from labn.lrp.tracing.graph import Node
 from labn.lrp.weight_transforms import Identity, Positive
 
-# Kinds of nodes in a region: each is linear in the input that carries relevance once ReLU and max masks are fixed.
+# Kinds of nodes in a region: each is linear in the input that carries relevance once ReLU and max masks, the slopes
+# f(x) / x of other activations, the deviations of norms, and one factor of each product are fixed.
 PIECEWISE_LINEAR = {
     "linear", "weighted", "norm", "relu", "identity", "pass", "route", "pad", "maxpool", "spread", "sum",
-    "product",
+    "product", "difference", "quotient", "maximum", "rescale", "matmul", "activation", "activation_offset",
+    "normalisation",
 }  # fmt: skip
+
+
+# Those that `block_weights="zplus"` makes functions of degree one with non-negative coefficients.
+CLAMPABLE = PIECEWISE_LINEAR - {"difference", "quotient", "matmul", "activation_offset", "normalisation", "rescale"}
 
 
 @dataclass
@@ -86,6 +96,9 @@ def run_clamped(node: Node, values: dict[int, Tensor], inside: dict[int, Tensor]
             if inner.index in carrying:
                 inputs = {i: (clamped if i in inner.flow else inside)[i] for i in inner.inputs}
                 clamped[inner.index] = _CLAMPED.get(inner.kind, Node.evaluate)(inner, inputs)
+                if inner.kind == "activation":  # its slope is a gate, which keeps its true value
+                    source = inner.flow[0]
+                    clamped[inner.index] = clamped[source] * slope(inner, inside[source])
     return RegionRun(entry, clamped[node.index], {index: values[index] for index in node.inputs})
 
 
@@ -102,7 +115,7 @@ def _evaluate(node: Node, values: dict[int, Tensor], biases: list[Tensor] | None
     # Gates and the constants of weights receive no gradient.
     values = {i: values[i] if i in node.flow else values[i].detach() for i in node.inputs}
     value = _AFFINE.get(node.kind, Node.evaluate)(node, values)
-    if biases is None or node.kind not in ("linear", "weighted", "norm", "pass") or not value.requires_grad:
+    if biases is None or node.kind not in _WITH_CONSTANT or not value.requires_grad:
         return value
     # The affine map's constant is its value at zero; y = (y - b) + b makes b a leaf without changing y.
     constant = _AFFINE.get(node.kind, Node.evaluate)(
@@ -121,7 +134,38 @@ def _weighted(node: Node, values: dict[int, Tensor]) -> Tensor:
     return weighted_layer_of(node, values).run(values[node.flow[0]], True)[1]
 
 
-_AFFINE: dict[str, Callable[[Node, dict[int, Tensor]], Tensor]] = {"linear": _linear, "weighted": _weighted}
+def _secant(node: Node, values: dict[int, Tensor]) -> Tensor:
+    if not torch.is_grad_enabled():  # a gate, or a plain value
+        return node.evaluate(values)
+    return secant(node, values[node.flow[0]])
+
+
+def _normalisation(node: Node, values: dict[int, Tensor]) -> Tensor:
+    if not torch.is_grad_enabled():
+        return node.evaluate(values)
+    return with_constant_deviation(node.call, values[node.flow[0]])[0]
+
+
+def _product(node: Node, values: dict[int, Tensor]) -> Tensor:
+    gated = len(node.flow) < len(node.inputs) or not torch.is_grad_enabled()
+    return node.evaluate(values) if gated else halved(node, values)
+
+
+def _maximum(node: Node, values: dict[int, Tensor]) -> Tensor:
+    return with_shared_ties(node).evaluate(values)
+
+
+_AFFINE: dict[str, Callable[[Node, dict[int, Tensor]], Tensor]] = {
+    "linear": _linear,
+    "weighted": _weighted,
+    **dict.fromkeys(("activation", "activation_offset", "rescale"), _secant),
+    "normalisation": _normalisation,
+    **dict.fromkeys(("product", "matmul"), _product),
+    "maximum": _maximum,
+}
+
+# Kinds of nodes whose value at zero need not be zero: biases, shifts, filled-in values.
+_WITH_CONSTANT = {"linear", "weighted", "norm", "pass", "activation_offset", "normalisation", "route", "pad"}
 
 
 def _clamped_linear(node: Node, values: dict[int, Tensor]) -> Tensor:

@@ -71,27 +71,32 @@ class ConservationReport:
     """
 
     entries: list[Entry] = field(default_factory=list)
+    count: int | None = None  # relevance maps; None: the leading axis of every value counts them
+
+    def _sums(self, values: Tensor) -> Tensor:
+        """`per_sample`; a network may split the batch axis, as windowed attention does, or move it."""
+        return per_sample(values if self.count is None else values.reshape(self.count, -1))
 
     def open(self, name: str, relevance: Tensor) -> None:
         """Begin the entry of a layer at whose output `relevance` (B, ...) arrived."""
-        arriving = per_sample(relevance)
+        arriving = self._sums(relevance)
         self.entries.append(Entry(name, arriving, *(torch.zeros_like(arriving) for _ in range(5))))
 
     def close(self, delivered: list[Tensor]) -> None:
         """End the entry with the relevance that the layer handed to each of its inputs."""
-        self.entries[-1].delivered = torch.stack([per_sample(message) for message in delivered]).sum(0)
+        self.entries[-1].delivered = sum(map(self._sums, delivered), torch.zeros_like(self.entries[-1].arriving))
 
     def stabilised(self, z: Tensor, kept: Tensor) -> None:
         """Add `kept` = R e / (z + e) to `dead` where z is exactly zero, and to `eps` elsewhere."""
         # At z = 0 the stabiliser is all of z + e and keeps the whole relevance, whatever its size.
         entry, dead = self.entries[-1], z == 0
-        entry.dead = entry.dead + per_sample(kept * dead)
-        entry.eps = entry.eps + per_sample(kept * ~dead)
+        entry.dead = entry.dead + self._sums(kept * dead)
+        entry.eps = entry.eps + self._sums(kept * ~dead)
 
     def biased(self, kept: Tensor) -> None:
         """Add `kept` = R b / (z + e) to `bias`."""
-        self.entries[-1].bias = self.entries[-1].bias + per_sample(kept)
+        self.entries[-1].bias = self.entries[-1].bias + self._sums(kept)
 
     def duplicated(self, relevance: Tensor) -> None:
         """Subtract relevance that is handed out a second time from `copied`."""
-        self.entries[-1].copied = self.entries[-1].copied - per_sample(relevance)
+        self.entries[-1].copied = self.entries[-1].copied - self._sums(relevance)

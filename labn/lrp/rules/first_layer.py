@@ -17,7 +17,10 @@ from torch import Tensor
 from labn.lrp.tracing.graph import Graph, Node
 
 # These operations hand relevance on unchanged and therefore do not change the shares of their inputs.
-_UNCHANGED = {"norm", "relu", "identity", "pass", "rescale", "product"}
+_UNCHANGED = {
+    "norm", "relu", "identity", "pass", "rescale", "product", "activation", "activation_offset", "normalisation",
+    "quotient",
+}  # fmt: skip
 
 
 class UnitActivation:
@@ -50,7 +53,9 @@ class UnitActivation:
             return self.at(node.flow[0])
         evaluate = _EVALUATE.get(node.kind)
         # Copies and maxima of ones are ones.
-        still_ones = node.kind in ("route", "maxpool") and all(self.at(index) is None for index in node.inputs)
+        still_ones = node.kind in ("route", "maxpool", "maximum") and all(
+            self.at(index) is None for index in node.inputs
+        )
         if evaluate is None or still_ones:
             return None
         return evaluate(node, {index: self.filled(index) for index in node.inputs})
@@ -80,7 +85,7 @@ class PixelBounds:
 
     def _of(self, node: Node) -> tuple[Tensor, Tensor] | None:
         # Valid for factors in [0, 1] if the bounds enclose 0, as normalised black and white do.
-        if node.kind in ("rescale", "product"):
+        if node.kind in ("rescale", "product", "quotient"):
             return self.at(node.flow[0])
         inputs = {index: self.at(index) for index in node.inputs} if node.kind in _MONOTONE else {}
         bounds = {index: pair for index, pair in inputs.items() if pair is not None}
@@ -91,10 +96,11 @@ class PixelBounds:
 
 
 def covered(node: Node, values: dict[int, Tensor]) -> Tensor:
-    """Where the output of a `pad` node copies an input, bool in the output's shape; the fill is elsewhere."""
+    """Where a copy with fills copies an input that carries relevance, bool in the output's shape."""
     # A copied value follows its input from 0 to 1, a filled one does not.
     ones, zeros = (
-        {index: fill(value) for index, value in values.items()} for fill in (torch.ones_like, torch.zeros_like)
+        {index: fill(value) if index in node.flow else value for index, value in values.items()}
+        for fill in (torch.ones_like, torch.zeros_like)
     )
     return node.evaluate(ones) != node.evaluate(zeros)
 

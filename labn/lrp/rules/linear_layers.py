@@ -266,7 +266,12 @@ def gradients(output: Tensor, leaves: Sequence[Tensor], s: Tensor) -> list[Tenso
         s: (T, ...), where T is B, or any number if B is 1.
     """
     if len(s) == len(output):
-        return list(torch.autograd.grad(output, leaves, s, retain_graph=True))
+        return _gradients(output, leaves, s)
     # One at a time: recorded calls, such as `view(1, -1)`, may contain the batch size 1 as a constant.
-    per_map = [torch.autograd.grad(output, leaves, one[None], retain_graph=True) for one in s]
+    per_map = [_gradients(output, leaves, one[None]) for one in s]
     return [torch.cat(of_leaf) for of_leaf in zip(*per_map)]
+
+
+def _gradients(output: Tensor, leaves: Sequence[Tensor], s: Tensor) -> list[Tensor]:
+    """The gradients, with zeros for a leaf whose values were all replaced on the way to the output."""
+    return list(torch.autograd.grad(output, leaves, s, retain_graph=True, materialize_grads=True, allow_unused=True))

@@ -85,7 +85,7 @@ def _depths(index: int, graph: Graph) -> dict[int, int]:
     depths = {index: 0}
     for current in sorted(graph.nodes, reverse=True):
         if current in depths:
-            below = depths[current] + (graph.nodes[current].kind in ("linear", "weighted"))
+            below = depths[current] + (graph.nodes[current].kind in ("linear", "weighted", "matmul"))
             for source in graph.nodes[current].flow:
                 depths[source] = max(depths.get(source, 0), below)
     return depths

@@ -9,8 +9,20 @@ import torch
 from torch import Tensor
 
 from labn.lrp.rules.linear_layers import Layer, Norm, layer_of
-from labn.lrp.tracing.operations import BOUNDED, CANONICAL, NON_NEGATIVE, SHAPED_LIKE, cut_of, kind_of
-from labn.lrp.tracing.recorder import Call, Recording
+from labn.lrp.tracing.operations import (
+    BOUNDED,
+    CANONICAL,
+    FILL,
+    MOVES_AXES,
+    NON_NEGATIVE,
+    RISING,
+    SHAPED_LIKE,
+    cut_of,
+    kind_of,
+    never_negative,
+)
+from labn.lrp.tracing.recorder import Call, Recording, Ref
+from labn.lrp.tracing.weights_of_calls import as_weighted, factors_of
 
 
 @dataclass
@@ -21,7 +33,8 @@ class Node:
         call: the recorded call; its `index` identifies the value that this node computes.
         kind: see `labn.lrp.tracing.operations.kind_of`; `region` for several nodes that are differentiated as one.
         inputs: indices of all values that the node reads.
-        flow: the inputs that receive relevance: all except the gate of a product and the constants of weights.
+        flow: the inputs that receive relevance: all except the gate of a product, the constants of weights, masks,
+            indices, and what counts as a constant, such as attention.
         layer: weights and options, for kind `linear`.
         norm: the BatchNorm that follows, for kind `weighted`, or the node itself, for kind `affine` (see
             `labn.lrp.tracing.leading_norms`); that of a linear layer is part of `layer`.
@@ -43,6 +56,11 @@ class Node:
     inner: tuple[Node, ...] = ()
 
     @property
+    def fills(self) -> bool:
+        """Whether some values of a copy may have no source that carries relevance: constants, masks, a class token."""
+        return bool(self.call.constants) or self.call.operation in FILL or len(self.flow) < len(self.inputs)
+
+    @property
     def index(self) -> int:
         """Index of the value that this node computes."""
         return self.call.index
@@ -58,7 +76,7 @@ class Node:
         if self.kind == "identity":
             return values[self.inputs[0]]
         canonical = CANONICAL.get(self.call.operation)
-        if canonical is None or self.kind == "opaque":
+        if canonical is None or self.kind in ("opaque", "maximum"):
             return self.call.evaluate(values)
         kwargs = self.call.kwargs if self.kind == "route" else {}  # `size` of a view stays, `inplace` of a ReLU goes
         return replace(self.call, func=canonical, kwargs=kwargs).evaluate(values)
@@ -72,11 +90,16 @@ class Graph:
         nodes: index -> node, in order; the images have index 0 and no node.
         logits: index of the logits.
         outputs: qualified module name -> index of the value that the module returned, where the graph still has it.
+        images_lead: whether the leading axis of every computed value that relevance passes counts the images, which
+            windowed attention and layers that read (tokens, images, features) change.
+        copies_lead: the same of the copies in between, such as queries, keys and values along a leading axis.
     """
 
     nodes: dict[int, Node]
     logits: int
     outputs: dict[str, int] = field(default_factory=dict)
+    images_lead: bool = True
+    copies_lead: bool = True
 
     def reach(self, starts: set[int]) -> set[int]:
         """Indices of the values that relevance from `starts` can reach, `starts` included."""
@@ -87,34 +110,130 @@ class Graph:
         return reached
 
 
-def build(recording: Recording) -> Graph:
-    """The graph of a recording, with kinds, gates, joined BatchNorms, first layers and known signs."""
+def build(recording: Recording, attention_is_constant: bool = True) -> Graph:
+    """The graph of a recording, with kinds, gates, joined BatchNorms, first layers and known signs.
+
+    Args:
+        recording: the recorded calls.
+        attention_is_constant: a softmax counts as a constant, so that relevance goes to the values alone.
+    """
     calls = {call.index: call for call in recording.calls}
     # Backwards from the logits: calls that they do not depend on are dropped.
     needed = {recording.logits}
     for index in sorted(calls, reverse=True):
         if index in needed:
             needed.update(calls[index].inputs)
-    nodes: dict[int, Node] = {}
+    builder = _Builder(calls, attention_is_constant)
     for index in sorted(needed - {0}):
-        nodes[index] = _node(calls[index], nodes, calls)
+        builder.add(calls[index])
+    nodes = builder.nodes
     separate(nodes, recording.logits)
     graph = Graph(nodes, recording.logits, {name: i for name, i in recording.outputs.items() if i in nodes})
     merge_norms(graph)
     annotate(graph)
+    _find_images(graph, recording.count)
     return graph
 
 
-def _node(call: Call, nodes: dict[int, Node], calls: dict[int, Call]) -> Node:
-    kind = kind_of(call)
-    flow = call.inputs
-    if kind == "product":
-        factor = _carrying_factor(call, nodes, calls)
-        kind, flow = ("opaque", flow) if factor is None else (kind, (factor,))
-    elif kind == "weighted" or call.operation in SHAPED_LIKE:
-        flow = flow[:1]
-    layer = layer_of(call) if kind == "linear" else None
-    return Node(call, kind, call.inputs, flow, layer)
+def _find_images(graph: Graph, count: int) -> None:
+    """Set `images_lead` and `copies_lead` of the graph of a recording of `count` images."""
+    for index in graph.reach({graph.logits}) - {0}:
+        node = graph.nodes[index]
+        if node.call.shape[:1] != (count,):
+            graph.copies_lead = False
+            graph.images_lead &= node.kind in ("route", "identity") and not node.fills
+
+
+def moves_axes(graph: Graph) -> bool:
+    """Whether relevance passes an operation that may exchange the axis of the images with one of equal length."""
+    return any(graph.nodes[i].call.operation in MOVES_AXES for i in graph.reach({graph.logits}) - {0})
+
+
+class _Builder:
+    """Makes the nodes of a graph in the order of computation.
+
+    Args:
+        calls: the recorded calls by index.
+        attention_is_constant: see `build`.
+
+    Attributes:
+        nodes: the nodes so far.
+        constant: indices of values that are computed from attention alone; they count as constants.
+        queries: indices of values that a product has met as the queries of values which attention has collected.
+    """
+
+    def __init__(self, calls: dict[int, Call], attention_is_constant: bool) -> None:
+        self.calls, self.attention_is_constant = calls, attention_is_constant
+        self.nodes: dict[int, Node] = {}
+        self.constant: set[int] = set()
+        self.queries: set[int] = set()
+
+    def add(self, call: Call) -> None:
+        """Append the node of a call."""
+        node = self._node(call)
+        self.nodes[call.index] = node
+        stops = node.kind == "softmax" and self.attention_is_constant
+        if stops or all(index in self.constant for index in node.inputs):
+            self.constant.add(call.index)
+            # An opaque call keeps its flow: relevance must not end there silently.
+            node.flow = node.flow if node.kind == "opaque" else ()
+
+    def _node(self, call: Call) -> Node:
+        kind, flow = kind_of(call), call.inputs
+        if kind == "product":
+            flow = self._factors(call)
+        elif kind == "matmul":
+            return self._matmul(call)
+        elif kind in ("weighted", "quotient") or call.operation in SHAPED_LIKE:
+            flow = flow[:1]
+        flow = self._varying(flow)
+        if kind in ("sum", "difference") and len(flow) < len(call.inputs):
+            kind = "pass"  # a shift by what counts as a constant
+        layer = layer_of(call) if kind == "linear" else None
+        return Node(call, kind, call.inputs, flow, layer)
+
+    def _varying(self, flow: tuple[int, ...]) -> tuple[int, ...]:
+        """The indices of floating values that do not count as constants; all, if all of them count as constants."""
+        floating = tuple(i for i in flow if i == 0 or self.calls[i].floating)
+        return tuple(i for i in floating if i not in self.constant) or floating
+
+    def _factors(self, call: Call) -> tuple[int, ...]:
+        """The factors of a product that carry relevance: one beside a gate, which counts as a constant, or both."""
+        factor = _carrying_factor(call, self.nodes, self.calls)
+        return call.inputs if factor is None else (factor,)
+
+    def _matmul(self, call: Call) -> Node:
+        """A matrix product: weights from attention or from queries count as constants, and relevance goes to the rest.
+
+        A factor that attention has collected from values holds values itself, as the content lambda of a lambda layer
+        does. The other factor then is a query, here and in every further product.
+        """
+        flow = self._varying(call.inputs)
+        if len(flow) == 2:
+            collected = [self._is_collected(index) for index in flow]
+            if self.attention_is_constant and collected[0] != collected[1]:
+                self.queries.add(self._origin(flow[collected.index(False)]))
+            asking = [self._origin(index) in self.queries for index in flow]
+            if asking[0] != asking[1]:
+                flow = (flow[asking.index(False)],)
+        factors = [f.index for f in factors_of(call) if isinstance(f, Ref)]
+        if len(flow) == 1 and factors.count(flow[0]) == 1:
+            weighted_call = as_weighted(call, flow[0])
+            return Node(weighted_call, "weighted", weighted_call.inputs, flow)
+        return Node(call, "matmul", call.inputs, flow)
+
+    def _origin(self, index: int) -> int:
+        """The value that `index` rearranges."""
+        while index in self.nodes and self.nodes[index].kind in ("identity", "route", "norm", "pass"):
+            if len(self.nodes[index].flow) != 1:
+                break
+            index = self.nodes[index].flow[0]
+        return index
+
+    def _is_collected(self, index: int) -> bool:
+        """Whether a value is a rearranged product of attention and values."""
+        node = self.nodes.get(self._origin(index))
+        return node is not None and node.kind == "weighted" and any(i in self.constant for i in node.inputs)
 
 
 def _carrying_factor(call: Call, nodes: dict[int, Node], calls: dict[int, Call]) -> int | None:
@@ -128,7 +247,7 @@ def _carrying_factor(call: Call, nodes: dict[int, Node], calls: dict[int, Call])
         return None
     # The broadcast factor is the one with fewer values.
     sizes = [calls[index].shape.numel() if index else call.shape.numel() for index in factors]
-    if sizes[0] != sizes[1]:
+    if sizes[0] != sizes[1] and max(sizes) == call.shape.numel():
         return factors[sizes.index(max(sizes))]
     bounded = [_is_bounded(index, nodes) for index in factors]
     return None if bounded[0] == bounded[1] else factors[bounded.index(False)]
@@ -199,18 +318,21 @@ def annotate(graph: Graph) -> None:
     behind_linear: set[int] = set()
     for index, node in graph.nodes.items():
         node.consumers = readers[index] + (index == graph.logits)
-        node.first = node.kind != "weighted" and not behind_linear.intersection(node.flow)
-        if node.kind in ("linear", "weighted") or any(i in behind_linear for i in node.flow):
+        node.first = node.kind not in ("weighted", "matmul") and not behind_linear.intersection(node.flow)
+        if node.kind in ("linear", "weighted", "matmul") or any(i in behind_linear for i in node.flow):
             behind_linear.add(index)
         node.non_negative = _is_non_negative(node, graph)
 
 
 def _is_non_negative(node: Node, graph: Graph) -> bool:
-    if node.call.operation in NON_NEGATIVE:
+    if node.call.operation in NON_NEGATIVE or never_negative(node.call):
         return True
+    if node.call.operation in FILL:
+        return False  # what is filled in may have any sign
     if node.kind == "pad" and (node.call.kwargs.get("value") or 0) < 0:
         return False
-    if node.kind in ("identity", "route", "pad", "maxpool", "spread", "sum", "product"):
+    keeps = node.kind == "activation" and node.call.operation in RISING
+    if keeps or node.kind in ("identity", "route", "pad", "maxpool", "spread", "sum", "product", "maximum", "quotient"):
         # A concatenation may hold constants too, whose sign is read off them.
         known = all(bool((constant >= 0).all()) for constant in node.call.constants)
         return known and all(i in graph.nodes and graph.nodes[i].non_negative for i in node.inputs)

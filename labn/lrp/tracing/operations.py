@@ -20,24 +20,36 @@ IDENTITY = {
 }  # fmt: skip
 
 # A norm over the features of one position counts as a constant factor, as CRP (IJCNN 2019) treats L2 normalisation.
-CONSTANT_NORM = {"normalize"}
+CONSTANT_NORM = {"normalize", "local_response_norm"}
 
 # Every output value is a copy of exactly one input value, so that relevance follows the gradient.
 ROUTE = {
     "flatten", "unflatten", "reshape", "view", "permute", "transpose", "T", "mT", "movedim", "squeeze", "unsqueeze",
     "getitem", "select", "narrow", "chunk", "split", "split_with_sizes", "tensor_split", "unbind", "cat", "concat",
     "concatenate", "stack", "expand", "channel_shuffle", "pixel_shuffle", "roll", "flip",
+    "pixel_unshuffle", "swapaxes", "swapdims", "moveaxis", "ravel", "repeat", "tile", "repeat_interleave",
+    "broadcast_to", "hstack", "vstack", "dstack", "column_stack", "fliplr", "flipud", "rot90", "diagonal", "as_strided",
+    "index_select", "gather", "take_along_dim", "select_scatter", "slice_scatter", "reviewed", "native_channel_shuffle",
 }  # fmt: skip
+
+# Copies that may move the leading axis.
+MOVES_AXES = {"permute", "transpose", "T", "mT", "movedim", "moveaxis", "swapaxes", "swapdims", "einsum"}
+
+# Copies too, except where they fill in a value: a mask, a write into a tensor, the values of another branch.
+FILL = {"masked_fill", "where", "tril", "triu", "written", "rewritten", "index_put", "scatter", "index_copy"}
 
 # Only the shape or dtype of the second tensor is used.
 SHAPED_LIKE = {"expand_as", "view_as", "reshape_as", "type_as"}
 
 MAX_POOL = {"max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d"}
 
+# The largest values of one tensor or of two: relevance goes to the winners, in equal shares for ties.
+MAXIMUM = {"max", "amax", "maximum", "topk", "min", "amin", "minimum"}
+
 # Linear with non-negative coefficients and without parameters: relevance is divided in proportion to contributions.
 SPREAD = {
     "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
-    "mean", "sum", "interpolate",
+    "mean", "sum", "interpolate", "fold",
 }  # fmt: skip
 
 SUM = {"add", "iadd", "radd"}
@@ -47,9 +59,46 @@ PRODUCT = {"mul", "imul", "rmul", "multiply"}
 # With a constant operand, a shift and a scaling hand relevance on unchanged.
 SHIFT_OR_SCALE = SUM | PRODUCT | {"sub", "isub", "subtract", "div", "truediv", "itruediv", "divide"}
 
-BOUNDED = {"sigmoid", "softmax", "hardsigmoid", "tanh"}
+DIFFERENCE = {"sub", "isub", "subtract"}
 
-NON_NEGATIVE = {"sigmoid", "softmax", "hardsigmoid", "relu", "relu6", "abs", "square", "softplus", "exp"}
+QUOTIENT = {"div", "truediv", "itruediv", "divide"}
+
+COMPARISON = {"eq", "ne", "lt", "le", "gt", "ge", "logical_not", "logical_and", "logical_or", "isfinite", "isnan"}
+
+BOUNDED = {"sigmoid", "softmax", "hardsigmoid", "tanh"} | COMPARISON
+
+NON_NEGATIVE = {
+    "sigmoid",
+    "softmax",
+    "hardsigmoid",
+    "relu",
+    "relu6",
+    "abs",
+    "absolute",
+    "square",
+    "softplus",
+    "exp",
+    "exp2",
+}
+NON_NEGATIVE |= COMPARISON
+
+# Functions of single values that rise from f(0) = 0, so that they keep the sign of their argument.
+RISING = {
+    "leaky_relu", "hardswish", "silu", "gelu", "elu", "selu", "celu", "mish", "tanh", "softsign", "erf", "atan",
+    "arctan", "asinh", "arcsinh", "expm1", "log1p", "sqrt", "softshrink", "hardshrink", "tanhshrink", "prelu", "rrelu",
+}  # fmt: skip
+
+# Other functions of single values; `kind_of` evaluates them at zero.
+ELEMENTWISE = RISING | {
+    "relu6", "hardtanh", "clamp", "clip", "clamp_min", "clamp_max", "threshold", "abs", "absolute", "square", "pow",
+    "sin", "sinh", "tan", "arcsin", "asin", "sigmoid", "hardsigmoid", "softplus", "logsigmoid", "log_sigmoid", "exp",
+    "exp2", "cos", "sign", "round", "floor", "ceil", "trunc",
+}  # fmt: skip
+
+# y = g (x - mean) / deviation + b, with mean and deviation of the same sample.
+NORMALISATION = {"layer_norm", "group_norm", "instance_norm", "rms_norm"}
+
+MATMUL = {"matmul", "rmatmul", "bmm", "mm", "mv", "einsum"}
 
 
 def _reshaped(value: Tensor, *shape: Any, size: Any = None) -> Tensor:
@@ -61,8 +110,8 @@ def _reshaped(value: Tensor, *shape: Any, size: Any = None) -> Tensor:
 CANONICAL: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(SUM, torch.add),
     **dict.fromkeys(PRODUCT, torch.mul),
-    **dict.fromkeys(("sub", "isub", "subtract"), torch.sub),
-    **dict.fromkeys(("div", "truediv", "itruediv", "divide"), torch.div),
+    **dict.fromkeys(DIFFERENCE, torch.sub),
+    **dict.fromkeys(QUOTIENT, torch.div),
     "relu": torch.relu,
     # The graph runs in another memory layout than the model, in which a view may be impossible.
     "view": _reshaped,
@@ -78,10 +127,17 @@ _KINDS = {
     **dict.fromkeys(SHAPED_LIKE, "route"),
     **dict.fromkeys(MAX_POOL, "maxpool"),
     **dict.fromkeys(SPREAD, "spread"),
+    **dict.fromkeys(FILL, "route"),
+    **dict.fromkeys(MAXIMUM, "maximum"),
+    **dict.fromkeys(NORMALISATION, "normalisation"),
+    **dict.fromkeys(MATMUL, "matmul"),
+    **dict.fromkeys(("softmax", "softmin"), "softmax"),
+    **dict.fromkeys(("neg", "negative", "log_softmax"), "pass"),  # a change of sign; a shift by the log of the sum
     "relu": "relu",
     "batch_norm": "norm",
     # A copy too, except for the filled border.
     "pad": "pad",
+    "unfold": "pad",
     "weighted": "weighted",
 }
 
@@ -92,14 +148,18 @@ def kind_of(call: Call) -> str:
     `opaque` calls can be run, for example to compute a gate, but relevance cannot pass them.
     """
     name = call.operation
-    if name in SHIFT_OR_SCALE:
+    if name in SHIFT_OR_SCALE or name == "rsub":
         return _arithmetic_kind(call, name)
+    if name in ELEMENTWISE:
+        return _elementwise_kind(call)
     kind = _KINDS.get(name, "opaque")
     if name == "interpolate" and _mode_of(call) == "bicubic":
         return "opaque"  # its coefficients have both signs
     if kind in ("linear", "norm", "maxpool") and not _is_plain(call, kind):
         return "opaque"
     if kind == "weighted" and not _is_linear(call):
+        return "opaque"
+    if kind in _CHECKS and not _CHECKS[kind](call):
         return "opaque"
     if name == "view" and any(isinstance(arg, torch.dtype) for arg in (*call.args, *call.kwargs.values())):
         return "opaque"  # reinterprets the bits of the memory
@@ -116,8 +176,68 @@ def _arithmetic_kind(call: Call, name: str) -> str:
     if call.kwargs or len(call.args) != 2 or not any(varying):
         return "opaque"
     if all(varying):
-        return "sum" if name in SUM else "product" if name in PRODUCT else "opaque"
-    return "pass" if varying[0] or name in SUM | PRODUCT else "opaque"
+        kinds = ((SUM, "sum"), (PRODUCT, "product"), (DIFFERENCE, "difference"), (QUOTIENT, "quotient"))
+        return next((kind for names, kind in kinds if name in names), "opaque")
+    # A constant minus a value is a shift and a change of sign.
+    return "pass" if varying[0] or name in SUM | PRODUCT | DIFFERENCE | {"rsub"} else "opaque"
+
+
+def _elementwise_kind(call: Call) -> str:
+    """`activation` for f(0) = 0, `activation_offset` for another finite f(0); `opaque` for anything else."""
+    if len(call.inputs) != 1 or not call.args or not isinstance(call.args[0], Ref):
+        return "opaque"
+    constants = call.constants
+    like = constants[0] if constants else torch.empty(())
+    zeros = torch.zeros((1, *call.shape[1:]), dtype=like.dtype, device=like.device)
+    at_zero = call.evaluate({call.inputs[0]: zeros})
+    if not bool(at_zero.isfinite().all()):
+        return "opaque"
+    return "activation_offset" if bool(at_zero.any()) else "activation"
+
+
+def never_negative(call: Call) -> bool:
+    """Whether a clamp or a power cannot return a negative value, by its constants."""
+    given = (*call.args[1:], *call.kwargs.values())
+    numbers = [value for value in given if isinstance(value, (int, float)) and not isinstance(value, bool)]
+    if call.operation in ("hardtanh", "clamp", "clip", "clamp_min"):
+        lowest = call.kwargs.get("min_val", call.kwargs.get("min", call.args[1] if len(call.args) > 1 else None))
+        return isinstance(lowest, (int, float)) and lowest >= 0
+    return call.operation == "pow" and len(numbers) == 1 and numbers[0] % 2 == 0
+
+
+def _normalises_itself(call: Call) -> bool:
+    """Whether a norm takes mean and deviation from its argument, with constant gain and shift."""
+    names = {"instance_norm": 5}
+    own = call.operation not in names or bool(
+        call.args[5] if len(call.args) > 5 else call.kwargs.get("use_input_stats", True)
+    )
+    return own and len(call.inputs) == 1 and isinstance(call.args[0], Ref)
+
+
+def softmax_axis(call: Call) -> int:
+    """The axis along which a recorded softmax adds up to one."""
+    axis = call.args[1] if len(call.args) > 1 else call.kwargs.get("dim")
+    return -1 if axis is None else int(axis)
+
+
+def _multiplies_two(call: Call) -> bool:
+    """Whether a matrix product has two tensors as its factors."""
+    factors = list(call.args[1:] if call.operation == "einsum" else call.args)
+    if call.operation == "einsum" and len(factors) == 1 and isinstance(factors[0], (tuple, list)):
+        factors = list(factors[0])
+    return not call.kwargs and len(factors) == 2 and all(isinstance(f, (Ref, Tensor)) for f in factors)
+
+
+def _takes_values(call: Call) -> bool:
+    """Whether a maximum returns values, not their positions, and compares with nothing that is computed elsewhere."""
+    return call.item in (None, 0) and call.floating
+
+
+_CHECKS: dict[str, Callable[[Call], bool]] = {
+    "normalisation": _normalises_itself,
+    "matmul": _multiplies_two,
+    "maximum": _takes_values,
+}
 
 
 def _is_linear(call: Call) -> bool:

@@ -32,7 +32,7 @@ def find_blocks(graph: Graph, at_pixels: bool = True) -> list[Block]:
     blocks: list[Block] = []
     carrying = graph.reach({graph.logits})
     for node in graph.nodes.values():
-        if node.kind == "sum" and len(node.inputs) == 2 and node.index in carrying:
+        if node.kind in ("sum", "difference") and len(node.inputs) == 2 and node.index in carrying:
             block = _block_at(node, graph)
             if _is_closed(block, graph) and (at_pixels or not _holds_first_layer(block, graph)):
                 # Nodes come in order, so an enclosing block is found after the blocks inside it.
@@ -57,8 +57,8 @@ def _dominator(node: Node, graph: Graph) -> int:
     while len(frontier) > 1:
         latest = max(frontier)
         frontier.remove(latest)
-        frontier.update(graph.nodes[latest].flow)
-    return frontier.pop()
+        frontier.update(graph.nodes[latest].flow)  # a constant ends a path
+    return frontier.pop() if frontier else 0
 
 
 def _only_reader(index: int, graph: Graph) -> Node | None:
