@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from labn.inference.fingerprint import ModelCache, note_written
+from labn.inference.fingerprint import ModelCache, note_written, version_key
 from labn.inference.modes import evaluating, matching, run_model
 
 REPEATS = 1e-4  # largest relative difference of two equal calls; atomics on a GPU give about 1e-6
@@ -22,7 +22,8 @@ class ModelTraits:
     Attributes:
         repeats: both calls gave the same logits; a model with random operations does not repeat.
         probabilities: every row is non-negative and sums to one, as after a softmax.
-        decided: the answers hold for other images, too; logits that are all equal, or not finite, show nothing.
+        decided: the answers hold for other images and weights, too; logits that are all equal, the same for different
+            images, or not finite, show nothing.
     """
 
     repeats: bool = True
@@ -30,8 +31,9 @@ class ModelTraits:
     decided: bool = True
 
 
-# The weights matter: with a head of zeros a softmax looks like logits, and a random model repeats itself.
-_traits: ModelCache[ModelTraits] = ModelCache()
+# Traits follow from the operations, except for weights of zero, which decide nothing. Reading all weights at each call,
+# as a copy needs, would cost more than a Grad-CAM may.
+_traits: ModelCache[ModelTraits] = ModelCache(version_key)
 
 
 def traits_of(model: nn.Module, images: Tensor) -> ModelTraits:
@@ -53,7 +55,8 @@ def _seen(model: nn.Module, images: Tensor) -> ModelTraits:
     if first.ndim != 2 or first.shape != second.shape:
         return ModelTraits()
     repeats, probabilities = repeat_each_other(first, second), are_probabilities(first)
-    return ModelTraits(repeats, probabilities, not repeats or probabilities or not _is_silent(first))
+    constant = len(first) == 2 and torch.equal(*first) and not torch.equal(*images)
+    return ModelTraits(repeats, probabilities, not repeats or probabilities or not (constant or _is_silent(first)))
 
 
 def repeat_each_other(first: Tensor, second: Tensor) -> bool:

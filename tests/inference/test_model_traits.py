@@ -12,6 +12,7 @@ from torch import nn
 from labn import evaluate, explain
 from labn.explainers import EXPLAINERS
 from labn.inference.fast_copy import fast_copy
+from labn.inference.fingerprint import COLUMNS, state_key
 from labn.inference.model_traits import are_probabilities, traits_of
 
 METHODS = ["gradcam", "gradcam++", "xgradcam", "smoothgradcam++", "scorecam", "ablationcam", "amg", "gradient"]
@@ -182,6 +183,19 @@ def test_copies_follow_weights_that_change_without_a_version(write):
     assert [p._version for p in model.parameters()] == versions
     for changed, fresh in zip(everything(model), everything(copy.deepcopy(model))):
         assert torch.equal(changed, fresh)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_and_signs_of_a_large_matrix_change_its_key(dtype):
+    """Sums over rows of 4093 integers alone would not tell exchanged rows, nor an even number of changed signs."""
+    layer = nn.Linear(COLUMNS * 8 // dtype.itemsize, 40, bias=False, dtype=dtype)
+    keys = [state_key(layer)]
+    weight = layer.weight.data
+    weight[[0, 39]] = weight[[39, 0]]
+    keys.append(state_key(layer))
+    weight[::20] = -weight[::20]
+    keys.append(state_key(layer))
+    assert keys[0] != keys[1] != keys[2]
 
 
 def test_a_copy_is_kept_while_nothing_changes():
