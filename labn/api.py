@@ -221,6 +221,8 @@ def evaluate(
     built = {name: known.metric_by_name(name, **_normalisation(images, mean, std), **settings) for name in metrics}
     positions = torch.arange(len(images)) if indices is None else indices
     method = explainer_by_name(explainer) if isinstance(explainer, str) else explainer
+    if isinstance(method, Explainer):
+        method = method.fitted_to(model)  # copies of the model have other layers than the one that it may name
     # `explain` without indices used one randomness for all samples; a second explanation must do the same.
     explain_again = method if method is None or indices is not None else _without_indices(method)
     with explained_channels(model, images):

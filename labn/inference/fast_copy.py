@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from labn.inference.chunk_size import cpu_chunk
-from labn.inference.deep_copy import deep_copy
+from labn.inference.deep_copy import deep_copy, leads_to
 from labn.inference.fingerprint import ModelCache, note_written
 from labn.inference.folding import fold_batchnorm
 from labn.inference.hooks import recording_calls
@@ -88,6 +88,9 @@ def _try(model: nn.Module, probe: Tensor, form: FastForm, expected: Tensor) -> F
     try:
         built = _build(model, probe, form, probe.dtype)
         if built is None:
+            return None
+        if form.copied and leads_to(built, model):
+            log.info("A copy of %s holds the original, so the model is run without a copy.", name)
             return None
         with recording_calls(model) as called:
             logits = run_model(built, probe, form.memory_format)

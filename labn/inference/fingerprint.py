@@ -8,11 +8,15 @@ quickly and by object identity, whether a model has changed; `ModelCache` compar
 from __future__ import annotations
 
 import argparse
+import ast
 import enum
+import functools
 import hashlib
+import inspect
 import itertools
 import json
 import sys
+import textwrap
 import types
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -411,19 +415,42 @@ def _content(tensor: Tensor) -> bytes:
 
 
 def settings_digest(model: nn.Module) -> str:
-    """Hash of what a state dict leaves out: every submodule's class and plain public attributes, such as theta."""
-    plain = (str, int, float, bool, tuple, type(None))
+    """Hash of what a state dict leaves out: every submodule's class and plain public attributes, such as theta.
+
+    Attributes that every forward overwrites, such as a count of calls, are results and no settings.
+    """
     return digest(
-        [
-            (
-                name,
-                type(module).__qualname__,
-                {k: v for k, v in vars(module).items() if _is_public(k) and type(v) in plain},
-            )
-            for name, module in model.named_modules()
-        ]
+        [(name, type(module).__qualname__, _plain_settings(module)) for name, module in model.named_modules()]
     )
 
 
-def _is_public(name: str) -> bool:
-    return not name.startswith("_") and name != "training"
+def _plain_settings(module: nn.Module) -> dict[str, Any]:
+    plain, results = (str, int, float, bool, tuple, type(None)), overwritten(type(module).forward)
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name != "training" and name not in results and type(value) in plain
+    }
+
+
+@functools.cache
+def overwritten(forward: Callable[..., Any]) -> frozenset[str]:
+    """Attributes of `self` that the forward method of a module sets whenever it runs, without having read them before.
+
+    The source tells, so that the answer is the same before and after the first forward. Assignments under a condition
+    do not count, nor do all those of a method whose source is not available.
+    """
+    try:
+        (function,) = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return frozenset()
+    if not isinstance(function, ast.FunctionDef) or not function.args.args:
+        return frozenset()
+    own, read, found = function.args.args[0].arg, set[str](), set[str]()
+    for statement in function.body:
+        attributes = [n for n in ast.walk(statement) if isinstance(n, ast.Attribute)]
+        attributes = [n for n in attributes if isinstance(n.value, ast.Name) and n.value.id == own]
+        read |= {n.attr for n in attributes if isinstance(n.ctx, ast.Load)}
+        if isinstance(statement, (ast.Assign, ast.AugAssign, ast.AnnAssign)):
+            found |= {n.attr for n in attributes if isinstance(n.ctx, ast.Store)} - read
+    return frozenset(found)

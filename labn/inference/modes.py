@@ -51,11 +51,15 @@ def matching(model: nn.Module, images: Tensor) -> nn.Module:
     """`model` itself if its floating tensors have the images' device and dtype, else a converted copy.
 
     Explanations take device and dtype from the images: float64 images mean float64 arithmetic, and float32 images
-    explain a bfloat16 model in float32. The model passed in is never converted in place.
+    explain a bfloat16 model in float32. The model passed in is never converted in place. A model that was made under
+    `torch.inference_mode()` is copied too, because no gradient passes its tensors.
     """
     tensors = [*model.parameters(), *model.buffers()]
     same = all(t.device == images.device and (t.dtype == images.dtype or not t.is_floating_point()) for t in tensors)
-    return model if same else deep_copy(model).to(device=images.device, dtype=images.dtype)
+    if same and not any(tensor.is_inference() for tensor in tensors):
+        return model
+    with torch.inference_mode(False):
+        return deep_copy(model).to(device=images.device, dtype=images.dtype)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from labn.errors import InputError
-from labn.inference.deep_copy import deep_copy
+from labn.inference.deep_copy import deep_copy, leads_to
 from labn.inference.fingerprint import ModelCache
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
@@ -95,4 +95,10 @@ def randomised_copies(model: nn.Module, seed: int = 0, n_stages: int = 1) -> lis
     layers = max(len(_layers(model)), 1)
     if not 1 <= n_stages <= layers:
         raise InputError(f"n_stages must be from 1 to {layers}, the layers of {type(model).__name__}; got {n_stages}.")
-    return _copies.get(model, (seed, n_stages), lambda: _build(model, seed, n_stages))
+    return _copies.get(
+        model,
+        (seed, n_stages),
+        lambda: _build(model, seed, n_stages),
+        # A copy whose functions hold the original would keep it alive.
+        keep=lambda copies: not any(leads_to(copied, model) for copied in copies),
+    )

@@ -30,12 +30,20 @@ def class_probability(logits: Tensor, classes: Tensor, probability: str = "softm
         (S, K).
 
     Raises:
-        InputError: a class that the model does not have, or the softmax of a single logit.
+        InputError: an unknown `probability`, logits of another shape, a class that the model does not have, or the
+            softmax of a single logit.
 
     Example:
         >>> class_probability(torch.zeros(1, 1, 4), torch.tensor([2]))
         tensor([[0.2500]])
     """
+    if probability not in PROBABILITIES:
+        raise InputError(f"probability must be one of {sorted(PROBABILITIES)}, got {probability!r}.")
+    if logits.ndim != 3 or classes.shape != logits.shape[:1]:
+        raise InputError(
+            f"logits must be (S, K, num_classes) and classes (S,); got {tuple(logits.shape)} and "
+            f"{tuple(classes.shape)}."
+        )
     number = logits.shape[-1]
     if number == 1 and probability == "softmax":
         raise InputError(

@@ -188,6 +188,16 @@ PROTOCOLS = {
 }
 
 
+def _check_options(chosen: dict[str, tuple[str, Iterable[str]]], numbers: dict[str, int | None]) -> None:
+    """Raise InputError unless every option is one of its names, and every number that is given is above 0."""
+    for argument, (value, options) in chosen.items():
+        if value not in options:
+            raise InputError(f"{argument} must be one of {sorted(options)}, got {value!r}.")
+    for argument, number in numbers.items():
+        if number is not None and number < 1:
+            raise InputError(f"{argument} must be at least 1, got {number}.")
+
+
 @dataclass(frozen=True)
 class InsertionDeletionCurves:
     """Curves of S samples at K points.
@@ -226,7 +236,11 @@ class InsertionDeletionCurves:
 
         Returns:
             Four tensors (S,) float64.
+
+        Raises:
+            InputError: an unknown `area`.
         """
+        _check_options({"area": (area, AREAS)}, {})
         measure = AREAS[area]
         insertion, deletion = (measure(curve, self.x, self.nominal) for curve in (self.insertion, self.deletion))
         fill = self.fill_probability.double()
@@ -246,12 +260,14 @@ def patch_counts(size: tuple[int, int], patch_size: int, step: int | None = None
         (K,) int64.
 
     Raises:
-        InputError: a patch larger than the image, or images that do not fit the protocol.
+        InputError: an unknown protocol, a step or patch size below 1, a patch larger than the image, or images that do
+            not fit the protocol.
 
     Example:
         >>> patch_counts((32, 32), patch_size=16, step=2).tolist()
         [0, 2, 4]
     """
+    _check_options({"protocol": (protocol, PROTOCOLS)}, {"step": step, "patch_size": patch_size})
     rows, columns = patch_grid(size, patch_size)
     if protocol == "official" and (size[0] != size[1] or size[0] % patch_size):
         raise InputError(f"protocol='official' needs square images divisible by {patch_size}, got {size}.")
@@ -302,6 +318,7 @@ def insertion_deletion_curves(
         >>> curves.insertion, curves.deletion
         (tensor([[0.0000, 0.5000, 1.0000]]), tensor([[1.0000, 0.5000, 0.0000]]))
     """
+    _check_options({"protocol": (protocol, PROTOCOLS), "ties": (ties, TIES)}, {"patch_size": patch_size})
     pixel_ranks = ranks_to_pixels(ranks, patch_size, (engine.images.shape[-2], engine.images.shape[-1]))
     insertion, deletion = (
         class_probability(engine.masked(pixel_ranks, counts, substrate, keep, samples), classes, probability)
@@ -312,16 +329,6 @@ def insertion_deletion_curves(
     nominal = points.nominal(ranks, counts)
     x = nominal if ties == "threshold" else points.x(ranks, counts)
     return InsertionDeletionCurves(samples, counts, x, insertion, deletion, bare, nominal)
-
-
-def _check_options(chosen: dict[str, tuple[str, Iterable[str]]], numbers: dict[str, int | None]) -> None:
-    """Raise InputError unless every option is one of its names, and every number that is given is above 0."""
-    for argument, (value, options) in chosen.items():
-        if value not in options:
-            raise InputError(f"{argument} must be one of {sorted(options)}, got {value!r}.")
-    for argument, number in numbers.items():
-        if number is not None and number < 1:
-            raise InputError(f"{argument} must be at least 1, got {number}.")
 
 
 def _check_maps(images: Tensor, maps: Tensor) -> None:
@@ -363,7 +370,7 @@ def patch_insertion_deletion(
     Args:
         model: returns logits or an object with `.logits`; not changed.
         images: (B, C, H, W), normalised with `mean` and `std` (None: not at all).
-        maps: (B, H, W), importance of every pixel.
+        maps: (B, H, W), importance of every pixel; also of bool or of integers.
         targets: (B,) int64, the scored classes.
         patch_size: m in pixels; 1 gives pixel-wise insertion-deletion.
         step: patches per step; None: the released table where it has the size, else about N / 100.
@@ -407,6 +414,7 @@ def patch_insertion_deletion(
         "area": (area, AREAS),
     }
     _check_options(chosen, {"step": step, "patch_size": patch_size})
+    maps = maps if maps.is_floating_point() else maps.double()  # pooling needs floating values
     _check_maps(images, maps)
     size = (images.shape[-2], images.shape[-1])
     counts = patch_counts(size, patch_size, step, protocol)
