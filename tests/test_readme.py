@@ -64,6 +64,7 @@ ELSEWHERE = {
     "python3 -m venv .venv": ".ci/run",
     "pip install -q -e .": ".ci/run",
     "pip install -q -e '.[test]'": ".ci/run",
+    "pip install -q -e '.[demo]'": ".ci/run",
     "python -m pytest -q -n auto": ".ci/run",
     "python -m pytest -q -n auto -m 'not slow'": ".ci/run",
     "python -m pytest -q tests/lrp": ".ci/run",

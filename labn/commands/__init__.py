@@ -5,6 +5,7 @@ Each module has DETAILS, `add_arguments(parser)` and `run(options)`.
 
 COMMANDS = {
     "compare": "Put the results of several runs into one table and one report.",
+    "demo": "Explain and score a trained network on photographs, without training or download.",
     "doctor": "Check versions, GPU, disk and data folders, and run a self-test of a few seconds.",
     "explain": "Explain single pictures with a trained network or one with given weights.",
     "shards": "Write the data set of a configuration to tar shards, for datamodules.TarShards.",

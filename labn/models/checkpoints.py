@@ -21,6 +21,8 @@ from labn.models.lambda_networks.layer import LambdaLayer
 
 # Prefixes of tensor names from DDP, `torch.compile`, LightningModules, and the halves of an attention branch network.
 PREFIXES = re.compile(r"^(?:(?:module|model|network|_orig_mod|feature_extractor|perception_branch)\.)+")
+COUNTER = "num_batches_tracked"
+"""Last part of the name of BatchNorm's counter of batches, which does not change the output."""
 LARGEST_REPEATED = 2**26
 """Bytes that a tensor may occupy in memory without occupying them in its file, as an expanded buffer does."""
 # Names of the lambda layer's tensors in the released LABN code -> names in this project.
@@ -41,6 +43,7 @@ class LoadReport:
         fresh: names, in the model, of tensors that were not changed.
         unused: names, in the file, of tensors that were not loaded, with the reason where the model has a tensor of
             that name.
+        renamed: (name in the file, name in the model) of tensors that were loaded by their order.
 
     Example:
         >>> print(LoadReport("a.pt", taken=("conv.weight",), fresh=("fc.bias", "fc.weight"), unused=()))
@@ -53,12 +56,16 @@ class LoadReport:
     taken: tuple[str, ...]
     fresh: tuple[str, ...]
     unused: tuple[str, ...]
+    renamed: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {len(self.taken)} tensors taken, {len(self.fresh)} fresh, {len(self.unused)} unused"]
         taken, fresh = _whole_modules(self.taken, self.fresh), _whole_modules(self.fresh, self.taken)
         for title, names in (("taken", taken), ("fresh", fresh), ("unused", self.unused)):
             lines += [f"  {title}: {', '.join(names)}"] if names else []
+        if self.renamed:
+            pairs = ", ".join(f"{source} -> {target}" for source, target in self.renamed[:3])
+            lines.append(f"  by order, because the names differ but all shapes agree: {pairs}, ...")
         return "\n".join(lines)
 
 
@@ -81,7 +88,8 @@ def load_backbone(model: nn.Module, path: str | Path) -> LoadReport:
 
     Names are compared after `canonical`, so that plain classifiers, attention branch networks with any split, and
     Lightning checkpoints of this project can be loaded into each other. Values are cast to the model's dtype. A
-    classifier layer of another size is not loaded.
+    classifier layer of another size is not loaded. A pickle without any name of the model's is read in order, if it has
+    as many tensors and all shapes agree, one by one; the report names them.
 
     Args:
         model: a classifier or an `AttentionBranchNetwork`.
@@ -104,8 +112,13 @@ def load_backbone(model: nn.Module, path: str | Path) -> LoadReport:
         >>> report.taken, report.fresh
         (('0.weight', '0.bias'), ('1.weight', '1.bias'))
     """
-    own = model.state_dict()
-    available = {canonical(name): (name, _without_depth(tensor)) for name, tensor in read_tensors(path).items()}
+    own, tensors = model.state_dict(), read_tensors(path)
+    available = {canonical(name): (name, _without_depth(tensor)) for name, tensor in tensors.items()}
+    # Files of safetensors are sorted by name.
+    if Path(path).suffix != ".safetensors" and (ordered := _in_order(own, tensors)):
+        model.load_state_dict({target: tensors[source] for source, target in ordered}, strict=False)
+        fresh = tuple(name for name in own if name.endswith(COUNTER))
+        return LoadReport(str(path), tuple(target for _, target in ordered), fresh, (), tuple(ordered))
     fits = {
         name: available[canonical(name)][1]
         for name, tensor in own.items()
@@ -132,8 +145,8 @@ def load_classifier(model: nn.Module, path: str | Path) -> LoadReport:
     available = {canonical(name): tuple(_without_depth(tensor).shape) for name, tensor in read_tensors(path).items()}
     head = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1:]
     for name, tensor in own.items():
-        # BatchNorm's counters of batches do not change the output, and many files lack them.
-        if name.rpartition(".")[0] in head or name.endswith("num_batches_tracked"):
+        # Many files lack the counters.
+        if name.rpartition(".")[0] in head or name.endswith(COUNTER):
             continue
         shape = available.get(canonical(name))
         if shape is None:
@@ -277,6 +290,18 @@ def own_dataclasses(path: Path) -> list[Any]:
             if isinstance(value, type) and is_dataclass(value) and value.__module__ == module:
                 classes.append(value)
     return classes
+
+
+def _in_order(own: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[tuple[str, str]]:
+    """Pairs (name in the file, name in the model) where no tensor fits by name, but all fit by order and shape.
+
+    BatchNorm's counters of batches are left out, because many files lack them.
+    """
+    sources, targets = ([name for name in names if not name.endswith(COUNTER)] for names in (tensors, own))
+    by_name = {canonical(name) for name in sources} & {canonical(name) for name in targets}
+    pairs = list(zip(sources, targets))
+    same = len(sources) == len(targets) and all(tensors[a].shape == own[b].shape for a, b in pairs)
+    return pairs if same and not by_name else []
 
 
 def _check_architecture(

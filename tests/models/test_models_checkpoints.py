@@ -126,6 +126,30 @@ def test_weights_of_a_resnet_load_into_a_lambda_resnet(tmp_path):
     assert any(name.startswith("layer2.1.conv2.weight") for name in report.unused)
 
 
+def renamed(source, path):
+    tensors = source.state_dict().items()
+    torch.save({f"_renamed.{n}": t for n, (key, t) in enumerate(tensors) if "num_batches" not in key}, path)
+
+
+def test_a_file_with_other_names_is_read_in_order_where_all_shapes_agree(tmp_path):
+    source, target, path = tiny(seed=1), tiny(seed=2), tmp_path / "weights.pt"
+    renamed(source, path)
+    report = load_backbone(target, path)
+    assert same(source, target)
+    assert report.renamed[0] == ("_renamed.0", next(iter(target.state_dict())))
+    assert len(report.renamed) == len(report.taken)
+    assert "by order, because the names differ but all shapes agree: _renamed.0 -> " in str(report)
+
+
+def test_a_file_with_other_names_is_refused_where_one_shape_differs_or_names_are_sorted(tmp_path):
+    renamed(tiny(num_classes=3), tmp_path / "weights.pt")
+    tensors = tiny().state_dict().values()
+    save_file({f"_renamed.{n}": t.clone() for n, t in enumerate(tensors)}, tmp_path / "a.safetensors")
+    for name in ("weights.pt", "a.safetensors"):
+        with pytest.raises(ValueError, match="another architecture"):
+            load_backbone(tiny(), tmp_path / name)
+
+
 def test_another_architecture_raises_and_changes_no_weight(tmp_path):
     path = tmp_path / "resnet18.pt"
     torch.save(build_network("resnet18", 2).state_dict(), path)
