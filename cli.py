@@ -10,10 +10,12 @@ import difflib
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any
 
 from labn.commands import COMMANDS
-from labn.errors import InputError, sentence_of
+from labn.errors import InputError, printable, sentence_of
 from labn.launch.orphans import end_with_launcher
 
 # Before anything that takes seconds to import, and also where `ddp_spawn` imports this file in another process.
@@ -70,7 +72,17 @@ def run_command(name: str, argv: Sequence[str]) -> None:
         sentence = str(error) if isinstance(error, OSError) else sentence_of(error)
         if sentence is None:
             raise
-        parser.exit(getattr(error, "exit_status", 2), f"{parser.prog}: {sentence}\n")
+        parser.exit(getattr(error, "exit_status", 2), f"{parser.prog}: {printable(sentence)}\n")
+
+
+def escape_warnings() -> None:
+    """Let warnings show names with control characters escaped."""
+    standard = warnings.formatwarning
+
+    def escaped(message: Warning | str, *arguments: Any, **options: Any) -> str:
+        return standard(printable(str(message), keep="\n"), *arguments, **options)
+
+    warnings.formatwarning = escaped  # type: ignore[assignment]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -105,6 +117,7 @@ def console() -> None:
 
     Any other exception keeps its traceback. With `LABN_TRACEBACK=1` in the environment every error has one.
     """
+    escape_warnings()
     try:
         main()
     except Exception as error:

@@ -37,7 +37,7 @@ from callbacks.checks import check_strategy
 from callbacks.explanation.base import callbacks_of
 from callbacks.logging.loggers import default_loggers, unused_version
 from callbacks.logging.run_config import RunConfigCallback
-from callbacks.logging.terminal import SentenceParser, no_advertisement, say_figures, say_taken_over
+from callbacks.logging.terminal import SentenceParser, escape_controls, no_advertisement, say_figures, say_taken_over
 from labn.errors import InputError
 from labn.io.atomic import check_writable
 from labn.launch.allocator import keep_freed_memory
@@ -275,6 +275,7 @@ def _run(words: list[str], experiment: str) -> None:
     # warning stays.
     warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\('(val|test)/[^']+/")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(escape_controls)
     keep_freed_memory()
     with ExitStack() as held:
         LabnCLI(

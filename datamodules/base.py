@@ -22,7 +22,7 @@ from datamodules.io.sources import ArraySource, ImageDataset, Source, check_sour
 from datamodules.io.splits import SPLITS, OnBadImage, Split
 from datamodules.io.statistics import cached, channel_statistics, default_cache_dir, pixel_mean
 from datamodules.io.transforms import Augmentation, Transform
-from labn.errors import InputError, MissingFileError
+from labn.errors import InputError, MissingFileError, printable
 from labn.io.images import MAX_PIXELS, digest
 from labn.io.preprocessing import Preprocessing
 
@@ -281,7 +281,7 @@ class ImageDataModule(LightningDataModule):
     def report(self) -> str:
         """Number of images per split and class, then the notes about omitted files, one line each."""
         lines = [self._counts(split) for split in SPLITS if split in self._sources]
-        return "\n".join([f"{type(self).__name__}:", *lines, *self._notes])
+        return "\n".join([f"{type(self).__name__}:", *map(printable, (*lines, *self._notes))])
 
     def _counts(self, split: Split) -> str:
         labels, counts = self.labels(split), self._class_counts(split)

@@ -6,6 +6,25 @@ command line prints the sentence of a `UserError` without a traceback and lets e
 
 from __future__ import annotations
 
+import re
+
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters, marks that change the direction or the line of a text, and bytes that are not UTF-8."""
+
+
+def printable(text: str, keep: str = "") -> str:
+    """A text for the terminal: characters that would control it, as a stranger's file name may have, are escaped.
+
+    Args:
+        text: the text.
+        keep: control characters that stay, such as the line breaks of a table.
+
+    Example:
+        >>> print(printable("a\\x1b[2Jb.png"))
+        a\\x1b[2Jb.png
+    """
+    return _UNPRINTABLE.sub(lambda c: c[0] if c[0] in keep else c[0].encode("unicode_escape").decode(), text)
+
 
 class UserError(Exception):
     """The base of all errors that are meant for the user.
@@ -22,6 +41,10 @@ class UserError(Exception):
 
     exit_status = 2
     """Status with which a command without a trainer ends."""
+
+    def __str__(self) -> str:
+        """The sentence, in which names with control characters are escaped."""
+        return printable(super().__str__())
 
 
 class InputError(UserError, ValueError):

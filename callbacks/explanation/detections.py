@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import itertools
 import json
@@ -34,7 +33,7 @@ from labn.report.detections import detection_card, detection_report
 from labn.report.figures import DetectionRow, detection_figure
 from labn.results.shard_index import readable_name
 from labn.results.store import ResultStore
-from labn.results.tables import PAIRED, SUMMARY
+from labn.results.tables import PAIRED, SUMMARY, csv_bytes
 
 
 class DetectionCallback(StageCallback):
@@ -318,8 +317,4 @@ def pair(scores: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def as_csv(header: Sequence[str], rows: Iterable[dict[str, Any]]) -> bytes:
     """Rows as a CSV file with a header."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, header, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue().encode()
+    return csv_bytes(header, ([row.get(name, "") for name in header] for row in rows))

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.explanation.base import ExplainingCallback, callbacks_of
 from callbacks.explanation.detections import DetectionCallback
+from labn.errors import printable
 from labn.launch.error_messages import config_sentence
 
 
@@ -27,7 +28,7 @@ class SentenceParser(LightningArgumentParser):
         if "arguments are required" in message:
             sentence = f"{sentence.rstrip('.')}; name a configuration, as in --config configs/quickstart.yaml."
         program = parser.prog.replace(" [options]", "")
-        self.exit(2, f"{program}: {sentence} (`{program} --help` lists all options)\n")
+        self.exit(2, f"{program}: {printable(sentence)} (`{program} --help` lists all options)\n")
 
 
 def say_figures(trainer: pl.Trainer, stage: str) -> None:
@@ -48,7 +49,7 @@ def say_figures(trainer: pl.Trainer, stage: str) -> None:
     writers = [c for c in callbacks_of(trainer) if isinstance(c, (ExplainingCallback, DetectionCallback))]
     for folder in dict.fromkeys(callback.folder for callback in writers):
         if folder is not None and (folder / "report.html").is_file():
-            print(f"Report: {folder / 'report.html'}")
+            print(printable(f"Report: {folder / 'report.html'}"))
 
 
 def say_taken_over(path: str, asked: Mapping[str, Any], built: Mapping[str, Any]) -> None:
@@ -67,6 +68,12 @@ def say_taken_over(path: str, asked: Mapping[str, Any], built: Mapping[str, Any]
     ]
     if changed:
         rank_zero_info(f"The model is built with the settings that {path} was trained with: {', '.join(changed)}.")
+
+
+def escape_controls(record: logging.LogRecord) -> bool:
+    """Filter for log records that changes the message: names with control characters are escaped; always True."""
+    record.msg, record.args = printable(record.getMessage(), keep="\n"), ()
+    return True
 
 
 def no_advertisement(record: logging.LogRecord) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Collection
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 
+from labn.io.readers import read_table
 from labn.report.curves import curve_metrics, curve_panels
 from labn.report.figures import panels_figure
 from labn.results.reader import StageResults, read_stage
@@ -72,5 +72,5 @@ def sample_table(results: StageResults, pictures: dict[int, Image.Image]) -> tup
 def _predictions(path: Path, samples: Collection[int]) -> dict[int, dict[str, str]]:
     if not path.exists():
         return {}
-    with path.open(newline="") as file:
-        return {int(row["index"]): row for row in csv.DictReader(file) if int(row["index"]) in samples}
+    rows = read_table(path, ("index",), escaped=True)
+    return {index: row.cells for row in rows if (index := row.number("index", int)) in samples}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from labn.errors import InputError, MissingFileError
+from labn.errors import InputError, MissingFileError, printable
 from labn.io.atomic import write_atomically
 from labn.io.readers import read_table
 from labn.metrics.statistics import Interval, bootstrap_mean, paired_difference
@@ -59,7 +59,7 @@ class Scored:
                 f"{path} does not exist; run `cli.py test --config configs/synthetic/coarse_fine.yaml` first."
             )
         values: dict[tuple[str, str], dict[int, float]] = {}
-        for row in read_table(path, ("index", "explainer", "metric", "value")):
+        for row in read_table(path, ("index", "explainer", "metric", "value"), escaped=True):
             column = values.setdefault((row["explainer"], row["metric"]), {})
             column[row.number("index", int)] = row.number("value", float)
         matches = [re.fullmatch(r"insertion(\d+)", metric) for _, metric in values]
@@ -164,8 +164,9 @@ def run(options: argparse.Namespace) -> None:
         if name not in scored.explainers:
             raise InputError(f"{options.run} has no map {name!r}; it has {', '.join(scored.explainers)}.")
     for score in SCORES:
-        print(f"### {score}: {options.fine} ahead of\n\n{leads(scored, options.fine, coarse, score)}\n")
-    print("\n".join(verdict(scored, options.fine, coarse, score) for score in SCORES))
+        text = f"### {score}: {options.fine} ahead of\n\n{leads(scored, options.fine, coarse, score)}\n"
+        print(printable(text, keep="\n"))
+    print(printable("\n".join(verdict(scored, options.fine, coarse, score) for score in SCORES), keep="\n"))
     path = options.out or options.run / "coarse_fine.png"
     save(figure(scored), path)
     print(f"Drawn: {path}")

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from labn.compare import compare_runs, latex_table, markdown_table, open_runs, paired_csv, table_csv
+from labn.errors import printable
 from labn.io.atomic import write_atomically
 from labn.report.comparison import comparison_report
 from labn.report.page import render
@@ -49,4 +50,4 @@ def run(options: argparse.Namespace) -> None:
     }
     for name, text in texts.items():
         write_atomically(options.out / name, text)
-    print(f"{markdown}\n{options.out}: {', '.join(texts)}")
+    print(printable(f"{markdown}\n{options.out}: {', '.join(texts)}", keep="\n"))

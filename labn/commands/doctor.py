@@ -19,6 +19,7 @@ from packaging.version import Version
 from torch import nn
 
 from labn.api import evaluate, explain
+from labn.errors import printable
 
 DETAILS = """\
 Every line starts with `ok`, `note` (optional) or `FAIL`, and says what to do. The exit status is 1 if a check failed.
@@ -56,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
     """
     findings = [*versions(), *pairs(), *accelerators(), disk(options.run_dir), data_folder(), self_test()]
     for finding in findings:
-        print(f"{finding.status:<5}{finding.text}")
+        print(f"{finding.status:<5}{printable(finding.text)}")
     if any(finding.status == "FAIL" for finding in findings):
         raise SystemExit(1)
 

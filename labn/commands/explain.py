@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from labn.api import explain
-from labn.errors import InputError, MissingFileError, UserError
+from labn.errors import InputError, MissingFileError, UserError, printable
 from labn.explainers import EXPLAINERS, explainer_by_name
 from labn.inference.modes import evaluating, run_model
 from labn.io.atomic import write_atomically
@@ -109,7 +109,8 @@ def run(options: argparse.Namespace) -> None:
     failed: dict[str, str] = {}
     for number, (path, name, image) in enumerate(_readable(files, preprocessing)):
         row = _explain(network, image.to(options.device), preprocessing, options, target, number, name, failed)
-        print(f"{path}: {row[1]} ({row[2]:.3f})" + (f", explained {row[3]}" if row[3] != row[1] else ""))
+        explained = f", explained {row[3]}" if row[3] != row[1] else ""
+        print(printable(f"{path}: {row[1]} ({row[2]:.3f}){explained}"))
         rows.append((str(path), *row))
     if not rows:
         raise InputError("None of the pictures of --image is readable; the warnings above say why.")

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from labn.compare import Run, check_comparable
-from labn.errors import InputError
+from labn.errors import InputError, printable
 from labn.io.readers import read_json, read_table
 from labn.metrics.statistics import Interval, bootstrap_mean
 from labn.results.reader import StageResults
@@ -164,7 +164,7 @@ def _tested(run: Path) -> bool:
 
 def _scores(run: Path) -> Scores:
     found: Scores = {}
-    for row in read_table(run / "test" / "scores.csv", ("name", "explainer", "metric", "value")):
+    for row in read_table(run / "test" / "scores.csv", ("name", "explainer", "metric", "value"), escaped=True):
         found.setdefault((row["explainer"], row["metric"]), {})[row["name"]] = row.number("value", float)
     return found
 
@@ -172,13 +172,13 @@ def _scores(run: Path) -> Scores:
 def _accuracy(run: Path) -> list[float]:
     """The accuracy that the last test logged, as a list; empty if no test logged one."""
     column = f"test/{ACCURACY}"
-    rows = itertools.chain.from_iterable(map(read_table, log_files(run, "test")))
+    rows = itertools.chain.from_iterable(read_table(path, escaped=True) for path in log_files(run, "test"))
     # Logs come oldest first, so that the last value is that of the last test.
     return [row.number(column, float) for row in rows if row.cells.get(column)][-1:]
 
 
 def _groups(run: Path) -> dict[str, int]:
-    rows = read_table(run / "test" / "predictions.csv", ("name",))
+    rows = read_table(run / "test" / "predictions.csv", ("name",), escaped=True)
     return {row["name"]: row.number("group", int) for row in rows if "group" in row.cells}
 
 
@@ -282,4 +282,4 @@ def run(options: argparse.Namespace) -> None:
         if name not in published():
             raise InputError(f"there is no table {name!r}; the tables are {', '.join(published())}.")
         text = markdown(published()[name], options.runs, options.protocols, options.metrics, options.all)
-        print(f"## {name}\n\n{text}\n")
+        print(printable(f"## {name}\n\n{text}\n", keep="\n"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from labn.errors import InputError
 from labn.io.fits import read_picture
-from labn.io.images import blacken_caption, crop, to_square
+from labn.io.images import MAX_PIXELS, blacken_caption, crop, to_square
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -46,6 +48,14 @@ class Preprocessing:
     class_names: list[str] = field(default_factory=list)
     caption: float = 0.0
     fits_range: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the numbers, which may come from the checkpoint of a stranger."""
+        numbers = (*self.mean, *self.std)
+        if type(self.image_size) is not int or not 1 <= self.image_size <= math.isqrt(MAX_PIXELS):
+            raise InputError(f"image_size is {self.image_size!r}; it must be a number of pixels up to 11585.")
+        if len(self.mean) != len(self.std) or not all(math.isfinite(x) for x in numbers) or min(self.std) <= 0:
+            raise InputError(f"mean {self.mean} and std {self.std} must be one number per channel, std above 0.")
 
     @property
     def channels(self) -> int:

@@ -23,6 +23,7 @@ import yaml
 
 from labn.errors import InputError
 from labn.io.memmap import blocks, temporary_memmap
+from labn.io.table_cells import unescaped_cell
 
 Value = TypeVar("Value")
 
@@ -107,7 +108,7 @@ class TableRow:
 
     Attributes:
         where: `<file>, line <n>`, for messages.
-        cells: column -> text without surrounding spaces; empty where the row has too few cells.
+        cells: column -> text; empty where the row has too few cells.
     """
 
     where: str
@@ -129,8 +130,13 @@ class TableRow:
             raise InputError(f"{self.where}: {column} is {self.cells[column][:100]!r}; it must be {what}.") from None
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Line number and cells of every row of a CSV file, one row at a time; cells have no surrounding spaces.
+def read_rows(path: Path, escaped: bool = False) -> Iterator[tuple[int, list[str]]]:
+    """Line number and cells of every row of a CSV file, one row at a time.
+
+    Args:
+        path: the file.
+        escaped: whether this project has written the file, see `labn.io.table_cells`; cells are then exactly what was
+            written. Cells of other files lose surrounding spaces.
 
     Raises:
         OSError: the file cannot be read.
@@ -140,7 +146,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
         reader = csv.reader(file)
         try:
             for row in reader:
-                yield reader.line_num, [cell.strip() for cell in row]
+                yield reader.line_num, [unescaped_cell(cell) if escaped else cell.strip() for cell in row]
         except csv.Error as error:
             raise InputError(f"{path}, line {reader.line_num}: not CSV ({error}); repair the line.") from None
         except UnicodeDecodeError:
@@ -149,18 +155,19 @@ def read_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
             raise
 
 
-def read_table(path: Path, columns: Sequence[str] = ()) -> Iterator[TableRow]:
+def read_table(path: Path, columns: Sequence[str] = (), escaped: bool = False) -> Iterator[TableRow]:
     """The rows of a CSV file with a header, one at a time; empty rows are skipped.
 
     Args:
         path: the file.
         columns: columns that the header must have.
+        escaped: see `read_rows`.
 
     Raises:
         OSError: the file cannot be read.
         InputError: the file is not UTF-8 or not CSV, or a column is missing; the message names the line.
     """
-    rows = read_rows(path)
+    rows = read_rows(path, escaped)
     _, header = next(rows, (1, []))
     for column in columns:
         if column not in header:

@@ -7,7 +7,7 @@ import itertools
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -157,6 +157,29 @@ def load_classifier(model: nn.Module, path: str | Path) -> LoadReport:
                 f"needs {tuple(tensor.shape)}; set backbone to the network that the weights were made for."
             )
     return load_backbone(model, path)
+
+
+def misfit(own: Mapping[str, Any], stored: Mapping[str, Any]) -> str:
+    """The first reason why the stored tensors cannot be loaded into a network, as the end of a sentence.
+
+    Args:
+        own: the state dict of the network.
+        stored: the state dict of the file.
+
+    Example:
+        >>> misfit({"fc.weight": torch.zeros(2, 4)}, {"fc.weight": torch.zeros(3, 4)})
+        'fc.weight has the shape (3, 4) and must have (2, 4)'
+    """
+    for name in (name for name in own if name in stored):
+        shapes = [tuple(getattr(tensors[name], "shape", ())) for tensors in (stored, own)]
+        if not isinstance(stored[name], Tensor):
+            return f"{name} is no tensor"
+        if shapes[0] != shapes[1]:
+            return f"{name} has the shape {shapes[0]} and must have {shapes[1]}"
+    missing, unknown = [n for n in own if n not in stored], [n for n in stored if n not in own]
+    if missing:
+        return f"{len(missing)} of {len(own)} tensors are missing, such as {missing[0]}"
+    return f"{len(unknown)} tensors are not of this network, such as {unknown[0]}" if unknown else "a tensor is damaged"
 
 
 def canonical(name: str) -> str:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Accuracy, MeanMetric, Metric
 
-from labn.errors import InputError
+from labn.errors import InputError, printable
 from labn.metrics.forecast import ForecastSkill
 from labn.models.backbones import AUXILIARY_HEADS
-from labn.models.checkpoints import LoadReport
+from labn.models.checkpoints import LoadReport, misfit
 from labn.modules.losses import WeightedCrossEntropy
 from labn.modules.ranks import synchronise_buffers
 
@@ -91,13 +91,24 @@ class CheckedModule(pl.LightningModule):
         """
         names = [name for name, _ in self.network.named_parameters()]
         if report is not None:
-            print(report)
+            print(printable(str(report), keep="\n"))
         self.random_weights = tuple(name for name in names if report is None or name in report.fresh)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Load a state dict; loaded parameters count as trained, and tensors of auxiliary classifiers are ignored."""
+        """Load a state dict; loaded parameters count as trained, and tensors of auxiliary classifiers are ignored.
+
+        Raises:
+            InputError: the tensors are those of another network; the message names the first difference.
+        """
         state_dict = {key: value for key, value in state_dict.items() if not key.startswith(AUXILIARY_PREFIXES)}
-        result = super().load_state_dict(state_dict, *args, **kwargs)
+        try:
+            result = super().load_state_dict(state_dict, *args, **kwargs)
+        except RuntimeError as error:
+            reason = misfit(self.state_dict(), state_dict)
+            raise InputError(
+                f"The weights are not those of this {type(self).__name__}: {reason}; use the configuration and the "
+                "checkpoint of one run."
+            ) from error
         self.random_weights = tuple(name for name in self.random_weights if f"network.{name}" in result.missing_keys)
         return result
 

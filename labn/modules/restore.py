@@ -70,7 +70,8 @@ def restore(path: str | Path, allowed: Collection[str] = ()) -> tuple[nn.Module,
             `allowed` names another one.
     """
     content = read_checkpoint(path)
-    arguments = dict(content.get("hyper_parameters") or {})
+    stored = content.get("hyper_parameters") if isinstance(content, dict) else None
+    arguments = stored if isinstance(stored, dict) else {}
     check_own_network(path, arguments, allowed)
     if allowed and not any(name in allowed for name in _backbones(arguments)):
         raise InputError(f"{path} does not hold the network {', '.join(allowed)}; leave --model out.")
@@ -86,13 +87,24 @@ def restore(path: str | Path, allowed: Collection[str] = ()) -> tuple[nn.Module,
             f"{path} is not a checkpoint of `cli.py fit` with a module of labn.modules; "
             "for other weights give the network's name with --model and the file with --weights."
         )
+    return _built(path, module_class, arguments, content)
+
+
+def _built(
+    path: str | Path, module_class: Any, arguments: dict[str, Any], content: dict[str, Any]
+) -> tuple[nn.Module, Preprocessing | None]:
+    """The network and the preprocessing of a checkpoint's content; errors name the file."""
     network_arguments = {k: v for k, v in arguments.items() if not k.startswith("_") and k not in TRAINING_ARGUMENTS}
     # Random initial weights are drawn and then replaced; the caller's random numbers stay as they are.
-    with torch.random.fork_rng(devices=[]):
-        trained = module_class(**network_arguments)
-    trained.load_state_dict(content["state_dict"])
-    preprocessing = content.get(KEY)
-    return trained.network.eval(), None if preprocessing is None else Preprocessing(**preprocessing)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            trained = module_class(**network_arguments)
+        trained.load_state_dict(content["state_dict"])
+        preprocessing = content.get(KEY)
+        return trained.network.eval(), None if preprocessing is None else Preprocessing(**preprocessing)
+    except (TypeError, ValueError, AttributeError) as error:
+        reason = str(error).rstrip(".") or type(error).__name__
+        raise InputError(f"{path} does not describe a network that can be built here: {reason}.") from error
 
 
 def _in_labn_modules(module: str) -> bool:

@@ -132,7 +132,7 @@ def _keep(results: StageResults, row: TableRow, samples: Collection[int] | None)
 
 
 def _lines(path: Path, columns: Sequence[str]) -> Iterator[TableRow]:
-    return read_table(path, columns) if path.exists() else iter(())
+    return read_table(path, columns, escaped=True) if path.exists() else iter(())
 
 
 def _groups(path: Path) -> dict[int, int] | None:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from labn.io.atomic import write_atomically, written_atomically
 from labn.io.memmap import Stored, blocks, temporary_memmap, write_npz
+from labn.io.table_cells import escaped_cell
 from labn.metrics.sample_table import SampleTable
 from labn.metrics.statistics import Interval, bootstrap_means
 from labn.results.store import MANIFEST, ResultStore, ScoreShard
@@ -192,7 +193,7 @@ def count_rows(table: Table, plan: Plan) -> Iterator[tuple[str, str, str, int]]:
 
 
 def csv_bytes(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
-    """Rows as CSV with a header; floats with all their digits."""
+    """Rows as CSV with a header; floats with all their digits, and no text that a spreadsheet takes for a formula."""
     text = io.StringIO()
     write_rows(text, header, rows)
     return text.getvalue().encode()
@@ -200,10 +201,12 @@ def csv_bytes(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
 
 def write_rows(text: TextIO, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Write a header and rows as CSV, one by one."""
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    # repr gives the shortest text that reads back as the same float.
-    writer.writerows([repr(v) if isinstance(v, float) else v for v in row] for row in rows)
+    plain = csv.writer(text, lineterminator="\n")
+    # The module quotes cells with a carriage return in some versions of Python only.
+    quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    for row in itertools.chain([header], rows):
+        cells = [escaped_cell(value) for value in row]
+        (quoted if any(isinstance(cell, str) and "\r" in cell for cell in cells) else plain).writerow(cells)
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -35,7 +35,7 @@ def read_training(run_dir: Path, before: int | None = None) -> dict[str, dict[in
     values: dict[str, dict[int, float]] = {}
     # Oldest first, so that the log of a resumed fit replaces the epochs that it repeats.
     for path in log_files(run_dir, "fit"):
-        rows = list(read_table(path))
+        rows = list(read_table(path, escaped=True))
         # A row without a line break at its end is incomplete: its process was killed while writing.
         for row in rows if path.read_bytes().endswith(b"\n") else rows[:-1]:
             for name, text in row.cells.items():

@@ -41,7 +41,7 @@ FIRST = {"fit": "fit.yaml", "explain": "test/maps/*.safetensors", "score": "test
 WAIT = 60.0
 """Seconds in which a rank must notice that another one has gone."""
 PAIRS = [("fit", "fit"), ("test", "test"), ("fit", "test"), ("test", "fit")]
-SENTENCES = ("is in use: process", "has been removed or moved while this command ran", "does not exist; run fit with")
+SENTENCES = ("is in use: process", "has been removed or moved while this command ran", "best.ckpt does not exist; ")
 LAUNCHER = -1
 """The victim that stands for the processes that started the ranks."""
 

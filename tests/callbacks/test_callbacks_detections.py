@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -16,6 +15,7 @@ from callbacks import DetectionCallback
 from callbacks.explanation.detections import detection_rows
 from datamodules import VOC
 from labn.explainers import CRP
+from labn.io.readers import read_table
 from labn.metrics.detection import DetectionScores
 from labn.models.detectors import Detections, Layout
 from labn.modules import SSD
@@ -47,8 +47,7 @@ def module():
 
 
 def rows(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return [row.cells for row in read_table(path, escaped=True)]
 
 
 def test_a_test_writes_maps_pictures_and_scores(tmp_path):

@@ -242,6 +242,53 @@ def test_a_checkpoint_cannot_name_foreign_code(checkpoint, tmp_path):
         restore(tmp_path / "bad.ckpt")
 
 
+def wide(content):
+    content["state_dict"]["network.attention_branch.class_head.0.weight"] = torch.zeros(7, 10, 1, 1)
+
+
+def short(content):
+    del content["state_dict"]["network.attention_branch.class_head.0.weight"]
+
+
+def long(content):
+    content["state_dict"]["network.tail.weight"] = torch.zeros(2)
+
+
+def text(content):
+    content["state_dict"]["network.attention_branch.class_head.0.weight"] = "weights"
+
+
+MISFITS = {
+    wide: r"network.attention_branch.class_head.0.weight has the shape \(7, 10, 1, 1\) and must have \(2, ",
+    short: r"1 of \d+ tensors are missing, such as network.attention_branch.class_head.0.weight",
+    long: r"1 tensors are not of this network, such as network.tail.weight",
+    text: r"network.attention_branch.class_head.0.weight is no tensor",
+    lambda content: content.update(state_dict=[1]): r"does not describe a network that can be built here",
+    lambda content: content.update({KEY: [1]}): r"does not describe a network that can be built here",
+    lambda content: content.update({KEY: {**content[KEY], "image_size": 2**40}}): r"image_size is 1099511627776",
+    lambda content: content.update({KEY: {**content[KEY], "std": [0.0]}}): r"must be one number per channel, std above",
+    lambda content: content["hyper_parameters"].update(thetta=1): r"unexpected keyword argument 'thetta'",
+    lambda content: content.update(hyper_parameters=[1]): r"is not a checkpoint of `cli.py fit` with a module of labn",
+}
+
+
+@pytest.mark.parametrize("change", MISFITS)
+def test_a_checkpoint_of_another_shape_is_one_sentence_that_names_it(checkpoint, tmp_path, change):
+    content = torch.load(checkpoint, weights_only=True)
+    change(content)
+    torch.save(content, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=rf"other\.ckpt .*{MISFITS[change]}") as caught:
+        restore(tmp_path / "other.ckpt")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [[1], torch.zeros(2), "text"])
+def test_a_file_of_other_content_is_no_checkpoint(tmp_path, content):
+    torch.save(content, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match=r"other\.ckpt is not a checkpoint of `cli.py fit`"):
+        restore(tmp_path / "other.ckpt")
+
+
 @pytest.mark.parametrize("command", ["compare", "explain"])
 def test_help_is_readable(command, capsys):
     with pytest.raises(SystemExit) as ended:

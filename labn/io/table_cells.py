@@ -1,0 +1,46 @@
+"""Cells of tables that people open with spreadsheets: a text must not become a formula.
+
+A text that begins with `=`, `+`, `-`, `@`, a tab or a line break gets an apostrophe in front, which spreadsheets show
+as part of the text. Numbers stay numbers. `labn.results.reader` removes the apostrophe again.
+"""
+
+from __future__ import annotations
+
+import re
+from contextlib import suppress
+from typing import Any
+
+# The full-width forms count as well, in programs for Chinese and Japanese.
+_FORMULA = re.compile("'*[=+\\-@\\t\\r\\n＝＋－＠]")
+
+
+def escaped_cell(value: Any) -> Any:
+    """A value of a table as it is written: texts that a spreadsheet would calculate begin with an apostrophe.
+
+    Floats are written with the fewest digits that read back as the same number.
+
+    Example:
+        >>> [escaped_cell(value) for value in ("=1+1", "-labn", "'=x", "cat", "-0.5", -0.5, 3)]
+        ["'=1+1", "'-labn", "''=x", 'cat', '-0.5', '-0.5', 3]
+    """
+    if isinstance(value, float):
+        return repr(value)
+    return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) and not _is_number(value) else value
+
+
+def unescaped_cell(text: str) -> str:
+    """The text that `escaped_cell` was given.
+
+    Example:
+        >>> [unescaped_cell(text) for text in ("'=1+1", "''=x", "-0.5", "'tis")]
+        ['=1+1', "'=x", '-0.5', "'tis"]
+    """
+    return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
+
+
+def _is_number(text: str) -> bool:
+    """Whether a text is a number, such as the cell of a table that is read and written again."""
+    with suppress(ValueError):
+        float(text)
+        return True
+    return False
