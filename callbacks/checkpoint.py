@@ -29,6 +29,7 @@ from labn.io.atomic import remove_leftovers, write_atomically, write_error
 from labn.io.preprocessing import KEY
 from labn.models.checkpoints import read_checkpoint
 from labn.modules.plain_checkpoints import PlainCheckpointIO
+from labn.modules.provenance import TRAINED_ON, training_hash
 
 BEST, LAST, PREVIOUS, SUFFIX = "best", "last", "previous", ".ckpt"
 # Keys of a checkpoint file; a change makes checkpoints of earlier versions lose what they hold.
@@ -311,6 +312,7 @@ class RunCheckpoint(ModelCheckpoint):
         preprocessing = getattr(getattr(trainer, "datamodule", None), "preprocessing", None)
         if preprocessing is not None:
             checkpoint[KEY] = preprocessing().plain()
+            checkpoint[TRAINED_ON] = training_hash(trainer.datamodule)  # type: ignore[attr-defined]
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -7,9 +7,10 @@ import logging
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -248,20 +249,42 @@ def train_or_evaluate(arguments: Sequence[str]) -> None:
         arguments: the words after `cli.py`, with the command among them.
 
     Raises:
-        SystemExit: a wrong argument (status 2), or SIGTERM (status 143).
+        SystemExit: a wrong argument (status 2), SIGTERM or SIGHUP (status 143), or SIGINT (status 130).
     """
     requeue_on_signal()
+    end_at_hangup()
     try:
         _run(expand_includes(arguments), experiment_name(configurations(arguments)))
     except SIGTERMException as error:
         # Lightning itself exits with status 0 after SIGTERM, as if the run were complete.
-        print("Terminated; the same command (fit: with --ckpt_path last) resumes from here.", file=sys.stderr)
+        _say("Terminated")
         raise SystemExit(128 + signal.SIGTERM) from error
-    except RuntimeError as error:
+    except KeyboardInterrupt as error:  # before the trainer runs
+        _say("Interrupted")
+        raise SystemExit(128 + signal.SIGINT) from error
+    except SystemExit as error:
+        # Lightning's answer to Ctrl-C, once the trainer runs.
+        if not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        _say("Interrupted")
+        raise SystemExit(128 + signal.SIGINT) from error
+    except (RuntimeError, ValueError) as error:
         better = explain_error(error, getattr(rank_zero_only, "rank", 0))
         if better is None:
             raise
         raise better from error
+
+
+def end_at_hangup() -> None:
+    """Let SIGHUP, when the terminal is closed, end the command as SIGTERM does; under `nohup` it stays ignored."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if is_main and hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, lambda number, frame: signal.raise_signal(signal.SIGTERM))
+
+
+def _say(what: str) -> None:
+    with suppress(OSError):  # the terminal may be gone
+        print(f"{what}; the same command (fit: with --ckpt_path last) resumes from here.", file=sys.stderr)
 
 
 def _run(words: list[str], experiment: str) -> None:

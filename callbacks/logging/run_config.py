@@ -3,13 +3,44 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
+import yaml
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.utilities import rank_zero_warn
 
 from callbacks.checkpoint import check_monitors, is_last
+from labn.errors import InputError
 from labn.io.atomic import check_not_removed, write_atomically
+from labn.io.readers import read_yaml
 from labn.launch.run_lock import check_held
+
+FREE_SETTINGS = (
+    "ckpt_path",
+    "run_dir",
+    "wandb",
+    *(f"trainer.{name}" for name in ("default_root_dir", "max_", "enable_", "logger", "accelerator", "devices")),
+    *(f"trainer.{name}" for name in ("num_nodes", "strategy", "log_every_n_steps")),
+    *(f"data.init_args.{name}" for name in ("num_workers", "cache_", "root", "mask_root")),
+)
+"""Beginnings of the names of settings that a resumed fit may change: they say how long and where, not what."""
+
+
+MAX_SHOWN = 100
+"""Largest number of characters of a changed setting that a warning shows."""
+
+
+def flat(config: Any, name: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names; lists count as one value.
+
+    Example:
+        >>> flat({"data": {"init_args": {"batch_size": 4}}, "seed": 1})
+        {'data.init_args.batch_size': 4, 'seed': 1}
+    """
+    if not isinstance(config, dict) or not config:
+        return {name: config}
+    return {key: value for k, inner in config.items() for key, value in flat(inner, f"{name}.{k}".lstrip(".")).items()}
 
 
 class RunConfigCallback(SaveConfigCallback):
@@ -28,10 +59,25 @@ class RunConfigCallback(SaveConfigCallback):
             config.trainer.default_root_dir = None  # the command line sets it to --run_dir, which may differ next time
             if trainer.state.fn == "fit" and is_last(run_dir, config.get("ckpt_path")):
                 config.ckpt_path = None
+                self._warn_of_changes(run_dir / "fit.yaml", config)
             text = self.parser.dump(config, skip_none=False)
             path = run_dir / f"{trainer.state.fn.value}.yaml"
             write_atomically(path, text.encode())
             self._needed = (path, *self._read_files(trainer, run_dir))
+
+    def _warn_of_changes(self, path: Path, config: Any) -> None:
+        """Warn of settings that a resumed fit has not begun with, except those that a resume may well change."""
+        try:
+            earlier = flat(read_yaml(path))
+        except (OSError, InputError):
+            return
+        current = flat(yaml.safe_load(self.parser.dump(config, skip_none=False)))
+        names = [name for name in {**earlier, **current} if not name.startswith(FREE_SETTINGS)]
+        changed = [n for n in names if n in current and earlier.get(n, current[n]) != current[n]]
+        if changed:
+            texts = {name: f"{current[name]} (was {earlier[name]})" for name in changed}
+            shown = ", ".join(f"{name} {text if len(text) <= MAX_SHOWN else '...'}" for name, text in texts.items())
+            rank_zero_warn(f"fit goes on with other settings than it began with: {shown}; its epochs have both.")
 
     def _read_files(self, trainer: pl.Trainer, run_dir: Path) -> list[Path]:
         """Files of the run folder that a test or validation belongs to; a fit replaces them itself."""

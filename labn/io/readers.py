@@ -96,10 +96,14 @@ def read_text(path: Path, limit: int = MAX_TEXT) -> str:
         raise InputError(f"{path} is larger than {limit} bytes; give a smaller file.")
     data = path.read_bytes()
     try:
-        return data.decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line, byte = data.count(b"\n", 0, error.start) + 1, data[error.start]
         raise InputError(f"{path}, line {line}: byte {byte:#04x} is not UTF-8; save the file as UTF-8.") from None
+    if "\0" in text:  # UTF-16 without a byte order mark decodes with these between the letters
+        line = data.count(b"\n", 0, data.index(b"\0")) + 1
+        raise InputError(f"{path}, line {line}: byte 0x00 is not text; save the file as UTF-8.")
+    return text
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,8 @@ def read_rows(path: Path, escaped: bool = False) -> Iterator[tuple[int, list[str
         reader = csv.reader(file)
         try:
             for row in reader:
+                if any("\0" in cell for cell in row):
+                    raise InputError(f"{path}, line {reader.line_num}: byte 0x00 is not text; save the file as UTF-8.")
                 yield reader.line_num, [unescaped_cell(cell) if escaped else cell.strip() for cell in row]
         except csv.Error as error:
             raise InputError(f"{path}, line {reader.line_num}: not CSV ({error}); repair the line.") from None

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from labn.errors import LostProcessError, UserError
+from labn.errors import InputError, LostProcessError, UserError
 from labn.perturbation.engine import is_out_of_memory
 
 CONNECTION_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
@@ -36,8 +36,12 @@ class OutOfMemory(UserError, torch.OutOfMemoryError):
     """The memory of an accelerator or of the CPU is exhausted; the message names the setting to lower."""
 
 
-def explain_error(error: RuntimeError, rank: int) -> UserError | None:
-    """An error with advice for exhausted memory or a lost process; None for any other error.
+SINGLE_VALUE = "Expected more than 1 value per channel when training"
+"""Text in torch's error about a BatchNorm that gets one value per channel, whose variance is not defined."""
+
+
+def explain_error(error: RuntimeError | ValueError, rank: int) -> UserError | None:
+    """An error with advice for exhausted memory, a lost process or a BatchNorm of one value; None for any other error.
 
     Args:
         error: the error that ended a command with a trainer.
@@ -45,8 +49,14 @@ def explain_error(error: RuntimeError, rank: int) -> UserError | None:
     """
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     again = "the same command (fit: with --ckpt_path last) continues from the files on disk"
-    if is_out_of_memory(error):
+    if isinstance(error, RuntimeError) and is_out_of_memory(error):
         return OutOfMemory(f"Rank {rank} is out of memory ({reason}): lower data.init_args.batch_size, and {again}.")
+    if SINGLE_VALUE in str(error):
+        return InputError(
+            f"A training batch of one image gives a BatchNorm one value per channel ({reason}): raise "
+            "data.init_args.batch_size or data.init_args.image_size; if only the last batch has one image, set "
+            "data.init_args.drop_last to true."
+        )
     if any(word in str(error) for word in CONNECTION_LOST):
         return LostProcessError(f"Rank {rank} has lost another process, whose own message says why: {again}.")
     return None

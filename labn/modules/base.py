@@ -16,6 +16,7 @@ from labn.metrics.forecast import ForecastSkill
 from labn.models.backbones import AUXILIARY_HEADS
 from labn.models.checkpoints import LoadReport, misfit
 from labn.modules.losses import WeightedCrossEntropy
+from labn.modules.provenance import check_trained_on
 from labn.modules.ranks import synchronise_buffers
 
 MAX_CONFUSION_CLASSES = 10
@@ -165,6 +166,9 @@ class CheckedModule(pl.LightningModule):
                 f"{len(missing)} tensors missing, {len(unknown)} unknown, {len(shapes)} of another shape "
                 f"(first: {first}); use the configuration that it was trained with."
             )
+        data = getattr(self._trainer, "datamodule", None) if self._trainer else None
+        if data is not None:
+            check_trained_on(checkpoint, data)
 
     def check_not_nan(self, loss: Tensor, batch: dict[str, Any], stage: Literal["train", "val", "test"]) -> None:
         """Raise for a loss that is NaN or infinite, before it reaches the weights, a mean or a checkpoint.

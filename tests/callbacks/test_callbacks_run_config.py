@@ -1,11 +1,28 @@
 """The watch over the files of the run folder that a command relies on."""
 
+import warnings
 from types import SimpleNamespace
 
 import pytest
+import yaml
 
 from callbacks.logging.run_config import RunConfigCallback
 from labn.launch.run_lock import locked
+
+
+def test_a_resume_with_other_settings_names_them(tmp_path):
+    path = tmp_path / "fit.yaml"
+    first = {"data": {"init_args": {"batch_size": 4, "num_workers": 0}}, "trainer": {"max_epochs": 2}, "gone": 1}
+    path.write_text(yaml.safe_dump(first))
+    callback = RunConfigCallback(parser=SimpleNamespace(dump=lambda config, **_: yaml.safe_dump(config)), config=None)
+    again = {"data": {"init_args": {"batch_size": 4, "num_workers": 9}}, "trainer": {"max_epochs": 9}, "new": 1}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        callback._warn_of_changes(path, again)
+        callback._warn_of_changes(tmp_path / "none.yaml", again)
+    again["data"]["init_args"]["batch_size"] = 8
+    with pytest.warns(UserWarning, match=r"began with: data.init_args.batch_size 8 \(was 4\); its epochs have both"):
+        callback._warn_of_changes(path, again)
 
 
 @pytest.mark.parametrize(("command", "lost"), [("fit", "fit.yaml"), ("fit", "best.ckpt"), ("test", "test.yaml")])

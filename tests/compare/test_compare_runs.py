@@ -12,12 +12,14 @@ from small_stage import HOSTILE, make_stage, value
 
 from labn.commands import compare
 from labn.compare import compare_runs, latex_table, markdown_table, open_runs, paired_csv, table_csv
+from labn.io.table_cells import unescaped_cell
 from labn.report.comparison import comparison_report, merged_curves
 from labn.report.curves import curve_panels
 
 
 def rows(data):
-    return list(csv.DictReader(io.StringIO(data.decode())))
+    lines = csv.DictReader(io.StringIO(data.decode()))
+    return [{name: unescaped_cell(text) for name, text in line.items()} for line in lines]
 
 
 def edit_manifest(folder, **changes):

@@ -18,10 +18,15 @@ def remove_run():
 
 
 class Hungry(Explainer):
-    """Asks for more memory than there is, on the rank that LABN_TEST_HUNGRY names; removes LABN_TEST_REMOVE."""
+    """Asks for more memory than there is, on the rank that LABN_TEST_HUNGRY names; removes LABN_TEST_REMOVE.
+
+    The first explanation gets the signals LABN_TEST_EXPLAIN.
+    """
 
     def attribute(self, model, images, targets, indices):
         remove_run()
+        for name in os.environ.get("LABN_TEST_EXPLAIN", "").split():
+            os.kill(os.getpid(), signal.Signals[name])
         if os.environ.get("LABN_TEST_HUNGRY") == os.environ.get("RANK", "0"):
             torch.empty(2**55)
         return images[:, 0] * (1 + indices[:, None, None])

@@ -1,0 +1,58 @@
+"""A checkpoint that is used with other classes, preparation or training images than its own says so."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from datamodules import SyntheticFundus
+from labn.io.preprocessing import KEY
+from labn.launch.error_messages import explain_error
+from labn.modules.provenance import TRAINED_ON, check_trained_on, training_hash
+
+SIZES = {"n_train": 4, "n_val": 2, "n_test": 2, "image_size": 48}
+
+
+@pytest.fixture(scope="module")
+def data():
+    return SyntheticFundus(**SIZES)
+
+
+def checkpoint(data, **changes):
+    return {KEY: data.preprocessing().plain() | changes, TRAINED_ON: training_hash(data)}
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_same_data_and_checkpoints_without_a_record_pass(data):
+    check_trained_on(checkpoint(data), SyntheticFundus(**SIZES))
+    for earlier in ({}, {KEY: None}, {KEY: checkpoint(data)[KEY]}, {KEY: {}, TRAINED_ON: 3}):
+        check_trained_on(earlier, data)
+    check_trained_on(checkpoint(data), SimpleNamespace())
+
+
+def test_classes_in_another_order_are_refused(data):
+    with pytest.raises(ValueError, match="classes lesions, healthy; the data has them in another order: healthy, les"):
+        check_trained_on(checkpoint(data, class_names=["lesions", "healthy"]), data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "warning"),
+    [
+        ({"class_names": ["a", "b"]}, "trained on the classes a, b; those of the data are healthy, lesions"),
+        ({"image_size": 64}, "prepared in another way: image_size 64, now 48"),
+        ({"mean": [0.5, 0.5, 0.5]}, r"prepared in another way: mean \[0.5, 0.5, 0.5\], now \[0.454"),
+    ],
+)
+def test_other_classes_and_another_preparation_are_named(data, changes, warning):
+    with pytest.warns(UserWarning, match=warning):
+        check_trained_on(checkpoint(data, **changes), data)
+
+
+def test_other_training_images_are_named(data):
+    with pytest.warns(UserWarning, match=r"trained on another training split .* the test may have images that"):
+        check_trained_on(checkpoint(data), SyntheticFundus(**SIZES | {"n_train": 6}))
+
+
+def test_a_batchnorm_of_one_value_is_explained():
+    text = "Expected more than 1 value per channel when training, got input size torch.Size([1, 4, 1, 1])"
+    assert "data.init_args.drop_last" in str(explain_error(ValueError(text), 0))
+    assert explain_error(ValueError("another"), 0) is None
