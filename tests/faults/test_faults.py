@@ -3,19 +3,20 @@ again: the finished run equals one that nothing happened to, bit for bit. W&B ou
 kills of the command started in the ordinary way in `cli/test_resume.py`.
 """
 
+import argparse
 import os
+import random
 import shutil
 import signal
 import stat
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
-from forked import ROOT, ends_within
+from benchmarks import kills
+from forked import ends_within
 from run_contents import broken_files, contents, differences
 
 from labn.results.training_logs import read_training
@@ -237,16 +238,16 @@ def test_a_read_only_folder_raises_at_once(bench, disk):
         assert f"--run_dir {disk / 'run'} cannot be written: Read-only file system; make the folder writable" in told
 
 
-def test_runs_that_are_killed_a_few_times_end_with_the_same_results(tmp_path):
-    """The short form of the hundred kills in the README."""
-    done = subprocess.run(
-        [sys.executable, "tests/benchmarks/kills.py", "--kills=4", "--seed=1", "--patience=2", "--ranks=1"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 kills in" in done.stdout
-    assert "0 faults" in done.stdout
-    assert not list(Path(tmp_path).glob("labn-kills-*"))
+def test_a_run_that_is_killed_and_two_commands_in_one_folder_end_with_the_same_results(bench, tmp_path, monkeypatch):
+    """The short form of `tests/benchmarks/kills.py`."""
+    monkeypatch.setattr(kills, "CONFIG", ["--config", "tests/faults/faulty.yaml"])
+    tally, finished = kills.Tally(), bench.finished()
+    plan = kills.Plan(random.Random(1), {1: dict.fromkeys(kills.FIRST, 1.0)})
+    killed, pair = tmp_path / "killed" / "run", tmp_path / "pair" / "run"
+    kills.history(bench.server, killed, 1, argparse.Namespace(kills=2, patience=1), plan, tally)
+    kills.check(killed, finished[1], tally)
+    kills.pair(bench.server, pair, finished[0], 1.0, plan, tally)
+    kills.check(pair, finished[1], tally)
+    assert tally.faults == []
+    assert sum(tally.kills.values()) == 2
+    assert sum(tally.pairs.values()) == 1
