@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -222,6 +223,8 @@ def resolve_targets(model: nn.Module, images: Tensor, targets: Targets = None) -
         return torch.full((len(images),), targets, dtype=torch.int64, device=images.device)
     if isinstance(targets, str):
         raise InputTypeError(f"targets is {targets!r}; class indices are needed, such as 3 or torch.tensor([3, 5]).")
+    if isinstance(targets, np.ndarray):
+        targets = np.ascontiguousarray(targets)  # torch takes no arrays that are read backwards
     classes = torch.as_tensor(targets, device=images.device)
     if classes.ndim == 0:
         classes = classes.expand(len(images))

@@ -67,14 +67,17 @@ def input_gradient(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
     """dy_c/dx (B, C, H, W) of the logit y_c of each image's target.
 
     Raises:
-        InputError: a target is not a class index, or the logits do not depend on the images.
+        InputError: a target is not a class index, or no gradient of the logits reaches the images.
     """
     leaf = images.detach().clone().requires_grad_()
     # One backward pass for the whole batch: in eval mode each score depends on its own image only.
     scores = class_scores(run_model(model, leaf), targets)
     gradient = torch.autograd.grad(scores.sum(), leaf, allow_unused=True)[0] if scores.requires_grad else None
     if gradient is None:
-        raise InputError(f"The logits of {type(model).__name__} do not depend on the images; there is no gradient.")
+        raise InputError(
+            f"No gradient of the logits of {type(model).__name__} reaches the images: they do not depend on them, or a "
+            "layer passes no gradient (quantised, under torch.no_grad(), through NumPy); take rise or occlusion."
+        )
     return gradient
 
 

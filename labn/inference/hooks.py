@@ -6,7 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import nn
+
+from labn.errors import InputError
 
 Hooks = Mapping[nn.Module, Callable[..., Any]]
 
@@ -23,14 +26,22 @@ def temporary_hooks(
             replaces the output.
         prepend: run the hooks of `before` ahead of those that are registered already.
 
+    Raises:
+        InputError: a module is TorchScript, which has no hooks.
+
     Example:
-        >>> import torch
         >>> layer, seen = torch.nn.ReLU(), []
         >>> with temporary_hooks(after={layer: lambda module, args, output: seen.append(output)}):
         ...     _ = layer(torch.tensor([-1.0, 2.0]))
         >>> seen, len(layer._forward_hooks)
         ([tensor([0., 2.])], 0)
     """
+    for module in (*(before or {}), *(after or {})):
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputError(
+                f"{module.original_name} is TorchScript, whose layers cannot be watched; pass the module that it was "
+                "made from, or take a method that only needs its answers or gradients, such as rise or gradxinput."
+            )
     with ExitStack() as handles:
         for module, hook in (before or {}).items():
             handles.callback(module.register_forward_pre_hook(hook, prepend=prepend).remove)

@@ -18,7 +18,7 @@ def logits_of(output: Any) -> Tensor:
     """Logits (B, num_classes) of a model's output: the tensor itself, or the `.logits` of a dataclass.
 
     Raises:
-        InputTypeError: the output is neither.
+        InputTypeError: the output is neither, or of another shape.
     """
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
@@ -30,6 +30,11 @@ def logits_of(output: Any) -> Tensor:
         raise InputTypeError(
             f"The model returned {tuple(logits.shape)}, one number per image; logits (B, num_classes) are needed: for "
             "a single logit (B, 1), as by output[:, None]."
+        )
+    if logits.ndim != 2:
+        raise InputTypeError(
+            f"The model returned logits of shape {tuple(logits.shape)}; (B, num_classes) is needed, as by "
+            "output.flatten(1) where all further sides are 1."
         )
     return logits
 

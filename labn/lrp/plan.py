@@ -181,7 +181,7 @@ def check(graph: Graph, config: Config, starts: set[int]) -> None:
         bad = [n for n in node.inner if n.index in carrying and n.kind not in allowed]
         if node.kind not in BACKWARD or bad:
             raise UnsupportedError(
-                f"Relevance propagation has no rule for {(bad or [node])[0].label}; "
+                f"Relevance propagation has no rule for {(bad or [node])[0].label}"
                 f"{' with block_weights=' + repr(config.block_weights) if bad and config.residual == 'block' else ''}; "
                 "replace it by a layer with one (see the table of operations in labn/lrp/README.md)."
             )

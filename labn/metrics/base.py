@@ -31,6 +31,8 @@ def as_tensor(name: str, values: Any) -> Tensor:
     Raises:
         InputTypeError: values that torch cannot convert.
     """
+    if isinstance(values, np.ndarray):
+        values = np.ascontiguousarray(values)  # torch takes no arrays that are read backwards
     try:
         return torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -161,5 +161,5 @@ def test_logits_without_a_gradient_are_refused() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.detach())
 
-    with pytest.raises(ValueError, match="do not depend on the images"):
+    with pytest.raises(ValueError, match="No gradient of the logits of Rounded reaches the images"):
         Gradient()(Rounded(), pictures(), TARGETS)

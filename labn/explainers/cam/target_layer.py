@@ -305,6 +305,11 @@ def _no_maps(model: nn.Module, trace: _Trace) -> str:
             "torch.no_grad(), so that no gradient reaches the layers before the head; remove that, or take a method "
             "without gradients, such as rise or occlusion."
         )
+    if not trace.logits.requires_grad and any(s.is_map for s in trace.seen):
+        return (
+            f"{type(model).__name__} has feature maps, but no gradient of its logits reaches them: a layer behind them "
+            "passes none (quantised, under torch.no_grad(), through NumPy); take rise or occlusion."
+        )
     way_out = "take the method rollout, or name one" if any(s.is_tokens for s in trace.seen) else "name one"
     return f"{type(model).__name__} has no layer with spatial feature maps; {way_out} with target_layer."
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from labn.errors import InputError
+from labn.inference.model_traits import probabilities_sentence, traits_of
 from labn.metrics.functional.class_probability import PROBABILITIES, class_probability
 from labn.perturbation.engine import PerturbationEngine
 from labn.perturbation.fills import FILLS, Channels, FillOptions, fill_with
@@ -331,6 +332,17 @@ def insertion_deletion_curves(
     return InsertionDeletionCurves(samples, counts, x, insertion, deletion, bare, nominal)
 
 
+def _check_batch(images: Tensor, targets: Tensor) -> None:
+    """Raise InputError unless images are finite (B, C, H, W) with B >= 1 and targets are class indices (B,)."""
+    if images.ndim != 4 or not len(images) or not images.is_floating_point():
+        raise InputError(f"images must be floating (B, C, H, W), B >= 1; got {tuple(images.shape)} {images.dtype}.")
+    if not bool(images.isfinite().all()):
+        raise InputError("images must be finite; they hold NaN or infinity.")
+    if not isinstance(targets, Tensor) or targets.shape != images.shape[:1] or targets.is_floating_point():
+        got = f"{tuple(targets.shape)} {targets.dtype}" if isinstance(targets, Tensor) else type(targets).__name__
+        raise InputError(f"targets must be a tensor ({len(images)},) of class indices, got {got}.")
+
+
 def _check_maps(images: Tensor, maps: Tensor) -> None:
     """Raise InputError unless the maps have the images' size and finite values."""
     expected = (len(images), *images.shape[-2:])
@@ -394,8 +406,9 @@ def patch_insertion_deletion(
         `insertion`, `deletion`, `pid` and `fill_probability`, each (B,) float64.
 
     Raises:
-        InputError: an option of another name, a step or patch size below 1, or maps that do not fit the images or hold
-            NaN or infinity; before the model is run.
+        InputError: an option of another name, a step or patch size below 1, images or maps that are empty, hold NaN or
+            infinity or do not fit each other, targets that are no class indices, or a model that ends in softmax;
+            before the first score.
 
     Example:
         >>> model = nn.Sequential(nn.AvgPool2d(16), nn.Flatten(), nn.Linear(4, 2, bias=False))
@@ -414,8 +427,13 @@ def patch_insertion_deletion(
         "area": (area, AREAS),
     }
     _check_options(chosen, {"step": step, "patch_size": patch_size})
+    _check_batch(images, targets)
+    if not isinstance(maps, Tensor):
+        raise InputError(f"maps must be a tensor (B, H, W), got {type(maps).__name__}.")
     maps = maps if maps.is_floating_point() else maps.double()  # pooling needs floating values
     _check_maps(images, maps)
+    if probability not in ("identity", "logit") and traits_of(model, images).probabilities:
+        raise InputError(f"{probabilities_sentence(model)} Or read them as given with probability='identity'.")
     size = (images.shape[-2], images.shape[-1])
     counts = patch_counts(size, patch_size, step, protocol)
     indices = torch.arange(len(images)) if indices is None else indices
