@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from labn.explainers import GradCAM
 from labn.explainers.base import predictions, resolve_targets, top_k
-from labn.explainers.cam.target_layer import find_target_layer, is_channels_last, named_layer, search_target_layer
+from labn.explainers.cam.target_layer import (
+    find_target_layer,
+    is_channels_last,
+    named_layer,
+    search_target_layer,
+    target_layer_of,
+)
+from labn.explainers.cam.token_grid import TokenGrid
 
 TORCHVISION = {
     "resnet18": "layer4",
@@ -91,13 +98,32 @@ def test_gradcam_works_where_channel_counts_follow_the_images_proportions() -> N
     assert torch.allclose(found.double(), resized, atol=1e-7)
 
 
-def test_a_vision_transformer_is_refused_by_name() -> None:
-    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, img_size=64)
-    with pytest.raises(ValueError, match=r"VisionTransformer works on tokens after 'patch_embed.proj', .* rollout"):
-        search_target_layer(model, torch.zeros(1, 3, 64, 64))
-    other = torchvision.models.VisionTransformer(64, 16, 2, 2, 32, 64)
-    with pytest.raises(ValueError, match=r"VisionTransformer works on tokens after 'conv_proj', .* rollout"):
-        search_target_layer(other, torch.zeros(1, 3, 64, 64))
+def test_the_target_of_a_vision_transformer_is_the_last_norm_whose_patches_determine_the_logits() -> None:
+    options = {"img_size": 32, "patch_size": 16, "embed_dim": 8, "depth": 2, "num_heads": 1}
+    image = torch.randn(1, 3, 32, 32)
+    by_token = timm.models.VisionTransformer(**options)
+    assert search_target_layer(by_token, image) == "blocks.1.norm1"
+    on_average = timm.models.VisionTransformer(**options, class_token=False, global_pool="avg", fc_norm=False)
+    assert search_target_layer(on_average, image) == "norm"
+    other = torchvision.models.VisionTransformer(32, 16, 2, 2, 8, 8)  # its head begins at zero
+    nn.init.normal_(other.heads.head.weight)
+    assert search_target_layer(other, image) == "encoder.layers.encoder_layer_1.ln_1"
+    assert target_layer_of(other, image, None).grid == TokenGrid(2, 2, prefix=1)
+
+
+def test_tokens_whose_places_are_not_known_are_refused() -> None:
+    class Shuffled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 8, 8), nn.LayerNorm(4)
+            self.mix, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            tokens = self.conv(x).flatten(2).mT[:, torch.tensor([3, 1, 0, 2])]
+            return self.head(self.norm(self.mix(tokens)).mean(1))
+
+    with pytest.raises(ValueError, match=r"works on tokens after 'conv', .* places in the image are not known"):
+        search_target_layer(Shuffled(), torch.randn(1, 3, 16, 16))
 
 
 def test_layers_that_do_not_determine_the_logits_are_skipped() -> None:

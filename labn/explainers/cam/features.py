@@ -64,18 +64,13 @@ def replacing_output(
         change: function of A (B, K, h, w), called at every forward of the model.
 
     Raises:
-        InputError: during a forward, if the layer does not return feature maps.
+        InputError: during a forward, if the layer returns neither feature maps nor tokens of a known grid.
     """
 
     target = layer if isinstance(layer, TargetLayer) else TargetLayer(layer)
 
     def hook(module: nn.Module, _args: Any, output: Any) -> Tensor:
-        if not isinstance(output, Tensor) or output.ndim != 4:
-            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise InputError(f"target_layer ({type(module).__name__}) returns {shape}; (B, K, h, w) is needed.")
-        if target.has_channels_last(output.shape, size):
-            return change(output.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return change(output)
+        return target.output_of(change(target.maps_of(output, size)), output, size)
 
     with hooking_call(model, layer, hook):
         yield

@@ -7,13 +7,15 @@ dimension with the same size and the same number of values before it is the same
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
+
+from labn.explainers.cam.token_grid import TokenGrid
 
 # Beside every function whose name ends in `2d`, such as conv2d and adaptive_avg_pool2d.
 CHANNELS_FIRST = {
@@ -32,6 +34,10 @@ RESIZES = {"linear", "cat", "concat", "concatenate", "pad", "narrow", "chunk", "
 REARRANGES = {"matmul", "bmm", "baddbmm", "einsum", "rot90", "T", "H", "mH", "as_strided", "gather", "tensordot"}
 
 
+# They keep the shape and may move tokens to other places.
+REORDERS = {"index_select", "flip", "roll", "sort", "take_along_dim", "fliplr", "flipud"}
+
+
 @dataclass(frozen=True)
 class Layout:
     """The layout of a tensor (B, ...).
@@ -40,10 +46,12 @@ class Layout:
         channel_axis: the dimension of the channels.
         spatial: whether the other dimensions are the rows and columns of the image, by way of operations that keep
             them.
+        grid: the rows and columns that the third dimension of tokens or flattened maps joins; None elsewhere.
     """
 
     channel_axis: int
     spatial: bool
+    grid: TokenGrid | None = None
 
 
 class LayoutRecorder(TorchFunctionMode):
@@ -76,7 +84,7 @@ class LayoutRecorder(TorchFunctionMode):
             if isinstance(value, Tensor) and value.ndim > 2:
                 layout = self._layout(_name_of(func), func, args, kwargs or {}, value)
                 if layout is not None:
-                    self._layouts[value] = layout
+                    self._layouts[value] = _checked(layout, value)
         return result
 
     def _layout(self, name: str, func: Any, args: Any, kwargs: Any, value: Tensor) -> Layout | None:
@@ -95,10 +103,15 @@ class LayoutRecorder(TorchFunctionMode):
             return _reshaped(*known[0], value)
         if name in RESIZES or (name == "getitem" and _is_slicing(args[1])):
             known = [(tensor, layout) for tensor, layout in known if tensor.ndim == value.ndim]
+            known = [(tensor, _shifted(name, args, kwargs, tensor, layout, value)) for tensor, layout in known]
         else:
             known = [(tensor, layout) for tensor, layout in known if tensor.shape == value.shape]
+            if name == "getitem":  # by indices, in any order
+                known = [(tensor, replace(layout, grid=None)) for tensor, layout in known]
         axes = {layout.channel_axis for _, layout in known}
-        return Layout(axes.pop(), any(layout.spatial for _, layout in known)) if len(axes) == 1 else None
+        grids = [] if name in REORDERS else [layout.grid for _, layout in known if layout.grid is not None]
+        spatial = any(layout.spatial for _, layout in known)
+        return Layout(axes.pop(), spatial, grids[0] if grids else None) if len(axes) == 1 else None
 
 
 def _name_of(func: Any) -> str:
@@ -115,7 +128,7 @@ def _flat(tree: Any) -> list[Any]:
 def _moved(func: Any, args: Any, kwargs: Any, tensor: Tensor, layout: Layout) -> Layout:
     """The layout after a permutation, which is tried on sizes that differ."""
     moved = func(torch.empty(list(range(2, 2 + tensor.ndim)), device="meta"), *args[1:], **kwargs)
-    return Layout(list(moved.shape).index(2 + layout.channel_axis), layout.spatial)
+    return Layout(list(moved.shape).index(2 + layout.channel_axis), layout.spatial, layout.grid)
 
 
 def _reshaped(tensor: Tensor, layout: Layout, value: Tensor) -> Layout | None:
@@ -124,9 +137,57 @@ def _reshaped(tensor: Tensor, layout: Layout, value: Tensor) -> Layout | None:
     if channels == 1:
         return layout if tensor.shape == value.shape else None
     same = [n for n, side in enumerate(value.shape) if side == channels and value.shape[:n].numel() == before]
-    # Joined rows and columns are still positions; divided again, they may be others.
-    spatial = layout.spatial and (tensor.shape == value.shape or (value.ndim == 3 and len(value) == len(tensor)))
-    return Layout(same[0], spatial) if same else None
+    # Joined rows and columns are still positions; divided again, they may be others, unless the grid is known.
+    kept = tensor.shape == value.shape or (value.ndim == 3 and len(value) == len(tensor))
+    spatial = layout.spatial and (kept or (bool(same) and _is_grid(tensor, layout, value, same[0])))
+    return Layout(same[0], spatial, _joined(tensor, layout, value) if spatial else None) if same else None
+
+
+def _is_grid(tensor: Tensor, layout: Layout, value: Tensor, channel_axis: int) -> bool:
+    """Whether a reshape puts tokens without prefix back into their rows and columns."""
+    grid, sides = layout.grid, [side for axis, side in enumerate(value.shape) if axis not in (0, channel_axis)]
+    return grid is not None and grid.end * tensor.shape[layout.channel_axis] == tensor[0].numel() and sides == [
+        grid.rows, grid.columns,
+    ]  # fmt: skip
+
+
+def _joined(tensor: Tensor, layout: Layout, value: Tensor) -> TokenGrid | None:
+    """The grid of positions in a reshaped tensor (B, ., .)."""
+    if value.ndim != 3 or tensor.shape == value.shape:
+        return layout.grid
+    sides = [side for axis, side in enumerate(tensor.shape) if axis not in (0, layout.channel_axis)]
+    return TokenGrid(*sides) if len(sides) == 2 else None
+
+
+def _shifted(name: str, args: Any, kwargs: Any, tensor: Tensor, layout: Layout, value: Tensor) -> Layout:
+    """The layout with the grid where a concatenation or a slice has moved it; without one where it is unknown."""
+    if layout.grid is None:
+        return layout
+    axis = 3 - layout.channel_axis
+    if tensor.shape[axis] == value.shape[axis]:
+        return layout
+    moved = None
+    if name.startswith(("cat", "concat")) and _axis_of(args, kwargs) % 3 == axis:
+        before = [other.shape[axis] for other in args[0][: [id(t) for t in args[0]].index(id(tensor))]]
+        moved = layout.grid.prefix + sum(before)
+    elif name == "getitem":
+        items = args[1] if isinstance(args[1], tuple) else (args[1],)
+        kept = items[axis] if len(items) > axis and ... not in items else None
+        if isinstance(kept, slice) and kept.step in (None, 1):
+            moved = layout.grid.prefix - kept.indices(tensor.shape[axis])[0]
+    return replace(layout, grid=None if moved is None else replace(layout.grid, prefix=moved))
+
+
+def _axis_of(args: Any, kwargs: Any) -> int:
+    return int(args[1] if len(args) > 1 else kwargs.get("dim", kwargs.get("axis", 0)))
+
+
+def _checked(layout: Layout, value: Tensor) -> Layout:
+    """The layout without a grid that the tensor cannot hold."""
+    if layout.grid is None:
+        return layout
+    fits = value.ndim == 3 and layout.channel_axis in (1, 2) and layout.grid.fits(value.shape[3 - layout.channel_axis])
+    return layout if fits else replace(layout, grid=None)
 
 
 def _is_slicing(index: Any) -> bool:

@@ -33,7 +33,7 @@ class _Trunk:
     def __init__(self, model: nn.Module, layer: TargetLayer, image: Tensor) -> None:
         self.layer = layer
         self.outputs: dict[nn.Module, Any] = {}
-        self.shape = torch.Size()
+        self.output = torch.empty(0)
         self.calls: Counter[nn.Module] = Counter()
         self._open = True
         with temporary_hooks(after=dict.fromkeys(model.modules(), self._see)):
@@ -42,7 +42,7 @@ class _Trunk:
     def _see(self, module: nn.Module, _args: Any, output: Any) -> None:
         self.calls[module] += 1
         if module is self.layer.module and self.calls[module] == self.layer.call + 1:
-            self._open, self.shape = False, output.shape
+            self._open, self.output = False, output
         elif self._open:
             self.outputs[module] = output
 
@@ -121,13 +121,13 @@ class Tail:
         with torch.no_grad(), replacing_output(model, layer, image.shape[-2:], keep):
             trunk = _Trunk(model, layer, image)
         self.activations, self.logits = maps[0], trunk.logits
-        self._last = layer.has_channels_last(trunk.shape, image.shape[-2:])
+        self._layer, self._output, self._size = layer, trunk.output, image.shape[-2:]
         self._run: _Cut | _Whole = _Whole(model, layer, trunk, image)
         self.cut = trunk.calls[layer.module] == 1 and self._try_cut(model, layer, trunk, image)
 
     def __call__(self, activations: Tensor) -> Tensor:
         """Logits (n, num_classes) with the feature maps (n, K, h, w) in place of the layer's own."""
-        return self._run(activations.permute(0, 2, 3, 1) if self._last else activations)
+        return self._run(self._layer.output_of(activations, self._output, self._size))
 
     def _try_cut(self, model: nn.Module, layer: TargetLayer, trunk: _Trunk, image: Tensor) -> bool:
         """Use the replayed trunk if it reproduces the logits, for two images at once, without changing its records."""

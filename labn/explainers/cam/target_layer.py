@@ -1,4 +1,4 @@
-"""The search for the target layer: the last call of a layer that returns spatial feature maps.
+"""The search for the target layer: the last call of a layer that returns spatial feature maps, or tokens of a grid.
 
 A module may run several times in one forward pass, as a shared activation does. So a target is one call of a layer and
 not the layer alone.
@@ -19,16 +19,20 @@ from torch import Tensor, nn
 
 from labn.errors import InputError
 from labn.explainers.cam.layout import Layout, LayoutRecorder
+from labn.explainers.cam.token_grid import TokenGrid
 from labn.inference.fingerprint import ModelCache, structure_key
 from labn.inference.hooks import temporary_hooks
 from labn.inference.modes import explaining, run_model
 
 POOLING = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 
+NORMS = (nn.LayerNorm, nn.RMSNorm)
+
 COMPILED = "_orig_mod."  # the prefix that `torch.compile` puts before the names of a module's own layers
 
 # The weights do not decide which layer is the last one.
-_targets: ModelCache[tuple[str, int, int, bool | None]] = ModelCache(structure_key)
+_Found = tuple[str, int, int, bool | None, TokenGrid | None]
+_targets: ModelCache[_Found] = ModelCache(structure_key)
 
 
 @dataclass(frozen=True)
@@ -40,16 +44,37 @@ class TargetLayer:
         call: number of the call, from 0.
         calls: number of calls of the layer in one forward pass.
         channels_last: whether it returns (B, h, w, K) and not (B, K, h, w); None where its operations do not tell.
+        grid: the positions among the tokens (B, N, K) that it returns; None for a layer that returns feature maps.
     """
 
     module: nn.Module
     call: int = 0
     calls: int = 1
     channels_last: bool | None = None
+    grid: TokenGrid | None = None
 
     def has_channels_last(self, shape: torch.Size, size: torch.Size) -> bool:
         """`channels_last`, or, where that is None, what the sizes of maps of this shape suggest for an image (H, W)."""
         return is_channels_last(shape, size) if self.channels_last is None else self.channels_last
+
+    def maps_of(self, output: Any, size: torch.Size) -> Tensor:
+        """The feature maps (B, K, h, w) of what the layer returned for images of the size (H, W).
+
+        Raises:
+            InputError: these are no feature maps, and no tokens whose grid is known.
+        """
+        if self.grid is not None and isinstance(output, Tensor) and output.ndim == 3:
+            return self.grid.maps(output)
+        if not isinstance(output, Tensor) or output.ndim != 4:
+            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise InputError(f"target_layer ({type(self.module).__name__}) returns {shape}; (B, K, h, w) is needed.")
+        return output.permute(0, 3, 1, 2) if self.has_channels_last(output.shape, size) else output
+
+    def output_of(self, maps: Tensor, output: Tensor, size: torch.Size) -> Tensor:
+        """What the layer would return with maps (n, K, h, w) in place of those of its output (1 or n, ...)."""
+        if self.grid is not None and output.ndim == 3:
+            return self.grid.tokens(maps, output)
+        return maps.permute(0, 2, 3, 1) if self.has_channels_last(output.shape, size) else maps
 
 
 @contextmanager
@@ -113,6 +138,7 @@ class _Seen:
         is_map: whether the output is feature maps.
         channels_last: whether they are (B, h, w, K); None where the operations do not tell.
         from_tokens: whether the layer read tokens.
+        grid: the positions among the tokens that it returned, where the operations tell.
         differentiable: whether gradients were recorded when the layer ran.
     """
 
@@ -123,6 +149,7 @@ class _Seen:
     is_map: bool
     channels_last: bool | None
     from_tokens: bool
+    grid: TokenGrid | None = None
     differentiable: bool = True
 
     @property
@@ -189,7 +216,8 @@ def _trace(model: nn.Module, images: Tensor) -> _Trace:
             is_map = _is_map(output, images.shape[-2:], layout)
             last = None if layout is None else layout.channel_axis == 3
             tokens = _is_tokens(args[0] if args else None)
-            entry = _Seen(name, call, output, output._version, is_map, last, tokens, differentiable)
+            grid = None if layout is None or layout.channel_axis != 2 else layout.grid
+            entry = _Seen(name, call, output, output._version, is_map, last, tokens, grid, differentiable)
             (seen if output.requires_grad else hidden).append(entry)
 
     # The image requires a gradient, so that outputs that depend on it can be told from constants.
@@ -261,7 +289,7 @@ def _bypassed(model: nn.Module, images: Tensor, layer: nn.Module, call: int, oth
     return any(output.requires_grad and _on_path(logits, output) for output in outputs)
 
 
-def _chosen_call(model: nn.Module, images: Tensor, name: str, trace: _Trace) -> tuple[str, int, int, bool | None]:
+def _chosen_call(model: nn.Module, images: Tensor, name: str, trace: _Trace) -> _Found:
     """Name, number and count of the last call of a layer with feature maps that determine the logits; their layout.
 
     Raises:
@@ -269,7 +297,8 @@ def _chosen_call(model: nn.Module, images: Tensor, name: str, trace: _Trace) -> 
     """
     layer = named_layer(model, name)
     names = {n for n, module in model.named_modules() if module is layer}
-    maps = [s for s in trace.seen if s.name in names and s.is_map and _on_path(trace.logits, s.output)]
+    usable = [s for s in trace.seen if s.name in names and (s.is_map or s.grid is not None)]
+    maps = [s for s in usable if _on_path(trace.logits, s.output)]
     # Without feature maps the layer's first call is left to the method, which names what it returns.
     call, calls = (maps[-1].call if maps else 0), max((trace.calls[n] for n in names), default=1)
     if len(maps) > 1 and _bypassed(model, images, layer, call, {s.call for s in maps[:-1]}):
@@ -278,23 +307,56 @@ def _chosen_call(model: nn.Module, images: Tensor, name: str, trace: _Trace) -> 
             f"{type(model).__name__}, and the logits depend on {len(maps)} of its feature maps side by side, as with "
             "test-time augmentation or siamese branches; explain the part that runs once, or name a layer that does."
         )
-    last = next((s.channels_last for s in trace.seen if s.name in names and s.call == call), None)
-    return name.removeprefix(COMPILED), call, max(calls, 1), last
+    last, grid = next(
+        ((s.channels_last, s.grid) for s in trace.seen if s.name in names and s.call == call), (None, None)
+    )
+    return name.removeprefix(COMPILED), call, max(calls, 1), last, grid
 
 
-def _search(model: nn.Module, images: Tensor) -> tuple[str, int, int, bool | None]:
+def _search(model: nn.Module, images: Tensor) -> _Found:
     with explaining(model, images.device.type):
         trace = _trace(model, images)
-        position = _last_map(model, trace.seen, trace.logits)
-        if position is None:
-            raise InputError(_no_maps(model, trace))
-        name = _outermost(trace.seen, position).removeprefix(COMPILED)
-        if _mostly_tokens(model, trace.seen, position):
-            raise InputError(
-                f"{type(model).__name__} works on tokens after {name!r}, its last layer with feature maps; "
-                "take the method rollout, or name a layer with target_layer."
-            )
-        return _chosen_call(model, images, name, trace)
+        return _chosen_call(model, images, _target_name(model, trace), trace)
+
+
+def _target_name(model: nn.Module, trace: _Trace) -> str:
+    """Name of the last layer with feature maps, or, where a network mostly processes tokens, with tokens of a grid."""
+    position = _last_map(model, trace.seen, trace.logits)
+    if position is not None and not _mostly_tokens(model, trace.seen, position):
+        return _outermost(trace.seen, position).removeprefix(COMPILED)
+    tokens = _last_tokens(model, trace)
+    if tokens is not None:
+        return tokens.name
+    if position is None:
+        raise InputError(_no_maps(model, trace))
+    name = _outermost(trace.seen, position).removeprefix(COMPILED)
+    raise InputError(
+        f"{type(model).__name__} works on tokens after {name!r}, its last layer with feature maps, and their places in "
+        "the image are not known from its operations; take the method rollout, or name a layer with target_layer."
+    )
+
+
+def _last_tokens(model: nn.Module, trace: _Trace) -> _Seen | None:
+    """The last layer whose tokens have known places in the image that determine the logits; norms go first.
+
+    Behind the last attention of a network with a class token, only that token does.
+    """
+    layers = dict(model.named_modules())
+    gridded = [s for s in reversed(trace.seen) if s.grid is not None]
+    norms = [s for s in gridded if isinstance(layers[s.name], NORMS) or type(layers[s.name]).__name__.endswith("Norm")]
+    return next((s for s in (*norms, *gridded) if _places_matter(trace.logits, s)), None)
+
+
+def _places_matter(logits: Tensor, entry: _Seen) -> bool:
+    """Whether the logits depend on tokens of the grid."""
+    assert entry.grid is not None
+    if not logits.requires_grad:
+        return False
+    # Another factor for every class: norms make the gradient of the plain sum vanish.
+    factors = torch.linspace(1, 2, logits.shape[-1], dtype=logits.dtype, device=logits.device)
+    score = (logits * factors).sum()
+    (gradient,) = torch.autograd.grad(score, entry.output, retain_graph=True, allow_unused=True)
+    return gradient is not None and bool(entry.grid.maps(gradient).any())
 
 
 def _no_maps(model: nn.Module, trace: _Trace) -> str:
@@ -318,15 +380,16 @@ def search_target_layer(model: nn.Module, images: Tensor) -> str:
     """Name of the last layer whose feature maps have more than one position and determine the logits.
 
     Pooling layers are skipped, so that the layer of a VGG is its last convolution after the ReLU. Of nested modules
-    that return the same tensor, the outermost is taken.
+    that return the same tensor, the outermost is taken. In a network that mostly processes tokens, such as a vision
+    transformer or a Mixer, it is the last norm whose tokens, put back into the grid of patches, determine the logits.
 
     Args:
         model: run once on the first image, in eval mode.
         images: (B, C, H, W).
 
     Raises:
-        InputError: no layer has such feature maps, most of the network processes tokens after the last one, or the
-            last one runs several times side by side.
+        InputError: no layer has such feature maps or tokens of a known grid, or the last one runs several times side
+            by side.
     """
     return _search(model, images)[0]
 
@@ -357,7 +420,7 @@ def target_layer_of(model: nn.Module, images: Tensor, name: str | nn.Module | No
     return TargetLayer(named_layer(model, found[0]), *found[1:])
 
 
-def _named(model: nn.Module, images: Tensor, name: str) -> tuple[str, int, int, bool | None]:
+def _named(model: nn.Module, images: Tensor, name: str) -> _Found:
     named_layer(model, name)
     with explaining(model, images.device.type):
         return _chosen_call(model, images, name, _trace(model, images))
