@@ -31,7 +31,7 @@ def check_trained_on(checkpoint: dict[str, Any], data: Any) -> None:
         data: the data module.
 
     Raises:
-        InputError: both have the same classes in another order.
+        InputError: a class has another label in the data than in the checkpoint.
     """
     stored = checkpoint.get(KEY)
     if not isinstance(stored, dict) or not hasattr(data, "preprocessing"):
@@ -50,9 +50,11 @@ def _check_classes(stored: Sequence[Any], current: Sequence[str]) -> None:
     names = [", ".join(map(str, each)) for each in (stored, current)]
     if not stored or names[0] == names[1]:
         return
-    if sorted(map(str, stored)) == sorted(current):
+    shared = [str(name) for name in stored if name in current]
+    if moved := [name for name in shared if stored.index(name) != current.index(name)]:
         raise InputError(
-            f"The checkpoint was trained on the classes {names[0]}; the data has them in another order: {names[1]}."
+            f"The checkpoint was trained on the classes {names[0]}; those of the data are {names[1]}, where "
+            f"{moved[0]} has another label: {current.index(moved[0])}, not {stored.index(moved[0])}."
         )
     rank_zero_warn(f"The checkpoint was trained on the classes {names[0]}; those of the data are {names[1]}.")
 

@@ -29,9 +29,12 @@ def test_the_same_data_and_checkpoints_without_a_record_pass(data):
     check_trained_on(checkpoint(data), SimpleNamespace())
 
 
-def test_classes_in_another_order_are_refused(data):
-    with pytest.raises(ValueError, match="classes lesions, healthy; the data has them in another order: healthy, les"):
-        check_trained_on(checkpoint(data, class_names=["lesions", "healthy"]), data)
+@pytest.mark.parametrize("names", [["lesions", "healthy"], ["another", "healthy"]])
+def test_a_class_with_another_label_is_refused(data, names):
+    with pytest.raises(
+        ValueError, match=r"those of the data are healthy, lesions, where \w+ has another label: \d, not"
+    ):
+        check_trained_on(checkpoint(data, class_names=names), data)
 
 
 @pytest.mark.parametrize(
