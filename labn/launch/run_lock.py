@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import socket
@@ -72,7 +73,10 @@ def check_held(run_dir: Path, command: str) -> None:
         FileError: the folder cannot be written.
     """
     path = lock_path(run_dir, command)
-    if _holder(path) != _myself():
+    holder, parent = _holder(path), multiprocessing.parent_process()
+    # With `ddp_spawn` and `ddp_fork` the first rank is a child of the process that holds the lock.
+    is_parents = holder is not None and parent is not None and holder.get("process") == parent.pid
+    if holder != _myself() and not is_parents:
         _take(path, command)
 
 

@@ -1,6 +1,8 @@
 """Two commands in one run folder."""
 
+import contextlib
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -98,6 +100,22 @@ def test_a_lock_removed_by_hand_is_taken_again_and_a_stolen_one_ends_the_command
         lock_path(tmp_path, "fit").write_text(json.dumps(holder_of(os.getppid())))
         with pytest.raises(ValueError, match=f"process {os.getppid()} runs fit there"):
             check_held(tmp_path, "fit")
+
+
+def _check(run_dir):
+    check_held(run_dir, "fit")
+    lock_path(run_dir, "fit").write_text(json.dumps(holder_of(1)))
+    with contextlib.suppress(ValueError):
+        check_held(run_dir, "fit")
+        os._exit(3)
+
+
+def test_a_rank_that_the_holder_has_forked_works_under_its_lock(tmp_path):
+    with locked(tmp_path, "fit"):
+        rank = multiprocessing.get_context("fork").Process(target=_check, args=(tmp_path,))
+        rank.start()
+        rank.join()
+    assert rank.exitcode == 0
 
 
 LEFT = [
