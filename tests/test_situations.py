@@ -191,3 +191,26 @@ def test_explanations_leave_the_model_as_it_was():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(module.training and not module._forward_hooks for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class OneByOne(nn.Module):
+    """Runs its network once per image."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = net()
+
+    def forward(self, x):
+        return torch.cat([self.body(image[None]) for image in x])
+
+
+def test_a_model_that_divides_the_batch_is_explained_alone_and_refused_in_a_batch():
+    model = OneByOne().eval()
+    for method in ("gradxinput", "lrp"):
+        got, expected = (explain(m, X, method, TARGETS).maps for m in (model, net()))
+        assert torch.allclose(got, expected, atol=1e-5)
+    for method in ("gradcam", "scorecam", "smoothgradcam++"):
+        got, expected = (explain(m, X[:1], method, 0).maps for m in (model, net()))
+        assert torch.allclose(got, expected, atol=1e-5), method
+        with pytest.raises(ValueError, match="the model divides the batch; explain the images one by one"):
+            explain(model, X, method, TARGETS)

@@ -121,7 +121,8 @@ def _affine(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
     """A BatchNorm as a layer of its own, by the epsilon rule: R_x = g x R / (g x + c + e)."""
     assert node.norm is not None
     (a,) = state.trace.saved[node.index]
-    scale, shift = (v.view(-1, *[1] * (a.ndim - 2)) for v in (node.norm.scale, node.norm.shift))
+    per_channel = (-1, *[1] * (a.ndim - 2))
+    scale, shift = (v.view(per_channel) if v.ndim == 1 else v for v in (node.norm.scale, node.norm.shift))
     s = divide(r, torch.addcmul(shift, a, scale), state.trace.config, state.conservation)
     if state.conservation is not None:
         state.conservation.biased(s * shift)

@@ -159,7 +159,9 @@ def _make(
 
 def _identity_of(layer: Layer) -> tuple[object, ...]:
     norm = None if layer.norm is None else layer.norm.source
-    return (layer.operation, layer.weight.data_ptr(), layer.weight.shape, str(layer.options), norm)
+    # Two layers may share a weight and have biases of their own, or read it in another order, as its transpose.
+    tensors = [None if t is None else (t.data_ptr(), t.shape, t.stride()) for t in (layer.weight, layer.bias)]
+    return (layer.operation, *tensors, str(layer.options), norm)
 
 
 def check(graph: Graph, config: Config, starts: set[int]) -> None:

@@ -157,3 +157,26 @@ def test_the_earlier_name_of_a_rule_becomes_its_name_with_one_warning(earlier, n
     assert len(caught) == 1
     assert caught[0].filename == __file__
     assert config == Config(**now)
+
+
+class SharedMatrix(nn.Module):
+    """One matrix with two biases, and as its own transpose."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.two, self.head = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 3)
+        self.two.weight = self.one.weight
+
+    def forward(self, x):
+        x = self.two(self.one(x.flatten(1)).relu()).relu()
+        return self.head(nn.functional.linear(x, self.one.weight.mT).relu())
+
+
+def test_layers_that_share_a_weight_keep_their_own_biases_and_order():
+    net, x = SharedMatrix().double().eval(), images(2, 2)
+    config = Config(rule="epsilon", first_layer="same", eps=1e-12)
+    result = relevance(net, x, torch.tensor([1, 1]), config, init="logit")
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(net(leaf)[:, 1].sum(), leaf)
+    assert torch.allclose(result.relevance, gradient * x, atol=1e-9)

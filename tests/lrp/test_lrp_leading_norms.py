@@ -6,6 +6,7 @@ from lrp_nets import images, seeded
 from test_lrp_rules import EPS, dense_epsilon, dense_zplus, matrix_of, stable
 from torch import nn
 from torchvision.models import DenseNet
+from torchvision.ops import FrozenBatchNorm2d
 
 import labn
 from labn.lrp import Config, backward, forward, relevance
@@ -116,3 +117,30 @@ def test_densenet_accounts_for_all_relevance():
     assert torch.allclose(folded.initial, folded.arrived + folded.leaked, atol=1e-9)
     assert not torch.allclose(folded.relevance, passed.relevance)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+class Written(nn.Module):
+    """A convolution that is read by a frozen BatchNorm, another BatchNorm directly behind one, and a frozen one."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 4, 3), FrozenBatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5),
+            nn.BatchNorm2d(5), nn.ReLU(), FrozenBatchNorm2d(5), nn.Conv2d(5, 5, 3, padding=1), nn.ReLU(),
+        )  # fmt: skip
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.head(self.body(x).mean((2, 3)))
+
+
+@pytest.mark.filterwarnings("ignore:.* of the relevance arrives")
+def test_norms_written_out_and_in_a_row_are_gradient_times_input_too():
+    net, x = seeded(Written(), 4), images(2, 10)
+    for norm in net.modules():
+        if isinstance(norm, FrozenBatchNorm2d):
+            norm.weight[:2] *= -1
+    expected = labn.explain(net, x, "gradxinput", 1).maps
+    got = labn.explain(net, x, "lrp", 1, init="logit", **EPSILON).maps
+    assert float(expected.abs().max()) > 0
+    assert torch.allclose(got, expected, atol=1e-6 * float(expected.abs().max()), rtol=1e-4)

@@ -80,7 +80,11 @@ def replacing_output(
 def hooking_call(
     model: nn.Module, layer: TargetLayer | nn.Module, hook: Callable[[nn.Module, Any, Any], Any]
 ) -> Iterator[None]:
-    """Call `hook(module, args, output)` after one call of a layer; what it returns replaces the output."""
+    """Call `hook(module, args, output)` after one call of a layer; what it returns replaces the output.
+
+    Raises:
+        InputError: during a forward, if the layer runs more often than in the forward in which it was found.
+    """
     target = layer if isinstance(layer, TargetLayer) else TargetLayer(layer)
     calls = 0
 
@@ -91,6 +95,11 @@ def hooking_call(
     def counted(module: nn.Module, args: Any, output: Any) -> Any:
         nonlocal calls
         calls += 1
+        if calls > target.calls:
+            raise InputError(
+                f"target_layer ({type(module).__name__}) runs more than {target.calls} times for a batch, and "
+                f"{target.calls} times for one image: the model divides the batch; explain the images one by one."
+            )
         return hook(module, args, output) if calls - 1 == target.call else None
 
     with temporary_hooks(before={model: restart}, after={target.module: counted}, prepend=True):

@@ -40,6 +40,12 @@ class Norm:
         source = tuple(None if t is None else t.data_ptr() for t in (mean, variance, gain, offset))
         return cls(scale, (0 if offset is None else offset) - mean * scale, (*source, epsilon))
 
+    def after(self, first: Norm | None) -> Norm:
+        """This BatchNorm behind another one, or behind none."""
+        if first is None:
+            return self
+        return Norm(self.scale * first.scale, self.scale * first.shift + self.shift, (first.source, self.source))
+
 
 @dataclass
 class Layer:

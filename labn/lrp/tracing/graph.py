@@ -305,9 +305,10 @@ def merge_norms(graph: Graph) -> None:
             continue
         call, norm = replace(before.call, index=index), Norm.of(node.call)
         if before.layer is None:
-            graph.nodes[index] = replace(before, call=call, norm=norm)
+            graph.nodes[index] = replace(before, call=call, norm=norm.after(before.norm))
         else:
-            graph.nodes[index] = replace(before, call=call, layer=replace(before.layer, norm=norm))
+            layer = replace(before.layer, norm=norm.after(before.layer.norm))
+            graph.nodes[index] = replace(before, call=call, layer=layer)
         del graph.nodes[before.index]
         graph.outputs = {name: index if i == before.index else i for name, i in graph.outputs.items()}
 

@@ -2,7 +2,8 @@
 
 A BatchNorm y = g x + c that a linear layer reads directly is folded forward into that layer, w (g x + c) + b =
 (w g) x + (w c + b). Padding of the layer would add zeros in place of c; there, and before anything else, such as a
-ReLU, the BatchNorm becomes a layer of its own with the epsilon rule, R_x = g x R_y / (g x + c + e).
+ReLU, the BatchNorm becomes a layer of its own with the epsilon rule, R_x = g x R_y / (g x + c + e). So does the shift
+of a BatchNorm that is written out as a product and a sum with constants (torchvision's FrozenBatchNorm2d).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from labn.lrp.rules.linear_layers import Norm
 from labn.lrp.tracing.graph import Graph, Node
+from labn.lrp.tracing.operations import SHIFT_OR_SCALE
 
 
 def fold_leading_norms(graph: Graph, at_pixels: bool) -> Graph:
@@ -28,7 +30,20 @@ def fold_leading_norms(graph: Graph, at_pixels: bool) -> Graph:
     for index, node in graph.nodes.items():
         if node.kind == "norm" and not _fold_forward(node, folded) and (at_pixels or not node.first):
             folded.nodes[index] = replace(node, kind="affine", norm=Norm.of(node.call))
+        if node.kind == "pass" and (at_pixels or not node.first) and (norm := _written_out(node)) is not None:
+            folded.nodes[index] = replace(node, kind="affine", norm=norm)
     return folded
+
+
+def _written_out(node: Node) -> Norm | None:
+    """Scale and shift (1, ...) of a constant that is added, as in a BatchNorm written out; None without a shift."""
+    if node.call.operation not in SHIFT_OR_SCALE or len(node.inputs) != 1 or not node.call.constants:
+        return None
+    zeros = torch.zeros((1, *node.call.shape[1:])).to(node.call.constants[0])
+    shift = node.evaluate({node.inputs[0]: zeros})
+    if shift.shape != zeros.shape or not bool(shift.any()):
+        return None  # a scaling hands relevance on as it is
+    return Norm(node.evaluate({node.inputs[0]: zeros + 1}) - shift, shift)
 
 
 def _fold_forward(node: Node, graph: Graph) -> bool:
