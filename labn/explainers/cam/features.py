@@ -97,8 +97,8 @@ def hooking_call(
         calls += 1
         if calls > target.calls:
             raise InputError(
-                f"target_layer ({type(module).__name__}) runs more than {target.calls} times for a batch, and "
-                f"{target.calls} times for one image: the model divides the batch; explain the images one by one."
+                f"target_layer ({type(module).__name__}) runs more often for a batch than for one image (calls: "
+                f"{target.calls}): the model divides the batch; explain the images one by one."
             )
         return hook(module, args, output) if calls - 1 == target.call else None
 
