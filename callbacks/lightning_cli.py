@@ -38,7 +38,15 @@ from callbacks.checks import check_strategy
 from callbacks.explanation.base import callbacks_of
 from callbacks.logging.loggers import default_loggers, unused_version
 from callbacks.logging.run_config import RunConfigCallback
-from callbacks.logging.terminal import SentenceParser, escape_controls, no_advertisement, say_figures, say_taken_over
+from callbacks.logging.terminal import (
+    SentenceParser,
+    escape_controls,
+    no_noise,
+    plain_warnings,
+    say_figures,
+    say_fitted,
+    say_taken_over,
+)
 from labn.errors import InputError
 from labn.io.atomic import check_writable
 from labn.launch.allocator import keep_freed_memory
@@ -64,12 +72,13 @@ class LabnCLI(LightningCLI):
     Args:
         args: positional arguments of `LightningCLI`.
         experiment: name of the run folder in `runs/`; `--run_dir` overrides it.
+        words: the arguments as the user has given them.
         held: receives the lock of the run folder, which its owner holds until the command has ended.
         kwargs: arguments of `LightningCLI`.
     """
 
-    def __init__(self, *args: Any, experiment: str, held: ExitStack, **kwargs: Any) -> None:
-        self.experiment = experiment
+    def __init__(self, *args: Any, experiment: str, words: Sequence[str], held: ExitStack, **kwargs: Any) -> None:
+        self.experiment, self.words = experiment, words
         self.held = held
         super().__init__(*args, **kwargs)
 
@@ -185,8 +194,9 @@ class LabnCLI(LightningCLI):
                 callback.check_run_folder(self.trainer)
 
     def after_fit(self) -> None:
-        """Check that the run folder is still there."""
+        """Check that the run folder is still there, and print the best checkpoint and the command that tests it."""
         self._check_run_folder()
+        say_fitted(self.trainer, self.words)
 
     def after_validate(self) -> None:
         """Check that the run folder is still there, and print the metrics of the model."""
@@ -254,7 +264,8 @@ def train_or_evaluate(arguments: Sequence[str]) -> None:
     requeue_on_signal()
     end_at_hangup()
     try:
-        _run(expand_includes(arguments), experiment_name(configurations(arguments)))
+        with plain_warnings():
+            _run(expand_includes(arguments), experiment_name(configurations(arguments)), arguments)
     except SIGTERMException as error:
         # Lightning itself exits with status 0 after SIGTERM, as if the run were complete.
         _say("Terminated")
@@ -287,8 +298,14 @@ def _say(what: str) -> None:
         print(f"{what}; the same command (fit: with --ckpt_path last) resumes from here.", file=sys.stderr)
 
 
-def _run(words: list[str], experiment: str) -> None:
-    """Run the command of `words`, among which included configurations stand before the files that include them."""
+def _run(words: list[str], experiment: str, given: Sequence[str]) -> None:
+    """Run the command of `words`, among which included configurations stand before the files that include them.
+
+    Args:
+        words: the arguments, with included configurations.
+        experiment: default name of the run folder.
+        given: the arguments as the user has given them.
+    """
     # Lightning warns that `args` differ from sys.argv. sys.argv is left unchanged on purpose: the launcher starts
     # further ranks with it, and each of them expands its includes itself.
     warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
@@ -297,7 +314,8 @@ def _run(words: list[str], experiment: str) -> None:
     # The logged means of maps' scores are those of all ranks already; for other values, such as `val/loss`, the
     # warning stays.
     warnings.filterwarnings("ignore", message=r"It is recommended to use `self\.log\('(val|test)/[^']+/")
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(no_advertisement)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(no_noise)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(escape_controls)
     keep_freed_memory()
     with ExitStack() as held:
@@ -307,7 +325,12 @@ def _run(words: list[str], experiment: str) -> None:
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=42,
-            trainer_defaults={"inference_mode": False, "use_distributed_sampler": False},
+            trainer_defaults={
+                "inference_mode": False,
+                "use_distributed_sampler": False,
+                # Its table lists metrics beside the network; RunProfile prints size and cost in one line.
+                "enable_model_summary": False,
+            },
             save_config_callback=RunConfigCallback,
             parser_class=SentenceParser,
             parser_kwargs={"description": DESCRIPTION},
@@ -316,5 +339,6 @@ def _run(words: list[str], experiment: str) -> None:
             args=[*words, "--include=[]"] if "--config" in words else words,
             auto_configure_optimizers=False,
             experiment=experiment,
+            words=given,
             held=held,
         )

@@ -20,10 +20,9 @@ from labn.metrics.registry import check_settings, metric_by_name, values_named
 from labn.perturbation.engine import check_precision
 from labn.results.fingerprints import describe, source_digest
 from labn.results.store import ScoreShard
-from labn.results.tables import Plan, summary_table, write_results
+from labn.results.tables import BASELINES, Plan, reading, summary_table, write_results
 
 # Maps without information: a protocol under which they score well measures something other than the map.
-BASELINES = ("random", "constant")
 
 ENGINE = ("chunk_size", "fold", "precision")
 """Arguments of this callback that go to the perturbation engine, which all metrics share."""
@@ -218,7 +217,7 @@ class EvaluationCallback(ExplainingCallback):
             "positive_classes": self._positives,
         }
         groups = data.groups(session.split)
-        summary = write_results(
+        summary, pairs = write_results(
             session.results,
             plan,
             session.split,
@@ -229,6 +228,8 @@ class EvaluationCallback(ExplainingCallback):
         )
         if trainer.state.fn != "fit":
             print(f"\n{self.folder}: mean [95 % interval]\n{summary_table(summary, self._headline())}")
+            read = [sentence for name in self._asked() if (sentence := reading(summary, pairs, name))]
+            print("".join(f"{sentence}\n" for sentence in read[:1]), end="")
         return {f"{explainer}/{metric}": interval.mean for (explainer, metric), interval in summary.items()}
 
     def _asked(self) -> list[str]:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+import os
+import re
+import shlex
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.explanation.base import ExplainingCallback, callbacks_of
 from callbacks.explanation.detections import DetectionCallback
+from callbacks.logging.wandb_logger import RunWandbLogger
 from labn.errors import printable
 from labn.launch.error_messages import config_sentence
 
@@ -47,6 +54,7 @@ def say_figures(trainer: pl.Trainer, stage: str) -> None:
         return
     print(f"\n{stage}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     writers = [c for c in callbacks_of(trainer) if isinstance(c, (ExplainingCallback, DetectionCallback))]
+    say_wandb(trainer)
     for folder in dict.fromkeys(callback.folder for callback in writers):
         if folder is not None and (folder / "report.html").is_file():
             print(printable(f"Report: {folder / 'report.html'}"))
@@ -76,6 +84,67 @@ def escape_controls(record: logging.LogRecord) -> bool:
     return True
 
 
-def no_advertisement(record: logging.LogRecord) -> bool:
-    """Filter for log records: False for Lightning's advertisements of other products."""
-    return "litlogger" not in record.getMessage() and "litmodels" not in record.getMessage()
+NOISE = re.compile(
+    r"litlogger|litmodels|[THI]PU available|GPU available: False|Restoring states from the checkpoint|^Seed set to"
+)
+"""Lightning's messages that tell nothing: advertisements, missing devices, and what this project's own lines say."""
+
+
+def no_noise(record: logging.LogRecord) -> bool:
+    """Filter for log records: False for `NOISE`."""
+    return NOISE.search(record.getMessage()) is None
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Print warnings as `Warning: <text>` within the block, without the path of a source file.
+
+    With `LABN_TRACEBACK=1` in the environment they keep it.
+    """
+    before = warnings.formatwarning
+    if os.environ.get("LABN_TRACEBACK", "0") == "0":
+        warnings.formatwarning = lambda message, *_, **__: f"Warning: {printable(str(message), keep=chr(10))}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
+
+
+def say_fitted(trainer: pl.Trainer, words: Sequence[str]) -> None:
+    """Print the best checkpoint, its monitored value, and the command that tests it; only on rank zero.
+
+    Args:
+        trainer: the trainer after `fit`.
+        words: the arguments of the command line, `fit` first.
+    """
+    best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.best_model_path), None)
+    if not trainer.is_global_zero or best is None:
+        return
+    score = "" if best.best_model_score is None else f" ({best.monitor} {float(best.best_model_score):.4g})"
+    print()
+    print(printable(f"Best checkpoint: {best.best_model_path}{score}"))
+    say_wandb(trainer)
+    print(printable(f"Next: python cli.py {shlex.join(tested(words))}"))
+
+
+def say_wandb(trainer: pl.Trainer) -> None:
+    """Print where an offline run of Weights & Biases is and how to upload it; its own lines are silent."""
+    for logger in trainer.loggers:
+        if isinstance(logger, RunWandbLogger) and not logger.lost and logger._offline:
+            folder = logger.experiment.settings.sync_dir
+            print(printable(f"Weights & Biases: offline run, uploaded by wandb sync {folder}"))
+
+
+def tested(words: Sequence[str]) -> list[str]:
+    """The arguments of the test that follows a fit.
+
+    Example:
+        >>> tested(["fit", "--config", "a.yaml", "--ckpt_path=last", "--run_dir", "b"])
+        ['test', '--config', 'a.yaml', '--run_dir', 'b', '--ckpt_path', 'best']
+    """
+    kept, skip = [], False
+    for word in words:
+        if not skip and not word.startswith("--ckpt_path"):
+            kept.append("test" if word == "fit" else word)
+        skip = word == "--ckpt_path"
+    return [*kept, "--ckpt_path", "best"]

@@ -1,7 +1,8 @@
 """Cells of tables that people open with spreadsheets: a text must not become a formula.
 
 A text that begins with `=`, `+`, `-`, `@`, a tab or a line break gets an apostrophe in front, which spreadsheets show
-as part of the text. Numbers stay numbers. `labn.results.reader` removes the apostrophe again.
+as part of the text. Numbers stay numbers, and so does the name of a negated method (`-labn`) in a column of methods: it
+calculates nothing. `labn.results.reader` removes the apostrophe again.
 """
 
 from __future__ import annotations
@@ -26,6 +27,17 @@ def escaped_cell(value: Any) -> Any:
     if isinstance(value, float):
         return repr(value)
     return f"'{value}" if isinstance(value, str) and _FORMULA.match(value) and not _is_number(value) else value
+
+
+def escaped_method(value: Any) -> Any:
+    """A cell in a column of methods: as `escaped_cell`, but the name of a negated method stays as it is.
+
+    Example:
+        >>> [escaped_method(value) for value in ("-labn", "-gradcam++", "gradcam", "-1+cmd|x", "=x")]
+        ['-labn', '-gradcam++', 'gradcam', "'-1+cmd|x", "'=x"]
+    """
+    negated = isinstance(value, str) and re.fullmatch(r"-[A-Za-z]\w*(\+\+)?", value)
+    return value if negated else escaped_cell(value)
 
 
 def unescaped_cell(text: str) -> str:

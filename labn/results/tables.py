@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import platform
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,13 +25,15 @@ from torch import Tensor
 
 from labn.io.atomic import write_atomically, written_atomically
 from labn.io.memmap import Stored, blocks, temporary_memmap, write_npz
-from labn.io.table_cells import escaped_cell
+from labn.io.table_cells import escaped_cell, escaped_method
 from labn.metrics.sample_table import SampleTable
 from labn.metrics.statistics import Interval, bootstrap_means
 from labn.results.store import MANIFEST, ResultStore, ScoreShard
 
 SCORES = ("split", "index", "name", "label", "target", "explainer", "metric", "value")
 
+BASELINES = ("random", "constant")
+"""Methods that do not look at the image, in every table for comparison."""
 SUMMARY = ("explainer", "metric", "mean", "ci_low", "ci_high", "n")
 
 PAIRED = ("explainer_a", "explainer_b", "metric", "difference", "ci_low", "ci_high", "n")
@@ -204,8 +207,9 @@ def write_rows(text: TextIO, header: Sequence[str], rows: Iterable[Sequence[Any]
     plain = csv.writer(text, lineterminator="\n")
     # The module quotes cells with a carriage return in some versions of Python only.
     quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    escape = [escaped_method if name.startswith("explainer") else escaped_cell for name in header]
     for row in itertools.chain([header], rows):
-        cells = [escaped_cell(value) for value in row]
+        cells = [write(value) for write, value in zip(escape, row)]
         (quoted if any(isinstance(cell, str) and "\r" in cell for cell in cells) else plain).writerow(cells)
 
 
@@ -294,7 +298,7 @@ def write_results(
     manifest: dict[str, Any],
     groups: Groups = None,
     scored: int | None = None,
-) -> dict[tuple[str, str], Interval]:
+) -> tuple[dict[tuple[str, str], Interval], dict[tuple[str, str, str], Interval]]:
     """Merge all score shards into the tables of the results folder; called by rank zero.
 
     Args:
@@ -307,7 +311,8 @@ def write_results(
         scored: number of samples that all ranks together have scored; a warning tells if the folder has fewer.
 
     Returns:
-        (explainer, value) -> mean and interval, as in `summary.csv`.
+        (explainer, value) -> mean and interval, as in `summary.csv`; and (a, b, value) -> the same of the difference
+        a - b, as in `paired.csv`.
     """
     store.check_not_removed()
     curves = Curves(plan, store.folder)
@@ -333,7 +338,7 @@ def write_results(
             "folder that rank zero does not see, or had other settings.",
             stacklevel=2,
         )
-    return summary
+    return summary, pairs
 
 
 def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
@@ -353,3 +358,38 @@ def summary_table(summary: dict[tuple[str, str], Interval], names: Sequence[str]
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in cells]
     return "\n".join(lines)
+
+
+def reading(
+    summary: Mapping[tuple[str, str], Interval], pairs: Mapping[tuple[str, str, str], Interval], name: str
+) -> str:
+    """One sentence about a column of PID: what 0 is, what `random` got, and whether the best method beats it.
+
+    Args:
+        summary: (explainer, value) -> mean and interval.
+        pairs: (a, b, value) -> mean and interval of the difference a - b.
+        name: name of the value, such as `pid16`.
+
+    Returns:
+        The sentence; empty for other values than PID, and without `random` or any other method.
+
+    Example:
+        >>> means = {("gradcam", "id"): Interval(0.4, 0.3, 0.5, 20), ("random", "id"): Interval(0.0, -0.1, 0.1, 20)}
+        >>> said = reading(means, {("gradcam", "random", "id"): Interval(0.4, 0.2, 0.6, 20)}, "id")
+        >>> print(*said.split("; "), sep=chr(10))
+        id: a map without information gets 0 (random: 0.000 [-0.100, 0.100])
+        gradcam is best with 0.400 and beats random by 0.400 [0.200, 0.600].
+    """
+    means = {explainer: interval for (explainer, value), interval in summary.items() if value == name}
+    methods = {e: i.mean for e, i in means.items() if e not in BASELINES and not math.isnan(i.mean)}
+    if not re.fullmatch(r"id|pid\d+", name) or "random" not in means or not methods:
+        return ""
+    random, best = means["random"], max(methods, key=methods.__getitem__)
+    start = f"{name}: a map without information gets 0 (random: {random.mean:.3f}{random.bracketed}); "
+    difference = pairs.get((best, "random", name))
+    if difference is None or math.isnan(difference.low):
+        return f"{start}{best} is best with {methods[best]:.3f}; too few samples say whether it beats random."
+    by = f"{difference.mean:.3f}{difference.bracketed}"
+    if difference.low > 0:
+        return f"{start}{best} is best with {methods[best]:.3f} and beats random by {by}."
+    return f"{start}no method beats random: {best}, the best, differs from it by {by}."

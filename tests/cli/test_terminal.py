@@ -1,15 +1,19 @@
 """What a command prints: configurations that can be given back, and the figures of the model."""
 
 import logging
+import math
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 from command_line import call_main
 
-from callbacks import DetectionCallback, EvaluationCallback, ExplanationCallback
-from callbacks.logging.terminal import no_advertisement, say_figures
+from callbacks import BestCheckpoint, DetectionCallback, EvaluationCallback, ExplanationCallback, LastCheckpoint
+from callbacks.logging.terminal import no_noise, plain_warnings, say_figures, say_fitted
 from labn.explainers import explainer_by_name
+from labn.metrics.statistics import Interval
+from labn.results.tables import reading
 
 
 @pytest.fixture
@@ -46,6 +50,7 @@ def trainer_of(folder, first, *more):
         default_root_dir=str(folder),
         fast_dev_run=False,
         is_global_zero=first,
+        loggers=[],
     )
 
 
@@ -83,6 +88,65 @@ def test_only_rank_zero_prints_the_metrics(tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize(("text", "kept"), [("try installing [litlogger](x)", False), ("Seed set to 42", True)])
-def test_advertisements_are_left_out(text, kept):
-    assert no_advertisement(logging.LogRecord("x", logging.INFO, "", 0, text, (), None)) is kept
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("try installing [litlogger](x)", False),
+        ("TPU available: False, using: 0 TPU cores", False),
+        ("GPU available: False, used: False", False),
+        ("GPU available: True (cuda), used: True", True),
+        ("Loaded model weights", True),
+    ],
+)
+def test_what_tells_nothing_is_left_out(text, kept):
+    assert no_noise(logging.LogRecord("x", logging.INFO, "", 0, text, (), None)) is kept
+
+
+def test_warnings_have_no_path_of_a_source_file(monkeypatch):
+    monkeypatch.delenv("LABN_TRACEBACK", raising=False)
+    before = warnings.formatwarning
+    with plain_warnings():
+        assert warnings.formatwarning("a thing\x1b", UserWarning, "file.py", 3) == "Warning: a thing\\x1b\n"
+    assert warnings.formatwarning is before
+    monkeypatch.setenv("LABN_TRACEBACK", "1")
+    with plain_warnings():
+        assert "file.py:3" in warnings.formatwarning("a thing", UserWarning, "file.py", 3)
+
+
+def test_fit_ends_with_the_best_checkpoint_and_the_command_that_tests_it(tmp_path, capsys):
+    best = BestCheckpoint()
+    best.best_model_path, best.best_model_score = str(tmp_path / "best.ckpt"), torch.tensor(0.25)
+    trainer = SimpleNamespace(checkpoint_callbacks=[LastCheckpoint(), best], is_global_zero=True, loggers=[])
+    say_fitted(trainer, ["fit", "--config", "a b.yaml", "--ckpt_path", "last"])
+    said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "",
+        f"Best checkpoint: {tmp_path / 'best.ckpt'} ({best.monitor} 0.25)",
+        "Next: python cli.py test --config 'a b.yaml' --ckpt_path best",
+    ]
+    trainer.is_global_zero = False
+    say_fitted(trainer, ["fit"])
+    assert capsys.readouterr().out == ""
+
+
+INTERVALS = {
+    ("labn", "pid16"): (0.5, 0.4, 0.6),
+    ("random", "pid16"): (0.01, -0.1, 0.1),
+    ("labn", "mass"): (0.3, 0.2, 0.4),
+}
+
+
+@pytest.mark.parametrize(
+    ("bounds", "told"),
+    [
+        ((0.4, 0.6), "labn is best with 0.500 and beats random by 0.490 [0.400, 0.600]."),
+        ((-0.1, 0.6), "no method beats random: labn, the best, differs from it by 0.490 [-0.100, 0.600]."),
+        ((math.nan, math.nan), "too few samples"),
+    ],
+)
+def test_a_table_says_what_zero_is_and_whether_the_best_method_beats_random(bounds, told):
+    summary = {key: Interval(*values, 20) for key, values in INTERVALS.items()}
+    said = reading(summary, {("labn", "random", "pid16"): Interval(0.49, *bounds, 20)}, "pid16")
+    assert said.startswith("pid16: a map without information gets 0 (random: 0.010 [-0.100, 0.100]); ")
+    assert told in said
+    assert reading(summary, {}, "mass") == ""

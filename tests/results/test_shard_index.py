@@ -92,7 +92,7 @@ def test_empty_and_single_sample_splits_write_every_table(tmp_path, count):
     for explainer in ("a", "b"):
         for index in reversed(range(count)):
             store.add_scores(part([index], [index / 7], explainer))
-    summary = write_results(store, plan(count, ("a", "b")), "test", str, {})
+    summary, _ = write_results(store, plan(count, ("a", "b")), "test", str, {})
     lines = (tmp_path / "scores.csv").read_text().splitlines()
     assert lines[1:] == [f"test,{i},{i},{i % 2},{i % 2},{e},v,{i / 7!r}" for i in range(count) for e in "ab"]
     assert len((tmp_path / "predictions.csv").read_text().splitlines()) == 1 + count
