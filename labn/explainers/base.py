@@ -75,7 +75,7 @@ class Explainer(ABC):
         >>> class Brightness(Explainer):
         ...     def attribute(self, model, images, targets, indices):
         ...         return images.mean(1)
-        >>> Brightness()(nn.Identity(), torch.ones(1, 3, 2, 2), torch.tensor([0]))
+        >>> Brightness()(nn.Flatten(), torch.ones(1, 3, 2, 2), torch.tensor([0]))
         tensor([[[1., 1.],
                  [1., 1.]]])
     """

@@ -45,8 +45,11 @@ def leads_to(copied: nn.Module, model: nn.Module) -> bool:
     copy keeps the original alive.
 
     Example:
-        >>> layer = nn.Linear(1, 1)
-        >>> layer.twice = lambda x: 2 * layer(x)
+        >>> def linear():
+        ...     layer = nn.Linear(1, 1)
+        ...     layer.twice = lambda x: 2 * layer(x)
+        ...     return layer
+        >>> layer = linear()
         >>> leads_to(copy.deepcopy(layer), layer)
         True
     """

@@ -37,6 +37,11 @@ MOVED = {
 """Modules and classes that have moved -> the paths under which saved results know them."""
 
 
+ADDED = {"labn.lrp.config.Config": {"norm": "identity", "softmax": "constant", "biases": False, "composite": []}}
+"""Class -> arguments that came after version 0.1, with their defaults. At its default such an argument leaves every value
+as it was, and is no part of the key, so that stored maps stay valid."""
+
+
 def describe(thing: Any) -> Any:
     """A JSON-compatible description of an explainer, a metric or a value: class path and public attributes."""
     if isinstance(thing, Tensor):
@@ -60,7 +65,11 @@ def describe(thing: Any) -> Any:
     extra: dict[str, Any] = {} if source is None else {"source code": source}
     if isinstance(thing, (Explainer, SampleMetric)) and thing.revision:
         extra["the revision"] = thing.revision
-    return {"class": _path_of(type(thing)), **extra, **describe(arguments)}
+    added = ADDED.get(f"{type(thing).__module__}.{type(thing).__qualname__}", {})
+    described = {
+        name: value for name, value in describe(arguments).items() if name not in added or value != added[name]
+    }
+    return {"class": _path_of(type(thing)), **extra, **described}
 
 
 def _path_of(kind: type) -> str:

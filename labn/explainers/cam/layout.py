@@ -65,7 +65,7 @@ class LayoutRecorder(TorchFunctionMode):
         >>> with LayoutRecorder(image) as layouts:
         ...     moved = image.permute(0, 2, 3, 1).relu()
         >>> layouts.of(moved)
-        Layout(channel_axis=3, spatial=True)
+        Layout(channel_axis=3, spatial=True, grid=None)
     """
 
     def __init__(self, image: Tensor) -> None:
