@@ -37,7 +37,9 @@ MOVED = {
 """Modules and classes that have moved -> the paths under which saved results know them."""
 
 
-ADDED = {"labn.lrp.config.Config": {"norm": "identity", "softmax": "constant", "biases": False, "composite": []}}
+ADDED = {
+    "labn.lrp.config.Config": {"norm": "identity", "softmax": "constant", "biases": False, "composite": []},
+}
 """Class -> arguments that came after version 0.1, with their defaults. At its default such an argument leaves every value
 as it was, and is no part of the key, so that stored maps stay valid."""
 
