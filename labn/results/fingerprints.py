@@ -40,8 +40,8 @@ MOVED = {
 ADDED = {
     "labn.lrp.config.Config": {"norm": "identity", "softmax": "constant", "biases": False, "composite": []},
 }
-"""Class -> arguments that came after version 0.1, with their defaults. At its default such an argument leaves every value
-as it was, and is no part of the key, so that stored maps stay valid."""
+"""Class -> arguments that came after version 0.1, with their defaults. At its default such an argument leaves every
+value as it was, and is no part of the key, so that stored maps stay valid."""
 
 
 def describe(thing: Any) -> Any:

@@ -9,8 +9,8 @@ on where the first one ended. The last lines printed are the table of `labn/lrp/
 15 minutes on one core.
 
 `arrived` is the share of the initial relevance, the logit, at the pixels (for `contrastive_lrp`, whose initial
-relevance adds up to 0, the sum at the pixels over the 2 units that start). `error` is |initial - arrived - booked| over the initial
-relevance. `cost` is process CPU time over that of gradient x input in the same process.
+relevance adds up to 0, the sum at the pixels over the 2 units that start). `error` is |initial - arrived - booked|
+over the initial relevance. `cost` is process CPU time over that of gradient x input in the same process.
 """
 
 from __future__ import annotations
