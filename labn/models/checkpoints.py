@@ -7,7 +7,7 @@ import itertools
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -60,13 +60,21 @@ class LoadReport:
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {len(self.taken)} tensors taken, {len(self.fresh)} fresh, {len(self.unused)} unused"]
-        taken, fresh = _whole_modules(self.taken, self.fresh), _whole_modules(self.fresh, self.taken)
+        # Counters of batches are left out: they do not change the output, and split modules into single tensors.
+        taken, fresh = ([n for n in names if not n.endswith(COUNTER)] for names in (self.taken, self.fresh))
+        taken, fresh = _whole_modules(taken, fresh), _whole_modules(fresh, taken)
         for title, names in (("taken", taken), ("fresh", fresh), ("unused", self.unused)):
-            lines += [f"  {title}: {', '.join(names)}"] if names else []
+            lines += [f"  {title}: {_listed(names)}"] if names else []
         if self.renamed:
             pairs = ", ".join(f"{source} -> {target}" for source, target in self.renamed[:3])
             lines.append(f"  by order, because the names differ but all shapes agree: {pairs}, ...")
         return "\n".join(lines)
+
+
+def _listed(names: Sequence[str], most: int = 12) -> str:
+    """The first names, and the number of the others."""
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _whole_modules(names: Iterable[str], others: Iterable[str]) -> list[str]:

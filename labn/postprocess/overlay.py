@@ -118,7 +118,7 @@ def sheet_figure(
     widest = max(len(maps) for _, _, maps, _ in pictures) + 1
     columns = -(-widest // -(-widest // PER_ROW))
     heights = [[_cell_height(image)] * -(-(len(maps) + 1) // columns) for _, image, maps, _ in pictures]
-    height = sum(sum(rows) + _TITLE for rows in heights)
+    height = sum(sum(rows) + _TITLE for rows in heights) + _LEFT  # and a margin at the bottom
     figure = Figure(figsize=((_LEFT + _SIDE + _BAR + _TICKS) * columns, height))
     top = height
     for (title, image, maps, mask), rows in zip(pictures, heights):
