@@ -115,7 +115,7 @@ def say_fitted(trainer: pl.Trainer, words: Sequence[str]) -> None:
 
     Args:
         trainer: the trainer after `fit`.
-        words: the arguments of the command line, `fit` first.
+        words: the arguments of the command line, with `fit` among them.
     """
     best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.best_model_path), None)
     if not trainer.is_global_zero or best is None:
@@ -139,12 +139,14 @@ def tested(words: Sequence[str]) -> list[str]:
     """The arguments of the test that follows a fit.
 
     Example:
-        >>> tested(["fit", "--config", "a.yaml", "--ckpt_path=last", "--run_dir", "b"])
-        ['test', '--config', 'a.yaml', '--run_dir', 'b', '--ckpt_path', 'best']
+        >>> tested(["fit", "--config", "a.yaml", "--ckpt_path=last", "--run_dir", "fit"])
+        ['test', '--config', 'a.yaml', '--run_dir', 'fit', '--ckpt_path', 'best']
     """
+    # Only the command: the name of a run folder may be `fit` too.
+    command = words.index("fit") if "fit" in words else None
     kept, skip = [], False
-    for word in words:
+    for position, word in enumerate(words):
         if not skip and not word.startswith("--ckpt_path"):
-            kept.append("test" if word == "fit" else word)
+            kept.append("test" if position == command else word)
         skip = word == "--ckpt_path"
     return [*kept, "--ckpt_path", "best"]

@@ -24,7 +24,7 @@ from labn.io.atomic import write_atomically
 from labn.io.images import image_files
 from labn.io.preprocessing import Preprocessing
 from labn.io.readers import non_utf8_name, read_text
-from labn.models.backbones import is_import_path
+from labn.models.backbones import import_path_of
 from labn.models.pretrained import load_pretrained
 from labn.postprocess.overlay import displayable, overlay_figure
 from labn.results.shard_index import readable_name
@@ -139,7 +139,7 @@ def load_network(options: argparse.Namespace) -> tuple[nn.Module, Preprocessing]
         InputError: the network is named in neither or both ways, the image size is below 1, `--mean` or `--std` does
             not have one value per channel, or the checkpoint has no preprocessing.
     """
-    own = [options.model] if is_import_path((options.model or "").removeprefix("cbam/")) else []
+    own = [options.model] if import_path_of(options.model or "") else []
     if options.ckpt is None:
         complete = options.model is not None and options.weights is not None
     else:

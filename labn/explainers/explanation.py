@@ -21,6 +21,7 @@ from labn.errors import InputError, InputTypeError, MissingFileError
 from labn.io.atomic import write_atomically, write_error
 from labn.io.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from labn.io.readers import read_json
+from labn.models.checkpoints import read_checkpoint
 from labn.postprocess.overlay import displayable, overlay, sheet_figure
 
 if TYPE_CHECKING:
@@ -72,17 +73,21 @@ class Explanation:
 
         Args:
             image: the picture of map `index`: an array or PIL image (H, W, 3) or (H, W), uint8 or floats in [0, 1], of
-                the map's size; None takes the explained image, which must be normalised with ImageNet's figures.
-            index: position of the map in the batch.
+                the map's size; None takes the explained image, which must be normalised with ImageNet's figures, and
+                white where the images are not known.
+            index: position of the map in the batch; negative ones count from its end.
             alpha: opacity of the map, in [0, 1].
 
         Returns:
             (H, W, 3) uint8.
 
         Raises:
-            InputError: the picture has another size than the map, or there is none.
+            InputError: the picture has another size than the map, or the batch has no such position.
             InputTypeError: the picture's values are neither uint8 nor floating point.
         """
+        if not -len(self) <= index < len(self):
+            raise InputError(f"index is {index}; there are {len(self)} maps.")
+        index %= len(self)
         heat = self.numpy()[index]
         return overlay(_pixels(image, heat.shape) if image is not None else self._pictures(1, index)[0], heat, alpha)
 
@@ -246,11 +251,19 @@ def load_explanations(folder: str | os.PathLike[str]) -> Explanations:
     methods = read_json(folder / MANIFEST, dict).get("methods")
     if not isinstance(methods, dict):
         raise InputError(f"{folder / MANIFEST} lists no methods; it is not what Explanation.save writes.")
-    maps = safetensors.torch.load_file(folder / MAPS)
+    maps = read_checkpoint(folder / MAPS)
     if set(maps) != set(methods):
         raise InputError(f"{folder / MAPS} has maps of {sorted(maps)}, but {MANIFEST} lists {sorted(methods)}.")
-    targets = {name: torch.tensor(described["targets"]) for name, described in methods.items()}
+    targets = {name: _targets(folder / MANIFEST, name, methods[name], len(maps[name])) for name in methods}
     return Explanations({name: Explanation(maps[name], classes, name) for name, classes in targets.items()})
+
+
+def _targets(path: Path, name: str, described: Any, count: int) -> Tensor:
+    """The explained classes (count,) int64 of a method in a description."""
+    classes = described.get("targets") if isinstance(described, dict) else None
+    if not isinstance(classes, list) or len(classes) != count or not all(type(each) is int for each in classes):
+        raise InputError(f"{path}: the targets of {name} are not {count} classes, one per map; save them again.")
+    return torch.tensor(classes, dtype=torch.int64)
 
 
 def _description(explanation: Explanation) -> dict[str, Any]:

@@ -32,6 +32,8 @@ OWN_NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "lambda_resnet": LambdaResNet,
     "magnetogram_net": magnetogram_net,
 }
+CBAM_PREFIX = "cbam/"
+"""Beginning of the name of a network with a CBAM block; it may stand there more than once."""
 # Attributes of torchvision's auxiliary classifiers (GoogLeNet, Inception v3) -> their value in a network without them.
 AUXILIARY_HEADS = {"aux1": None, "aux2": None, "AuxLogits": None, "aux_logits": False}
 
@@ -75,8 +77,8 @@ def build_network(
         network = _check_ready(backbone, num_classes, options)
     elif backbone in OWN_NETWORKS:
         network = OWN_NETWORKS[backbone](num_classes=num_classes, in_channels=in_channels, **options)
-    elif backbone.startswith("cbam/"):
-        network = with_cbam(build_network(backbone.removeprefix("cbam/"), num_classes, in_channels, **options))
+    elif backbone.startswith(CBAM_PREFIX):
+        network = with_cbam(build_network(backbone.removeprefix(CBAM_PREFIX), num_classes, in_channels, **options))
     elif backbone.startswith("timm/"):
         network = _from_timm(backbone.removeprefix("timm/"), num_classes, in_channels, options)
     elif is_import_path(backbone):
@@ -96,6 +98,18 @@ def is_import_path(name: str) -> bool:
         (True, False, False)
     """
     return re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", name) is not None
+
+
+def import_path_of(backbone: str) -> str | None:
+    """The import path that `build_network` would import for a backbone's name; None where it imports nothing.
+
+    Example:
+        >>> import_path_of("cbam/cbam/my_net.SmallNet"), import_path_of("cbam/resnet50")
+        ('my_net.SmallNet', None)
+    """
+    while backbone.startswith(CBAM_PREFIX):
+        backbone = backbone.removeprefix(CBAM_PREFIX)
+    return backbone if is_import_path(backbone) else None
 
 
 def _imported(path: str, arguments: dict[str, Any], options: dict[str, Any]) -> nn.Module:

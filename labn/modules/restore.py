@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Collection, Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from labn.errors import InputError
 from labn.io.preprocessing import KEY, Preprocessing
-from labn.models.backbones import is_import_path
+from labn.models.backbones import import_path_of
 from labn.models.checkpoints import read_checkpoint
 from labn.modules.base import ClassificationModule
 from labn.modules.ssd import SSD
@@ -35,7 +36,7 @@ def check_own_network(path: Any, arguments: Any, allowed: Collection[str]) -> No
         InputError: the checkpoint names another import path.
     """
     for name in _backbones(arguments):
-        if is_import_path(name.removeprefix("cbam/")) and name not in allowed:
+        if import_path_of(name) is not None and name not in allowed:
             raise InputError(
                 f"{path} asks for the network {name}, which is not of this project; if it is yours, name it in the "
                 f"configuration (model.init_args.backbone) or with --model {name}."
@@ -43,10 +44,12 @@ def check_own_network(path: Any, arguments: Any, allowed: Collection[str]) -> No
 
 
 def _backbones(content: Any) -> Iterator[str]:
-    """All texts under the key `backbone` in nested dicts and lists."""
+    """All texts under the key `backbone` in nested dicts, lists, tuples and dataclasses, at the end of dotted keys too."""
+    if is_dataclass(content):
+        content = vars(content)
     if isinstance(content, dict):
         for key, value in content.items():
-            if key == "backbone" and isinstance(value, str):
+            if str(key).rpartition(".")[2] == "backbone" and isinstance(value, str):
                 yield value
             yield from _backbones(value)
     elif isinstance(content, (list, tuple)):

@@ -10,6 +10,7 @@ from command_line import TINY, call_main
 
 from labn.errors import InputError
 from labn.models import build_network
+from labn.modules.plain_checkpoints import check_own_classes
 from labn.modules.restore import restore
 
 NETWORK = """
@@ -29,6 +30,10 @@ class SmallNet(nn.Module):
 
 def small(**options):
     return SmallNet(**options)
+
+
+def touch(path):
+    return open(path, "w").write("")
 
 
 NUMBER = 3
@@ -127,3 +132,26 @@ def test_a_checkpoint_that_is_tested_by_another_configuration_names_no_code(tmp_
     config = ["--config", "configs/quickstart.yaml", "--model=labn.modules.Classifier", *TINY]
     with pytest.raises(InputError, match=r"asks for the network os\.system"):
         call_main(["test", *config, f"--ckpt_path={tmp_path / 'a.ckpt'}", f"--run_dir={tmp_path}"])
+
+
+@pytest.mark.usefixtures("module")
+@pytest.mark.parametrize("prefix", ["", "cbam/", "cbam/cbam/", "cbam/cbam/cbam/"])
+def test_no_prefix_hides_code_that_a_checkpoint_names(tmp_path, prefix):
+    name, path = f"{prefix}my_small_net.touch", tmp_path / "a.ckpt"
+    options = {"path": str(tmp_path / "touched")}
+    arguments = {"_class_path": "labn.modules.Classifier", "backbone": name, "backbone_options": options}
+    torch.save({"state_dict": {}, "hyper_parameters": arguments}, path)
+    with pytest.raises(InputError, match=f"asks for the network {name}"):
+        restore(path)
+    with pytest.raises(InputError, match=f"asks for the network {name}"):
+        check_own_classes(path, {"hyper_parameters": arguments}, [])
+    assert not (tmp_path / "touched").exists()
+    with pytest.raises(InputError, match="which made a int"):
+        restore(path, [name])
+    assert (tmp_path / "touched").exists()
+
+
+def test_a_dotted_key_hides_no_code():
+    arguments = {"_class_path": "labn.modules.Classifier", "model.backbone": "cbam/os.system"}
+    with pytest.raises(InputError, match=r"asks for the network cbam/os\.system"):
+        check_own_classes("a.ckpt", {"hyper_parameters": arguments}, [])

@@ -117,12 +117,12 @@ def test_fit_ends_with_the_best_checkpoint_and_the_command_that_tests_it(tmp_pat
     best = BestCheckpoint()
     best.best_model_path, best.best_model_score = str(tmp_path / "best.ckpt"), torch.tensor(0.25)
     trainer = SimpleNamespace(checkpoint_callbacks=[LastCheckpoint(), best], is_global_zero=True, loggers=[])
-    say_fitted(trainer, ["fit", "--config", "a b.yaml", "--ckpt_path", "last"])
+    say_fitted(trainer, ["fit", "--config", "a b.yaml", "--ckpt_path", "last", "--run_dir", "fit"])
     said = capsys.readouterr().out.splitlines()
     assert said == [
         "",
         f"Best checkpoint: {tmp_path / 'best.ckpt'} ({best.monitor} 0.25)",
-        "Next: python cli.py test --config 'a b.yaml' --ckpt_path best",
+        "Next: python cli.py test --config 'a b.yaml' --run_dir fit --ckpt_path best",
     ]
     trainer.is_global_zero = False
     say_fitted(trainer, ["fit"])

@@ -46,6 +46,30 @@ def test_several_methods_are_saved_and_read_again(model, images, tmp_path):
     assert all(torch.equal(again[n].maps, explained[n].maps) and again[n].targets.tolist() == [0, 2] for n in METHODS)
 
 
+def test_damaged_files_are_named(model, images, tmp_path):
+    folder = explain(model, images, "gradcam").save(tmp_path / "saved")
+    described = (folder / "explanation.json").read_text()
+    for targets in ("[0]", "[0, 0.5]", "3"):
+        wrong = {"methods": {"gradcam": {"targets": json.loads(targets)}}}
+        (folder / "explanation.json").write_text(json.dumps(wrong))
+        with pytest.raises(InputError, match="are not 2 classes, one per map"):
+            load_explanations(folder)
+    (folder / "explanation.json").write_text(described)
+    (folder / "maps.safetensors").write_bytes(b"cut")
+    with pytest.raises(InputError, match=r"maps\.safetensors cannot be read"):
+        load_explanations(folder)
+    (folder / "maps.safetensors").unlink()
+    with pytest.raises(MissingFileError, match=r"maps\.safetensors does not exist"):
+        load_explanations(folder)
+
+
+def test_a_position_counts_from_the_end_too(model, images):
+    explained = explain(model, images, "gradcam")
+    assert np.array_equal(explained.overlay(index=-1), explained.overlay(index=1))
+    with pytest.raises(InputError, match="index is 2; there are 2 maps"):
+        explained.overlay(index=2)
+
+
 def test_a_folder_with_files_is_left_alone_and_an_empty_one_is_filled(model, images, tmp_path):
     explained = explain(model, images, "gradcam")
     (tmp_path / "mine").mkdir()
