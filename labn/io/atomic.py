@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ from labn.errors import FileError
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 LEFTOVERS = ".*.tmp"
-"""Pattern of the names that files have while they are written; a killed process leaves such a file behind."""
+"""Pattern of the names that files and folders have while they are written; a killed process leaves them behind."""
 
 
 def write_error(path: Path, error: OSError) -> FileError:
@@ -89,6 +90,14 @@ def unused_folder(folder: Path) -> Path:
 def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files that killed processes left in `folder`; no process may be writing there."""
     for path in folder.glob(LEFTOVERS):
+        remove_leftover(path)
+
+
+def remove_leftover(path: Path) -> None:
+    """Delete a temporary file, or a temporary folder with its content; it may be gone already."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
         path.unlink(missing_ok=True)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from labn.errors import InputError
-from labn.io.atomic import LEFTOVERS, write_error
+from labn.io.atomic import LEFTOVERS, remove_leftover, write_error
 from labn.launch.slurm import is_first_process
 
 COMMANDS = ("fit", "validate", "test")
@@ -94,7 +94,7 @@ def remove_leftovers(run_dir: Path, command: str) -> None:
         number = int(path.name.split(".")[-2])
         with suppress(FileNotFoundError):
             if number == os.getpid() or not _is_alive(number) or now - path.stat().st_mtime > LONGEST_WRITE:
-                path.unlink()
+                remove_leftover(path)
 
 
 def _may_run(path: Path) -> bool:

@@ -44,7 +44,7 @@ def check_own_network(path: Any, arguments: Any, allowed: Collection[str]) -> No
 
 
 def _backbones(content: Any) -> Iterator[str]:
-    """All texts under the key `backbone` in nested dicts, lists, tuples and dataclasses, at the end of dotted keys too."""
+    """All texts under the key `backbone`, alone or behind a dot, in nested dicts, lists, tuples and dataclasses."""
     if is_dataclass(content):
         content = vars(content)
     if isinstance(content, dict):

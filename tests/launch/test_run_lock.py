@@ -11,6 +11,7 @@ import threading
 
 import pytest
 
+from labn.io.atomic import remove_leftovers as remove_all
 from labn.launch import run_lock
 from labn.launch.run_lock import check_held, lock_path, locked, remove_leftovers
 
@@ -153,6 +154,18 @@ def test_the_next_command_removes_what_killed_ones_left(tmp_path, command):
         os.utime(path, (0, 0))
     remove_leftovers(tmp_path, command)
     assert [path.exists() for path in kept] == [True] * 3 + [False] * 6
+
+
+def test_a_folder_that_a_killed_process_left_is_removed_too(tmp_path):
+    half = tmp_path / "test" / f".explained.{dead_process()}.tmp"
+    for content in (half / "overlays" / "a.png", half / f".sheet.png.{dead_process()}.tmp"):
+        content.parent.mkdir(parents=True, exist_ok=True)
+        content.write_text("half")
+    remove_leftovers(tmp_path, "fit")
+    assert not half.exists()
+    half.mkdir()
+    remove_all(tmp_path / "test")
+    assert not half.exists()
 
 
 def test_leftovers_stay_while_another_command_runs(tmp_path):

@@ -276,6 +276,24 @@ def test_multi_head_attention_of_pytorch_has_the_rules_of_its_steps():
     assert torch.equal(relevance(net, x, TARGETS).relevance, alone)
 
 
+def test_a_mask_per_head_is_read_as_pytorch_reads_it():
+    class Own(nn.Module):
+        def __init__(self, per_head):
+            super().__init__()
+            self.mha, self.per_head = nn.MultiheadAttention(4, 2, batch_first=True), per_head
+
+        def forward(self, x):
+            tokens = x.flatten(2).mT
+            mask = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).triu(1)
+            if self.per_head:
+                mask = mask.expand(2 * len(x), -1, -1)
+            return self.mha(tokens, tokens, tokens, need_weights=False, attn_mask=mask)[0].mT.reshape(x.shape)
+
+    x = images(2, 7)
+    shared, per_head = (relevance(network(Own(own)), x, TARGETS).relevance for own in (False, True))
+    assert torch.equal(per_head, shared)
+
+
 def test_queries_of_collected_values_are_constants():
     def lambdas(x):
         query, key, value = (x + 0).flatten(2).chunk(3, 1)  # (B, 2, 25)

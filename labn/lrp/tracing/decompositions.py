@@ -50,7 +50,7 @@ def multi_head_attention(
     weights, biases = _projections(options)
     projected = [F.linear(x, w, b) for x, w, b in zip((query, key, value), weights, biases)]
     q, k, v = (x.unflatten(-1, (heads, -1)).permute(1, 2, 0, 3) for x in projected)  # (B, heads, L, E / heads)
-    mixed = attention(q, k, v, _mask(options)).permute(2, 0, 1, 3).flatten(2)
+    mixed = attention(q, k, v, _mask(options, heads)).permute(2, 0, 1, 3).flatten(2)
     return F.linear(mixed, options["out_proj_weight"], options["out_proj_bias"]), None
 
 
@@ -71,9 +71,14 @@ def _projections(options: dict[str, Any]) -> tuple[list[Tensor], list[Tensor | N
     return list(options["in_proj_weight"].chunk(3)), biases
 
 
-def _mask(options: dict[str, Any]) -> Tensor | None:
-    """The mask in the sense of `attention`: PyTorch's module marks with True what must not be attended to."""
+def _mask(options: dict[str, Any], heads: int) -> Tensor | None:
+    """The mask in the sense of `attention`, (L, S) or (B, heads, L, S), from PyTorch's (L, S) or (B * heads, L, S).
+
+    PyTorch's module marks with True what must not be attended to.
+    """
     mask = options.get("attn_mask")
+    if mask is not None and mask.ndim == 3:
+        mask = mask.unflatten(0, (-1, heads))
     return mask.logical_not() if mask is not None and mask.dtype == torch.bool else mask
 
 
