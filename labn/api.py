@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -210,11 +210,7 @@ def evaluate(
     _check_model(model)
     _check_images(images)
     _warn_unless_normalised(images, mean, std)
-    if isinstance(maps, Explanation):
-        targets = maps.targets if targets is None else targets
-        maps = maps.maps
-    if isinstance(maps, Tensor) and maps.ndim == 4 and maps.shape[1] == 1:
-        maps = maps.squeeze(1)
+    plain, targets = _maps_and_targets(maps, targets)
     if isinstance(metrics, str):
         raise InputTypeError(f"metrics is {metrics!r}; it must be a list of names, such as [{metrics!r}].")
     known.check_settings(metrics, settings)
@@ -237,16 +233,29 @@ def evaluate(
             targets = engine.original().argmax(1) if predictions is None else predictions
         classes = resolve_targets(model, images, targets)
         batch = known.ScoredBatch(
-            model, images, maps, classes, positions, labels, masks, boxes, explain_again, engine, predictions
+            model, images, plain, classes, positions, labels, masks, boxes, explain_again, engine, predictions
         )
-        # All checks come before the first score, which may take minutes.
-        for metric in built.values():
-            metric.check(batch)
-        scores: dict[str, Tensor] = {}
-        for name, metric in built.items():
-            values = metric.score_batch(batch).values
-            scores |= {key: values[value] for key, value in known.values_named(name, metric).items()}
+        scores = _scores(built, batch)
     return known.Scores({name: score.to(images.device) for name, score in scores.items()})
+
+
+def _maps_and_targets(maps: Any, targets: Targets) -> tuple[Any, Targets]:
+    """Maps (B, H, W) and targets of an `Explanation`, or of maps with a channel."""
+    if isinstance(maps, Explanation):
+        maps, targets = maps.maps, maps.targets if targets is None else targets
+    return (maps.squeeze(1) if isinstance(maps, Tensor) and maps.ndim == 4 and maps.shape[1] == 1 else maps), targets
+
+
+def _scores(built: Mapping[str, Any], batch: Any) -> dict[str, Tensor]:
+    """Scores of the batch by every metric, under the names of their values."""
+    # All checks come before the first score, which may take minutes.
+    for metric in built.values():
+        metric.check(batch)
+    scores: dict[str, Tensor] = {}
+    for name, metric in built.items():
+        values = metric.score_batch(batch).values
+        scores |= {key: values[value] for key, value in known.values_named(name, metric).items()}
+    return scores
 
 
 def _without_indices(explainer: Explainer) -> Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]:
