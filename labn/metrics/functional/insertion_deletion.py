@@ -353,6 +353,21 @@ def _check_maps(images: Tensor, maps: Tensor) -> None:
         raise InputError(f"maps must be finite; map {broken[0]} holds NaN or infinity.")
 
 
+def _check_logits(model: nn.Module, images: Tensor, probability: str) -> None:
+    """Raise InputError for a model that returns probabilities, unless its outputs are read as they are."""
+    if probability not in ("identity", "logit") and traits_of(model, images).probabilities:
+        raise InputError(f"{probabilities_sentence(model)} Or read them as given with probability='identity'.")
+
+
+def _floating_maps(images: Tensor, maps: Tensor) -> Tensor:
+    """The checked maps, in float64 where they are of bool or integers, because pooling needs floating values."""
+    if not isinstance(maps, Tensor):
+        raise InputError(f"maps must be a tensor (B, H, W), got {type(maps).__name__}.")
+    maps = maps if maps.is_floating_point() else maps.double()
+    _check_maps(images, maps)
+    return maps
+
+
 def patch_insertion_deletion(
     model: nn.Module,
     images: Tensor,
@@ -428,14 +443,9 @@ def patch_insertion_deletion(
     }
     _check_options(chosen, {"step": step, "patch_size": patch_size})
     _check_batch(images, targets)
-    if not isinstance(maps, Tensor):
-        raise InputError(f"maps must be a tensor (B, H, W), got {type(maps).__name__}.")
-    maps = maps if maps.is_floating_point() else maps.double()  # pooling needs floating values
-    _check_maps(images, maps)
-    if probability not in ("identity", "logit") and traits_of(model, images).probabilities:
-        raise InputError(f"{probabilities_sentence(model)} Or read them as given with probability='identity'.")
-    size = (images.shape[-2], images.shape[-1])
-    counts = patch_counts(size, patch_size, step, protocol)
+    maps = _floating_maps(images, maps)
+    _check_logits(model, images, probability)
+    counts = patch_counts((images.shape[-2], images.shape[-1]), patch_size, step, protocol)
     indices = torch.arange(len(images)) if indices is None else indices
     engine = PerturbationEngine.for_model(
         model, images, indices=indices, chunk_size=chunk_size, fold=fold, precision=precision
