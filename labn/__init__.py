@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import sys
 import warnings
 from collections.abc import Sequence
@@ -40,9 +41,14 @@ sys.meta_path.append(_OldPaths())
 
 
 def __getattr__(name: str) -> Any:
-    """Import a name of `__all__` when it is first used (PEP 562): commands that need no network start at once."""
+    """Import a name of `__all__`, or a part such as `labn.lrp`, when it is first used (PEP 562).
+
+    Commands that need no network start at once.
+    """
     if name in __all__:
         return getattr(importlib.import_module("labn.api"), name)
+    if any(part.name == name for part in pkgutil.iter_modules(__path__)):
+        return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

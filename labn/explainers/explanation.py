@@ -123,8 +123,8 @@ class Explanation:
         if self.images is None:
             return [np.ones(tuple(self.maps.shape[1:])) for _ in range(count)]
         images = self.images.detach()
-        if images.shape[1] != len(mean):
-            # Other channels than those of the normalisation, such as one: grey, in the images' own range.
+        if images.shape[1] != len(mean) or len(mean) not in (1, 3):
+            # Other channels than those of the normalisation, or than a picture has: grey, in the images' own range.
             images = images.float().mean(1, keepdim=True)
             mean, std = _own_range(images)
         return [displayable(image, mean, std) for image in images[first : first + count]]
@@ -194,7 +194,7 @@ class Explanations(dict[str, Explanation]):
             InputError: the folder exists and is not empty, or there is no explanation.
             FileError: the folder cannot be written.
         """
-        folder = Path(folder)
+        folder = Path(folder).absolute()  # the name of `.` is empty
         if unfit := [name for name in self if Path(name).name != name]:
             raise InputError(f"{unfit[0]!r} cannot be the name of a folder; choose another name of the method.")
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

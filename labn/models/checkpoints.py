@@ -23,6 +23,8 @@ from labn.models.lambda_networks.layer import LambdaLayer
 PREFIXES = re.compile(r"^(?:(?:module|model|network|_orig_mod|feature_extractor|perception_branch)\.)+")
 COUNTER = "num_batches_tracked"
 """Last part of the name of BatchNorm's counter of batches, which does not change the output."""
+SHOWN = 3
+"""Number of tensors loaded by their order that a report names."""
 LARGEST_REPEATED = 2**26
 """Bytes that a tensor may occupy in memory without occupying them in its file, as an expanded buffer does."""
 # Names of the lambda layer's tensors in the released LABN code -> names in this project.
@@ -66,8 +68,9 @@ class LoadReport:
         for title, names in (("taken", taken), ("fresh", fresh), ("unused", self.unused)):
             lines += [f"  {title}: {_listed(names)}"] if names else []
         if self.renamed:
-            pairs = ", ".join(f"{source} -> {target}" for source, target in self.renamed[:3])
-            lines.append(f"  by order, because the names differ but all shapes agree: {pairs}, ...")
+            pairs = [f"{source} -> {target}" for source, target in self.renamed[:SHOWN]]
+            pairs += ["..."] if len(self.renamed) > SHOWN else []
+            lines.append(f"  by order, because the names differ but all shapes agree: {', '.join(pairs)}")
         return "\n".join(lines)
 
 
@@ -97,7 +100,7 @@ def load_backbone(model: nn.Module, path: str | Path) -> LoadReport:
     Names are compared after `canonical`, so that plain classifiers, attention branch networks with any split, and
     Lightning checkpoints of this project can be loaded into each other. Values are cast to the model's dtype. A
     classifier layer of another size is not loaded. A pickle without any name of the model's is read in order, if it has
-    as many tensors and all shapes agree, one by one; the report names them.
+    as many tensors and all shapes agree, one by one; `LoadReport.renamed` names them.
 
     Args:
         model: a classifier or an `AttentionBranchNetwork`.

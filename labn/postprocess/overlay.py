@@ -47,7 +47,8 @@ def color_scale(heat: np.ndarray) -> tuple[float, float, str]:
     if low < 0:
         bound = float(np.quantile(np.abs(heat), 1 - OUTLIERS)) or max(-low, high)
         return -bound, bound, "RdBu_r"
-    return (low, high, "inferno") if high > low else (low - 0.5, low + 0.5, "inferno")
+    around = max(0.5, 1e-6 * abs(low))  # of a constant map; 0.5 alone would be lost beside a large value
+    return (low, high, "inferno") if high > low else (low - around, low + around, "inferno")
 
 
 def tick_format(low: float, high: float) -> str:

@@ -1,5 +1,6 @@
 """What takes seconds to import is imported by the command or the call that needs it."""
 
+import importlib
 import subprocess
 import sys
 
@@ -37,6 +38,7 @@ def test_the_names_of_the_lazy_packages_are_there():
     import labn
     import labn.metrics
 
+    assert labn.__getattr__("lrp") is importlib.import_module("labn.lrp")
     for package in (labn, labn.metrics):
         assert set(dir(package)) == set(package.__all__)
         assert all(getattr(package, name) is not None for name in package.__all__)

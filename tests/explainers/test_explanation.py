@@ -108,6 +108,21 @@ def test_images_of_other_channels_are_shown_grey_in_their_own_range(channels):
     assert (shown.min(), shown.max()) == (pytest.approx(0, abs=1e-6), pytest.approx(1))
 
 
+@pytest.mark.parametrize("channels", [2, 4])
+def test_images_of_more_channels_than_a_picture_has_are_shown_grey_whatever_their_normalisation(channels):
+    images = torch.linspace(-3, 5, channels * 16).view(1, channels, 4, 4)
+    explanation = Explanation(torch.zeros(1, 4, 4), torch.tensor([0]), "gradcam", images)
+    assert explanation._pictures(1, 0, (0.5,) * channels, (1.0,) * channels)[0].shape == (4, 4)
+    assert explanation.plot((0.5,) * channels, (1.0,) * channels).axes
+
+
+def test_the_folder_that_one_stands_in_can_be_filled(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved = Explanation(torch.eye(8)[None], torch.tensor([3]), "gradcam").save(".")
+    assert saved == tmp_path
+    assert load_explanations(tmp_path)["gradcam"].targets.tolist() == [3]
+
+
 def test_an_overlay_mixes_the_grey_picture_with_the_colours_of_the_map():
     explanation = Explanation(torch.tensor([[[0.0, 2.0]]]), torch.tensor([0]), "gradcam")
     white = np.full((1, 2, 3), 255, dtype=np.uint8)

@@ -139,6 +139,9 @@ def test_a_file_with_other_names_is_read_in_order_where_all_shapes_agree(tmp_pat
     assert report.renamed[0] == ("_renamed.0", next(iter(target.state_dict())))
     assert len(report.renamed) == len(report.taken)
     assert "by order, because the names differ but all shapes agree: _renamed.0 -> " in str(report)
+    assert str(report).endswith(", ...")
+    torch.save({"matrix": torch.ones(2, 2)}, path)
+    assert str(load_backbone(nn.Linear(2, 2, bias=False), path)).endswith(" agree: matrix -> weight")
 
 
 def test_a_file_with_other_names_is_refused_where_one_shape_differs_or_names_are_sorted(tmp_path):

@@ -45,6 +45,8 @@ def test_signed_limits_leave_outliers_out():
     lonely[3, 3] = -2.0
     assert color_scale(lonely)[:2] == (-2.0, 2.0)
     assert color_scale(np.full((2, 2), 3.0)) == (2.5, 3.5, "inferno")
+    low, high, _ = color_scale(np.full((2, 2), 1e20, np.float32))
+    assert low < 1e20 < high
 
 
 @pytest.mark.parametrize(
