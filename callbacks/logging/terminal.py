@@ -117,7 +117,9 @@ def say_fitted(trainer: pl.Trainer, words: Sequence[str]) -> None:
         trainer: the trainer after `fit`.
         words: the arguments of the command line, with `fit` among them.
     """
-    best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.best_model_path), None)
+    saved = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.best_model_path]
+    # Without a monitor, Lightning calls the last checkpoint the best one.
+    best = next((c for c in saved if c.monitor is not None), None)
     if not trainer.is_global_zero or best is None:
         return
     score = "" if best.best_model_score is None else f" ({best.monitor} {float(best.best_model_score):.4g})"

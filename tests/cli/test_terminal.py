@@ -116,7 +116,9 @@ def test_warnings_have_no_path_of_a_source_file(monkeypatch):
 def test_fit_ends_with_the_best_checkpoint_and_the_command_that_tests_it(tmp_path, capsys):
     best = BestCheckpoint()
     best.best_model_path, best.best_model_score = str(tmp_path / "best.ckpt"), torch.tensor(0.25)
-    trainer = SimpleNamespace(checkpoint_callbacks=[LastCheckpoint(), best], is_global_zero=True, loggers=[])
+    last = LastCheckpoint()
+    last.best_model_path = str(tmp_path / "last.ckpt")  # Lightning's name for the last one
+    trainer = SimpleNamespace(checkpoint_callbacks=[last, best], is_global_zero=True, loggers=[])
     say_fitted(trainer, ["fit", "--config", "a b.yaml", "--ckpt_path", "last", "--run_dir", "fit"])
     said = capsys.readouterr().out.splitlines()
     assert said == [
