@@ -94,7 +94,8 @@ def _unchanged(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
 
 def _linear(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
     """Apply the rule of a linear layer, or of a weighted product, whose weights the forward pass kept."""
-    trace, config = state.trace, state.trace.config
+    trace = state.trace
+    rule, config = trace.rules.get(node.index) or (rule_name(node, trace.config), trace.config)
     a, z, *per_image = trace.saved[node.index]
     before = trace.graph.nodes.get(node.flow[0])
     layer = per_image[0] if per_image else node.layer
@@ -114,7 +115,7 @@ def _linear(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:
         bounds=trace.bounds.get(node.index),
     )
     with per_image[0].weights.held() if per_image else nullcontext():
-        return [RULES[rule_name(node, config)](step)]
+        return [RULES[rule](step)]
 
 
 def _affine(state: _Sweep, node: Node, r: Tensor) -> list[Tensor]:

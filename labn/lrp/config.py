@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from labn.errors import InputError
+from labn.lrp.layer_rules import LayerRule, composite_of
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -64,6 +66,10 @@ class Config:
         alpha, beta, gamma: parameters of the rules of these names; alpha - beta = 1.
         low, high: per channel, the bounds of normalised pixels for `zbox`; None: black and white after ImageNet's
             normalisation.
+        biases: whether the rules `zplus` and `alphabeta` count positive biases among the positive contributions and
+            negative ones among the negative; a bias keeps its share.
+        composite: rules by layer, by the name of a composite of `labn.lrp.COMPOSITES` or as a list of
+            `labn.lrp.LayerRule`; layers that none of them fits have the rules above. None: no composite.
 
     Raises:
         InputError: an unknown name, or parameters outside of their ranges.
@@ -90,9 +96,12 @@ class Config:
     gamma: float = 0.25
     low: tuple[float, ...] | None = None
     high: tuple[float, ...] | None = None
+    biases: bool = False
+    composite: str | Sequence[LayerRule | Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         self._rename_rules()
+        object.__setattr__(self, "composite", composite_of(self.composite))  # a tuple of rules from here on
         choices = {
             "rule": ("lrp0", "epsilon", "zplus", "alphabeta", "gamma", "flat"),
             "linear_rule": (None, "lrp0", "epsilon", "zplus", "alphabeta", "gamma", "flat"),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from labn.lrp.config import Config
+from labn.lrp.layer_rules import LayerRule
 from labn.lrp.rules.activations import share_of_argument
 from labn.lrp.rules.block import RegionRun, evaluate_region, run_clamped, run_region
 from labn.lrp.rules.elementary import USES_OUTPUT
@@ -17,6 +18,7 @@ from labn.lrp.rules.first_layer import PixelBounds, UnitActivation
 from labn.lrp.rules.residual_sums import SHARES, ResidualSum
 from labn.lrp.rules.weighted_layer import weighted_layer_of
 from labn.lrp.tracing.graph import Graph, Node
+from labn.lrp.tracing.layer_kinds import kinds_of
 from labn.lrp.weight_transforms import Identity, WeightTransform
 
 
@@ -32,6 +34,7 @@ class ForwardTrace:
             without an entry that input is all ones.
         bounds: node index of a first linear layer under the rule `zbox` -> its input for the lowest and highest pixels.
         denominators: node index -> weight transform -> z + e, which the sweeps over one image share.
+        rules: node index -> name and parameters of the rule that a composite gives the layer.
     """
 
     graph: Graph
@@ -42,6 +45,7 @@ class ForwardTrace:
     units: dict[int, Tensor] = field(default_factory=dict)
     bounds: dict[int, list[Tensor]] = field(default_factory=dict)
     denominators: dict[int, dict[WeightTransform, Tensor]] = field(default_factory=dict)
+    rules: dict[int, tuple[str, Config]] = field(default_factory=dict)
 
 
 @dataclass
@@ -53,13 +57,35 @@ class _Run:
     carrying: set[int]
     ones: UnitActivation
     extremes: PixelBounds | None
+    rules: dict[int, tuple[str, Config]]
     saved: dict[int, Any] = field(default_factory=dict)
     units: dict[int, Tensor] = field(default_factory=dict)
     bounds: dict[int, list[Tensor]] = field(default_factory=dict)
 
+    def rule(self, node: Node) -> str:
+        """Name of a layer's rule."""
+        return self.rules[node.index][0] if node.index in self.rules else rule_name(node, self.config)
+
     def carries(self, node: Node) -> bool:
         """Whether relevance will pass this node; the nodes that compute a gate receive none."""
         return node.index in self.carrying
+
+
+def rules_of(graph: Graph, config: Config) -> dict[int, tuple[str, Config]]:
+    """Node index -> name and parameters of the rule, for the layers that the composite of `config` has a rule for."""
+    composite = tuple(rule for rule in config.composite or () if isinstance(rule, LayerRule))
+    if not composite:
+        return {}
+    reached = graph.reach({graph.logits})
+    layers = [node for index, node in graph.nodes.items() if index in reached and node.kind in ("linear", "weighted")]
+    rules = {}
+    for k, node in enumerate(layers):
+        kinds, depth = kinds_of(node, graph), k / max(1, len(layers) - 1)
+        fitting = (rule for rule in composite if rule.fits(kinds, node.first, depth, node.call.module))
+        rule = next(fitting, None)
+        if rule is not None:
+            rules[node.index] = rule.rule, replace(config, **rule.parameters)
+    return rules
 
 
 def rule_name(node: Node, config: Config) -> str:
@@ -72,10 +98,11 @@ def rule_name(node: Node, config: Config) -> str:
 
 def run_forward(graph: Graph, residual_sums: dict[int, ResidualSum], config: Config, images: Tensor) -> ForwardTrace:
     """Run a graph on images (B, C, H, W); every value is freed after its last consumer has run."""
-    extremes = PixelBounds(graph, images, *config.bounds(images)) if config.first_layer == "zbox" else None
-    run = _Run(
-        graph, residual_sums, config, {0: images}, graph.reach({graph.logits}), UnitActivation(graph, images), extremes
-    )
+    rules = rules_of(graph, config)
+    boxed = config.first_layer == "zbox" or any(name == "zbox" for name, _ in rules.values())
+    extremes = PixelBounds(graph, images, *config.bounds(images)) if boxed else None
+    carrying, ones = graph.reach({graph.logits}), UnitActivation(graph, images)
+    run = _Run(graph, residual_sums, config, {0: images}, carrying, ones, extremes, rules)
     # Reference counts: how many nodes still have to read each value.
     waiting = {index: node.consumers for index, node in graph.nodes.items()}
     for index, node in graph.nodes.items():
@@ -84,7 +111,8 @@ def run_forward(graph: Graph, residual_sums: dict[int, ResidualSum], config: Con
             waiting[source] = waiting.get(source, 0) - 1
             if source and waiting[source] <= 0:
                 run.values.pop(source, None)
-    return ForwardTrace(graph, residual_sums, config, run.values[graph.logits], run.saved, run.units, run.bounds)
+    logits = run.values[graph.logits]
+    return ForwardTrace(graph, residual_sums, config, logits, run.saved, run.units, run.bounds, rules=rules)
 
 
 def _evaluate(run: _Run, node: Node) -> Tensor:
@@ -120,7 +148,7 @@ def _linear(run: _Run, node: Node) -> Tensor:
     layer, a = node.layer, run.values[node.inputs[0]]
     assert layer is not None
     carries = run.carries(node)
-    keeps_output = carries and rule_name(node, run.config) in USES_OUTPUT
+    keeps_output = carries and run.rule(node) in USES_OUTPUT
     folded = run.config.folded or not keeps_output
     z = layer.apply(a, Identity(), folded, layer.offset(folded))
     if carries:
@@ -149,7 +177,7 @@ def _weighted(run: _Run, node: Node) -> Tensor:
     layer, a = weighted_layer_of(node, run.values), run.values[node.flow[0]]
     z, result = layer.run(a, run.config.folded)
     if run.carries(node):
-        run.saved[node.index] = (a, z if rule_name(node, run.config) in USES_OUTPUT else None, layer)
+        run.saved[node.index] = (a, z if run.rule(node) in USES_OUTPUT else None, layer)
     return result
 
 

@@ -1,4 +1,4 @@
-"""Which of 66 networks each method explains, what arrives at the pixels, and what it costs.
+"""Which of 65 networks each method explains, what arrives at the pixels, and what it costs.
 
     python tests/benchmarks/lrp_matrix.py [--out runs/lrp_matrix.csv] [--networks swin_t resnet18]
         [--methods lrp gradcam] [--only_table]
@@ -8,16 +8,16 @@ size. Every pair of network and method is one row of the CSV, written as soon as
 on where the first one ended. The last lines printed are the table of `labn/lrp/README.md`. Nothing is downloaded; about
 15 minutes on one core.
 
-`arrived` is the share of the initial relevance, the logit, at the pixels (for `contrastive_lrp`, whose initial
-relevance adds up to 0, the sum at the pixels over the 2 units that start). `error` is |initial - arrived - booked|
-over the initial relevance. `cost` is process CPU time over that of gradient x input in the same process.
+`arrived` is the share of the initial relevance, the logit, at the pixels; for `contrastive_lrp`, whose initial
+relevance adds up to 0, it is the sum at the pixels over the 2 units that start. `error` is
+|initial - arrived - booked| over the initial relevance. `cost` is process CPU time over that of gradient x input in the
+same process, of one call each after a first one.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import statistics
 import time
 import warnings
 from collections.abc import Callable
@@ -60,7 +60,6 @@ EXPLAINERS: dict[str, Callable[[], Explainer]] = {
 }
 COLUMNS = ("network", "method", "result", "arrived", "error", "cost", "note")
 SIDE = 96  # pixels, for networks that take images of any size
-ROUNDS = 3
 TARGET = torch.tensor([3])
 
 
@@ -95,13 +94,10 @@ def image_for(model: nn.Module, side: int) -> Tensor:
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """Median process CPU time of a call that has run once before."""
-    taken = []
-    for _ in range(ROUNDS):
-        start = time.process_time()
-        call()
-        taken.append(time.process_time() - start)
-    return statistics.median(taken)
+    """Process CPU time of a call that has run once before."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
 
 
 def look(model: nn.Module, image: Tensor, method: str, unit: float) -> dict[str, Any]:

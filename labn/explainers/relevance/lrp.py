@@ -17,6 +17,7 @@ from labn.inference.model_traits import probabilities_sentence
 from labn.lrp.config import BlockWeights, Config, FirstName, NormName, ResidualName, RuleName, SoftmaxName
 from labn.lrp.engine import Relevance, relevance
 from labn.lrp.initial import INITIAL, Contrast, Initial, check_others
+from labn.lrp.layer_rules import LayerRule
 from labn.postprocess import apply, check_names
 
 _HELPS = {
@@ -38,9 +39,9 @@ class LRP(Explainer):
     `labn.modules.ResNetLRP`.
 
     Args:
-        residual, rule, linear_rule, block_weights, batchnorm, pooling, first_layer, norm, softmax: see
-            `labn.lrp.Config`. The rules `lrp0`, `epsilon` and `gamma` divide by signed sums that include the biases, so
-            that a network with BatchNorm needs `batchnorm="fold"`.
+        residual, rule, linear_rule, block_weights, batchnorm, pooling, first_layer, norm, softmax, biases, composite:
+            see `labn.lrp.Config`. The rules `lrp0`, `epsilon` and `gamma` divide by signed sums that include the
+            biases, so that a network with BatchNorm needs `batchnorm="fold"`.
         eps, eps_mode, alpha, beta, gamma, low, high: see `labn.lrp.Config`.
         init: relevance at the target's logit: its softmax `probability`, its `logit`, or `one`.
         chunk_size: images per pass; None: by their size on a CPU, else the whole batch. The maps do not depend on it.
@@ -84,6 +85,8 @@ class LRP(Explainer):
         block_weights: BlockWeights = "signed",
         norm: NormName = "identity",
         softmax: SoftmaxName = "constant",
+        biases: bool = False,
+        composite: str | list[LayerRule] | None = None,
     ) -> None:
         if init not in INITIAL:
             raise InputError(f"init={init!r} is not one of {', '.join(map(repr, INITIAL))}.")
@@ -97,6 +100,8 @@ class LRP(Explainer):
             first_layer=first_layer,
             norm=norm,
             softmax=softmax,
+            biases=biases,
+            composite=composite,
             eps=eps,
             eps_mode=eps_mode,
             alpha=alpha,

@@ -120,7 +120,7 @@ def epsilon(step: Step) -> Tensor:
 
 def zplus(step: Step) -> Tensor:
     """z+: R_i = sum_j (a_i w_ij)+ R_j / sum_i' (a_i' w_i'j)+ without the bias; alpha-beta with alpha 1 and beta 0."""
-    if not step.non_negative or len(step.r) != len(step.a):
+    if not step.non_negative or len(step.r) != len(step.a) or step.config.biases:
         return _signed_share(step, step.r, Positive())
     # The common case behind a ReLU: in place on fresh tensors.
     return step.adjoint(_divide_positive(step, step.apply(step.a, Positive())), Positive()).mul_(step.a)
@@ -200,11 +200,30 @@ def _signed_share(step: Step, r: Tensor, same: WeightTransform) -> Tensor:
 
     (a w)+ = a+ w+ + a- w-, so activations of either sign are combined with weights of the matching sign.
     """
+    lifted = _bias_under(step, same)
     if step.non_negative:
-        return step.a * step.adjoint(step.share(same, lambda: step.apply(step.a, same), r), same)
+        s = step.share(same, lambda: _with_bias(step.apply(step.a, same), lifted), r)
+        _book_lifted(step, s, lifted)
+        return step.a * step.adjoint(s, same)
     other, up, down = same.mirrored, step.a.clamp(min=0), step.a.clamp(max=0)
-    s = step.share(same, lambda: step.apply(up, same) + step.apply(down, other), r)
+    s = step.share(same, lambda: _with_bias(step.apply(up, same) + step.apply(down, other), lifted), r)
+    _book_lifted(step, s, lifted)
     return up * step.adjoint(s, same) + down * step.adjoint(s, other)
+
+
+def _bias_under(step: Step, same: WeightTransform) -> Tensor | None:
+    """The part of the bias that counts among the contributions of the sign of `same`; None without one."""
+    bias = step.layer.offset(step.config.folded) if step.config.biases else None
+    return None if bias is None else step.layer.per_channel(same(bias))
+
+
+def _with_bias(z: Tensor, lifted: Tensor | None) -> Tensor:
+    return z if lifted is None else z + lifted
+
+
+def _book_lifted(step: Step, s: Tensor, lifted: Tensor | None) -> None:
+    if step.conservation is not None and lifted is not None:
+        step.conservation.biased(s * lifted)
 
 
 def _divide_positive(step: Step, z: Tensor) -> Tensor:
