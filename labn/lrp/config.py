@@ -29,6 +29,7 @@ EARLIER_NAMES = {
 
 NormName = Literal["identity", "linear"]
 SoftmaxName = Literal["constant", "attnlrp"]
+DeadName = Literal["keep", "absolute", "uniform"]
 ResidualName = Literal["ratio", "symmetric", "block", "ratio_down", "symmetric_down", "signed", "duplicate"]
 
 
@@ -68,6 +69,9 @@ class Config:
             normalisation.
         biases: whether the rules `zplus` and `alphabeta` count positive biases among the positive contributions and
             negative ones among the negative; a bias keeps its share.
+        dead: what z+ does with the relevance of a unit without positive contributions: it may `keep` it, divide it by
+            |a w| (`absolute`, which is LRP-epsilon there) or equally (`uniform`). None: `absolute` at recorded matrix
+            products, such as attention, whose weights cannot make up for negative values, and `keep` elsewhere.
         composite: rules by layer, by the name of a composite of `labn.lrp.COMPOSITES` or as a list of
             `labn.lrp.LayerRule`; layers that none of them fits have the rules above. None: no composite.
 
@@ -97,6 +101,7 @@ class Config:
     low: tuple[float, ...] | None = None
     high: tuple[float, ...] | None = None
     biases: bool = False
+    dead: DeadName | None = None
     composite: str | Sequence[LayerRule | Mapping[str, Any]] | None = None
 
     def __post_init__(self) -> None:
@@ -111,6 +116,7 @@ class Config:
             "pooling": ("winner", "average"),
             "first_layer": ("ones", "zbox", "alpha1beta0", "flat", "wsquare", "epsilon", "same"),
             "norm": ("identity", "linear"),
+            "dead": (None, "keep", "absolute", "uniform"),
             "softmax": ("constant", "attnlrp"),
             "eps_mode": ("relative", "absolute"),
         }

@@ -205,8 +205,9 @@ def test_attention_is_one_weighted_product_however_it_is_written(fused):
     assert closes(net, x, Config(residual="block"))
 
 
-def test_the_constant_attention_rule_against_a_dense_restatement():
-    config = Config(rule="zplus", first_layer="same")
+@pytest.mark.parametrize("dead", ["keep", "absolute", "uniform", None])
+def test_the_constant_attention_rule_against_a_dense_restatement(dead):
+    config = Config(rule="zplus", first_layer="same", dead=dead)
     net, x = network(Attention()), images(1, 7)
     with torch.no_grad():
         features = net.conv(x)
@@ -216,12 +217,19 @@ def test_the_constant_attention_rule_against_a_dense_restatement():
         tokens = mixed.transpose(0, 1).flatten(1)  # (25, 4)
         out = net.operation.out(tokens)
     seed = torch.tensor([[0.0, 1.0, 0.0]], dtype=torch.float64)
-    positive = lambda a, w: (a * w).clamp(min=0)  # noqa: E731
+
+    def positive(a, w, own=None):
+        """Positive contributions, and what a unit without any has in their place."""
+        shares, fallback = (a * w).clamp(min=0), own or dead or "keep"
+        others = {"keep": 0 * (a * w), "absolute": (a * w).abs(), "uniform": torch.ones_like(a * w)}
+        return torch.where(shares.sum(1, keepdim=True) == 0, others[fallback], shares)
+
     r = share(positive(out.T.flatten(), net.head.weight[1:2]), seed[0, 1:2]).view(4, 25).T  # at `out`
     at_mixed = torch.stack([share(positive(t, net.operation.out.weight), q) for t, q in zip(tokens, r)])
     at_mixed = at_mixed.unflatten(1, (2, 2)).transpose(0, 1)  # (heads, tokens, channels)
+    own = dead or "absolute"
     at_value = torch.stack([
-        torch.stack([share(positive(value[h, :, c], attention[h]), at_mixed[h, :, c]) for c in range(2)], 1)
+        torch.stack([share(positive(value[h, :, c], attention[h], own), at_mixed[h, :, c]) for c in range(2)], 1)
         for h in range(2)
     ])  # fmt: skip
     weight = net.operation.qkv.weight[8:]
@@ -229,6 +237,30 @@ def test_the_constant_attention_rule_against_a_dense_restatement():
     expected = torch.stack([share(positive(t, weight), q) for t, q in zip(features[0].flatten(1).T, flat)])
     got = backward(forward(net, x, config), seed, until="conv")
     assert torch.allclose(got[0].flatten(1).T, expected, rtol=1e-6, atol=1e-9)
+    assert closes(net, x, config)
+
+
+class Depthwise(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.depthwise, self.head = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3, groups=6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.depthwise(self.conv(x).relu()).relu().mean((2, 3)))
+
+
+def test_fallbacks_of_dead_depthwise_units_lose_nothing():
+    net, x = seeded(Depthwise()), images(2, 9)
+    net.depthwise.weight.data[:3] = -net.depthwise.weight.data[:3].abs()  # units that only their bias makes active
+    net.depthwise.bias.data.fill_(20.0)
+    net.conv.bias.data.fill_(1.0)
+    arrived = {}
+    for dead in ("keep", "absolute", "uniform"):
+        found = relevance(net, x, TARGETS, Config(dead=dead))
+        arrived[dead] = (found.arrived / found.initial).min()
+        assert closes(net, x, Config(dead=dead))
+    assert arrived["keep"] < 0.9
+    assert min(arrived["absolute"], arrived["uniform"]) > 0.99
 
 
 def test_attnlrp_hands_relevance_to_queries_and_keys():

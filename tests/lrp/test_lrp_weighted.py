@@ -169,7 +169,7 @@ def test_a_plain_product_of_attention_and_values_is_a_weighted_product(residual)
             mixed = (query @ key.transpose(1, 2)).softmax(-1) @ value
             return mixed.transpose(1, 2).unflatten(2, x.shape[2:])
 
-    config = Config(residual=residual)
+    config = Config(residual=residual, dead="keep")
     plain, announced = (
         relevance(network(layer), images(1, 6), torch.tensor([0]), config) for layer in (Plain(), Attention())
     )

@@ -14,7 +14,7 @@ from labn.explainers.relevance.losses import is_loss, keeps_by, loss_sentence
 from labn.inference.chunk_size import check_chunk_size
 from labn.inference.fingerprint import ModelCache, structure_key
 from labn.inference.model_traits import probabilities_sentence
-from labn.lrp.config import BlockWeights, Config, FirstName, NormName, ResidualName, RuleName, SoftmaxName
+from labn.lrp.config import BlockWeights, Config, DeadName, FirstName, NormName, ResidualName, RuleName, SoftmaxName
 from labn.lrp.engine import Relevance, relevance
 from labn.lrp.initial import INITIAL, Contrast, Initial, check_others
 from labn.lrp.layer_rules import LayerRule
@@ -39,9 +39,9 @@ class LRP(Explainer):
     `labn.modules.ResNetLRP`.
 
     Args:
-        residual, rule, linear_rule, block_weights, batchnorm, pooling, first_layer, norm, softmax, biases, composite:
-            see `labn.lrp.Config`. The rules `lrp0`, `epsilon` and `gamma` divide by signed sums that include the
-            biases, so that a network with BatchNorm needs `batchnorm="fold"`.
+        residual, rule, linear_rule, block_weights, batchnorm, pooling, first_layer, norm, softmax, biases, dead,
+            composite: see `labn.lrp.Config`. The rules `lrp0`, `epsilon` and `gamma` divide by signed sums that include
+            the biases, so that a network with BatchNorm needs `batchnorm="fold"`.
         eps, eps_mode, alpha, beta, gamma, low, high: see `labn.lrp.Config`.
         init: relevance at the target's logit: its softmax `probability`, its `logit`, or `one`.
         chunk_size: images per pass; None: by their size on a CPU, else the whole batch. The maps do not depend on it.
@@ -86,6 +86,7 @@ class LRP(Explainer):
         norm: NormName = "identity",
         softmax: SoftmaxName = "constant",
         biases: bool = False,
+        dead: DeadName | None = None,
         composite: str | list[LayerRule] | None = None,
     ) -> None:
         if init not in INITIAL:
@@ -101,6 +102,7 @@ class LRP(Explainer):
             norm=norm,
             softmax=softmax,
             biases=biases,
+            dead=dead,
             composite=composite,
             eps=eps,
             eps_mode=eps_mode,

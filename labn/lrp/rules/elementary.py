@@ -7,7 +7,7 @@ et al. 2019). Four steps compute it: apply rho(w), divide, apply the transpose o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from labn.lrp.config import Config
 from labn.lrp.rules.conservation import ConservationReport
 from labn.lrp.rules.linear_layers import Layer
 from labn.lrp.rules.weighted_layer import WeightedLayer
+from labn.lrp.tracing.weights_of_calls import Contraction
 from labn.lrp.weight_transforms import Flat, Gamma, Identity, Negative, Positive, Square, WeightTransform
 
 
@@ -120,10 +121,50 @@ def epsilon(step: Step) -> Tensor:
 
 def zplus(step: Step) -> Tensor:
     """z+: R_i = sum_j (a_i w_ij)+ R_j / sum_i' (a_i' w_i'j)+ without the bias; alpha-beta with alpha 1 and beta 0."""
+    fallback = dead_fallback(step)
+    if fallback is not None:
+        return _with_fallback(step, fallback)
     if not step.non_negative or len(step.r) != len(step.a) or step.config.biases:
         return _signed_share(step, step.r, Positive())
     # The common case behind a ReLU: in place on fresh tensors.
     return step.adjoint(_divide_positive(step, step.apply(step.a, Positive())), Positive()).mul_(step.a)
+
+
+def dead_fallback(step: Step) -> Callable[[Step], Tensor] | None:
+    """The shares of units without positive contribution under z+; None: such a unit keeps its relevance."""
+    recorded = isinstance(step.layer, WeightedLayer) and isinstance(step.layer.weights, Contraction)
+    name = step.config.dead or ("absolute" if recorded else "keep")
+    return FALLBACKS.get(name)
+
+
+def _with_fallback(step: Step, fallback: Callable[[Step], Tensor]) -> Tensor:
+    """z+ where there are positive contributions, the fallback's shares elsewhere."""
+    lifted = _bias_under(step, Positive())
+    up, down = step.a.clamp(min=0), step.a.clamp(max=0)
+    z = _with_bias(step.apply(up, Positive()) + step.apply(down, Negative()), lifted)
+    dead = z == 0
+    alive = replace(step, r=torch.where(dead, 0, step.r), config=replace(step.config, dead="keep"))
+    shared = zplus(alive)
+    lost = torch.where(dead, step.r, 0)
+    return shared + fallback(replace(step, r=lost)) if bool(lost.any()) else shared
+
+
+def absolute(step: Step) -> Tensor:
+    """R_i = |a_i| sum_j |w_ij| R_j / sum_i' |a_i'| |w_i'j|.
+
+    Where all contributions have one sign, as at a unit without positive ones, this is LRP-epsilon without the bias.
+    """
+    size = step.a.abs()
+    s = step.divide(step.apply(size, Positive()) - step.apply(size, Negative()))
+    return size * (step.adjoint(s, Positive()) - step.adjoint(s, Negative()))
+
+
+def uniform(step: Step) -> Tensor:
+    """Equal shares for all inputs of a window."""
+    return step.adjoint(step.divide(step.apply(torch.ones_like(step.a), Flat())), Flat())
+
+
+FALLBACKS: dict[str, Callable[[Step], Tensor]] = {"absolute": absolute, "uniform": uniform}
 
 
 def alphabeta(step: Step) -> Tensor:
