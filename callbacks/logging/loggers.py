@@ -6,7 +6,6 @@ import itertools
 import os
 import warnings
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
@@ -43,13 +42,13 @@ def wandb_logger(run_dir: Path, mode: str) -> Logger | None:
     Returns:
         None, after a warning, if no working package is installed; the run folder holds all results in any case.
     """
+    # The package's own lines, such as one about a setting that nobody has set; `say_wandb` prints where the run is.
+    os.environ.setdefault("WANDB_SILENT", "true")
     # `wandb sync` looks for the pictures of tables in this folder; the package's default is outside the run folder.
     os.environ.setdefault("WANDB_DATA_DIR", str((run_dir / "wandb").absolute()))
     for offline in (True,) if mode == "offline" else (False, True):
         try:
-            logger = RunWandbLogger(
-                project="labn", name=run_dir.name, save_dir=run_dir, offline=offline, settings=wandb_settings()
-            )
+            logger = RunWandbLogger(project="labn", name=run_dir.name, save_dir=run_dir, offline=offline)
             # The property connects to the service, so that a failure shows here and not in the middle of the run.
             _ = logger.experiment
             return logger
@@ -59,13 +58,6 @@ def wandb_logger(run_dir: Path, mode: str) -> Logger | None:
                 f"Weights & Biases is not available ({first_line(error)}); {instead} in {run_dir}.", stacklevel=2
             )
     return None
-
-
-def wandb_settings() -> Any:
-    """Settings without W&B's own lines about settings that nobody has set; `WANDB_SILENT=false` prints them."""
-    import wandb
-
-    return wandb.Settings(silent=os.environ.get("WANDB_SILENT", "true").lower() not in ("false", "0"))
 
 
 def unused_version(logs: Path, command: str) -> str:

@@ -133,8 +133,9 @@ def say_wandb(trainer: pl.Trainer) -> None:
     """Print where an offline run of Weights & Biases is and how to upload it; its own lines are silent."""
     for logger in trainer.loggers:
         if isinstance(logger, RunWandbLogger) and not logger.lost and logger._offline:
-            folder = logger.experiment.settings.sync_dir
-            print(printable(f"Weights & Biases: offline run, uploaded by wandb sync {folder}"))
+            folder = getattr(getattr(logger.experiment, "settings", None), "sync_dir", None)
+            where = "" if folder is None else f", uploaded by wandb sync {folder}"
+            print(printable(f"Weights & Biases: offline run{where}"))
 
 
 def tested(words: Sequence[str]) -> list[str]:

@@ -22,6 +22,12 @@ class RunWandbLogger(WandbLogger):
 
     lost = False
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        # Lightning passes this setting to `wandb.init` also where nobody has set it, and the package warns about it.
+        if kwargs.get("anonymous") is None:
+            getattr(self, "_wandb_init", {}).pop("anonymous", None)
+
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Log numbers; see the class for failures."""
         self._try(super().log_metrics, metrics, step)

@@ -242,7 +242,8 @@ def test_a_run_that_is_killed_and_two_commands_in_one_folder_end_with_the_same_r
     """The short form of `tests/benchmarks/kills.py`."""
     monkeypatch.setattr(kills, "CONFIG", ["--config", "tests/faults/faulty.yaml"])
     tally, finished = kills.Tally(), bench.finished()
-    plan = kills.Plan(random.Random(1), {1: dict.fromkeys(kills.FIRST, 1.0)})
+    # Kills come within a tenth of a second of a phase's first file, so that they meet a command at work.
+    plan = kills.Plan(random.Random(1), {1: dict.fromkeys(kills.FIRST, 0.1)})
     killed, pair = tmp_path / "killed" / "run", tmp_path / "pair" / "run"
     kills.history(bench.server, killed, 1, argparse.Namespace(kills=2, patience=1), plan, tally)
     kills.check(killed, finished[1], tally)
