@@ -55,6 +55,9 @@ def work(main, words, environment, prefix):
     for number in (1, 2):
         os.dup2(output, number)
     os.environ.update(environment)
+    # As in a terminal, also where the tests themselves run under nohup or in the background.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["cli.py", *words]
     code = 1
     try:

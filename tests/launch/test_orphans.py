@@ -11,8 +11,8 @@ from forked import ROOT, ends_within
 RANK = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
 LAUNCHER = """
 import signal, subprocess, sys
-if sys.argv[2:]:
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+# The tests themselves may run under nohup, whose setting children inherit.
+signal.signal(signal.SIGHUP, signal.SIG_IGN if sys.argv[2:] else signal.SIG_DFL)
 print(subprocess.Popen([sys.executable, sys.argv[1]]).pid, flush=True)
 signal.pause()
 """
