@@ -1,4 +1,5 @@
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,13 @@ DATA = Path(os.environ.get("LABN_DATA", ROOT.parent / "shared" / "data"))
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 os.environ["LABN_DATA"] = str(DATA)
+# The same examples in every run, so that a change alone makes a test fail; HYPOTHESIS_PROFILE=random draws new ones.
+with suppress(ImportError):  # tests/devices run without it
+    from hypothesis import settings
+
+    settings.register_profile("repeatable", derandomize=True)
+    settings.register_profile("random", derandomize=False)
+    settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 # Tests run in parallel, one core each.
 torch.set_num_threads(1)
 
