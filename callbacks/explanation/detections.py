@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
 import shutil
@@ -27,7 +26,7 @@ from labn.io.atomic import write_atomically
 from labn.metrics.detection import DetectionScores, check_contrast
 from labn.metrics.statistics import bootstrap_mean, paired_difference
 from labn.models.detectors import Detections
-from labn.postprocess.overlay import displayable
+from labn.postprocess.overlay import displayable, png_bytes
 from labn.report import render
 from labn.report.detections import detection_card, detection_report
 from labn.report.figures import DetectionRow, detection_figure
@@ -264,9 +263,7 @@ def draw(image: Any, rows: Sequence[dict[str, Any]], maps: Tensor, tasks: Sequen
         )
         for row, heats in zip(rows, maps)
     ]
-    buffer = io.BytesIO()
-    detection_figure(image, lines, title if lines else f"{title}: no detection").savefig(buffer, dpi=110, format="png")
-    return buffer.getvalue()
+    return png_bytes(detection_figure(image, lines, title if lines else f"{title}: no detection"), dpi=110)
 
 
 def packed(maps: Tensor, found: Detections) -> bytes:

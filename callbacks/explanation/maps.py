@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from typing import Any
 
@@ -14,7 +13,7 @@ from callbacks.explanation.lifecycle import check_counts, evenly_spaced
 from callbacks.explanation.session import ExplainedBatch
 from callbacks.logging.wandb_results import log_results
 from labn.io.atomic import write_atomically
-from labn.postprocess.overlay import displayable, overlay_figure
+from labn.postprocess.overlay import displayable, overlay_figure, png_bytes
 from labn.results.shard_index import readable_name
 
 
@@ -59,10 +58,8 @@ class MapLogger(ExplainingCallback):
                 None if batch.masks is None else batch.masks[row].cpu().numpy(),
                 title,
             )
-            buffer = io.BytesIO()
-            figure.savefig(buffer, dpi=100, format="png")
             path = session.results.folder / "overlays" / f"{index:06d}-{readable_name(name)}.png"
-            write_atomically(path, buffer.getvalue())
+            write_atomically(path, png_bytes(figure, dpi=100))
 
     def publish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
         """Log the pictures of all ranks, the curves and the table to Weights & Biases (rank zero); a collective.

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 
 from labn.io.readers import read_table
+from labn.postprocess.overlay import png_bytes
 from labn.report.curves import curve_metrics, curve_panels
 from labn.report.figures import panels_figure
 from labn.results.reader import StageResults, read_stage
@@ -38,10 +39,8 @@ def log_results(logger: WandbLogger, folder: Path, split: str, overlays: list[Pa
     if pictures:
         logger.log_image(f"maps/{split}", list(pictures.values()), caption=[path.stem for path in overlays])
     for metric in curve_metrics(results.curves):
-        buffer = io.BytesIO()
         panels = curve_panels(results.curves, results.explainers, metric, folder, results.quantity)
-        panels_figure(panels).savefig(buffer, dpi=100, format="png")
-        logger.log_image(f"curves/{split}/{metric}", [capped(buffer.getvalue())])
+        logger.log_image(f"curves/{split}/{metric}", [capped(png_bytes(panels_figure(panels), dpi=100))])
     if table and pictures:
         logger.log_table(f"samples/{split}", *sample_table(results, pictures))
 

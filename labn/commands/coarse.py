@@ -8,7 +8,6 @@ them, at every patch size. This command evaluates the results.
 from __future__ import annotations
 
 import argparse
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from labn.errors import InputError, MissingFileError, printable
 from labn.io.atomic import write_atomically
 from labn.io.readers import read_table
 from labn.metrics.statistics import Interval, bootstrap_mean, paired_difference
+from labn.postprocess.overlay import png_bytes
 
 DETAILS = """\
 Reads the results of:
@@ -168,12 +168,5 @@ def run(options: argparse.Namespace) -> None:
         print(printable(text, keep="\n"))
     print(printable("\n".join(verdict(scored, options.fine, coarse, score) for score in SCORES), keep="\n"))
     path = options.out or options.run / "coarse_fine.png"
-    save(figure(scored), path)
+    write_atomically(path, png_bytes(figure(scored), dpi=110))
     print(f"Drawn: {path}")
-
-
-def save(drawn: Figure, path: Path) -> None:
-    """Write a figure as PNG, atomically."""
-    buffer = io.BytesIO()
-    drawn.savefig(buffer, dpi=110, format="png")
-    write_atomically(path, buffer.getvalue())

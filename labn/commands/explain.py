@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import io
 import itertools
 import textwrap
 import warnings
@@ -26,7 +25,7 @@ from labn.io.preprocessing import Preprocessing
 from labn.io.readers import non_utf8_name, read_text
 from labn.models.backbones import import_path_of
 from labn.models.pretrained import load_pretrained
-from labn.postprocess.overlay import displayable, overlay_figure
+from labn.postprocess.overlay import displayable, overlay_figure, png_bytes
 from labn.results.shard_index import readable_name
 from labn.results.tables import csv_bytes
 
@@ -231,9 +230,7 @@ def _explain(
         {method: heat.numpy() for method, heat in maps.items()},
         title=f"{name}: {names[0]} ({confidence:.3f}), explained {names[1]}",
     )
-    picture = io.BytesIO()
-    figure.savefig(picture, dpi=120, format="png")
-    write_atomically(options.out / OVERLAYS / f"{name}.png", picture.getvalue())
+    write_atomically(options.out / OVERLAYS / f"{name}.png", png_bytes(figure))
     write_atomically(options.out / "maps" / f"{name}.safetensors", safetensors.torch.save(maps))
     return predicted, names[0], confidence, names[1]
 

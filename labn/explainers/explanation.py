@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import cv2
 import numpy as np
 import safetensors.torch
 import torch
@@ -22,7 +23,7 @@ from labn.io.atomic import write_atomically, write_error
 from labn.io.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from labn.io.readers import read_json
 from labn.models.checkpoints import read_checkpoint
-from labn.postprocess.overlay import displayable, overlay, sheet_figure
+from labn.postprocess.overlay import displayable, overlay, png_bytes, sheet_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,8 +32,103 @@ MANIFEST = "explanation.json"
 MAPS = "maps.safetensors"
 
 
+class Shown(ABC):
+    """Maps by method that plot, save and show themselves: one `Explanation`, or `Explanations` of several methods."""
+
+    @abstractmethod
+    def _by_method(self) -> Mapping[str, Explanation]:
+        """The explanations of the same images by name of their method."""
+
+    def plot(
+        self, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD, max_images: int = 8
+    ) -> Figure:
+        """A matplotlib figure with one row per image: the picture, and the map of every method with a colour bar.
+
+        Args:
+            mean: per-channel mean of the images' normalisation.
+            std: per-channel standard deviation of the normalisation.
+            max_images: number of images to show, from the first.
+
+        Raises:
+            InputError: there is no explanation.
+        """
+        explanations = self._by_method()
+        if not explanations:
+            raise InputError("There is no explanation to show.")
+        first = next(iter(explanations.values()))
+        count = min(len(first), max_images)
+        pictures = first._pictures(count, 0, mean, std)
+        maps = {name: explanation.numpy() for name, explanation in explanations.items()}
+        titles = [f"image {row}, class {int(first.targets[row])}" for row in range(count)]
+        return sheet_figure(
+            [(titles[row], pictures[row], {name: m[row] for name, m in maps.items()}, None) for row in range(count)]
+        )
+
+    def save(
+        self,
+        folder: str | os.PathLike[str],
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> Path:
+        """Save to a new folder, which exists under its name only when it is complete.
+
+        Written are `maps.safetensors` (raw maps (B, H, W) by method), `overlays/<method>/<position>.png`,
+        `sheet.png` (the figure of `plot`), and `explanation.json` with methods, classes, shapes and ranges.
+
+        Args:
+            folder: the folder; it must not exist, or be empty.
+            mean: per-channel mean of the images' normalisation.
+            std: per-channel standard deviation of the normalisation.
+
+        Returns:
+            The folder.
+
+        Raises:
+            InputError: the folder exists and is not empty, or there is no explanation.
+            FileError: the folder cannot be written.
+        """
+        folder = Path(folder).absolute()  # the name of `.` is empty
+        if unfit := [name for name in self._by_method() if Path(name).name != name]:
+            raise InputError(f"{unfit[0]!r} cannot be the name of a folder; choose another name of the method.")
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{folder} exists and is not an empty folder; give a new one.")
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        try:
+            temporary.mkdir(parents=True, exist_ok=True)
+            self._write(temporary, mean, std)
+            # A rename takes the place of an empty folder.
+            temporary.replace(folder)
+        except OSError as error:
+            raise write_error(folder, error) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return folder
+
+    def _repr_png_(self) -> bytes:
+        """The figure as a notebook shows it."""
+        return png_bytes(self.plot())
+
+    def _write(self, folder: Path, mean: Sequence[float], std: Sequence[float]) -> None:
+        explanations = self._by_method()
+        maps = {
+            name: explanation.maps.detach().float().cpu().contiguous() for name, explanation in explanations.items()
+        }
+        write_atomically(folder / "sheet.png", png_bytes(self.plot(mean, std)))
+        write_atomically(folder / MAPS, safetensors.torch.save(maps))
+        for name, explanation in explanations.items():
+            pictures = explanation._pictures(len(explanation), 0, mean, std)
+            for position, (picture, heat) in enumerate(zip(pictures, maps[name].numpy())):
+                path = folder / "overlays" / name / f"{position:05d}.png"
+                write_atomically(path, _png_of_pixels(overlay(picture, heat)))
+        described = {
+            "labn": version("labn"),
+            "methods": {name: _description(explanation) for name, explanation in explanations.items()},
+        }
+        write_atomically(folder / MANIFEST, json.dumps(described, indent=1).encode())
+
+
 @dataclass(frozen=True, repr=False, eq=False)
-class Explanation:
+class Explanation(Shown):
     """Result of `explain`.
 
     Attributes:
@@ -91,27 +187,6 @@ class Explanation:
         heat = self.numpy()[index]
         return overlay(_pixels(image, heat.shape) if image is not None else self._pictures(1, index)[0], heat, alpha)
 
-    def plot(
-        self, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD, max_images: int = 8
-    ) -> Figure:
-        """A matplotlib figure with one row per image: the picture, and its map with a colour bar.
-
-        Args:
-            mean: per-channel mean of the images' normalisation.
-            std: per-channel standard deviation of the normalisation.
-            max_images: number of images to show, from the first.
-        """
-        return Explanations({self.method: self}).plot(mean, std, max_images)
-
-    def save(
-        self,
-        folder: str | os.PathLike[str],
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
-    ) -> Path:
-        """Save maps, overlays and a description to a new folder, see `Explanations.save`."""
-        return Explanations({self.method: self}).save(folder, mean, std)
-
     def _pictures(
         self,
         count: int,
@@ -129,12 +204,11 @@ class Explanation:
             mean, std = _own_range(images)
         return [displayable(image, mean, std) for image in images[first : first + count]]
 
-    def _repr_png_(self) -> bytes:
-        """The figure as a notebook shows it."""
-        return _png(self.plot())
+    def _by_method(self) -> Mapping[str, Explanation]:
+        return {self.method: self}
 
 
-class Explanations(dict[str, Explanation]):
+class Explanations(dict[str, Explanation], Shown):
     """Explanations of the same images by several methods: name of the method -> `Explanation`.
 
     Example:
@@ -147,88 +221,8 @@ class Explanations(dict[str, Explanation]):
     def __repr__(self) -> str:
         return "Explanations(\n" + "".join(f"  {explanation!r},\n" for explanation in self.values()) + ")"
 
-    def plot(
-        self, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD, max_images: int = 8
-    ) -> Figure:
-        """A matplotlib figure with one row per image: the picture, and the map of every method with a colour bar.
-
-        Args:
-            mean: per-channel mean of the images' normalisation.
-            std: per-channel standard deviation of the normalisation.
-            max_images: number of images to show, from the first.
-
-        Raises:
-            InputError: there is no explanation.
-        """
-        if not self:
-            raise InputError("There is no explanation to show.")
-        first = next(iter(self.values()))
-        count = min(len(first), max_images)
-        pictures = first._pictures(count, 0, mean, std)
-        maps = {name: explanation.numpy() for name, explanation in self.items()}
-        titles = [f"image {row}, class {int(first.targets[row])}" for row in range(count)]
-        return sheet_figure(
-            [(titles[row], pictures[row], {name: m[row] for name, m in maps.items()}, None) for row in range(count)]
-        )
-
-    def save(
-        self,
-        folder: str | os.PathLike[str],
-        mean: Sequence[float] = IMAGENET_MEAN,
-        std: Sequence[float] = IMAGENET_STD,
-    ) -> Path:
-        """Save to a new folder, which exists under its name only when it is complete.
-
-        Written are `maps.safetensors` (raw maps (B, H, W) by method), `overlays/<method>/<position>.png`,
-        `sheet.png` (the figure of `plot`), and `explanation.json` with methods, classes, shapes and ranges.
-
-        Args:
-            folder: the folder; it must not exist, or be empty.
-            mean: per-channel mean of the images' normalisation.
-            std: per-channel standard deviation of the normalisation.
-
-        Returns:
-            The folder.
-
-        Raises:
-            InputError: the folder exists and is not empty, or there is no explanation.
-            FileError: the folder cannot be written.
-        """
-        folder = Path(folder).absolute()  # the name of `.` is empty
-        if unfit := [name for name in self if Path(name).name != name]:
-            raise InputError(f"{unfit[0]!r} cannot be the name of a folder; choose another name of the method.")
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"{folder} exists and is not an empty folder; give a new one.")
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        try:
-            temporary.mkdir(parents=True, exist_ok=True)
-            self._write(temporary, mean, std)
-            # A rename takes the place of an empty folder.
-            temporary.replace(folder)
-        except OSError as error:
-            raise write_error(folder, error) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        return folder
-
-    def _repr_png_(self) -> bytes:
-        """The figure as a notebook shows it."""
-        return _png(self.plot())
-
-    def _write(self, folder: Path, mean: Sequence[float], std: Sequence[float]) -> None:
-        maps = {name: explanation.maps.detach().float().cpu().contiguous() for name, explanation in self.items()}
-        write_atomically(folder / "sheet.png", _png(self.plot(mean, std)))
-        write_atomically(folder / MAPS, safetensors.torch.save(maps))
-        for name, explanation in self.items():
-            pictures = explanation._pictures(len(explanation), 0, mean, std)
-            for position, (picture, heat) in enumerate(zip(pictures, maps[name].numpy())):
-                path = folder / "overlays" / name / f"{position:05d}.png"
-                write_atomically(path, _png_of_pixels(overlay(picture, heat)))
-        described = {
-            "labn": version("labn"),
-            "methods": {name: _description(explanation) for name, explanation in self.items()},
-        }
-        write_atomically(folder / MANIFEST, json.dumps(described, indent=1).encode())
+    def _by_method(self) -> Mapping[str, Explanation]:
+        return self
 
 
 def load_explanations(folder: str | os.PathLike[str]) -> Explanations:
@@ -297,13 +291,5 @@ def _own_range(images: Tensor) -> tuple[list[float], list[float]]:
     return [-low / max(high - low, 1e-12)], [1 / max(high - low, 1e-12)]
 
 
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120, format="png")
-    return buffer.getvalue()
-
-
 def _png_of_pixels(pixels: np.ndarray) -> bytes:
-    import cv2
-
     return bytes(cv2.imencode(".png", pixels[..., ::-1])[1])

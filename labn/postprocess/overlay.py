@@ -5,6 +5,7 @@ matplotlib is imported inside the functions: its import takes half a second, whi
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -27,7 +28,7 @@ GREY = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in the grey picture under a map."""
 
 # Inches of a cell of the figure: the picture's longer side, and what stands around it.
-_SIDE, _LEFT, _BAR, _TICKS, _TITLE = 1.8, 0.06, 0.08, 0.64, 0.3
+_SIDE, _LEFT, _BAR, _TICKS, _TITLE, _GAP = 1.8, 0.06, 0.08, 0.64, 0.3, 0.1
 
 
 def displayable(image: Tensor, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
@@ -119,7 +120,7 @@ def sheet_figure(
     widest = max(len(maps) for _, _, maps, _ in pictures) + 1
     columns = -(-widest // -(-widest // PER_ROW))
     heights = [[_cell_height(image)] * -(-(len(maps) + 1) // columns) for _, image, maps, _ in pictures]
-    height = sum(sum(rows) + _TITLE for rows in heights) + _LEFT  # and a margin at the bottom
+    height = sum(sum(rows) + _TITLE + _GAP for rows in heights)
     figure = Figure(figsize=((_LEFT + _SIDE + _BAR + _TICKS) * columns, height))
     top = height
     for (title, image, maps, mask), rows in zip(pictures, heights):
@@ -131,8 +132,20 @@ def sheet_figure(
             bottom = top - sum(rows[: number // columns + 1])
             axes, bar = _cell(figure, image, number % columns, bottom)
             _draw(axes, bar, image, name, heat, mask)
-        top -= sum(rows)
+        top -= sum(rows) + _GAP
     return figure
+
+
+def png_bytes(figure: Figure, dpi: int = 120) -> bytes:
+    """A figure as a PNG file.
+
+    Example:
+        >>> png_bytes(overlay_figure(np.zeros((4, 4)), {}), dpi=30)[:4]
+        b'\\x89PNG'
+    """
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=dpi, format="png")
+    return buffer.getvalue()
 
 
 def _picture_size(image: np.ndarray) -> tuple[float, float]:

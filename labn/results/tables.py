@@ -209,7 +209,7 @@ def write_rows(text: TextIO, header: Sequence[str], rows: Iterable[Sequence[Any]
     quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
     escape = [escaped_method if name.startswith("explainer") else escaped_cell for name in header]
     for row in itertools.chain([header], rows):
-        cells = [write(value) for write, value in zip(escape, row)]
+        cells = [write(value) for write, value in zip(escape, row, strict=True)]
         (quoted if any(isinstance(cell, str) and "\r" in cell for cell in cells) else plain).writerow(cells)
 
 
