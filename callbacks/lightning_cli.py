@@ -53,7 +53,7 @@ from labn.launch.allocator import keep_freed_memory
 from labn.launch.archive_fit import archive_fit
 from labn.launch.config_include import configurations, expand_includes, experiment_name
 from labn.launch.error_messages import explain_error
-from labn.launch.run_lock import locked, remove_leftovers
+from labn.launch.run_lock import clean_run_folder, locked
 from labn.launch.slurm import is_first_process, requeue_on_signal, restarted
 from labn.models.checkpoints import own_dataclasses, read_checkpoint
 from labn.modules.plain_checkpoints import check_own_classes, check_same_class
@@ -152,7 +152,7 @@ class LabnCLI(LightningCLI):
             check_writable(run_dir, "--run_dir")
             self.held.enter_context(locked(run_dir, str(self.subcommand)))
             if is_first_process():
-                remove_leftovers(run_dir, str(self.subcommand))
+                clean_run_folder(run_dir, str(self.subcommand))
         if self.subcommand == "fit" and config.get("ckpt_path") is None and restarted() and has_last(run_dir):
             config.ckpt_path = LAST
             rank_zero_info(f"SLURM has requeued this job: fit resumes from the last checkpoint in {run_dir}.")

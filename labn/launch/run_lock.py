@@ -80,7 +80,7 @@ def check_held(run_dir: Path, command: str) -> None:
         _take(path, command)
 
 
-def remove_leftovers(run_dir: Path, command: str) -> None:
+def clean_run_folder(run_dir: Path, command: str) -> None:
     """Delete what killed commands left in a run folder: temporary files, and locks of processes that have ended.
 
     The caller holds the lock of `command`. Nothing is deleted while another command runs in the folder, and no file

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from labn.errors import InputError
 
 Kind = Literal["conv", "depthwise", "linear", "attention", "product"]
 
-KINDS = ("conv", "depthwise", "linear", "attention", "product")
+KINDS = get_args(Kind)
 RULE_NAMES = ("lrp0", "epsilon", "zplus", "alphabeta", "gamma", "flat", "ones", "zbox", "alpha1beta0", "wsquare")
 PARAMETERS = ("eps", "eps_mode", "alpha", "beta", "gamma", "biases")
 

@@ -11,9 +11,9 @@ import threading
 
 import pytest
 
-from labn.io.atomic import remove_leftovers as remove_all
+from labn.io.atomic import remove_leftovers
 from labn.launch import run_lock
-from labn.launch.run_lock import check_held, lock_path, locked, remove_leftovers
+from labn.launch.run_lock import check_held, clean_run_folder, lock_path, locked
 
 
 def test_a_second_holder_is_refused_with_the_first_ones_process(tmp_path):
@@ -147,12 +147,12 @@ def test_the_next_command_removes_what_killed_ones_left(tmp_path, command):
     stale = [lock_path(tmp_path, name) for name in ("fit", "validate", "test") if name != command]
     for path in stale:
         path.write_text(json.dumps({"host": socket.gethostname(), "process": dead_process(), "started": "1"}))
-    remove_leftovers(tmp_path, command)
+    clean_run_folder(tmp_path, command)
     assert not any(path.exists() for path in [*gone, *stale])
     assert all(path.exists() for path in kept)
     for path in kept:  # hours later their writer is another process of that number
         os.utime(path, (0, 0))
-    remove_leftovers(tmp_path, command)
+    clean_run_folder(tmp_path, command)
     assert [path.exists() for path in kept] == [True] * 3 + [False] * 6
 
 
@@ -161,10 +161,10 @@ def test_a_folder_that_a_killed_process_left_is_removed_too(tmp_path):
     for content in (half / "overlays" / "a.png", half / f".sheet.png.{dead_process()}.tmp"):
         content.parent.mkdir(parents=True, exist_ok=True)
         content.write_text("half")
-    remove_leftovers(tmp_path, "fit")
+    clean_run_folder(tmp_path, "fit")
     assert not half.exists()
     half.mkdir()
-    remove_all(tmp_path / "test")
+    remove_leftovers(tmp_path / "test")
     assert not half.exists()
 
 
@@ -172,7 +172,7 @@ def test_leftovers_stay_while_another_command_runs(tmp_path):
     paths = leave(tmp_path, dead_process())
     for holder in (holder_of(os.getppid()), {"host": "elsewhere", "process": 7, "started": "1"}):
         lock_path(tmp_path, "fit").write_text(json.dumps(holder))
-        remove_leftovers(tmp_path, "test")
+        clean_run_folder(tmp_path, "test")
         assert all(path.exists() for path in paths)
 
 

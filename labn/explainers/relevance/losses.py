@@ -1,4 +1,4 @@
-"""What is said about relevance that does not arrive at the pixels, once per network."""
+"""Warnings about relevance that does not arrive at the pixels; each network causes one."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import nn
 from labn.lrp.rules.conservation import Entry
 
 LEAST, MOST = 0.95, 1.05
-"""Shares of the initial relevance between which nothing is said about losses."""
+"""Arrived shares of the initial relevance between which there is no warning."""
 
 
 def is_loss(share: float) -> bool:
-    """Whether a share of the initial relevance, which arrives at the pixels, is worth a warning."""
+    """Whether the share of the initial relevance that arrives at the pixels calls for a warning."""
     return math.isfinite(share) and not LEAST <= share <= MOST
 
 
 def loss_sentence(model: nn.Module, share: str, entries: Sequence[Entry], helps: str) -> str:
-    """The sentence that says how much arrives, which layers keep most, and what helps.
+    """The warning: how much relevance arrives, which layers keep most, and what helps.
 
     Args:
         model: the network.
@@ -38,7 +38,7 @@ def largest(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def keeps_by(entries: Sequence[Entry]) -> str:
-    """Whether the layer that keeps most does so as `dead` units, by its `bias`, by `eps`, or at a filled border, `pad`.
+    """The largest loss of the layer that keeps most: `dead` units, `bias`, `eps`, or `pad`, the filled border.
 
     Args:
         entries: the conservation report.
