@@ -47,7 +47,7 @@ from callbacks.logging.terminal import (
     say_fitted,
     say_taken_over,
 )
-from labn.errors import InputError
+from labn.errors import InputError, UserError
 from labn.io.atomic import check_writable
 from labn.launch.allocator import keep_freed_memory
 from labn.launch.archive_fit import archive_fit
@@ -279,7 +279,9 @@ def train_or_evaluate(arguments: Sequence[str]) -> None:
             raise
         _say("Interrupted")
         raise SystemExit(128 + signal.SIGINT) from error
-    except (RuntimeError, ValueError) as error:
+    except UserError:
+        raise
+    except (RuntimeError, ValueError, FileNotFoundError) as error:
         better = explain_error(error, getattr(rank_zero_only, "rank", 0))
         if better is None:
             raise

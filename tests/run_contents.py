@@ -72,7 +72,8 @@ def contents(run_dir):
     found = {}
     for stage in sorted({path.parent for path in run_dir.rglob("scores.csv")}):
         name = stage.relative_to(run_dir)
-        if name.parts[0].startswith("fit.old-"):  # of an attempt without a checkpoint
+        # Of an attempt without a checkpoint, and of a test during a fit, of what was the best checkpoint then.
+        if name.parts[0].startswith(("fit.old-", "test.old-")):
             continue
         found |= {f"{name}/{file}": (stage / file).read_bytes() for file in TABLES if (stage / file).exists()}
         found[f"{name}/maps/manifest.json"] = (stage / "maps" / "manifest.json").read_bytes()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from labn.errors import InputError, LostProcessError, UserError
+from labn.errors import InputError, LostProcessError, MissingFileError, UserError
 from labn.perturbation.engine import is_out_of_memory
 
 CONNECTION_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
@@ -40,8 +40,8 @@ SINGLE_VALUE = "Expected more than 1 value per channel when training"
 """Text in torch's error about a BatchNorm that gets one value per channel, whose variance is not defined."""
 
 
-def explain_error(error: RuntimeError | ValueError, rank: int) -> UserError | None:
-    """An error with advice for exhausted memory, a lost process or a BatchNorm of one value; None for any other error.
+def explain_error(error: Exception, rank: int) -> UserError | None:
+    """An error with advice for exhausted memory, a lost process or checkpoint, or a BatchNorm of one value; else None.
 
     Args:
         error: the error that ended a command with a trainer.
@@ -49,6 +49,14 @@ def explain_error(error: RuntimeError | ValueError, rank: int) -> UserError | No
     """
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     again = "the same command (fit: with --ckpt_path last) continues from the files on disk"
+    if isinstance(error, FileNotFoundError):
+        path = str(error.filename or str(error).rpartition(": ")[2])
+        if not path.endswith(".ckpt"):
+            return None
+        return MissingFileError(
+            f"{path} has gone since this command began, as when a fit starts afresh in the same folder; start "
+            "the command again."
+        )
     if isinstance(error, RuntimeError) and is_out_of_memory(error):
         return OutOfMemory(f"Rank {rank} is out of memory ({reason}): lower data.init_args.batch_size, and {again}.")
     if SINGLE_VALUE in str(error):

@@ -238,8 +238,12 @@ def read_checkpoint(path: str | Path) -> Any:
     """
     path = Path(path)
     if not path.is_file():
-        raise MissingFileError(f"{path} does not exist; give a local .safetensors, .pt, .pth or .ckpt file.")
+        raise _missing(path)
     return _read(path)
+
+
+def _missing(path: Path) -> MissingFileError:
+    return MissingFileError(f"{path} does not exist; give a local .safetensors, .pt, .pth or .ckpt file.")
 
 
 def _read(path: Path) -> Any:
@@ -251,6 +255,8 @@ def _read(path: Path) -> Any:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} cannot be read as tensors only: {_unsafe_content(path, error)}") from error
+    except FileNotFoundError as error:  # another command has moved it meanwhile
+        raise _missing(path) from error
     # torch and safetensors raise many kinds of errors for damaged or hostile files.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -41,7 +41,12 @@ FIRST = {"fit": "fit.yaml", "explain": "test/maps/*.safetensors", "score": "test
 WAIT = 60.0
 """Seconds in which a rank must notice that another one has gone."""
 PAIRS = [("fit", "fit"), ("test", "test"), ("fit", "test"), ("test", "fit")]
-SENTENCES = ("is in use: process", "has been removed or moved while this command ran", "best.ckpt does not exist; ")
+SENTENCES = (
+    "is in use: process",
+    "has been removed or moved while this command ran",
+    "best.ckpt does not exist; ",
+    "has gone since this command began",
+)
 LAUNCHER = -1
 """The victim that stands for the processes that started the ranks."""
 

@@ -20,7 +20,7 @@ from labn.explainers.cam.target_layer import (
     search_target_layer,
     target_layer_of,
 )
-from labn.explainers.cam.token_grid import TokenGrid
+from labn.inference.token_grid import TokenGrid
 
 TORCHVISION = {
     "resnet18": "layer4",

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import labn
-from labn.explainers.cam.layout import Layout, LayoutRecorder
 from labn.explainers.cam.target_layer import search_target_layer, target_layer_of
-from labn.explainers.cam.token_grid import TokenGrid
+from labn.inference.layout import Layout, LayoutRecorder
+from labn.inference.token_grid import TokenGrid
 
 
 class Mixed(nn.Module):

@@ -59,3 +59,11 @@ def test_a_batchnorm_of_one_value_is_explained():
     text = "Expected more than 1 value per channel when training, got input size torch.Size([1, 4, 1, 1])"
     assert "data.init_args.drop_last" in str(explain_error(ValueError(text), 0))
     assert explain_error(ValueError("another"), 0) is None
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(2, "No such file", "a b/best.ckpt"), FileNotFoundError("Not found: a b/best.ckpt")]
+)
+def test_a_checkpoint_that_another_command_moves_meanwhile_is_named(error):
+    assert str(explain_error(error, 0)).startswith("a b/best.ckpt has gone since this command began")
+    assert explain_error(FileNotFoundError(2, "No such file", "names.csv"), 0) is None

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from labn.errors import InputError
-from labn.explainers.cam.layout import Layout, LayoutRecorder
-from labn.explainers.cam.token_grid import TokenGrid
 from labn.inference.fingerprint import ModelCache, structure_key
 from labn.inference.hooks import temporary_hooks
+from labn.inference.layout import Layout, LayoutRecorder
 from labn.inference.modes import explaining, run_model
+from labn.inference.token_grid import TokenGrid
 
 POOLING = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 

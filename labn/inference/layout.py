@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from labn.explainers.cam.token_grid import TokenGrid
+from labn.inference.token_grid import TokenGrid
 
 # Beside every function whose name ends in `2d`, such as conv2d and adaptive_avg_pool2d.
 CHANNELS_FIRST = {
