@@ -152,15 +152,16 @@ class DetectionCallback(StageCallback):
         )
         summary = summarise(scores)
         write_atomically(self._folder / "detections.csv", as_csv(DETECTIONS, rows))
+        paired = pair(scores)
         if scores:
             write_atomically(self._folder / "detection_scores.csv", as_csv(SCORES, scores))
             write_atomically(self._folder / "detection_summary.csv", as_csv(SUMMARY, summary))
-            write_atomically(self._folder / "detection_paired.csv", as_csv(PAIRED, pair(scores)))
+            write_atomically(self._folder / "detection_paired.csv", as_csv(PAIRED, paired))
         # Available here because the average precision is logged before `publish` is called.
         facts = {n: float(v) for n, v in trainer.callback_metrics.items() if n.startswith(f"{split}/")}
         classes = ["background", *trainer.datamodule.class_names]  # type: ignore[attr-defined]
         title = f"{self._folder.resolve().parent.name}, {self._folder.name}: detections"
-        report = detection_report(title, cards, summary, self.tasks, classes, facts)
+        report = detection_report(title, cards, summary, self.tasks, classes, facts, paired=paired)
         write_atomically(self._folder / "report.html", render(report).encode())
         rank_zero_info(f"{len(rows)} detections of {len(records)} images explained in {self._folder}.")
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from labn.metrics.base import SampleMetric, ScoredBatch
     from labn.metrics.confidence import ADCC, AverageDrop, PercentIncrease
+    from labn.metrics.descriptions import ValueDescription
     from labn.metrics.errors import ErrorAnalysis
     from labn.metrics.filled import FillProbability
     from labn.metrics.forecast import ForecastSkill
@@ -18,7 +19,14 @@ if TYPE_CHECKING:
     from labn.metrics.localisation import MapAUROC, PointingGame, RelevanceMass, RelevanceRank
     from labn.metrics.percentage_in import PercentageIn
     from labn.metrics.randomisation import Randomisation
-    from labn.metrics.registry import MetricEntry, check_settings, metric_by_name, register_metric, values_named
+    from labn.metrics.registry import (
+        MetricEntry,
+        check_settings,
+        describe_value,
+        metric_by_name,
+        register_metric,
+        values_named,
+    )
     from labn.metrics.scores import SampleScores, Scores, ScoresByMethod
     from labn.metrics.sparseness import Sparseness
     from labn.metrics.statistics import Interval, bootstrap_mean, bootstrap_sums, paired_difference
@@ -26,6 +34,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "base": ("SampleMetric", "ScoredBatch"),
     "confidence": ("ADCC", "AverageDrop", "PercentIncrease"),
+    "descriptions": ("ValueDescription",),
     "errors": ("ErrorAnalysis",),
     "filled": ("FillProbability",),
     "forecast": ("ForecastSkill",),
@@ -33,7 +42,14 @@ _MODULES = {
     "localisation": ("MapAUROC", "PointingGame", "RelevanceMass", "RelevanceRank"),
     "percentage_in": ("PercentageIn",),
     "randomisation": ("Randomisation",),
-    "registry": ("MetricEntry", "check_settings", "metric_by_name", "register_metric", "values_named"),
+    "registry": (
+        "MetricEntry",
+        "check_settings",
+        "describe_value",
+        "metric_by_name",
+        "register_metric",
+        "values_named",
+    ),
     "scores": ("SampleScores", "Scores", "ScoresByMethod"),
     "sparseness": ("Sparseness",),
     "statistics": ("Interval", "bootstrap_mean", "bootstrap_sums", "paired_difference"),
@@ -61,9 +77,11 @@ __all__ = [
     "Scores",
     "ScoresByMethod",
     "Sparseness",
+    "ValueDescription",
     "bootstrap_mean",
     "bootstrap_sums",
     "check_settings",
+    "describe_value",
     "metric_by_name",
     "paired_difference",
     "register_metric",

@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from labn.errors import InputError, InputTypeError
 from labn.metrics.base import SampleMetric
 from labn.metrics.confidence import ADCC, AverageDrop, PercentIncrease
+from labn.metrics.descriptions import ValueDescription, own_description
 from labn.metrics.errors import ErrorAnalysis
 from labn.metrics.filled import FillProbability
 from labn.metrics.insertion_deletion import PatchInsertionDeletion
@@ -30,6 +31,7 @@ class MetricEntry:
         metric: the metric's class, which receives those of the shared settings that its constructor has.
         arguments: match -> constructor arguments that the name contains.
         examples: names to suggest for a similar unknown name.
+        descriptions: name of a value -> its meaning, range and better end, for reports.
 
     Example:
         >>> entry = MetricEntry(r"gini", Sparseness, lambda match: {}, ("gini",))
@@ -41,6 +43,7 @@ class MetricEntry:
     metric: type[SampleMetric]
     arguments: Callable[[re.Match[str]], dict[str, Any]]
     examples: tuple[str, ...]
+    descriptions: Mapping[str, ValueDescription] = field(default_factory=dict)
 
     @property
     def parameters(self) -> set[str]:
@@ -207,3 +210,26 @@ def values_named(name: str, metric: SampleMetric) -> dict[str, str]:
     # A patch of one pixel is the pixel-wise metric, whose name is ID in the papers.
     canonical = re.sub(r"^pid1(?=@|$)", "id", name)
     return {name: canonical} if canonical in metric.names else {value: value for value in metric.names}
+
+
+def describe_value(name: str, quantity: str = "probability") -> ValueDescription:
+    """Meaning, range and better end of a value in the tables.
+
+    A metric of the user that has no `descriptions` is described by the first line of its class.
+
+    Args:
+        name: name of the value, such as `pid16`, or of a figure of the model, such as `accuracy`.
+        quantity: what insertion and deletion curves show, `probability` or `logit`.
+
+    Returns:
+        The description; its meaning is empty for an unknown name, such as a metric that this process has not imported.
+
+    Example:
+        >>> print(describe_value("mass"))
+        share of the map's positive values inside the mask or box. Range [0, 1], higher is better.
+    """
+    registered = (entry.descriptions[name] for entry in REGISTRY if name in entry.descriptions)
+    if (found := own_description(name, quantity) or next(registered, None)) is not None:
+        return found
+    docs = (inspect.getdoc(entry.metric) or "" for entry in REGISTRY if re.fullmatch(entry.pattern, name))
+    return ValueDescription(next(docs, "").partition("\n")[0].rstrip("."))

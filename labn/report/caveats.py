@@ -40,7 +40,7 @@ def _subset(results: StageResults, split_size: int | None) -> Iterator[str]:
     elif counts and min(counts) < FEW:
         yield f"Some values are based on {min(counts)} {what}: intervals of so few are too narrow."
     if counts:
-        yield f"Intervals are 95 % bootstrap intervals over {over}, not over seeds."
+        yield f"Intervals are 95 % bootstrap intervals over {over}."
 
 
 def _protocols(results: StageResults) -> Iterator[str]:

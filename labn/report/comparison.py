@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,12 @@ from labn.compare.merge import Comparison
 from labn.compare.runs import Run
 from labn.metrics.registry import metric_by_name, values_named
 from labn.metrics.statistics import Interval
+from labn.report.best import Differences, both_directions, with_best
 from labn.report.caveats import caveats
 from labn.report.curves import curve_metrics, curve_panels, on_grid
+from labn.report.glossary import glossary
 from labn.report.page import Cell, Report, Table, thin
-from labn.report.run_report import made_with
+from labn.report.run_report import made_with, paired_of
 from labn.report.training import training_panels
 from labn.results.reader import Card
 from labn.results.training_logs import read_training
@@ -38,14 +41,15 @@ def comparison_report(comparison: Comparison, title: str = "Comparison", max_byt
     curves = merged_curves(comparison)
     cards = thin(merged_cards(comparison), max_bytes)
     quantity = comparison.runs[0].results.quantity
-    return Report(
+    differences = differences_between(comparison)
+    more = _table(comparison, rows, [v for v in values if v not in comparison.asked], "Other values")
+    report = Report(
         title=title,
+        quantity=quantity,
         caveats=_notes(comparison),
-        summary=_table(
-            comparison, rows, comparison.asked, "Mean ± standard deviation over seeds, with its 95 % interval"
-        ),
-        summary_more=_table(comparison, rows, [v for v in values if v not in comparison.asked], "Other values"),
-        paired=_paired(comparison, rows),
+        summary=with_best(_table(comparison, rows, comparison.asked, _caption(comparison)), differences, quantity),
+        summary_more=with_best(more, differences, quantity),
+        paired=paired_of(rows, differences, [name for name in comparison.asked if name != "fill_probability"]),
         curves={m: curve_panels(curves, rows, m, quantity=quantity) for m in curve_metrics(curves)},
         training=_training(comparison.runs),
         cards=cards,
@@ -58,6 +62,14 @@ def comparison_report(comparison: Comparison, title: str = "Comparison", max_byt
         ],
         configs=[(str(path), path.read_text()) for path in _configs(comparison.runs)],
     )
+    explainers = {n: e for run in comparison.runs for n, e in run.results.manifest.get("explainers", {}).items()}
+    return replace(report, glossary=glossary(report, explainers))
+
+
+def _caption(comparison: Comparison) -> str:
+    if any(row.std is not None for row in comparison.rows):
+        return "Mean over samples ± standard deviation over seeds, with the 95 % interval of the mean"
+    return "Mean over samples with its 95 % interval"
 
 
 def _configs(runs: Iterable[Run]) -> list[Path]:
@@ -108,18 +120,12 @@ def _cell(interval: Interval, std: float | None = None) -> Cell:
     return Cell(interval.mean, interval.low, interval.high, interval.n, std)
 
 
-def _paired(comparison: Comparison, rows: list[str]) -> list[Table]:
-    tables = []
-    for metric in comparison.asked:
-        cells = {}
-        for a, b, name, interval in comparison.paired:
-            if name == metric:
-                cells[a, b] = _cell(interval)
-                # The other direction has the opposite sign and exchanged bounds.
-                cells[b, a] = Cell(-interval.mean, -interval.high, -interval.low, interval.n)
-        if cells and metric != "fill_probability":
-            tables.append(Table(metric, tuple(rows), {a: [cells.get((a, b)) for b in rows] for a in rows}))
-    return tables
+def differences_between(comparison: Comparison) -> dict[str, Differences]:
+    """Value -> differences between the rows, in both directions."""
+    pairs: dict[str, list[tuple[str, str, Cell]]] = {}
+    for a, b, metric, interval in comparison.paired:
+        pairs.setdefault(metric, []).append((a, b, _cell(interval)))
+    return {metric: both_directions(found) for metric, found in pairs.items()}
 
 
 def merged_curves(comparison: Comparison) -> dict[str, np.ndarray]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from labn.report.best import with_best
 from labn.report.cards import Picture, make_card
-from labn.report.page import Cell, Report, Table, thin
+from labn.report.glossary import glossary
+from labn.report.page import Report, Table, thin
+from labn.report.run_report import cell_of, differences_of, paired_of
 from labn.results.reader import Card
 
 JUDGED = ("prediction", "target", "confidence")
@@ -50,6 +54,7 @@ def detection_report(
     class_names: Sequence[str],
     facts: Mapping[str, float] | None = None,
     max_bytes: int = 36_000_000,
+    paired: Sequence[Mapping[str, Any]] = (),
 ) -> Report:
     """The page of one stage.
 
@@ -61,16 +66,20 @@ def detection_report(
         class_names: names of all channels, the background first.
         facts: logged metrics, such as the average precision.
         max_bytes: maximum size of the gallery in bytes.
+        paired: rows of `detection_paired.csv`.
     """
     caption = "Mean over detections; 95 % interval from resampled images"
-    cells = {(r["explainer"], r["metric"]): Cell(r["mean"], r["ci_low"], r["ci_high"], r["n"]) for r in summary}
+    cells = {(row["explainer"], row["metric"]): cell_of(row, "mean") for row in summary}
     columns = tuple(dict.fromkeys(metric for _, metric in cells))
     rows = {e: [cells.get((e, column)) for column in columns] for e in dict.fromkeys(e for e, _ in cells)}
-    return Report(
+    differences = differences_of(paired)
+    report = Report(
         title=title,
         facts=[(name, f"{value:.4g}") for name, value in (facts or {}).items()],
-        summary=Table(caption, columns, rows) if cells else None,
+        summary=with_best(Table(caption, columns, rows), differences, "probability") if cells else None,
+        paired=paired_of(list(rows), differences, columns),
         cards=thin(cards, max_bytes),
         columns=list(tasks),
         class_names=list(class_names),
     )
+    return replace(report, glossary=glossary(report, {}))

@@ -17,6 +17,7 @@ import matplotlib
 import numpy as np
 from markupsafe import Markup
 
+from labn.metrics.registry import describe_value
 from labn.report import charts
 from labn.report.charts import Panel
 from labn.results.reader import Card
@@ -56,11 +57,19 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the page: `rows[name]` holds one cell per column, None for a missing value."""
+    """A table of the page.
+
+    Attributes:
+        caption: its caption; of a table of differences, the name of the value.
+        columns: names of the columns.
+        rows: name of a row -> one cell per column, None for a missing value.
+        best: (row, column) of the cells marked as best, see `labn.report.best.with_best`.
+    """
 
     caption: str
     columns: tuple[str, ...]
     rows: dict[str, list[Cell | None]]
+    best: frozenset[tuple[str, str]] = frozenset()
 
 
 @dataclass
@@ -69,6 +78,7 @@ class Report:
 
     Attributes:
         title: title of the page.
+        quantity: what insertion and deletion curves show, `probability` or `logit`.
         facts: (name, value) of metrics of the model, shown under the title.
         caveats: sentences that must be read with the numbers.
         summary: means per row and requested value.
@@ -83,11 +93,13 @@ class Report:
         scores: sample name -> explainer -> values in the order of `metrics` (None for a missing value).
         class_names: one per class.
         player: metric of the player with patch size, fills and scale of its chart; None: no player.
+        glossary: (group, (name, definition) pairs), see `labn.report.glossary`.
         made_with: (group, (name, value) pairs) of hashes, versions and arguments.
         configs: (file name, text) of resolved configurations.
     """
 
     title: str
+    quantity: str = "probability"
     facts: list[tuple[str, str]] = field(default_factory=list)
     caveats: list[str] = field(default_factory=list)
     summary: Table | None = None
@@ -102,6 +114,7 @@ class Report:
     scores: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)
     class_names: list[str] = field(default_factory=list)
     player: dict[str, Any] | None = None
+    glossary: list[tuple[str, list[tuple[str, str]]]] = field(default_factory=list)
     made_with: list[tuple[str, list[tuple[str, str]]]] = field(default_factory=list)
     configs: list[tuple[str, str]] = field(default_factory=list)
 
@@ -122,6 +135,7 @@ def render(report: Report) -> str:
         .render(
             report=report,
             chart=charts,
+            describe=lambda name: describe_value(name, report.quantity),
             script=Markup(script),
             script_hash=_hash(script),
             style=Markup(style),
@@ -181,9 +195,15 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,  # a misspelt field of the template raises instead of printing nothing
     )
-    environment.filters["signed"] = lambda value: f"{value:+.3f}"
-    environment.filters["three"] = lambda value: f"{value:.3f}"
+    digits = {"signed": lambda value: _unsigned_zero(f"{value:+.3f}"), "three": lambda v: _unsigned_zero(f"{v:.3f}")}
+    environment.filters.update(digits)
+    environment.globals.update(digits)
     return environment
+
+
+def _unsigned_zero(number: str) -> str:
+    """The number without its sign where all its digits are zero: a sign would claim a direction."""
+    return number if number.strip("+-0.") else number.lstrip("+-")
 
 
 def _hash(text: str) -> str:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from labn.report.best import Differences, both_directions, with_best
 from labn.report.caveats import caveats
 from labn.report.charts import nice_ticks, span
 from labn.report.curves import PROBABILITY, UNIT, curve_metrics, curve_panels
+from labn.report.glossary import glossary
 from labn.report.page import Cell, Report, Table, thin
 from labn.report.training import training_panels
 from labn.results.reader import Card, StageResults
@@ -60,8 +63,9 @@ def run_report(results: StageResults, info: RunInfo) -> Report:
         for metric in curve_metrics(results.curves)
     }
     training = read_training(info.run_dir, info.epoch)
-    # One slash: values of the model. More: scores of maps, which are shown apart.
+    # One slash: values of the model. More: scores of maps, which are shown apart, and counts of the confusion matrix.
     plain = {name: values for name, values in training.items() if name.count("/") == 1}
+    of_maps = {n: v for n, v in training.items() if n not in plain and n.split("/")[1] != "confusion"}
     cards = with_curves(results, info.player)
     gallery, player = shared_fills(thin(cards, info.max_bytes), info.player)
     player = None if player is None else player | player_scale(gallery, results.quantity)
@@ -70,16 +74,22 @@ def run_report(results: StageResults, info: RunInfo) -> Report:
         notes.append(
             f"The gallery shows {len(gallery)} of {len(cards)} pictures, evenly spaced, to limit the size of the file."
         )
-    return Report(
+    more = [name for name in results.value_names if name not in results.headline]
+    differences = differences_of(results.paired)
+    summary = summary_of(results, results.headline, "Mean over samples with its 95 % interval")
+    report = Report(
         title=info.title,
+        quantity=results.quantity,
         facts=[(name, f"{value:.4g}") for name, value in info.figures.items()],
         caveats=notes,
-        summary=summary_of(results, results.headline, "Mean over samples with its 95 % interval"),
-        summary_more=summary_of(results, [v for v in results.value_names if v not in results.headline], "Other values"),
-        paired=paired_of(results, [name for name in results.headline if name != "fill_probability"]),
+        summary=with_best(summary, differences, results.quantity),
+        summary_more=with_best(summary_of(results, more, "Other values"), differences, results.quantity),
+        paired=paired_of(
+            results.explainers, differences, [name for name in results.headline if name != "fill_probability"]
+        ),
         curves=charted,
         training=training_panels(plain),
-        training_more=training_panels({name: v for name, v in training.items() if name not in plain}),
+        training_more=training_panels(of_maps),
         cards=gallery,
         columns=results.explainers,
         metrics=gallery_metrics(results),
@@ -89,6 +99,7 @@ def run_report(results: StageResults, info: RunInfo) -> Report:
         made_with=made_with(results.manifest),
         configs=[(path.name, path.read_text()) for path in info.configs if path.is_file()],
     )
+    return replace(report, glossary=glossary(report, results.manifest.get("explainers", {})))
 
 
 def summary_of(results: StageResults, columns: list[str], caption: str) -> Table | None:
@@ -98,24 +109,26 @@ def summary_of(results: StageResults, columns: list[str], caption: str) -> Table
     return Table(caption, tuple(columns), rows) if any(any(row) for row in rows.values()) else None
 
 
-def paired_of(results: StageResults, metrics: list[str]) -> list[Table]:
-    """`paired.csv` as one square table per metric: row minus column."""
-    names = results.explainers
-    tables = []
-    for metric in metrics:
-        cells: dict[tuple[str, str], Cell] = {}
-        for row in results.paired:
-            if row["metric"] == metric:
-                cell = cell_of(row, "difference")
-                cells[row["explainer_a"], row["explainer_b"]] = cell
-                # The file holds each pair once; the other direction has the opposite sign and exchanged bounds.
-                cells[row["explainer_b"], row["explainer_a"]] = Cell(-cell.mean, -cell.high, -cell.low, cell.n)
-        if cells:
-            tables.append(Table(metric, tuple(names), {a: [cells.get((a, b)) for b in names] for a in names}))
-    return tables
+def differences_of(paired: Iterable[Mapping[str, Any]]) -> dict[str, Differences]:
+    """Value -> differences between the methods, in both directions; the rows of `paired.csv` hold each pair once."""
+    pairs: dict[str, list[tuple[str, str, Cell]]] = {}
+    for row in paired:
+        pairs.setdefault(row["metric"], []).append((row["explainer_a"], row["explainer_b"], cell_of(row, "difference")))
+    return {metric: both_directions(found) for metric, found in pairs.items()}
 
 
-def cell_of(row: dict[str, str], mean: str) -> Cell:
+def paired_of(names: list[str], differences: Mapping[str, Differences], metrics: Iterable[str]) -> list[Table]:
+    """One square table per metric that has differences: row minus column."""
+    return [_square(metric, names, differences[metric]) for metric in metrics if metric in differences]
+
+
+def _square(metric: str, names: list[str], cells: Differences) -> Table:
+    present = {name for pair in cells for name in pair}
+    shown = [name for name in names if name in present]
+    return Table(metric, tuple(shown), {a: [cells.get((a, b)) for b in shown] for a in shown})
+
+
+def cell_of(row: Mapping[str, Any], mean: str) -> Cell:
     """A cell from a row of `summary.csv` or `paired.csv`; `mean` is the name of the column with the mean."""
     return Cell(float(row[mean]), float(row["ci_low"]), float(row["ci_high"]), int(row["n"]))
 

@@ -135,7 +135,9 @@ def test_shown_numbers_are_those_of_the_tables(page, folder):
     for place, explainer in enumerate(EXPLAINERS):
         cells = page.locator(f"#summary-table tbody tr:nth-child({place + 1}) td").all_inner_texts()
         numbers = [[float(rows[explainer, m][c]) for c in ("mean", "ci_low", "ci_high")] for m in METRICS]
-        assert cells == [f"{mean:.3f} [{low:.3f}, {high:.3f}]" for mean, low, high in numbers]
+        words = [cell.replace("●", "").replace("best:", "").split() for cell in cells]
+        n = ["n", str(COUNT)]
+        assert words == [[f"{mean:.3f}", f"[{low:.3f},", f"{high:.3f}]", *n] for mean, low, high in numbers]
     card = page.locator("#cards .card").nth(2)
     card.locator("summary").click()
     card.locator("td").first.wait_for()  # rows are made when the card opens
@@ -167,9 +169,30 @@ def test_everything_has_a_name_for_screen_readers(page):
     nameless = """elements => elements.filter(e =>
         !(e.getAttribute('aria-label') || e.labels?.length || e.textContent.trim() || e.ariaHidden)).length"""
     assert page.eval_on_selector_all("canvas, svg[role], input, select, button", nameless) == 0
+    # Every place that the keyboard reaches to scroll says what it is.
+    page.locator("#cards .card details summary").first.click()
+    page.locator("#cards .card td").first.wait_for()
+    unnamed = """all => all.filter(e => !(e.getAttribute("role") && (e.ariaLabel ||
+        document.getElementById(e.getAttribute("aria-labelledby"))?.textContent))).length"""
+    assert page.eval_on_selector_all(".scroll", unnamed) == 0
+    assert page.eval_on_selector_all("table[aria-labelledby]", unnamed.replace('e.getAttribute("role") && ', "")) == 0
     levels = page.eval_on_selector_all("h1, h2, h3", "all => all.map(e => Number(e.tagName[1]))")
     assert levels.count(1) == 1
     assert all(b - a <= 1 for a, b in pairwise(levels))
+
+
+def test_the_names_of_the_rows_stay_in_sight_while_a_table_is_scrolled(browser, folder):
+    page = browser.new_page(viewport={"width": 200, "height": 800})
+    page.set_default_timeout(TIMEOUT)
+    page.goto((folder / "report.html").as_uri())
+    places = """table => {
+      table.parentElement.scrollLeft = 80;
+      return [table.parentElement, table.querySelector("tbody th")].map((e) => e.getBoundingClientRect().left);
+    }"""
+    region, name = page.eval_on_selector("#summary-table", places)
+    assert page.eval_on_selector("#summary-table", "table => table.parentElement.scrollLeft") > 0
+    assert name == region
+    page.close()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -185,11 +208,18 @@ def test_both_schemes_are_readable_and_nothing_sticks_out(browser, folder, schem
         .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
         .reduce((sum, c, n) => sum + c * [0.2126, 0.7152, 0.0722][n], 0);
       const page = light(getComputedStyle(document.body).backgroundColor);
-      return [...document.querySelectorAll("h1, td .mean, td .interval, dt, #status, .wrong")].map((e) => {
+      const texts = "h1, td .mean, td .small, .reading, dt, #status, .wrong, .caption, .about";
+      return [...document.querySelectorAll(texts)].map((e) => {
         const ink = light(getComputedStyle(e).color);
         return (Math.max(ink, page) + 0.05) / (Math.min(ink, page) + 0.05);
       });
     }"""
     # WCAG 2.2, success criterion 1.4.3.
     assert min(page.evaluate(contrast)) >= 4.5
+    edges = page.eval_on_selector_all(
+        ".caption, .meanings dd, .about",
+        "all => all.filter(e => e.offsetParent).map(e => e.getBoundingClientRect().right)",
+    )
+    assert len(edges) > 5
+    assert max(edges) <= width
     page.close()

@@ -51,6 +51,16 @@ def test_every_row_has_its_own_prediction(two):
         assert not {"prediction", "probability"} & card.keys()
 
 
+def test_a_page_speaks_of_seeds_only_where_there_are_several(two):
+    for seed in (1, 2):
+        make_stage(two / f"seed{seed}", COUNT, seed=seed)
+    apart = render(comparison_report(compared(two, "one", "two")))
+    merged = render(comparison_report(compare_runs(open_runs([str(two / f"seed{seed}") for seed in (1, 2)]))))
+    shown = [page[: page.index('id="made-with"')] for page in (apart, merged)]
+    assert ["over seeds" in page for page in shown] == [False, True]
+    assert ["±" in page for page in shown] == [False, True]
+
+
 def test_maps_and_verdict_of_a_row_are_of_one_of_its_seeds(tmp_path):
     for seed in (1, 2):
         make_stage(tmp_path / f"seed{seed}", COUNT, seed=seed)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from small_stage import CLASSES, EXPLAINERS, HOSTILE, METRICS, make_stage, value
 
+from labn.metrics import describe_value
 from labn.report import RunInfo, read_stage, render, run_report
 from labn.report.cards import LEVELS, make_card, map_entry
 from labn.report.detections import detection_card, detection_report
@@ -110,6 +111,27 @@ def test_the_page_shows_caveats_configuration_and_metrics(made):
     assert "run42" in text or "d47a" in text
     for word in ("test/accuracy", "torch", "pid16: insertion", "loss"):
         assert word in text
+
+
+def test_every_value_is_defined_where_it_stands_and_in_the_glossary(made):
+    _, text, _ = made
+    body = text[: text.index('id="report-data"')]
+    sections = dict(re.findall(r'(?s)<section [^>]*id="(\w+)">(.*?)</section>', body))
+    for section, names in {"summary": METRICS, "paired": METRICS, "curves": ["pid16"], "glossary": METRICS}.items():
+        for name in names:
+            assert str(describe_value(name)).replace("'", "&#39;") in sections[section]
+    assert "share of correct predictions. Range [0, 1], higher is better." in body
+    assert f">n&nbsp;{24}<" in sections["summary"]
+    assert "seed" not in sections["summary"] + sections["caveats"] + sections["glossary"]
+
+
+def test_a_zero_has_no_sign(tmp_path):
+    folder = make_stage(tmp_path, count=4)
+    lines = (folder / "paired.csv").read_text().splitlines()
+    lines[1] = ",".join([*lines[1].split(",")[:3], "-1e-7", "-1e-4", "1e-4", "4"])
+    (folder / "paired.csv").write_text("\n".join(lines) + "\n")
+    text = render(run_report(read_stage(folder), info(tmp_path)))
+    assert 'data-value="-1e-07">0.000</span> <span class="small"><span class="interval">[0.000, 0.000]' in text
 
 
 def test_a_folder_with_pictures_only_has_a_page(tmp_path):

@@ -130,11 +130,11 @@ def test_groups_are_read_with_the_curves_and_named_in_the_caveats(tmp_path):
     assert results.curves["-lrp/pid16/group"].tolist() == [7] * 4 + [8] * 4
     notes = caveats(results)
     assert "Some values are based on 2 groups of samples: intervals of so few are too narrow." in notes
-    assert "Intervals are 95 % bootstrap intervals over whole groups of samples, not over seeds." in notes
+    assert "Intervals are 95 % bootstrap intervals over whole groups of samples." in notes
     plain = read_stage(make_stage(tmp_path / "plain", 8))
     assert plain.groups is None
     assert "gradcam/pid16/group" not in plain.curves
-    assert "Intervals are 95 % bootstrap intervals over the samples, not over seeds." in caveats(plain)
+    assert "Intervals are 95 % bootstrap intervals over the samples." in caveats(plain)
 
 
 @pytest.mark.parametrize(

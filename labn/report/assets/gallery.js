@@ -85,7 +85,10 @@ const scoreTable = (card) => {
     body.append(row);
   }
   const table = element("table", {}, element("thead", {}, head), body);
-  return element("div", { className: "scroll", tabIndex: 0 }, table);
+  const region = element("div", { className: "scroll", tabIndex: 0 }, table);
+  region.setAttribute("role", "region");
+  region.setAttribute("aria-label", `All scores of ${card.name}`);
+  return region;
 };
 
 const scoreDetails = (card) => {
