@@ -15,16 +15,16 @@ Entries = list[tuple[str, str]]
 TERMS = {
     "map": "One number per pixel: how much the pixel speaks for the explained class, according to a method.",
     "target": "The class that a map explains: the true class (label), unless a caveat says otherwise.",
-    "insertion, deletion": "The picture is shown on the fill, or removed, patch by patch, highest of the map first, while "
-    "the network's output for the class is recorded; the score is the area under that curve.",
+    "insertion, deletion": "The picture is shown on the fill, or removed, patch by patch, highest of the map first, "
+    "while the network's output for the class is recorded; the score is the area under that curve.",
     "fill": "What removed pixels show: a colour, a blurred picture or another picture without the object.",
-    "[low, high]": "95 % interval of a mean by the bootstrap over samples, or over whole groups of them: of intervals made "
-    "in this way from other samples of the same kind, about 95 of 100 contain the true mean.",
+    "[low, high]": "95 % interval of a mean by the bootstrap over samples, or over whole groups of them: of "
+    "intervals made in this way from other samples of the same kind, about 95 of 100 contain the true mean.",
     "n": "Number of samples, or of detections on their page, that have a value.",
     "●": "The best of its column, or not distinguishable from the best on these samples.",
     "±": "Standard deviation over seeds, that is over networks trained from other random numbers.",
-    "random, constant": "Maps that know nothing of the picture. A method that is not better than these has found nothing "
-    "that the value can see.",
+    "random, constant": "Maps that know nothing of the picture. A method that is not better than these has "
+    "found nothing that the value can see.",
 }
 
 
