@@ -25,7 +25,7 @@ def check_scorable(metrics: Mapping[str, SampleMetric], data: Any, split: str) -
 
     Raises:
         InputError: the image size does not allow the metric's patches or protocol, or the metric needs ground-truth
-            masks and the split has none.
+            masks or scenes and the split has none.
     """
     side = data.image_size
     for name, metric in metrics.items():
@@ -41,6 +41,12 @@ def check_scorable(metrics: Mapping[str, SampleMetric], data: Any, split: str) -
                 f"EvaluationCallback has the metric {name!r}, which compares with ground truth, but the {split} split "
                 f"of {type(data).__name__} has no masks; remove it from metrics (val_metrics while fitting), or use "
                 "data with masks (ImageFolder: data.init_args.mask_root)."
+            )
+        if metric.needs_scenes and not data.has_scenes(split):
+            raise InputError(
+                f"EvaluationCallback has the metric {name!r}, which draws images without their objects, but the "
+                f"{split} split of {type(data).__name__} was not drawn from objects; remove it from metrics "
+                "(val_metrics while fitting), or use datamodules.SyntheticFundus or SyntheticRelations."
             )
 
 

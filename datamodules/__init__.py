@@ -7,6 +7,7 @@ from datamodules.idrid import IDRiD
 from datamodules.imagenet import ImageNet
 from datamodules.io.transforms import Augmentation
 from datamodules.magnetogram import Columns, Magnetogram
+from datamodules.relations import SyntheticRelations
 from datamodules.synthetic import SyntheticFundus
 from datamodules.tar_shards import TarShards
 from datamodules.voc import VOC
@@ -22,5 +23,6 @@ __all__ = [
     "ImageNet",
     "Magnetogram",
     "SyntheticFundus",
+    "SyntheticRelations",
     "TarShards",
 ]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -25,6 +26,7 @@ from datamodules.io.transforms import Augmentation, Transform
 from labn.errors import InputError, MissingFileError, printable
 from labn.io.images import MAX_PIXELS, digest
 from labn.io.preprocessing import Preprocessing
+from labn.perturbation.scene import Scene
 
 MAX_LISTED_CLASSES = 20
 """`report()` gives the number of images of every class where a data set has at most this many classes."""
@@ -247,6 +249,30 @@ class ImageDataModule(LightningDataModule):
     def has_masks(self, split: Split) -> bool:
         """Whether the batches of a split carry `mask`."""
         return self.source(split).has_masks
+
+    def has_scenes(self, split: Split) -> bool:
+        """Whether `scene` gives the objects that the images of a split were drawn from."""
+        return self._sources[split].has_scenes
+
+    def scene(self, split: Split, index: int) -> Scene:
+        """The image of sample `index` as a list of objects, which can be drawn again without any of them.
+
+        Objects that have no visible pixel are always drawn and not listed.
+
+        Raises:
+            InputError: the images of the split were not drawn from objects.
+        """
+        drawn, transform = self._sources[split].scene(index), Transform(self.image_size, self.mean, self.std)
+        masks = drawn.masks()
+        seen = np.array([mask.any() for mask in masks])
+        names = tuple(layer.name for layer, visible in zip(drawn.layers, seen) if visible)
+
+        def draw(kept: Tensor) -> Tensor:
+            objects = ~seen
+            objects[seen] = kept.cpu().numpy()
+            return transform(drawn.draw(objects))[0]
+
+        return Scene(names, torch.from_numpy(masks[seen]), draw)
 
     def fingerprint(self, split: Split) -> str:
         """Data hash (16 hex digits) of a split: names, labels, file contents and all settings that change pixels.

@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 
 from datamodules.base import ImageDataModule
+from datamodules.io.layered_scene import BlendedLayer, Layer, LayeredScene, PixelLayer
 from datamodules.io.sources import Source
 from datamodules.io.splits import SPLITS, Split
 from datamodules.io.transforms import FLIPS, Augmentation
@@ -60,34 +61,45 @@ class FundusPainter:
             diseased: whether to paint lesions.
 
         Returns:
-            image (S,S,3) uint8 RGB and mask (S,S) bool, True on exactly the pixels of the lesions.
+            image (S,S,3) uint8 RGB and mask (S,S) bool, True on exactly the pixels of the lesions; another spot covers
+            one of them in about one of a thousand images.
+        """
+        scene = self.scene(rng, diseased)
+        lesions = [layer.opacity(self.size) > 0 for layer in scene.layers if layer.name.startswith("lesion")]
+        return scene.draw(), np.any([np.zeros((self.size, self.size), dtype=bool), *lesions], axis=0)
+
+    def scene(self, rng: np.random.Generator, diseased: bool) -> LayeredScene:
+        """The image of `paint` as objects: vessels, disc, and then every lesion and every other spot.
+
+        Args:
+            rng: generator of all random numbers of the image.
+            diseased: whether to paint lesions.
         """
         centre = self.size / 2 + rng.normal(0, 0.6 * self.unit, 2)
         radius = self.size * rng.uniform(0.44, 0.48)
-        image = self._eye(rng, centre, radius)
-        mask = np.zeros((self.size, self.size), dtype=bool)
-        self._spots(rng, image, mask, centre, radius, lesions=int(rng.integers(2, 4)) if diseased else 0)
-        return self._expose(rng, image, centre, radius), mask
+        background, eye = self._eye(rng, centre, radius)
+        spots = self._spots(rng, centre, radius, lesions=int(rng.integers(2, 4)) if diseased else 0)
+        light = self._light(rng, centre, radius)
+        return LayeredScene(background, (*eye, *spots), light, rng.normal(0, 0.012, (self.size, self.size, 3)))
 
-    def _eye(self, rng: np.random.Generator, centre: Array, radius: float) -> Array:
-        """The disc (S,S,3) float32 with optic disc, macula and vessels, in [0,1]."""
+    def _eye(self, rng: np.random.Generator, centre: Array, radius: float) -> tuple[Array, list[Layer]]:
+        """The eyeground (S,S,3) float32 in [0,1] with its macula, and the layers of vessels and optic disc."""
         tint = _BACKGROUND * rng.uniform(0.85, 1.15, 3).clip(0.9, 1.1)
         image = np.broadcast_to(tint, (self.size, self.size, 3)).astype(np.float32)
         side = rng.choice((-1.0, 1.0))
         head = centre + radius * np.array([0.62 * side, rng.normal(0, 0.06)])
         macula = centre + radius * np.array([-0.08 * side, rng.normal(0.04, 0.05)])
         image *= 1 - 0.22 * self._glow(macula, 0.17 * radius)[..., None]
-        self._vessels(rng, image, head, -side, radius)
-        disc = np.clip(1.5 * self._glow(head, 0.15 * radius) ** 2, 0, 1)[..., None]
-        image += 0.85 * disc * (_DISC - image)
-        return image
+        vessels = self._vessels(rng, head, -side, radius)
+        disc = np.clip(1.5 * self._glow(head, 0.15 * radius) ** 2, 0, 1)
+        return image, [BlendedLayer("vessels", vessels, _VESSEL), BlendedLayer("disc", 0.85 * disc, _DISC)]
 
     def _glow(self, centre: Array, width: float) -> Array:
         """Gaussian bump of height 1 and standard deviation `width`, (S,S)."""
         return np.exp(-((self.x - centre[0]) ** 2 + (self.y - centre[1]) ** 2) / (2 * width**2))
 
-    def _vessels(self, rng: np.random.Generator, image: Array, head: Array, away: float, radius: float) -> None:
-        """Paint four vessel arcades from the optic disc, each with two branches, anti-aliased into `image`."""
+    def _vessels(self, rng: np.random.Generator, head: Array, away: float, radius: float) -> Array:
+        """Opacity (S,S) of four vessel arcades from the optic disc, each with two branches, anti-aliased."""
         layer = np.zeros((self.size, self.size), dtype=np.uint8)
         for vertical, spread in ((-1, 1.0), (-1, 0.45), (1, 1.0), (1, 0.45)):
             bend = rng.uniform(0.8, 1.15)
@@ -102,17 +114,16 @@ class FundusPainter:
                 turned = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]) @ step
                 curve = np.linspace(0, 9, 12)[:, None] * turned + np.linspace(0, 1, 12)[:, None] ** 2 * step * 4
                 self._stroke(layer, trunk[start] + curve, 0.5 * self.unit, 120)
-        image += (layer[..., None] / 255.0).astype(np.float32) * (_VESSEL - image)
+        return (layer / 255.0).astype(np.float32)
 
     def _stroke(self, layer: Array, points: Array, width: float, strength: int) -> None:
         # `shift=4`: OpenCV takes sub-pixel coordinates as integers in units of 1/16 pixel.
         fixed_point = np.round(points * 16).astype(np.int32)[:, None]
         cv2.polylines(layer, [fixed_point], False, strength, max(1, round(width)), cv2.LINE_AA, shift=4)
 
-    def _spots(
-        self, rng: np.random.Generator, image: Array, mask: Array, centre: Array, radius: float, lesions: int
-    ) -> None:
-        """Paint all pairs of spots; the first `lesions` pairs form lesions, which lie near each other."""
+    def _spots(self, rng: np.random.Generator, centre: Array, radius: float, lesions: int) -> list[Layer]:
+        """All pairs of spots; the first `lesions` pairs form lesions, which lie near each other."""
+        layers: list[Layer] = []
         taken: list[tuple[float, float, float]] = []
         turn = rng.uniform(0, 2 * np.pi)
         focus = centre + radius * rng.uniform(0.2, 0.5) * np.array([np.cos(turn), np.sin(turn)])
@@ -121,14 +132,15 @@ class FundusPainter:
             colours = (_BRIGHT * rng.uniform(0.85, 1.0), _DARK * rng.uniform(0.85, 1.15))
             if pair < lesions:
                 at = self._free_position(rng, taken, focus, 0.22 * radius, 5.2 * self.unit, centre, radius)
-                for pixels, colour in zip((ring, core), colours):
-                    self._fill(rng, image, pixels, at, colour)
-                    mask[pixels[0] + at[1], pixels[1] + at[0]] = True
+                pieces = (self._grained(rng, pixels, at, colour) for pixels, colour in zip((ring, core), colours))
+                layers.append(PixelLayer(f"lesion {pair + 1}", tuple(pieces)))
                 continue
-            for pixels, colour in zip((ring, core), colours):
+            for kind, pixels, colour in zip(("bright", "dark"), (ring, core), colours):
                 blob = self._blob(rng, len(pixels[0]))
                 at = self._free_position(rng, taken, centre, 0.5 * radius, 3.8 * self.unit, centre, radius)
-                self._fill(rng, image, blob, at, colour)
+                piece = self._grained(rng, blob, at, colour)
+                layers.append(PixelLayer(f"{kind} spot {pair + 1 - lesions}", (piece,)))
+        return layers
 
     def _lesion(self, rng: np.random.Generator) -> tuple[Pixels, Pixels]:
         """Pixel offsets (rows, columns) of a broken ring and of the round spot in its middle."""
@@ -173,17 +185,18 @@ class FundusPainter:
             # Smaller gaps and a wider search after each failure make the loop end in a crowded eye too.
             gap, spread = 0.995 * gap, min(1.01 * spread, 0.6 * radius)
 
-    def _fill(self, rng: np.random.Generator, image: Array, pixels: Pixels, at: Array, colour: Array) -> None:
+    def _grained(
+        self, rng: np.random.Generator, pixels: Pixels, at: Array, colour: Array
+    ) -> tuple[Array, Array, Array]:
+        """Rows, columns and grained colours (n,3) of pixel offsets around (x, y)."""
         grain = rng.normal(1, 0.06, (len(pixels[0]), 1))
-        image[pixels[0] + at[1], pixels[1] + at[0]] = colour * grain
+        return pixels[0] + at[1], pixels[1] + at[0], colour * grain
 
-    def _expose(self, rng: np.random.Generator, image: Array, centre: Array, radius: float) -> Array:
-        """Apply uneven light, the round field of view and sensor noise; return (S,S,3) uint8."""
+    def _light(self, rng: np.random.Generator, centre: Array, radius: float) -> Array:
+        """Uneven light (S,S), 0 outside the round field of view."""
         light = 0.62 + 0.42 * self._glow(centre + rng.normal(0, 0.3 * radius, 2), rng.uniform(0.8, 1.3) * radius)
         edge = radius - np.hypot(self.x - centre[0], self.y - centre[1])
-        image *= (light * np.clip(edge / (1.5 * self.unit), 0, 1))[..., None]
-        image += rng.normal(0, 0.012, image.shape)
-        return (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
+        return light * np.clip(edge / (1.5 * self.unit), 0, 1)
 
 
 # Part of the data hash; has to be increased whenever the same arguments paint other pixels.
@@ -260,7 +273,7 @@ class SyntheticFundus(ImageDataModule):
 class PaintedSource(Source):
     """A split of `SyntheticFundus`; `load` paints the image."""
 
-    has_masks = True
+    has_masks = has_scenes = True
 
     def __init__(self, painter: FundusPainter, seed: int, split: Split, count: int) -> None:
         self.painter, self.seed, self.stream = painter, seed, SPLITS.index(split)
@@ -270,5 +283,11 @@ class PaintedSource(Source):
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Source.load`."""
-        rng = np.random.default_rng([self.seed, self.stream, index])
-        return self.painter.paint(rng, bool(self.labels[index]))
+        return self.painter.paint(self._rng(index), bool(self.labels[index]))
+
+    def scene(self, index: int) -> LayeredScene:
+        """See `Source.scene`."""
+        return self.painter.scene(self._rng(index), bool(self.labels[index]))
+
+    def _rng(self, index: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, self.stream, index])

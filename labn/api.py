@@ -21,6 +21,7 @@ from labn.inference.model_traits import probabilities_sentence, warn_unless_repe
 from labn.io.images import to_square
 from labn.io.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from labn.perturbation.engine import PerturbationEngine
+from labn.perturbation.scene import Scene
 
 if TYPE_CHECKING:
     from labn.metrics.base import Boxes
@@ -149,6 +150,7 @@ def evaluate(
     labels: Tensor | None = None,
     masks: Tensor | None = None,
     boxes: Boxes | None = None,
+    scenes: Sequence[Scene] | None = None,
     explainer: Explainer | str | None = None,
     indices: Tensor | None = None,
     mean: Sequence[float] | None = IMAGENET_MEAN,
@@ -170,6 +172,8 @@ def evaluate(
         labels: (B,) true classes; None: the targets.
         masks: (B, H, W) bool ground-truth regions, for metrics that compare with them.
         boxes: per sample (n, 4) boxes x1, y1, x2, y2 in pixels, for the same metrics.
+        scenes: per sample the objects that the image was drawn from, for `scene`; `datamodules.SyntheticFundus` and
+            `SyntheticRelations` give them.
         explainer: the method that made the maps, for metrics that explain again; a name stands for the method with its
             default arguments.
         indices: (B,) int64 positions in a data set; None: 0 to B - 1.
@@ -202,7 +206,8 @@ def evaluate(
     if isinstance(maps, Explanations):
         if explainer is not None:
             raise InputTypeError("explainer belongs to one method; score the explanations one by one to give it.")
-        shared: dict[str, Any] = {"labels": labels, "masks": masks, "boxes": boxes, "indices": indices}
+        shared: dict[str, Any] = {"labels": labels, "masks": masks, "boxes": boxes, "scenes": scenes}
+        shared |= {"indices": indices}
         shared |= {"mean": mean, "std": std, "chunk_size": chunk_size, "fold": fold, "precision": precision, **settings}
         return known.ScoresByMethod(
             {name: evaluate(model, images, one, targets, metrics, **shared) for name, one in maps.items()}
@@ -233,7 +238,7 @@ def evaluate(
             targets = engine.original().argmax(1) if predictions is None else predictions
         classes = resolve_targets(model, images, targets)
         batch = known.ScoredBatch(
-            model, images, plain, classes, positions, labels, masks, boxes, explain_again, engine, predictions
+            model, images, plain, classes, positions, labels, masks, boxes, explain_again, engine, predictions, scenes
         )
         scores = _scores(built, batch)
     return known.Scores({name: score.to(images.device) for name, score in scores.items()})

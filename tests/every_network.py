@@ -27,7 +27,7 @@ from labn.modules.losses import make_loss
 HERE = Path(__file__).parent
 METRICS = ["id", "pid8@official", "insertion8@random", "deletion16@stable", "fill_probability", "pctin", "pctin_prob10"]
 METRICS += ["randomisation", "sparseness", "average_drop", "percent_increase", "adcc", "errors"]
-METRICS += ["mass", "pointing", "rank", "auroc"]
+METRICS += ["mass", "pointing", "rank", "auroc", "scene", "scene_top@shapley"]
 PROPAGATION = ("lrp", "c3lrp", "contrastive_lrp")
 NETWORKS: dict[str, tuple[str, ...]] = {
     "lambda": tuple(name for name in EXPLAINERS if name != "crp"),
@@ -152,7 +152,13 @@ def callbacks(network: str, chunk: int | None) -> list[dict[str, Any]]:
             "init_args": {
                 "metrics": METRICS,
                 "chunk_size": chunk,
-                "metric_options": {"step": 128, "percents": [10], "n_stages": 1, "mask_space": "pixel"},
+                "metric_options": {
+                    "step": 128,
+                    "percents": [10],
+                    "n_stages": 1,
+                    "mask_space": "pixel",
+                    "permutations": 4,
+                },
             },
         },
     ]

@@ -27,6 +27,7 @@ READMES = [
         "README.md",
         "labn/README.md",
         "labn/lrp/README.md",
+        "labn/metrics/README.md",
         "callbacks/README.md",
         "datamodules/README.md",
         "configs/README.md",

@@ -133,6 +133,9 @@ class EvaluationCallback(ExplainingCallback):
     def work_on(self, trainer: pl.Trainer, batch: ExplainedBatch) -> None:
         """Score the batch, explainer by explainer, with the metrics whose values are not on disk."""
         session, indices = self.session, set(batch.indices.tolist())
+        if any(self.metrics[name].needs_scenes for name in self.names) and batch.scenes is None:
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            batch.scenes = [data.scene(session.split, index) for index in batch.indices.tolist()]
         self._scored |= indices
         shards = []
         for explainer in session.explainers:
@@ -166,6 +169,7 @@ class EvaluationCallback(ExplainingCallback):
             explainer=session.explainers[explainer],
             cache=batch.engine,
             predictions=batch.predictions,
+            scenes=batch.scenes,
         )
         shard = self._facts(batch, explainer)
         for name in names:

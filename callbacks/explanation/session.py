@@ -20,6 +20,7 @@ from labn.explainers import Explainer, GroundTruthMap
 from labn.inference.fingerprint import digest, settings_digest, weights_digest
 from labn.metrics import SampleMetric
 from labn.perturbation.engine import PerturbationEngine
+from labn.perturbation.scene import Scene
 from labn.results.fingerprints import describe
 from labn.results.store import ResultStore
 from labn.results.tables import write_manifest
@@ -40,6 +41,7 @@ class ExplainedBatch:
         probabilities: (n, K) softmax of the unperturbed images, in [0, 1].
         engine: the batch's perturbation engine, shared by all metrics.
         maps: explainer name -> (n, H, W).
+        scenes: the objects that the images were drawn from, where a metric asks for them.
     """
 
     images: Tensor
@@ -52,6 +54,7 @@ class ExplainedBatch:
     probabilities: Tensor
     engine: PerturbationEngine
     maps: dict[str, Tensor] = field(default_factory=dict)
+    scenes: list[Scene] | None = None
 
 
 class ExplanationSession:

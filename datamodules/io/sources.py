@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.io.image_checks import image_error
+from datamodules.io.layered_scene import LayeredScene
 from datamodules.io.transforms import Transform
 from labn.errors import InputError
 from labn.io.images import (
@@ -40,6 +41,7 @@ class Source(ABC):
         labels: (N,) int64 classes.
         has_masks: whether `load` returns masks.
         has_boxes: whether the regions are boxes; samples then have `boxes` too.
+        has_scenes: whether `scene` gives the objects that an image was drawn from.
         least_label: the smallest label; -1 where a sample may belong to no class.
         groups: (N,) int64 group of every sample (a day, a patient); None where samples are independent.
         identity: all values that the data hash depends on, beside names, labels and the data module's settings.
@@ -49,6 +51,7 @@ class Source(ABC):
     labels: Array
     has_masks: bool
     has_boxes: bool = False
+    has_scenes: bool = False
     least_label: int = 0
     groups: Array | None = None
     identity: Sequence[object]
@@ -60,6 +63,14 @@ class Source(ABC):
         A sample without a region has an all-False mask. Images that are larger than the input are cut to size by the
         transform.
         """
+
+    def scene(self, index: int) -> LayeredScene:
+        """The objects that image `index` was drawn from; `scene(index).draw()` is the image of `load`.
+
+        Raises:
+            InputError: `has_scenes` is False.
+        """
+        raise InputError(f"{type(self).__name__} holds images that were not drawn from objects; it has no scenes.")
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         register_metric,
         values_named,
     )
+    from labn.metrics.scene import SceneAgreement
     from labn.metrics.scores import SampleScores, Scores, ScoresByMethod
     from labn.metrics.sparseness import Sparseness
     from labn.metrics.statistics import Interval, bootstrap_mean, bootstrap_sums, paired_difference
@@ -50,6 +51,7 @@ _MODULES = {
         "register_metric",
         "values_named",
     ),
+    "scene": ("SceneAgreement",),
     "scores": ("SampleScores", "Scores", "ScoresByMethod"),
     "sparseness": ("Sparseness",),
     "statistics": ("Interval", "bootstrap_mean", "bootstrap_sums", "paired_difference"),
@@ -73,6 +75,7 @@ __all__ = [
     "RelevanceRank",
     "SampleMetric",
     "SampleScores",
+    "SceneAgreement",
     "ScoredBatch",
     "Scores",
     "ScoresByMethod",

@@ -17,6 +17,7 @@ from labn.errors import InputError, InputTypeError
 from labn.metrics.sample_table import SampleTable
 from labn.metrics.scores import SampleScores
 from labn.perturbation.engine import PerturbationEngine
+from labn.perturbation.scene import Scene
 
 Boxes = Sequence[Tensor] | Tensor
 
@@ -66,6 +67,7 @@ class ScoredBatch:
     explainer: Any = None
     cache: PerturbationEngine | None = None
     predictions: Tensor | None = None
+    scenes: Sequence[Scene] | None = None
 
     def __post_init__(self) -> None:
         for name in ("maps", "targets", "indices", "labels", "masks", "predictions"):
@@ -203,6 +205,7 @@ class SampleMetric(SampleRows):
         counts_samples: whether `compute` returns numbers of samples in place of means; results folders keep these in a
             table of their own.
         needs_regions: whether the metric compares the map with ground-truth masks or boxes.
+        needs_scenes: whether the metric draws the images again, from the scenes of the data.
 
     Example:
         >>> class MeanRelevance(SampleMetric):
@@ -219,6 +222,7 @@ class SampleMetric(SampleRows):
 
     counts_samples = False
     needs_regions = False
+    needs_scenes = False
 
     @property
     def revision(self) -> int:
@@ -250,6 +254,7 @@ class SampleMetric(SampleRows):
         explainer: Any = None,
         cache: PerturbationEngine | None = None,
         predictions: Tensor | None = None,
+        scenes: Sequence[Scene] | None = None,
     ) -> dict[str, Tensor]:
         """Score a batch; the state does not change.
 
@@ -265,6 +270,7 @@ class SampleMetric(SampleRows):
             explainer: the method that made the maps, for metrics that explain again.
             cache: perturbation engine of the batch, through which metrics share their forwards.
             predictions: (B,) int64, the predicted classes, for example in full precision; None: computed by the engine.
+            scenes: per sample the objects that the image was drawn from, where the data has them.
 
         Returns:
             One (B,) float64 tensor per entry of `names`; NaN where the sample is left out.
@@ -273,7 +279,7 @@ class SampleMetric(SampleRows):
             InputError: a map with NaN or infinity (named by its index) or of another size than the images, or a missing
                 input that the metric needs (masks, an explainer).
         """
-        more = (labels, masks, boxes, explainer, cache, predictions)
+        more = (labels, masks, boxes, explainer, cache, predictions, scenes)
         batch = ScoredBatch(model, images, maps, targets, indices, *more)
         self.check(batch)
         return self.score_batch(batch).values

@@ -80,6 +80,17 @@ def _detection_shift(match: re.Match[str]) -> ValueDescription:
     )
 
 
+def _scene(match: re.Match[str]) -> ValueDescription:
+    output = "logit" if match["logit"] else "probability"
+    importance = f"Shapley value for the class's {output}" if match["shapley"] else f"effect on the class's {output}"
+    if match["top"]:
+        meaning = "1 where the object with the highest sum of the map is the one with the largest {}, else 0"
+    else:
+        meaning = "rank correlation, over the objects of a drawn picture, of the map's sum on each with its {}"
+    drawn = "" if match["shapley"] else " when the picture is drawn without it"
+    return ValueDescription(meaning.format(importance + drawn), "[0, 1]" if match["top"] else "[-1, 1]", "high")
+
+
 Maker = Callable[[re.Match[str]], ValueDescription]
 
 _SUFFIX = r"(?P<suffix>@official|@stable|@random|@threshold)?"
@@ -116,6 +127,7 @@ DESCRIPTIONS: dict[str, ValueDescription | Maker] = {
         "rank correlation of the map with that of a copy of the network with random weights", "[-1, 1]", "low"
     ),
     r"sparseness": ValueDescription("Gini index of the map's absolute values; 0 for an even map", "[0, 1)"),
+    r"scene(?P<logit>_logit)?(?P<top>_top)?(?P<shapley>@shapley)?": _scene,
     # Of detectors.
     r"similarity": ValueDescription(
         "cosine between the maps for the detected class and for the next probable one", "[-1, 1]", "low"

@@ -19,6 +19,7 @@ from labn.metrics.insertion_deletion import PatchInsertionDeletion
 from labn.metrics.localisation import MapAUROC, PointingGame, RelevanceMass, RelevanceRank
 from labn.metrics.percentage_in import FORMS, PERCENTS, PercentageIn
 from labn.metrics.randomisation import Randomisation
+from labn.metrics.scene import SceneAgreement
 from labn.metrics.sparseness import Sparseness
 
 
@@ -79,6 +80,14 @@ def _percentage_in(match: re.Match[str]) -> dict[str, Any]:
     return {"percents": [int(match["q"])], "forms": [form or "logit"], "headline": form is None}
 
 
+def _scene(match: re.Match[str]) -> dict[str, Any]:
+    return {"importance": match["importance"] or "removal"}
+
+
+_SCENE = r"scene(_logit)?(_top)?(@(?P<importance>shapley))?"
+
+_SCENE_EXAMPLES = tuple(f"scene{end}{suffix}" for end in ("", "_top", "_logit") for suffix in ("", "@shapley"))
+
 _SUFFIX = r"(?P<suffix>@official|@stable|@random|@threshold)?"
 
 _FAMILY = r"(pid|insertion|deletion)(?P<m>[1-9]\d*)"
@@ -102,6 +111,7 @@ REGISTRY: list[MetricEntry] = [
     MetricEntry(r"average_drop", AverageDrop, _no_arguments, ("average_drop",)),
     MetricEntry(r"percent_increase", PercentIncrease, _no_arguments, ("percent_increase",)),
     MetricEntry(r"adcc", ADCC, _no_arguments, ("adcc",)),
+    MetricEntry(_SCENE, SceneAgreement, _scene, _SCENE_EXAMPLES),
     MetricEntry(r"errors", ErrorAnalysis, _no_arguments, ("errors",)),
     *(MetricEntry(m.name, m, _no_arguments, (m.name,)) for m in (RelevanceMass, PointingGame, RelevanceRank, MapAUROC)),
 ]
@@ -134,6 +144,7 @@ def metric_by_name(name: str, **shared: Any) -> SampleMetric:
             - `pctin_prob<q>`, `pctin_logit<q>`, `pctin_ratio<q>` for a percentage q, `pctin<q>` (the logit), and
               `pctin` (all three at 5, 10, 20, 25 and 50 % from one curve);
             - `mass`, `pointing`, `rank`, `auroc`, `errors`, `randomisation`, `sparseness`;
+            - `scene`, `scene_top`, `scene_logit`, `scene_logit_top`, each also with the suffix `@shapley`;
             - a name of a family that `register_metric` added.
         shared: settings for all metrics, such as `mean`, `std`, `fill`; each metric receives those it has.
 

@@ -309,6 +309,16 @@ class PerturbationEngine:
         hashes = self._content_hashes(weights).tolist()
         return self._evaluate([("soft", name, b, *pair) for b, pair in zip(chosen.tolist(), hashes)], batch)
 
+    def remembered(self, keys: list[Hashable], make_batch: Callable[[Tensor], Tensor]) -> Tensor:
+        """Logits (n, num_classes) of inputs of any kind; an input whose key the engine knows does not run again.
+
+        Args:
+            keys: one key per input, equal for equal inputs alone. A tuple whose first item is a word of the caller does
+                not meet the keys of other methods.
+            make_batch: positions (k,) int64 in `keys` -> inputs (k, C, H, W), as for `run`.
+        """
+        return self._evaluate(keys, make_batch)
+
     def _samples(self, samples: Tensor | None) -> Tensor:
         """Positions in the batch on the images' device; None stands for all of them."""
         positions = torch.arange(len(self.images)) if samples is None else samples

@@ -6,6 +6,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from datamodules import SyntheticFundus
+from datamodules.io.layered_scene import PixelLayer
 from datamodules.io.sources import ArraySource
 from datamodules.synthetic import FundusPainter, PaintedSource
 
@@ -32,33 +33,39 @@ def test_lesions_stay_small_at_other_sizes(size: int) -> None:
     assert max(shares) <= 0.03
 
 
-def spots(painter: FundusPainter, seed: int, diseased: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[np.ndarray, ...]:
+def spots(painter: FundusPainter, seed: int, diseased: bool) -> tuple[np.ndarray, ...]:
     """Which spot (10, 11, ... in drawing order) each pixel shows, the mask, and the size of each spot when drawn."""
-    sizes: list[int] = []
-
-    def fill(rng: np.random.Generator, image: np.ndarray, pixels: tuple, at: np.ndarray, colour: np.ndarray) -> None:
-        image[pixels[0] + at[1], pixels[1] + at[0]] = 10 + len(sizes)
-        sizes.append(len(pixels[0]))
-
-    monkeypatch.setattr(painter, "_fill", fill)
-    monkeypatch.setattr(painter, "_expose", lambda rng, image, centre, radius: image)
-    image, mask = painter.paint(np.random.default_rng(seed), diseased)
-    return image[..., 0], mask, np.array(sizes)
+    scene = painter.scene(np.random.default_rng(seed), diseased)
+    shown, sizes = np.zeros((painter.size, painter.size)), []
+    for layer in scene.layers[2:]:
+        assert isinstance(layer, PixelLayer)
+        for rows, columns, _ in layer.pieces:
+            shown[rows, columns] = 10 + len(sizes)
+            sizes.append(len(rows))
+    return shown, painter.paint(np.random.default_rng(seed), diseased)[1], np.array(sizes)
 
 
-def test_the_mask_is_exactly_the_visible_pixels_of_the_lesions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mask_is_the_visible_pixels_of_the_lesions() -> None:
+    """Hardly ever does another spot cover a pixel of a lesion, which stays in the mask."""
     painter = FundusPainter(64)
+    hidden = pixels = 0
     for seed in range(150):
-        shown, mask, _ = spots(painter, seed, True, monkeypatch)
-        assert any(np.array_equal(mask, (shown >= 10) & (shown < 10 + 2 * lesions)) for lesions in (2, 3))
+        shown, mask, _ = spots(painter, seed, True)
+        lesions = sum(
+            layer.name.startswith("lesion") for layer in painter.scene(np.random.default_rng(seed), True).layers
+        )
+        visible = (shown >= 10) & (shown < 10 + 2 * lesions)
+        assert not (visible & ~mask).any()
+        hidden, pixels = hidden + (mask & ~visible).sum(), pixels + mask.sum()
+    assert hidden <= 1e-3 * pixels
 
 
-def test_spots_hardly_overlap_in_either_class(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spots_hardly_overlap_in_either_class() -> None:
     painter = FundusPainter(64)
     for diseased in (False, True):
         lost = []
         for seed in range(100):
-            shown, _, sizes = spots(painter, seed, diseased, monkeypatch)
+            shown, _, sizes = spots(painter, seed, diseased)
             lost.append(1 - (shown >= 10).sum() / sizes.sum())
         assert np.mean(lost) < 0.01
 

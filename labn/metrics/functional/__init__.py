@@ -29,6 +29,14 @@ from labn.metrics.functional.localisation import (
     relevance_mass,
     relevance_rank,
 )
+from labn.metrics.functional.scene import (
+    object_importances,
+    object_opinions,
+    painted_importances,
+    removal_design,
+    scene_agreement,
+    shapley_design,
+)
 from labn.metrics.functional.similarity import correlation, midranks, rank_correlation
 
 __all__ = [
@@ -50,7 +58,10 @@ __all__ = [
     "mean_height",
     "midranks",
     "nominal_fractions",
+    "object_importances",
+    "object_opinions",
     "official_counts",
+    "painted_importances",
     "paper_counts",
     "patch_counts",
     "patch_insertion_deletion",
@@ -60,5 +71,8 @@ __all__ = [
     "region_shares",
     "relevance_mass",
     "relevance_rank",
+    "removal_design",
+    "scene_agreement",
+    "shapley_design",
     "trapezoid_area",
 ]
