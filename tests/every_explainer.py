@@ -21,6 +21,9 @@ SHORT: dict[str, dict[str, Any]] = {  # fewer forwards than by default
     "smoothgradcam++": {"n_samples": 2},
     "smoothgrad": {"n_samples": 3},
     "integrated_gradients": {"n_steps": 3},
+    "integrated_gradients_blur": {"n_steps": 2},
+    "integrated_gradients_bw": {"n_steps": 2},
+    "expected_gradients": {"n_samples": 3},
     "occlusion": {"window": 12, "stride": 10},
 }
 METHODS = sorted(EXPLAINERS)

@@ -3,17 +3,19 @@
 from labn.explainers.attention.own_maps import BranchAttention, LambdaAttention
 from labn.explainers.attention.rollout import AttentionRollout
 from labn.explainers.base import Explainer
-from labn.explainers.baseline import ConstantMap, GroundTruthMap, Negated, RandomMap
+from labn.explainers.baseline import ConstantMap, GroundTruthMap, Negated, RandomMap, SobelMap
 from labn.explainers.cam.ablation import AblationCAM
 from labn.explainers.cam.attention_guided import AttentionMapGuided
-from labn.explainers.cam.gradcam import GradCAM, GradCAMPlusPlus, XGradCAM
+from labn.explainers.cam.gradcam import FinerCAM, GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, XGradCAM
 from labn.explainers.cam.linear import CAM
 from labn.explainers.cam.score import ScoreCAM
 from labn.explainers.cam.smooth import SmoothGradCAMPlusPlus
 from labn.explainers.explanation import Explanation, Explanations, load_explanations
 from labn.explainers.gradient import Gradient, GradientTimesInput, IntegratedGradients, SmoothGrad
+from labn.explainers.paths import BlackWhiteIntegratedGradients, BlurredIntegratedGradients, ExpectedGradients
 from labn.explainers.perturbation.occlusion import Occlusion
 from labn.explainers.perturbation.rise import RISE, ReleasedRISE, RiseMaps
+from labn.explainers.rectified import Deconvnet, GuidedBackpropagation
 from labn.explainers.registry import EXPLAINERS, explainer_by_name
 from labn.explainers.relevance.crp import CRP
 from labn.explainers.relevance.lrp import C3LRP, LRP, ContrastiveLRP
@@ -28,19 +30,27 @@ __all__ = [
     "AblationCAM",
     "AttentionMapGuided",
     "AttentionRollout",
+    "BlackWhiteIntegratedGradients",
+    "BlurredIntegratedGradients",
     "BranchAttention",
     "ConstantMap",
     "ContrastiveLRP",
+    "Deconvnet",
+    "ExpectedGradients",
     "Explainer",
     "Explanation",
     "Explanations",
+    "FinerCAM",
     "GradCAM",
     "GradCAMPlusPlus",
     "Gradient",
     "GradientTimesInput",
     "GroundTruthMap",
+    "GuidedBackpropagation",
+    "HiResCAM",
     "IntegratedGradients",
     "LambdaAttention",
+    "LayerCAM",
     "Negated",
     "Occlusion",
     "RandomMap",
@@ -49,6 +59,7 @@ __all__ = [
     "ScoreCAM",
     "SmoothGrad",
     "SmoothGradCAMPlusPlus",
+    "SobelMap",
     "XGradCAM",
     "explainer_by_name",
     "load_explanations",

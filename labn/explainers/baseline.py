@@ -65,6 +65,30 @@ class ConstantMap(Explainer):
         return images.new_ones(len(images), *images.shape[-2:])
 
 
+class SobelMap(Explainer):
+    """Edges of the image, whatever the model: the magnitude of the Sobel gradient of the mean over the channels.
+
+    Methods that show edges look convincing; this map is what they have to beat (Adebayo et al. 2018).
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from labn.explainers import SobelMap
+        >>> image = torch.tensor([[[[0.0, 0.0, 1.0, 1.0]]]]).expand(1, 1, 3, 4)
+        >>> SobelMap()(nn.Identity(), image, torch.tensor([0]))[0, 1]
+        tensor([0., 4., 4., 0.])
+    """
+
+    runs_model = False
+
+    def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
+        """Magnitudes (B, H, W); edge pixels are repeated outwards."""
+        grey = F.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+        across = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]).to(images)
+        slopes = F.conv2d(grey, torch.stack([across, across.T]).unsqueeze(1))
+        return slopes.square().sum(1).sqrt()
+
+
 class Negated(Explainer):
     """The negated map of another explainer: a test of whether the sign of its map has a meaning.
 

@@ -81,7 +81,7 @@ def input_gradient(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
     return gradient
 
 
-class _Attribution(Explainer):
+class GradientAttribution(Explainer):
     """A method that attributes one value to every channel of every pixel."""
 
     def __init__(self, channels: str = "sum") -> None:
@@ -98,7 +98,7 @@ class _Attribution(Explainer):
         """The attribution (B, C, H, W) before the reduction over the channels."""
 
 
-class Gradient(_Attribution):
+class Gradient(GradientAttribution):
     """Gradient dy_c/dx (Simonyan et al. 2014, section 3), summed over the channels and signed.
 
     Args:
@@ -120,7 +120,7 @@ class Gradient(_Attribution):
         return input_gradient(model, images, targets)
 
 
-class GradientTimesInput(_Attribution):
+class GradientTimesInput(GradientAttribution):
     """Gradient x input, x * dy_c/dx (Shrikumar et al. 2016), summed over the channels.
 
     The map sums to y_c for a ReLU network without biases.
@@ -144,7 +144,7 @@ class GradientTimesInput(_Attribution):
         return images * input_gradient(model, images, targets)
 
 
-class IntegratedGradients(_Attribution):
+class IntegratedGradients(GradientAttribution):
     """Integrated gradients (Sundararajan et al., ICML 2017, eq. 1), by Gauss-Legendre quadrature.
 
         (x - x') * int_0^1 dy_c/dx (x' + t (x - x')) dt,   which sums to y_c(x) - y_c(x')
@@ -173,17 +173,29 @@ class IntegratedGradients(_Attribution):
         self.n_steps, self.baseline = n_steps, baseline
 
     def per_channel(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
-        """The integral (B, C, H, W), one quadrature node at a time for the whole batch."""
-        start = channel_values(self.baseline, images, "baseline")
-        # Gauss-Legendre nodes and weights on [-1, 1], mapped to [0, 1]: exact for polynomials up to degree 2 n - 1.
-        nodes, shares = np.polynomial.legendre.leggauss(self.n_steps)
-        total = torch.zeros_like(images)
-        for node, share in zip((nodes + 1) / 2, shares / 2):
-            total += float(share) * input_gradient(model, start + float(node) * (images - start), targets)
-        return (images - start) * total
+        """The integral (B, C, H, W)."""
+        return path_integral(model, images, targets, channel_values(self.baseline, images, "baseline"), self.n_steps)
 
 
-class SmoothGrad(_Attribution):
+def path_integral(model: nn.Module, images: Tensor, targets: Tensor, start: Tensor, n_steps: int) -> Tensor:
+    """(x - x') * int_0^1 dy_c/dx (x' + t (x - x')) dt (B, C, H, W), one quadrature node at a time for the whole batch.
+
+    Args:
+        model: returns logits.
+        images: x (B, C, H, W).
+        targets: (B,) int64 classes c.
+        start: x', broadcastable to the images.
+        n_steps: number of nodes.
+    """
+    # Gauss-Legendre nodes and weights on [-1, 1], mapped to [0, 1]: exact for polynomials up to degree 2 n - 1.
+    nodes, shares = np.polynomial.legendre.leggauss(n_steps)
+    total = torch.zeros_like(images)
+    for node, share in zip((nodes + 1) / 2, shares / 2):
+        total += float(share) * input_gradient(model, start + float(node) * (images - start), targets)
+    return (images - start) * total
+
+
+class SmoothGrad(GradientAttribution):
     """SmoothGrad (Smilkov et al. 2017): the mean of dy_c/dx over x + N(0, std^2).
 
     Args:

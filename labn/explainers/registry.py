@@ -12,16 +12,18 @@ from labn.errors import InputError, InputTypeError
 from labn.explainers.attention.own_maps import BranchAttention, LambdaAttention
 from labn.explainers.attention.rollout import AttentionRollout
 from labn.explainers.base import Explainer
-from labn.explainers.baseline import ConstantMap, Negated, RandomMap
+from labn.explainers.baseline import ConstantMap, Negated, RandomMap, SobelMap
 from labn.explainers.cam.ablation import AblationCAM
 from labn.explainers.cam.attention_guided import AttentionMapGuided
-from labn.explainers.cam.gradcam import GradCAM, GradCAMPlusPlus, XGradCAM
+from labn.explainers.cam.gradcam import FinerCAM, GradCAM, GradCAMPlusPlus, HiResCAM, LayerCAM, XGradCAM
 from labn.explainers.cam.linear import CAM
 from labn.explainers.cam.score import ScoreCAM
 from labn.explainers.cam.smooth import SmoothGradCAMPlusPlus
 from labn.explainers.gradient import Gradient, GradientTimesInput, IntegratedGradients, SmoothGrad
+from labn.explainers.paths import BlackWhiteIntegratedGradients, BlurredIntegratedGradients, ExpectedGradients
 from labn.explainers.perturbation.occlusion import Occlusion
 from labn.explainers.perturbation.rise import RISE, ReleasedRISE
+from labn.explainers.rectified import Deconvnet, GuidedBackpropagation
 from labn.explainers.relevance.crp import CRP
 from labn.explainers.relevance.lrp import C3LRP, LRP, ContrastiveLRP
 
@@ -37,13 +39,21 @@ EXPLAINERS: dict[str, Callable[..., Explainer]] = {
     "gradcam++": GradCAMPlusPlus,
     "smoothgradcam++": SmoothGradCAMPlusPlus,
     "xgradcam": XGradCAM,
+    "layercam": LayerCAM,
+    "hirescam": HiResCAM,
+    "finercam": FinerCAM,
     "scorecam": ScoreCAM,
     "ablationcam": AblationCAM,
     "amg": AttentionMapGuided,
     "gradient": Gradient,
     "gradxinput": GradientTimesInput,
     "integrated_gradients": IntegratedGradients,
+    "integrated_gradients_blur": BlurredIntegratedGradients,
+    "integrated_gradients_bw": BlackWhiteIntegratedGradients,
+    "expected_gradients": ExpectedGradients,
     "smoothgrad": SmoothGrad,
+    "guided_backprop": GuidedBackpropagation,
+    "deconvnet": Deconvnet,
     "occlusion": Occlusion,
     "lrp": LRP,
     "c3lrp": C3LRP,
@@ -51,6 +61,7 @@ EXPLAINERS: dict[str, Callable[..., Explainer]] = {
     "crp": CRP,
     "random": RandomMap,
     "constant": ConstantMap,
+    "sobel": SobelMap,
 }
 
 
@@ -69,6 +80,9 @@ USUAL_NAMES = {
     "attentionrollout": "rollout",
     "lambdaattention": "lambda",
     "featureablation": "occlusion",
+    "guidedbackpropagation": "guided_backprop",
+    "deconvolution": "deconvnet",
+    "edges": "sobel",
 }
 """Names that other libraries and papers use, in small letters without signs -> names here."""
 

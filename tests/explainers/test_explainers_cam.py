@@ -11,12 +11,16 @@ from torch import Tensor, nn
 from labn.explainers import (
     CAM,
     AblationCAM,
+    FinerCAM,
     GradCAM,
     GradCAMPlusPlus,
+    HiResCAM,
+    LayerCAM,
     ScoreCAM,
     SmoothGradCAMPlusPlus,
     XGradCAM,
 )
+from labn.explainers.cam.features import gradient_features
 from labn.explainers.cam.gradcam import ActivationMap
 from labn.explainers.cam.network_tail import Tail
 from labn.inference.modes import explaining
@@ -58,6 +62,49 @@ def test_gradcam_and_xgradcam_equal_cam_divided_by_z(
     positions = activations[0, 0].numel()
     expected = raw(CAM(), model, pictures()) / positions
     assert torch.allclose(raw(method(), model, pictures()), expected, atol=1e-12)
+
+
+def test_hirescam_and_layercam_equal_their_closed_forms(model: GapLinear, activations: Tensor) -> None:
+    """Behind pooling and a linear layer the gradient is w_k / Z everywhere."""
+    slope = model.head.weight[TARGETS] / activations[0, 0].numel()
+    assert torch.allclose(raw(HiResCAM(), model, pictures()), weighted(slope, activations), atol=1e-12)
+    assert torch.allclose(raw(LayerCAM(), model, pictures()), weighted(slope.relu(), activations), atol=1e-12)
+    whole = raw(HiResCAM(relu=False), model, pictures()).sum((1, 2)) + model.head.bias[TARGETS]
+    assert torch.allclose(whole, model(pictures()).gather(1, TARGETS[:, None])[:, 0], atol=1e-12)
+
+
+@pytest.mark.parametrize("method", [HiResCAM, LayerCAM])
+def test_maps_with_a_weight_per_position_multiply_before_they_sum(method: type[ActivationMap]) -> None:
+    model, images = seeded(DeepTail), pictures()
+    seen = gradient_features(model, method().layer(model, images), images, TARGETS)
+    slopes = seen.slopes if method is HiResCAM else seen.slopes.relu()
+    assert torch.allclose(raw(method(relu=False), model, images), (slopes * seen.activations).sum(1), atol=1e-12)
+    assert seen.slopes.std((2, 3)).max() > 0
+
+
+def test_finercam_weighs_the_class_against_its_neighbours(model: GapLinear, activations: Tensor) -> None:
+    """Grad-CAM's weights of c minus the mean of those of the two nearest logits, weighted by their softmax."""
+    logits, weights = model(pictures()).detach(), model.head.weight / activations[0, 0].numel()
+    combined = []
+    for scores, target in zip(logits, TARGETS.tolist()):
+        order = sorted(
+            (k for k in range(len(scores)) if k != target), key=lambda k: float((scores[k] - scores[target]).abs())
+        )
+        share = scores[order[:2]].softmax(0)
+        combined.append(weights[target] - 0.6 * (share[:, None] * weights[order[:2]]).sum(0))
+    found = raw(FinerCAM(alpha=0.6, n_similar=2), model, pictures())
+    assert torch.allclose(found, weighted(torch.stack(combined), activations), atol=1e-12)
+    assert torch.equal(raw(FinerCAM(alpha=0.0), model, pictures()), raw(GradCAM(), model, pictures()))
+    all_others = raw(FinerCAM(n_similar=99), model, pictures())
+    assert torch.equal(all_others, raw(FinerCAM(n_similar=logits.shape[1] - 1), model, pictures()))
+
+
+def test_finercam_needs_other_classes() -> None:
+    with pytest.raises(ValueError, match="n_similar must be at least 1"):
+        FinerCAM(n_similar=0)
+    single = nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 1)).double()
+    with pytest.raises(ValueError, match="a single logit"):
+        FinerCAM()(single, pictures(), torch.tensor([0, 0]))
 
 
 def test_gradcam_plus_plus_equals_its_closed_form(model: GapLinear, activations: Tensor) -> None:

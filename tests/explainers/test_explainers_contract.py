@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from labn.explainers import explainer_by_name
 from labn.explainers.base import resize_maps
 
-ANY_CLASS = {"labn", "abn", "lambda", "rollout", "random", "constant"}  # one map for all classes
-NO_GRADIENT_OF_THE_MODEL = {"random", "constant"}
+ANY_CLASS = {"labn", "abn", "lambda", "rollout", "random", "constant", "sobel"}  # one map for all classes
+NO_GRADIENT_OF_THE_MODEL = {"random", "constant", "sobel"}
 PARAMETERLESS = [
     "rise",
     "rise_released",
@@ -27,6 +27,10 @@ PARAMETERLESS = [
     "occlusion",
     "random",
     "constant",
+    "sobel",
+    "integrated_gradients_blur",
+    "integrated_gradients_bw",
+    "expected_gradients",
 ]
 
 

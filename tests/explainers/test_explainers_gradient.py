@@ -10,9 +10,23 @@ import torch
 from small_networks import DeepTail, Parameterless, pictures, seeded
 from torch import Tensor, nn
 
-from labn.explainers import Explainer, Gradient, GradientTimesInput, IntegratedGradients, Occlusion, SmoothGrad
+from labn.explainers import (
+    BlackWhiteIntegratedGradients,
+    BlurredIntegratedGradients,
+    Deconvnet,
+    ExpectedGradients,
+    Explainer,
+    Gradient,
+    GradientTimesInput,
+    GuidedBackpropagation,
+    IntegratedGradients,
+    Occlusion,
+    SmoothGrad,
+    SobelMap,
+)
 from labn.explainers.gradient import gaussian_noise
 from labn.inference.modes import explaining
+from labn.perturbation.fills import make_fill
 
 TARGETS = torch.tensor([0, 2])
 
@@ -163,3 +177,118 @@ def test_logits_without_a_gradient_are_refused() -> None:
 
     with pytest.raises(ValueError, match="No gradient of the logits of Rounded reaches the images"):
         Gradient()(Rounded(), pictures(), TARGETS)
+
+
+def difference(model: nn.Module, images: Tensor, *starts: Tensor) -> Tensor:
+    """y_c(x) minus the mean of y_c(x') over the baselines x'."""
+    scores = [model(x).gather(1, TARGETS[:, None])[:, 0] for x in (images, *starts)]
+    return scores[0] - torch.stack(scores[1:]).mean(0)
+
+
+def test_integrals_from_other_baselines_sum_to_the_difference_of_scores() -> None:
+    model, images = seeded(DeepTail), pictures()
+    found = exact(BlurredIntegratedGradients(400, 7, 2.0), model, images).sum((1, 2))
+    blurred = make_fill("blur", images, kernel_size=7, sigma=2.0)
+    assert torch.allclose(found, difference(model, images, blurred).detach(), atol=1e-4)
+    black, white = (torch.full_like(images, value) for value in (-2.0, 3.0))
+    found = exact(BlackWhiteIntegratedGradients(400, 0.4, 0.2), model, images).sum((1, 2))
+    assert torch.allclose(found, difference(model, images, black, white).detach(), atol=1e-4)
+
+
+def test_expected_gradients_of_a_linear_model_are_exact() -> None:
+    """w (x - mean of the drawn references), whatever the points on the paths."""
+    torch.manual_seed(0)
+    model, images = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 20, 4)).double(), pictures()
+    references = torch.stack([torch.full_like(images[0], value) for value in (0.0, 1.0)])
+    found = exact(ExpectedGradients(references, 400), model, images)
+    weights = model[1].weight[TARGETS].view_as(images)
+    share = (images - found.new_tensor(0)) * weights
+    drawn = ((share.sum(1) - found) / weights.sum(1)).detach()
+    assert torch.allclose(drawn, drawn.mean((1, 2), keepdim=True).expand_as(drawn), atol=1e-9)
+    assert (drawn.mean((1, 2)) - 0.5).abs().max() < 0.1
+
+
+def test_expected_gradients_of_one_reference_are_integrated_gradients() -> None:
+    """With a single reference only the points on the path are random, spread evenly over it."""
+    model, images = seeded(DeepTail), pictures()
+    found = exact(ExpectedGradients(torch.zeros_like(images[:1]), 800), model, images)
+    expected = exact(IntegratedGradients(200), model, images)
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+
+
+def test_expected_gradients_depend_on_seed_and_index_alone() -> None:
+    model, images = seeded(DeepTail), pictures()
+    with explaining(model):
+        both = ExpectedGradients(n_samples=3).attribute(model, images, TARGETS, torch.tensor([5, 9]))
+        alone = ExpectedGradients(n_samples=3).attribute(model, images[1:], TARGETS[1:], torch.tensor([9]))
+        other = ExpectedGradients(n_samples=3, seed=1).attribute(model, images[1:], TARGETS[1:], torch.tensor([9]))
+    assert torch.allclose(both[1:], alone, atol=1e-12)
+    assert not torch.allclose(alone, other)
+    with pytest.raises(ValueError, match=r"references must be \(R, 3, 16, 20\) like the images"):
+        exact(ExpectedGradients(torch.zeros(2, 3, 8, 8)), model, images)
+
+
+class Functional(nn.Module):
+    """ReLUs as functions and methods, in place and not, and as a module that runs twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, bias=False), nn.Conv2d(4, 4, 3, bias=False)
+        self.relu, self.head = nn.ReLU(inplace=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.relu(self.first(x))
+        y = self.relu(self.second(x))
+        z = torch.relu_(self.second(x[..., 1:, 1:]).clone())
+        return self.head(y.mean((2, 3)) + z.mean((2, 3)).relu())
+
+
+class Modules(nn.Module):
+    """The same function with one `nn.ReLU` per call."""
+
+    def __init__(self, other: Functional) -> None:
+        super().__init__()
+        self.first, self.second, self.head = other.first, other.second, other.head
+        self.relus = nn.ModuleList(nn.ReLU() for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relus[0](self.first(x))
+        y, z = self.relus[1](self.second(x)), self.relus[2](self.second(x[..., 1:, 1:]))
+        return self.head(y.mean((2, 3)) + self.relus[3](z.mean((2, 3))))
+
+
+@pytest.mark.parametrize("explainer", [GuidedBackpropagation(), Deconvnet()])
+def test_relus_of_every_form_are_rectified(explainer: Explainer) -> None:
+    torch.manual_seed(0)
+    model, images = Functional().double().eval(), pictures()
+    before = model(images).detach()
+    found = exact(explainer, model, images)
+    assert torch.allclose(found, exact(explainer, Modules(model).eval(), images), atol=1e-12)
+    assert torch.equal(model(images), before)
+    assert not torch.allclose(found, exact(Gradient(), model, images))
+
+
+def test_rectified_gradients_by_hand() -> None:
+    """y = 2 relu(a) - relu(-a) with a = x: guided keeps the paths of positive gradients with positive inputs."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2, bias=False), nn.ReLU(), nn.Linear(2, 1, bias=False)).double()
+    model[1].weight.data.copy_(torch.tensor([[1.0], [-1.0]]))
+    model[3].weight.data.copy_(torch.tensor([[2.0, 5.0]]))
+    at, target = torch.ones(1, 1, 1, 1, dtype=torch.float64), torch.tensor([0])
+    with explaining(model):
+        assert GuidedBackpropagation().attribute(model, at, target, None).item() == 2
+        assert GuidedBackpropagation().attribute(model, -at, target, None).item() == -5
+        assert Deconvnet().attribute(model, at, target, None).item() == 2 - 5
+
+
+def test_a_network_without_relu_is_refused() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 20, 4), nn.GELU())
+    with pytest.raises(ValueError, match="changes the gradient of ReLUs, and Sequential calls none"):
+        GuidedBackpropagation()(model, pictures().float(), TARGETS)
+
+
+def test_sobel_maps_of_a_slope_and_a_flat_image() -> None:
+    """A slope of s per pixel has the magnitude 8 s inside, in either direction."""
+    x = torch.arange(6.0).expand(1, 3, 6, 6).double()
+    found = exact(SobelMap(), nn.Identity(), torch.cat([0.5 * x, 0.5 * x.transpose(2, 3)]))
+    assert torch.allclose(found[:, 1:-1, 1:-1], torch.full((2, 4, 4), 4.0).double())
+    assert exact(SobelMap(), nn.Identity(), torch.full((1, 3, 5, 5), 0.7)).abs().max() < 1e-6

@@ -12,8 +12,11 @@ from torchvision.models import resnet18
 from labn.explainers import (
     AblationCAM,
     Explainer,
+    FinerCAM,
     GradCAM,
     GradCAMPlusPlus,
+    HiResCAM,
+    LayerCAM,
     ScoreCAM,
     SmoothGradCAMPlusPlus,
     XGradCAM,
@@ -138,7 +141,33 @@ def grad_cam_map(name: str, model: nn.Module, images: Tensor, **options: Any) ->
         return torch.as_tensor(method.get_cam_image(images, model.stage, targets, activations, gradients, False))
 
 
-@pytest.mark.parametrize(("name", "explainer"), [("GradCAM", GradCAM("stage")), ("XGradCAM", XGradCAM("stage"))])
+def test_layercam_equals_torchcams(model: nn.Module, images: Tensor) -> None:
+    expected = torchcam_map("LayerCAM", model, images).relu()
+    assert torch.allclose(unit(ours(LayerCAM("stage"), model, images)), unit(expected), atol=1e-6)
+
+
+def test_finercam_equals_grad_cams_with_one_neighbour(model: nn.Module, images: Tensor) -> None:
+    """With several neighbours grad-cam also differentiates the weights by which it takes their mean."""
+    module = pytest.importorskip("pytorch_grad_cam.utils.model_targets", reason="grad-cam is not installed")
+    logits = model(images).detach()
+    nearest = [(row - row[t]).abs().argsort()[1].item() for row, t in zip(logits, TARGETS.tolist())]
+    targets = [module.FinerWeightedTarget(t, [n], 0.5) for t, n in zip(TARGETS.tolist(), nearest)]
+    seen = gradient_features(
+        model, model.stage, images, TARGETS, score=lambda y, _: torch.stack([t(row) for t, row in zip(targets, y)])
+    )
+    expected = (seen.slopes.mean((2, 3), keepdim=True) * seen.activations).sum(1).relu()
+    assert torch.allclose(ours(FinerCAM("stage", alpha=0.5, n_similar=1), model, images), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "explainer"),
+    [
+        ("GradCAM", GradCAM("stage")),
+        ("XGradCAM", XGradCAM("stage")),
+        ("LayerCAM", LayerCAM("stage")),
+        ("HiResCAM", HiResCAM("stage")),
+    ],
+)
 def test_class_activation_maps_equal_grad_cams(
     name: str, explainer: Explainer, model: nn.Module, images: Tensor
 ) -> None:

@@ -8,8 +8,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from labn.explainers import Explainer, Gradient, GradientTimesInput, IntegratedGradients, Occlusion
+from labn.explainers import (
+    BlackWhiteIntegratedGradients,
+    BlurredIntegratedGradients,
+    Deconvnet,
+    Explainer,
+    Gradient,
+    GradientTimesInput,
+    GuidedBackpropagation,
+    IntegratedGradients,
+    Occlusion,
+)
 from labn.inference.modes import explaining
+from labn.perturbation.fills import make_fill
 
 attr = pytest.importorskip("captum.attr", reason="captum is not installed")
 TARGETS = torch.tensor([1, 3])
@@ -48,6 +59,36 @@ def test_gradient_times_input_equals_captums(model: nn.Module, images: Tensor) -
 def test_integrated_gradients_equal_captums(n_steps: int, model: nn.Module, images: Tensor) -> None:
     expected = attr.IntegratedGradients(model).attribute(images, 0.1, TARGETS, n_steps=n_steps).sum(1)
     assert torch.allclose(ours(IntegratedGradients(n_steps, 0.1), model, images), expected, atol=1e-8)
+
+
+def test_other_baselines_equal_captums(model: nn.Module, images: Tensor) -> None:
+    captum = attr.IntegratedGradients(model)
+    blurred = captum.attribute(images, make_fill("blur", images), TARGETS, n_steps=30).sum(1)
+    assert torch.allclose(ours(BlurredIntegratedGradients(30), model, images), blurred, atol=1e-6)
+    mean, std = torch.tensor([0.5, 0.4, 0.3]).view(1, 3, 1, 1), torch.tensor([0.2, 0.3, 0.4]).view(1, 3, 1, 1)
+    both = [captum.attribute(images, ((v - mean) / std).expand_as(images), TARGETS, n_steps=30) for v in (0.0, 1.0)]
+    found = ours(BlackWhiteIntegratedGradients(30, mean.flatten().tolist(), std.flatten().tolist()), model, images)
+    assert torch.allclose(found, torch.stack(both).mean(0).sum(1), atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Setting backward hooks")
+@pytest.mark.parametrize(
+    ("explainer", "name"), [(GuidedBackpropagation(), "GuidedBackprop"), (Deconvnet(), "Deconvolution")]
+)
+def test_rectified_gradients_equal_captums(explainer: Explainer, name: str, images: Tensor) -> None:
+    torch.manual_seed(0)
+    layers = [
+        nn.Conv2d(3, 6, 3, stride=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 8, 3, bias=False),
+        nn.BatchNorm2d(8),
+    ]
+    model = nn.Sequential(*layers, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).double().eval()
+    expected = getattr(attr, name)(copy.deepcopy(model)).attribute(images, TARGETS).sum(1)
+    found = ours(explainer, model, images)
+    assert torch.allclose(found, expected, atol=1e-12)
+    assert (found - ours(Gradient(), model, images)).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize(("window", "stride"), [(6, 6), (7, 4)])

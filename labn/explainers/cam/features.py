@@ -137,6 +137,7 @@ def gradient_features(
     images: Tensor,
     targets: Tensor,
     attend: Callable[[Tensor], Tensor] | None = None,
+    score: Callable[[Tensor, Tensor], Tensor] = class_scores,
 ) -> Features:
     """Feature maps of `layer` with the gradient of each target's logit.
 
@@ -148,6 +149,7 @@ def gradient_features(
         images: (B, C, H, W).
         targets: (B,) int64.
         attend: applied to the feature maps before the next layer reads them; the result is A.
+        score: logits (B, num_classes) and targets -> the score (B,) whose gradient is taken; by default the logit.
 
     Raises:
         InputError: the logits do not depend on the layer, or a target is not a class index.
@@ -167,5 +169,5 @@ def gradient_features(
             "them, or runs under torch.no_grad(); name a layer before the logits, or take a method without gradients."
         )
     # Images do not influence each other in eval mode, so one gradient of the sum gives all of them.
-    (gradients,) = torch.autograd.grad(class_scores(logits, targets).sum(), leaves[0])
+    (gradients,) = torch.autograd.grad(score(logits, targets).sum(), leaves[0])
     return Features(wide(leaves[0].detach()), logits.detach(), wide(gradients))

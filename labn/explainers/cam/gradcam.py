@@ -8,7 +8,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
-from labn.explainers.base import Explainer
+from labn.errors import InputError
+from labn.explainers.base import Explainer, class_scores
 from labn.explainers.cam.features import Features, gradient_features
 from labn.explainers.cam.target_layer import TargetLayer, name_of, target_layer_of
 
@@ -111,6 +112,97 @@ class GradCAMPlusPlus(ActivationMap):
         # For the score exp(y_c) the ratio D3 / D2 of derivatives is the gradient g itself: g^3 / g^2.
         factor = plus_plus_factor(gradients, activations.sum(dim=(2, 3), keepdim=True))
         return (factor * gradients.relu()).sum(dim=(2, 3), keepdim=True)
+
+
+class LayerCAM(ActivationMap):
+    """LayerCAM (Jiang et al., TIP 2021, eq. 5): w^k_ij = ReLU(g^k_ij), one weight per position.
+
+    Arguments as for every class activation map: `target_layer` and `relu`. Early layers give fine maps.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from labn.explainers import LayerCAM
+        >>> layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)]
+        >>> LayerCAM()(nn.Sequential(*layers), torch.rand(2, 3, 8, 8), torch.tensor([0, 1])).shape
+        torch.Size([2, 8, 8])
+    """
+
+    def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        """Positive gradients."""
+        return gradients.relu()
+
+
+class HiResCAM(ActivationMap):
+    """HiResCAM (Draelos and Carin 2020, eq. 6): w^k_ij = g^k_ij, one weight per position.
+
+    For a network that is linear behind the target layer the map, without ReLU, sums to the logit without its bias.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from labn.explainers import HiResCAM
+        >>> layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)]
+        >>> HiResCAM()(nn.Sequential(*layers), torch.rand(2, 3, 8, 8), torch.tensor([0, 1])).shape
+        torch.Size([2, 8, 8])
+    """
+
+    def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        """The gradients."""
+        return gradients
+
+
+class FinerCAM(GradCAM):
+    """Finer-CAM (Zhang et al., CVPR 2025): Grad-CAM of the difference between the class and those most like it.
+
+    The score is y_c - alpha * sum_d w_d y_d over the `n_similar` classes d whose logits are nearest to y_c, with the
+    softmax of their logits as w. It shows what tells the class from its neighbours.
+
+    Args:
+        target_layer: name of the layer, or the layer itself; None: the last one with spatial feature maps.
+        relu: apply the ReLU to the map; without it the map is signed.
+        alpha: weight of the other classes; 0 is Grad-CAM.
+        n_similar: number of other classes; all where the network has fewer.
+
+    Raises:
+        InputError: `n_similar` is below 1; on call, a model with a single logit.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from labn.explainers import FinerCAM
+        >>> layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)]
+        >>> FinerCAM()(nn.Sequential(*layers), torch.rand(2, 3, 8, 8), torch.tensor([0, 1])).shape
+        torch.Size([2, 8, 8])
+    """
+
+    def __init__(
+        self,
+        target_layer: str | nn.Module | None = None,
+        relu: bool = True,
+        alpha: float = 1.0,
+        n_similar: int = 3,
+    ) -> None:
+        super().__init__(target_layer, relu)
+        if n_similar < 1:
+            raise InputError(f"n_similar must be at least 1, got {n_similar}.")
+        self.alpha, self.n_similar = alpha, n_similar
+
+    def features(self, model: nn.Module, images: Tensor, targets: Tensor) -> Features:
+        """A and the gradient of the difference of logits at the target layer."""
+        return gradient_features(model, self.layer(model, images), images, targets, score=self.difference)
+
+    def difference(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """y_c - alpha * sum_d w_d y_d (B,) from logits (B, num_classes)."""
+        own = class_scores(logits, targets)
+        if logits.shape[1] < 2:
+            raise InputError("FinerCAM compares classes; the model has a single logit.")
+        distance = (logits - own[:, None]).detach().abs()
+        distance.scatter_(1, targets[:, None], torch.inf)
+        similar = distance.topk(min(self.n_similar, logits.shape[1] - 1), dim=1, largest=False).indices
+        others = logits.gather(1, similar)
+        # Constants: the weights choose classes, and are no part of the difference.
+        return own - self.alpha * (others.detach().softmax(1) * others).sum(1)
 
 
 class XGradCAM(ActivationMap):
