@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from collections import defaultdict
 from dataclasses import dataclass
@@ -112,8 +111,10 @@ def lesion_masks(root: Path, cache_dir: Path | None = None, strict_links: bool =
         return LesionMasks({})
     masks: dict[tuple[str, str], list[Path]] = defaultdict(list)
     for (folder, image), grading in pairs:
-        paths = [p for kind in _LESIONS for p in (truths / folder / kind).glob(f"{glob.escape(image)}_*")]
-        masks[grading] += sorted(paths)
+        folders = [truths / folder / kind for kind in _LESIONS]
+        files = [file for kind in folders if kind.is_dir() for file in kind.iterdir()]
+        # A comparison and no pattern: the table is a stranger's, and its name may be a path.
+        masks[grading] += sorted(file for file in files if file.name.startswith(f"{image}_"))
     return LesionMasks({key: tuple(paths) for key, paths in masks.items()}, tuple(notes))
 
 

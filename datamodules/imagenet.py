@@ -18,7 +18,7 @@ from datamodules.io.sources import FileSource, Record, Source
 from datamodules.io.splits import Split, readable_records
 from labn.errors import InputError, MissingFileError
 from labn.io.images import image_files
-from labn.io.readers import read_rows, read_text
+from labn.io.readers import read_rows, read_text, whole_number
 
 _SYNSET = re.compile(r"n\d{8}")
 _VALIDATION = re.compile(r"^ILSVRC2012_val_(\d{8})$")
@@ -36,9 +36,11 @@ def class_index(word: str, where: str) -> int:
     Raises:
         InputError: the word is neither; the message begins with `where`.
     """
-    index = synsets().get(word, int(word) if word.isdecimal() else -1)
-    if not 0 <= index < len(synsets()):
-        raise InputError(f"{where}: {word!r} must be one of the 1000 synsets, such as n01440764, or from 0 to 999.")
+    index = synsets().get(word, whole_number(word))
+    if index is None or index >= len(synsets()):
+        raise InputError(
+            f"{where}: {word[:100]!r} must be one of the 1000 synsets, such as n01440764, or from 0 to 999."
+        )
     return index
 
 
@@ -99,9 +101,10 @@ def labels_by_devkit(files: list[Path], argument: str) -> list[int]:
         if match is None or not 1 <= int(match[1]) <= len(words):
             raise InputError(f"Image {file} must be named ILSVRC2012_val_<n>, with n from 1 to {len(words)} ({truth}).")
         word, where = words[int(match[1]) - 1], f"{truth}, line {int(match[1])}"
-        if order and not 1 <= int(word) <= len(order):
-            raise InputError(f"{where}: class {word} must be from 1 to {len(order)}.")
-        labels.append(class_index(order[int(word) - 1] if order else word, where))
+        number = whole_number(word) or 0
+        if order and not 1 <= number <= len(order):
+            raise InputError(f"{where}: class {word[:100]} must be from 1 to {len(order)}.")
+        labels.append(class_index(order[number - 1] if order else word, where))
     return labels
 
 

@@ -22,7 +22,7 @@ from labn.inference.modes import evaluating, run_model
 from labn.io.atomic import write_atomically
 from labn.io.images import image_files
 from labn.io.preprocessing import Preprocessing
-from labn.io.readers import non_utf8_name, read_text
+from labn.io.readers import non_utf8_name, read_text, whole_number
 from labn.models.backbones import import_path_of
 from labn.models.pretrained import load_pretrained
 from labn.postprocess.overlay import displayable, overlay_figure, png_bytes
@@ -181,10 +181,11 @@ def class_number(word: str, preprocessing: Preprocessing) -> int:
     """
     if word in preprocessing.class_names:
         return preprocessing.class_names.index(word)
-    if not word.isdecimal():
+    number = whole_number(word)
+    if number is None:
         names = ", ".join(preprocessing.class_names[:10]) or "none is known; see --class_names"
-        raise InputError(f"--target is {word!r}; it must be a number or a class name ({names}).")
-    return int(word)
+        raise InputError(f"--target is {word[:100]!r}; it must be a number or a class name ({names}).")
+    return number
 
 
 def _explain(

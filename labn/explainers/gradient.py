@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,27 +12,27 @@ from torch import Tensor, nn
 
 from labn.errors import InputError
 from labn.explainers.base import Explainer, class_scores
-from labn.inference.modes import run_model
+from labn.inference.modes import fast_logits
+from labn.perturbation.engine import ChunkSize, is_out_of_memory
+from labn.perturbation.stateless_random import sample_normal
 
 
-def gaussian_noise(images: Tensor, indices: Tensor | None, seed: int, draw: int) -> Tensor:
-    """Standard normal noise (B, C, H, W), or (1, C, H, W) for all images without indices.
+def gaussian_noise(images: Tensor, indices: Tensor | None, seed: int, draws: range) -> Tensor:
+    """Standard normal noise (n, B, C, H, W) for n draws, or (n, 1, C, H, W) for all images without indices.
 
-    It is drawn on the CPU in float64, so that every device and dtype gets the same numbers.
+    It depends on (seed, index, draw) alone: every device, chunk and rank gets the same numbers.
 
     Args:
         images: (B, C, H, W), for shape, device and dtype.
         indices: (B,) int64 positions in the data set, or None.
         seed: any integer.
-        draw: number of the draw for the same image, from 0.
+        draws: numbers of the draws for the same image, from 0.
     """
-    numbers = [0] if indices is None else indices.tolist()
-    return torch.stack([_draw(images.shape[1:], (seed * 1_000_003 + n) * 1_009 + draw) for n in numbers]).to(images)
-
-
-def _draw(shape: torch.Size, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed % (1 << 63))
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
+    numbers = torch.zeros(1, dtype=torch.long) if indices is None else indices
+    numbers, count = numbers.to(images.device), images[0].numel()
+    # Stream 0 is that of random numbers that are drawn once.
+    noise = [sample_normal(seed, numbers, count, images.dtype, stream=1 + draw) for draw in draws]
+    return torch.stack(noise).unflatten(2, images.shape[1:])
 
 
 def noise_scale(images: Tensor, std: float, relative: bool) -> Tensor:
@@ -71,7 +72,7 @@ def input_gradient(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
     """
     leaf = images.detach().clone().requires_grad_()
     # One backward pass for the whole batch: in eval mode each score depends on its own image only.
-    scores = class_scores(run_model(model, leaf), targets)
+    scores = class_scores(fast_logits(model, leaf), targets)
     gradient = torch.autograd.grad(scores.sum(), leaf, allow_unused=True)[0] if scores.requires_grad else None
     if gradient is None:
         raise InputError(
@@ -79,6 +80,41 @@ def input_gradient(model: nn.Module, images: Tensor, targets: Tensor) -> Tensor:
             "layer passes no gradient (quantised, under torch.no_grad(), through NumPy); take rise or occlusion."
         )
     return gradient
+
+
+def over_variants(
+    run: Callable[[Tensor, Tensor], Tensor],
+    variants: Callable[[range], Tensor],
+    count: int,
+    images: Tensor,
+    targets: Tensor,
+) -> Iterator[Tensor]:
+    """What `run` returns for `count` variants of a batch, one variant (B, ...) after the other.
+
+    Several variants go through the model at once, as many as a chunk has room for: one by one, small batches are slow,
+    on a GPU most of all.
+
+    Args:
+        run: from images (k, C, H, W) and classes (k,) to a tensor (k, ...).
+        variants: from numbers of variants, n of them, to images (n, B, C, H, W).
+        count: number of variants.
+        images: (B, C, H, W), for the size of a chunk.
+        targets: (B,) classes.
+    """
+    chunk, done = ChunkSize(None, images), 0
+    while done < count:
+        some = range(done, min(count, done + max(1, chunk.size // len(images))))
+        batch = variants(some).flatten(0, 1)
+        try:
+            results = run(batch, targets.repeat(len(some)))
+        except RuntimeError as error:
+            if len(some) == 1 or not is_out_of_memory(error):
+                raise
+            chunk.failed(len(batch))
+            continue
+        chunk.succeeded(len(batch))
+        yield from results.unflatten(0, (len(some), len(images)))
+        done = some.stop
 
 
 class GradientAttribution(Explainer):
@@ -178,7 +214,7 @@ class IntegratedGradients(GradientAttribution):
 
 
 def path_integral(model: nn.Module, images: Tensor, targets: Tensor, start: Tensor, n_steps: int) -> Tensor:
-    """(x - x') * int_0^1 dy_c/dx (x' + t (x - x')) dt (B, C, H, W), one quadrature node at a time for the whole batch.
+    """(x - x') * int_0^1 dy_c/dx (x' + t (x - x')) dt (B, C, H, W), by Gauss-Legendre quadrature.
 
     Args:
         model: returns logits.
@@ -189,9 +225,14 @@ def path_integral(model: nn.Module, images: Tensor, targets: Tensor, start: Tens
     """
     # Gauss-Legendre nodes and weights on [-1, 1], mapped to [0, 1]: exact for polynomials up to degree 2 n - 1.
     nodes, shares = np.polynomial.legendre.leggauss(n_steps)
-    total = torch.zeros_like(images)
-    for node, share in zip((nodes + 1) / 2, shares / 2):
-        total += float(share) * input_gradient(model, start + float(node) * (images - start), targets)
+    places = torch.from_numpy((nodes + 1) / 2).to(images).view(-1, 1, 1, 1, 1)
+
+    def path(some: range) -> Tensor:
+        return start + places[some.start : some.stop] * (images - start)
+
+    run, total = partial(input_gradient, model), torch.zeros_like(images)
+    for share, gradient in zip(shares / 2, over_variants(run, path, n_steps, images, targets), strict=True):
+        total += float(share) * gradient
     return (images - start) * total
 
 
@@ -231,10 +272,19 @@ class SmoothGrad(GradientAttribution):
     def per_channel(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
         """Mean gradient (B, C, H, W)."""
         scale = noise_scale(images, self.std, self.relative)
-        total = torch.zeros_like(images)
-        for draw in range(self.n_samples):
-            total += input_gradient(model, images + scale * gaussian_noise(images, indices, self.seed, draw), targets)
+
+        def noisy(some: range) -> Tensor:
+            return images + scale * gaussian_noise(images, indices, self.seed, some)
+
+        run, total = partial(input_gradient, model), torch.zeros_like(images)
+        for gradient in over_variants(run, noisy, self.n_samples, images, targets):
+            total += gradient
         return total / self.n_samples
+
+    @property
+    def revision(self) -> int:
+        """1: the noise no longer comes from PyTorch's generator."""
+        return 1
 
 
 def channel_values(values: float | Sequence[float], images: Tensor, name: str) -> Tensor:

@@ -158,7 +158,7 @@ class ExpectedGradients(GradientAttribution):
     def _baselines(self, images: Tensor, uniform: Tensor, indices: Tensor | None, draw: int) -> Tensor:
         """One baseline per image (B, C, H, W)."""
         if self.references is None:
-            return gaussian_noise(images, indices, self.seed, draw).expand_as(images)
+            return gaussian_noise(images, indices, self.seed, range(draw, draw + 1))[0].expand_as(images)
         if self.references.ndim != 4 or self.references.shape[1:] != images.shape[1:] or not len(self.references):
             raise InputError(
                 f"references must be (R, {', '.join(map(str, images.shape[1:]))}) like the images, R >= 1; got "

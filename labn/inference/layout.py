@@ -193,3 +193,13 @@ def _checked(layout: Layout, value: Tensor) -> Layout:
 def _is_slicing(index: Any) -> bool:
     items = index if isinstance(index, tuple) else (index,)
     return all(isinstance(item, (slice, type(...))) for item in items)
+
+
+def is_strided(rows: int, columns: int, size: torch.Size) -> bool:
+    """Whether one stride s reduces the images' H and W to `rows` and `columns`, up to less than one position each.
+
+    The test is H / s in (rows - 1, rows + 1) and W / s in (columns - 1, columns + 1). It allows for the rounding of
+    padded convolutions and poolings, which takes small maps of elongated images far from the images' proportions.
+    """
+    height, width = size
+    return (rows - 1) * width < (columns + 1) * height and (columns - 1) * height < (rows + 1) * width

@@ -52,6 +52,19 @@ def run_model(
     return logits_of(model(images.clone(memory_format=memory_format or torch.preserve_format)))
 
 
+def fast_logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Logits (B, num_classes), computed in channels_last, in which convolutions are faster, where the model allows it.
+
+    A model that calls `view` on its feature maps fails in this memory format and is run again in the default one.
+    """
+    try:
+        return run_model(model, images, torch.channels_last)
+    except RuntimeError as error:
+        if "view" not in str(error):
+            raise
+        return run_model(model, images, torch.contiguous_format)
+
+
 def matching(model: nn.Module, images: Tensor) -> nn.Module:
     """`model` itself if its floating tensors have the images' device and dtype, else a converted copy.
 

@@ -134,6 +134,18 @@ class TableRow:
             raise InputError(f"{self.where}: {column} is {self.cells[column][:100]!r}; it must be {what}.") from None
 
 
+def whole_number(word: str) -> int | None:
+    """The non-negative integer that a word of decimal digits means; None for other words, and beyond 18 digits.
+
+    Python itself refuses to convert numbers of thousands of digits, with an error that names no file.
+
+    Example:
+        >>> whole_number("042"), whole_number("-1"), whole_number("9" * 5000)
+        (42, None, None)
+    """
+    return int(word) if word.isdecimal() and len(word) <= 18 else None
+
+
 def read_rows(path: Path, escaped: bool = False) -> Iterator[tuple[int, list[str]]]:
     """Line number and cells of every row of a CSV file, one row at a time.
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from labn.errors import InputError
-from labn.models.backbones import backbone_of, build_network, final_linear, input_channels
+from labn.models.backbones import build_network, chain_of, final_linear, input_channels
 from labn.models.checkpoints import load_backbone
+from labn.models.cut import Cut, find_cut, last_stage_depth, own_blocks
 from labn.models.lambda_networks.resnet import LambdaBottleneck, shortcut
 
 
@@ -84,13 +85,28 @@ class SharpSigmoid(nn.Sigmoid):
         return super().forward(self.sharpness * logits)
 
 
+@dataclass(frozen=True)
+class BranchPlace:
+    """What a branch must know of the backbone at its place.
+
+    Attributes:
+        channels: c, of the features there.
+        own: makes a number of new blocks of the backbone's kind, which keep the shape of these features.
+        depth: number of blocks in the backbone's last stage.
+        basic: the backbone is a ResNet of basic blocks.
+    """
+
+    channels: int
+    own: Callable[[int], nn.Sequential]
+    depth: int = 3
+    basic: bool = False
+
+
 def labn_branch(
-    channels: int,
     num_classes: int,
     hidden: int,
-    block: str,
-    like: nn.Module,
-    depth: int,
+    place: BranchPlace,
+    block: str = "plain",
     planes: int | None = None,
     sharpness: float = 1.0,
     **options: Any,
@@ -101,15 +117,19 @@ def labn_branch(
 
     The bottlenecks have `planes` channels; None is c, as in the paper. In a ResNet-50 with B = 7, such a branch needs
     more multiplications than the rest of the network, and one with c / 4 planes a sixteenth of them. `sharpness` is
-    that of `SharpSigmoid`. Bottlenecks are used on every backbone, also on backbones with basic blocks. `like` and
-    `depth` are arguments of `abn_branch` and have no effect.
+    that of `SharpSigmoid`. Bottlenecks are used on every backbone, also on backbones with basic blocks. With the block
+    `own`, two blocks of the backbone's kind take their place, which keep the c channels.
     """
+    channels = place.channels
     planes = planes or channels
-    wide = 4 * planes
-    first, second = (BLOCKS[block](c, planes, **options) for c in (channels, wide))
+    wide = channels if block == "own" else 4 * planes
+    if block == "own":
+        blocks = place.own(2)
+    else:
+        blocks = nn.Sequential(*(BLOCKS[block](c, planes, **options) for c in (channels, wide)))
     attention = [_conv(hidden, hidden), nn.BatchNorm2d(hidden), nn.ReLU(), _conv(hidden, 1)]
     return AttentionBranch(
-        nn.Sequential(first, second),
+        blocks,
         nn.Sequential(nn.BatchNorm2d(wide), _conv(wide, hidden), nn.ReLU()),
         nn.Sequential(*attention, nn.BatchNorm2d(1), nn.Sigmoid() if sharpness == 1 else SharpSigmoid(sharpness)),
         _class_head(hidden, num_classes),
@@ -117,22 +137,26 @@ def labn_branch(
 
 
 def abn_branch(
-    channels: int, num_classes: int, hidden: int, block: str, like: nn.Module, depth: int, **options: Any
+    num_classes: int, hidden: int, place: BranchPlace, block: str = "plain", **options: Any
 ) -> AttentionBranch:
     """ABN's branch (CVPR 2019, section 3): one more stage of the ResNet, with stride 1 (c -> 2c), then
 
         z = relu(BN(conv1x1(BN(g)))),   attention = sigmoid(BN(conv3x3(z)))
 
-    The stage has `depth` blocks: bottlenecks of c / 2 planes, or basic blocks of 2c planes where `like`, a block of the
-    backbone, has no third convolution.
+    The stage has as many blocks as the backbone's last one: bottlenecks of c / 2 planes, or basic blocks of 2c planes
+    in a ResNet of basic blocks, or, with the block `own`, blocks of the backbone's kind, which keep the c channels.
     """
-    wide = 2 * channels
-    basic = block == "plain" and not hasattr(like, "conv3")
-    make = _basic if basic else BLOCKS[block]
-    planes = wide if basic else max(1, channels // 2)
-    blocks = [make(channels if i == 0 else wide, planes, **options) for i in range(depth)]
+    channels = place.channels
+    wide = channels if block == "own" else 2 * channels
+    basic = block == "plain" and place.basic
+    if block == "own":
+        blocks = place.own(place.depth)
+    else:
+        make, planes = _basic if basic else BLOCKS[block], wide if basic else max(1, channels // 2)
+        sides = [channels] + [wide] * (place.depth - 1)
+        blocks = nn.Sequential(*(make(inputs, planes, **options) for inputs in sides))
     return AttentionBranch(
-        nn.Sequential(*blocks),
+        blocks,
         nn.Sequential(nn.BatchNorm2d(wide), _conv(wide, hidden), nn.BatchNorm2d(hidden), nn.ReLU()),
         nn.Sequential(_conv(hidden, 1, kernel=3), nn.BatchNorm2d(1), nn.Sigmoid()),
         _class_head(hidden, num_classes),
@@ -160,6 +184,7 @@ def _class_head(hidden: int, num_classes: int) -> nn.Sequential:
 
 
 BLOCKS: dict[str, Callable[..., nn.Module]] = {"plain": _plain, "lambda": LambdaBottleneck}
+LAB_BLOCKS = (*BLOCKS, "own")
 
 BRANCHES: dict[str, Callable[..., AttentionBranch]] = {"labn": labn_branch, "abn": abn_branch}
 
@@ -278,25 +303,31 @@ GATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mul": gate_multiply, "r
 
 
 class AttentionBranchNetwork(nn.Module):
-    """A ResNet in two halves, with an attention branch that gates the features between them.
+    """A network in two halves, with an attention branch that gates the features between them.
 
         h = LFE(x),   (branch_logits, alpha) = branch(h),   logits = LPB(gate(h, alpha'))
 
     The defaults are LABN; ABN is `gate="residual", branch="abn", theta=0`, a threshold that every sigmoid exceeds. The
-    submodules are `feature_extractor` (LFE), `attention_branch` (LAB) and `perception_branch` (LPB); tensors of the
-    first and the last keep the names that they have in the backbone.
+    submodules of a ResNet are `feature_extractor` (LFE), `attention_branch` (LAB) and `perception_branch` (LPB);
+    tensors of the first and the last keep the names that they have in the backbone.
+
+    Any other network stays whole, as `network`, and is cut behind the module `split` (see `labn.models.cut`). Its
+    features may have the channels last, as in Swin, or be tokens, as in ViT. A class token has no place on the map: it
+    is 0 behind the gate `mul` and unchanged behind `residual`.
 
     Args:
-        backbone: name of a network or a ResNet, see `labn.models.backbones.build_network`; the blocks of a ResNet are
-            used themselves and not copied.
+        backbone: name of a network or a network, see `labn.models.backbones.build_network`; its modules are used
+            themselves and not copied.
         num_classes: number of classes.
         in_channels: channels of the images.
-        split: number of residual blocks in the feature extractor (B of the paper); 0 splits after the stem.
+        split: number of blocks in the feature extractor (B of the paper); 0 splits a ResNet after the stem. The blocks
+            of other networks are counted in timm's feature stages (`labn.models.cut.block_names`). Or the name of the
+            last module of the feature extractor, such as `stages.2.blocks.4`.
         theta: threshold of the gate, for the sigmoid map.
         gate: `mul` (LABN) or `residual` (ABN).
         branch: `labn` or `abn`, the layout of the branch.
-        lab_block: blocks of the branch: `plain` convolutions, as in the released code, or `lambda` layers, as in the
-            bottlenecks of the JSAI 2022 paper.
+        lab_block: blocks of the branch: `plain` convolutions, as in the released code, `lambda` layers, as in the
+            bottlenecks of the JSAI 2022 paper, or `own`, blocks of the backbone's kind.
         lab_hidden: channels of the branch's hidden layer; None takes 10 for LABN and num_classes for ABN.
         gate_margin: start with a constant map this far above the threshold, in logits; None starts with a random map,
             as published. See `open_gate`.
@@ -311,7 +342,8 @@ class AttentionBranchNetwork(nn.Module):
         images (B, in_channels, H, W) -> `BranchOutput`.
 
     Raises:
-        InputError: a name is unknown, the backbone has fewer blocks than `split`, or `open_share` is not in (0, 1].
+        InputError: a name is unknown, the backbone has fewer blocks than `split` or cannot be cut there, or
+            `open_share` is not in (0, 1].
 
     Example:
         >>> import torch
@@ -328,7 +360,7 @@ class AttentionBranchNetwork(nn.Module):
         backbone: str | nn.Module = "lambda_resnet50",
         num_classes: int = 2,
         in_channels: int = 3,
-        split: int = 7,
+        split: int | str = 7,
         theta: float = 0.75,
         gate: str = "mul",
         branch: str = "labn",
@@ -344,21 +376,17 @@ class AttentionBranchNetwork(nn.Module):
         for name, value, choices in (
             ("gate", gate, GATES),
             ("branch", branch, BRANCHES),
-            ("lab_block", lab_block, BLOCKS),
+            ("lab_block", lab_block, LAB_BLOCKS),
         ):
             if value not in choices:
                 raise InputError(f"{name} is {value!r}; it must be one of {', '.join(choices)}.")
         network = build_network(backbone, num_classes, in_channels, **(backbone_options or {}))
-        chain = backbone_of(network)
         self.theta, self.gate = theta, gate
-        self.feature_extractor, self.perception_branch = chain.split(split)
         self.attention_branch = BRANCHES[branch](
-            channels=input_channels(self.perception_branch),
             num_classes=num_classes,
             hidden=lab_hidden or {"labn": 10, "abn": num_classes}[branch],
+            place=self._divide(network, split),
             block=lab_block,
-            like=chain.blocks[-1][2],
-            depth=chain.last_stage_depth,
             **(branch_options or {}),
         )
         if gate_margin is not None:
@@ -366,6 +394,41 @@ class AttentionBranchNetwork(nn.Module):
         self.register_buffer("open_share", None if open_share is None else torch.tensor(checked_share(open_share)))
         if weights is not None:
             load_backbone(self, weights)
+
+    def _divide(self, network: nn.Module, split: int | str) -> BranchPlace:
+        """Split a ResNet in two halves, or cut any other network behind a module."""
+        self._cut: Cut | None = None
+        chain = None if isinstance(split, str) else chain_of(network)
+        if chain is not None and not isinstance(split, str):
+            self.feature_extractor, self.perception_branch = chain.split(split)
+            return BranchPlace(
+                channels=input_channels(self.perception_branch),
+                own=lambda count: own_blocks(network, find_cut(network, chain.name_of(split)), count),
+                depth=chain.last_stage_depth,
+                basic=not hasattr(chain.blocks[-1][2], "conv3"),
+            )
+        # The name is public, so that it counts as a setting under which results are filed.
+        self.network, self._cut = network, (cut := find_cut(network, split))
+        self.split = cut.name
+        depth = last_stage_depth(network) if getattr(network, "feature_info", None) else BranchPlace.depth
+        return BranchPlace(cut.features.channels, lambda count: own_blocks(network, cut, count), depth)
+
+    def extractor_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the feature extractor."""
+        if self._cut is None:
+            return list(self.feature_extractor.parameters())
+        return [self.network.get_parameter(name) for name in self._cut.before]
+
+    def extractor_modules(self) -> list[nn.Module]:
+        """The modules of the feature extractor."""
+        if self._cut is None:
+            return list(self.feature_extractor.modules())
+        return [self.network.get_submodule(name) for name in self._cut.modules_before]
+
+    def backbone_modules(self) -> list[nn.Module]:
+        """The modules of the feature extractor and the perception branch."""
+        branch = set(self.attention_branch.modules())
+        return [module for module in self.modules() if module not in branch and module is not self]
 
     def set_open_share(self, share: float) -> None:
         """Change the share of open positions of a network that was built with `open_share`.
@@ -384,12 +447,28 @@ class AttentionBranchNetwork(nn.Module):
     @property
     def head(self) -> nn.Linear:
         """The last linear layer of the perception branch, which has the branch's learning rate (JSAI 2022, table 1)."""
-        return final_linear(self.perception_branch)
+        return final_linear(self.perception_branch if self._cut is None else self.network)
 
     def forward(self, images: Tensor) -> BranchOutput:
         """Compute logits and attention of images (B, in_channels, H, W)."""
+        if self._cut is not None:
+            return self._forward_cut(self._cut, images)
         features = self.feature_extractor(images)
         branch_logits, attention = self.attention_branch(features)
-        open_attention = gate_attention(attention, self.threshold(attention))
-        gated = GATES[self.gate](features, open_attention.to(features.dtype))
+        gated = GATES[self.gate](features, self._open(attention).to(features.dtype))
         return BranchOutput(self.perception_branch(gated), branch_logits, attention)
+
+    def _open(self, attention: Tensor) -> Tensor:
+        return gate_attention(attention, self.threshold(attention))
+
+    def _forward_cut(self, cut: Cut, images: Tensor) -> BranchOutput:
+        side, outputs = (images.shape[-2], images.shape[-1]), []
+
+        def gate(features: Tensor) -> Tensor:
+            branch_logits, attention = self.attention_branch(cut.features.maps(features, side))
+            outputs.append((branch_logits, attention))
+            opened = cut.features.features(self._open(attention), features, side)
+            return GATES[self.gate](features, opened.to(features.dtype))
+
+        logits = cut.run(self.network, images, gate)
+        return BranchOutput(logits, *outputs[0])

@@ -169,6 +169,12 @@ class Backbone:
         back = OrderedDict([*_stages(self.blocks[after:]).items(), *self.head.items()])
         return nn.Sequential(front), nn.Sequential(back)
 
+    def name_of(self, after: int) -> str:
+        """Name of the module behind which `split(after)` divides the network."""
+        if after:
+            return ".".join(self.blocks[after - 1][:2])
+        return list(self.stem)[-1]
+
     @property
     def last_stage_depth(self) -> int:
         """Number of blocks in the last stage."""
@@ -194,8 +200,9 @@ def backbone_of(network: nn.Module) -> Backbone:
     linear = [module for module in children.values() if isinstance(module, nn.Linear)]
     if not stages or not linear:
         raise InputError(
-            f"{type(network).__name__} cannot carry an attention branch: its children must be a stem, layer1, layer2, "
-            "... and a head with a final linear layer, as in a ResNet."
+            f"{type(network).__name__} has no blocks that can be counted, as those of a ResNet (stem, layer1, "
+            "layer2, ..., and a head with a final linear layer) or of a network of timm with feature stages: let split "
+            "be the name of a module, such as features.8."
         )
     names = list(children)
     first, last = names.index(stages[0]), names.index(stages[-1])
@@ -205,6 +212,20 @@ def backbone_of(network: nn.Module) -> Backbone:
     backbone = Backbone(stem, blocks, head)
     _check_chain(network, backbone)
     return backbone
+
+
+def chain_of(network: nn.Module) -> Backbone | None:
+    """`backbone_of` a ResNet; None for another network whose feature stages timm knows.
+
+    Raises:
+        InputError: the network is neither.
+    """
+    try:
+        return backbone_of(network)
+    except InputError:
+        if getattr(network, "feature_info", None):
+            return None
+        raise
 
 
 def input_channels(network: nn.Module) -> int:

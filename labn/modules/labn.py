@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,12 +74,13 @@ class LABN(ClassificationModule):
         backbone: name of the network that gets the branch: of this project, torchvision or timm.
         num_classes: number of classes; the command line takes it from the data module.
         in_channels: channels of the images.
-        split: number of residual blocks before the branch (B of the paper).
+        split: number of blocks before the branch (B of the paper), or name of the module behind which it stands.
         theta: threshold of the gate; attention must be strictly above it.
         gate: `mul` (LABN) or `residual` (ABN).
         branch: `labn` or `abn`, the layout of the attention branch.
-        lab_block: blocks of the branch: `plain` convolutions, as in the released code, or `lambda` layers, as in the
-            bottlenecks of the JSAI 2022 paper (`configs/idrid/idrid_labn_lambda_block.yaml`).
+        lab_block: blocks of the branch: `plain` convolutions, as in the released code; `lambda` layers, as in the
+            bottlenecks of the JSAI 2022 paper (`configs/idrid/idrid_labn_lambda_block.yaml`); or `own`, blocks of the
+            backbone's kind.
         gate_margin: start with a constant map and the gate open, which determines the map's sign; None starts with a
             random map, as published. See `labn.models.attention_branch.open_gate`.
         gate_schedule: share of each map's positions that the gate leaves open, which decreases over the epochs and
@@ -122,7 +124,7 @@ class LABN(ClassificationModule):
         backbone: str = "lambda_resnet50",
         num_classes: int = 2,
         in_channels: int = 3,
-        split: int = 7,
+        split: int | str = 7,
         theta: float = 0.75,
         gate: str = "mul",
         branch: str = "labn",
@@ -169,7 +171,8 @@ class LABN(ClassificationModule):
         )
         report = load_backbone(self.network, os.path.expandvars(backbone_ckpt)) if backbone_ckpt else None
         self.note_random_weights(report)
-        self.network.feature_extractor.requires_grad_(train_lfe)
+        for parameter in self.network.extractor_parameters():
+            parameter.requires_grad_(train_lfe)
         self.criterion = make_loss(loss, class_weights, num_classes)
         self.branch_weight = branch_weight
         self.guidance, self.gate_schedule = guidance, gate_schedule
@@ -181,12 +184,13 @@ class LABN(ClassificationModule):
         """Switch between training and eval mode; frozen parts and frozen BatchNorm layers stay in eval mode."""
         super().train(mode)
         if not self.hparams["train_lfe"]:
-            self.network.feature_extractor.eval()
+            for module in self.network.extractor_modules():
+                module.training = False
         if not self.hparams["train_bn"]:
-            _keep_statistics(self.network.feature_extractor, self.network.perception_branch)
+            _keep_statistics(self.network.backbone_modules())
         epochs = self.hparams["bn_epochs"]
         if epochs is not None and self.current_epoch >= epochs:
-            _keep_statistics(self.network)
+            _keep_statistics(self.network.modules())
         return self
 
     def setup(self, stage: str) -> None:
@@ -287,7 +291,8 @@ class LABN(ClassificationModule):
         return on_plateau(optimizer, hp["lr_factor"], hp["lr_patience"], hp["min_lr"])
 
 
-def _keep_statistics(*parts: nn.Module) -> None:
+def _keep_statistics(modules: Iterable[nn.Module]) -> None:
     """Let BatchNorm layers normalise with their running statistics, and not update them."""
-    for layer in (m for part in parts for m in part.modules() if isinstance(m, _BatchNorm)):
-        layer.eval()
+    for layer in modules:
+        if isinstance(layer, _BatchNorm):
+            layer.eval()

@@ -159,3 +159,18 @@ def test_errors_of_the_development_kit_name_what_is_missing(official: Path) -> N
         ImageNet(official, class_rule=rule).labels("test")
     with pytest.raises(FileNotFoundError, match="files of ILSVRC2012_devkit_t12"):
         ImageNet(official, class_rule=f"devkit:{official / 'val'}").labels("test")
+
+
+def test_a_class_of_thousands_of_digits_is_named(flat: Path) -> None:
+    table = flat / "labels.csv"
+    table.write_text(f"name,class\nn01440764_0,{'9' * 5000}\nn01530575_1,2\nn15075141_2,3\n")
+    with pytest.raises(ValueError, match=r"labels.csv, line 2: '9{100}' must be one of the 1000 synsets"):
+        ImageNet(flat, class_rule=f"csv:{table}").labels("test")
+
+
+def test_a_class_of_the_development_kit_of_thousands_of_digits_is_named(official: Path) -> None:
+    (official / "kit" / "synsets.txt").write_text("\n".join(SYNSETS))
+    for truth in (official / "kit").rglob("*ground_truth.txt"):
+        truth.write_text("\n".join(["9" * 5000, *truth.read_text().splitlines()[1:]]))
+    with pytest.raises(ValueError, match=r"ground_truth\.txt, line 1: class 9{100} must be from 1 to 3"):
+        ImageNet(official, class_rule=f"devkit:{official / 'kit'}").labels("test")

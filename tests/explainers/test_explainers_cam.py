@@ -164,7 +164,7 @@ def test_smooth_averages_derivatives_over_its_own_noise() -> None:
     model, images = seeded(DeepTail), pictures()
     powers = []
     for draw in range(3):
-        noisy = images + 0.2 * gaussian_noise(images, None, 0, draw)
+        noisy = images + 0.2 * gaussian_noise(images, None, 0, range(draw, draw + 1))[0]
         maps = model.features(noisy).detach().requires_grad_()
         scores = model.head(model.pool(maps).flatten(1)).gather(1, TARGETS[:, None]).sum()
         (slope,) = torch.autograd.grad(scores, maps)

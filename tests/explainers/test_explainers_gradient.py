@@ -22,10 +22,12 @@ from labn.explainers import (
     IntegratedGradients,
     Occlusion,
     SmoothGrad,
+    SmoothGradCAMPlusPlus,
     SobelMap,
 )
-from labn.explainers.gradient import gaussian_noise
+from labn.explainers.gradient import gaussian_noise, over_variants
 from labn.inference.modes import explaining
+from labn.perturbation.engine import ChunkSize
 from labn.perturbation.fills import make_fill
 
 TARGETS = torch.tensor([0, 2])
@@ -105,8 +107,8 @@ def test_smoothgrad_equals_its_definition() -> None:
     span = images.flatten(1).amax(1) - images.flatten(1).amin(1)
     for relative, scale in ((True, 0.1 * span.view(-1, 1, 1, 1)), (False, torch.tensor(0.1))):
         slopes = []
-        for draw in range(4):
-            point = (images + scale * gaussian_noise(images, None, 7, draw)).requires_grad_()
+        for noise in gaussian_noise(images, None, 7, range(4)):
+            point = (images + scale * noise).requires_grad_()
             slopes.append(torch.autograd.grad(model(point).gather(1, TARGETS[:, None]).sum(), point)[0])
         expected = torch.stack(slopes).mean(0).sum(1)
         found = exact(SmoothGrad(4, 0.1, relative, seed=7), model, images)
@@ -120,12 +122,61 @@ def test_smoothgrad_without_noise_is_the_gradient() -> None:
 
 def test_noise_depends_on_the_sample_index_only() -> None:
     images = pictures(3)
-    noise = gaussian_noise(images, torch.tensor([5, 9, 5]), 0, 2)
+    (noise,) = gaussian_noise(images, torch.tensor([5, 9, 5]), 0, range(2, 3))
     assert torch.equal(noise[0], noise[2])
     assert not torch.equal(noise[0], noise[1])
-    assert torch.equal(noise[1:2], gaussian_noise(images[:1], torch.tensor([9]), 0, 2))
-    assert torch.equal(gaussian_noise(images.float(), None, 0, 2).double(), gaussian_noise(images, None, 0, 2).float())
-    assert abs(float(gaussian_noise(pictures(1, 200, 200), None, 1, 0).std()) - 1) < 0.02
+    assert torch.equal(noise[1:2], gaussian_noise(images[:1], torch.tensor([9]), 0, range(4))[2])
+    single, double = (gaussian_noise(x, None, 0, range(2)) for x in (images.float(), images))
+    assert torch.equal(single, double.float())
+
+
+def test_noise_is_standard_normal() -> None:
+    noise = gaussian_noise(pictures(1, 200, 200), None, 1, range(4)).flatten()
+    assert abs(float(noise.mean())) < 0.005
+    assert abs(float(noise.std()) - 1) < 0.005
+    assert abs(float(noise.pow(4).mean()) - 3) < 0.05
+    for quantile in (0.001, 0.1, 0.5, 0.975):
+        expected = torch.special.ndtri(torch.tensor(quantile, dtype=torch.float64))
+        share = float((noise <= expected).double().mean())
+        assert abs(share - quantile) < 4 * (quantile * (1 - quantile) / len(noise)) ** 0.5
+    neighbours = torch.corrcoef(torch.stack([noise[:-1], noise[1:]]))[0, 1]
+    assert abs(float(neighbours)) < 0.01
+
+
+@pytest.mark.parametrize("method", [SmoothGrad(5), IntegratedGradients(5), SmoothGradCAMPlusPlus(n_samples=5)])
+def test_maps_do_not_depend_on_how_many_variants_run_at_once(method, monkeypatch) -> None:
+    model, images = seeded(DeepTail), pictures()
+    sizes = []
+
+    def run_in_chunks_of(size):
+        monkeypatch.setattr("labn.explainers.gradient.ChunkSize", lambda _, images: ChunkSize(size, images))
+        handle = model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+        maps = exact(method, model, images)
+        handle.remove()
+        return maps
+
+    expected = run_in_chunks_of(1)
+    assert max(sizes) == len(images)
+    for size in (2 * len(images), 100):
+        torch.testing.assert_close(run_in_chunks_of(size), expected, rtol=0, atol=1e-12)
+    assert max(sizes) == 5 * len(images)
+
+
+def test_variants_run_again_in_halves_where_memory_runs_out() -> None:
+    seen = []
+
+    def run(batch, classes):
+        seen.append(len(batch))
+        if len(batch) > 8:
+            raise torch.OutOfMemoryError("full")
+        return batch.sum((1, 2, 3)) + classes
+
+    images = torch.zeros(2, 1, 2, 2)
+    results = list(
+        over_variants(run, lambda some: torch.stack([images + n for n in some]), 20, images, torch.arange(2))
+    )
+    assert seen[:3] == [32, 16, 8]
+    assert torch.equal(torch.stack(results)[:, 1], 4.0 * torch.arange(20) + 1)
 
 
 @pytest.mark.parametrize("score", ["logit", "probability"])

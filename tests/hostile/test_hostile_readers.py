@@ -167,6 +167,12 @@ def idrid_table(root):
     ), r"segmentation_to_grading\.csv, line 2: '\.\./\.\./IDRiD_01' must be a path"
 
 
+def test_an_absolute_image_name_in_the_table_of_lesions_is_no_pattern(tmp_path):
+    write_idrid(tmp_path)
+    edit(tmp_path / "segmentation_to_grading.csv", "IDRiD_01", "/etc/passwd")
+    small(IDRiD, cache_images=False, augmentation=None)(tmp_path)
+
+
 def linked_image(root):
     write_folder(root)
     picture(root.parent / "secret.png")

@@ -157,7 +157,7 @@ class Skipping(nn.Module):
 def test_networks_that_are_not_a_chain_raise():
     with pytest.raises(ValueError, match=r"Skipping\.forward does more"):
         backbone_of(Skipping())
-    with pytest.raises(ValueError, match="VGG cannot carry an attention branch"):
+    with pytest.raises(ValueError, match="VGG has no blocks that can be counted"):
         backbone_of(build_network("vgg11"))
     with pytest.raises(ValueError, match="Conv2d has no linear layer"):
         final_linear(nn.Conv2d(1, 1, 1))

@@ -14,10 +14,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from labn.errors import InputError
 from labn.explainers.base import Explainer
-from labn.explainers.cam.features import fast_logits
 from labn.explainers.cam.target_layer import watching
 from labn.inference.hooks import temporary_hooks
-from labn.inference.modes import run_model
+from labn.inference.modes import fast_logits, run_model
 from labn.models.lambda_networks.layer import LambdaLayer
 
 MAX_PREFIX = 16  # largest number of class, distillation and register tokens in front of the patches

@@ -14,7 +14,7 @@ from labn.errors import InputError
 from labn.explainers.base import class_scores
 from labn.explainers.cam.target_layer import TargetLayer
 from labn.inference.hooks import temporary_hooks
-from labn.inference.modes import run_model
+from labn.inference.modes import fast_logits
 
 
 @dataclass(frozen=True)
@@ -36,19 +36,6 @@ class Features:
         """The gradients of features that have them."""
         assert self.gradients is not None
         return self.gradients
-
-
-def fast_logits(model: nn.Module, images: Tensor) -> Tensor:
-    """Logits (B, num_classes), computed in channels_last, in which convolutions are faster, where the model allows it.
-
-    A model that calls `view` on its feature maps fails in this memory format and is run again in the default one.
-    """
-    try:
-        return run_model(model, images, torch.channels_last)
-    except RuntimeError as error:
-        if "view" not in str(error):
-            raise
-        return run_model(model, images, torch.contiguous_format)
 
 
 @contextmanager

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from labn.explainers.cam.features import fast_logits, replacing_call, replacing_output
+from labn.explainers.cam.features import replacing_call, replacing_output
 from labn.explainers.cam.target_layer import TargetLayer
 from labn.inference.deep_copy import deep_copy
 from labn.inference.hooks import temporary_hooks
-from labn.inference.modes import run_model
+from labn.inference.modes import fast_logits, run_model
 
 
 class _Recorded(nn.Module):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from labn.errors import InputError
 from labn.explainers.cam.features import gradient_features, layer_features
 from labn.explainers.cam.gradcam import ActivationMap, plus_plus_factor
-from labn.explainers.gradient import check_noise, gaussian_noise, noise_scale
+from labn.explainers.gradient import check_noise, gaussian_noise, noise_scale, over_variants
 
 NUMERATORS = ("D1", "D2")
 
@@ -70,10 +70,20 @@ class SmoothGradCAMPlusPlus(ActivationMap):
         scale = noise_scale(images, self.std, self.relative)
         activations = layer_features(model, layer, images).activations
         powers = activations.new_zeros(3, *activations.shape, dtype=torch.float64)  # third powers underflow in float32
-        for draw in range(self.n_samples):
-            noisy = images + scale * gaussian_noise(images, indices, self.seed, draw)
-            slopes = gradient_features(model, layer, noisy, targets).slopes
+
+        def noisy(some: range) -> Tensor:
+            return images + scale * gaussian_noise(images, indices, self.seed, some)
+
+        def run(batch: Tensor, classes: Tensor) -> Tensor:
+            return gradient_features(model, layer, batch, classes).slopes
+
+        for slopes in over_variants(run, noisy, self.n_samples, images, targets):
             for power, sums in enumerate(powers, start=1):
                 sums += slopes.double() ** power
         weights = self.weights(activations, powers / self.n_samples)
         return self.weigh(weights.to(activations), activations)
+
+    @property
+    def revision(self) -> int:
+        """1: the noise no longer comes from PyTorch's generator."""
+        return 1

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from labn.errors import InputError
 from labn.inference.fingerprint import ModelCache, structure_key
 from labn.inference.hooks import temporary_hooks
-from labn.inference.layout import Layout, LayoutRecorder
+from labn.inference.layout import Layout, LayoutRecorder, is_strided
 from labn.inference.modes import explaining, run_model
 from labn.inference.token_grid import TokenGrid
 
@@ -96,16 +96,6 @@ def named_layer(model: nn.Module, name: str) -> nn.Module:
             return layers[candidate]
     near = difflib.get_close_matches(name, [n.removeprefix(COMPILED) for n in layers if n], n=5, cutoff=0.0)
     raise InputError(f"target_layer {name!r} is not a layer of {type(model).__name__}; near it: {', '.join(near)}.")
-
-
-def is_strided(rows: int, columns: int, size: torch.Size) -> bool:
-    """Whether one stride s reduces the images' H and W to `rows` and `columns`, up to less than one position each.
-
-    The test is H / s in (rows - 1, rows + 1) and W / s in (columns - 1, columns + 1). It allows for the rounding of
-    padded convolutions and poolings, which takes small maps of elongated images far from the images' proportions.
-    """
-    height, width = size
-    return (rows - 1) * width < (columns + 1) * height and (columns - 1) * height < (rows + 1) * width
 
 
 def is_channels_last(shape: torch.Size, size: torch.Size) -> bool:
