@@ -36,7 +36,7 @@ from callbacks.checkpoint import (
 )
 from callbacks.checks import check_strategy
 from callbacks.explanation.base import callbacks_of
-from callbacks.logging.loggers import default_loggers, unused_version
+from callbacks.logging.loggers import check_packages, default_loggers, unused_version, with_run_log
 from callbacks.logging.run_config import RunConfigCallback
 from callbacks.logging.terminal import (
     SentenceParser,
@@ -148,6 +148,8 @@ class LabnCLI(LightningCLI):
         # Before the trainer is built, which would fail earlier for want of a GPU or of the strategy's package.
         strategy = config.trainer.strategy
         check_strategy(strategy if isinstance(strategy, str) else strategy.class_path)
+        loggers = config.trainer.get("logger") or []
+        check_packages(getattr(one, "class_path", "") for one in (loggers if isinstance(loggers, list) else [loggers]))
         if not config.trainer.get("fast_dev_run"):
             check_writable(run_dir, "--run_dir")
             self.held.enter_context(locked(run_dir, str(self.subcommand)))
@@ -162,11 +164,8 @@ class LabnCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Build the trainer, with loggers for the run folder unless the configuration has its own."""
         config = self.config[self.subcommand]
-        if config.trainer.get("logger") in (None, True) and not config.trainer.get("fast_dev_run"):
-            run_dir, command = Path(config.run_dir), str(self.subcommand)
-            # A fresh fit archives the logs of an earlier one (`before_fit`), so that their name is free.
-            version = command if self._is_fresh_fit() else unused_version(run_dir / "logs", command)
-            kwargs["logger"] = default_loggers(run_dir, config.wandb, version)
+        if not config.trainer.get("fast_dev_run"):
+            kwargs |= self._loggers(config)
         plugins = self.config_init[self.subcommand].trainer.get("plugins") or []
         checkpoints = RunCheckpointIO([config.run_dir])
         kwargs["plugins"] = [checkpoints, *(plugins if isinstance(plugins, list) else [plugins])]
@@ -175,6 +174,16 @@ class LabnCLI(LightningCLI):
         # yet, so that none of these paths can come from a foreign file.
         checkpoints.folders |= {resolved(d) for c in trainer.checkpoint_callbacks if (d := getattr(c, "dirpath", None))}
         return trainer
+
+    def _loggers(self, config: Any) -> dict[str, Any]:
+        """The argument `logger` of the trainer: the default loggers, or the configuration's own and the CSV log."""
+        run_dir, command = Path(config.run_dir), str(self.subcommand)
+        # A fresh fit archives the logs of an earlier one (`before_fit`), so that their name is free.
+        version = command if self._is_fresh_fit() else unused_version(run_dir / "logs", command)
+        if config.trainer.get("logger") in (None, True):
+            return {"logger": default_loggers(run_dir, config.wandb, version)}
+        own = self.config_init[self.subcommand].trainer.logger or []
+        return {"logger": with_run_log(own if isinstance(own, list) else [own], run_dir, version) or False}
 
     def before_fit(self) -> None:
         """Move the files of an earlier fit to an archive folder if this fit starts afresh."""

@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_info
 from safetensors.torch import save
 from torch import Tensor
@@ -19,6 +18,8 @@ from torchvision.ops import box_iou
 
 from callbacks.explanation.lifecycle import Schedule, StageCallback, check_counts, stage_folder
 from callbacks.explanation.session import identity_of, network_of
+from callbacks.logging.results import capped, for_each_tracker
+from callbacks.logging.trackers import trackers_of
 from labn.errors import InputError
 from labn.explainers.relevance.crp import CRP, TASKS, Question, Task
 from labn.explainers.relevance.detection_trace import DetectionTrace
@@ -167,10 +168,13 @@ class DetectionCallback(StageCallback):
 
     def _log_pictures(self, trainer: pl.Trainer, split: str) -> None:
         assert self._folder is not None
-        paths = [str(p) for p in sorted((self._folder / "overlays").glob("*.png"))]
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image(f"detections/{split}", paths, caption=[Path(p).stem for p in paths])
+        paths = sorted((self._folder / "overlays").glob("*.png"))
+        pictures = {path.stem: capped(path.read_bytes()) for path in paths} if trackers_of(trainer.loggers) else {}
+        for_each_tracker(
+            trainer.loggers,
+            self._folder,
+            lambda tracker: tracker.log_pictures(f"detections/{split}", pictures, trainer.global_step),
+        )
 
 
 def remove_results(folder: Path) -> None:

@@ -1,17 +1,15 @@
-"""Pictures of maps, for the results folder and for Weights & Biases."""
+"""Pictures of maps, for the results folder and for experiment trackers."""
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers import WandbLogger
 
 from callbacks.explanation.base import ExplainingCallback
 from callbacks.explanation.lifecycle import check_counts, evenly_spaced
 from callbacks.explanation.session import ExplainedBatch
-from callbacks.logging.wandb_results import log_results
+from callbacks.logging.results import for_each_tracker, log_results
 from labn.io.atomic import write_atomically
 from labn.postprocess.overlay import displayable, overlay_figure, png_bytes
 from labn.results.shard_index import readable_name
@@ -62,26 +60,16 @@ class MapLogger(ExplainingCallback):
             write_atomically(path, png_bytes(figure, dpi=100))
 
     def publish(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
-        """Log the pictures of all ranks, the curves and the table to Weights & Biases (rank zero); a collective.
-
-        A failure is a warning and does not end the run.
-        """
+        """Log the pictures of all ranks, the curves and the table to the trackers (rank zero); a collective."""
         # The pictures of all ranks must be on disk before rank zero lists them.
         trainer.strategy.barrier("labn-overlays")
-        loggers = [logger for logger in trainer.loggers if isinstance(logger, WandbLogger)]
-        if not trainer.is_global_zero or not loggers:
+        if not trainer.is_global_zero:
             return
-        folder = self.session.results.folder
+        folder, is_fit = self.session.results.folder, trainer.state.fn == "fit"
         paths = sorted((folder / "overlays").glob("*.png"))
         paths = [path for path in paths if int(path.name.split("-")[0]) in self._chosen]
-        for logger in loggers:
-            # Any error: the service, its package or the network may fail in ways that are not documented.
-            try:
-                log_results(logger, folder, split, paths, trainer.state.fn != "fit")
-            except Exception as error:
-                if getattr(logger, "lost", False):  # The logger has warned about that itself.
-                    continue
-                warnings.warn(
-                    f"Weights & Biases did not take the results ({error}); they are in {folder}.",
-                    stacklevel=2,
-                )
+        for_each_tracker(
+            trainer.loggers,
+            folder,
+            lambda tracker: log_results(tracker, folder, split, paths, trainer.global_step, table=not is_fit),
+        )

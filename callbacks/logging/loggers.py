@@ -1,13 +1,15 @@
-"""The loggers of a command: a CSV log in the run folder and, unless disabled, Weights & Biases."""
+"""The loggers of a command: a CSV log in the run folder, and Weights & Biases or those of the configuration."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import warnings
+from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import CSVLogger, Logger
 
 from callbacks.logging.csv_logger import RunLogger
 from callbacks.logging.wandb_logger import RunWandbLogger
@@ -15,6 +17,12 @@ from labn.errors import InputError
 from labn.io.readers import first_line
 
 WANDB_MODES = ("offline", "online", "disabled")
+PACKAGES = {
+    "TensorBoardLogger": ("tensorboard", "tensorboardX"),
+    "MLFlowLogger": ("mlflow",),
+    "WandbLogger": ("wandb",),
+}
+"""Lightning's loggers that need a package of their own -> the packages, of which one is enough."""
 
 
 def default_loggers(run_dir: Path, wandb_mode: str, version: str) -> list[Logger]:
@@ -34,6 +42,28 @@ def default_loggers(run_dir: Path, wandb_mode: str, version: str) -> list[Logger
     loggers: list[Logger] = [RunLogger(save_dir=run_dir, name="logs", version=version)]
     wandb = None if wandb_mode == "disabled" else wandb_logger(run_dir, wandb_mode)
     return loggers if wandb is None else [*loggers, wandb]
+
+
+def check_packages(class_paths: Iterable[str]) -> None:
+    """Raise InputError for a logger whose package is not installed."""
+    for path in class_paths:
+        logger = path.rpartition(".")[2]
+        packages = PACKAGES.get(logger, ())
+        if packages and not any(find_spec(package) for package in packages):
+            raise InputError(f"{logger} needs the package {packages[0]}: pip install {packages[0]}.")
+
+
+def with_run_log(loggers: list[Logger], run_dir: Path, version: str) -> list[Logger]:
+    """Loggers of a configuration behind the CSV log of the run folder, which the report and `compare` read.
+
+    Args:
+        loggers: the loggers of the configuration; an empty list stays empty.
+        run_dir: the run folder.
+        version: folder of the CSV log, see `unused_version`.
+    """
+    log = RunLogger(save_dir=run_dir, name="logs", version=version)
+    places = [Path(logger.log_dir).resolve() for logger in loggers if isinstance(logger, CSVLogger)]
+    return loggers if not loggers or Path(log.log_dir).resolve() in places else [log, *loggers]
 
 
 def wandb_logger(run_dir: Path, mode: str) -> Logger | None:

@@ -8,7 +8,7 @@ import re
 import shlex
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.explanation.base import ExplainingCallback, callbacks_of
 from callbacks.explanation.detections import DetectionCallback
-from callbacks.logging.wandb_logger import RunWandbLogger
+from callbacks.logging.trackers import trackers_of
 from labn.errors import printable
 from labn.launch.error_messages import config_sentence
 
@@ -54,7 +54,7 @@ def say_figures(trainer: pl.Trainer, stage: str) -> None:
         return
     print(f"\n{stage}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
     writers = [c for c in callbacks_of(trainer) if isinstance(c, (ExplainingCallback, DetectionCallback))]
-    say_wandb(trainer)
+    say_trackers(trainer)
     for folder in dict.fromkeys(callback.folder for callback in writers):
         if folder is not None and (folder / "report.html").is_file():
             print(printable(f"Report: {folder / 'report.html'}"))
@@ -125,17 +125,17 @@ def say_fitted(trainer: pl.Trainer, words: Sequence[str]) -> None:
     score = "" if best.best_model_score is None else f" ({best.monitor} {float(best.best_model_score):.4g})"
     print()
     print(printable(f"Best checkpoint: {best.best_model_path}{score}"))
-    say_wandb(trainer)
+    say_trackers(trainer)
     print(printable(f"Next: python cli.py {shlex.join(tested(words))}"))
 
 
-def say_wandb(trainer: pl.Trainer) -> None:
-    """Print where an offline run of Weights & Biases is and how to upload it; its own lines are silent."""
-    for logger in trainer.loggers:
-        if isinstance(logger, RunWandbLogger) and not logger.lost and logger._offline:
-            folder = getattr(getattr(logger.experiment, "settings", None), "sync_dir", None)
-            where = "" if folder is None else f", uploaded by wandb sync {folder}"
-            print(printable(f"Weights & Biases: offline run{where}"))
+def say_trackers(trainer: pl.Trainer) -> None:
+    """Print where the trackers have their results, and the command that shows or uploads them."""
+    for tracker in trackers_of(trainer.loggers):
+        # A service that has gone is no reason for a finished run to end with an error.
+        with suppress(Exception):
+            if where := tracker.where():
+                print(printable(f"{tracker.name}: {where}"))
 
 
 def tested(words: Sequence[str]) -> list[str]:

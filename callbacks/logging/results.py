@@ -1,15 +1,17 @@
-"""Log the results of a stage to Weights & Biases under stable keys: overlays, curves, and one table with pictures."""
+"""Log the results of a stage to the trackers under stable keys: overlays, curves, and one table of samples."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Collection
+import warnings
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import Logger
 from PIL import Image
 
+from callbacks.logging.trackers import Tracker, trackers_of
 from labn.io.readers import read_table
 from labn.postprocess.overlay import png_bytes
 from labn.report.curves import curve_metrics, curve_panels
@@ -20,7 +22,27 @@ MAX_SIDE = 1600
 """Maximum longer side in pixels of an uploaded picture."""
 
 
-def log_results(logger: WandbLogger, folder: Path, split: str, overlays: list[Path], table: bool) -> None:
+def for_each_tracker(loggers: Sequence[Logger], folder: Path, log: Callable[[Tracker[Any]], None]) -> None:
+    """Call `log` with every tracker; a failure is a warning and does not end the run.
+
+    Args:
+        loggers: `trainer.loggers`.
+        folder: the results folder, for the warning.
+        log: logs to one tracker.
+    """
+    for tracker in trackers_of(loggers):
+        # Any error: the service, its package or the network may fail in ways that are not documented.
+        try:
+            log(tracker)
+        except Exception as error:
+            if getattr(tracker.logger, "lost", False):  # The logger has warned about that itself.
+                continue
+            warnings.warn(f"{tracker.name} did not take the results ({error}); they are in {folder}.", stacklevel=2)
+
+
+def log_results(
+    tracker: Tracker[Any], folder: Path, split: str, overlays: list[Path], step: int, table: bool = True
+) -> None:
     """Log the pictures, curves and, optionally, the table of a results folder.
 
     Keys: `maps/<split>` (overlays), `curves/<split>/<metric>` (pictures of the mean curves) and, with `table`,
@@ -28,21 +50,23 @@ def log_results(logger: WandbLogger, folder: Path, split: str, overlays: list[Pa
     by `EvaluationCallback`.
 
     Args:
-        logger: the logger of this process.
+        tracker: the tracker.
         folder: the results folder.
         split: val or test.
         overlays: pictures to log, named `<index>-<name>.png`.
-        table: whether to log the table; a key of a table can be written only once, so not in every epoch.
+        step: the trainer's global step.
+        table: whether to log the table, which is not for every epoch: Weights & Biases takes a key's table only once.
     """
     pictures = {int(path.name.split("-")[0]): capped(path.read_bytes()) for path in overlays}
     results = read_stage(folder, pictures, scratch_dir=folder)
     if pictures:
-        logger.log_image(f"maps/{split}", list(pictures.values()), caption=[path.stem for path in overlays])
+        tracker.log_pictures(f"maps/{split}", dict(zip([p.stem for p in overlays], pictures.values())), step)
     for metric in curve_metrics(results.curves):
         panels = curve_panels(results.curves, results.explainers, metric, folder, results.quantity)
-        logger.log_image(f"curves/{split}/{metric}", [capped(png_bytes(panels_figure(panels), dpi=100))])
+        picture = capped(png_bytes(panels_figure(panels), dpi=100))
+        tracker.log_pictures(f"curves/{split}/{metric}", {"": picture}, step)
     if table and pictures:
-        logger.log_table(f"samples/{split}", *sample_table(results, pictures))
+        tracker.log_table(f"samples/{split}", *sample_table(results, pictures), step)
 
 
 def capped(data: bytes, side: int = MAX_SIDE) -> Image.Image:
@@ -53,9 +77,7 @@ def capped(data: bytes, side: int = MAX_SIDE) -> Image.Image:
 
 
 def sample_table(results: StageResults, pictures: dict[int, Image.Image]) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows of the table of samples."""
-    import wandb  # imported here, because it is slow to import and not needed when logging is disabled
-
+    """Columns and rows of the table of samples; the column `maps` holds the pictures."""
     columns = [(e, m) for e in results.explainers for m in results.headline if (e, m) in results.scores]
     predictions = _predictions(results.folder / "predictions.csv", pictures)
     rows = []
@@ -63,7 +85,7 @@ def sample_table(results: StageResults, pictures: dict[int, Image.Image]) -> tup
         prediction = predictions.get(index, {})
         facts = [prediction.get(name, "") for name in ("name", "label", "prediction", "probability")]
         values = [results.scores[key].get(index) for key in columns]
-        rows.append([index, *facts, wandb.Image(picture), *values])
+        rows.append([index, *facts, picture, *values])
     header = ["index", "name", "label", "prediction", "probability", "maps"]
     return [*header, *("/".join(key) for key in columns)], rows
 
