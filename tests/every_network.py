@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from labn.explainers import EXPLAINERS
 from labn.inference.modes import logits_of
-from labn.metrics.statistics import bootstrap_means
+from labn.metrics.comparisons import compare_values
 from labn.modules import LABN
 from labn.modules.base import CheckedModule, ClassificationModule
 from labn.modules.losses import make_loss
@@ -178,7 +178,7 @@ def run_all(folder: Path, run: str, *more: str) -> None:
     from cli import main
 
     # The intervals of thousands of pairs would take most of the time, and are functions of the scores alone.
-    with patch("labn.results.tables.bootstrap_means", partial(bootstrap_means, n_resamples=2)):
+    with patch("labn.results.tables.compare_values", partial(compare_values, n_resamples=2)):
         for network in NETWORKS:
             words = ["test", "--config", str(folder / f"{network}.yaml"), f"--run_dir={folder / run / network}", *more]
             contextvars.copy_context().run(main, words)

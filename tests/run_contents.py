@@ -13,7 +13,8 @@ import yaml
 from PIL import Image
 from safetensors.torch import load
 
-TABLES = ("scores.csv", "summary.csv", "paired.csv", "predictions.csv", "counts.csv", "cards.json", "identity.json")
+TABLES = ("scores.csv", "summary.csv", "paired.csv", "ranks.csv", "predictions.csv", "counts.csv")
+TABLES += ("cards.json", "identity.json")
 
 
 def table(data):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
+import math
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,8 +24,9 @@ from labn.errors import InputError
 from labn.explainers.relevance.crp import CRP, TASKS, Question, Task
 from labn.explainers.relevance.detection_trace import DetectionTrace
 from labn.io.atomic import write_atomically
+from labn.metrics.comparisons import Value, compare_values
 from labn.metrics.detection import DetectionScores, check_contrast
-from labn.metrics.statistics import bootstrap_mean, paired_difference
+from labn.metrics.statistics import bootstrap_mean
 from labn.models.detectors import Detections
 from labn.postprocess.overlay import displayable, png_bytes
 from labn.report import render
@@ -303,18 +304,24 @@ def pair(scores: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         column = columns.setdefault(row["metric"], {}).setdefault(row["explainer"], {})
         column[row["index"], row["detection"]] = row["value"]
     rows = []
-    for metric, scored in columns.items():
-        # `paired_difference` matches samples by integer; here a sample is a pair (image, detection).
-        numbers = {key: number for number, key in enumerate(sorted(set().union(*scored.values())))}
-        groups = {number: index for (index, _), number in numbers.items()}
-        for a, b in itertools.combinations(sorted(scored, key=lambda name: name == "random"), 2):
-            (keys_a, values_a), (keys_b, values_b) = (
-                ([numbers[k] for k in scored[name]], list(scored[name].values())) for name in (a, b)
-            )
-            interval = paired_difference(keys_a, values_a, keys_b, values_b, groups=groups)
-            figures = (a, b, metric, interval.mean, interval.low, interval.high, interval.n)
+    for metric, compared in zip(columns, compare_values(map(_value, columns.values()))):
+        names = _random_last(columns[metric])
+        for (a, b), d in compared.differences.items():
+            figures = (names[a], names[b], metric, d.mean, d.low, d.high, d.n, d.p, d.p_adjusted)
             rows.append(dict(zip(PAIRED, figures)))
     return rows
+
+
+def _random_last(explainers: Iterable[str]) -> list[str]:
+    return sorted(explainers, key=lambda name: name == "random")
+
+
+def _value(columns: dict[str, dict[tuple[int, int], float]]) -> Value:
+    """The values of a metric by (image, detection) as a table of all detections; the images are the groups."""
+    detections = sorted(set().union(*columns.values()))
+    values = [[columns[name].get(key, math.nan) for name in _random_last(columns)] for key in detections]
+    images = torch.tensor([image for image, _ in detections])
+    return Value(torch.tensor(values, dtype=torch.float64), groups=images)
 
 
 def as_csv(header: Sequence[str], rows: Iterable[dict[str, Any]]) -> bytes:

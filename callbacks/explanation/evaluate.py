@@ -32,8 +32,8 @@ class EvaluationCallback(ExplainingCallback):
     """Score the maps of every explainer with PID and other metrics.
 
     Every batch's scores are saved in `<run_dir>/<stage>/scores/`. At the end of the stage rank zero merges them into
-    `scores.csv`, `summary.csv`, `paired.csv`, `predictions.csv`, `curves.npz` and, for metrics that count samples,
-    `counts.csv`, prints the means with their 95 % intervals and logs them as `<stage>/<explainer>/<metric>`.
+    `scores.csv`, `summary.csv`, `paired.csv`, `ranks.csv`, `predictions.csv`, `curves.npz` and, for metrics that count
+    samples, `counts.csv`, prints the means with their 95 % intervals and logs them as `<stage>/<explainer>/<metric>`.
 
     Args:
         metrics: names of metrics, such as `id`, `pid16`, `mass`.

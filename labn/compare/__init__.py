@@ -2,7 +2,7 @@
 
 from labn.compare.merge import Comparison, check_comparable, compare_runs
 from labn.compare.runs import Run, open_runs
-from labn.compare.tables import latex_table, markdown_table, paired_csv, table_csv
+from labn.compare.tables import latex_table, markdown_table, paired_csv, ranks_csv, table_csv
 
 __all__ = [
     "Comparison",
@@ -13,5 +13,6 @@ __all__ = [
     "markdown_table",
     "open_runs",
     "paired_csv",
+    "ranks_csv",
     "table_csv",
 ]

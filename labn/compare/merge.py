@@ -5,13 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from labn.compare.runs import Run
 from labn.errors import InputError
-from labn.metrics.statistics import Interval, bootstrap_mean
+from labn.metrics.comparisons import Difference, Rank, Value, compare_values
+from labn.metrics.intervals import Interval
+from labn.metrics.registry import describe_value
 
 Column = dict[str, float]
 """Sample name -> value."""
@@ -49,7 +53,8 @@ class Comparison:
         runs: the runs, in the order of the arguments.
         columns: (label, explainer, metric) -> sample name -> mean over seeds.
         rows: the rows of the table.
-        paired: (first, second, metric, interval of first - second); both names as `row_name` gives them.
+        paired: (first, second, metric, first - second); both names as `row_name` gives them.
+        ranks: (row, metric, rank among the rows), for requested values with a better end.
         left_out: metric -> number of samples that are left out because not every row has them.
         asked: names of the values that were requested when the runs were scored, and `fill_probability`.
         groups: sample name -> group, for samples that are not independent; None if they are independent.
@@ -58,7 +63,8 @@ class Comparison:
     runs: list[Run]
     columns: dict[tuple[str, str, str], Column]
     rows: list[Row]
-    paired: list[tuple[str, str, str, Interval]]
+    paired: list[tuple[str, str, str, Difference]]
+    ranks: list[tuple[str, str, Rank]]
     left_out: dict[str, int]
     asked: list[str]
     groups: dict[str, int] | None
@@ -85,7 +91,7 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
     asked = list(dict.fromkeys([name for run in runs for name in run.results.headline]))
     names = _common_names(seeds)
     left_out = {m: n for m, n in ((m, _missing(seeds, m, common)) for m, common in names.items()) if n}
-    comparison = Comparison(runs, {}, [], [], left_out, asked, _groups(runs))
+    comparison = Comparison(runs, {}, [], [], [], left_out, asked, _groups(runs))
     for (label, explainer, metric), networks in seeds.items():
         if len(networks) != (expected := len({run.checkpoint for run in runs if run.label == label})):
             raise InputError(
@@ -96,22 +102,43 @@ def compare_runs(runs: Sequence[Run]) -> Comparison:
         # First over seeds, then over samples: the interval is over samples, seeds are reported by their deviation.
         means = {name: statistics.fmean(column[name] for column in networks.values()) for name in common}
         comparison.columns[label, explainer, metric] = means
-        by_seed = [statistics.fmean(column[name] for name in common) for column in networks.values()]
-        std = statistics.stdev(by_seed) if len(by_seed) > 1 else None
-        interval = bootstrap_mean(list(means.values()), groups=comparison.groups_of(common))
-        comparison.rows.append(Row(label, explainer, metric, interval, std, len(by_seed)))
-    comparison.paired.extend(_differences(comparison))
+    _add_statistics(comparison, seeds)
     return comparison
 
 
-def _differences(comparison: Comparison) -> Iterator[tuple[str, str, str, Interval]]:
-    for metric in comparison.asked:
-        rows = [(label, explainer) for label, explainer, name in comparison.columns if name == metric]
-        for first, second in itertools.combinations(rows, 2):
-            a, b = (comparison.columns[label, explainer, metric] for label, explainer in (first, second))
-            differences = [value - b[name] for name, value in a.items()]
-            interval = bootstrap_mean(differences, groups=comparison.groups_of(a))
-            yield comparison.row_name(*first), comparison.row_name(*second), metric, interval
+def _add_statistics(comparison: Comparison, seeds: dict[tuple[str, str, str], dict[str, Column]]) -> None:
+    """Add the rows of the table, the differences and the ranks; all rows of a metric share their draws."""
+    rows: dict[str, list[tuple[str, str]]] = {metric: [] for metric in comparison.asked}
+    for label, explainer, metric in comparison.columns:
+        rows.setdefault(metric, []).append((label, explainer))
+    found: dict[tuple[str, str, str], Row] = {}
+    for (metric, own), compared in zip(rows.items(), compare_values(_values(comparison, rows))):
+        for (label, explainer), interval in zip(own, compared.intervals):
+            assert interval is not None  # every column has a sample, see _common_names
+            key = label, explainer, metric
+            found[key] = Row(*key, interval, *_over_seeds(seeds[key].values(), comparison.columns[key]))
+        if metric in comparison.asked:
+            names = [comparison.row_name(*row) for row in own]
+            comparison.paired.extend((names[a], names[b], metric, d) for (a, b), d in compared.differences.items())
+            comparison.ranks.extend((name, metric, rank) for name, rank in zip(names, compared.ranks) if rank)
+    comparison.rows.extend(found[key] for key in comparison.columns)
+
+
+def _values(comparison: Comparison, rows: dict[str, list[tuple[str, str]]]) -> Iterator[Value]:
+    """The columns of every metric, side by side."""
+    for metric, own in rows.items():
+        columns = [comparison.columns[label, explainer, metric] for label, explainer in own]
+        names = list(columns[0]) if columns else []
+        groups = comparison.groups_of(names)
+        values = torch.tensor([[column[name] for column in columns] for name in names], dtype=torch.float64)
+        drawn = None if groups is None else torch.tensor(groups)
+        yield Value(values.view(len(names), len(columns)), describe_value(metric).sign, drawn)
+
+
+def _over_seeds(columns: Collection[Column], common: Iterable[str]) -> tuple[float | None, int]:
+    """Standard deviation of the means over the common samples, None for one seed, and the number of seeds."""
+    means = [statistics.fmean(column[name] for name in common) for column in columns]
+    return (statistics.stdev(means) if len(means) > 1 else None), len(means)
 
 
 def _by_seed(runs: Sequence[Run]) -> dict[tuple[str, str, str], dict[str, Column]]:

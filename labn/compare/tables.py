@@ -6,7 +6,8 @@ from labn.compare.merge import Comparison, Row
 from labn.results.tables import csv_bytes
 
 TABLE = ("run", "explainer", "metric", "mean", "std", "seeds", "ci_low", "ci_high", "n")
-PAIRED = ("row_a", "row_b", "metric", "difference", "ci_low", "ci_high", "n")
+PAIRED = ("row_a", "row_b", "metric", "difference", "ci_low", "ci_high", "n", "p", "p_adjusted")
+RANKS = ("row", "metric", "rank", "rank_low", "rank_high", "p_best", "n")
 # Special characters of LaTeX -> commands; replaced character by character, so that no command is replaced again.
 _TEX = {
     "\\": r"\textbackslash{}",
@@ -33,8 +34,22 @@ def table_csv(comparison: Comparison) -> bytes:
 
 
 def paired_csv(comparison: Comparison) -> bytes:
-    """`paired.csv`: differences between all pairs of rows on the same samples; bounds as in `table_csv`."""
-    return csv_bytes(PAIRED, ((a, b, metric, i.mean, i.low, i.high, i.n) for a, b, metric, i in comparison.paired))
+    """`paired.csv`: differences between all pairs of rows on the same samples; bounds as in `table_csv`.
+
+    `p` is of the pair alone, `p_adjusted` of all pairs of the metric taken together.
+    """
+    differences = comparison.paired
+    rows = ((a, b, metric, d.mean, d.low, d.high, d.n, d.p, d.p_adjusted) for a, b, metric, d in differences)
+    return csv_bytes(PAIRED, rows)
+
+
+def ranks_csv(comparison: Comparison) -> bytes:
+    """`ranks.csv`: for every row and requested value its rank (1 is best), the rank's 95 % interval, and `p_best`.
+
+    `p_best` is the probability over resamples of the samples that the row is the best.
+    """
+    rows = ((row, metric, r.rank, r.low, r.high, r.p_best, r.n) for row, metric, r in comparison.ranks)
+    return csv_bytes(RANKS, rows)
 
 
 def markdown_table(comparison: Comparison) -> str:

@@ -27,6 +27,11 @@ class ValueDescription:
     better: Literal["high", "low", ""] = ""
 
     @property
+    def sign(self) -> int:
+        """1 if high values are better, -1 if low ones are, 0 if neither end is."""
+        return {"high": 1, "low": -1, "": 0}[self.better]
+
+    @property
     def reading(self) -> str:
         """Range and direction, such as `range [0, 1], higher is better`; empty if the value has neither."""
         direction = {"high": "higher is better", "low": "lower is better", "": ""}[self.better]

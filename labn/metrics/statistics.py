@@ -1,62 +1,42 @@
-"""Percentile bootstrap intervals of means over samples: plain, paired and by clusters (Efron 1979), seeded."""
+"""Means over samples with bootstrap intervals: plain, paired and by groups (Efron 1979), seeded."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-_BLOCK = 1 << 22  # drawn indices in memory at once (32 MiB)
+from labn.metrics.intervals import FEW, Interval, MeanTable, acceleration, bca_levels, bias, quantiles
+from labn.metrics.resampling import group_sums, resampled_sums
 
+__all__ = [
+    "Interval",
+    "bootstrap_mean",
+    "bootstrap_means",
+    "bootstrap_sums",
+    "paired_difference",
+]
 
-@dataclass(frozen=True)
-class Interval:
-    """Mean over `n` samples with the bounds of its interval.
+CELLS = 1 << 24
+"""Cells of tables that are in memory at once (128 MiB), before a new batch begins."""
 
-    The bounds are NaN for a single sample or a single group, whose resamples are all the same.
-
-    Attributes:
-        mean: mean over the samples.
-        low: lower bound.
-        high: upper bound.
-        n: number of samples.
-
-    Example:
-        >>> Interval(mean=0.5, low=0.25, high=0.75, n=20).bracketed
-        ' [0.250, 0.750]'
-    """
-
-    mean: float
-    low: float
-    high: float
-    n: int
-
-    @property
-    def bracketed(self) -> str:
-        """The bounds as ` [0.100, 0.200]`, to print behind the mean; an empty string where they are NaN."""
-        return "" if math.isnan(self.low) else f" [{self.low:.3f}, {self.high:.3f}]"
-
-
-def _group_sums(columns: Tensor, groups: Tensor | None) -> Tensor:
-    """Sums (G, F) of the columns (n, F) over each of G groups; without groups every sample is a group of its own."""
-    if groups is None or len(columns) == 0:
-        return columns
-    _, number = groups.unique(return_inverse=True)
-    return columns.new_zeros(int(number.max()) + 1, columns.shape[1]).index_add(0, number, columns)
+Numbers = Tensor | Sequence[float]
+Groups = Tensor | Sequence[int] | None
+Item = TypeVar("Item")
 
 
 def bootstrap_mean(
-    values: Tensor | Sequence[float],
+    values: Numbers,
     *,
-    groups: Tensor | Sequence[int] | None = None,
+    groups: Groups = None,
     n_resamples: int = 10_000,
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """Mean over samples and its percentile bootstrap interval.
+    """Mean over samples and its bootstrap interval: BCa for few samples or groups, else percentiles.
 
     Args:
         values: (n,); samples with NaN are left out.
@@ -66,28 +46,23 @@ def bootstrap_mean(
         seed: seed of the generator; equal input gives equal digits.
 
     Returns:
-        The interval; mean and bounds are NaN without samples.
+        The interval, see `MeanTable.bounds`; mean and bounds are NaN without samples.
 
     Example:
         >>> interval = bootstrap_mean([0.0, 1.0, 0.0, 1.0], n_resamples=1000)
         >>> interval.mean, interval.low, interval.high, interval.n
         (0.5, 0.0, 1.0, 4)
     """
-    options = {"n_resamples": n_resamples, "level": level, "seed": seed}
-    return next(bootstrap_means([(values, groups)], **options))  # type: ignore[arg-type]
-
-
-Numbers = Tensor | Sequence[float]
-Groups = Tensor | Sequence[int] | None
+    return next(bootstrap_means([(values, groups)], n_resamples=n_resamples, level=level, seed=seed))
 
 
 def bootstrap_means(
     columns: Iterable[tuple[Numbers, Groups]], *, n_resamples: int = 10_000, level: float = 0.95, seed: int = 0
 ) -> Iterator[Interval]:
-    """`bootstrap_mean` of many columns with the same digits; columns of equal length share their random draws.
+    """`bootstrap_mean` of many columns with the same digits; columns with as many units share their random draws.
 
     Args:
-        columns: values and groups of each column, see `bootstrap_mean`; at most 2^22 values are in memory at once.
+        columns: values and groups of each column, see `bootstrap_mean`; batches of them are in memory at once.
         n_resamples: number of resamples.
         level: coverage of the intervals, in (0, 1).
         seed: seed of the generator, which starts anew for every column.
@@ -99,45 +74,77 @@ def bootstrap_means(
         >>> [interval.mean for interval in bootstrap_means([([0.0, 1.0], None), ([3.0], None)], n_resamples=10)]
         [0.5, 3.0]
     """
-    for batch in _batches(_without_nan(values, groups) for values, groups in columns):
-        # A mean is a ratio of two sums, of the values and of ones: groups of unequal size then weigh right.
-        tables = [torch.stack([values, torch.ones_like(values)], dim=1) for values, _ in batch]
-        sums = [_group_sums(table, groups) for table, (_, groups) in zip(tables, batch)]
-        resampled: dict[int, Tensor] = {}
-        # The draws depend on the number of groups and the seed alone, so columns of one length can share them.
-        for size in {len(group_sums) for group_sums in sums} - {0}:
-            same = [number for number, group_sums in enumerate(sums) if len(group_sums) == size]
-            drawn = _resampled_sums([sums[n] for n in same], n_resamples, torch.Generator().manual_seed(seed))
-            resampled |= zip(same, drawn)
-        for number, table in enumerate(tables):
-            empty = Interval(torch.nan, torch.nan, torch.nan, 0)
-            clusters = len(sums[number])
-            yield _interval(table, _mean, resampled[number], level, clusters) if clusters else empty
+    tables = (mean_table(*_without_nan(values, groups)) for values, groups in columns)
+    for batch in batches(tables, lambda table: table.sums.numel()):
+        for table, deviations in zip(batch, shared_deviations(batch, n_resamples, seed)):
+            yield from intervals(table, deviations, level)
+
+
+def intervals(table: MeanTable, deviations: Tensor, level: float) -> list[Interval]:
+    """The intervals of all columns of a table, from the deviations (R, K) of its resamples."""
+    low, high = table.bounds(deviations, level)
+    columns = (table.means, low, high, table.counts)
+    return [Interval(*figures) for figures in zip(*(column.tolist() for column in columns))]
 
 
 def _without_nan(values: Numbers, groups: Groups) -> tuple[Tensor, Tensor | None]:
-    """Values that are not NaN, and their groups."""
+    """Values (n, 1) that are not NaN, and their groups."""
     values = torch.as_tensor(values, dtype=torch.float64).cpu()
     present = ~values.isnan()
-    return values[present], None if groups is None else torch.as_tensor(groups).cpu()[present]
+    return values[present, None], None if groups is None else torch.as_tensor(groups).cpu()[present]
 
 
-def _batches(columns: Iterator[tuple[Tensor, Tensor | None]]) -> Iterator[list[tuple[Tensor, Tensor | None]]]:
-    """Batches of consecutive columns with at most _BLOCK values together; a longer column is a batch of its own."""
-    batch: list[tuple[Tensor, Tensor | None]] = []
+def batches(items: Iterable[Item], size: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Batches of consecutive items with at most CELLS cells together; a larger item is a batch of its own."""
+    batch: list[Item] = []
     count = 0
-    for column in columns:
-        count += len(column[0])
-        if batch and count > _BLOCK:
+    for item in items:
+        count += size(item)
+        if batch and count > CELLS:
             yield batch
-            batch, count = [], len(column[0])
-        batch.append(column)
+            batch, count = [], size(item)
+        batch.append(item)
     if batch:
         yield batch
 
 
-def _mean(sums: Tensor) -> Tensor:
-    return sums[:, 0] / sums[:, 1]
+def mean_table(columns: Tensor, groups: Tensor | None = None) -> MeanTable:
+    """Means of columns with the sums of their deviations over units, of which resamples are drawn.
+
+    Args:
+        columns: (n, K) float64; NaN where a sample has no value.
+        groups: (n,) integer; the units are these groups, or single samples if it is None.
+    """
+    present = ~columns.isnan()
+    means = torch.tensor([mean_of(column[there]) for column, there in zip(columns.T, present.T)], dtype=torch.float64)
+    # Sums of deviations keep more digits in fixed point than sums of values far from 0.
+    sums = group_sums((columns - means).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf), groups)
+    # One column of sizes serves all columns that have the same samples.
+    sizes = group_sums((present[:, :1] if bool(present.all()) else present).double(), groups)
+    return MeanTable(means, present.sum(0), sums, sizes)
+
+
+def mean_of(values: Tensor) -> float:
+    """Mean of values (n,), summed over samples, so that its digits do not depend on the groups."""
+    # Beside a column of ones: the order of additions, and with it the last digit, is that of earlier tables.
+    total, count = torch.stack([values, torch.ones_like(values)], dim=1).sum(0).tolist()
+    return total / count if count else math.nan
+
+
+def shared_deviations(tables: Sequence[MeanTable], n_resamples: int, seed: int) -> list[Tensor]:
+    """`MeanTable.resampled` of several tables; tables with as many units share the draws and one product."""
+    deviations: dict[int, Tensor] = {}
+    # The draws depend on the number of units and the seed alone, so that a table has the same digits in any batch.
+    for units in {len(table.sums) for table in tables}:
+        same = [number for number, table in enumerate(tables) if len(table.sums) == units]
+        if not units:
+            deviations |= {n: tables[n].sums.new_full((n_resamples, tables[n].sums.shape[1]), math.nan) for n in same}
+            continue
+        sides = [torch.cat([tables[n].sums, tables[n].sizes], dim=1) for n in same]
+        drawn = resampled_sums(torch.cat(sides, dim=1), n_resamples, seed)
+        for number, own in zip(same, drawn.split([side.shape[1] for side in sides], dim=1)):
+            deviations[number] = tables[number].deviations(own)
+    return [deviations[number] for number in range(len(tables))]
 
 
 def bootstrap_sums(
@@ -149,7 +156,9 @@ def bootstrap_sums(
     level: float = 0.95,
     seed: int = 0,
 ) -> Interval:
-    """A function of sums over samples (a mean, a ratio of counts) and its percentile bootstrap interval.
+    """A function of sums over samples (a mean, a ratio of counts) and its bootstrap interval.
+
+    The interval is BCa at the level of Student's t (`bca_levels`) for few samples or groups, else percentiles.
 
     Args:
         columns: (n, F) float64, the summands of n >= 1 samples.
@@ -165,49 +174,35 @@ def bootstrap_sums(
         >>> bootstrap_sums(columns, lambda sums: sums[:, 0] / sums[:, 1], n_resamples=1000)
         Interval(mean=1.0, low=0.5, high=1.5, n=2)
     """
-    sums = _group_sums(columns.cpu(), None if groups is None else groups.cpu())
-    (resampled,) = _resampled_sums([sums], n_resamples, torch.Generator().manual_seed(seed))
-    return _interval(columns.cpu(), statistic, resampled, level, len(sums))
-
-
-def _interval(
-    columns: Tensor, statistic: Callable[[Tensor], Tensor], resampled: Tensor, level: float, clusters: int
-) -> Interval:
-    """Statistic of the columns (n, F) with the percentiles of the statistic of resampled sums (R, F)."""
-    bounds = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
+    # Summed over samples and not over groups, so that the digits of the estimate do not depend on the grouping.
+    total = columns.cpu().sum(0, keepdim=True)
+    estimate = statistic(total)
+    sums = group_sums(columns.cpu(), None if groups is None else groups.cpu())
+    if len(sums) < 2:
+        return Interval(float(estimate[0]), math.nan, math.nan, len(columns))
     # Resamples without both classes, for example, have no skill: they are left out and not counted as 0.
-    low, high = torch.nanquantile(statistic(resampled), bounds).tolist() if clusters > 1 else (math.nan, math.nan)
-    # Summed over samples and not over groups, so that the digits of the mean do not depend on the grouping.
-    return Interval(float(statistic(columns.sum(0, keepdim=True))[0]), low, high, len(columns))
+    resampled = statistic(resampled_sums(sums, n_resamples, seed))[:, None]
+    levels = torch.tensor([[(1 - level) / 2, (1 + level) / 2]], dtype=torch.float64)
+    if len(sums) < FEW:
+        levels = _levels_of_sums(sums, total, statistic, resampled - estimate, level)
+    low, high = quantiles(resampled, levels)[0].tolist()
+    return Interval(float(estimate[0]), low, high, len(columns))
 
 
-def _resampled_sums(tables: Sequence[Tensor], n_resamples: int, generator: torch.Generator) -> list[Tensor]:
-    """Sums (n_resamples, F) of resampled groups for each table (G, F); all tables share the draws."""
-    size = len(tables[0])
-    block = min(max(1, _BLOCK // size), n_resamples)
-    resampled = [table.new_empty(n_resamples, table.shape[1]) for table in tables]
-    # Buffers for all columns and blocks: allocation for each of them would take most of the time.
-    drawn, gathered = torch.empty(block, size, dtype=torch.int64), torch.empty(block * size, dtype=torch.float64)
-    for start in range(0, n_resamples, block):
-        count = min(block, n_resamples - start)
-        torch.randint(size, (count, size), generator=generator, out=drawn[:count])
-        for table, sums in zip(tables, resampled):
-            for number, column in enumerate(table.unbind(1)):
-                # A column of ones (counts of groups of one sample) sums to `size` in every resample, exactly.
-                if bool((column == 1).all()):
-                    sums[start : start + count, number] = float(size)
-                    continue
-                out = gathered[: count * size]
-                torch.index_select(column, 0, drawn[:count].view(-1), out=out)
-                sums[start : start + count, number] = out.view(count, size).sum(1)
-    return resampled
+def _levels_of_sums(
+    sums: Tensor, total: Tensor, statistic: Callable[[Tensor], Tensor], deviations: Tensor, level: float
+) -> Tensor:
+    """Levels (1, 2) of BCa for a statistic of sums (G, F) over units with the given total (1, F)."""
+    jackknife = statistic(total - sums)[:, None]
+    freedom = torch.tensor([float(len(sums))], dtype=torch.float64)
+    return bca_levels(bias(deviations), acceleration(jackknife), level, freedom)
 
 
 def paired_difference(
     indices_a: Tensor | Sequence[int],
-    values_a: Tensor | Sequence[float],
+    values_a: Numbers,
     indices_b: Tensor | Sequence[int],
-    values_b: Tensor | Sequence[float],
+    values_b: Numbers,
     *,
     groups: dict[int, int] | None = None,
     n_resamples: int = 10_000,

@@ -29,7 +29,7 @@ def with_best(table: Table | None, differences: Mapping[str, Differences], quant
         return None
     best: set[tuple[str, str]] = set()
     for place, column in enumerate(table.columns):
-        sign = {"high": 1, "low": -1, "": 0}[describe_value(column, quantity).better]
+        sign = describe_value(column, quantity).sign
         cells = {row: cell for row, cells in table.rows.items() if (cell := cells[place]) is not None and cell.bounded}
         best |= {(row, column) for row in _best_rows(cells, sign, differences.get(column, {}))}
     return replace(table, best=frozenset(best))

@@ -8,8 +8,8 @@ from typing import Any
 from labn.report.curves import PROBABILITY
 from labn.results.reader import StageResults
 
-FEW = 30
-"""Number of samples below which percentile bootstrap intervals are noticeably too narrow."""
+FEW = 9
+"""Number of samples, or groups, below which intervals are noticeably too narrow (`tests/benchmarks/intervals.py`)."""
 LISTED = 10
 """Maximum number of classes that a sentence lists by name."""
 FILL_LIMIT = 0.2

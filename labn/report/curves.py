@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from labn.io.memmap import blocks, temporary_memmap
+from labn.metrics.intervals import FEW
+from labn.metrics.statistics import mean_table
 from labn.report.charts import Panel, Series
 
 GRID = np.linspace(0, 1, 101)
@@ -35,7 +38,7 @@ def on_grid(x: np.ndarray, y: np.ndarray, scratch_dir: Path | None = None) -> np
 def band(
     curves: np.ndarray, groups: np.ndarray | None = None, resamples: int = 1000, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean over samples and its pointwise 95 % percentile bootstrap interval (Efron 1979).
+    """Mean over samples and its pointwise 95 % bootstrap interval: for few samples or groups BCa, else percentiles.
 
     Args:
         curves: (n, P).
@@ -57,6 +60,22 @@ def bands(tables: Sequence[tuple[np.ndarray, np.ndarray | None]], resamples: int
 
     Tables with the same number of groups share the drawn resamples.
     """
+    units = [len(curves) if groups is None else len(np.unique(groups)) for curves, groups in tables]
+    many = iter(_percentile_bands([table for table, count in zip(tables, units) if count >= FEW], resamples, seed))
+    return [next(many) if n >= FEW else _band_of_few(*table, resamples, seed) for table, n in zip(tables, units)]
+
+
+def _band_of_few(curves: np.ndarray, groups: np.ndarray | None, resamples: int, seed: int) -> Band:
+    table = mean_table(torch.tensor(curves, dtype=torch.float64), None if groups is None else torch.from_numpy(groups))
+    low, high = table.bounds(table.resampled(resamples, seed), level=0.95)
+    # One sample or group has no interval: its band is the line.
+    low, high = (bound.where(~bound.isnan(), table.means) for bound in (low, high))
+    return np.asarray(curves.mean(0)), low.numpy(), high.numpy()
+
+
+def _percentile_bands(
+    tables: Sequence[tuple[np.ndarray, np.ndarray | None]], resamples: int, seed: int
+) -> Iterator[Band]:
     clustered = [_clustered(curves, groups) for curves, groups in tables]
     drawn_means = [np.empty((resamples, curves.shape[1])) for curves, _ in tables]
     for count in {len(sizes) for _, sizes in clustered}:
@@ -72,7 +91,7 @@ def bands(tables: Sequence[tuple[np.ndarray, np.ndarray | None]], resamples: int
                 # Divided by the number of drawn samples, not groups: groups have different sizes.
                 drawn_means[number][rows] = drawn @ sums / (drawn @ sizes)[:, None]
     bounds = [np.percentile(means, [2.5, 97.5], axis=0) for means in drawn_means]
-    return [(np.asarray(curves.mean(0)), low, high) for (curves, _), (low, high) in zip(tables, bounds)]
+    yield from ((np.asarray(curves.mean(0)), low, high) for (curves, _), (low, high) in zip(tables, bounds))
 
 
 def _clustered(curves: np.ndarray, groups: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

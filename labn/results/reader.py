@@ -11,7 +11,7 @@ import numpy as np
 
 from labn.errors import InputError, MissingFileError
 from labn.io.readers import TableRow, read_arrays, read_json, read_table
-from labn.results.tables import PAIRED, SUMMARY
+from labn.results.tables import PAIRED, RANKS, SUMMARY
 
 Card = dict[str, Any]
 """Record of one sample in the gallery, see `labn.report.cards.make_card`."""
@@ -45,6 +45,7 @@ class StageResults:
         groups: sample index -> group, for samples that are not independent; None if they are independent.
         summary: rows of `summary.csv`.
         paired: rows of `paired.csv`.
+        ranks: rows of `ranks.csv`.
         curves: arrays of `curves.npz`; with groups also `<explainer>/<metric>/group`, (n,) int64.
         manifest: arguments of the explainers, settings, hashes and versions.
         cards: records of the gallery.
@@ -58,6 +59,7 @@ class StageResults:
     groups: dict[int, int] | None = None
     summary: list[dict[str, str]] = field(default_factory=list)
     paired: list[dict[str, str]] = field(default_factory=list)
+    ranks: list[dict[str, str]] = field(default_factory=list)
     curves: dict[str, np.ndarray] = field(default_factory=dict)
     manifest: dict[str, Any] = field(default_factory=dict)
     cards: list[Card] = field(default_factory=list)
@@ -106,7 +108,9 @@ def read_stage(folder: Path, samples: Collection[int] | None = None, scratch_dir
     return replace(
         results,
         summary=[line.cells for line in _lines(folder / "summary.csv", SUMMARY)],
-        paired=[line.cells for line in _lines(folder / "paired.csv", PAIRED)],
+        # Results of version 0.1 have no p-values.
+        paired=[line.cells for line in _lines(folder / "paired.csv", PAIRED[: PAIRED.index("p")])],
+        ranks=[line.cells for line in _lines(folder / "ranks.csv", RANKS)],
         curves=_with_groups(folder / "curves.npz", results.groups, scratch_dir),
         manifest=_json(folder / "maps" / "manifest.json", {}),
         cards=_json(folder / CARDS, []),

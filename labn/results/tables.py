@@ -26,8 +26,10 @@ from torch import Tensor
 from labn.io.atomic import write_atomically, written_atomically
 from labn.io.memmap import Stored, blocks, temporary_memmap, write_npz
 from labn.io.table_cells import escaped_cell, escaped_method
+from labn.metrics.comparisons import Difference, Rank, Value, compare_values
+from labn.metrics.intervals import Interval
+from labn.metrics.registry import describe_value
 from labn.metrics.sample_table import SampleTable
-from labn.metrics.statistics import Interval, bootstrap_means
 from labn.results.store import MANIFEST, ResultStore, ScoreShard
 
 SCORES = ("split", "index", "name", "label", "target", "explainer", "metric", "value")
@@ -36,7 +38,9 @@ BASELINES = ("random", "constant")
 """Methods that do not look at the image, in every table for comparison."""
 SUMMARY = ("explainer", "metric", "mean", "ci_low", "ci_high", "n")
 
-PAIRED = ("explainer_a", "explainer_b", "metric", "difference", "ci_low", "ci_high", "n")
+PAIRED = ("explainer_a", "explainer_b", "metric", "difference", "ci_low", "ci_high", "n", "p", "p_adjusted")
+
+RANKS = ("explainer", "metric", "rank", "rank_low", "rank_high", "p_best", "n")
 
 PREDICTIONS = ("split", "index", "name", "label", "prediction", "probability")
 
@@ -118,6 +122,11 @@ class Table:
         """(S,) values in the order of `index`; NaN if a sample has no value."""
         return np.asarray(self.values[self._columns[explainer, metric]])
 
+    def methods(self, metric: str) -> Tensor:
+        """(S, M) values of all explainers, a copy."""
+        numbers = [number for (_, name), number in self._columns.items() if name == metric]
+        return torch.from_numpy(np.stack([self.values[number] for number in numbers], axis=1))
+
     def rows(self) -> Iterator[tuple[int, int, str, str, int, int, float]]:
         """Position, index, explainer, metric, label, target and value, sorted by sample, explainer and metric."""
         for block in blocks(len(self.index)):
@@ -142,47 +151,47 @@ def collect(shards: Iterable[ScoreShard], plan: Plan, folder: Path | None = None
 
 
 Groups = dict[int, int] | None
-
 Key = TypeVar("Key")
+Found = TypeVar("Found")
 
 
-def summarise(table: Table, plan: Plan, groups: Groups = None) -> dict[tuple[str, str], Interval]:
-    """(explainer, value) -> mean and 95 % bootstrap interval over the samples with that value.
+@dataclass(frozen=True)
+class Statistics:
+    """What follows from a table of scores, in the order of the tables.
+
+    Attributes:
+        means: (explainer, value) -> mean and 95 % bootstrap interval over the samples with that value.
+        differences: (a, b, value) -> mean difference a - b over the samples of both, for every pair of explainers.
+        ranks: (explainer, value) -> rank among the explainers, for values with a better end.
+    """
+
+    means: dict[tuple[str, str], Interval]
+    differences: dict[tuple[str, str, str], Difference]
+    ranks: dict[tuple[str, str], Rank]
+
+
+def statistics_of(table: Table, plan: Plan, groups: Groups = None) -> Statistics:
+    """The statistics of a table.
 
     Args:
         table: the scores.
         plan: explainers and values.
         groups: sample index -> group, resampled as a whole; None resamples single samples.
     """
-    pairs = itertools.product(plan.explainers, plan.value_names)
-    return _intervals(((pair, table.column(*pair)) for pair in pairs), _drawn(table, groups))
+    explainers, names = list(plan.explainers), plan.value_names
+    drawn = None if groups is None else torch.tensor([groups.get(i, -1) for i in table.index.tolist()])
+    values = (Value(table.methods(name), describe_value(name).sign, drawn) for name in names)
+    compared = dict(zip(names, compare_values(values)))
+    own = list(itertools.product(enumerate(explainers), names))
+    pairs = list(itertools.product(itertools.combinations(enumerate(explainers), 2), names))
+    means = {(e, name): compared[name].intervals[i] for (i, e), name in own}
+    differences = {(a, b, name): compared[name].differences.get((i, j)) for ((i, a), (j, b)), name in pairs}
+    ranks = {(e, name): compared[name].ranks[i] for (i, e), name in own}
+    return Statistics(_present(means), _present(differences), _present(ranks))
 
 
-def compare(table: Table, plan: Plan, groups: Groups = None) -> dict[tuple[str, str, str], Interval]:
-    """(a, b, value) -> mean difference a - b over common samples with its interval, for every pair of explainers."""
-    triples = itertools.product(itertools.combinations(plan.explainers, 2), plan.value_names)
-    # NaN - x is NaN, so that a difference exists only for samples with both values.
-    columns = (((a, b, name), table.column(a, name) - table.column(b, name)) for (a, b), name in triples)
-    return _intervals(columns, _drawn(table, groups))
-
-
-def _drawn(table: Table, groups: Groups) -> Tensor | None:
-    """(S,) int64 groups of the samples for the bootstrap; None if single samples are resampled."""
-    return None if groups is None else torch.tensor([groups.get(i, -1) for i in table.index.tolist()])
-
-
-def _intervals(columns: Iterable[tuple[Key, np.ndarray]], groups: Tensor | None) -> dict[Key, Interval]:
-    """Name -> interval, for the columns with at least one value."""
-    names: list[Key] = []
-
-    def present() -> Iterator[tuple[Tensor, Tensor | None]]:
-        for name, column in columns:
-            if not np.isnan(column).all():
-                names.append(name)
-                yield torch.from_numpy(np.array(column)), groups
-
-    intervals = list(bootstrap_means(present()))
-    return dict(zip(names, intervals))
+def _present(found: dict[Key, Found | None]) -> dict[Key, Found]:
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def count_rows(table: Table, plan: Plan) -> Iterator[tuple[str, str, str, int]]:
@@ -298,7 +307,7 @@ def write_results(
     manifest: dict[str, Any],
     groups: Groups = None,
     scored: int | None = None,
-) -> tuple[dict[tuple[str, str], Interval], dict[tuple[str, str, str], Interval]]:
+) -> tuple[dict[tuple[str, str], Interval], dict[tuple[str, str, str], Difference]]:
     """Merge all score shards into the tables of the results folder; called by rank zero.
 
     Args:
@@ -318,11 +327,8 @@ def write_results(
     curves = Curves(plan, store.folder)
     table = collect(_streamed(store.score_shards(), curves), plan, store.folder)
     write_csv(store.folder / "scores.csv", SCORES, score_rows(table, split, sample_name))
-    summary, pairs = summarise(table, plan, groups), compare(table, plan, groups)
-    rows = ((*key, i.mean, i.low, i.high, i.n) for key, i in summary.items())
-    write_csv(store.folder / "summary.csv", SUMMARY, rows)
-    differences = ((*pair, i.mean, i.low, i.high, i.n) for pair, i in pairs.items())
-    write_csv(store.folder / "paired.csv", PAIRED, differences)
+    statistics = statistics_of(table, plan, groups)
+    _write_statistics(store.folder, statistics)
     if plan.counted:
         write_csv(store.folder / "counts.csv", COUNTS, count_rows(table, plan))
     header = PREDICTIONS if groups is None else (*PREDICTIONS, "group")
@@ -338,7 +344,17 @@ def write_results(
             "folder that rank zero does not see, or had other settings.",
             stacklevel=2,
         )
-    return summary, pairs
+    return statistics.means, statistics.differences
+
+
+def _write_statistics(folder: Path, statistics: Statistics) -> None:
+    rows = ((*key, i.mean, i.low, i.high, i.n) for key, i in statistics.means.items())
+    write_csv(folder / "summary.csv", SUMMARY, rows)
+    differences = statistics.differences.items()
+    pairs = ((*pair, d.mean, d.low, d.high, d.n, d.p, d.p_adjusted) for pair, d in differences)
+    write_csv(folder / "paired.csv", PAIRED, pairs)
+    ranks = ((*key, r.rank, r.low, r.high, r.p_best, r.n) for key, r in statistics.ranks.items())
+    write_csv(folder / "ranks.csv", RANKS, ranks)
 
 
 def write_manifest(folder: Path, facts: dict[str, Any]) -> None:

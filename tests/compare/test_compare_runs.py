@@ -210,6 +210,7 @@ def test_the_command_writes_everything(seeds, tmp_path, capsys):
     compare.run(parser.parse_args([*seeds, "--out", str(tmp_path / "out")]))
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "paired.csv",
+        "ranks.csv",
         "report.html",
         "table.csv",
         "table.md",

@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader
 
 from datamodules.io.boxes import collate_boxes
 from labn import lrp
+from labn.metrics.comparisons import compare_values
 from labn.metrics.insertion_deletion import PatchInsertionDeletion
-from labn.metrics.statistics import bootstrap_means
 from labn.models import LambdaLayer, magnetogram_net
 from labn.modules import SSD
 from labn.perturbation.engine import PerturbationEngine
@@ -121,7 +121,7 @@ def test_the_command_line_writes_the_cpus_rows(
     pytest.importorskip("pycocotools")
     write_configs(tmp_path, images=3)
     words = ["test", "--config", str(tmp_path / f"{name}.yaml")]
-    with patch("labn.results.tables.bootstrap_means", partial(bootstrap_means, n_resamples=2)):
+    with patch("labn.results.tables.compare_values", partial(compare_values, n_resamples=2)):
         call_main([*words, f"--run_dir={tmp_path / 'there'}", *there])
         call_main([*words, f"--run_dir={tmp_path / 'here'}"])
     found, expected = rows(tmp_path / "there"), rows(tmp_path / "here")

@@ -6,6 +6,8 @@ from sklearn.metrics import brier_score_loss, confusion_matrix
 
 from labn.metrics import ForecastSkill, bootstrap_mean, bootstrap_sums
 from labn.metrics.functional import forecast
+from labn.metrics.intervals import FEW
+from labn.metrics.resampling import resampled_sums
 
 
 def drawn(n=60, classes=2, seed=0):
@@ -93,9 +95,21 @@ def test_intervals_resample_whole_days():
 
 
 def test_bootstrap_sums_of_values_and_counts_equal_bootstrap_mean():
-    values = torch.randn(30, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
-    columns = torch.stack([values, torch.ones(30, dtype=torch.float64)], dim=1)
-    assert bootstrap_sums(columns, lambda s: s[:, 0] / s[:, 1]) == bootstrap_mean(values)
+    values = torch.randn(FEW, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    columns = torch.stack([values, torch.ones(FEW, dtype=torch.float64)], dim=1)
+    sums, mean = bootstrap_sums(columns, lambda s: s[:, 0] / s[:, 1]), bootstrap_mean(values)
+    # The percentiles are the same; the bounds of means of fewer samples are widened as well.
+    assert (sums.mean, sums.low, sums.high) == pytest.approx((mean.mean, mean.low, mean.high), abs=1e-12)
+
+
+def test_few_sums_have_bca_bounds_without_widening():
+    """At least as wide as percentiles of this symmetric sample, and inside the range of the resamples."""
+    values = torch.tensor([-2.0, -1.0, -0.5, 0.5, 1.0, 2.0], dtype=torch.float64)
+    columns = torch.stack([values, torch.ones(6, dtype=torch.float64)], dim=1)
+    interval = bootstrap_sums(columns, lambda s: s[:, 0] / s[:, 1])
+    drawn = resampled_sums(columns, 10_000, seed=0)
+    low, high = torch.quantile(drawn[:, 0] / 6, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    assert -2 <= interval.low < low < 0 < high < interval.high <= 2
 
 
 def test_resamples_with_nan_are_left_out_of_the_interval():

@@ -1,0 +1,297 @@
+"""Many methods on the same samples: intervals, differences of all pairs taken together, and ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.special import ndtri, stdtr, stdtrit
+from torch import Tensor
+
+from labn.metrics.intervals import Interval, MeanTable
+from labn.metrics.statistics import batches, intervals, mean_of, mean_table, shared_deviations
+
+_CELLS = 1 << 21  # differences of resampled means in memory at once (16 MiB)
+_SAME = 1e-9  # means closer than this share of their range are tied
+
+
+@dataclass(frozen=True)
+class Difference(Interval):
+    """Mean of a - b with its interval, and whether it may be 0.
+
+    Attributes:
+        p: p-value of the pair alone, in (0, 1]; NaN for a single sample or group.
+        p_adjusted: p-value when all pairs of methods are taken together (`step_down`): among the pairs with
+            p_adjusted <= .05 is a pair without any difference in at most 5 % of experiments.
+
+    Example:
+        >>> Difference(mean=0.5, low=0.25, high=0.75, n=20, p=0.001, p_adjusted=0.06).stands
+        False
+    """
+
+    p: float = math.nan
+    p_adjusted: float = math.nan
+
+    @property
+    def stands(self) -> bool:
+        """Whether the difference stands at the level of 5 % when all pairs are taken together."""
+        return self.p_adjusted <= 0.05
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Rank of a method's mean among all methods, over the samples that all of them have.
+
+    Attributes:
+        rank: 1 is the best; tied methods share the mean of their ranks.
+        low: lower bound of the 95 % interval of the rank over resamples.
+        high: upper bound of that interval.
+        p_best: probability over resamples that the method is the best; ties for the best share it.
+        n: number of samples.
+    """
+
+    rank: float
+    low: float
+    high: float
+    p_best: float
+    n: int
+
+
+@dataclass(frozen=True)
+class MethodComparison:
+    """One value of M methods on the same samples.
+
+    Attributes:
+        intervals: mean and interval of each method; None for a method without values.
+        differences: (a, b), a < b -> mean of a - b over the samples of both; without pairs that have no common sample.
+        ranks: rank of each method; None for a method without values, and for all methods where the value has no better
+            end or no sample is common to all.
+    """
+
+    intervals: list[Interval | None]
+    differences: dict[tuple[int, int], Difference]
+    ranks: list[Rank | None]
+
+
+@dataclass(frozen=True)
+class Value:
+    """One value of M methods, to be compared.
+
+    Attributes:
+        columns: (n, M) float64; NaN where a method has no value for a sample.
+        better: 1 if higher is better, -1 if lower is, 0 if neither: then there are no ranks.
+        groups: (n,) int64; samples of one group are drawn together. None draws single samples.
+    """
+
+    columns: Tensor
+    better: int = 0
+    groups: Tensor | None = None
+
+
+def compare_values(
+    values: Iterable[Value], *, n_resamples: int = 10_000, level: float = 0.95, seed: int = 0
+) -> Iterator[MethodComparison]:
+    """Compare the methods of every value; values with as many samples (or groups) share their random draws.
+
+    The intervals of methods and differences are those of `bootstrap_mean`. Where methods lack values of different
+    samples, all samples with any value are drawn, and a mean is over those of them that the method, or both methods of
+    a pair, have.
+
+    Args:
+        values: the values; batches of them are in memory at once.
+        n_resamples: R, number of resamples.
+        level: coverage of the intervals, in (0, 1).
+        seed: seed of the generator, which starts anew for every number of samples.
+
+    Yields:
+        One comparison per value, in order.
+
+    Example:
+        >>> columns = torch.tensor([[0.5, 0.25], [0.75, 0.5], [1.0, 0.75]], dtype=torch.float64)
+        >>> compared = next(compare_values([Value(columns, better=1)], n_resamples=1000))
+        >>> compared.differences[0, 1].mean, [rank.p_best for rank in compared.ranks]
+        (0.25, [1.0, 0.0])
+    """
+    for batch in batches(map(_Prepared, values), lambda prepared: prepared.cells):
+        tables = [table for prepared in batch for table in prepared.tables]
+        deviations = iter(shared_deviations(tables, n_resamples, seed))
+        for prepared in batch:
+            yield prepared.compare([next(deviations) for _ in prepared.tables], level)
+
+
+class _Prepared:
+    """A value with the tables whose resamples its comparison needs.
+
+    Attributes:
+        better: as in `Value`.
+        methods: number M of methods.
+        used: numbers of the m methods with any value.
+        pairs: (P, 2) pairs of them.
+        tables: the table of means, with a column per pair behind the methods if values are missing; the last table is
+            that of the samples that all methods have, from which ranks come.
+        means: (P,) mean differences.
+    """
+
+    def __init__(self, value: Value) -> None:
+        self.better, self.methods = value.better, value.columns.shape[1]
+        present = ~value.columns.isnan()
+        rows, used = present.any(1), present.any(0)
+        self.used: list[int] = used.nonzero()[:, 0].tolist()
+        self.pairs = torch.combinations(torch.arange(len(self.used)))
+        columns, groups = value.columns[rows][:, used], _chosen(value.groups, rows)
+        common = ~columns.isnan().any(1)
+        self.is_complete = bool(common.all())
+        differences = (columns[:, a] - columns[:, b] for a, b in self.pairs.tolist())
+        if self.is_complete:
+            self.tables = [mean_table(columns, groups)]
+            self.means = torch.tensor([mean_of(difference) for difference in differences], dtype=torch.float64)
+        else:
+            wide = torch.stack([*columns.T, *differences], dim=1)
+            self.tables = [mean_table(wide, groups), mean_table(columns[common], _chosen(groups, common))]
+            self.means = self.tables[0].means[len(self.used) :]
+
+    @property
+    def cells(self) -> int:
+        """Number of values of the tables."""
+        return sum(table.sums.numel() for table in self.tables)
+
+    def compare(self, deviations: Sequence[Tensor], level: float) -> MethodComparison:
+        """The comparison, from the deviations (R, K) of the resampled means of every table."""
+        compared = MethodComparison([None for _ in range(self.methods)], {}, [None for _ in range(self.methods)])
+        own = self.tables[0].chosen(slice(len(self.used)))
+        for number, interval in zip(self.used, intervals(own, deviations[0][:, : len(self.used)], level)):
+            compared.intervals[number] = interval
+        if self.better and len(self.tables[-1].sums):
+            every = ranks_of(self.tables[-1], deviations[-1], self.better, level)
+            for number, rank in zip(self.used, every):
+                compared.ranks[number] = rank
+        compared.differences.update(self._differences(deviations[0], level))
+        return compared
+
+    def _differences(self, deviations: Tensor, level: float) -> Iterator[tuple[tuple[int, int], Difference]]:
+        """The differences of all pairs with common samples, from the deviations of the first table."""
+        first, second = self.pairs.T
+        drawn = deviations[:, first] - deviations[:, second] if self.is_complete else deviations[:, len(self.used) :]
+        alone: list[Interval] = []
+        freedom = [drawn.new_empty(0)]
+        # In chunks, because a table of all pairs may be larger than memory.
+        for numbers in torch.arange(len(self.pairs)).split(max(1, _CELLS // max(len(self.tables[0].sums), 1))):
+            table = self._pair_table(numbers)
+            alone += intervals(table, drawn[:, numbers], level)
+            freedom.append(table.freedom().expand(len(numbers)))
+        p, adjusted = step_down(self.means, drawn, torch.cat(freedom))
+        for (a, b), interval, *values in zip(self.pairs.tolist(), alone, p.tolist(), adjusted.tolist()):
+            if interval.n:
+                figures = (interval.mean, interval.low, interval.high, interval.n)
+                yield (self.used[a], self.used[b]), Difference(*figures, *values)
+
+    def _pair_table(self, numbers: Tensor) -> MeanTable:
+        """The table of the differences of the pairs with these numbers."""
+        table = self.tables[0]
+        if not self.is_complete:
+            return table.chosen(len(self.used) + numbers)
+        first, second = self.pairs[numbers].T
+        sums = table.sums[:, first] - table.sums[:, second]
+        return MeanTable(self.means[numbers], table.counts[first], sums, table.sizes)
+
+
+def _chosen(groups: Tensor | None, rows: Tensor) -> Tensor | None:
+    return None if groups is None else groups[rows]
+
+
+def step_down(differences: Tensor, drawn: Tensor, freedom: Tensor) -> tuple[Tensor, Tensor]:
+    """p-values of mean differences from shared resamples: alone, and all taken together (step-down max-T).
+
+    The statistic of a pair is its absolute difference by the standard deviation s of its resamples. Under the null
+    hypothesis it is distributed as |d* - d| / s over the resamples d*. Taken together, a pair is compared with the
+    maximum over this pair and all with smaller statistics (Westfall and Young 1993, algorithm 2.8; Romano and Wolf
+    2005), which keeps the probability of any false difference at the level whatever the correlation of the pairs. For
+    G units the statistic, of Student's t distribution with G - 1 degrees of freedom, is first turned into the normal
+    quantile of the same probability; s is widened as the bounds of intervals are (`MeanTable.bounds`).
+
+    Args:
+        differences: (P,) mean differences d.
+        drawn: (R, P) deviations d* - d of the resampled differences; a NaN counts as 0.
+        freedom: (P,) number of units G; pairs with fewer than two have no p-value.
+
+    Returns:
+        p (P,) and adjusted p (P,), in (0, 1]; NaN without a p-value. Of one pair they are equal.
+
+    Example:
+        >>> drawn = torch.tensor([[-1.0], [1.0], [-1.0], [1.0]], dtype=torch.float64)
+        >>> step_down(torch.tensor([3.0], dtype=torch.float64), drawn, torch.tensor([100.0]))
+        (tensor([0.2000], dtype=torch.float64), tensor([0.2000], dtype=torch.float64))
+    """
+    p, adjusted = (torch.full_like(differences, math.nan) for _ in range(2))
+    known = ((freedom > 1.5) & differences.isfinite()).nonzero()[:, 0]
+    if not len(known):
+        return p, adjusted
+    drawn = drawn[:, known].nan_to_num_()
+    spread = drawn.square().mean(0).sqrt()
+    statistic = _normal_statistic(differences[known].abs(), spread, freedom[known])
+    order = statistic.argsort(descending=True, stable=True)
+    # Resamples in steps, such as those of shares, may equal the statistic up to rounding; they count.
+    reached = statistic[order] * (1 - _SAME)
+    alone, together = (torch.zeros(len(known), dtype=torch.float64) for _ in range(2))
+    for block in drawn[:, order].split(max(1, _CELLS // len(known))):
+        null = block.abs().div_(spread[order]).nan_to_num_()
+        alone += (null >= reached).sum(0)
+        # The maximum over a pair and those behind it in the order of the statistics.
+        together += (null.flip(1).cummax(1).values.flip(1) >= reached).sum(0)
+    total = len(drawn) + 1
+    p[known[order]] = (1 + alone) / total
+    # A pair cannot stand where one with a larger statistic falls.
+    adjusted[known[order]] = ((1 + together) / total).cummax(0).values
+    return p, adjusted
+
+
+def _normal_statistic(size: Tensor, spread: Tensor, freedom: Tensor) -> Tensor:
+    """|d| / s of few units as the normal quantile of the same probability; 0 for a difference of 0 without spread."""
+    # The resamples of G units vary by (G - 1) / G of the variance, and are widened as the bounds of intervals are.
+    t = size / (spread * (freedom / (freedom - 1)).pow(1.5))
+    normal = torch.as_tensor(-ndtri(stdtr((freedom - 1).numpy(), -t.numpy())))
+    return torch.where(size == 0, 0.0, normal)
+
+
+def ranks_of(table: MeanTable, deviations: Tensor, better: int, level: float) -> list[Rank]:
+    """The rank of every column of a table without missing values.
+
+    Resampled means of few units vary too little; their deviations are widened as the bounds of intervals are, by the
+    ratio of the quantiles of Student's t and the normal distribution, and by (G / (G - 1))^1.5.
+
+    Args:
+        table: means of M methods over the same samples.
+        deviations: (R, M) of its resamples.
+        better: 1 if higher is better, -1 if lower is.
+        level: coverage of the intervals of ranks.
+    """
+    freedom = float(table.freedom()[0])
+    side = (1 + level) / 2
+    widened = math.nan
+    if freedom > 1:
+        widened = (freedom / (freedom - 1)) ** 1.5 * stdtrit(freedom - 1, side) / ndtri(side)
+    own = _rank(better * table.means[None])[0]
+    drawn = _rank(better * (table.means + widened * deviations))
+    wins = (drawn == drawn.amin(1, keepdim=True)).double()
+    p_best = (wins / wins.sum(1, keepdim=True)).mean(0)
+    bounds = np.quantile(drawn.numpy(), [1 - side, side], axis=0, method="inverted_cdf").T
+    if freedom <= 1:  # every resample is the same
+        p_best, bounds = torch.full_like(own, math.nan), np.full(bounds.shape, math.nan)
+    count = int(table.counts[0])
+    columns = zip(own.tolist(), *bounds.T.tolist(), p_best.tolist())
+    return [Rank(rank, low, high, best, count) for rank, low, high, best in columns]
+
+
+def _rank(scores: Tensor) -> Tensor:
+    """Ranks (R, M) of scores (R, M) in each row, 1 for the highest; tied scores share the mean of their ranks."""
+    span = float(scores.amax() - scores.amin())
+    # Equal means of different samples may differ by a rounding error.
+    rounded = torch.round(scores / (_SAME * span)) if span > 0 else torch.zeros_like(scores)
+    ranks = torch.empty_like(scores)
+    for number, column in enumerate(rounded.T):
+        above, same = (rounded > column[:, None]).sum(1), (rounded == column[:, None]).sum(1)
+        ranks[:, number] = above + (same + 1) / 2
+    return ranks
