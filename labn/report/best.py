@@ -57,5 +57,10 @@ def both_directions(pairs: Sequence[tuple[str, str, Cell]]) -> dict[tuple[str, s
     return {
         key: value
         for a, b, cell in pairs
-        for key, value in (((a, b), cell), ((b, a), Cell(-cell.mean, -cell.high, -cell.low, cell.n)))
+        for key, value in (((a, b), cell), ((b, a), replace(cell, mean=-cell.mean, low=-cell.high, high=-cell.low)))
     }
+
+
+def standing_pairs(differences: Mapping[str, Differences]) -> dict[str, set[tuple[str, str]]]:
+    """Value -> pairs of rows whose difference stands when all pairs are taken together."""
+    return {value: {pair for pair, cell in pairs.items() if cell.stands} for value, pairs in differences.items()}

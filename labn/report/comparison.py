@@ -12,11 +12,12 @@ from labn.compare.merge import Comparison
 from labn.compare.runs import Run
 from labn.metrics.registry import metric_by_name, values_named
 from labn.metrics.statistics import Interval
-from labn.report.best import Differences, both_directions, with_best
+from labn.report.best import Differences, both_directions, standing_pairs, with_best
 from labn.report.caveats import caveats
 from labn.report.curves import curve_metrics, curve_panels, on_grid
 from labn.report.glossary import glossary
 from labn.report.page import Cell, Report, Table, thin
+from labn.report.ranking import rankings
 from labn.report.run_report import made_with, paired_of
 from labn.report.training import training_panels
 from labn.results.reader import Card
@@ -42,6 +43,7 @@ def comparison_report(comparison: Comparison, title: str = "Comparison", max_byt
     cards = thin(merged_cards(comparison), max_bytes)
     quantity = comparison.runs[0].results.quantity
     differences = differences_between(comparison)
+    ranks = {(row, metric): rank for row, metric, rank in comparison.ranks}
     more = _table(comparison, rows, [v for v in values if v not in comparison.asked], "Other values")
     report = Report(
         title=title,
@@ -50,6 +52,7 @@ def comparison_report(comparison: Comparison, title: str = "Comparison", max_byt
         summary=with_best(_table(comparison, rows, comparison.asked, _caption(comparison)), differences, quantity),
         summary_more=with_best(more, differences, quantity),
         paired=paired_of(rows, differences, [name for name in comparison.asked if name != "fill_probability"]),
+        rankings=rankings(rows, comparison.asked, ranks, standing_pairs(differences)),
         curves={m: curve_panels(curves, rows, m, quantity=quantity) for m in curve_metrics(curves)},
         training=_training(comparison.runs),
         cards=cards,
@@ -123,8 +126,8 @@ def _cell(interval: Interval, std: float | None = None) -> Cell:
 def differences_between(comparison: Comparison) -> dict[str, Differences]:
     """Value -> differences between the rows, in both directions."""
     pairs: dict[str, list[tuple[str, str, Cell]]] = {}
-    for a, b, metric, interval in comparison.paired:
-        pairs.setdefault(metric, []).append((a, b, _cell(interval)))
+    for a, b, metric, difference in comparison.paired:
+        pairs.setdefault(metric, []).append((a, b, replace(_cell(difference), p_adjusted=difference.p_adjusted)))
     return {metric: both_directions(found) for metric, found in pairs.items()}
 
 

@@ -20,6 +20,7 @@ from markupsafe import Markup
 from labn.metrics.registry import describe_value
 from labn.report import charts
 from labn.report.charts import Panel
+from labn.report.ranking import Ranking
 from labn.results.reader import Card
 
 SCRIPTS = ("data.js", "maps.js", "gallery.js", "player.js", "main.js")
@@ -36,6 +37,7 @@ class Cell:
         high: upper bound of the interval.
         n: number of samples.
         spread: standard deviation over seeds; None for one seed.
+        p_adjusted: of a difference, its p-value when all pairs of the table are taken together; NaN if unknown.
     """
 
     mean: float
@@ -43,6 +45,7 @@ class Cell:
     high: float
     n: int
     spread: float | None = None
+    p_adjusted: float = math.nan
 
     @property
     def bounded(self) -> bool:
@@ -53,6 +56,11 @@ class Cell:
     def decided(self) -> bool:
         """Whether there is an interval that excludes 0."""
         return self.low > 0 or self.high < 0
+
+    @property
+    def stands(self) -> bool:
+        """Whether a difference stands at the level of 5 % when all pairs of the table are taken together."""
+        return self.p_adjusted <= 0.05
 
 
 @dataclass(frozen=True)
@@ -84,6 +92,7 @@ class Report:
         summary: means per row and requested value.
         summary_more: means of all other values.
         paired: differences between rows, one table per value.
+        rankings: ranks of the rows, one figure per value with a better end.
         curves: metric -> its panels.
         training: panels of the training.
         training_more: panels of the maps' scores while training.
@@ -105,6 +114,7 @@ class Report:
     summary: Table | None = None
     summary_more: Table | None = None
     paired: list[Table] = field(default_factory=list)
+    rankings: list[Ranking] = field(default_factory=list)
     curves: dict[str, list[Panel]] = field(default_factory=dict)
     training: list[Panel] = field(default_factory=list)
     training_more: list[Panel] = field(default_factory=list)
@@ -196,7 +206,7 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,  # a misspelt field of the template raises instead of printing nothing
     )
     digits = {"signed": lambda value: _unsigned_zero(f"{value:+.3f}"), "three": lambda v: _unsigned_zero(f"{v:.3f}")}
-    environment.filters.update(digits)
+    environment.filters.update(digits, short=lambda value: f"{value:g}")
     environment.globals.update(digits)
     return environment
 

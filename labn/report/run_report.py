@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from labn.report.best import Differences, both_directions, with_best
+from labn.metrics.comparisons import Rank
+from labn.report.best import Differences, both_directions, standing_pairs, with_best
 from labn.report.caveats import caveats
 from labn.report.charts import nice_ticks, span
 from labn.report.curves import PROBABILITY, UNIT, curve_metrics, curve_panels
 from labn.report.glossary import glossary
 from labn.report.page import Cell, Report, Table, thin
+from labn.report.ranking import rankings
 from labn.report.training import training_panels
 from labn.results.reader import Card, StageResults
 from labn.results.training_logs import read_training
@@ -87,6 +90,7 @@ def run_report(results: StageResults, info: RunInfo) -> Report:
         paired=paired_of(
             results.explainers, differences, [name for name in results.headline if name != "fill_probability"]
         ),
+        rankings=rankings(results.explainers, results.headline, ranks_of(results), standing_pairs(differences)),
         curves=charted,
         training=training_panels(plain),
         training_more=training_panels(of_maps),
@@ -107,6 +111,16 @@ def summary_of(results: StageResults, columns: list[str], caption: str) -> Table
     cells = {(row["explainer"], row["metric"]): cell_of(row, "mean") for row in results.summary}
     rows = {e: [cells.get((e, column)) for column in columns] for e in results.explainers}
     return Table(caption, tuple(columns), rows) if any(any(row) for row in rows.values()) else None
+
+
+def ranks_of(results: StageResults) -> dict[tuple[str, str], Rank]:
+    """(method, value) -> rank, from `ranks.csv`."""
+    return {
+        (row["explainer"], row["metric"]): Rank(
+            float(row["rank"]), float(row["rank_low"]), float(row["rank_high"]), float(row["p_best"]), int(row["n"])
+        )
+        for row in results.ranks
+    }
 
 
 def differences_of(paired: Iterable[Mapping[str, Any]]) -> dict[str, Differences]:
@@ -130,7 +144,8 @@ def _square(metric: str, names: list[str], cells: Differences) -> Table:
 
 def cell_of(row: Mapping[str, Any], mean: str) -> Cell:
     """A cell from a row of `summary.csv` or `paired.csv`; `mean` is the name of the column with the mean."""
-    return Cell(float(row[mean]), float(row["ci_low"]), float(row["ci_high"]), int(row["n"]))
+    adjusted = float(row.get("p_adjusted") or math.nan)
+    return Cell(float(row[mean]), float(row["ci_low"]), float(row["ci_high"]), int(row["n"]), p_adjusted=adjusted)
 
 
 def gallery_metrics(results: StageResults) -> list[str]:
