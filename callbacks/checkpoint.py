@@ -5,6 +5,7 @@ from __future__ import annotations
 import filecmp
 import io
 import itertools
+import math
 import os
 import struct
 import uuid
@@ -317,10 +318,22 @@ class RunCheckpoint(ModelCheckpoint):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Read the pending scheduler steps, the pending log row and the names of the restored callbacks."""
+        """Read the pending scheduler steps, the pending log row and the names of the restored callbacks.
+
+        Raises:
+            InputError: the steps or the row are no numbers.
+        """
         self._restored = frozenset(checkpoint.get("callbacks", {}))
         # `pop`: only the first checkpoint callback gets them, so that two callbacks do not apply them twice.
         self._due, self._row = checkpoint.pop(PLATEAUS, []), checkpoint.pop(ROW, {})
+        steps = [value for value in self._due if value is not None] if isinstance(self._due, list) else [None]
+        named = isinstance(self._row, dict) and all(isinstance(name, str) for name in self._row)
+        numbers = [*steps, *(self._row.values() if named else [None])]
+        if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers):
+            raise InputError(
+                f"{trainer.ckpt_path} cannot be restored: its fields {PLATEAUS} and {ROW} must hold numbers; give "
+                "another checkpoint."
+            )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Log the last epoch's metrics again after a resume.

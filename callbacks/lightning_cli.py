@@ -52,7 +52,7 @@ from labn.io.atomic import check_writable
 from labn.launch.allocator import keep_freed_memory
 from labn.launch.archive_fit import archive_fit
 from labn.launch.config_include import configurations, expand_includes, experiment_name
-from labn.launch.error_messages import explain_error
+from labn.launch.error_messages import explain_error, restore_error
 from labn.launch.run_lock import clean_run_folder, locked
 from labn.launch.slurm import is_first_process, requeue_on_signal, restarted
 from labn.models.checkpoints import own_dataclasses, read_checkpoint
@@ -206,6 +206,18 @@ class LabnCLI(LightningCLI):
         """Check that the run folder is still there, and print the best checkpoint and the command that tests it."""
         self._check_run_folder()
         say_fitted(self.trainer, self.words)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run the command; a checkpoint that cannot be restored ends it with a sentence."""
+        try:
+            super()._run_subcommand(subcommand)
+        except UserError:
+            raise
+        except Exception as error:  # a stranger's checkpoint may fail in any way
+            better = restore_error(error, self.config[subcommand].get("ckpt_path"))
+            if better is None:
+                raise
+            raise better from error
 
     def after_validate(self) -> None:
         """Check that the run folder is still there, and print the metrics of the model."""

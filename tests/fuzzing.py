@@ -6,6 +6,8 @@ and opens no file outside of that folder on the way.
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import random
 import shutil
@@ -13,7 +15,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,6 +94,49 @@ def mutate(rng: random.Random, data: bytes) -> bytes:
     return data
 
 
+VALUES = (
+    None, True, -1, 2**70, 0.5, float("nan"), -1e30, "", "x", "../victim", "/etc/passwd", "..", [], {}, [1, "a"],
+    {"a": 1}, (), {3: 4}, b"x",
+)  # fmt: skip
+
+
+def change_state(rng: random.Random, data: bytes) -> bytes:
+    """A checkpoint with a few values of its states, or keys, replaced; in one of four rounds, damaged bytes."""
+    if rng.random() < 0.25:
+        return mutate(rng, data)
+    import torch
+
+    content = torch.load(io.BytesIO(data), weights_only=True)
+    for _ in range(rng.choice([1, 1, 2, 4])):
+        _change(rng, content)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def _change(rng: random.Random, tree: dict | list) -> None:
+    """Replace, remove or add one value, at any depth."""
+    import torch
+
+    keys = list(tree) if isinstance(tree, dict) else list(range(len(tree)))
+    if not keys:
+        return
+    key = rng.choice(keys)
+    if isinstance(tree[key], (dict, list)) and tree[key] and rng.random() < 0.9:
+        _change(rng, tree[key])
+        return
+    value = rng.choice([*VALUES, torch.ones(2), torch.tensor(float("nan")), torch.zeros(3, 1, dtype=torch.int64)])
+    kind = rng.choice(["replace", "replace", "replace", "remove", "add"])
+    if kind == "replace":
+        tree[key] = value
+    elif kind == "remove":
+        del tree[key]
+    elif isinstance(tree, dict):
+        tree[rng.choice([value if isinstance(value, (str, int)) else "x", "step", "load_state_dict"])] = value
+    else:
+        tree.append(value)
+
+
 @dataclass(frozen=True)
 class Target:
     """A reader with valid files.
@@ -100,11 +145,13 @@ class Target:
         write: makes the valid files in an empty folder.
         read: reads that folder as the project does.
         patterns: of the files that are damaged.
+        damage: from a generator and the bytes of a file to other bytes.
     """
 
     write: Callable[[Path], object]
     read: Callable[[Path], object]
     patterns: tuple[str, ...]
+    damage: Callable[[random.Random, bytes], bytes] = mutate
 
 
 def picture(path: Path, seed: int = 0, side: int = 24) -> None:
@@ -242,6 +289,63 @@ def read_run(root: Path) -> None:
         read_stage(root / "test", scratch_dir=scratch_dir)
 
 
+def fit(run_dir: Path, epochs: int, checkpoint: Path | None = None) -> None:
+    """Train the smallest network, from a checkpoint if there is one, as the command line does."""
+    import lightning.pytorch as pl
+
+    from callbacks.checkpoint import BestCheckpoint, LastCheckpoint, RunCheckpointIO
+    from labn.errors import UserError
+    from labn.launch.error_messages import restore_error
+    from labn.modules import LABN
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    branch = {"backbone_options": {"layers": [1, 1], "width": 4, "stem_width": 4, "r": 3}}
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[BestCheckpoint(), LastCheckpoint(), pl.callbacks.EarlyStopping("val/loss")],
+        plugins=[RunCheckpointIO([run_dir])],
+        default_root_dir=str(run_dir),
+        use_distributed_sampler=False,
+    )
+    data = SyntheticFundus(n_train=4, n_val=2, n_test=2, image_size=48, batch_size=2)
+    module = LABN("lambda_resnet", split=1, network_options=branch)
+    try:
+        with redirect_stdout(io.StringIO()):
+            trainer.fit(module, datamodule=data, ckpt_path=checkpoint and str(checkpoint))
+    except UserError:
+        raise
+    except Exception as error:
+        raise restore_error(error, checkpoint) or error from error
+
+
+def write_checkpoint(root: Path) -> None:
+    """A run of one epoch, and a folder beside it that no checkpoint may change."""
+    import torch
+
+    fit(root / "run", 1)
+    content = torch.load(root / "run" / "checkpoints" / "last.ckpt", weights_only=True)
+    content["hyper_parameters"]["_class_path"] = "labn.modules.LABN"  # as the command line saves it
+    torch.save(content, root / "stranger.ckpt")
+    (root / "victim").mkdir()
+    (root / "victim" / "precious.txt").write_text("precious")
+
+
+def read_checkpoint_states(root: Path) -> None:
+    """Goes on with a stranger's checkpoint for an epoch, and restores its network."""
+    from labn.modules.restore import restore
+
+    try:
+        fit(root / "run", 2, root / "stranger.ckpt")
+        restore(root / "stranger.ckpt")
+    finally:
+        assert (root / "victim" / "precious.txt").read_text() == "precious"
+        assert sorted(path.name for path in root.iterdir()) == ["run", "stranger.ckpt", "victim"]
+
+
 YEARS = {"train_years": [2015], "val_years": [2016], "test_years": [2017]}
 PICTURES = {"labels": "labels.csv", "pictures": ".", "columns": Columns(time="when")}
 TARGETS = {
@@ -263,6 +367,7 @@ TARGETS = {
         ("test/*.csv", "test/*.json", "test/maps/*.json", "test/*.npz", "logs/fit/*.csv", "fit.yaml"),
     ),
     "store": Target(write_results, read_store, ("test/maps/*.safetensors", "test/scores/*.npz")),
+    "checkpoint": Target(write_checkpoint, read_checkpoint_states, ("stranger.ckpt",), change_state),
 }
 """Every reader of files from elsewhere."""
 
@@ -330,7 +435,7 @@ class Fuzzer:
         chosen = rng.sample(self.files, k=min(len(self.files), rng.choice([1, 1, 1, 2])))
         damaged = [self.work / file.relative_to(self.valid) for file in chosen]
         for file, path in zip(chosen, damaged):
-            path.write_bytes(mutate(rng, file.read_bytes()))
+            path.write_bytes(self.target.damage(rng, file.read_bytes()))
         try:
             return self._read(f"{self.name}, seed {seed}, {', '.join(p.name for p in damaged)}")
         finally:

@@ -6,7 +6,9 @@ import difflib
 import importlib
 import inspect
 import re
+import traceback
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -68,6 +70,27 @@ def explain_error(error: Exception, rank: int) -> UserError | None:
     if any(word in str(error) for word in CONNECTION_LOST):
         return LostProcessError(f"Rank {rank} has lost another process, whose own message says why: {again}.")
     return None
+
+
+RESTORING = "checkpoint_connector.py"
+"""File of Lightning that restores what a checkpoint holds."""
+
+
+def restore_error(error: Exception, path: Any) -> UserError | None:
+    """A sentence about a checkpoint whose content made Lightning or PyTorch fail; None for any other error.
+
+    Args:
+        error: an error without a sentence of its own.
+        path: the checkpoint.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    if not any(f.filename.endswith(RESTORING) and "dump" not in f.name for f in frames):
+        return None
+    reason = str(error).splitlines()[0].rstrip(".") if str(error) else ""
+    return InputError(
+        f"{path} cannot be restored ({type(error).__name__}: {reason}): it is damaged, or of another program; give "
+        "another checkpoint."
+    )
 
 
 def config_sentence(message: str, options: Sequence[str] = ()) -> str:

@@ -15,6 +15,7 @@ from labn.errors import InputError, printable
 from labn.metrics.forecast import ForecastSkill
 from labn.models.backbones import AUXILIARY_HEADS
 from labn.models.checkpoints import LoadReport, misfit
+from labn.modules.checked_states import check_states
 from labn.modules.losses import WeightedCrossEntropy
 from labn.modules.provenance import check_trained_on
 from labn.modules.ranks import synchronise_buffers
@@ -155,11 +156,12 @@ class CheckedModule(pl.LightningModule):
         """
         self.loaded_epoch = checkpoint.get("epoch")
         own, loaded = self.state_dict(), checkpoint["state_dict"]
+        source = getattr(self._trainer, "ckpt_path", None) if self._trainer else None
+        _check_tensors(source, loaded)
         missing = [key for key in own if key not in loaded]
         unknown = [key for key in loaded if key not in own and not key.startswith(AUXILIARY_PREFIXES)]
         shapes = [key for key in own if key in loaded and own[key].shape != loaded[key].shape]
         if missing or unknown or shapes:
-            source = getattr(self._trainer, "ckpt_path", None) if self._trainer else None
             first = (missing or unknown or shapes)[0]
             raise InputError(
                 f"The checkpoint {source or ''} is of another architecture than the configured {type(self).__name__}: "
@@ -169,6 +171,8 @@ class CheckedModule(pl.LightningModule):
         data = getattr(self._trainer, "datamodule", None) if self._trainer else None
         if data is not None:
             check_trained_on(checkpoint, data)
+        if self._trainer is not None:
+            check_states(source, checkpoint, self)
 
     def check_not_nan(self, loss: Tensor, batch: dict[str, Any], stage: Literal["train", "val", "test"]) -> None:
         """Raise for a loss that is NaN or infinite, before it reaches the weights, a mean or a checkpoint.
@@ -190,6 +194,12 @@ class CheckedModule(pl.LightningModule):
             f"The {stage} loss is {float(loss)} in epoch {self.current_epoch}, step {self.global_step}, "
             f"samples {shown}: {advice}."
         )
+
+
+def _check_tensors(path: Any, state_dict: Mapping[Any, Any]) -> None:
+    for name, value in state_dict.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise InputError(f"{path} cannot be restored: {str(name)[:60]!r} in its state_dict is no tensor.")
 
 
 class ClassificationModule(CheckedModule):

@@ -97,7 +97,9 @@ def _built(
     path: str | Path, module_class: Any, arguments: dict[str, Any], content: dict[str, Any]
 ) -> tuple[nn.Module, Preprocessing | None]:
     """The network and the preprocessing of a checkpoint's content; errors name the file."""
-    network_arguments = {k: v for k, v in arguments.items() if not k.startswith("_") and k not in TRAINING_ARGUMENTS}
+    network_arguments = {
+        k: v for k, v in arguments.items() if not str(k).startswith("_") and k not in TRAINING_ARGUMENTS
+    }
     # Random initial weights are drawn and then replaced; the caller's random numbers stay as they are.
     try:
         with torch.random.fork_rng(devices=[]):

@@ -1,0 +1,171 @@
+"""A check, before anything is restored, that a checkpoint's states have the form that this training's states have.
+
+Lightning and PyTorch take the states of loops, callbacks, optimisers and schedules as they are: a wrong value ends the
+training later, with an error that names no file, or never, as a negative count of epochs does.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from labn.errors import InputError
+
+LARGEST_COUNT = 2**53
+"""Counts of epochs, steps and batches above it are no counts."""
+SCORES = ("score", "value")
+"""Ends of the names of fields that are None until there is a number."""
+
+
+class _WrongError(Exception):
+    """The first difference: where, and what would be right."""
+
+
+def check_states(path: Any, checkpoint: Mapping[str, Any], module: pl.LightningModule) -> None:
+    """Compare the states in a checkpoint with those of a trainer that starts afresh.
+
+    Args:
+        path: the file, for the message.
+        checkpoint: its content.
+        module: the module, attached to its trainer.
+
+    Raises:
+        InputError: a value is of another kind; the message names the first one.
+    """
+    trainer = module.trainer
+    own: dict[str, Any] = {"epoch": 0, "global_step": 0}
+    own["callbacks"] = {callback.state_key: callback.state_dict() for callback in trainer.callbacks}  # type: ignore[attr-defined]
+    try:
+        if trainer.state.fn == "fit":
+            own["loops"] = {"fit_loop": trainer.fit_loop.state_dict()}
+            _check_optimisation(module, checkpoint)
+        for name, value in own.items():
+            if name in checkpoint:
+                _check_like(value, checkpoint[name], name)
+    except _WrongError as wrong:
+        raise InputError(f"{path} cannot be restored: {wrong}; give another checkpoint.") from None
+
+
+def _check_optimisation(module: pl.LightningModule, checkpoint: Mapping[str, Any]) -> None:
+    """Compare the states of optimisers and schedules, where the module makes one of each as Lightning's dictionary."""
+    made = module.configure_optimizers()
+    if not isinstance(made, dict) or not isinstance(made.get("optimizer"), Optimizer):
+        return
+    optimizer, schedule = made["optimizer"], made.get("lr_scheduler")
+    _check_like([{"state": {}}], states := checkpoint.get("optimizer_states"), "optimizer_states")
+    assert isinstance(states, list)
+    _check_optimizer(optimizer, states[0])
+    scheduler = schedule.get("scheduler") if isinstance(schedule, dict) else schedule
+    if isinstance(scheduler, LRScheduler):
+        own = dict(scheduler.state_dict())
+        _check_like([own], stored := checkpoint.get("lr_schedulers"), "lr_schedulers")
+        assert isinstance(stored, list)
+        # The state replaces attributes: one of a method's name would replace the method.
+        for name in stored[0]:
+            _require(isinstance(name, str) and not callable(getattr(scheduler, name, None)), "lr_schedulers[0]", name)
+
+
+def _require(right: bool, where: str, value: Any, wanted: str = "a state of this schedule") -> None:
+    if not right:
+        shown = f"a tensor {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)[:60]
+        raise _WrongError(f"{where} is {shown} and must be {wanted}")
+
+
+def _check_optimizer(optimizer: Optimizer, stored: Mapping[str, Any]) -> None:
+    _check_like(optimizer.state_dict()["param_groups"], stored.get("param_groups"), "optimizer_states[0].param_groups")
+    for number, (own, group) in enumerate(zip(optimizer.param_groups, stored["param_groups"], strict=True)):
+        where = f"optimizer_states[0].param_groups[{number}]"
+        # PyTorch fills in flags that earlier versions did not have, and no numbers.
+        numbers = [name for name, value in own.items() if isinstance(value, (float, tuple))]
+        _require(set(numbers) <= group.keys(), where, sorted(map(str, group)), f"settings with {', '.join(numbers)}")
+        _check_settings(optimizer, group, where)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for key, state in stored["state"].items():
+        where = f"optimizer_states[0].state[{str(key)[:20]}]"
+        _require(
+            isinstance(key, int) and 0 <= key < len(parameters), where, key, f"of a parameter below {len(parameters)}"
+        )
+        _require(isinstance(state, dict), where, state, "a dictionary")
+        for name, value in state.items():
+            shape = parameters[key].shape
+            if name == "step":
+                _require(_is_number(value) and float(value) >= 1, f"{where}.step", value, "a number from 1")
+            else:
+                fits = value is None or (isinstance(value, Tensor) and value.shape == shape)
+                _require(fits, f"{where}.{name}", value, f"a tensor {tuple(shape)}")
+
+
+def _check_settings(optimizer: Optimizer, stored: Mapping[str, Any], where: str) -> None:
+    """Let the optimiser's constructor check the settings of a group, which restoring them does not."""
+    known = inspect.signature(type(optimizer)).parameters.keys() & optimizer.defaults.keys()
+    try:
+        type(optimizer)([torch.zeros(1, requires_grad=True)], **{name: stored[name] for name in known & stored.keys()})
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise _WrongError(f"{where} has settings that {type(optimizer).__name__} refuses ({error})") from error
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (bool, int, float)) or (isinstance(value, Tensor) and value.ndim == 0)
+
+
+def _check_like(own: Any, stored: Any, where: str) -> None:
+    """Raise `_WrongError` unless the stored value is of the kind of our own."""
+    check = _check_of(own, where.rpartition(".")[2])
+    if check is not None:
+        check(own, stored, where)
+
+
+def _check_of(own: Any, name: str) -> Callable[[Any, Any, str], None] | None:
+    """The comparison for a value of our own; None where any value will do."""
+    if isinstance(own, dict):
+        return _check_dict
+    if isinstance(own, (list, tuple)):
+        return _check_list
+    if own is None:
+        return _check_score if name.endswith(SCORES) else None
+    for kind, check in ((bool, _check_bool), (int, _check_count), (float, _check_real), (str, _check_text)):
+        if isinstance(own, kind):
+            return check
+    return _check_score if isinstance(own, Tensor) and own.ndim == 0 else None
+
+
+def _check_dict(own: Any, stored: Any, where: str) -> None:
+    _require(isinstance(stored, dict), where, stored, "a dictionary")
+    for name, value in own.items():
+        if name in stored:
+            _check_like(value, stored[name], f"{where}.{name}")
+
+
+def _check_list(own: Any, stored: Any, where: str) -> None:
+    right = isinstance(stored, (list, tuple)) and (not own or len(stored) == len(own))
+    _require(right, where, stored, f"a list of {len(own)}")
+    for number, (value, other) in enumerate(zip(own, stored)):
+        _check_like(value, other, f"{where}[{number}]")
+
+
+def _check_bool(own: Any, stored: Any, where: str) -> None:
+    _require(isinstance(stored, (bool, int)) and stored in (0, 1), where, stored, "true or false")
+
+
+def _check_count(own: Any, stored: Any, where: str) -> None:
+    is_count = isinstance(stored, int) and 0 <= stored <= LARGEST_COUNT
+    _require(is_count, where, stored, "a whole number from 0")
+
+
+def _check_real(own: Any, stored: Any, where: str) -> None:
+    _require(_is_number(stored), where, stored, "a number")
+
+
+def _check_text(own: Any, stored: Any, where: str) -> None:
+    _require(isinstance(stored, str), where, stored, "a text")
+
+
+def _check_score(own: Any, stored: Any, where: str) -> None:
+    _require(stored is None or _is_number(stored), where, stored, "a number or nothing")
