@@ -8,6 +8,7 @@ COMMANDS = {
     "demo": "Explain and score a trained network on photographs, without training or download.",
     "doctor": "Check versions, GPU, disk and data folders, and run a self-test of a few seconds.",
     "explain": "Explain single pictures with a trained network or one with given weights.",
+    "export": "Write a trained network to an ONNX file, with its attention map and preprocessing.",
     "shards": "Write the data set of a configuration to tar shards, for datamodules.TarShards.",
     "sweep": "Fit and test a configuration once per seed, in RUN_DIR/seed=N/.",
     "table": "Print tables of the papers with the published numbers and those of the runs.",

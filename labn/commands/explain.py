@@ -54,6 +54,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image", nargs="+", type=Path, required=True, help="picture files, or folders of pictures without subfolders"
     )
+    add_network_arguments(parser)
+    parser.add_argument(
+        "--method", nargs="+", action="extend", required=True, metavar="NAME", help="methods, listed below"
+    )
+    parser.add_argument("--target", help="name or number of the class to explain (default: the predicted one)")
+    parser.add_argument("--out", type=Path, default=Path("explained"), help="folder to write to (default: explained)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
+
+
+def add_network_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `load_network`: the network and its preprocessing."""
     parser.add_argument("--ckpt", type=Path, help="checkpoint of a run")
     parser.add_argument(
         "--model",
@@ -61,10 +72,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the class that the checkpoint's network may be built with",
     )
     parser.add_argument("--weights", type=Path, help="file of the model's weights (.safetensors, .pt, .pth)")
-    parser.add_argument(
-        "--method", nargs="+", action="extend", required=True, metavar="NAME", help="methods, listed below"
-    )
-    parser.add_argument("--target", help="name or number of the class to explain (default: the predicted one)")
     parser.add_argument("--class_names", type=Path, help="text file with one class name per line")
     parser.add_argument("--image_size", type=int, help="side of the network's input in pixels (default: its own)")
     for name in ("--mean", "--std"):
@@ -74,8 +81,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             type=float,
             help="of the normalisation, per channel (default: the model's or ImageNet's)",
         )
-    parser.add_argument("--out", type=Path, default=Path("explained"), help="folder to write to (default: explained)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, ...")
 
 
 class FailedMethodsError(UserError):

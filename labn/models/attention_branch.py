@@ -239,7 +239,18 @@ def share_threshold(attention: Tensor, share: float | Tensor) -> Tensor:
     ordered = attention.detach().flatten(1).sort(dim=1, descending=True).values
     count = (torch.as_tensor(share, device=attention.device) * ordered.shape[1]).round().long()
     lowest = ordered.index_select(1, count.clamp(1, ordered.shape[1]).view(1) - 1)
-    return torch.nextafter(lowest, torch.full_like(lowest, -1.0))[:, :, None, None]
+    return _next_below(lowest)[:, :, None, None]
+
+
+def _next_below(values: Tensor) -> Tensor:
+    """The next smaller floating-point number of values in [0, 1]."""
+    if not torch.compiler.is_exporting():
+        return torch.nextafter(values, torch.full_like(values, -1.0))
+    # ONNX has no such operation. x - x eps / 2 is x minus half to one unit in the last place, which is rounded to the
+    # next smaller number, or exactly that number where x is a power of two. It needs normal numbers. As a product,
+    # x (1 - eps / 2), the exporter would take the factor for 1 and leave it out.
+    info = torch.finfo(values.dtype)
+    return torch.where(values > 2 * info.tiny, values - values * (info.eps / 2), -info.tiny)
 
 
 def gate_health(attention: Tensor, theta: float | Tensor) -> tuple[Tensor, Tensor]:

@@ -231,6 +231,15 @@ def test_a_share_of_each_image_stays_open_and_ties_with_it(dtype):
     assert gate_health(attention, share_threshold(attention, 0.5)) == (torch.tensor(8 / 12), torch.tensor(0.0))
 
 
+def test_an_exported_gate_has_the_same_threshold(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    attention = torch.cat([torch.rand(1000, generator=generator), 2.0 ** -torch.arange(0.0, 24.0)])[:, None, None, None]
+    expected = share_threshold(attention, 1.0)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    assert torch.equal(share_threshold(attention, 1.0), expected)
+    assert (torch.zeros(1, 1, 1, 1) > share_threshold(torch.zeros(1, 1, 1, 1), 1.0)).all()
+
+
 def test_the_open_share_of_a_network_is_a_buffer_that_its_state_carries():
     network = tiny(open_share=1.0).eval()
     images = torch.randn(3, 3, 64, 64)

@@ -98,7 +98,8 @@ class LambdaLayer(nn.Module):
         query = self.norm_q(query).unflatten(1, (self.heads, self.dim_k))
         value = self.norm_v(value).unflatten(1, (self.dim_u, self.dim_v))
         # Autocast computes the softmax in float32; the cast below keeps keys and values in one dtype.
-        key = key.flatten(2).softmax(dim=2).view(len(x), self.dim_u, self.dim_k, *x.shape[-2:])
+        # `unflatten` and not `view`: len(x) would fix the number of images in an exported network.
+        key = key.flatten(2).softmax(dim=2).unflatten(1, (self.dim_u, self.dim_k)).unflatten(3, x.shape[-2:])
         return query, key.to(value.dtype), value
 
     def extra_repr(self) -> str:

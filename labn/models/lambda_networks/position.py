@@ -216,6 +216,8 @@ def choose(query: torch.Size, window: torch.Size, value: torch.Size) -> str:
     # `query_first` costs about heads + dk / B operations for each key in a query's reach, and the convolution's cost
     # grows with dv; QUERY_FIRST_BELOW was measured on a CPU. Compilers cannot trace the hand-written gradient of
     # `convolution`, so that plain operations are compiled instead.
+    if torch.compiler.is_exporting():  # for batches of any size, on which the choice below depends
+        return "conv2d"
     batch, heads, dim_k = query[:3]
     keys = value[1] * reachable_keys(query[-2], window[-1]) * reachable_keys(query[-1], window[-1])
     if (heads + dim_k / max(batch, 1)) * keys <= QUERY_FIRST_BELOW * value[2]:
@@ -227,7 +229,7 @@ def conv2d(query: Tensor, window: Tensor, value: Tensor) -> Tensor:
     """The definition: lambdas by a 2-D convolution, with the values folded into the batch, then applied to queries."""
     folded = value.transpose(1, 2).flatten(0, 1)
     lambdas = F.conv2d(folded, window, padding=window.shape[-1] // 2)
-    lambdas = lambdas.unflatten(0, (len(value), value.shape[2]))
+    lambdas = lambdas.unflatten(0, (-1, value.shape[2]))
     return torch.einsum("bhkij,bvkij->bhvij", query, lambdas)
 
 
