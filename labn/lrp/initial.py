@@ -49,19 +49,20 @@ def _check(targets: Tensor, classes: int) -> None:
         raise InputError(f"targets must lie in 0..{classes - 1}, got {int(targets.min())}..{int(targets.max())}.")
 
 
-def check_others(others: Others) -> None:
-    """Check that `others` is `all`, a positive number, or a list of classes.
+def check_others(others: Others, names: Sequence[str] = ("all",)) -> None:
+    """Check that `others` is one of the names, a positive number, or a list of classes.
 
     Raises:
         InputError: `others` is anything else.
     """
     valid = (
-        others == "all"
+        others in names
         if isinstance(others, str)
         else (others > 0 if isinstance(others, int) else len(others) > 0 and all(isinstance(k, int) for k in others))
     )
     if not valid:
-        raise InputError(f"others is {others!r}; it must be 'all', a number of classes >= 1, or a list of classes.")
+        listed = ", ".join(map(repr, names))
+        raise InputError(f"others is {others!r}; it must be {listed}, a number of classes >= 1, or a list of classes.")
 
 
 def rivals(logits: Tensor, targets: Tensor, others: Others, background: int | None = None) -> Tensor:
@@ -70,7 +71,7 @@ def rivals(logits: Tensor, targets: Tensor, others: Others, background: int | No
     Args:
         logits: (T, K), or (1, K) for many targets of one image.
         targets: (T,) int64.
-        others: `all`, a number of most probable classes, or a list of classes.
+        others: `all` (or `softmax`, which weighs them), a number of most probable classes, or a list of classes.
         background: a class that is never a rival.
 
     Raises:
@@ -100,12 +101,15 @@ def rivals(logits: Tensor, targets: Tensor, others: Others, background: int | No
 class Contrast:
     """Initial relevance 1 for the target and -1/n for each of its n rivals, 0 elsewhere.
 
+    With the rivals `softmax`, all other classes get -p_k / (1 - p_t) of their probabilities p: the relevance is then
+    proportional to the gradient of the target's log-probability at the logits.
+
     The z+ rule of the last layer divides the relevance of each class by that class's own normalised contributions.
     Because it is linear in the relevance of the classes, the result is CRP's contrast at the last feature layer,
     R_i = R_i[k*] - mean_k R_i[k] (the CLRP of Gu, Yang and Tresp, 2018, contrasts the same units). It sums to zero.
 
     Attributes:
-        others: the rivals: `all` other classes, a number of most probable ones, or a list of classes.
+        others: the rivals: `all` other classes, `softmax`, a number of most probable ones, or a list of classes.
 
     Example:
         >>> from labn.lrp import Contrast
@@ -117,6 +121,9 @@ class Contrast:
 
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         """(T, K) for logits (T, K) and targets (T,)."""
-        # Every row sums to 1 - n / n = 0.
-        others = rivals(logits, targets, self.others).to(logits.dtype)
-        return (-others / others.sum(1, keepdim=True)).scatter(1, targets[:, None], 1.0)
+        allowed = rivals(logits, targets, self.others)
+        weights = allowed.to(logits.dtype)
+        if self.others == "softmax":
+            weights = logits.expand_as(allowed).masked_fill(~allowed, -torch.inf).softmax(1)
+        # Every row sums to 1 - 1 = 0.
+        return (-weights / weights.sum(1, keepdim=True)).scatter(1, targets[:, None], 1.0)

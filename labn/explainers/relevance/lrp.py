@@ -186,7 +186,8 @@ class ContrastiveLRP(LRP):
     depends on the class, the map is specific to the class.
 
     Args:
-        others: the rivals: `all` other classes, a number of most probable ones, or a list of classes.
+        others: the rivals: `all` other classes, `softmax` (all, each by its probability), a number of most probable
+            ones, or a list of classes.
         residual, rule, batchnorm, first_layer, pooling, eps, eps_mode, chunk_size, postprocess: as for `LRP`.
 
     Example:
@@ -200,7 +201,7 @@ class ContrastiveLRP(LRP):
 
     def __init__(
         self,
-        others: Literal["all"] | int | Sequence[int] = "all",
+        others: Literal["all", "softmax"] | int | Sequence[int] = "all",
         residual: ResidualName = "ratio",
         rule: RuleName = "zplus",
         batchnorm: Literal["pass", "fold"] = "pass",
@@ -223,7 +224,7 @@ class ContrastiveLRP(LRP):
             eps_mode=eps_mode,
             chunk_size=chunk_size,
         )
-        check_others(others)
+        check_others(others, ("all", "softmax"))
         # The rule of the last layer is z+ in any case: with it the contrast of logits is CRP's contrast of shares.
         self.init = Contrast(others)
 
