@@ -336,11 +336,15 @@ def write_checkpoint(root: Path) -> None:
 
 def read_checkpoint_states(root: Path) -> None:
     """Goes on with a stranger's checkpoint for an epoch, and restores its network."""
+    from labn.errors import InputError
     from labn.modules.restore import restore
 
     try:
         fit(root / "run", 2, root / "stranger.ckpt")
         restore(root / "stranger.ckpt")
+    except InputError as error:
+        if "loss is nan" not in str(error):  # numbers as such may have any value; the message names the samples
+            raise
     finally:
         assert (root / "victim" / "precious.txt").read_text() == "precious"
         assert sorted(path.name for path in root.iterdir()) == ["run", "stranger.ckpt", "victim"]

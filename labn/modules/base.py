@@ -170,7 +170,7 @@ class CheckedModule(pl.LightningModule):
             )
         data = getattr(self._trainer, "datamodule", None) if self._trainer else None
         if data is not None:
-            check_trained_on(checkpoint, data)
+            check_trained_on(checkpoint, data, source)
         if self._trainer is not None:
             check_states(source, checkpoint, self)
 

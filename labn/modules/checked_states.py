@@ -87,12 +87,13 @@ def _check_optimizer(optimizer: Optimizer, stored: Mapping[str, Any]) -> None:
         _require(set(numbers) <= group.keys(), where, sorted(map(str, group)), f"settings with {', '.join(numbers)}")
         _check_settings(optimizer, group, where)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    names = _state_names(optimizer)
     for key, state in stored["state"].items():
         where = f"optimizer_states[0].state[{str(key)[:20]}]"
         _require(
             isinstance(key, int) and 0 <= key < len(parameters), where, key, f"of a parameter below {len(parameters)}"
         )
-        _require(isinstance(state, dict), where, state, "a dictionary")
+        _require(isinstance(state, dict) and names <= state.keys(), where, state, f"a dictionary of {', '.join(names)}")
         for name, value in state.items():
             shape = parameters[key].shape
             if name == "step":
@@ -109,6 +110,16 @@ def _check_settings(optimizer: Optimizer, stored: Mapping[str, Any], where: str)
         type(optimizer)([torch.zeros(1, requires_grad=True)], **{name: stored[name] for name in known & stored.keys()})
     except (ValueError, TypeError, RuntimeError) as error:
         raise _WrongError(f"{where} has settings that {type(optimizer).__name__} refuses ({error})") from error
+
+
+def _state_names(optimizer: Optimizer) -> set[str]:
+    """What the optimiser keeps per parameter, from one step of another one of its kind on a single number."""
+    number = torch.zeros(1, requires_grad=True)
+    number.grad = torch.zeros(1)
+    known = inspect.signature(type(optimizer)).parameters.keys() & optimizer.defaults.keys()
+    other = type(optimizer)([number], **{name: optimizer.defaults[name] for name in known})
+    other.step()
+    return set(other.state[number])
 
 
 def _is_number(value: Any) -> bool:

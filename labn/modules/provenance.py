@@ -20,7 +20,7 @@ def training_hash(data: Any) -> str | None:
     return fingerprint("train") if fingerprint is not None and "train" in getattr(data, "splits", ()) else None
 
 
-def check_trained_on(checkpoint: dict[str, Any], data: Any) -> None:
+def check_trained_on(checkpoint: dict[str, Any], data: Any, path: Any = "") -> None:
     """Warn if a checkpoint's classes, preprocessing or training images are not those of the data module.
 
     Classes are labels by their order: a folder that is renamed, added or removed moves the labels of others. Random
@@ -29,6 +29,7 @@ def check_trained_on(checkpoint: dict[str, Any], data: Any) -> None:
     Args:
         checkpoint: its content.
         data: the data module.
+        path: the file, for the message.
 
     Raises:
         InputError: a class has another label in the data than in the checkpoint.
@@ -37,7 +38,7 @@ def check_trained_on(checkpoint: dict[str, Any], data: Any) -> None:
     if not isinstance(stored, dict) or not hasattr(data, "preprocessing"):
         return
     current = data.preprocessing().plain()
-    _check_classes(stored.get("class_names") or [], current["class_names"])
+    _check_classes(stored.get("class_names") or [], current["class_names"], f"{path} " if path else "")
     changed = [name for name in current if name in stored and name != "class_names" and stored[name] != current[name]]
     if changed:
         shown = ", ".join(f"{name} {stored[name]}, now {current[name]}" for name in changed)
@@ -46,17 +47,17 @@ def check_trained_on(checkpoint: dict[str, Any], data: Any) -> None:
         _check_images(checkpoint.get(TRAINED_ON), training_hash(data))
 
 
-def _check_classes(stored: Sequence[Any], current: Sequence[str]) -> None:
+def _check_classes(stored: Sequence[Any], current: Sequence[str], file: str) -> None:
     names = [", ".join(map(str, each)) for each in (stored, current)]
     if not stored or names[0] == names[1]:
         return
     shared = [str(name) for name in stored if name in current]
     if moved := [name for name in shared if stored.index(name) != current.index(name)]:
         raise InputError(
-            f"The checkpoint was trained on the classes {names[0]}; those of the data are {names[1]}, where "
+            f"The checkpoint {file}was trained on the classes {names[0]}; those of the data are {names[1]}, where "
             f"{moved[0]} has another label: {current.index(moved[0])}, not {stored.index(moved[0])}."
         )
-    rank_zero_warn(f"The checkpoint was trained on the classes {names[0]}; those of the data are {names[1]}.")
+    rank_zero_warn(f"The checkpoint {file}was trained on the classes {names[0]}; those of the data are {names[1]}.")
 
 
 def _check_images(stored: Any, current: str | None) -> None:

@@ -14,6 +14,7 @@ row of `--out`, written as soon as it is known, so that a second call goes on wh
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import os
 import re
@@ -79,6 +80,7 @@ STARTS: dict[str, Any] = {
     "all": Contrast("all"),
     "1": Contrast(1),
     "5": Contrast(5),
+    "20": Contrast(20),
     "softmax": Contrast("softmax"),
 }
 PRESETS: dict[str, dict[str, Any]] = {
@@ -109,6 +111,36 @@ def propagated(settings: dict[str, Any], start: Any) -> Mapper:
     return mapper
 
 
+def head_of(model: nn.Module) -> tuple[str, nn.Linear]:
+    """Name and module of the last linear layer, whose input is the pooled features."""
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1]
+
+
+def positive(contrast: Contrast | None) -> Mapper:
+    """Maps by z+ of the features that speak for the target: a_i max(0, w_ti - sum_k c_k w_ki), scaled to the sum 1.
+
+    Args:
+        contrast: c, the weights of the rivals; None: no rivals.
+    """
+
+    def mapper(model: nn.Module, image: Tensor, target: Tensor) -> tuple[Tensor, float]:
+        name, head = head_of(model)
+        headless = copy.deepcopy(model)
+        headless.set_submodule(name, nn.Identity())
+
+        def start(features: Tensor, targets: Tensor) -> Tensor:
+            logits = head(features)
+            one_hot = torch.nn.functional.one_hot(targets, logits.shape[1]).to(logits)
+            weights = one_hot if contrast is None else contrast(logits, targets)
+            parts = features * (weights @ head.weight).clamp(min=0)
+            return parts / parts.sum(1, keepdim=True)
+
+        found = relevance(headless, image, target, Config(), start)
+        return found.relevance.sum(1), float(found.arrived)
+
+    return mapper
+
+
 def explained(name: str) -> Mapper:
     """Maps of an explainer by name."""
     explainer = explainer_by_name(name)
@@ -124,6 +156,8 @@ def methods() -> dict[str, Mapper]:
             # z+ divides the relevance of a class by its own contributions; epsilon divides it by the logit.
             scaled = start if settings.get("linear_rule") else LogitContrast(start)
             found[f"against {against}: {below}"] = propagated(settings, scaled)
+    found["positive: zplus"] = positive(None)
+    found |= {f"positive against {against}: zplus": positive(start) for against, start in STARTS.items()}
     return found
 
 
