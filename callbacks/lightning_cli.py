@@ -46,6 +46,7 @@ from callbacks.logging.terminal import (
     say_figures,
     say_fitted,
     say_taken_over,
+    with_progress_bar,
 )
 from labn.errors import InputError, UserError
 from labn.io.atomic import check_writable
@@ -166,6 +167,10 @@ class LabnCLI(LightningCLI):
         config = self.config[self.subcommand]
         if not config.trainer.get("fast_dev_run"):
             kwargs |= self._loggers(config)
+        kwargs["callbacks"] = with_progress_bar(
+            self.config_init[self.subcommand].trainer.get("callbacks") or [],
+            config.trainer.get("enable_progress_bar") is not False,
+        )
         plugins = self.config_init[self.subcommand].trainer.get("plugins") or []
         checkpoints = RunCheckpointIO([config.run_dir])
         kwargs["plugins"] = [checkpoints, *(plugins if isinstance(plugins, list) else [plugins])]

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
@@ -36,6 +36,23 @@ class SentenceParser(LightningArgumentParser):
             sentence = f"{sentence.rstrip('.')}; name a configuration, as in --config configs/quickstart.yaml."
         program = parser.prog.replace(" [options]", "")
         self.exit(2, f"{program}: {printable(sentence)} (`{program} --help` lists all options)\n")
+
+
+class RunProgressBar(RichProgressBar):
+    """Lightning's progress bar without the version of the logger, beside which the metrics would not fit in a line."""
+
+    def get_metrics(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        """The metrics of the model that are logged with `prog_bar=True`."""
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}
+
+
+def with_progress_bar(callbacks: pl.Callback | Sequence[pl.Callback], is_shown: bool) -> list[pl.Callback]:
+    """The callbacks of a configuration and, unless they hold one or none is shown, the progress bar."""
+    own = [callbacks] if isinstance(callbacks, pl.Callback) else list(callbacks)
+    needed = is_shown and not any(isinstance(callback, ProgressBar) for callback in own)
+    return [*own, RunProgressBar()] if needed else own
 
 
 def say_figures(trainer: pl.Trainer, stage: str) -> None:

@@ -8,9 +8,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 from command_line import call_main
+from lightning.pytorch.callbacks import RichProgressBar
 
 from callbacks import BestCheckpoint, DetectionCallback, EvaluationCallback, ExplanationCallback, LastCheckpoint
-from callbacks.logging.terminal import no_noise, plain_warnings, say_figures, say_fitted
+from callbacks.logging.terminal import (
+    RunProgressBar,
+    no_noise,
+    plain_warnings,
+    say_figures,
+    say_fitted,
+    with_progress_bar,
+)
 from labn.explainers import explainer_by_name
 from labn.metrics.statistics import Interval
 from labn.results.tables import reading
@@ -100,6 +108,17 @@ def test_only_rank_zero_prints_the_metrics(tmp_path, capsys):
 )
 def test_what_tells_nothing_is_left_out(text, kept):
     assert no_noise(logging.LogRecord("x", logging.INFO, "", 0, text, (), None)) is kept
+
+
+def test_the_progress_bar_is_that_of_the_configuration_or_one_without_the_loggers_version():
+    best, own = BestCheckpoint(), RichProgressBar(leave=True)
+    assert with_progress_bar(best, False) == [best]
+    assert with_progress_bar([best, own], True) == [best, own]
+    first, bar = with_progress_bar([best], True)
+    assert (first, type(bar)) == (best, RunProgressBar)
+    trainer = SimpleNamespace(loggers=[SimpleNamespace(version="2y7n")], progress_bar_metrics={"val/loss": 0.5})
+    assert "v_num" in RichProgressBar().get_metrics(trainer, None)
+    assert bar.get_metrics(trainer, None) == {"val/loss": 0.5}
 
 
 def test_warnings_have_no_path_of_a_source_file(monkeypatch):
