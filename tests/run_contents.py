@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load
 
 TABLES = ("scores.csv", "summary.csv", "paired.csv", "ranks.csv", "predictions.csv", "counts.csv")
-TABLES += ("cards.json", "identity.json")
+TABLES += ("scores.parquet", "cards.json", "identity.json")
 
 
 def table(data):
@@ -37,6 +37,12 @@ def page(data):
         raise ValueError("the page is cut")
 
 
+def columns(data):
+    from pyarrow import parquet
+
+    parquet.read_table(io.BytesIO(data))
+
+
 def arrays(data):
     with np.load(io.BytesIO(data), allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
@@ -45,6 +51,7 @@ def arrays(data):
 READERS = {
     ".safetensors": load,
     ".csv": table,
+    ".parquet": columns,
     ".ckpt": checkpoint,
     ".html": page,
     ".npz": arrays,

@@ -11,7 +11,7 @@ import torch
 from scipy.special import ndtri, stdtr, stdtrit
 from torch import Tensor
 
-from labn.metrics.intervals import Interval, MeanTable
+from labn.metrics.intervals import FEW, Interval, MeanTable
 from labn.metrics.statistics import batches, intervals, mean_of, mean_table, shared_deviations
 
 _CELLS = 1 << 21  # differences of resampled means in memory at once (16 MiB)
@@ -175,27 +175,24 @@ class _Prepared:
         """The differences of all pairs with common samples, from the deviations of the first table."""
         first, second = self.pairs.T
         drawn = deviations[:, first] - deviations[:, second] if self.is_complete else deviations[:, len(self.used) :]
-        alone: list[Interval] = []
-        freedom = [drawn.new_empty(0)]
-        # In chunks, because a table of all pairs may be larger than memory.
-        for numbers in torch.arange(len(self.pairs)).split(max(1, _CELLS // max(len(self.tables[0].sums), 1))):
-            table = self._pair_table(numbers)
-            alone += intervals(table, drawn[:, numbers], level)
-            freedom.append(table.freedom().expand(len(numbers)))
-        p, adjusted = step_down(self.means, drawn, torch.cat(freedom))
+        table = self._pair_table()
+        p, adjusted = step_down(self.means, drawn, table.freedom().expand(len(self.pairs)))
+        alone = intervals(table, drawn, level)
         for (a, b), interval, *values in zip(self.pairs.tolist(), alone, p.tolist(), adjusted.tolist()):
             if interval.n:
                 figures = (interval.mean, interval.low, interval.high, interval.n)
                 yield (self.used[a], self.used[b]), Difference(*figures, *values)
 
-    def _pair_table(self, numbers: Tensor) -> MeanTable:
-        """The table of the differences of the pairs with these numbers."""
+    def _pair_table(self) -> MeanTable:
+        """The table of the differences of all pairs."""
         table = self.tables[0]
         if not self.is_complete:
-            return table.chosen(len(self.used) + numbers)
-        first, second = self.pairs[numbers].T
-        sums = table.sums[:, first] - table.sums[:, second]
-        return MeanTable(self.means[numbers], table.counts[first], sums, table.sizes)
+            return table.chosen(slice(len(self.used), None))
+        first, second = self.pairs.T
+        # Percentiles do not read the sums, which for many samples and pairs would be larger than memory.
+        few = len(table.sums) < FEW
+        sums = table.sums[:, first] - table.sums[:, second] if few else table.sums[:, :1].expand(-1, len(first))
+        return MeanTable(self.means, table.counts[first], sums, table.sizes)
 
 
 def _chosen(groups: Tensor | None, rows: Tensor) -> Tensor | None:

@@ -20,8 +20,8 @@ __all__ = [
     "paired_difference",
 ]
 
-CELLS = 1 << 24
-"""Cells of tables that are in memory at once (128 MiB), before a new batch begins."""
+CELLS = 1 << 25
+"""Cells of tables that are in memory at once (256 MiB, three times) before a new batch begins."""
 
 Numbers = Tensor | Sequence[float]
 Groups = Tensor | Sequence[int] | None
@@ -140,9 +140,10 @@ def shared_deviations(tables: Sequence[MeanTable], n_resamples: int, seed: int) 
         if not units:
             deviations |= {n: tables[n].sums.new_full((n_resamples, tables[n].sums.shape[1]), math.nan) for n in same}
             continue
-        sides = [torch.cat([tables[n].sums, tables[n].sizes], dim=1) for n in same]
-        drawn = resampled_sums(torch.cat(sides, dim=1), n_resamples, seed)
-        for number, own in zip(same, drawn.split([side.shape[1] for side in sides], dim=1)):
+        columns = torch.cat([side for n in same for side in (tables[n].sums, tables[n].sizes)], dim=1)
+        drawn = resampled_sums(columns, n_resamples, seed)
+        widths = [tables[n].sums.shape[1] + tables[n].sizes.shape[1] for n in same]
+        for number, own in zip(same, drawn.split(widths, dim=1)):
             deviations[number] = tables[number].deviations(own)
     return [deviations[number] for number in range(len(tables))]
 

@@ -43,7 +43,9 @@ OLD_SCORE_FOLDER = "parts"
 """Name of `scores/` in folders of version 0.1, renamed when such a folder is opened."""
 MANIFEST, IDENTITY = "maps/manifest.json", "identity.json"
 
-TABLES = ("scores.csv", "summary.csv", "paired.csv", "ranks.csv", "counts.csv", "predictions.csv", "curves.npz")
+SCORE_FILES = ("scores.csv", "scores.parquet")
+
+TABLES = (*SCORE_FILES, "summary.csv", "paired.csv", "ranks.csv", "counts.csv", "predictions.csv", "curves.npz")
 
 DERIVED = (*TABLES, "cards.json", "cards", "report.html", MANIFEST, "overlays")
 """Files and folders that every run derives anew from `maps/` and `scores/`, the only ones that are slow to compute."""

@@ -30,9 +30,8 @@ from labn.metrics.comparisons import Difference, Rank, Value, compare_values
 from labn.metrics.intervals import Interval
 from labn.metrics.registry import describe_value
 from labn.metrics.sample_table import SampleTable
+from labn.results.score_files import ScoreBlock, has_pyarrow, write_score_csv, write_score_parquet
 from labn.results.store import MANIFEST, ResultStore, ScoreShard
-
-SCORES = ("split", "index", "name", "label", "target", "explainer", "metric", "value")
 
 BASELINES = ("random", "constant")
 """Methods that do not look at the image, in every table for comparison."""
@@ -127,16 +126,20 @@ class Table:
         numbers = [number for (_, name), number in self._columns.items() if name == metric]
         return torch.from_numpy(np.stack([self.values[number] for number in numbers], axis=1))
 
-    def rows(self) -> Iterator[tuple[int, int, str, str, int, int, float]]:
-        """Position, index, explainer, metric, label, target and value, sorted by sample, explainer and metric."""
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """(explainer, value) of every row of `values`."""
+        return list(self._columns)
+
+    def blocks(self, sample_name: Callable[[int], str]) -> Iterator[ScoreBlock]:
+        """The scores of all samples in the order of `index`, some samples at a time."""
         for block in blocks(len(self.index)):
-            # Transposed per block: the array is stored by column, the file is written by sample.
-            by_sample = np.asarray(self.values[:, block]).T.tolist()
-            for position, cells in enumerate(by_sample, start=block.start):
-                index, label = int(self.index[position]), int(self.facts["label"][position])
-                for (explainer, metric), value in zip(self._columns, cells):
-                    if not math.isnan(value):
-                        yield position, index, explainer, metric, label, int(self.targets[explainer][position]), value
+            index = self.index[block]
+            names = [sample_name(number) for number in index.tolist()]
+            targets = np.empty((len(self.pairs), len(index)), dtype=np.int64)
+            for row, (explainer, _) in zip(targets, self.pairs):
+                row[:] = self.targets[explainer][block]
+            yield ScoreBlock(index, names, self.facts["label"][block], targets, np.asarray(self.values[:, block]))
 
 
 def collect(shards: Iterable[ScoreShard], plan: Plan, folder: Path | None = None) -> Table:
@@ -230,10 +233,11 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) 
         text.detach()  # flushes, and leaves the file open for written_atomically
 
 
-def score_rows(table: Table, split: str, sample_name: Callable[[int], str]) -> Iterator[tuple[Any, ...]]:
-    """Rows of `scores.csv`, sorted by sample, explainer and metric."""
-    for _, index, explainer, metric, label, target, value in table.rows():
-        yield split, index, sample_name(index), label, target, explainer, metric, value
+def write_scores(folder: Path, table: Table, split: str, sample_name: Callable[[int], str]) -> None:
+    """Write `scores.csv`, and `scores.parquet` where pyarrow is installed."""
+    write_score_csv(folder / "scores.csv", split, table.pairs, table.blocks(sample_name))
+    if has_pyarrow():
+        write_score_parquet(folder / "scores.parquet", split, table.pairs, table.blocks(sample_name))
 
 
 def prediction_rows(
@@ -326,7 +330,7 @@ def write_results(
     store.check_not_removed()
     curves = Curves(plan, store.folder)
     table = collect(_streamed(store.score_shards(), curves), plan, store.folder)
-    write_csv(store.folder / "scores.csv", SCORES, score_rows(table, split, sample_name))
+    write_scores(store.folder, table, split, sample_name)
     statistics = statistics_of(table, plan, groups)
     _write_statistics(store.folder, statistics)
     if plan.counted:
