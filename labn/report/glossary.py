@@ -22,6 +22,9 @@ TERMS = {
     "intervals made in this way from other samples of the same kind, about 95 of 100 contain the true mean.",
     "n": "Number of samples, or of detections on their page, that have a value.",
     "●": "The best of its column, or not distinguishable from the best on these samples.",
+    "*": "The difference stands when all pairs of its table are taken together: at most 5 % of such tables have a mark "
+    "where there is no difference.",
+    "rank": "Place of a method by its mean, 1 for the best; best: share of the resamples in which it is the first.",
     "±": "Standard deviation over seeds, that is over networks trained from other random numbers.",
     "random, constant": "Maps that know nothing of the picture. A method that is not better than these has "
     "found nothing that the value can see.",
@@ -72,6 +75,8 @@ def _terms(report: Report) -> Entries:
         "[low, high]": any(cell.bounded for cell in cells),
         "n": bool(cells),
         "●": any(table.best for table in tables),
+        "*": any(cell.stands for cell in cells),
+        "rank": bool(report.rankings),
         "±": any(cell.spread is not None for cell in cells),
         "random, constant": not {"random", "constant"}.isdisjoint(_methods(report)),
     }
