@@ -75,14 +75,18 @@ def run_command(name: str, argv: Sequence[str]) -> None:
         parser.exit(getattr(error, "exit_status", 2), f"{parser.prog}: {printable(sentence)}\n")
 
 
-def escape_warnings() -> None:
-    """Let warnings show names with control characters escaped."""
-    standard = warnings.formatwarning
+def plain_warnings() -> None:
+    """Let warnings show their text alone, with control characters of names escaped.
 
-    def escaped(message: Warning | str, *arguments: Any, **options: Any) -> str:
-        return standard(printable(str(message), keep="\n"), *arguments, **options)
+    With `LABN_TRACEBACK=1` in the environment they also show the source line.
+    """
+    standard, is_plain = warnings.formatwarning, os.environ.get("LABN_TRACEBACK", "0") == "0"
 
-    warnings.formatwarning = escaped  # type: ignore[assignment]
+    def formatted(message: Warning | str, *arguments: Any, **options: Any) -> str:
+        text = printable(str(message), keep="\n")
+        return f"Warning: {text}\n" if is_plain else standard(text, *arguments, **options)
+
+    warnings.formatwarning = formatted  # type: ignore[assignment]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -117,7 +121,7 @@ def console() -> None:
 
     Any other exception keeps its traceback. With `LABN_TRACEBACK=1` in the environment every error has one.
     """
-    escape_warnings()
+    plain_warnings()
     try:
         main()
     except Exception as error:

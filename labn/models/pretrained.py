@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from labn.errors import InputError
 from labn.io.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from labn.models.backbones import OWN_NETWORKS, build_network, is_import_path
+from labn.models.backbones import OWN_NETWORKS, build_network, import_path_of, is_import_path
 from labn.models.checkpoints import canonical, load_backbone, read_tensors
 
 IMAGENET = Preprocessing(224, IMAGENET_MEAN, IMAGENET_STD, shorter=256)
@@ -22,7 +23,8 @@ def load_pretrained(name: str, weights: str | Path) -> tuple[nn.Module, Preproce
         weights: file of the weights; its classifier determines the number of classes.
 
     Returns:
-        The network in eval mode, and its preprocessing: timm's for a timm model, else ImageNet's.
+        The network in eval mode, and its preprocessing: timm's for a timm model, else ImageNet's. A torchvision or timm
+        network of 1000 classes has the names of ImageNet's.
 
     Raises:
         MissingFileError: the file does not exist.
@@ -39,7 +41,17 @@ def load_pretrained(name: str, weights: str | Path) -> tuple[nn.Module, Preproce
             f"{weights} does not fill {name}: {len(fresh)} of its tensors are missing (first: {fresh[0]}); "
             "give weights of this model."
         )
-    return network.eval(), preprocessing_of(network)
+    preprocessing = preprocessing_of(network)
+    if classes == 1000 and full_name not in OWN_NETWORKS and import_path_of(full_name) is None:
+        preprocessing = replace(preprocessing, class_names=imagenet_names())
+    return network.eval(), preprocessing
+
+
+def imagenet_names() -> list[str]:
+    """The names of ImageNet's 1000 classes, in the usual order of classifiers."""
+    from torchvision.models import ResNet50_Weights  # a second, which `import labn` need not cost
+
+    return list(ResNet50_Weights.IMAGENET1K_V1.meta["categories"])
 
 
 def backbone_name(name: str) -> str:

@@ -17,6 +17,7 @@ from datamodules import ImageFolder, SyntheticFundus
 from labn import explain
 from labn.commands import COMMANDS
 from labn.io.preprocessing import KEY, Preprocessing
+from labn.models.pretrained import load_pretrained
 from labn.modules import LABN, SSD
 from labn.modules.restore import restore
 
@@ -109,6 +110,12 @@ def test_a_folder_with_a_timm_model_and_its_weights(pictures, tmp_path, capsys):
         assert {m: tuple(heat.shape) for m, heat in maps.items()} == dict.fromkeys(
             ("lrp", "c3lrp", "gradcam"), (64, 64)
         )
+
+
+@pytest.mark.parametrize(("classes", "name"), [(1000, "tabby"), (5, "class 281")])
+def test_a_thousand_classes_have_the_names_of_imagenet(tmp_path, classes, name):
+    save_file(timm.create_model("test_resnet", num_classes=classes).state_dict(), tmp_path / "w.safetensors")
+    assert load_pretrained("timm/test_resnet", tmp_path / "w.safetensors")[1].class_name(281) == name
 
 
 def test_methods_that_fail_are_listed_and_the_others_keep_their_maps(pictures, tmp_path, capsys, monkeypatch):
