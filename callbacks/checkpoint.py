@@ -8,6 +8,7 @@ import itertools
 import math
 import os
 import struct
+import tempfile
 import uuid
 import warnings
 import weakref
@@ -29,7 +30,7 @@ from labn.errors import InputError, MissingFileError
 from labn.io.atomic import remove_leftovers, write_atomically, write_error
 from labn.io.preprocessing import KEY
 from labn.models.checkpoints import read_checkpoint
-from labn.modules.plain_checkpoints import PlainCheckpointIO
+from labn.modules.plain_checkpoints import SPAWNED, PlainCheckpointIO
 from labn.modules.provenance import TRAINED_ON, training_hash
 
 BEST, LAST, PREVIOUS, SUFFIX = "best", "last", "previous", ".ckpt"
@@ -162,7 +163,8 @@ class RunCheckpointIO(PlainCheckpointIO):
 
         Lightning's own method deletes every path that a callback names, folders with their content included.
         """
-        if self.owns(path) and Path(path).suffix == SUFFIX and not Path(path).is_dir():
+        handed_over = Path(path).name == SPAWNED and resolved(path).parent.parent == resolved(tempfile.gettempdir())
+        if (handed_over or self.owns(path)) and Path(path).suffix == SUFFIX and not Path(path).is_dir():
             Path(path).unlink(missing_ok=True)
         else:
             warnings.warn(f"{path} is no checkpoint of this run and is not removed.", stacklevel=2)

@@ -21,6 +21,10 @@ _CLASS_KEYS = ("class_path", "_class_path")
 _FILE_KEYS = (*WEIGHT_ARGUMENTS, "weights")
 
 
+SPAWNED = ".temp.ckpt"
+"""File of weights alone, in a temporary folder, by which Lightning's spawned processes hand them to the first one."""
+
+
 class PlainCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints as Lightning does, and reads them as tensors and plain data only.
 
@@ -38,6 +42,8 @@ class PlainCheckpointIO(TorchCheckpointIO):
             InputError: the file names code, is damaged, or is not a checkpoint of a LightningModule.
         """
         content = read_checkpoint(path)
+        if isinstance(content, dict) and Path(path).name == SPAWNED:
+            return content
         if not isinstance(content, dict) or not isinstance(content.get("state_dict"), dict):
             raise InputError(
                 f"{path} is not a checkpoint of `cli.py fit`; pass weights alone as backbone_ckpt, or to `explain`."

@@ -332,3 +332,18 @@ def test_a_trial_run_moves_no_checkpoint(two_fits):
     trainer = pl.Trainer(callbacks=[BestCheckpoint(), LastCheckpoint()], **options)
     trainer.fit(Scored(1.0), loader, loader, ckpt_path=mine / "checkpoints" / "last.ckpt")
     assert files_of(other) == before
+
+
+def test_weights_that_spawned_processes_hand_over_are_read_and_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    folder, elsewhere = tmp_path / "tmp123", tmp_path / "run" / "deep"
+    for each in (folder, elsewhere):
+        each.mkdir(parents=True)
+        torch.save({"layer.weight": torch.ones(2)}, each / ".temp.ckpt")
+    io = RunCheckpointIO([tmp_path / "other"])
+    assert io.load_checkpoint(folder / ".temp.ckpt")["layer.weight"].tolist() == [1.0, 1.0]
+    io.remove_checkpoint(folder / ".temp.ckpt")
+    with pytest.warns(UserWarning, match="is not removed"):
+        io.remove_checkpoint(elsewhere / ".temp.ckpt")
+    assert not (folder / ".temp.ckpt").exists()
+    assert (elsewhere / ".temp.ckpt").exists()
