@@ -57,6 +57,16 @@ def data_root(name: str, root: str | os.PathLike[str] | None = None) -> Path:
     )
 
 
+def default_workers(cores: int, processes: int) -> int:
+    """Loader processes of each of some processes on one machine: a fair share of the cores but one, from 1 to 8.
+
+    Example:
+        >>> default_workers(cores=16, processes=1), default_workers(cores=16, processes=4), default_workers(2, 8)
+        (8, 3, 1)
+    """
+    return max(1, min(8, cores // processes - 1))
+
+
 def _one_thread(worker: int) -> None:
     # Decoding and augmentation are already spread over the workers; OpenCV's own threads would compete for the same
     # cores.
@@ -86,7 +96,8 @@ class ImageDataModule(LightningDataModule):
         mean: mean of each channel, for pixel values in [0,1]; None computes it from the training split and caches it.
         std: standard deviation of each channel, above 0; None computes it likewise, with 1 for a constant channel.
         batch_size: samples per batch and process.
-        num_workers: worker processes per loader.
+        num_workers: worker processes per loader; None takes none on a CPU, where they compete with the network, and
+            with a GPU the CPU's cores but one, divided among the processes of the machine, up to 8.
         seed: seed of the order of training samples and of the augmentation.
         balanced_sampler: draw training batches with batch_size / num_classes samples of each class.
         drop_last: leave out an incomplete last training batch.
@@ -146,7 +157,7 @@ class ImageDataModule(LightningDataModule):
         mean: list[float] | None,
         std: list[float] | None,
         batch_size: int = 32,
-        num_workers: int = 0,
+        num_workers: int | None = None,
         seed: int = 42,
         balanced_sampler: bool = False,
         drop_last: bool = False,
@@ -358,6 +369,15 @@ class ImageDataModule(LightningDataModule):
     def _ranks(self) -> tuple[int, int]:
         return (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
 
+    def _workers(self) -> int:
+        """`num_workers`, or a number that suits the device."""
+        if self.num_workers is not None:
+            return self.num_workers
+        strategy = getattr(self.trainer, "strategy", None)
+        if self.trainer is None or strategy is None or strategy.root_device.type == "cpu":
+            return 0
+        return default_workers(os.cpu_count() or 1, self.trainer.num_devices)
+
     @staticmethod
     def collate(samples: list[dict[str, Any]]) -> dict[str, Any]:
         """Stack samples of a dataset into one batch."""
@@ -366,15 +386,16 @@ class ImageDataModule(LightningDataModule):
     def _loader(
         self, dataset: ImageDataset, sampler: Sampler, drop_last: bool = False, kind: type[DataLoader] = DataLoader
     ) -> DataLoader:
+        workers = self._workers()
         return kind(
             dataset,
             batch_size=self.batch_size,
             sampler=sampler,
             drop_last=drop_last,
-            num_workers=self.num_workers,
+            num_workers=workers,
             collate_fn=self.collate,
             worker_init_fn=_one_thread,
-            persistent_workers=self.num_workers > 0,
+            persistent_workers=workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
 

@@ -158,10 +158,11 @@ def check_targets(targets: Tensor, num_classes: int) -> None:
     Raises:
         InputError: a target is outside of 0..num_classes - 1.
     """
-    outside = targets[(targets < 0) | (targets >= num_classes)]
-    if len(outside):
+    outside = (targets < 0) | (targets >= num_classes)
+    if bool(outside.any()):
+        first = int(targets[outside][0])
         raise InputError(
-            f"targets must be from 0 to {num_classes - 1}, the model has {num_classes} classes; got {int(outside[0])}."
+            f"targets must be from 0 to {num_classes - 1}, the model has {num_classes} classes; got {first}."
         )
 
 

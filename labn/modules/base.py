@@ -9,7 +9,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torchmetrics import Accuracy, MeanMetric, Metric
+from torchmetrics import Accuracy, Metric
 
 from labn.errors import InputError, printable
 from labn.metrics.forecast import ForecastSkill
@@ -19,6 +19,7 @@ from labn.modules.checked_states import check_states
 from labn.modules.losses import WeightedCrossEntropy
 from labn.modules.provenance import check_trained_on
 from labn.modules.ranks import synchronise_buffers
+from labn.modules.weighted_mean import WeightedMean
 
 MAX_CONFUSION_CLASSES = 10
 """Largest number of classes whose confusion matrix is logged: it has a value for every pair of classes."""
@@ -218,11 +219,11 @@ class ClassificationModule(CheckedModule):
         super().__init__()
         self.num_classes = num_classes
         # The underscores avoid `train`, which is a method of every module and no valid key of a ModuleDict.
-        self.epoch_loss = nn.ModuleDict({stage: MeanMetric() for stage in ("train_", "val_", "test_")})
+        self.epoch_loss = nn.ModuleDict({stage: WeightedMean() for stage in ("train_", "val_", "test_")})
         self.epoch_accuracy = nn.ModuleDict(
             {s: Accuracy(task="multiclass", num_classes=num_classes) for s in ("train_", "val_", "test_")}
         )
-        self.epoch_top5_error = nn.ModuleDict({stage: MeanMetric() for stage in ("train_", "val_", "test_")})
+        self.epoch_top5_error = nn.ModuleDict({stage: WeightedMean() for stage in ("train_", "val_", "test_")})
         self.skill = nn.ModuleDict({stage: ForecastSkill(num_classes) for stage in ("val_", "test_")})
 
     def forward(self, images: Tensor) -> Any:

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 
 from labn.errors import InputError
 from labn.models.attention_branch import AttentionBranchNetwork, BranchOutput, gate_health
@@ -20,6 +20,7 @@ from labn.modules.base import ClassificationModule
 from labn.modules.guidance import SaliencyGuidance, attention_maps, frozen_batchnorm, input_gradient, masked_images
 from labn.modules.losses import make_loss
 from labn.modules.optim import on_cosine, on_plateau, parameter_groups
+from labn.modules.weighted_mean import WeightedMean
 from labn.perturbation.fills import make_fill
 
 GATE = ("open", "empty")
@@ -177,7 +178,7 @@ class LABN(ClassificationModule):
         self.branch_weight = branch_weight
         self.guidance, self.gate_schedule = guidance, gate_schedule
         self.bias_image: Tensor | None = None
-        self.gate = nn.ModuleDict({f"{s}_{v}": MeanMetric() for s in ("train", "val") for v in GATE})
+        self.gate = nn.ModuleDict({f"{s}_{v}": WeightedMean() for s in ("train", "val") for v in GATE})
         self.train()  # the trainer does not call it, and keeps the modes that it finds
 
     def train(self, mode: bool = True) -> LABN:
@@ -277,7 +278,7 @@ class LABN(ClassificationModule):
             return
         for name, value in zip(GATE, gate_health(attention, self.network.threshold(attention))):
             metric = self.gate[f"{stage}_{name}"]
-            assert isinstance(metric, MeanMetric)
+            assert isinstance(metric, WeightedMean)
             metric.update(value, weight=len(attention))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import Metric
 
 from labn.errors import InputError
 from labn.metrics.average_precision import AveragePrecision
@@ -19,6 +19,7 @@ from labn.models.checkpoints import load_backbone
 from labn.models.detectors import Detections, Predictions, Thresholds, detect, ssd300
 from labn.models.detectors.torchvision_ssd import SSD300_SIDE, TorchvisionSSD
 from labn.modules.base import CheckedModule
+from labn.modules.weighted_mean import WeightedMean
 
 LOSSES = ("classification", "localisation", "loss")
 Parameters = Iterator[nn.Parameter]
@@ -28,7 +29,7 @@ OPTIMIZERS: dict[str, Callable[[Parameters, float, float], Optimizer]] = {
 }
 
 
-class MatchedMean(MeanMetric):
+class MatchedMean(WeightedMean):
     """Mean over matched default boxes, with their number in each batch as weight; 0 without any, as SSD's loss."""
 
     def compute(self) -> Tensor:

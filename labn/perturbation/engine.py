@@ -365,7 +365,7 @@ class PerturbationEngine:
     def _set_hashes(self, pixel_ranks: Tensor, counts: Tensor, keep: str) -> Tensor:
         """Zobrist hash (S, K) of every set of kept pixels: the sum of the pixels' random keys, modulo 2**64."""
         ranks = pixel_ranks.flatten(1).long()
-        size = int(max(ranks.max(), counts.max())) + 2
+        size = int(torch.maximum(ranks.max(), counts.max())) + 2
         keys = self._pixel_keys.expand_as(ranks)
         # After the cumulative sum, entry r holds the keys of all pixels of rank < r: one pass serves all counts.
         below = torch.zeros(len(ranks), size, dtype=torch.long, device=ranks.device).scatter_add_(1, ranks + 1, keys)

@@ -141,6 +141,17 @@ def positive(contrast: Contrast | None) -> Mapper:
     return mapper
 
 
+def smoothed(mapper: Mapper, side: int = 33) -> Mapper:
+    """The same maps, averaged over squares of `side` pixels, in which positive and negative relevance cancel."""
+
+    def smooth(model: nn.Module, image: Tensor, target: Tensor) -> tuple[Tensor, float]:
+        maps, arrived = mapper(model, image, target)
+        pool = torch.nn.AvgPool2d(side, stride=1, padding=side // 2, count_include_pad=False)
+        return pool(maps[:, None])[:, 0], arrived
+
+    return smooth
+
+
 def explained(name: str) -> Mapper:
     """Maps of an explainer by name."""
     explainer = explainer_by_name(name)
@@ -156,6 +167,8 @@ def methods() -> dict[str, Mapper]:
             # z+ divides the relevance of a class by its own contributions; epsilon divides it by the logit.
             scaled = start if settings.get("linear_rule") else LogitContrast(start)
             found[f"against {against}: {below}"] = propagated(settings, scaled)
+    for name in ("lrp", *(f"against {against}: zplus" for against in STARTS)):
+        found[f"{name}, smoothed"] = smoothed(found[name])
     found["positive: zplus"] = positive(None)
     found |= {f"positive against {against}: zplus": positive(start) for against, start in STARTS.items()}
     return found

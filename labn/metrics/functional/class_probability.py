@@ -50,7 +50,8 @@ def class_probability(logits: Tensor, classes: Tensor, probability: str = "softm
             "the model has one logit, whose softmax is 1 whatever the image shows; insertion-deletion and "
             "fill_probability read it with probability='sigmoid'."
         )
-    if len(classes) and not 0 <= int(classes.min()) <= int(classes.max()) < number:
+    # One question to the device, which has to wait for the answer.
+    if bool(((classes < 0) | (classes >= number)).any()):
         raise InputError(
             f"labels and targets must be from 0 to {number - 1}, as the model has {number} classes; "
             f"got {int(classes.min())} to {int(classes.max())}."
