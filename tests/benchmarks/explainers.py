@@ -4,9 +4,10 @@
 
 The limit of each line is the plain forward that the method cannot do without: of the prepared model (channels last,
 BatchNorm folded) for RISE and Score-CAM, a graph-free forward of the network itself in channels last for the Grad-CAM
-family, one forward and K passes of the tail for Ablation-CAM. Rounds run limit, method, method, limit; medians of the
-rounds' ratios, of process CPU time (the machine may be shared) and of wall time.
-Bars: RISE 1.05, Grad-CAM family 1.05, Score-CAM 1.06, Ablation-CAM 1.3.
+family, one forward and K passes of the tail for Ablation-CAM, one gradient in channels last for the gradient family. Rounds run
+limit, method, method, limit; medians of the rounds' ratios, of process CPU time (the machine may be shared) and of wall
+time.
+Bars: RISE and a gradient 1.05, Grad-CAM family 1.05, Score-CAM 1.06, Ablation-CAM 1.3.
 """
 
 from __future__ import annotations
@@ -29,6 +30,14 @@ from labn.inference.fast_copy import fast_copy
 
 SIZE = 224
 GRADCAM_FAMILY = ("cam", "gradcam", "gradcam++", "xgradcam", "amg")
+GRADIENT_FAMILY = {
+    "gradient": (),
+    "smoothgrad": ("n_samples",),
+    "integrated_gradients": ("n_steps",),
+    "smoothgradcam++": ("n_samples",),
+}
+"""Name -> the argument that is the number of gradients."""
+GRADIENTS = 8
 Pair = tuple[Callable[[], object], Callable[[], object], float]
 
 
@@ -96,6 +105,19 @@ def ablationcam(model: nn.Module, image: Tensor, layer: str) -> Pair:
     return limit, lambda: explainer(model, image, torch.tensor([1])), 1.3
 
 
+def gradients(name: str, model: nn.Module, image: Tensor, batch: int) -> Pair:
+    """A member of the gradient family, of one or of `GRADIENTS` gradients, beside one gradient in channels last."""
+    options = dict.fromkeys(GRADIENT_FAMILY[name], GRADIENTS)
+    explainer, images = explainer_by_name(name, **options), image.repeat(batch, 1, 1, 1)
+    targets = torch.ones(batch, dtype=torch.long)
+
+    def limit() -> None:
+        leaf = images.clone(memory_format=torch.channels_last).requires_grad_()
+        torch.autograd.grad(model(leaf)[:, 1].sum(), leaf)
+
+    return limit, lambda: explainer(model, images, targets), GRADIENTS if options else 1.05
+
+
 def main() -> None:
     """Print one line per method."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -113,6 +135,9 @@ def main() -> None:
     for batch in (1, 8):
         for name in GRADCAM_FAMILY:
             lines[f"{name}, batch {batch}"] = lambda n=name, b=batch: gradcam_like(n, model, image, b)  # type: ignore[misc]
+    for name in GRADIENT_FAMILY:
+        for batch in (1, 16) if name == "gradient" else (1,):
+            lines[f"{name}, batch {batch}"] = lambda n=name, b=batch: gradients(n, model, image, b)  # type: ignore[misc]
     lines["scorecam, layer1.0.conv1"] = lambda: scorecam(model, image, "layer1.0.conv1")
     lines["ablationcam, layer4"] = lambda: ablationcam(model, image, "layer4")
     lines["ablationcam, layer4.1.conv3"] = lambda: ablationcam(model, image, "layer4.1.conv3")
