@@ -4,8 +4,8 @@
 
 The limit of each line is the plain forward that the method cannot do without: of the prepared model (channels last,
 BatchNorm folded) for RISE and Score-CAM, a graph-free forward of the network itself in channels last for the Grad-CAM
-family, one forward and K passes of the tail for Ablation-CAM, one gradient in channels last for the gradient family. Rounds run
-limit, method, method, limit; medians of the rounds' ratios, of process CPU time (the machine may be shared) and of wall
+family, one forward and K passes of the tail for Ablation-CAM, one gradient in channels last for the gradient family.
+Rounds run limit, method, method, limit; medians of ratios, of process CPU time (the machine may be shared) and of wall
 time.
 Bars: RISE and a gradient 1.05, Grad-CAM family 1.05, Score-CAM 1.06, Ablation-CAM 1.3.
 """
