@@ -24,14 +24,14 @@ DIRECTIONS: dict[str, tuple[float, float]] = {
 """Classes -> (x, y) from the square to the disc; y counts downwards."""
 
 _DISTANCE = 16.0  # between the centres of square and disc, in units of 1/64 of the side
-_REACH = 7.5  # radius of the circle round a shape that no other shape enters
+_REACH = 8.0  # radius of the circle round a shape that no other shape enters
 
 
 class RelationPainter:
     """Paints a square, a disc beside it, and 3 to 5 triangles and crosses elsewhere, all in random colours.
 
     The class is the direction from the square to the disc. Neither of the two tells it alone, and the other shapes, in
-    the same colours and of about the same size, tell nothing: the truth is a relation of two shapes, and no texture.
+    the same colours and of the same area, tell nothing: the truth is a relation of two shapes, and no texture.
 
     Args:
         size: side in pixels, at least 48; all shapes scale with it.
@@ -55,14 +55,14 @@ class RelationPainter:
         """
         square, disc = self._pair(rng, direction)
         layers = [
-            BlendedLayer("square", self._polygon(square, 5.5, 4, rng.uniform(-0.3, 0.3)), self._colour(rng)),
-            BlendedLayer("disc", self._disc(disc, 6.0), self._colour(rng)),
+            BlendedLayer("square", self._polygon(square, 4.9, 4, rng.uniform(-0.3, 0.3)), self._colour(rng)),
+            BlendedLayer("disc", self._disc(disc, 5.5), self._colour(rng)),
         ]
         taken = [square, disc]
         for number in range(int(rng.integers(3, 6))):
             at, turn = self._free_position(rng, taken), rng.uniform(0, 2 * np.pi)
             kind = ("triangle", "cross")[int(rng.integers(2))]
-            alpha = self._polygon(at, 3.6, 3, turn) if kind == "triangle" else self._cross(at, turn)
+            alpha = self._polygon(at, 4.3, 3, turn) if kind == "triangle" else self._cross(at, turn)
             layers.append(BlendedLayer(f"{kind} {number + 1}", alpha, self._colour(rng)))
             taken.append(at)
         shape = (self.size, self.size, 3)
@@ -111,12 +111,12 @@ class RelationPainter:
         """Two bars at a right angle."""
         x, y = self.x - at[0], self.y - at[1]
         along = np.abs(x * np.cos(turn) + y * np.sin(turn)), np.abs(y * np.cos(turn) - x * np.sin(turn))
-        bars = [np.maximum(a - 6.5 * self.unit, b - 2.0 * self.unit) for a, b in (along, along[::-1])]
+        bars = [np.maximum(a - 6.5 * self.unit, b - 2.2 * self.unit) for a, b in (along, along[::-1])]
         return self._soft(np.minimum(*bars))
 
 
 # Part of the data hash; has to be increased whenever the same arguments paint other pixels.
-_VERSION = 1
+_VERSION = 2
 
 
 class SyntheticRelations(ImageDataModule):

@@ -13,10 +13,18 @@ if TYPE_CHECKING:
     from labn.metrics.confidence import ADCC, AverageDrop, PercentIncrease
     from labn.metrics.descriptions import ValueDescription
     from labn.metrics.errors import ErrorAnalysis
+    from labn.metrics.faithfulness import Completeness, Infidelity, SensitivityN
     from labn.metrics.filled import FillProbability
     from labn.metrics.forecast import ForecastSkill
     from labn.metrics.insertion_deletion import PatchInsertionDeletion
-    from labn.metrics.localisation import MapAUROC, PointingGame, RelevanceMass, RelevanceRank
+    from labn.metrics.localisation import (
+        MapAUROC,
+        MapIoU,
+        PointingGame,
+        RelevanceMass,
+        RelevanceRank,
+        TopKLocalisation,
+    )
     from labn.metrics.percentage_in import PercentageIn
     from labn.metrics.randomisation import Randomisation
     from labn.metrics.registry import (
@@ -27,9 +35,11 @@ if TYPE_CHECKING:
         register_metric,
         values_named,
     )
+    from labn.metrics.road import ROAD
     from labn.metrics.scene import SceneAgreement
     from labn.metrics.scores import SampleScores, Scores, ScoresByMethod
     from labn.metrics.sparseness import Sparseness
+    from labn.metrics.stability import RandomLogit, Sensitivity
     from labn.metrics.statistics import Interval, bootstrap_mean, bootstrap_sums, paired_difference
 
 _MODULES = {
@@ -37,10 +47,11 @@ _MODULES = {
     "confidence": ("ADCC", "AverageDrop", "PercentIncrease"),
     "descriptions": ("ValueDescription",),
     "errors": ("ErrorAnalysis",),
+    "faithfulness": ("Completeness", "Infidelity", "SensitivityN"),
     "filled": ("FillProbability",),
     "forecast": ("ForecastSkill",),
     "insertion_deletion": ("PatchInsertionDeletion",),
-    "localisation": ("MapAUROC", "PointingGame", "RelevanceMass", "RelevanceRank"),
+    "localisation": ("MapAUROC", "MapIoU", "PointingGame", "RelevanceMass", "RelevanceRank", "TopKLocalisation"),
     "percentage_in": ("PercentageIn",),
     "randomisation": ("Randomisation",),
     "registry": (
@@ -51,25 +62,32 @@ _MODULES = {
         "register_metric",
         "values_named",
     ),
+    "road": ("ROAD",),
     "scene": ("SceneAgreement",),
     "scores": ("SampleScores", "Scores", "ScoresByMethod"),
     "sparseness": ("Sparseness",),
+    "stability": ("RandomLogit", "Sensitivity"),
     "statistics": ("Interval", "bootstrap_mean", "bootstrap_sums", "paired_difference"),
 }
 
 __all__ = [
     "ADCC",
+    "ROAD",
     "AverageDrop",
+    "Completeness",
     "ErrorAnalysis",
     "FillProbability",
     "ForecastSkill",
+    "Infidelity",
     "Interval",
     "MapAUROC",
+    "MapIoU",
     "MetricEntry",
     "PatchInsertionDeletion",
     "PercentIncrease",
     "PercentageIn",
     "PointingGame",
+    "RandomLogit",
     "Randomisation",
     "RelevanceMass",
     "RelevanceRank",
@@ -79,7 +97,10 @@ __all__ = [
     "ScoredBatch",
     "Scores",
     "ScoresByMethod",
+    "Sensitivity",
+    "SensitivityN",
     "Sparseness",
+    "TopKLocalisation",
     "ValueDescription",
     "bootstrap_mean",
     "bootstrap_sums",

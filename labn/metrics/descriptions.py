@@ -112,6 +112,37 @@ DESCRIPTIONS: dict[str, ValueDescription | Maker] = {
     r"auroc": ValueDescription(
         "probability that a pixel inside the mask or box is higher than one outside; chance gets 0.5", "[0, 1]", "high"
     ),
+    r"iou": ValueDescription(
+        "intersection over union of the mask or box and the pixels above Otsu's threshold", "[0, 1]", "high"
+    ),
+    r"topk_localisation": ValueDescription(
+        "intersection over union of the mask or box and as many of the highest pixels as it has", "[0, 1]", "high"
+    ),
+    r"completeness": ValueDescription(
+        "relative gap between the map's sum and what the class's logit loses on the bare fill", "[0, inf)", "low"
+    ),
+    r"sensitivity_n": ValueDescription(
+        "correlation, over random sets of patches, of the map's sum with what the class's logit loses without them",
+        "[-1, 1]",
+        "high",
+    ),
+    r"infidelity": ValueDescription(
+        "mean squared gap, over random sets of patches, between the map's scaled sum and what the class's logit loses",
+        "[0, inf)",
+        "low",
+    ),
+    r"(?P<which>max|avg)_sensitivity": lambda match: ValueDescription(
+        f"{'largest' if match['which'] == 'max' else 'mean'} relative change of the map under small noise",
+        "[0, inf)",
+        "low",
+    ),
+    r"road": ValueDescription(
+        "half the difference of the class's probability without the least and without the most relevant pixels, which "
+        "become means of their neighbours; a map without information gets 0",
+        "[-0.5, 0.5]",
+        "high",
+    ),
+    r"random_logit": ValueDescription("rank correlation of the map with that of another class", "[-1, 1]", "low"),
     r"errors_id": ValueDescription("the value id, by which failures are chosen", "[-1, 1]", "high"),
     r"errors_coverage": ValueDescription("share of the mask or box that the map's area covers", "[0, 1]"),
     r"errors_outside": ValueDescription("share of the map's area outside of the mask or box", "[0, 1]"),

@@ -12,9 +12,11 @@ from labn.metrics.base import SampleMetric, ScoredBatch
 from labn.metrics.functional.localisation import (
     boxes_to_masks,
     map_auroc,
+    otsu_iou,
     pointing_game,
     relevance_mass,
     relevance_rank,
+    topk_localisation,
 )
 from labn.metrics.scores import SampleScores
 
@@ -134,3 +136,41 @@ class MapAUROC(LocalisationMetric):
     def compare(self, maps: Tensor, masks: Tensor) -> Tensor:
         """`map_auroc`."""
         return map_auroc(maps, masks)
+
+
+class MapIoU(LocalisationMetric):
+    """Intersection over union of region and thresholded map: see `labn.metrics.functional.otsu_iou`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> maps, masks = torch.tensor([[[3.0, 2.9], [1.0, 0.0]]]), torch.tensor([[[False, True], [True, False]]])
+        >>> images, target, index = torch.zeros(1, 1, 2, 2), torch.tensor([0]), torch.tensor([0])
+        >>> MapIoU().score(nn.Identity(), images, maps, target, index, masks=masks)
+        {'iou': tensor([0.3333], dtype=torch.float64)}
+    """
+
+    name = "iou"
+
+    def compare(self, maps: Tensor, masks: Tensor) -> Tensor:
+        """`otsu_iou`."""
+        return otsu_iou(maps, masks)
+
+
+class TopKLocalisation(LocalisationMetric):
+    """Intersection over union of region and highest pixels: see `labn.metrics.functional.topk_localisation`.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> maps, masks = torch.tensor([[[3.0, 2.0], [1.0, 0.0]]]), torch.tensor([[[False, True], [True, False]]])
+        >>> images, target, index = torch.zeros(1, 1, 2, 2), torch.tensor([0]), torch.tensor([0])
+        >>> TopKLocalisation().score(nn.Identity(), images, maps, target, index, masks=masks)
+        {'topk_localisation': tensor([0.3333], dtype=torch.float64)}
+    """
+
+    name = "topk_localisation"
+
+    def compare(self, maps: Tensor, masks: Tensor) -> Tensor:
+        """`topk_localisation`."""
+        return topk_localisation(maps, masks)

@@ -14,13 +14,23 @@ from labn.metrics.base import SampleMetric
 from labn.metrics.confidence import ADCC, AverageDrop, PercentIncrease
 from labn.metrics.descriptions import ValueDescription, own_description
 from labn.metrics.errors import ErrorAnalysis
+from labn.metrics.faithfulness import Completeness, Infidelity, SensitivityN
 from labn.metrics.filled import FillProbability
 from labn.metrics.insertion_deletion import PatchInsertionDeletion
-from labn.metrics.localisation import MapAUROC, PointingGame, RelevanceMass, RelevanceRank
+from labn.metrics.localisation import (
+    MapAUROC,
+    MapIoU,
+    PointingGame,
+    RelevanceMass,
+    RelevanceRank,
+    TopKLocalisation,
+)
 from labn.metrics.percentage_in import FORMS, PERCENTS, PercentageIn
 from labn.metrics.randomisation import Randomisation
+from labn.metrics.road import ROAD
 from labn.metrics.scene import SceneAgreement
 from labn.metrics.sparseness import Sparseness
+from labn.metrics.stability import RandomLogit, Sensitivity
 
 
 @dataclass(frozen=True)
@@ -100,6 +110,8 @@ _PERCENTAGE = rf"pctin(_(?P<form>{'|'.join(FORMS)}))?(?P<q>[1-9]\d?|100)"
 
 _PERCENTAGE_EXAMPLES = tuple(f"pctin{form}{q}" for form in ("", *(f"_{form}" for form in FORMS)) for q in PERCENTS)
 
+LOCALISATION = (RelevanceMass, PointingGame, RelevanceRank, MapAUROC, MapIoU, TopKLocalisation)
+
 REGISTRY: list[MetricEntry] = [
     MetricEntry(r"id" + _SUFFIX, PatchInsertionDeletion, _pixel_wise, tuple(f"id{suffix}" for suffix in _SUFFIXES)),
     MetricEntry(_FAMILY + _SUFFIX, PatchInsertionDeletion, _insertion_deletion, _FAMILY_EXAMPLES),
@@ -111,9 +123,15 @@ REGISTRY: list[MetricEntry] = [
     MetricEntry(r"average_drop", AverageDrop, _no_arguments, ("average_drop",)),
     MetricEntry(r"percent_increase", PercentIncrease, _no_arguments, ("percent_increase",)),
     MetricEntry(r"adcc", ADCC, _no_arguments, ("adcc",)),
+    MetricEntry(r"completeness", Completeness, _no_arguments, ("completeness",)),
+    MetricEntry(r"sensitivity_n", SensitivityN, _no_arguments, ("sensitivity_n",)),
+    MetricEntry(r"infidelity", Infidelity, _no_arguments, ("infidelity",)),
+    MetricEntry(r"(max|avg)_sensitivity", Sensitivity, _no_arguments, ("max_sensitivity", "avg_sensitivity")),
+    MetricEntry(r"road", ROAD, _no_arguments, ("road",)),
+    MetricEntry(r"random_logit", RandomLogit, _no_arguments, ("random_logit",)),
     MetricEntry(_SCENE, SceneAgreement, _scene, _SCENE_EXAMPLES),
     MetricEntry(r"errors", ErrorAnalysis, _no_arguments, ("errors",)),
-    *(MetricEntry(m.name, m, _no_arguments, (m.name,)) for m in (RelevanceMass, PointingGame, RelevanceRank, MapAUROC)),
+    *(MetricEntry(m.name, m, _no_arguments, (m.name,)) for m in LOCALISATION),
 ]
 
 
@@ -143,7 +161,9 @@ def metric_by_name(name: str, **shared: Any) -> SampleMetric:
             - `fill_probability`, `average_drop`, `percent_increase`, `adcc`;
             - `pctin_prob<q>`, `pctin_logit<q>`, `pctin_ratio<q>` for a percentage q, `pctin<q>` (the logit), and
               `pctin` (all three at 5, 10, 20, 25 and 50 % from one curve);
-            - `mass`, `pointing`, `rank`, `auroc`, `errors`, `randomisation`, `sparseness`;
+            - `mass`, `pointing`, `rank`, `auroc`, `iou`, `topk_localisation`, `errors`, `randomisation`, `sparseness`;
+            - `completeness`, `sensitivity_n`, `infidelity`, `road`, `max_sensitivity`, `avg_sensitivity`,
+              `random_logit`;
             - `scene`, `scene_top`, `scene_logit`, `scene_logit_top`, each also with the suffix `@shapley`;
             - a name of a family that `register_metric` added.
         shared: settings for all metrics, such as `mean`, `std`, `fill`; each metric receives those it has.

@@ -20,14 +20,25 @@ DDP = "--trainer.strategy=ddp"
 
 # Beside other images, and in batches of another size, the matrix products add up in another order (a single row is a
 # product of its own kind), which moves logits and maps in their last float32 digits: by less than 1e-6, times a
-# hundred in percent. ADCC scales a map to [0, 1] first, which divides its digits by its range: the occlusion maps of
-# the untrained lambda network range over .009 to .016 beside logits of .1, whose last digit (7e-9) becomes 1e-6.
-# Values that depend on the order of pixels alone may jump further where two pixels of a map are equal but for such
-# digits and change places; that is rare, and one place in a curve.
+# hundred in percent. The gap of completeness is divided by what may be a small logit. ADCC scales a map to [0, 1]
+# first, which divides its digits by its range: the occlusion maps of the untrained lambda network range over .009 to
+# .016 beside logits of .1, whose last digit (7e-9) becomes 1e-6. Values that depend on the order of pixels alone may
+# jump further where two pixels of a map are equal but for such digits and change places; that is rare, and one place
+# in a curve.
 ROUNDING = 1e-6
 SWAP, SWAPPED_SHARE = 1e-4, 0.01
-SCALE = {"average_drop": 100, "percent_increase": 100, "adcc": 10, "adcc_coherency": 10, "adcc_complexity": 10}
-ORDER = re.compile(r"(errors_)?id|(insertion|deletion)1|pctin_\w+|randomisation|auroc|rank")
+SCALE = {
+    "completeness": 100,
+    "sensitivity_n": 10,
+    "average_drop": 100,
+    "percent_increase": 100,
+    "adcc": 10,
+    "adcc_coherency": 10,
+    "adcc_complexity": 10,
+}
+ORDER = re.compile(
+    r"(errors_)?id|(insertion|deletion)1|pctin_\w+|randomisation|auroc|rank|iou|topk_localisation|random_logit"
+)
 
 
 @pytest.fixture(scope="module")

@@ -37,8 +37,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 # where that turns two nearly equal pixels, values that depend on order alone go another way for one place of a curve.
 ROUNDING = 1e-4
 SWAP = 1e-2
-ORDER = re.compile(r"(errors_)?id|insertion1|deletion1|pctin_\w+|randomisation|auroc|rank|(insertion|deletion)8@random")
-PERCENT = ("average_drop", "percent_increase")
+ORDER = re.compile(
+    r"(errors_)?id|insertion1|deletion1|pctin_\w+|randomisation|auroc|rank|iou|topk_localisation|random_logit|(insertion|deletion)8@random"
+)
+PERCENT = ("average_drop", "percent_increase", "completeness")
 
 
 def difference(a: Tensor, b: Tensor) -> float:

@@ -6,7 +6,16 @@ from hypothesis import strategies as st
 from scoring_models import Constant
 
 from labn.metrics import MapAUROC, PointingGame, RelevanceMass, RelevanceRank
-from labn.metrics.functional import boxes_to_masks, map_auroc, pointing_game, relevance_mass, relevance_rank
+from labn.metrics.functional import (
+    boxes_to_masks,
+    map_auroc,
+    otsu_iou,
+    otsu_regions,
+    pointing_game,
+    relevance_mass,
+    relevance_rank,
+    topk_localisation,
+)
 
 MASK = torch.tensor([[[1, 1, 0], [0, 0, 0]]], dtype=torch.bool)
 
@@ -106,3 +115,30 @@ def test_localisation_metrics_accept_masks_or_boxes(metric):
     assert torch.equal(boxed, filled)
     with pytest.raises(ValueError, match=f"metric '{metric.name}' compares with ground truth"):
         one.score(model, images, maps, ones, torch.arange(3))
+
+
+def test_iou_by_hand():
+    """Two of three region pixels are above the threshold, and one other pixel: 2 / 4."""
+    maps = torch.tensor([[[0.9, 0.8, 0.1], [0.95, 0.0, 0.2]]])
+    masks = torch.tensor([[[True, True, True], [False, False, False]]])
+    assert otsu_iou(maps, masks).tolist() == [0.5]
+    assert otsu_iou(masks.float(), masks).tolist() == [1.0]
+    assert otsu_iou(torch.full_like(maps, 0.3), masks).tolist() == [0.5]  # the whole image
+    assert otsu_iou(maps, torch.zeros_like(masks)).isnan().all()
+    assert topk_localisation(masks.float(), masks).tolist() == [1.0]
+    assert topk_localisation(-masks.float(), masks).tolist() == [0.0]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_otsu_regions_are_the_best_of_all_thresholds(seed):
+    values = torch.randn(1, 5, 6, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).exp()
+    values[0, 0, :3] = values[0, 1, 0]  # ties
+
+    def between(above):
+        share = above.double().mean()
+        return share * (1 - share) * (values[above].mean() - values[~above].mean()) ** 2
+
+    best = max((values > t for t in values.unique()[:-1]), key=between)
+    assert torch.equal(otsu_regions(values), best)
+    assert torch.equal(otsu_regions(1e-30 * values), best)
+    assert torch.equal(otsu_regions(1e30 * values - 5), best)

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import warnings
 
+import cv2
 import numpy as np
 import pytest
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 
-from labn.metrics import PatchInsertionDeletion
-from labn.metrics.functional import gini_index, pointing_game, relevance_mass, relevance_rank
+from labn.explainers import Gradient
+from labn.metrics import PatchInsertionDeletion, RandomLogit
+from labn.metrics.functional import (
+    gini_index,
+    otsu_regions,
+    pointing_game,
+    relative_changes,
+    relevance_mass,
+    relevance_rank,
+    topk_localisation,
+)
 
 quantus = pytest.importorskip("quantus", reason="quantus is not installed")
 QUIET = {"disable_warnings": True, "display_progressbar": False}
@@ -128,3 +139,55 @@ def test_black_of_quantus_is_not_black(model: nn.Module, images: Tensor, maps: T
     expected = model(black.view(1, 3, 1, 1).expand(1, 3, SIZE, SIZE)).softmax(1)[0, 0].item()
     assert curve.deletion[0, -1].item() == pytest.approx(expected, abs=1e-6)
     assert curve.deletion[0, 0].item() - expected != pytest.approx(found[0, -1], abs=1e-3)
+
+
+def test_avg_and_max_sensitivity_have_quantus_definition(model: nn.Module, images: Tensor, maps: Tensor) -> None:
+    """The same norm of the same difference, of the same noise."""
+    moved = maps + 0.1 * torch.rand(4, SIZE, SIZE, generator=torch.Generator().manual_seed(5))
+    before, after = (values.double().flatten(1).numpy() for values in (maps, moved))
+    expected = quantus.norm_func.fro_norm(after - before) / quantus.norm_func.fro_norm(before)
+    assert relative_changes(maps, moved).numpy() == pytest.approx(expected, abs=1e-9)
+
+
+def test_random_logit_equals_quantus_of_two_classes(images: Tensor) -> None:
+    """With two classes the other one is the same in both; Quantus draws it from a global generator."""
+    torch.manual_seed(0)
+    two = nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, 8), nn.Tanh(), nn.Linear(8, 2)).eval()
+    targets, indices = torch.tensor([0, 1, 1, 0]), torch.arange(4)
+    maps = Gradient()(two, images, targets)
+    found = RandomLogit().score(two, images, maps, targets, indices, explainer=Gradient())["random_logit"]
+
+    def explain(model: nn.Module, inputs: np.ndarray, targets: np.ndarray, **_: object) -> np.ndarray:
+        return Gradient()(model, torch.as_tensor(inputs), torch.as_tensor(targets))[:, None].numpy()
+
+    def spearman(a: np.ndarray, b: np.ndarray, **_: object) -> np.ndarray:  # Quantus' own fails on single images
+        return np.array([spearmanr(x, y)[0] for x, y in zip(a, b)])
+
+    metric = quantus.RandomLogit(num_classes=2, similarity_func=spearman, abs=False, normalise=False, **QUIET)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = metric(
+            model=two, x_batch=images.numpy(), y_batch=targets.numpy(), a_batch=maps[:, None].numpy().copy(),
+            explain_func=explain, device="cpu",
+        )  # fmt: skip
+    assert found.numpy() == pytest.approx(np.asarray(expected, dtype=float), abs=1e-6)
+
+
+def test_topk_localisation_follows_quantus_topk_intersection(
+    model: nn.Module, images: Tensor, maps: Tensor, masks: Tensor
+) -> None:
+    """Quantus counts the share of the k highest pixels inside; with k the mask's size, the union follows from it."""
+    focused = maps + masks * torch.tensor([1.0, 0, 0.1, 0.5])[:, None, None]
+    for sample in range(4):
+        one = slice(sample, sample + 1)
+        metric = quantus.TopKIntersection(k=int(masks[sample].sum()), **QUIET)
+        share = theirs(metric, model, images[one], focused[one], masks[one])
+        assert topk_localisation(focused[one], masks[one]).numpy() == pytest.approx(share / (2 - share), abs=1e-6)
+
+
+def test_otsu_regions_equal_opencvs_on_grey_values(maps: Tensor) -> None:
+    """OpenCV's threshold is one of 256 grey values; between two neighbouring values any threshold is the same."""
+    grey = (maps**3 * 255).round().to(torch.uint8)
+    for image, region in zip(grey, otsu_regions(grey.float())):
+        _, expected = cv2.threshold(image.numpy(), 0, 1, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
+        assert np.array_equal(region.numpy(), expected.astype(bool))

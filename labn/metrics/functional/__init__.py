@@ -10,6 +10,7 @@ from labn.metrics.functional.errors import (
     kinds_of_error,
     region_shares,
 )
+from labn.metrics.functional.faithfulness import completeness_gap, scaled_infidelity, subset_correlation
 from labn.metrics.functional.insertion_deletion import (
     InsertionDeletionCurves,
     insertion_deletion_curves,
@@ -25,9 +26,12 @@ from labn.metrics.functional.insertion_deletion import (
 from labn.metrics.functional.localisation import (
     boxes_to_masks,
     map_auroc,
+    otsu_iou,
+    otsu_regions,
     pointing_game,
     relevance_mass,
     relevance_rank,
+    topk_localisation,
 )
 from labn.metrics.functional.scene import (
     object_importances,
@@ -38,6 +42,7 @@ from labn.metrics.functional.scene import (
     shapley_design,
 )
 from labn.metrics.functional.similarity import correlation, midranks, rank_correlation
+from labn.metrics.functional.stability import relative_changes
 
 __all__ = [
     "KINDS",
@@ -46,6 +51,7 @@ __all__ = [
     "adcc",
     "boxes_to_masks",
     "class_probability",
+    "completeness_gap",
     "confidence_drop",
     "confidence_increase",
     "correlation",
@@ -61,6 +67,8 @@ __all__ = [
     "object_importances",
     "object_opinions",
     "official_counts",
+    "otsu_iou",
+    "otsu_regions",
     "painted_importances",
     "paper_counts",
     "patch_counts",
@@ -69,10 +77,14 @@ __all__ = [
     "pointing_game",
     "rank_correlation",
     "region_shares",
+    "relative_changes",
     "relevance_mass",
     "relevance_rank",
     "removal_design",
+    "scaled_infidelity",
     "scene_agreement",
     "shapley_design",
+    "subset_correlation",
+    "topk_localisation",
     "trapezoid_area",
 ]

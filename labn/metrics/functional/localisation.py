@@ -149,3 +149,76 @@ def map_auroc(maps: Tensor, masks: Tensor) -> Tensor:
     # U counts the pairs (inside, outside) in the right order; midranks count tied pairs as one half.
     wins = rank_sum - positive * (positive + 1) / 2
     return _nan_unless((positive > 0) & (negative > 0), wins / (positive * negative).clamp(min=1))
+
+
+def otsu_regions(maps: Tensor) -> Tensor:
+    """Pixels above Otsu's threshold, which maximises the variance between the two groups (Otsu 1979).
+
+    The threshold lies between two values of the map itself; no histogram is made.
+
+    Args:
+        maps: (B, H, W).
+
+    Returns:
+        (B, H, W) bool; all pixels of a constant map.
+
+    Example:
+        >>> otsu_regions(torch.tensor([[[0.1, 0.2, 0.9], [0.0, 0.8, 0.1]]])).int()
+        tensor([[[0, 0, 1],
+                 [0, 1, 0]]], dtype=torch.int32)
+    """
+    values = maps.double().flatten(1)
+    # Scaled to [0, 1], so that squares neither overflow nor underflow.
+    low = values.amin(1, keepdim=True)
+    values = values - low
+    values = values / values.amax(1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
+    ordered = values.sort(1).values
+    below = torch.arange(1, ordered.shape[1], dtype=ordered.dtype, device=ordered.device)
+    share = below / ordered.shape[1]
+    sums = ordered.cumsum(1)[:, :-1] / ordered.shape[1]
+    between = (ordered.mean(1, keepdim=True) * share - sums).square() / (share * (1 - share))
+    # Equal values are never parted.
+    between = torch.where(ordered[:, 1:] > ordered[:, :-1], between, -1)
+    best, place = between.max(1, keepdim=True) if between.shape[1] else (ordered.new_full((len(ordered), 1), -1),) * 2
+    threshold = torch.where(best >= 0, ordered.gather(1, place.long().clamp(min=0)), -1)
+    return (values > threshold).view(maps.shape)
+
+
+def otsu_iou(maps: Tensor, masks: Tensor) -> Tensor:
+    """Intersection over union of the region and the pixels above Otsu's threshold, see `otsu_regions`.
+
+    Args:
+        maps: (B, H, W).
+        masks: (B, H, W) bool.
+
+    Returns:
+        (B,) float64 in [0, 1]; the region's share of the image for a constant map, NaN where the region is empty.
+
+    Example:
+        >>> maps, masks = torch.tensor([[[0.1, 0.9, 0.8]]]), torch.tensor([[[False, True, False]]])
+        >>> otsu_iou(maps, masks)
+        tensor([0.5000], dtype=torch.float64)
+    """
+    _, inside = _flat(maps, masks)
+    above = otsu_regions(maps).flatten(1)
+    union = (above | inside).sum(1)
+    return _nan_unless(inside.any(1), (above & inside).sum(1).double() / union.clamp(min=1))
+
+
+def topk_localisation(maps: Tensor, masks: Tensor) -> Tensor:
+    """Intersection over union of the region and as many of the highest pixels as the region has.
+
+    Args:
+        maps: (B, H, W).
+        masks: (B, H, W) bool.
+
+    Returns:
+        (B,) float64 in [0, 1]: r / (2 - r) with the share r of `relevance_rank`, which is the expectation over the
+        order of tied pixels; NaN where the region is empty.
+
+    Example:
+        >>> topk_localisation(torch.tensor([[[3.0, 2.0, 1.0]]]), torch.tensor([[[True, False, True]]]))
+        tensor([0.3333], dtype=torch.float64)
+    """
+    share = relevance_rank(maps, masks)
+    return share / (2 - share)
