@@ -15,7 +15,7 @@ from labn.inference.fingerprint import ModelCache, note_written
 from labn.inference.folding import fold_batchnorm
 from labn.inference.hooks import recording_calls
 from labn.inference.model_traits import repeat_each_other
-from labn.inference.modes import evaluating, matching, run_model
+from labn.inference.modes import evaluating, matching, run_model, to_channels_last
 from labn.inference.packing import can_pack, pack_convolutions
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def _build(model: nn.Module, probe: Tensor, form: FastForm, dtype: torch.dtype) 
     probe = probe.clone()  # folding and packing run the model, which may write on its input
     copied = fold_batchnorm(model, probe) if form.folded else deep_copy(model).eval()
     if copied is not None:
-        copied = copied.to(memory_format=torch.channels_last)
+        to_channels_last(copied)
         if form.packed:
             pack_convolutions(copied, probe, cpu_chunk(probe), dtype)
     return copied
@@ -150,7 +150,7 @@ def fast_copy(model: nn.Module, images: Tensor, *, fold: bool = True, dtype: tor
 
     The choice depends on the machine, the weights and the images' shape, device and dtype, never on their content, so
     that every rank chooses alike. It is made once per model, and again after weights, modules, hooks or attributes have
-    changed (see `labn.inference.fingerprint`; a change through `.data` is not noticed).
+    changed (see `labn.inference.fingerprint`).
 
     Args:
         model: any module that returns logits or an object with `.logits`; not changed.

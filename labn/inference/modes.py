@@ -52,6 +52,17 @@ def run_model(
     return logits_of(model(images.clone(memory_format=memory_format or torch.preserve_format)))
 
 
+def to_channels_last(model: nn.Module) -> None:
+    """Lay out the weights of 2-D convolutions with the channels last, in place.
+
+    `model.to(memory_format=torch.channels_last)` fails for a network that also has 3-D convolutions, whose weights have
+    five axes, as timm's lambda layers do.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+
+
 def fast_logits(model: nn.Module, images: Tensor) -> Tensor:
     """Logits (B, num_classes), computed in channels_last, in which convolutions are faster, where the model allows it.
 

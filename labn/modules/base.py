@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchmetrics import Accuracy, Metric
 
 from labn.errors import InputError, printable
+from labn.inference.modes import to_channels_last
 from labn.metrics.forecast import ForecastSkill
 from labn.models.backbones import AUXILIARY_HEADS
 from labn.models.checkpoints import LoadReport, misfit
@@ -75,7 +76,7 @@ class CheckedModule(pl.LightningModule):
         # the network, and a later change would permute the first gradients of kernels above 1x1.
         if stage == "fit":
             self.memory_format = torch.channels_last
-            self.network.to(memory_format=torch.channels_last)
+            to_channels_last(self.network)
 
     def _check_channels(self) -> None:
         data = getattr(self._trainer, "datamodule", None)

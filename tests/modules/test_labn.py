@@ -214,3 +214,11 @@ def test_a_cosine_ends_at_its_floor(tmp_path):
 def test_options_that_no_training_can_follow_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         module(**options)
+
+
+def test_a_network_with_3d_convolutions_is_laid_out_for_training():
+    module = LABN("timm/lambda_resnet26t", split="stages.1.1", network_options={"branch_options": {"planes": 8}})
+    module.setup("fit")
+    formats = {p.is_contiguous(memory_format=torch.channels_last) for p in module.parameters() if p.ndim == 4}
+    assert formats == {True}
+    assert any(parameter.ndim == 5 for parameter in module.parameters())
