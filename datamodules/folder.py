@@ -15,6 +15,7 @@ from datamodules.io.splits import SPLITS, Split, readable_records, split_off, wi
 from datamodules.io.transforms import PUBLISHED, Augmentation
 from labn.errors import InputError, MissingFileError
 from labn.io.images import by_stem, check_crop, image_files, other_files
+from labn.io.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from labn.io.readers import non_utf8_name
 
 _SPLIT_NAMES = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
@@ -60,8 +61,11 @@ class ImageFolder(ImageDataModule):
     Without a folder `train`, all images are split at random (seeded, every class in the same shares) into training,
     validation and test; with `train` but without `val`, validation is split off the training images. Byte-identical
     images never lie in two splits: the held-out image stays, its copies are removed from training, and `report()` lists
-    them. Alpha channels are dropped, 16-bit values are divided by 256, and grey images are repeated over three channels
-    (with `channels: 1`, colour images are converted to grey).
+    them. A folder with `test` alone, or `test` and `val`, is for networks that are trained already; it needs `mean` and
+    `std`.
+
+    Alpha channels are dropped, 16-bit values are divided by 256, and grey images are repeated over three channels (with
+    `channels: 1`, colour images are converted to grey).
 
     Args:
         root: the folder; `$VARIABLES` are expanded.
@@ -135,7 +139,8 @@ class ImageFolder(ImageDataModule):
             MissingFileError: `root` does not exist.
             InputError: `root` holds fewer than two class folders, or only folders with other names for splits.
         """
-        folder = self._folder("train") if self._has("train") else data_root(self.root.name, self.root)
+        split: Split | None = "train" if self._has("train") else "test" if self._is_only_tested() else None
+        folder = self._folder(split) if split else data_root(self.root.name, self.root)
         names = _subfolders(folder)
         if folder == self.root and {name.lower() for name in names} <= _SPLIT_NAMES and names:
             raise InputError(f"{folder} holds {', '.join(names)}; rename them to train, val and test.")
@@ -164,6 +169,20 @@ class ImageFolder(ImageDataModule):
     def _has(self, split: Split) -> bool:
         return self._folder(split).is_dir()
 
+    def _is_only_tested(self) -> bool:
+        """Whether `root` holds the folder `test`, maybe `val`, and nothing else: pictures for a trained network."""
+        return self._has("test") and set(_subfolders(self.root)) <= {"val", "test"}
+
+    @property
+    def mean(self) -> list[float]:
+        """As in the base class; without a training split, it must be given."""
+        if self._mean is None and self._is_only_tested():
+            raise InputError(
+                f"{self.root} has no training split to compute mean and std from; give those of the network, such as "
+                f"data.init_args.mean {list(IMAGENET_MEAN)} and data.init_args.std {list(IMAGENET_STD)} for ImageNet's."
+            )
+        return super().mean
+
     def _folder(self, split: Split) -> Path:
         return self.root / split
 
@@ -171,7 +190,10 @@ class ImageFolder(ImageDataModule):
         if self.mask_root is not None and not self.mask_root.is_dir():
             raise MissingFileError(f"mask_root {self.mask_root} does not exist.")
         self._notes, self._scan = [], _FolderScan()
-        splits = self._read_splits() if self._has("train") else self._draw_splits(self._read(self.root, ""))
+        if self._has("train"):
+            splits = self._read_splits()
+        else:
+            splits = self._read_test() if self._is_only_tested() else self._draw_splits(self._read(self.root, ""))
         if self.mask_root is not None and not self._scan.masked:
             unpaired = self._scan.unpaired_masks
             first = f"{unpaired[0]} fits none" if unpaired else "it has none in the folders of `root`"
@@ -203,6 +225,11 @@ class ImageFolder(ImageDataModule):
             train, val, notes = split_off(train, self.val_fraction, self.split_seed, stratified=True)
             self._notes += notes
         return {"train": train, "val": val, "test": test}
+
+    def _read_test(self) -> dict[Split, list[Record]]:
+        """Read the test images, which are also validated on where there is no folder `val`."""
+        test = self._read(self._folder("test"), "test")
+        return {"val": self._read(self._folder("val"), "val") if self._has("val") else test, "test": test}
 
     def _check_other_folders(self) -> None:
         """Raise for a folder beside `train` with another name for a split (`validation`), and note all others."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from typing import Any
 
 import lightning.pytorch as pl
@@ -231,7 +233,10 @@ class EvaluationCallback(ExplainingCallback):
             scored,
         )
         if trainer.state.fn != "fit":
-            print(f"\n{self.folder}: mean [95 % interval]\n{summary_table(summary, self._headline())}")
+            width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+            table = summary_table(summary, self._headline(), width)
+            title = "mean [95 % interval]" if "[" in table else "mean; 95 % intervals are in summary.csv"
+            print(f"\n{self.folder}: {title}\n{table}")
             read = [sentence for name in self._asked() if (sentence := reading(summary, pairs, name))]
             print("".join(f"{sentence}\n" for sentence in read[:1]), end="")
         return {f"{explainer}/{metric}": interval.mean for (explainer, metric), interval in summary.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,9 +11,9 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from callbacks.explanation.lifecycle import Schedule, stage_folder
+from callbacks.explanation.progress import MapProgress
 from labn.errors import InputError
 from labn.explainers import Explainer, GroundTruthMap
 from labn.inference.fingerprint import digest, settings_digest, weights_digest
@@ -127,17 +126,7 @@ class ExplanationSession:
         self._batch = ((), None)
         # Samples are divided evenly among the ranks, so that the bar of rank zero stands for all of them.
         share = -(-len(self.samples) // trainer.world_size)
-        self.progress = tqdm(
-            total=share * len(self.explainers),
-            desc="explaining",
-            unit="map",
-            file=sys.stderr,
-            mininterval=20.0,
-            # A line every 20 s tells a log file enough; a second bar under Lightning's would tear both apart.
-            delay=20.0,
-            leave=False,
-            disable=not trainer.is_global_zero,
-        )
+        self.progress = MapProgress(trainer, share * len(self.explainers))
 
     def close(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """End a stage; warn if the loop ended before all chosen samples had been reached; a collective."""

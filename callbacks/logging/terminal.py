@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
+from rich.table import Column
 
 from callbacks.explanation.base import ExplainingCallback, callbacks_of
 from callbacks.explanation.detections import DetectionCallback
@@ -39,7 +40,16 @@ class SentenceParser(LightningArgumentParser):
 
 
 class RunProgressBar(RichProgressBar):
-    """Lightning's progress bar without the version of the logger, beside which the metrics would not fit in a line."""
+    """Lightning's progress bar in one line: without the version of the logger, and cut where the terminal ends.
+
+    Metrics that are wrapped leave copies of the bar behind when their number of lines changes.
+    """
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Start the bar."""
+        super().on_train_start(trainer, pl_module)
+        if (column := self._metric_component) is not None:
+            column._table_column = Column(no_wrap=True, overflow="ellipsis")
 
     def get_metrics(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule

@@ -368,13 +368,25 @@ def write_manifest(folder: Path, facts: dict[str, Any]) -> None:
     write_atomically(folder / MANIFEST, text.encode())
 
 
-def summary_table(summary: dict[tuple[str, str], Interval], names: Sequence[str]) -> str:
-    """Means and intervals as plain text: one line per explainer, one column per value."""
+def summary_table(summary: Mapping[tuple[str, str], Interval], names: Sequence[str], width: int | None = None) -> str:
+    """Means and intervals as plain text: one line per explainer, one column per value.
+
+    Args:
+        summary: (explainer, value) -> mean and interval.
+        names: names of the values.
+        width: characters of a line; the intervals are left out if the table would be wider. None: any.
+    """
+    table = _summary_table(summary, names, bracketed=True)
+    fits = width is None or max(map(len, table.splitlines())) <= width
+    return table if fits else _summary_table(summary, names, bracketed=False)
+
+
+def _summary_table(summary: Mapping[tuple[str, str], Interval], names: Sequence[str], bracketed: bool) -> str:
     explainers = list(dict.fromkeys(explainer for explainer, _ in summary))
     cells = [["", *names]]
     for explainer in explainers:
         intervals = [summary.get((explainer, name)) for name in names]
-        cells.append([explainer, *(f"{i.mean:.3f}{i.bracketed}" if i else "-" for i in intervals)])
+        cells.append([explainer, *(f"{i.mean:.3f}{i.bracketed if bracketed else ''}" if i else "-" for i in intervals)])
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in cells]
     return "\n".join(lines)

@@ -21,7 +21,7 @@ from callbacks.logging.terminal import (
 )
 from labn.explainers import explainer_by_name
 from labn.metrics.statistics import Interval
-from labn.results.tables import reading
+from labn.results.tables import reading, summary_table
 
 
 @pytest.fixture
@@ -171,3 +171,12 @@ def test_a_table_says_what_zero_is_and_whether_the_best_method_beats_random(boun
     assert said.startswith("pid16: a map without information gets 0 (random: 0.010 [-0.100, 0.100]); ")
     assert told in said
     assert reading(summary, {}, "mass") == ""
+
+
+def test_a_table_that_is_wider_than_the_terminal_has_means_only():
+    means = {("gradcam", name): Interval(0.25, 0.125, 0.5, 20) for name in ("pid16", "mass")}
+    whole = summary_table(means, ["pid16", "mass"])
+    assert "0.250 [0.125, 0.500]" in whole
+    width = max(map(len, whole.splitlines()))
+    assert summary_table(means, ["pid16", "mass"], width) == whole
+    assert summary_table(means, ["pid16", "mass"], width - 1).split() == ["pid16", "mass", "gradcam", "0.250", "0.250"]

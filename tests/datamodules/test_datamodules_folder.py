@@ -140,6 +140,20 @@ def write_splits(root: Path, *parts: str) -> Path:
     return root
 
 
+def test_a_folder_with_a_test_alone_is_for_trained_networks(tmp_path: Path) -> None:
+    data = folder(write_splits(tmp_path / "given", "test"), mean=[0.5] * 3, std=[0.25] * 3)
+    data.setup("test")
+    assert data.class_names == ["cat", "dog"]
+    assert data.splits == ["val", "test"]
+    assert len(data.labels("test")) == 8
+    with pytest.raises(ValueError, match="has no train split, only val, test"):
+        data.train_dataloader()
+    with pytest.raises(ValueError, match=r"given has no training split to compute mean and std from; .*mean \[0\.485"):
+        _ = folder(tmp_path / "given").mean
+    shutil.copytree(tmp_path / "given" / "test", tmp_path / "given" / "other")
+    assert folder(tmp_path / "given").class_names == ["other", "test"]
+
+
 @pytest.mark.parametrize("name", ["valid", "Validation", "dev"])
 def test_a_split_folder_of_another_name_raises(tmp_path: Path, name: str) -> None:
     root = write_splits(tmp_path / "given", "train", "test", name)
