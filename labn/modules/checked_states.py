@@ -144,7 +144,7 @@ def _check_of(own: Any, name: str) -> Callable[[Any, Any, str], None] | None:
     for kind, check in ((bool, _check_bool), (int, _check_count), (float, _check_real), (str, _check_text)):
         if isinstance(own, kind):
             return check
-    return _check_score if isinstance(own, Tensor) and own.ndim == 0 else None
+    return _check_scalar if isinstance(own, Tensor) and own.ndim == 0 else None
 
 
 def _check_dict(own: Any, stored: Any, where: str) -> None:
@@ -180,3 +180,7 @@ def _check_text(own: Any, stored: Any, where: str) -> None:
 
 def _check_score(own: Any, stored: Any, where: str) -> None:
     _require(stored is None or _is_number(stored), where, stored, "a number or nothing")
+
+
+def _check_scalar(own: Any, stored: Any, where: str) -> None:
+    _require(isinstance(stored, Tensor) and stored.ndim == 0, where, stored, "a tensor of one number")

@@ -107,8 +107,8 @@ def _built(
         trained.load_state_dict(content["state_dict"])
         preprocessing = content.get(KEY)
         return trained.network.eval(), None if preprocessing is None else Preprocessing(**preprocessing)
-    except (TypeError, ValueError, AttributeError) as error:
-        reason = str(error).rstrip(".") or type(error).__name__
+    except Exception as error:  # arguments from a stranger may make a network fail in any way
+        reason = str(error).partition("\n")[0].rstrip(".") or type(error).__name__
         raise InputError(f"{path} does not describe a network that can be built here: {reason}.") from error
 
 

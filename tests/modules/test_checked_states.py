@@ -7,6 +7,7 @@ from fuzzing import fit, write_checkpoint
 
 from callbacks.checkpoint import RunCheckpointIO
 from labn.errors import InputError
+from labn.modules.restore import restore
 
 EARLY = "EarlyStopping{'monitor': 'val/loss', 'mode': 'min'}"
 
@@ -41,7 +42,7 @@ WRONG = [
     (LOOP, {"epoch_loop.batch_progress": []}, r"batch_progress is \[\] and must"),
     ((), {"global_step": "x"}, r"global_step is 'x' and must be a whole number from 0"),
     (("callbacks", EARLY), {"wait_count": None}, r"wait_count is None and must be a whole number"),
-    (("callbacks", EARLY), {"best_score": "a"}, r"best_score is 'a' and must be a number or nothing"),
+    (("callbacks", EARLY), {"best_score": 1}, r"best_score is 1 and must be a tensor of one number"),
     ((), {"optimizer_states": []}, r"optimizer_states is \[\] and must be a list of 1"),
     ((*OPTIMIZER, "state", 0), {"exp_avg": 0.5}, r"state\[0\]\.exp_avg is 0.5 and must be a tensor"),
     ((*OPTIMIZER, "state", 0), {"step": 0}, r"state\[0\]\.step is 0 and must be a number from 1"),
@@ -83,3 +84,11 @@ def test_a_test_with_states_of_another_form_ends_with_a_sentence(run, tmp_path):
     data = SyntheticFundus(n_train=4, n_val=2, n_test=2, image_size=48, batch_size=2)
     with pytest.raises(InputError, match=r"patience is \[\] and must be a whole number"):
         trainer.test(LABN("lambda_resnet", split=1, network_options=branch), data, tmp_path / "changed.ckpt")
+
+
+def test_arguments_that_no_network_takes_are_named(run, tmp_path):
+    content = torch.load(run / "stranger.ckpt", weights_only=True)
+    content["hyper_parameters"]["bn_epochs"] = torch.ones(2)
+    torch.save(content, tmp_path / "changed.ckpt")
+    with pytest.raises(InputError, match=r"changed\.ckpt does not describe a network that can be built here: Boolean"):
+        restore(tmp_path / "changed.ckpt")
