@@ -66,6 +66,7 @@ ELSEWHERE = {
     "pip install -q -e .": ".ci/run",
     "pip install -q -e '.[test]'": ".ci/run",
     "pip install -q -e '.[demo]'": ".ci/run",
+    "pip install -q -e '.[export]'": ".ci/run",
     "python -m pytest -q -n auto": ".ci/run",
     "python -m pytest -q -n auto -m 'not slow'": ".ci/run",
     "python -m pytest -q tests/lrp": ".ci/run",

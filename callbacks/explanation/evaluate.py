@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.checks import check_scorable
-from callbacks.explanation.base import ExplainingCallback
+from callbacks.explanation.base import ExplainingCallback, callbacks_of
 from callbacks.explanation.session import ExplainedBatch
 from labn.errors import InputError
 from labn.explainers import Explainer, explainer_by_name
@@ -53,7 +53,8 @@ class EvaluationCallback(ExplainingCallback):
 
     Raises:
         InputError: a metric or precision is unknown, `chunk_size` is below 1, `positives_only` holds a negative number,
-            or `metric_options` sets an argument of this callback or a property of the data.
+            `metric_options` sets an argument of this callback or a property of the data, or a trainer has several of
+            this callback.
     """
 
     def __init__(
@@ -91,6 +92,10 @@ class EvaluationCallback(ExplainingCallback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the settings against the trainer, and the metrics and classes against the data."""
         super().setup(trainer, pl_module, stage)
+        if sum(isinstance(callback, EvaluationCallback) for callback in callbacks_of(trainer)) > 1:
+            raise InputError(
+                "Several EvaluationCallbacks would replace each other's tables; name all metrics in one of them."
+            )
         if self.schedule.is_ever_due(trainer):
             data = trainer.datamodule  # type: ignore[attr-defined]
             positive_classes(data, self.settings["positives_only"])

@@ -89,6 +89,13 @@ def test_a_class_index_as_target_is_explained(tmp_path):
         ExplanationCallback({"gradcam": None}, target="best")
 
 
+def test_several_evaluation_callbacks_would_replace_each_others_tables(tmp_path):
+    callbacks = [ExplanationCallback({"gradcam": None}), EvaluationCallback(["pid16"]), EvaluationCallback(["mass"])]
+    with pytest.raises(ValueError, match="Several EvaluationCallbacks would replace each other's tables"):
+        trainer(tmp_path, *callbacks).test(network(), data(), verbose=False)
+    assert not (tmp_path / "test").exists()
+
+
 def test_every_sample_is_explained_once_and_scored_by_every_metric(tmp_path):
     counted = Counted()
     explain = ExplanationCallback({"counted": counted})
