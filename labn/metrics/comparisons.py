@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from scipy.special import ndtri, stdtr, stdtrit
 from torch import Tensor
 
 from labn.metrics.intervals import FEW, Interval, MeanTable
-from labn.metrics.statistics import batches, intervals, mean_of, mean_table, shared_deviations
+from labn.metrics.statistics import batches, intervals, masks_of, mean_of, mean_table, shared_deviations
 
 _CELLS = 1 << 21  # differences of resampled means in memory at once (16 MiB)
 _SAME = 1e-9  # means closer than this share of their range are tied
@@ -130,7 +130,8 @@ class _Prepared:
         methods: number M of methods.
         used: numbers of the m methods with any value.
         pairs: (P, 2) pairs of them.
-        tables: the table of means, with a column per pair behind the methods if values are missing; the last table is
+        apart: (P,) bool, pairs of methods that have values of different samples.
+        tables: the table of means, with the differences of the pairs in `apart` behind the methods; the last table is
             that of the samples that all methods have, from which ranks come.
         means: (P,) mean differences.
     """
@@ -142,21 +143,21 @@ class _Prepared:
         self.used: list[int] = used.nonzero()[:, 0].tolist()
         self.pairs = torch.combinations(torch.arange(len(self.used)))
         columns, groups = value.columns[rows][:, used], _chosen(value.groups, rows)
-        common = ~columns.isnan().any(1)
-        self.is_complete = bool(common.all())
-        differences = (columns[:, a] - columns[:, b] for a, b in self.pairs.tolist())
-        if self.is_complete:
-            self.tables = [mean_table(columns, groups)]
-            self.means = torch.tensor([mean_of(difference) for difference in differences], dtype=torch.float64)
-        else:
-            wide = torch.stack([*columns.T, *differences], dim=1)
-            self.tables = [mean_table(wide, groups), mean_table(columns[common], _chosen(groups, common))]
-            self.means = self.tables[0].means[len(self.used) :]
+        there = ~columns.isnan()
+        common = there.all(1)
+        _, kinds = masks_of(there)
+        self.apart = kinds[self.pairs[:, 0]] != kinds[self.pairs[:, 1]]
+        differences = [columns[:, a] - columns[:, b] for a, b in self.pairs[self.apart].tolist()]
+        self.tables = [mean_table(torch.cat([columns, *(d[:, None] for d in differences)], dim=1), groups)]
+        if not bool(common.all()):
+            self.tables.append(mean_table(columns[common], _chosen(groups, common)))
+        pairs = (columns[:, a] - columns[:, b] for a, b in self.pairs.tolist())
+        self.means = torch.tensor([mean_of(pair[~pair.isnan()]) for pair in pairs], dtype=torch.float64)
 
     @property
     def cells(self) -> int:
         """Number of values of the tables."""
-        return sum(table.sums.numel() for table in self.tables)
+        return sum(table.cells for table in self.tables)
 
     def compare(self, deviations: Sequence[Tensor], level: float) -> MethodComparison:
         """The comparison, from the deviations (R, K) of the resampled means of every table."""
@@ -173,26 +174,29 @@ class _Prepared:
 
     def _differences(self, deviations: Tensor, level: float) -> Iterator[tuple[tuple[int, int], Difference]]:
         """The differences of all pairs with common samples, from the deviations of the first table."""
-        first, second = self.pairs.T
-        drawn = deviations[:, first] - deviations[:, second] if self.is_complete else deviations[:, len(self.used) :]
-        table = self._pair_table()
-        p, adjusted = step_down(self.means, drawn, table.freedom().expand(len(self.pairs)))
+        drawn, table = self._of_pairs(deviations, torch.sub), self._pair_table()
+        p, adjusted = step_down(self.means, drawn, table.freedom())
         alone = intervals(table, drawn, level)
         for (a, b), interval, *values in zip(self.pairs.tolist(), alone, p.tolist(), adjusted.tolist()):
             if interval.n:
                 figures = (interval.mean, interval.low, interval.high, interval.n)
                 yield (self.used[a], self.used[b]), Difference(*figures, *values)
 
+    def _of_pairs(self, columns: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Columns (..., P) of the pairs: combined from those of both methods, or their own if the pair is `apart`."""
+        first, second = self.pairs.T
+        found = combine(columns[..., first], columns[..., second])
+        found[..., self.apart] = columns[..., len(self.used) :]
+        return found
+
     def _pair_table(self) -> MeanTable:
         """The table of the differences of all pairs."""
         table = self.tables[0]
-        if not self.is_complete:
-            return table.chosen(slice(len(self.used), None))
-        first, second = self.pairs.T
+        counts, size_of = (self._of_pairs(c, lambda first, _: first) for c in (table.counts, table.size_of))
         # Percentiles do not read the sums, which for many samples and pairs would be larger than memory.
         few = len(table.sums) < FEW
-        sums = table.sums[:, first] - table.sums[:, second] if few else table.sums[:, :1].expand(-1, len(first))
-        return MeanTable(self.means, table.counts[first], sums, table.sizes)
+        sums = self._of_pairs(table.sums, torch.sub) if few else table.sums[:, :1].expand(-1, len(self.pairs))
+        return MeanTable(self.means, counts, sums, table.sizes, size_of)
 
 
 def _chosen(groups: Tensor | None, rows: Tensor) -> Tensor | None:

@@ -60,18 +60,25 @@ class MeanTable:
         means: (K,) means over samples.
         counts: (K,) int64, number of samples of each column.
         sums: (G, K) sums over each unit of the deviations from the mean.
-        sizes: (G, K) number of samples of each unit that a column has; (G, 1) where it is the same for all columns.
+        sizes: (G, S) numbers of samples of each unit, once for all columns that have the same samples.
+        size_of: (K,) int64, the column of `sizes` that belongs to each mean.
     """
 
     means: Tensor
     counts: Tensor
     sums: Tensor
     sizes: Tensor
+    size_of: Tensor
+
+    @property
+    def cells(self) -> int:
+        """Number of values of `sums` and `sizes`."""
+        return self.sums.numel() + self.sizes.numel()
 
     def chosen(self, columns: slice | Tensor) -> MeanTable:
         """The table of some of the columns."""
-        sizes = self.sizes if self.sizes.shape[1] == 1 else self.sizes[:, columns]
-        return MeanTable(self.means[columns], self.counts[columns], self.sums[:, columns], sizes)
+        own = self.means[columns], self.counts[columns], self.sums[:, columns]
+        return MeanTable(*own, self.sizes, self.size_of[columns])
 
     def resampled(self, n_resamples: int, seed: int) -> Tensor:
         """(R, K) deviations of the means of R resamples of units from `means`; NaN for a resample without samples."""
@@ -80,13 +87,13 @@ class MeanTable:
         return self.deviations(drawn)
 
     def deviations(self, drawn: Tensor) -> Tensor:
-        """(R, K) deviations of means from resampled sums (R, K + 1 or 2 K) of `sums` and `sizes` side by side."""
+        """(R, K) deviations of means from resampled sums (R, K + S) of `sums` and `sizes` side by side."""
         count = self.sums.shape[1]
-        return drawn[:, :count] / drawn[:, count:]
+        return drawn[:, :count] / drawn[:, count:][:, self.size_of]
 
     def freedom(self) -> Tensor:
-        """(K or 1,) effective number of units, (sum s)^2 / sum s^2 for units of s samples (Kish 1965)."""
-        return self.sizes.sum(0).square() / self.sizes.square().sum(0)
+        """(K,) effective number of units, (sum s)^2 / sum s^2 for units of s samples (Kish 1965)."""
+        return (self.sizes.sum(0).square() / self.sizes.square().sum(0))[self.size_of]
 
     def bounds(self, deviations: Tensor, level: float) -> tuple[Tensor, Tensor]:
         """Lower and upper bounds (K,) of the means; NaN for columns with fewer than two units.
@@ -103,7 +110,7 @@ class MeanTable:
         """
         if len(self.sums) < 2:
             return torch.full_like(self.means, torch.nan), torch.full_like(self.means, torch.nan)
-        units = (self.sizes > 0).sum(0).expand(len(self.means))
+        units = (self.sizes > 0).sum(0)[self.size_of]
         levels = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64).expand(len(units), 2)
         few = units < FEW
         if bool(few.any()):
@@ -115,15 +122,15 @@ class MeanTable:
         return (self.means + low).masked_fill(alone, torch.nan), (self.means + high).masked_fill(alone, torch.nan)
 
     def _bca_levels(self, deviations: Tensor, level: float) -> Tensor:
-        total, size = self.sums.sum(0), self.sizes.sum(0)
-        jackknife = ((total - self.sums) / (size - self.sizes)).masked_fill(self.sizes == 0, torch.nan)
+        sizes = self.sizes[:, self.size_of]
+        jackknife = (self.sums.sum(0) - self.sums) / (sizes.sum(0) - sizes)
+        jackknife = jackknife.masked_fill(sizes == 0, torch.nan)
         return bca_levels(bias(deviations), acceleration(jackknife), level, self.freedom())
 
     def _widened(self, bound: Tensor) -> Tensor:
         freedom = self.freedom()
-        unit_means = (
-            self.sums / self.sizes
-        ).nan_to_num()  # a unit without samples counts as the mean, inside the range
+        # A unit without samples counts as the mean, which is inside the range.
+        unit_means = (self.sums / self.sizes[:, self.size_of]).nan_to_num()
         return torch.clamp(bound * freedom / (freedom - 1), unit_means.amin(0), unit_means.amax(0))
 
 
@@ -138,7 +145,7 @@ def bca_levels(bias: Tensor, acceleration: Tensor, level: float, freedom: Tensor
         bias: (K,) z0.
         acceleration: (K,) a.
         level: coverage, in (0, 1).
-        freedom: (K,) or (1,) number of units G; z is then sqrt(G / (G - 1)) times the quantile of Student's t with
+        freedom: (K,) number of units G; z is then sqrt(G / (G - 1)) times the quantile of Student's t with
             G - 1 degrees of freedom (Hesterberg 2015). None takes the normal quantile.
 
     Returns:
@@ -153,7 +160,6 @@ def bca_levels(bias: Tensor, acceleration: Tensor, level: float, freedom: Tensor
     if freedom is not None:
         degrees = (freedom - 1).clamp(min=1e-3).numpy()
         z = torch.as_tensor(stdtrit(degrees, (1 + level) / 2)) * (freedom / (freedom - 1)).sqrt()
-        z = z.expand(len(bias))
     sides = bias[:, None] + torch.stack([-z, z], dim=1)
     # A denominator of 0 or less puts the bound at the end of the resamples.
     shrunk = (1 - acceleration[:, None] * sides).clamp(min=1e-9)

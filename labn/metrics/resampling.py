@@ -44,25 +44,30 @@ def resampled_sums(sums: Tensor, n_resamples: int, seed: int) -> Tensor:
         >>> sorted(set(drawn[:, 0].tolist())), set(drawn[:, 1].tolist())
         ([0.0, 1.0, 2.0], {2.0})
     """
-    rounded, scale = _fixed_point(sums)
+    return resample_in_place(sums.clone(), n_resamples, seed)
+
+
+def resample_in_place(sums: Tensor, n_resamples: int, seed: int) -> Tensor:
+    """`resampled_sums` of a tensor that is overwritten, because many columns may take much of the memory."""
+    scale = _to_fixed_point(sums)
     resampled = sums.new_empty(n_resamples, sums.shape[1])
     start = 0
     for counts in _draw_counts(len(sums), n_resamples, seed):
-        torch.mm(counts, rounded, out=resampled[start : start + len(counts)])
+        torch.mm(counts, sums, out=resampled[start : start + len(counts)])
         start += len(counts)
     return resampled.mul_(scale)
 
 
-def _fixed_point(columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns (G, F) as integers in float64 of which G add up exactly, and the power of two (F,) that each counts."""
+def _to_fixed_point(columns: Tensor) -> Tensor:
+    """Round columns (G, F) to integers of which G add up exactly; the power of two (F,) that each counts."""
     bits = _MANTISSA - (len(columns) - 1).bit_length()
     low, high = columns.aminmax(dim=0)
     largest = torch.maximum(high, -low)
     # The exponent of 0 is 0; below -900 the power of two would underflow.
     exponent = torch.frexp(largest).exponent.clamp(min=-900)
     scale = torch.ldexp(torch.ones_like(largest), exponent - bits)
-    rounded = columns.div(scale).round_()
-    return rounded.masked_fill_(~largest.isfinite(), torch.nan), scale
+    columns.div_(scale).round_().masked_fill_(~largest.isfinite(), torch.nan)
+    return scale
 
 
 def _draw_counts(units: int, n_resamples: int, seed: int) -> Iterator[Tensor]:

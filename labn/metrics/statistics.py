@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from labn.metrics.intervals import FEW, Interval, MeanTable, acceleration, bca_levels, bias, quantiles
-from labn.metrics.resampling import group_sums, resampled_sums
+from labn.metrics.resampling import group_sums, resample_in_place, resampled_sums
 
 __all__ = [
     "Interval",
@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 CELLS = 1 << 25
-"""Cells of tables that are in memory at once (256 MiB, three times) before a new batch begins."""
+"""Cells of tables that are in memory at once (256 MiB, twice) before a new batch begins."""
 
 Numbers = Tensor | Sequence[float]
 Groups = Tensor | Sequence[int] | None
@@ -75,7 +75,7 @@ def bootstrap_means(
         [0.5, 3.0]
     """
     tables = (mean_table(*_without_nan(values, groups)) for values, groups in columns)
-    for batch in batches(tables, lambda table: table.sums.numel()):
+    for batch in batches(tables, lambda table: table.cells):
         for table, deviations in zip(batch, shared_deviations(batch, n_resamples, seed)):
             yield from intervals(table, deviations, level)
 
@@ -119,9 +119,16 @@ def mean_table(columns: Tensor, groups: Tensor | None = None) -> MeanTable:
     means = torch.tensor([mean_of(column[there]) for column, there in zip(columns.T, present.T)], dtype=torch.float64)
     # Sums of deviations keep more digits in fixed point than sums of values far from 0.
     sums = group_sums((columns - means).nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf), groups)
-    # One column of sizes serves all columns that have the same samples.
-    sizes = group_sums((present[:, :1] if bool(present.all()) else present).double(), groups)
-    return MeanTable(means, present.sum(0), sums, sizes)
+    kinds, size_of = masks_of(present)
+    return MeanTable(means, present.sum(0), sums, group_sums(kinds.double(), groups), size_of)
+
+
+def masks_of(present: Tensor) -> tuple[Tensor, Tensor]:
+    """The distinct columns (n, S) of a mask (n, K), and which of them each column equals, (K,) int64."""
+    if bool(present.all()):  # the common case, without a search
+        return present[:, :1], torch.zeros(present.shape[1], dtype=torch.int64)
+    distinct, size_of = present.unique(dim=1, return_inverse=True)
+    return distinct, size_of
 
 
 def mean_of(values: Tensor) -> float:
@@ -141,7 +148,7 @@ def shared_deviations(tables: Sequence[MeanTable], n_resamples: int, seed: int) 
             deviations |= {n: tables[n].sums.new_full((n_resamples, tables[n].sums.shape[1]), math.nan) for n in same}
             continue
         columns = torch.cat([side for n in same for side in (tables[n].sums, tables[n].sizes)], dim=1)
-        drawn = resampled_sums(columns, n_resamples, seed)
+        drawn = resample_in_place(columns, n_resamples, seed)
         widths = [tables[n].sums.shape[1] + tables[n].sizes.shape[1] for n in same]
         for number, own in zip(same, drawn.split(widths, dim=1)):
             deviations[number] = tables[number].deviations(own)

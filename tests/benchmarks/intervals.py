@@ -46,7 +46,7 @@ def experiments(distribution: Beta | Normal, n: int, grouped: bool, count: int) 
 def table(sums: Tensor, sizes: Tensor) -> MeanTable:
     """Means of the experiments, from the sums and the numbers of samples (n, count) of their units."""
     means = sums.sum(0) / sizes.sum(0)
-    return MeanTable(means, sizes.sum(0).long(), sums - sizes * means, sizes)
+    return MeanTable(means, sizes.sum(0).long(), sums - sizes * means, sizes, torch.arange(len(means)))
 
 
 def percentiles(drawn: MeanTable, deviations: Tensor) -> Bounds:

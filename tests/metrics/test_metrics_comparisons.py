@@ -60,6 +60,26 @@ def test_missing_values_leave_samples_out_of_the_means_and_pairs_that_lack_them(
     assert [rank.rank for rank in found.ranks] == (means[:, None] < means).sum(1).add(1).tolist()
 
 
+@pytest.mark.parametrize("n", [40, FEW + 40])
+def test_pairs_with_the_same_missing_samples_need_no_column_of_their_own(n):
+    """Methods 0 and 1 have all samples, 2 and 3 lack the same ones: pairs within are those of complete values."""
+    columns = scores(n, 4)
+    columns[::7, 2:] = math.nan
+    (prepared,) = map(comparisons._Prepared, [Value(columns)])
+    assert prepared.tables[0].sums.shape[1] == 4 + 4
+    assert prepared.tables[0].sizes.shape[1] == 2
+    found = compared(columns).differences
+    complete = compared(columns[:, :2]).differences[0, 1]
+    assert bounds(found[0, 1]) == pytest.approx(bounds(complete), abs=1e-12)
+    assert found[0, 1].p == complete.p
+    lacking = columns[~columns[:, 2].isnan()]
+    for (a, b), difference in found.items():
+        alone = bootstrap_mean(columns[:, a] - columns[:, b])
+        assert (difference.mean, difference.n) == (alone.mean, alone.n)
+        assert difference.high - difference.low == pytest.approx(alone.high - alone.low, rel=0.05)
+    assert found[2, 3].n == len(lacking)
+
+
 def test_samples_without_any_value_and_methods_without_values_change_nothing():
     columns = scores(20, 2)
     wide = torch.full((30, 3), math.nan, dtype=torch.float64)

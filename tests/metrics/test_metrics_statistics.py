@@ -4,7 +4,7 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -88,6 +88,7 @@ def test_paired_difference_resamples_whole_groups():
     assert wide.high - wide.low > 2 * (narrow.high - narrow.low)
 
 
+@settings(deadline=None, max_examples=30)
 @given(sizes=st.lists(st.integers(0, 30), min_size=1, max_size=6), grouped=st.booleans(), seed=st.integers(0, 9))
 def test_bootstrap_means_equal_bootstrap_mean_of_each_column(sizes, grouped, seed):
     columns = [normal(size, seed + n) for n, size in enumerate(sizes)]
@@ -197,6 +198,7 @@ def test_the_bias_counts_ties_half_and_leaves_nan_out():
     assert bias(low).item() == pytest.approx(NormalDist().inv_cdf(0.75))
 
 
+@settings(deadline=None)
 @given(values=st.lists(st.one_of(st.none(), st.floats(-10, 10)), min_size=1, max_size=12), place=st.floats(0, 1))
 def test_quantiles_are_those_of_numpy_without_nan(values, place):
     column = np.array([math.nan if value is None else value for value in values])
