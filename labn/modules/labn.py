@@ -157,19 +157,20 @@ class LABN(ClassificationModule):
             raise InputError(f"bn_epochs is {bn_epochs}; it must be at least 1, which estimates the statistics.")
         if isinstance(gate_schedule, dict):  # as the command line saves it in checkpoints
             gate_schedule = GateSchedule(**gate_schedule)
-        self.network = AttentionBranchNetwork(
-            backbone,
-            num_classes=num_classes,
-            in_channels=in_channels,
-            split=split,
-            theta=theta,
-            gate=gate,
-            branch=branch,
-            lab_block=lab_block,
-            gate_margin=gate_margin,
-            open_share=gate_schedule.at(0) if gate_schedule else None,
-            **(network_options or {}),
-        )
+        own: dict[str, Any] = {
+            "num_classes": num_classes,
+            "in_channels": in_channels,
+            "split": split,
+            "theta": theta,
+            "gate": gate,
+            "branch": branch,
+            "lab_block": lab_block,
+            "gate_margin": gate_margin,
+            "open_share": gate_schedule.at(0) if gate_schedule else None,
+        }
+        if twice := sorted(own.keys() & (network_options or {}).keys()):
+            raise InputError(f"network_options has {', '.join(twice)}, given by the module's own arguments; remove it.")
+        self.network = AttentionBranchNetwork(backbone, **own, **(network_options or {}))
         report = load_backbone(self.network, os.path.expandvars(backbone_ckpt)) if backbone_ckpt else None
         self.note_random_weights(report)
         for parameter in self.network.extractor_parameters():

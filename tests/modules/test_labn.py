@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from datamodules import SyntheticFundus
+from labn.errors import InputError
 from labn.modules import LABN, Classifier, GateSchedule, SaliencyGuidance
 from labn.modules.restore import restore
 
@@ -222,3 +223,8 @@ def test_a_network_with_3d_convolutions_is_laid_out_for_training():
     formats = {p.is_contiguous(memory_format=torch.channels_last) for p in module.parameters() if p.ndim == 4}
     assert formats == {True}
     assert any(parameter.ndim == 5 for parameter in module.parameters())
+
+
+def test_network_options_that_the_module_has_itself_are_named():
+    with pytest.raises(InputError, match="network_options has lab_block, split, given by the module's own arguments"):
+        LABN("resnet18", split=6, network_options={"lab_block": "own", "split": 5})
