@@ -15,6 +15,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
+from rich.progress import BarColumn, ProgressColumn
 from rich.table import Column
 
 from callbacks.explanation.base import ExplainingCallback, callbacks_of
@@ -48,8 +49,12 @@ class RunProgressBar(RichProgressBar):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Start the bar."""
         super().on_train_start(trainer, pl_module)
-        if (column := self._metric_component) is not None:
-            column._table_column = Column(no_wrap=True, overflow="ellipsis")
+        if self.progress is None:
+            return
+        for column in self.progress.columns:
+            if isinstance(column, ProgressColumn) and not isinstance(column, BarColumn):  # the bar alone gives way
+                width = max(20, self.progress.console.width - 75) if column is self._metric_component else None
+                column._table_column = Column(no_wrap=True, overflow="ellipsis", max_width=width)
 
     def get_metrics(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
