@@ -71,9 +71,18 @@ def test_rivals_are_all_the_most_probable_or_listed_classes():
         rivals(logits, torch.tensor([1]), [1])
 
 
+def test_the_softmax_contrast_is_the_direction_of_the_log_probability():
+    logits = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([1, 4])
+    log_probability = logits.log_softmax(1).gather(1, targets[:, None]).sum()
+    (gradient,) = torch.autograd.grad(log_probability, logits)
+    own = gradient.gather(1, targets[:, None])
+    torch.testing.assert_close(Contrast("softmax")(logits.detach(), targets), gradient / own)
+
+
 @pytest.mark.parametrize("others", [0, -1, "most", [], ["cat"]])
 def test_bad_others_are_refused(others):
-    with pytest.raises(ValueError, match=r"others is .* it must be 'all', a number of classes >= 1, or a list"):
+    with pytest.raises(ValueError, match=r"others is .* it must be 'all', 'softmax', a number of classes >= 1, or a"):
         ContrastiveLRP(others=others)
 
 

@@ -186,8 +186,9 @@ class ContrastiveLRP(LRP):
     depends on the class, the map is specific to the class.
 
     Args:
-        others: the rivals: `all` other classes, `softmax` (all, each by its probability), a number of most probable
-            ones, or a list of classes.
+        others: the rivals: a number of most probable other classes, `all`, `softmax` (all, each by its probability), or
+            a list of classes. The 20 most probable ones told classes apart and ranked pixels better than all did, on
+            two trained networks (`labn/lrp/README.md`).
         residual, rule, batchnorm, first_layer, pooling, eps, eps_mode, chunk_size, postprocess: as for `LRP`.
 
     Example:
@@ -201,7 +202,7 @@ class ContrastiveLRP(LRP):
 
     def __init__(
         self,
-        others: Literal["all", "softmax"] | int | Sequence[int] = "all",
+        others: Literal["all", "softmax"] | int | Sequence[int] = 20,
         residual: ResidualName = "ratio",
         rule: RuleName = "zplus",
         batchnorm: Literal["pass", "fold"] = "pass",
