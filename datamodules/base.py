@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from abc import abstractmethod
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -315,9 +316,13 @@ class ImageDataModule(LightningDataModule):
         mean, std, names = list(self.mean), list(self.std), list(self.class_names)
         return Preprocessing(self.image_size, mean, std, self.crop, self.shorter, names, self.caption, self.fits_range)
 
-    def report(self) -> str:
-        """Number of images per split and class, then the notes about omitted files, one line each."""
-        lines = [self._counts(split) for split in SPLITS if split in self._sources]
+    def report(self, splits: Sequence[Split] = SPLITS) -> str:
+        """Number of images per split and class, then the notes about omitted files, one line each.
+
+        Args:
+            splits: the splits to count; those that the data set does not have are left out.
+        """
+        lines = [self._counts(split) for split in splits if split in self._sources]
         return "\n".join([f"{type(self).__name__}:", *map(printable, (*lines, *self._notes))])
 
     def _counts(self, split: Split) -> str:
@@ -342,9 +347,12 @@ class ImageDataModule(LightningDataModule):
             _ = self._sources
 
     def setup(self, stage: str | None = None) -> None:
-        """Check all files, print the report once and, with `cache_images`, decode the splits that `stage` needs."""
+        """Check all files, print the report once and, with `cache_images`, decode the splits that `stage` needs.
+
+        The report of a test or validation counts its own split alone.
+        """
         if not self._reported:
-            rank_zero_info(self.report())
+            rank_zero_info(self.report(SPLITS if stage in (None, "fit") else _STAGES.get(stage, ("test",))))
             for split in ("train", "test") if self.has_training_split else ():
                 self._warn_of_empty_classes(split)
             self._reported = True

@@ -57,6 +57,15 @@ def test_split_folders_are_used_and_validation_is_drawn_from_training(pictures: 
     assert "dog/copy.png (class 1) is byte-identical to the held-out image cat/12.png (class 0)" in data.report()
 
 
+@pytest.mark.parametrize(
+    ("stage", "shown"), [("fit", ["train", "val", "test"]), ("validate", ["val"]), ("test", ["test"])]
+)
+def test_a_command_lists_the_splits_that_it_uses(pictures: Path, stage: str, shown: list[str], caplog) -> None:
+    with caplog.at_level("INFO"):
+        folder(pictures, mean=[0.5] * 3, std=[0.5] * 3).setup(stage)
+    assert [line.split(":")[0].strip() for line in caplog.text.splitlines() if " images (" in line] == shown
+
+
 def test_masks_are_found_by_name(pictures: Path) -> None:
     masks = pictures.parent / "regions"
     write_image(masks / "cat" / "03.png", 1, (30, 50))
