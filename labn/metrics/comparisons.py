@@ -275,7 +275,8 @@ def ranks_of(table: MeanTable, deviations: Tensor, better: int, level: float) ->
     if freedom > 1:
         widened = (freedom / (freedom - 1)) ** 1.5 * stdtrit(freedom - 1, side) / ndtri(side)
     own = _rank(better * table.means[None])[0]
-    drawn = _rank(better * (table.means + widened * deviations))
+    # An infinite mean, whose resamples are unknown, keeps its rank.
+    drawn = _rank(better * (table.means + widened * deviations.masked_fill(~table.means.isfinite(), 0.0)))
     wins = (drawn == drawn.amin(1, keepdim=True)).double()
     p_best = (wins / wins.sum(1, keepdim=True)).mean(0)
     bounds = np.quantile(drawn.numpy(), [1 - side, side], axis=0, method="inverted_cdf").T
@@ -289,8 +290,8 @@ def ranks_of(table: MeanTable, deviations: Tensor, better: int, level: float) ->
 def _rank(scores: Tensor) -> Tensor:
     """Ranks (R, M) of scores (R, M) in each row, 1 for the highest; tied scores share the mean of their ranks."""
     span = float(scores.amax() - scores.amin())
-    # Equal means of different samples may differ by a rounding error.
-    rounded = torch.round(scores / (_SAME * span)) if span > 0 else torch.zeros_like(scores)
+    # Equal means of different samples may differ by a rounding error; infinite ones are equal or not.
+    rounded = torch.round(scores / (_SAME * span)) if 0 < span < math.inf else scores
     ranks = torch.empty_like(scores)
     for number, column in enumerate(rounded.T):
         above, same = (rounded > column[:, None]).sum(1), (rounded == column[:, None]).sum(1)

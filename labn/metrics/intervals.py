@@ -96,7 +96,7 @@ class MeanTable:
         return (self.sizes.sum(0).square() / self.sizes.square().sum(0))[self.size_of]
 
     def bounds(self, deviations: Tensor, level: float) -> tuple[Tensor, Tensor]:
-        """Lower and upper bounds (K,) of the means; NaN for columns with fewer than two units.
+        """Lower and upper bounds (K,) of the means; NaN for columns with fewer than two units or an infinite mean.
 
         From `FEW` units on they are percentiles of the resamples. Below, they are those of BCa at the level of
         Student's t instead of the normal distribution (Hesterberg 2015), their distance from the mean is multiplied by
@@ -118,8 +118,8 @@ class MeanTable:
         low, high = quantiles(deviations, levels).unbind(1)
         if bool(few.any()):
             low, high = (torch.where(few, self._widened(bound), bound) for bound in (low, high))
-        alone = units < 2
-        return (self.means + low).masked_fill(alone, torch.nan), (self.means + high).masked_fill(alone, torch.nan)
+        unknown = (units < 2) | ~self.means.isfinite()
+        return (self.means + low).masked_fill(unknown, torch.nan), (self.means + high).masked_fill(unknown, torch.nan)
 
     def _bca_levels(self, deviations: Tensor, level: float) -> Tensor:
         sizes = self.sizes[:, self.size_of]

@@ -191,3 +191,16 @@ def test_one_sample_or_group_decides_no_pair_and_no_rank():
     assert math.isnan(found.ranks[0].low)
     grouped = compared(scores(6, 2), groups=torch.zeros(6, dtype=torch.int64))
     assert math.isnan(grouped.differences[0, 1].p_adjusted)
+
+
+def test_infinite_values_have_a_rank_and_neither_bounds_nor_differences():
+    columns = scores(12, 3, shift=5.0)
+    columns[4, 0] = math.inf
+    found = compared(columns)
+    assert [rank.rank for rank in found.ranks] == [1, 3, 2]
+    assert [rank.p_best for rank in found.ranks] == [1, 0, 0]
+    assert math.isnan(found.intervals[0].low)
+    assert math.isnan(found.differences[0, 1].high)
+    assert math.isnan(found.differences[0, 2].p_adjusted)
+    assert bounds(found.differences[1, 2]) == pytest.approx(bounds(compared(columns[:, 1:]).differences[0, 1]))
+    assert found.differences[1, 2].p_adjusted == found.differences[1, 2].p
