@@ -118,6 +118,7 @@ def escape_controls(record: logging.LogRecord) -> bool:
 
 NOISE = re.compile(
     r"litlogger|litmodels|[THI]PU available|GPU available: False|Restoring states from the checkpoint|^Seed set to"
+    r"|^`Trainer.fit` stopped: `max_epochs="
 )
 """Lightning's messages that tell nothing: advertisements, missing devices, and what this project's own lines say."""
 

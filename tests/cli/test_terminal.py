@@ -104,6 +104,8 @@ def test_only_rank_zero_prints_the_metrics(tmp_path, capsys):
         ("GPU available: False, used: False", False),
         ("GPU available: True (cuda), used: True", True),
         ("Loaded model weights", True),
+        ("`Trainer.fit` stopped: `max_epochs=2` reached.", False),
+        ("`Trainer.fit` stopped: No training batches.", True),
     ],
 )
 def test_what_tells_nothing_is_left_out(text, kept):
