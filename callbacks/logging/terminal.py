@@ -9,6 +9,7 @@ import shlex
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning.pytorch as pl
@@ -157,7 +158,8 @@ def say_fitted(trainer: pl.Trainer, words: Sequence[str]) -> None:
         return
     score = "" if best.best_model_score is None else f" ({best.monitor} {float(best.best_model_score):.4g})"
     print()
-    print(printable(f"Best checkpoint: {best.best_model_path}{score}"))
+    path, here = Path(best.best_model_path), Path.cwd()
+    print(printable(f"Best checkpoint: {path.relative_to(here) if path.is_relative_to(here) else path}{score}"))
     say_trackers(trainer)
     print(printable(f"Next: python cli.py {shlex.join(tested(words))}"))
 
