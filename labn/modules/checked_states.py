@@ -20,6 +20,8 @@ from labn.errors import InputError
 
 LARGEST_COUNT = 2**53
 """Counts of epochs, steps and batches above it are no counts."""
+STAGES = ("ready", "started", "processed", "completed")
+"""Counts of a loop's progress, in the order in which an epoch, batch or step passes them."""
 SCORES = ("score", "value")
 """Ends of the names of fields that are None until there is a number."""
 
@@ -152,6 +154,14 @@ def _check_dict(own: Any, stored: Any, where: str) -> None:
     for name, value in own.items():
         if name in stored:
             _check_like(value, stored[name], f"{where}.{name}")
+    if "ready" in own:
+        _require(own.keys() <= stored.keys(), where, stored, f"counts of {', '.join(own)}")
+        counts = [stored[name] for name in STAGES if name in own]
+        # What is completed has been processed, started and made ready before. Of the current ones all but the last one
+        # are complete; the total also counts those of earlier processes that were killed.
+        most = 1 if where.endswith("current") else LARGEST_COUNT
+        ordered = sorted(counts, reverse=True) == counts and counts[0] - counts[-1] <= most
+        _require(ordered, where, stored, "counts that fall from ready to completed, the current ones by one at most")
 
 
 def _check_list(own: Any, stored: Any, where: str) -> None:

@@ -39,6 +39,8 @@ def at(content, *keys):
 LOOP, OPTIMIZER = ("loops", "fit_loop"), ("optimizer_states", 0)
 WRONG = [
     ((*LOOP, "epoch_progress", "current"), {"processed": -9}, r"processed is -9 and must be"),
+    ((*LOOP, "epoch_progress", "total"), {"completed": 7}, r"total is .* and must be counts that fall from ready"),
+    ((*LOOP, "epoch_progress"), {"current": {"ready": 1}}, r"current is .* and must be counts of .*completed"),
     (LOOP, {"epoch_loop.batch_progress": []}, r"batch_progress is \[\] and must"),
     ((), {"global_step": "x"}, r"global_step is 'x' and must be a whole number from 0"),
     (("callbacks", EARLY), {"wait_count": None}, r"wait_count is None and must be a whole number"),

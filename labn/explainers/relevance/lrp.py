@@ -187,8 +187,8 @@ class ContrastiveLRP(LRP):
 
     Args:
         others: the rivals: a number of most probable other classes, `all`, `softmax` (all, each by its probability), or
-            a list of classes. The 20 most probable ones told classes apart and ranked pixels better than all did, on
-            two trained networks (`labn/lrp/README.md`).
+            a list of classes. The 20 most probable ones told classes apart better than all did, on two trained networks
+            (`labn/lrp/README.md`).
         residual, rule, batchnorm, first_layer, pooling, eps, eps_mode, chunk_size, postprocess: as for `LRP`.
 
     Example:
