@@ -25,6 +25,8 @@ from labn.perturbation.fills import make_fill
 
 GATE = ("open", "empty")
 SCHEDULES = ("plateau", "cosine")
+NETWORK_ARGUMENTS = ("num_classes", "in_channels", "split", "theta", "gate", "branch", "lab_block", "gate_margin")
+"""Arguments of `LABN` that are arguments of its network."""
 
 
 @dataclass
@@ -157,17 +159,8 @@ class LABN(ClassificationModule):
             raise InputError(f"bn_epochs is {bn_epochs}; it must be at least 1, which estimates the statistics.")
         if isinstance(gate_schedule, dict):  # as the command line saves it in checkpoints
             gate_schedule = GateSchedule(**gate_schedule)
-        own: dict[str, Any] = {
-            "num_classes": num_classes,
-            "in_channels": in_channels,
-            "split": split,
-            "theta": theta,
-            "gate": gate,
-            "branch": branch,
-            "lab_block": lab_block,
-            "gate_margin": gate_margin,
-            "open_share": gate_schedule.at(0) if gate_schedule else None,
-        }
+        own = {name: self.hparams[name] for name in NETWORK_ARGUMENTS}
+        own["open_share"] = gate_schedule.at(0) if gate_schedule else None
         if twice := sorted(own.keys() & (network_options or {}).keys()):
             raise InputError(f"network_options has {', '.join(twice)}, given by the module's own arguments; remove it.")
         self.network = AttentionBranchNetwork(backbone, **own, **(network_options or {}))
