@@ -11,7 +11,8 @@ import importlib
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from labn.commands import COMMANDS
@@ -75,8 +76,9 @@ def run_command(name: str, argv: Sequence[str]) -> None:
         parser.exit(getattr(error, "exit_status", 2), f"{parser.prog}: {printable(sentence)}\n")
 
 
-def plain_warnings() -> None:
-    """Let warnings show their text alone, with control characters of names escaped.
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Print warnings as `Warning: <text>` within the block, with control characters of names escaped.
 
     With `LABN_TRACEBACK=1` in the environment they also show the source line.
     """
@@ -87,6 +89,10 @@ def plain_warnings() -> None:
         return f"Warning: {text}\n" if is_plain else standard(text, *arguments, **options)
 
     warnings.formatwarning = formatted  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        warnings.formatwarning = standard
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -121,9 +127,9 @@ def console() -> None:
 
     Any other exception keeps its traceback. With `LABN_TRACEBACK=1` in the environment every error has one.
     """
-    plain_warnings()
     try:
-        main()
+        with plain_warnings():
+            main()
     except Exception as error:
         sentence = sentence_of(error)
         if sentence is None or os.environ.get("LABN_TRACEBACK", "0") != "0":

@@ -42,7 +42,6 @@ from callbacks.logging.terminal import (
     SentenceParser,
     escape_controls,
     no_noise,
-    plain_warnings,
     say_figures,
     say_fitted,
     say_taken_over,
@@ -290,8 +289,7 @@ def train_or_evaluate(arguments: Sequence[str]) -> None:
     requeue_on_signal()
     end_at_hangup()
     try:
-        with plain_warnings():
-            _run(expand_includes(arguments), experiment_name(configurations(arguments)), arguments)
+        _run(expand_includes(arguments), experiment_name(configurations(arguments)), arguments)
     except SIGTERMException as error:
         # Lightning itself exits with status 0 after SIGTERM, as if the run were complete.
         _say("Terminated")

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import shlex
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -127,21 +125,6 @@ NOISE = re.compile(
 def no_noise(record: logging.LogRecord) -> bool:
     """Filter for log records: False for `NOISE`."""
     return NOISE.search(record.getMessage()) is None
-
-
-@contextmanager
-def plain_warnings() -> Iterator[None]:
-    """Print warnings as `Warning: <text>` within the block, without the path of a source file.
-
-    With `LABN_TRACEBACK=1` in the environment they keep it.
-    """
-    before = warnings.formatwarning
-    if os.environ.get("LABN_TRACEBACK", "0") == "0":
-        warnings.formatwarning = lambda message, *_, **__: f"Warning: {printable(str(message), keep=chr(10))}\n"
-    try:
-        yield
-    finally:
-        warnings.formatwarning = before
 
 
 def say_fitted(trainer: pl.Trainer, words: Sequence[str]) -> None:

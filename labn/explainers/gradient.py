@@ -88,6 +88,7 @@ def over_variants(
     count: int,
     images: Tensor,
     targets: Tensor,
+    most: int | None = None,
 ) -> Iterator[Tensor]:
     """What `run` returns for `count` variants of a batch, one variant (B, ...) after the other.
 
@@ -100,10 +101,12 @@ def over_variants(
         count: number of variants.
         images: (B, C, H, W), for the size of a chunk.
         targets: (B,) classes.
+        most: largest number of variants at once; None: no limit.
     """
     chunk, done = ChunkSize(None, images), 0
+    most = most or count
     while done < count:
-        some = range(done, min(count, done + max(1, chunk.size // len(images))))
+        some = range(done, min(count, done + max(1, min(most, chunk.size // len(images)))))
         batch = variants(some).flatten(0, 1)
         try:
             results = run(batch, targets.repeat(len(some)))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.special import ndtri, stdtr, stdtrit
 from torch import Tensor
 
 from labn.metrics.intervals import FEW, Interval, MeanTable
@@ -251,6 +250,8 @@ def step_down(differences: Tensor, drawn: Tensor, freedom: Tensor) -> tuple[Tens
 
 def _normal_statistic(size: Tensor, spread: Tensor, freedom: Tensor) -> Tensor:
     """|d| / s of few units as the normal quantile of the same probability; 0 for a difference of 0 without spread."""
+    from scipy.special import ndtri, stdtr  # half a second, which the explanation of a picture need not cost
+
     # The resamples of G units vary by (G - 1) / G of the variance, and are widened as the bounds of intervals are.
     t = size / (spread * (freedom / (freedom - 1)).pow(1.5))
     normal = torch.as_tensor(-ndtri(stdtr((freedom - 1).numpy(), -t.numpy())))
@@ -269,6 +270,8 @@ def ranks_of(table: MeanTable, deviations: Tensor, better: int, level: float) ->
         better: 1 if higher is better, -1 if lower is.
         level: coverage of the intervals of ranks.
     """
+    from scipy.special import ndtri, stdtrit
+
     freedom = float(table.freedom()[0])
     side = (1 + level) / 2
     widened = math.nan

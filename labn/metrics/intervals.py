@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.special import ndtr, ndtri, stdtrit
 from torch import Tensor
 
 from labn.metrics.resampling import resampled_sums
@@ -156,6 +155,8 @@ def bca_levels(bias: Tensor, acceleration: Tensor, level: float, freedom: Tensor
         >>> bca_levels(zero, zero, level=0.9).round(decimals=12).tolist()
         [[0.05, 0.95]]
     """
+    from scipy.special import ndtr, ndtri, stdtrit  # half a second, which the explanation of a picture need not cost
+
     z = torch.full_like(bias, ndtri((1 + level) / 2))
     if freedom is not None:
         degrees = (freedom - 1).clamp(min=1e-3).numpy()
@@ -172,6 +173,8 @@ def bias(deviations: Tensor) -> Tensor:
     Args:
         deviations: (R, K) of the resamples from the estimate; NaN is left out.
     """
+    from scipy.special import ndtri
+
     present = ~deviations.isnan()
     count = present.sum(0).clamp(min=1)
     spread = (deviations.nan_to_num().square().sum(0) / count).sqrt()

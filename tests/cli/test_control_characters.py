@@ -73,9 +73,9 @@ def test_the_lines_and_errors_of_explain(tmp_path, capsys):
 
 
 def test_warnings_and_log_lines(monkeypatch):
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
-    cli.plain_warnings()
-    shown = warnings.formatwarning(UserWarning(EVIL), UserWarning, "file.py", 1)
+    monkeypatch.delenv("LABN_TRACEBACK", raising=False)
+    with cli.plain_warnings():
+        shown = warnings.formatwarning(UserWarning(EVIL), UserWarning, "file.py", 1)
     assert shown == "Warning: a\\x1b[2J\\r\n\\u202eb\n"
     record = logging.LogRecord("name", logging.INFO, "file.py", 1, "%s\nnext", (EVIL,), None)
     assert escape_controls(record)

@@ -56,7 +56,7 @@ def test_a_message_of_nothing_but_types_stays_whole():
         ("trainer: {max_epoch: 2}", "does not accept option 'trainer.max_epoch'; did you mean trainer.max_epochs,"),
         ("model: {init_args: {tetha: 1}}", "labn.modules.LABN: Option 'tetha' is not accepted; did you mean theta?"),
         ("model: {init_args: {lr: x}}", "model: labn.modules.LABN: lr: Expected a <class 'float'>. Got value: x."),
-        ("data: {class_path: datamodules.Synthetc}", "no attribute 'Synthetc'; did you mean SyntheticFundus?"),
+        ("data: {class_path: datamodules.Synthetc}", "no attribute 'Synthetc'; did you mean SyntheticFundus"),
         (
             "trainer: {callbacks: [{class_path: callbacks.ExplanationCallback, init_args: "
             "{explainers: {rise: {n_masks: 30}}}}]}",

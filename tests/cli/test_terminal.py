@@ -14,11 +14,11 @@ from callbacks import BestCheckpoint, DetectionCallback, EvaluationCallback, Exp
 from callbacks.logging.terminal import (
     RunProgressBar,
     no_noise,
-    plain_warnings,
     say_figures,
     say_fitted,
     with_progress_bar,
 )
+from cli import plain_warnings
 from labn.explainers import explainer_by_name
 from labn.metrics.statistics import Interval
 from labn.results.tables import reading, summary_table

@@ -63,6 +63,10 @@ def replacing_output(
         yield
 
 
+class DividedBatchError(InputError):
+    """A layer runs more often for a batch than for one image, because the model divides the batch."""
+
+
 @contextmanager
 def hooking_call(
     model: nn.Module, layer: TargetLayer | nn.Module, hook: Callable[[nn.Module, Any, Any], Any]
@@ -83,7 +87,7 @@ def hooking_call(
         nonlocal calls
         calls += 1
         if calls > target.calls:
-            raise InputError(
+            raise DividedBatchError(
                 f"target_layer ({type(module).__name__}) runs more often for a batch than for one image (calls: "
                 f"{target.calls}): the model divides the batch; explain the images one by one."
             )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from labn.errors import InputError
-from labn.explainers.cam.features import gradient_features, layer_features
+from labn.explainers.cam.features import DividedBatchError, gradient_features, layer_features
 from labn.explainers.cam.gradcam import ActivationMap, plus_plus_factor
 from labn.explainers.gradient import check_noise, gaussian_noise, noise_scale, over_variants
 
@@ -69,7 +69,6 @@ class SmoothGradCAMPlusPlus(ActivationMap):
         layer = self.layer(model, images)
         scale = noise_scale(images, self.std, self.relative)
         activations = layer_features(model, layer, images).activations
-        powers = activations.new_zeros(3, *activations.shape, dtype=torch.float64)  # third powers underflow in float32
 
         def noisy(some: range) -> Tensor:
             return images + scale * gaussian_noise(images, indices, self.seed, some)
@@ -77,10 +76,21 @@ class SmoothGradCAMPlusPlus(ActivationMap):
         def run(batch: Tensor, classes: Tensor) -> Tensor:
             return gradient_features(model, layer, batch, classes).slopes
 
-        for slopes in over_variants(run, noisy, self.n_samples, images, targets):
-            for power, sums in enumerate(powers, start=1):
-                sums += slopes.double() ** power
-        weights = self.weights(activations, powers / self.n_samples)
+        def average(most: int | None) -> Tensor:
+            # Third powers underflow in float32.
+            powers = activations.new_zeros(3, *activations.shape, dtype=torch.float64)
+            for slopes in over_variants(run, noisy, self.n_samples, images, targets, most):
+                for power, sums in enumerate(powers, start=1):
+                    sums += slopes.double() ** power
+            return powers / self.n_samples
+
+        try:
+            means = average(None)
+        except DividedBatchError:
+            if len(images) > 1:
+                raise
+            means = average(1)  # a model that takes images one by one also gets the noisy ones so
+        weights = self.weights(activations, means)
         return self.weigh(weights.to(activations), activations)
 
     @property
