@@ -24,6 +24,7 @@ from labn.errors import InputError
 from labn.explainers.relevance.crp import CRP, TASKS, Question, Task
 from labn.explainers.relevance.detection_trace import DetectionTrace
 from labn.io.atomic import write_atomically
+from labn.io.table_cells import csv_bytes
 from labn.metrics.comparisons import Value, compare_values
 from labn.metrics.detection import DetectionScores, check_contrast
 from labn.metrics.statistics import bootstrap_mean
@@ -34,7 +35,7 @@ from labn.report.detections import detection_card, detection_report
 from labn.report.figures import DetectionRow, detection_figure
 from labn.results.shard_index import readable_name
 from labn.results.store import ResultStore
-from labn.results.tables import PAIRED, SUMMARY, csv_bytes
+from labn.results.tables import PAIRED, SUMMARY
 
 
 class DetectionCallback(StageCallback):

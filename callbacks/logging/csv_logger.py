@@ -13,7 +13,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 
 from labn.io.atomic import check_not_removed, write_atomically, write_error
-from labn.results.tables import csv_bytes
+from labn.io.table_cells import csv_bytes
 
 
 class RowWriter(ExperimentWriter):

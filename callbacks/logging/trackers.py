@@ -11,7 +11,7 @@ import numpy as np
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
 
-from labn.results.tables import csv_bytes
+from labn.io.table_cells import csv_bytes
 
 Row = Sequence[Any]
 """Cells of a table: numbers, text, None, or pictures."""

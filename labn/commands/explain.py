@@ -23,11 +23,11 @@ from labn.io.atomic import write_atomically
 from labn.io.images import image_files
 from labn.io.preprocessing import Preprocessing
 from labn.io.readers import non_utf8_name, read_text, whole_number
+from labn.io.table_cells import csv_bytes
 from labn.models.backbones import import_path_of
 from labn.models.pretrained import load_pretrained
 from labn.postprocess.overlay import displayable, overlay_figure, png_bytes
 from labn.results.shard_index import readable_name
-from labn.results.tables import csv_bytes
 
 METHODS = tuple(name for name in EXPLAINERS if name != "crp")
 """Methods for classifiers."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from labn.compare.merge import Comparison, Row
-from labn.results.tables import csv_bytes
+from labn.io.table_cells import csv_bytes
 
 TABLE = ("run", "explainer", "metric", "mean", "std", "seeds", "ci_low", "ci_high", "n")
 PAIRED = ("row_a", "row_b", "metric", "difference", "ci_low", "ci_high", "n", "p", "p_adjusted")

@@ -7,9 +7,16 @@ calculates nothing. `labn.results.reader` removes the apostrophe again.
 
 from __future__ import annotations
 
+import csv
+import io
+import itertools
 import re
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
+
+from labn.io.atomic import written_atomically
 
 # The full-width forms count as well, in programs for Chinese and Japanese.
 _FORMULA = re.compile("'*[=+\\-@\\t\\r\\n＝＋－＠]")
@@ -56,3 +63,29 @@ def _is_number(text: str) -> bool:
         float(text)
         return True
     return False
+
+
+def csv_bytes(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
+    """Rows as CSV with a header; floats with all their digits, and no text that a spreadsheet takes for a formula."""
+    text = io.StringIO()
+    write_rows(text, header, rows)
+    return text.getvalue().encode()
+
+
+def write_rows(text: TextIO, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a header and rows as CSV, one by one."""
+    plain = csv.writer(text, lineterminator="\n")
+    # The module quotes cells with a carriage return in some versions of Python only.
+    quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    escape = [escaped_method if name.startswith("explainer") else escaped_cell for name in header]
+    for row in itertools.chain([header], rows):
+        cells = [write(value) for write, value in zip(escape, row, strict=True)]
+        (quoted if any(isinstance(cell, str) and "\r" in cell for cell in cells) else plain).writerow(cells)
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write a table that may be larger than memory; the file appears under its name when it is complete."""
+    with written_atomically(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        write_rows(text, header, rows)
+        text.detach()  # flushes, and leaves the file open for written_atomically

@@ -83,6 +83,8 @@ def restore_error(error: Exception, path: Any) -> UserError | None:
         error: an error without a sentence of its own.
         path: the checkpoint.
     """
+    if isinstance(error, RuntimeError) and is_out_of_memory(error):
+        return None
     frames = traceback.extract_tb(error.__traceback__)
     if not any(f.filename.endswith(RESTORING) and "dump" not in f.name for f in frames):
         return None

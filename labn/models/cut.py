@@ -71,7 +71,7 @@ class Cut:
         name: the module.
         features: layout of its output.
         before: names of the parameters that act only before the cut.
-        modules_before: names of the modules that have run when the features are there.
+        modules_before: names of the modules that have run when the features are there, and do not run again.
 
     Example:
         >>> head = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
@@ -299,14 +299,17 @@ def _probe(network: nn.Module) -> Tensor:
 
 
 def _observe(network: nn.Module, name: str, images: Tensor) -> tuple[FeatureLayout, tuple[str, ...]]:
-    """Layout of the features at the cut, and the names of the modules that have run by then."""
+    """Layout of the features at the cut, and the names of the modules that have run by then and do not run again."""
     finished: dict[str, None] = {}
+    again: set[str] = set()
     found: list[tuple[tuple[str, ...], Layout | None, Tensor]] = []
 
     def note(called: str) -> Callable[..., None]:
         def finish(module: nn.Module, args: Any, output: Any) -> None:
             if not found:
                 finished[called] = None
+            else:
+                again.add(called)
             if called == name:
                 found.append((tuple(finished), layouts.of(output) if isinstance(output, Tensor) else None, output))
 
@@ -324,7 +327,8 @@ def _observe(network: nn.Module, name: str, images: Tensor) -> tuple[FeatureLayo
             "another module, such as the end of a stage."
         )
     side = (images.shape[2], images.shape[3])
-    return FeatureLayout(layout, output.shape[layout.channel_axis], side), names
+    before = tuple(each for each in names if each not in again)
+    return FeatureLayout(layout, output.shape[layout.channel_axis], side), before
 
 
 def _is_known(layout: Layout, output: Tensor, images: Tensor) -> bool:

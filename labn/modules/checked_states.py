@@ -7,6 +7,7 @@ training later, with an error that names no file, or never, as a negative count 
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -69,9 +70,14 @@ def _check_optimisation(module: pl.LightningModule, checkpoint: Mapping[str, Any
         own = dict(scheduler.state_dict())
         _check_like([own], stored := checkpoint.get("lr_schedulers"), "lr_schedulers")
         assert isinstance(stored, list)
-        # The state replaces attributes: one of a method's name would replace the method.
+        # The state replaces attributes: foreign names would replace methods, or the optimiser itself.
         for name in stored[0]:
-            _require(isinstance(name, str) and not callable(getattr(scheduler, name, None)), "lr_schedulers[0]", name)
+            _require(isinstance(name, str) and _may_hold(scheduler, own, name), "lr_schedulers[0]", name)
+
+
+def _may_hold(scheduler: LRScheduler, own: Mapping[str, Any], name: str) -> bool:
+    """Whether the state of a schedule may hold a name: its own, or one of another version that is no attribute here."""
+    return name in own or not hasattr(scheduler, name)
 
 
 def _require(right: bool, where: str, value: Any, wanted: str = "a state of this schedule") -> None:
@@ -81,6 +87,10 @@ def _require(right: bool, where: str, value: Any, wanted: str = "a state of this
 
 
 def _check_optimizer(optimizer: Optimizer, stored: Mapping[str, Any]) -> None:
+    _check_like({"state": {}}, stored, "optimizer_states[0]")
+    _require(
+        "state" in stored, "optimizer_states[0]", sorted(map(str, stored)), "a state with the values per parameter"
+    )
     _check_like(optimizer.state_dict()["param_groups"], stored.get("param_groups"), "optimizer_states[0].param_groups")
     for number, (own, group) in enumerate(zip(optimizer.param_groups, stored["param_groups"], strict=True)):
         where = f"optimizer_states[0].param_groups[{number}]"
@@ -89,19 +99,23 @@ def _check_optimizer(optimizer: Optimizer, stored: Mapping[str, Any]) -> None:
         _require(set(numbers) <= group.keys(), where, sorted(map(str, group)), f"settings with {', '.join(numbers)}")
         _check_settings(optimizer, group, where)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    names = _state_names(optimizer)
+    fresh = _fresh_state(optimizer)
     for key, state in stored["state"].items():
         where = f"optimizer_states[0].state[{str(key)[:20]}]"
         _require(
             isinstance(key, int) and 0 <= key < len(parameters), where, key, f"of a parameter below {len(parameters)}"
         )
-        _require(isinstance(state, dict) and names <= state.keys(), where, state, f"a dictionary of {', '.join(names)}")
+        known = isinstance(state, dict) and fresh.keys() <= state.keys()
+        _require(known, where, state, f"a dictionary of {', '.join(fresh)}")
         for name, value in state.items():
             shape = parameters[key].shape
             if name == "step":
-                _require(_is_number(value) and float(value) >= 1, f"{where}.step", value, "a number from 1")
+                _require(
+                    _is_number(value) and 1 <= float(value) <= LARGEST_COUNT, f"{where}.step", value, "a number from 1"
+                )
             else:
-                fits = value is None or (isinstance(value, Tensor) and value.shape == shape)
+                fits = isinstance(value, Tensor) and value.shape == shape
+                fits |= value is None and fresh.get(name) is None
                 _require(fits, f"{where}.{name}", value, f"a tensor {tuple(shape)}")
 
 
@@ -114,14 +128,14 @@ def _check_settings(optimizer: Optimizer, stored: Mapping[str, Any], where: str)
         raise _WrongError(f"{where} has settings that {type(optimizer).__name__} refuses ({error})") from error
 
 
-def _state_names(optimizer: Optimizer) -> set[str]:
+def _fresh_state(optimizer: Optimizer) -> dict[str, Any]:
     """What the optimiser keeps per parameter, from one step of another one of its kind on a single number."""
     number = torch.zeros(1, requires_grad=True)
     number.grad = torch.zeros(1)
     known = inspect.signature(type(optimizer)).parameters.keys() & optimizer.defaults.keys()
     other = type(optimizer)([number], **{name: optimizer.defaults[name] for name in known})
     other.step()
-    return set(other.state[number])
+    return dict(other.state[number])
 
 
 def _is_number(value: Any) -> bool:
@@ -181,7 +195,9 @@ def _check_count(own: Any, stored: Any, where: str) -> None:
 
 
 def _check_real(own: Any, stored: Any, where: str) -> None:
-    _require(_is_number(stored), where, stored, "a number")
+    # Infinity is the best value before the first epoch; other numbers beyond the counts overflow somewhere.
+    right = _is_number(stored) and (math.isinf(float(stored)) or abs(stored) <= LARGEST_COUNT)
+    _require(right, where, stored, "a number")
 
 
 def _check_text(own: Any, stored: Any, where: str) -> None:

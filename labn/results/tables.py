@@ -5,8 +5,6 @@ Tables may be larger than memory: values lie in memory-mapped arrays and are rea
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import json
 import math
@@ -17,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,7 +23,7 @@ from torch import Tensor
 
 from labn.io.atomic import write_atomically, written_atomically
 from labn.io.memmap import Stored, blocks, temporary_memmap, write_npz
-from labn.io.table_cells import escaped_cell, escaped_method
+from labn.io.table_cells import write_csv
 from labn.metrics.comparisons import Difference, Rank, Value, compare_values
 from labn.metrics.intervals import Interval
 from labn.metrics.registry import describe_value
@@ -205,32 +203,6 @@ def count_rows(table: Table, plan: Plan) -> Iterator[tuple[str, str, str, int]]:
         shared = ~torch.stack(list(columns.values())).isnan().any(0)
         for kind, count in reduce({name: column[shared] for name, column in columns.items()}).items():
             yield explainer, metric, kind, int(count)
-
-
-def csv_bytes(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> bytes:
-    """Rows as CSV with a header; floats with all their digits, and no text that a spreadsheet takes for a formula."""
-    text = io.StringIO()
-    write_rows(text, header, rows)
-    return text.getvalue().encode()
-
-
-def write_rows(text: TextIO, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a header and rows as CSV, one by one."""
-    plain = csv.writer(text, lineterminator="\n")
-    # The module quotes cells with a carriage return in some versions of Python only.
-    quoted = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)
-    escape = [escaped_method if name.startswith("explainer") else escaped_cell for name in header]
-    for row in itertools.chain([header], rows):
-        cells = [write(value) for write, value in zip(escape, row, strict=True)]
-        (quoted if any(isinstance(cell, str) and "\r" in cell for cell in cells) else plain).writerow(cells)
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Write a table that may be larger than memory; the file appears under its name when it is complete."""
-    with written_atomically(path) as file:
-        text = io.TextIOWrapper(file, encoding="utf-8", newline="")
-        write_rows(text, header, rows)
-        text.detach()  # flushes, and leaves the file open for written_atomically
 
 
 def write_scores(folder: Path, table: Table, split: str, sample_name: Callable[[int], str]) -> None:

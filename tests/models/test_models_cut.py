@@ -142,6 +142,20 @@ def test_a_module_that_runs_twice_is_refused_with_the_count():
         find_cut(Twice(), "act")
 
 
+def test_a_module_on_both_sides_of_the_cut_does_not_belong_to_the_feature_extractor():
+    drop = nn.Dropout(0.5)
+    layers = [
+        nn.Conv2d(3, 4, 3),
+        drop,
+        nn.Conv2d(4, 4, 3),
+        drop,
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(4, 2),
+    ]
+    assert find_cut(nn.Sequential(*layers), "2").modules_before == ("0", "2")
+
+
 def test_blocks_are_counted_in_the_order_in_which_they_run():
     network = build_network("timm/efficientnet_lite0", **SMALL["timm/efficientnet_lite0"])
     names = block_names(network)

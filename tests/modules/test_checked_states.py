@@ -7,6 +7,7 @@ from fuzzing import fit, write_checkpoint
 
 from callbacks.checkpoint import RunCheckpointIO
 from labn.errors import InputError
+from labn.launch.error_messages import restore_error
 from labn.modules.restore import restore
 
 EARLY = "EarlyStopping{'monitor': 'val/loss', 'mode': 'min'}"
@@ -51,6 +52,14 @@ WRONG = [
     ((*OPTIMIZER, "param_groups", 0), {"lr": -1.0}, r"AdamW refuses \(Invalid learning rate"),
     ((*OPTIMIZER, "param_groups"), {1: {"params": list(range(33))}}, r"must be settings with .*eps"),
     (("lr_schedulers", 0), {"step": 1}, r"lr_schedulers\[0\] is 'step' and must be"),
+    (("lr_schedulers", 0), {"optimizer": 1}, r"lr_schedulers\[0\] is 'optimizer' and must be"),
+    (
+        (*OPTIMIZER, "param_groups", 0),
+        {"weight_decay": 2**70},
+        r"weight_decay is 1180591620717411303424 and must be",
+    ),
+    ((*OPTIMIZER, "state", 0), {"exp_avg": None}, r"state\[0\]\.exp_avg is None and must be a tensor"),
+    (OPTIMIZER[:1], {0: {"param_groups": []}}, r"optimizer_states\[0\] is \['param_groups'\] and must be"),
     (("state_dict",), {"x": 1}, r"'x' in its state_dict is no tensor"),
     ((), {"pytorch-lightning_version": "x"}, r"cannot be restored \(InvalidVersion"),
 ]
@@ -86,6 +95,16 @@ def test_a_test_with_states_of_another_form_ends_with_a_sentence(run, tmp_path):
     data = SyntheticFundus(n_train=4, n_val=2, n_test=2, image_size=48, batch_size=2)
     with pytest.raises(InputError, match=r"patience is \[\] and must be a whole number"):
         trainer.test(LABN("lambda_resnet", split=1, network_options=branch), data, tmp_path / "changed.ckpt")
+
+
+def test_exhausted_memory_is_no_damaged_checkpoint():
+    def restore_states():
+        raise torch.OutOfMemoryError("full")
+
+    code = compile("call()", "lightning/checkpoint_connector.py", "exec")
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        exec(code, {"call": restore_states})
+    assert restore_error(caught.value, "a.ckpt") is None
 
 
 def test_arguments_that_no_network_takes_are_named(run, tmp_path):

@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from small_stage import make_stage
 
 from labn.io.readers import read_rows
-from labn.io.table_cells import escaped_cell, unescaped_cell
+from labn.io.table_cells import csv_bytes, escaped_cell, unescaped_cell, write_csv
 from labn.results.reader import read_stage
-from labn.results.tables import csv_bytes, write_csv
 
 NAMES = [
     "=1+1",
