@@ -26,6 +26,17 @@ def printable(text: str, keep: str = "") -> str:
     return _UNPRINTABLE.sub(lambda c: c[0] if c[0] in keep else c[0].encode("unicode_escape").decode(), text)
 
 
+def without_credentials(text: str) -> str:
+    """A text whose URIs have lost their user part, which may hold a password or a token.
+
+    Example:
+        >>> without_credentials("run 1 in https://me:secret@host:5000/api")
+        'run 1 in https://host:5000/api'
+    """
+    # The user part ends at the last @ before the path (RFC 3986, section 3.2), as in `urllib.parse.urlsplit`.
+    return re.sub(r"(?<=://)[^/?#\s\"']*@", "", text)
+
+
 class UserError(Exception):
     """The base of all errors that are meant for the user.
 

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import Logger
 from PIL import Image
 
 from callbacks.logging.trackers import Tracker, trackers_of
+from labn.errors import without_credentials
 from labn.io.readers import read_table
 from labn.postprocess.overlay import png_bytes
 from labn.report.curves import curve_metrics, curve_panels
@@ -37,7 +38,8 @@ def for_each_tracker(loggers: Sequence[Logger], folder: Path, log: Callable[[Tra
         except Exception as error:
             if getattr(tracker.logger, "lost", False):  # The logger has warned about that itself.
                 continue
-            warnings.warn(f"{tracker.name} did not take the results ({error}); they are in {folder}.", stacklevel=2)
+            reason = without_credentials(str(error))  # MLflow's errors name the address of the request
+            warnings.warn(f"{tracker.name} did not take the results ({reason}); they are in {folder}.", stacklevel=2)
 
 
 def log_results(

@@ -11,7 +11,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.utilities import rank_zero_warn
 
 from callbacks.checkpoint import check_monitors, is_last
-from labn.errors import InputError
+from labn.errors import InputError, without_credentials
 from labn.io.atomic import check_not_removed, write_atomically
 from labn.io.readers import read_yaml
 from labn.launch.run_lock import check_held
@@ -60,7 +60,8 @@ class RunConfigCallback(SaveConfigCallback):
             if trainer.state.fn == "fit" and is_last(run_dir, config.get("ckpt_path")):
                 config.ckpt_path = None
                 self._warn_of_changes(run_dir / "fit.yaml", config)
-            text = self.parser.dump(config, skip_none=False)
+            # Run folders are copied and shared; the password of a tracker's URI is for its owner alone.
+            text = without_credentials(self.parser.dump(config, skip_none=False))
             path = run_dir / f"{trainer.state.fn.value}.yaml"
             write_atomically(path, text.encode())
             self._needed = (path, *self._read_files(trainer, run_dir))

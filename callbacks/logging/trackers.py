@@ -11,6 +11,7 @@ import numpy as np
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from PIL import Image
 
+from labn.errors import without_credentials
 from labn.io.table_cells import csv_bytes
 
 Row = Sequence[Any]
@@ -116,7 +117,7 @@ class MLflowTracker(Tracker[MLFlowLogger]):
 
     def where(self) -> str:
         """The run and its store."""
-        return f"run {self.logger.run_id} in {self.logger._tracking_uri}"
+        return without_credentials(f"run {self.logger.run_id} in {self.logger._tracking_uri}")
 
 
 TRACKERS: tuple[tuple[type[Logger], type[Tracker[Any]]], ...] = (

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import WandbLogger
 
+from labn.errors import without_credentials
 from labn.io.readers import first_line
 
 
@@ -59,8 +60,9 @@ class RunWandbLogger(WandbLogger):
             work(*arguments, **options)
         except Exception as error:
             self.lost = True
+            reason = without_credentials(first_line(error))
             warnings.warn(
-                f"Weights & Biases has failed ({first_line(error)}) and receives nothing more; the run continues, and "
+                f"Weights & Biases has failed ({reason}) and receives nothing more; the run continues, and "
                 f"all results are in {self.save_dir}.",
                 stacklevel=3,
             )

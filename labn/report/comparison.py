@@ -10,6 +10,7 @@ import numpy as np
 
 from labn.compare.merge import Comparison
 from labn.compare.runs import Run
+from labn.errors import without_credentials
 from labn.metrics.registry import metric_by_name, values_named
 from labn.metrics.statistics import Interval
 from labn.report.best import Differences, both_directions, standing_pairs, with_best
@@ -63,7 +64,7 @@ def comparison_report(comparison: Comparison, title: str = "Comparison", max_byt
         made_with=[
             (f"{run.results.folder}: {t}", e) for run in comparison.runs for t, e in made_with(run.results.manifest)
         ],
-        configs=[(str(path), path.read_text()) for path in _configs(comparison.runs)],
+        configs=[(str(path), without_credentials(path.read_text())) for path in _configs(comparison.runs)],
     )
     explainers = {n: e for run in comparison.runs for n, e in run.results.manifest.get("explainers", {}).items()}
     return replace(report, glossary=glossary(report, explainers))

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from labn.errors import without_credentials
 from labn.metrics.comparisons import Rank
 from labn.report.best import Differences, both_directions, standing_pairs, with_best
 from labn.report.caveats import caveats
@@ -101,7 +102,7 @@ def run_report(results: StageResults, info: RunInfo) -> Report:
         class_names=info.class_names,
         player=player,
         made_with=made_with(results.manifest),
-        configs=[(path.name, path.read_text()) for path in info.configs if path.is_file()],
+        configs=[(path.name, without_credentials(path.read_text())) for path in info.configs if path.is_file()],
     )
     return replace(report, glossary=glossary(report, results.manifest.get("explainers", {})))
 

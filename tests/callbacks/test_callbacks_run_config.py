@@ -3,8 +3,11 @@
 import warnings
 from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import pytest
 import yaml
+from jsonargparse import Namespace
+from lightning.pytorch.trainer.states import TrainerFn
 
 from callbacks.logging.run_config import RunConfigCallback
 from labn.launch.run_lock import locked
@@ -41,3 +44,16 @@ def test_files_that_are_removed_meanwhile_are_named(tmp_path, command, lost):
         paths[lost].unlink()
         with pytest.raises(OSError, match=f"{lost} has been removed or moved while this command ran"):
             callback.check_run_folder(trainer)
+
+
+def test_the_saved_configuration_has_no_password(tmp_path):
+    config = Namespace(
+        trainer=Namespace(default_root_dir=None, logger={"tracking_uri": "http://me:secret@host:5000/a"})
+    )
+    parser = SimpleNamespace(dump=lambda config, **_: yaml.safe_dump(config.as_dict()))
+    callback = RunConfigCallback(parser=parser, config=config)
+    trainer = pl.Trainer(default_root_dir=tmp_path, logger=False, accelerator="cpu")
+    trainer.state.fn = TrainerFn.TESTING
+    callback.setup(trainer, pl.LightningModule(), "test")
+    saved = yaml.safe_load((tmp_path / "test.yaml").read_text())
+    assert saved["trainer"]["logger"] == {"tracking_uri": "http://host:5000/a"}

@@ -13,7 +13,8 @@ from PIL import Image
 from callbacks import EvaluationCallback, ExplanationCallback, MapLogger
 from callbacks.logging.csv_logger import RunLogger
 from callbacks.logging.loggers import check_packages, with_run_log
-from callbacks.logging.trackers import markdown, trackers_of
+from callbacks.logging.results import for_each_tracker
+from callbacks.logging.trackers import MLflowTracker, markdown, trackers_of
 from datamodules import SyntheticFundus
 from labn.modules import Classifier
 
@@ -120,6 +121,24 @@ def test_a_tracker_that_fails_is_one_warning_and_the_run_goes_on(tmp_path, monke
     assert said == [f"TensorBoard did not take the results (the service has gone); they are in {stage}."]
     assert len(overlays(stage)) == 2
     assert -1 <= mean_of(stage) <= 1
+
+
+class Uploaded:
+    """A tracker whose service and errors name an address with a password."""
+
+    run_id, _tracking_uri = 1, "http://me:sec@ret@host:5000/api"
+
+    def log(self, tracker):
+        raise ConnectionError(f"POST {self._tracking_uri} failed")
+
+
+def test_passwords_in_addresses_are_not_shown(tmp_path, monkeypatch):
+    uploaded = Uploaded()
+    tracker = MLflowTracker(uploaded)
+    assert tracker.where() == "run 1 in http://host:5000/api"
+    monkeypatch.setattr("callbacks.logging.results.trackers_of", lambda loggers: [tracker])
+    with pytest.warns(UserWarning, match=r"\(POST http://host:5000/api failed\)"):
+        for_each_tracker([], tmp_path, uploaded.log)
 
 
 def test_loggers_of_numbers_alone_are_no_trackers(tmp_path):
