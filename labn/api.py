@@ -225,7 +225,7 @@ def evaluate(
     if isinstance(method, Explainer):
         method = method.fitted_to(model)  # copies of the model have other layers than the one that it may name
     # `explain` without indices used one randomness for all samples; a second explanation must do the same.
-    explain_again = method if method is None or indices is not None else _without_indices(method)
+    explain_again = method if method is None or indices is not None else _WithoutIndices(method)
     with explained_channels(model, images):
         if warn_unless_repeating(model, images).probabilities and settings.get("probability") not in READS_OUTPUT:
             raise InputError(f"{probabilities_sentence(model)} Or read them as given with probability='identity'.")
@@ -263,8 +263,21 @@ def _scores(built: Mapping[str, Any], batch: Any) -> dict[str, Tensor]:
     return scores
 
 
-def _without_indices(explainer: Explainer) -> Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]:
-    return lambda model, images, targets, indices: explainer(model, images, targets)
+class _WithoutIndices(Explainer):
+    """A method that uses the same random numbers for every image; its explainer has made all checks."""
+
+    runs_model = False
+
+    def __init__(self, explainer: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> None:
+        self.explainer = explainer
+
+    def with_masks(self, masks: Tensor | None) -> Explainer:
+        """The explainer with the masks, if it is one of this project's."""
+        return _WithoutIndices(self.explainer.with_masks(masks)) if isinstance(self.explainer, Explainer) else self
+
+    def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
+        """Maps (B, H, W)."""
+        return self.explainer(model, images, targets)
 
 
 def _check_images(images: Tensor) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from callbacks.explanation.lifecycle import Schedule, stage_folder
 from callbacks.explanation.progress import MapProgress
 from labn.errors import InputError
-from labn.explainers import Explainer, GroundTruthMap
+from labn.explainers import Explainer
 from labn.inference.fingerprint import digest, settings_digest, weights_digest
 from labn.metrics import SampleMetric
 from labn.perturbation.engine import PerturbationEngine
@@ -184,10 +184,9 @@ class ExplanationSession:
             self.from_disk[name] += len(maps)
             missing = [n for n, index in enumerate(indices) if index not in maps]
             if missing:
-                explainer = self.explainers[name]
-                # The only explainer that needs masks, which `attribute(model, images, targets, indices)` does not get.
-                if isinstance(explainer, GroundTruthMap):
-                    explainer = explainer.with_masks(None if batch.masks is None else batch.masks[missing])
+                # A ground-truth map needs masks, which `attribute(model, images, targets, indices)` does not get.
+                masks = None if batch.masks is None else batch.masks[missing]
+                explainer = self.explainers[name].with_masks(masks)
                 new = explainer(self.network, batch.images[missing], batch.targets[missing], batch.indices[missing])
                 self.results.add_maps(name, self.keys[name], batch.indices[missing], new)
                 maps |= {indices[n]: new[k] for k, n in enumerate(missing)}

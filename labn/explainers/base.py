@@ -123,6 +123,10 @@ class Explainer(ABC):
         """This method in a form that also suits converted copies of `model`; itself where it holds no layers of it."""
         return self
 
+    def with_masks(self, masks: Tensor | None) -> Explainer:
+        """This method for the images that the ground-truth masks (B, H, W) bool belong to; itself if it needs none."""
+        return self
+
     def inspect(self, model: nn.Module, images: Tensor) -> None:
         """Warn where two equal calls of the model differ, and where it ends in a softmax.
 

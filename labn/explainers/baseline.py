@@ -117,6 +117,10 @@ class Negated(Explainer):
         """The negation of the fitted explainer."""
         return Negated(self.explainer.fitted_to(model))
 
+    def with_masks(self, masks: Tensor | None) -> Explainer:
+        """The negation of the explainer with the masks."""
+        return Negated(self.explainer.with_masks(masks))
+
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
         """Negated maps (B, H, W)."""
         return -self.explainer(model, images, targets, indices)

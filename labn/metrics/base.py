@@ -14,6 +14,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from labn.errors import InputError, InputTypeError
+from labn.explainers.base import Explainer
 from labn.metrics.sample_table import SampleTable
 from labn.metrics.scores import SampleScores
 from labn.perturbation.engine import PerturbationEngine
@@ -116,6 +117,25 @@ class ScoredBatch:
     def predicted(self, engine: PerturbationEngine) -> Tensor:
         """Predicted classes (B,) on the images' device; from `engine`, in its precision, where none were given."""
         return engine.original().argmax(-1) if self.predictions is None else self.predictions.to(self.images.device)
+
+    def explain_again(
+        self, images: Tensor, targets: Tensor, model: nn.Module | None = None, rows: Tensor | None = None
+    ) -> Tensor:
+        """Maps (n, H, W) of other images, classes or weights by the explainer, which gets the samples' masks.
+
+        Args:
+            images: (n, C, H, W), one per sample.
+            targets: (n,) classes.
+            model: None: the model of the batch.
+            rows: positions of the n samples in the batch; None: all.
+        """
+        indices, masks, explainer = self.indices, self.masks, self.explainer
+        if rows is not None:
+            indices = indices[rows.to(indices.device)]
+            masks = None if masks is None else masks[rows.to(masks.device)]
+        if isinstance(explainer, Explainer) and masks is not None:
+            explainer = explainer.with_masks(masks)
+        return explainer(self.model if model is None else model, images, targets, indices)
 
     def engine(self, **options: Any) -> PerturbationEngine:
         """The engine in `cache`, or a new one with `options`.

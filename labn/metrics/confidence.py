@@ -183,8 +183,7 @@ class ADCC(ConfidenceChange):
         """ADCC, coherency and complexity, each (S,) float64; explains the masked images once."""
         # fill + E (x - fill): for a fill of zeros this is the paper's E * x.
         masked = torch.lerp(self.filling(batch), batch.images[scored], weights.unsqueeze(1))
-        targets, indices = (values[scored.to(values.device)] for values in (batch.targets, batch.indices))
-        maps = batch.explainer(batch.model, masked, targets, indices)
+        maps = batch.explain_again(masked, batch.targets[scored.to(batch.targets.device)], rows=scored)
         # The paper asks for a correlation in [0, 1]; r lies in [-1, 1], and the released code maps it like this.
         coherency = (1 + correlation(weights, unit_range(maps.to(weights)))) / 2
         complexity = weights.double().mean((1, 2))

@@ -60,7 +60,7 @@ class Randomisation(SampleMetric):
         for network in randomised_copies(batch.model, self.seed, self.n_stages):
             # A deep copy does not reach modules that a closure holds; their calls show up on the original model.
             with recording_calls(batch.model) as original_calls:
-                maps = batch.explainer(network, batch.images, batch.targets, batch.indices)
+                maps = batch.explain_again(batch.images, batch.targets, network)
             if original_calls:
                 raise InputError(
                     f"randomisation: a copy of {type(batch.model).__name__} runs the model's own "

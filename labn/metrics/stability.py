@@ -61,7 +61,7 @@ class Sensitivity(SampleMetric):
         changes = []
         for noise in numbers.view(len(batch.images), self.draws, *batch.images.shape[1:]).unbind(1):
             moved = batch.images + (self.radius * (2 * noise - 1)).to(batch.images)
-            maps = batch.explainer(batch.model, moved, batch.targets, batch.indices)
+            maps = batch.explain_again(moved, batch.targets)
             changes.append(relative_changes(batch.maps.to(maps), maps))
         stacked = torch.stack(changes)
         return SampleScores({"max_sensitivity": stacked.amax(0), "avg_sensitivity": stacked.mean(0)})
@@ -106,7 +106,7 @@ class RandomLogit(SampleMetric):
         if classes < 2:
             raise InputError("random_logit explains another class; the model has one.")
         others = self.other_classes(batch.targets.cpu(), batch.indices.cpu(), classes)
-        maps = batch.explainer(batch.model, batch.images, others.to(batch.targets.device), batch.indices)
+        maps = batch.explain_again(batch.images, others.to(batch.targets.device))
         return SampleScores({"random_logit": rank_correlation(batch.maps.to(maps), maps)})
 
     def other_classes(self, targets: Tensor, indices: Tensor, classes: int) -> Tensor:
