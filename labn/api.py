@@ -223,7 +223,8 @@ def evaluate(
     positions = torch.arange(len(images)) if indices is None else indices
     method = explainer_by_name(explainer) if isinstance(explainer, str) else explainer
     if isinstance(method, Explainer):
-        method = method.fitted_to(model)  # copies of the model have other layers than the one that it may name
+        # Copies of the model have other layers than the one that the method may name.
+        method = method.for_normalised(mean, std).fitted_to(model)
     # `explain` without indices used one randomness for all samples; a second explanation must do the same.
     explain_again = method if method is None or indices is not None else _WithoutIndices(method)
     with explained_channels(model, images):

@@ -83,7 +83,7 @@ class ExplanationSession:
         self.explainers, self.target, self.engine_options = explainers, target, engine_options
         self.schedule = schedule
         # The rule for the class is part of the key: the map of another class is another map.
-        self.keys = {name: digest(describe(e), target) for name, e in explainers.items()}
+        self.keys = self._keys()
         self.metrics: dict[str, SampleMetric] = {}
         self.samples: set[int] = set()
         self.reached: set[int] = set()
@@ -91,6 +91,9 @@ class ExplanationSession:
         self.store: ResultStore | None = None
         # The latest batch by position: the callbacks receive the same batch one after the other.
         self._batch: tuple[tuple[Any, ...], ExplainedBatch | None] = ((), None)
+
+    def _keys(self) -> dict[str, str]:
+        return {name: digest(describe(e), self.target) for name, e in self.explainers.items()}
 
     @property
     def results(self) -> ResultStore:
@@ -106,6 +109,9 @@ class ExplanationSession:
         """
         data = trainer.datamodule  # type: ignore[attr-defined]
         self.split, self.network = split, network_of(pl_module)
+        # Black and white have other values in data of another normalisation, whose maps get another key.
+        self.explainers = {n: e.for_normalised(data.mean, data.std) for n, e in self.explainers.items()}
+        self.keys = self._keys()
         self.samples = set(self.schedule.samples(trainer, len(data.labels(split))))
         self.reached, self.from_disk = set(), dict.fromkeys(self.explainers, 0)
         self.store = ResultStore(stage_folder(trainer, pl_module, split), trainer.global_rank)

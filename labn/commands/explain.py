@@ -220,7 +220,8 @@ def _explain(
     maps = {}
     for method in options.method:
         try:
-            maps[method] = explain(network, image[None], method, chosen, indices=index).maps[0].cpu()
+            explainer = explainer_by_name(method).for_normalised(preprocessing.mean, preprocessing.std)
+            maps[method] = explain(network, image[None], explainer, chosen, indices=index).maps[0].cpu()
         except UserError as error:
             failed[method] = str(error)
         # Any error: a method may not suit a network in many ways, and must not take the others' maps with it.

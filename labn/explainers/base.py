@@ -123,6 +123,10 @@ class Explainer(ABC):
         """This method in a form that also suits converted copies of `model`; itself where it holds no layers of it."""
         return self
 
+    def for_normalised(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> Explainer:
+        """This method for images of a normalisation (None: images in [0, 1]); itself if it does not depend on it."""
+        return self
+
     def with_masks(self, masks: Tensor | None) -> Explainer:
         """This method for the images that the ground-truth masks (B, H, W) bool belong to; itself if it needs none."""
         return self

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -116,6 +118,10 @@ class Negated(Explainer):
     def fitted_to(self, model: nn.Module) -> Explainer:
         """The negation of the fitted explainer."""
         return Negated(self.explainer.fitted_to(model))
+
+    def for_normalised(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> Explainer:
+        """The negation of the explainer for this normalisation."""
+        return Negated(self.explainer.for_normalised(mean, std))
 
     def with_masks(self, masks: Tensor | None) -> Explainer:
         """The negation of the explainer with the masks."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from labn.errors import InputError
+from labn.explainers.base import Explainer
 from labn.explainers.gradient import (
     GradientAttribution,
     channel_values,
@@ -77,7 +79,8 @@ class BlackWhiteIntegratedGradients(_PathAttribution):
 
     Args:
         n_steps: number of nodes of each quadrature, one gradient each.
-        mean: per-channel mean of the images' normalisation, one number or one per channel.
+        mean: per-channel mean of the images' normalisation, one number or one per channel. None: in a test of the
+            command line and in `labn.evaluate` that of the data, else ImageNet's.
         std: per-channel standard deviation likewise.
         channels: "sum", or the unsigned "mean_abs", "max_abs" or "l2".
 
@@ -95,16 +98,26 @@ class BlackWhiteIntegratedGradients(_PathAttribution):
     def __init__(
         self,
         n_steps: int = 50,
-        mean: float | Sequence[float] = IMAGENET_MEAN,
-        std: float | Sequence[float] = IMAGENET_STD,
+        mean: float | Sequence[float] | None = None,
+        std: float | Sequence[float] | None = None,
         channels: str = "sum",
     ) -> None:
         super().__init__(n_steps, channels)
         self.mean, self.std = mean, std
 
+    def for_normalised(self, mean: Sequence[float] | None, std: Sequence[float] | None) -> Explainer:
+        """This method with the mean and the standard deviation that it was not given."""
+        fitted = copy.copy(self)
+        if fitted.mean is None:
+            fitted.mean = 0.0 if mean is None else list(mean)
+        if fitted.std is None:
+            fitted.std = 1.0 if std is None else list(std)
+        return fitted
+
     def starts(self, images: Tensor) -> list[Tensor]:
         """Black and white."""
-        mean, std = channel_values(self.mean, images, "mean"), channel_values(self.std, images, "std")
+        mean = channel_values(IMAGENET_MEAN if self.mean is None else self.mean, images, "mean")
+        std = channel_values(IMAGENET_STD if self.std is None else self.std, images, "std")
         return [-mean / std, (1 - mean) / std]
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 from small_networks import DeepTail, Parameterless, pictures, seeded
 from torch import Tensor, nn
 
+from callbacks import ExplanationCallback
+from datamodules import SyntheticFundus
+from labn import evaluate, explain
 from labn.explainers import (
     BlackWhiteIntegratedGradients,
     BlurredIntegratedGradients,
@@ -20,15 +25,19 @@ from labn.explainers import (
     GradientTimesInput,
     GuidedBackpropagation,
     IntegratedGradients,
+    Negated,
     Occlusion,
     SmoothGrad,
     SmoothGradCAMPlusPlus,
     SobelMap,
 )
 from labn.explainers.gradient import gaussian_noise, over_variants
+from labn.inference.fingerprint import digest
 from labn.inference.modes import explaining
+from labn.modules import Classifier
 from labn.perturbation.engine import ChunkSize
 from labn.perturbation.fills import make_fill
+from labn.results.fingerprints import describe
 
 TARGETS = torch.tensor([0, 2])
 
@@ -244,6 +253,38 @@ def test_integrals_from_other_baselines_sum_to_the_difference_of_scores() -> Non
     black, white = (torch.full_like(images, value) for value in (-2.0, 3.0))
     found = exact(BlackWhiteIntegratedGradients(400, 0.4, 0.2), model, images).sum((1, 2))
     assert torch.allclose(found, difference(model, images, black, white).detach(), atol=1e-4)
+
+
+def test_black_and_white_are_those_of_the_images_normalisation() -> None:
+    given = BlackWhiteIntegratedGradients(mean=0.1).for_normalised([0.4] * 3, [0.2] * 3)
+    assert describe(given) == describe(BlackWhiteIntegratedGradients(mean=0.1, std=[0.2] * 3))
+    plain = Negated(BlackWhiteIntegratedGradients()).for_normalised(None, None)
+    assert describe(plain) == describe(Negated(BlackWhiteIntegratedGradients(mean=0.0, std=1.0)))
+    # `evaluate` explains again with the normalisation that it is given.
+    model, images, name = seeded(DeepTail), pictures(), "integrated_gradients_bw"
+    normalisation = {"mean": [0.4] * 3, "std": [0.2] * 3}
+    maps = explain(model, images, name, TARGETS, **normalisation)
+    settings = {"radius": 1e-9, "draws": 1, **normalisation}
+    values = evaluate(model, images, maps, metrics=["max_sensitivity"], explainer=name, **settings)
+    assert values["max_sensitivity"].max() < 1e-4
+
+
+def test_a_test_takes_black_and_white_of_its_data(tmp_path: Path) -> None:
+    module = Classifier("resnet18", num_classes=2)
+    module.random_weights = ()  # as after training, without which a test is refused
+    data = SyntheticFundus(n_train=4, n_val=2, n_test=2, image_size=48, mean=[0.4] * 3, std=[0.2] * 3)
+    callback = ExplanationCallback({"bw": BlackWhiteIntegratedGradients(n_steps=2)})
+    options: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "inference_mode": False}
+    trainer = pl.Trainer(default_root_dir=tmp_path, callbacks=[callback], accelerator="cpu", **options)
+    trainer.test(module, data, verbose=False)
+    explicit = BlackWhiteIntegratedGradients(2, [0.4] * 3, [0.2] * 3)
+    assert callback.session.keys == {"bw": digest(describe(explicit), "label")}
+    batch = next(iter(data.test_dataloader()))
+    callback.session.results.refresh()
+    stored = callback.session.results.maps("bw", callback.session.keys["bw"], batch["index"].tolist())
+    found = torch.stack([stored[index] for index in batch["index"].tolist()])
+    expected = explicit(module.network, batch["image"], batch["label"], batch["index"])
+    assert torch.allclose(found, expected, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_expected_gradients_of_a_linear_model_are_exact() -> None:
