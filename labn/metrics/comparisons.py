@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -193,9 +193,11 @@ class _Prepared:
         table = self.tables[0]
         counts, size_of = (self._of_pairs(c, lambda first, _: first) for c in (table.counts, table.size_of))
         # Percentiles do not read the sums, which for many samples and pairs would be larger than memory.
-        few = len(table.sums) < FEW
-        sums = self._of_pairs(table.sums, torch.sub) if few else table.sums[:, :1].expand(-1, len(self.pairs))
-        return MeanTable(self.means, counts, sums, table.sizes, size_of)
+        placeholder = table.sums[:, :1].expand(-1, len(self.pairs))
+        pairs = MeanTable(self.means, counts, placeholder, table.sizes, size_of)
+        if bool((pairs.units() < FEW).any()):
+            return replace(pairs, sums=self._of_pairs(table.sums, torch.sub))
+        return pairs
 
 
 def _chosen(groups: Tensor | None, rows: Tensor) -> Tensor | None:

@@ -94,6 +94,10 @@ class MeanTable:
         """(K,) effective number of units, (sum s)^2 / sum s^2 for units of s samples (Kish 1965)."""
         return (self.sizes.sum(0).square() / self.sizes.square().sum(0))[self.size_of]
 
+    def units(self) -> Tensor:
+        """(K,) number of units that have samples of each column."""
+        return (self.sizes > 0).sum(0)[self.size_of]
+
     def bounds(self, deviations: Tensor, level: float) -> tuple[Tensor, Tensor]:
         """Lower and upper bounds (K,) of the means; NaN for columns with fewer than two units or an infinite mean.
 
@@ -109,7 +113,7 @@ class MeanTable:
         """
         if len(self.sums) < 2:
             return torch.full_like(self.means, torch.nan), torch.full_like(self.means, torch.nan)
-        units = (self.sizes > 0).sum(0)[self.size_of]
+        units = self.units()
         levels = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64).expand(len(units), 2)
         few = units < FEW
         if bool(few.any()):

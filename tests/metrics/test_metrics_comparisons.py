@@ -9,6 +9,7 @@ import torch
 from labn.metrics import bootstrap_mean, comparisons, paired_difference
 from labn.metrics.comparisons import Value, compare_values, step_down
 from labn.metrics.intervals import FEW
+from labn.metrics.statistics import mean_table
 
 
 def scores(n, methods, seed=0, shift=0.0):
@@ -78,6 +79,22 @@ def test_pairs_with_the_same_missing_samples_need_no_column_of_their_own(n):
         assert (difference.mean, difference.n) == (alone.mean, alone.n)
         assert difference.high - difference.low == pytest.approx(alone.high - alone.low, rel=0.05)
     assert found[2, 3].n == len(lacking)
+
+
+@pytest.mark.parametrize("k", [4, FEW - 1])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_pairs_of_few_samples_beside_many_have_the_bounds_of_their_own_data(k, grouped):
+    """Methods 2 and 3 have values of few of many samples: BCa reads the data of each pair, in or out of `apart`."""
+    columns = scores(2 * FEW, 4, seed=3).exp()
+    columns[k:, 2:] = math.nan
+    groups = torch.arange(2 * FEW) // 2 * 2 if grouped else None
+    for (a, b), difference in compared(columns, groups=groups).differences.items():
+        values = columns[:, a] - columns[:, b]
+        table = mean_table(values[:, None], groups)
+        low, high = table.bounds(table.resampled(10_000, 0), 0.95)
+        assert (difference.low, difference.high) == pytest.approx((float(low), float(high)), abs=1e-9)
+        values = values[~values.isnan()]
+        assert values.min() - 1e-9 <= difference.low <= difference.high <= values.max() + 1e-9
 
 
 def test_samples_without_any_value_and_methods_without_values_change_nothing():
