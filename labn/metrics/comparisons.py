@@ -14,7 +14,7 @@ from labn.metrics.intervals import FEW, Interval, MeanTable
 from labn.metrics.statistics import batches, intervals, masks_of, mean_of, mean_table, shared_deviations
 
 _CELLS = 1 << 21  # differences of resampled means in memory at once (16 MiB)
-_SAME = 1e-9  # means closer than this share of their range are tied
+_SAME = 1e-9  # numbers closer than this share of the larger are equal
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class Difference(Interval):
     Attributes:
         p: p-value of the pair alone, in (0, 1]; NaN for a single sample or group.
         p_adjusted: p-value when all pairs of methods are taken together (`step_down`): among the pairs with
-            p_adjusted <= .05 is a pair without any difference in at most 5 % of experiments.
+            p_adjusted <= .05 is a pair without any difference in about 5 % of experiments at most; with few samples
+            this is approximate.
 
     Example:
         >>> Difference(mean=0.5, low=0.25, high=0.75, n=20, p=0.001, p_adjusted=0.06).stands
@@ -46,7 +47,7 @@ class Rank:
 
     Attributes:
         rank: 1 is the best; tied methods share the mean of their ranks.
-        low: lower bound of the 95 % interval of the rank over resamples.
+        low: lower percentile bound of the 95 % interval of the rank over resamples.
         high: upper bound of that interval.
         p_best: probability over resamples that the method is the best; ties for the best share it.
         n: number of samples.
@@ -214,6 +215,9 @@ def step_down(differences: Tensor, drawn: Tensor, freedom: Tensor) -> tuple[Tens
     G units the statistic, of Student's t distribution with G - 1 degrees of freedom, is first turned into the normal
     quantile of the same probability; s is widened as the bounds of intervals are (`MeanTable.bounds`).
 
+    Resamples of equal differences have no spread, which with few units is no evidence: no p-value is below 2^(1 - G),
+    the smallest of the sign test, and without spread the adjusted one is at least P times that (Bonferroni).
+
     Args:
         differences: (P,) mean differences d.
         drawn: (R, P) deviations d* - d of the resampled differences; a NaN counts as 0.
@@ -247,6 +251,10 @@ def step_down(differences: Tensor, drawn: Tensor, freedom: Tensor) -> tuple[Tens
     p[known[order]] = (1 + alone) / total
     # A pair cannot stand where one with a larger statistic falls.
     adjusted[known[order]] = ((1 + together) / total).cummax(0).values
+    least = torch.exp2(1 - freedom[known].double())
+    equal = spread <= _SAME * differences[known].abs()
+    p[known] = p[known].maximum(least)
+    adjusted[known] = adjusted[known].maximum(torch.where(equal, len(known) * least, least).clamp(max=1))
     return p, adjusted
 
 
@@ -263,8 +271,8 @@ def _normal_statistic(size: Tensor, spread: Tensor, freedom: Tensor) -> Tensor:
 def ranks_of(table: MeanTable, deviations: Tensor, better: int, level: float) -> list[Rank]:
     """The rank of every column of a table without missing values.
 
-    Resampled means of few units vary too little; their deviations are widened as the bounds of intervals are, by the
-    ratio of the quantiles of Student's t and the normal distribution, and by (G / (G - 1))^1.5.
+    Intervals of ranks are percentiles of the ranks in the resamples. The resampled means are not widened as the bounds
+    of intervals are: that could make a method the best which is worse on every sample.
 
     Args:
         table: means of M methods over the same samples.
@@ -272,16 +280,11 @@ def ranks_of(table: MeanTable, deviations: Tensor, better: int, level: float) ->
         better: 1 if higher is better, -1 if lower is.
         level: coverage of the intervals of ranks.
     """
-    from scipy.special import ndtri, stdtrit
-
     freedom = float(table.freedom()[0])
     side = (1 + level) / 2
-    widened = math.nan
-    if freedom > 1:
-        widened = (freedom / (freedom - 1)) ** 1.5 * stdtrit(freedom - 1, side) / ndtri(side)
     own = _rank(better * table.means[None])[0]
     # An infinite mean, whose resamples are unknown, keeps its rank.
-    drawn = _rank(better * (table.means + widened * deviations.masked_fill(~table.means.isfinite(), 0.0)))
+    drawn = _rank(better * (table.means + deviations.masked_fill(~table.means.isfinite(), 0.0)), _noise(table))
     wins = (drawn == drawn.amin(1, keepdim=True)).double()
     p_best = (wins / wins.sum(1, keepdim=True)).mean(0)
     bounds = np.quantile(drawn.numpy(), [1 - side, side], axis=0, method="inverted_cdf").T
@@ -292,13 +295,24 @@ def ranks_of(table: MeanTable, deviations: Tensor, better: int, level: float) ->
     return [Rank(rank, low, high, best, count) for rank, low, high, best in columns]
 
 
-def _rank(scores: Tensor) -> Tensor:
-    """Ranks (R, M) of scores (R, M) in each row, 1 for the highest; tied scores share the mean of their ranks."""
-    span = float(scores.amax() - scores.amin())
-    # Equal means of different samples may differ by a rounding error; infinite ones are equal or not.
-    rounded = torch.round(scores / (_SAME * span)) if 0 < span < math.inf else scores
+def _noise(table: MeanTable) -> Tensor:
+    """(M,) rounding errors of resampled means, of sums in fixed point (`resampled_sums`); 0 for infinite means."""
+    units = len(table.sums)
+    step = table.sums.abs().amax(0) * 2.0 ** ((units - 1).bit_length() - 51)
+    return (step * units / table.counts).nan_to_num(posinf=0.0)
+
+
+def _rank(scores: Tensor, noise: Tensor | None = None) -> Tensor:
+    """Ranks (R, M) of scores (R, M) in each row, 1 for the highest; tied scores share the mean of their ranks.
+
+    Scores are tied if they differ by at most 1e-9 of the larger magnitude of the two, and their `noise` (M,).
+    """
+    noise = torch.zeros_like(scores[0]) if noise is None else noise
     ranks = torch.empty_like(scores)
-    for number, column in enumerate(rounded.T):
-        above, same = (rounded > column[:, None]).sum(1), (rounded == column[:, None]).sum(1)
-        ranks[:, number] = above + (same + 1) / 2
+    size = scores.abs().nan_to_num(posinf=0.0)  # infinite scores are equal or not
+    for number, column in enumerate(scores.T[..., None]):
+        near = _SAME * torch.maximum(size, size[:, number, None]) + noise + noise[number]
+        same = (scores == column) | ((scores - column).abs() <= near)
+        above = (scores > column) & ~same
+        ranks[:, number] = above.sum(1) + (same.sum(1) + 1) / 2
     return ranks

@@ -22,8 +22,8 @@ TERMS = {
     "intervals made in this way from other samples of the same kind, about 95 of 100 contain the true mean.",
     "n": "Number of samples, or of detections on their page, that have a value.",
     "●": "The best of its column, or not distinguishable from the best on these samples.",
-    "*": "The difference stands when all pairs of its table are taken together: at most 5 % of such tables have a mark "
-    "where there is no difference.",
+    "*": "The difference stands when all pairs of its table are taken together: about 5 % of such tables at most have "
+    "a mark where there is no difference; of few samples this is approximate.",
     "rank": "Place of a method by its mean, 1 for the best; best: share of the resamples in which it is the first.",
     "±": "Standard deviation over seeds, that is over networks trained from other random numbers.",
     "random, constant": "Maps that know nothing of the picture. A method that is not better than these has "

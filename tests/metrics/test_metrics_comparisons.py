@@ -221,3 +221,38 @@ def test_infinite_values_have_a_rank_and_neither_bounds_nor_differences():
     assert math.isnan(found.differences[0, 2].p_adjusted)
     assert bounds(found.differences[1, 2]) == pytest.approx(bounds(compared(columns[:, 1:]).differences[0, 1]))
     assert found.differences[1, 2].p_adjusted == found.differences[1, 2].p
+
+
+def test_a_method_worse_on_every_sample_is_never_the_best():
+    first = scores(40, 1)
+    second = first + 0.01
+    second[7] += 100
+    ranks = compared(torch.cat([first, second], dim=1), better=-1).ranks
+    assert [(r.rank, r.low, r.high, r.p_best) for r in ranks] == [(1, 1, 1, 1), (2, 2, 2, 0)]
+
+
+def test_a_huge_method_ties_no_others_and_equal_counts_tie():
+    columns = scores(50, 3, shift=3.0)
+    huge = torch.cat([columns, torch.full((50, 1), 1e12, dtype=torch.float64)], dim=1)
+    assert [r.rank for r in compared(huge, better=-1).ranks] == [1, 2, 3, 4]
+    assert [r.p_best for r in compared(huge, better=-1).ranks] == [1, 0, 0, 0]
+    # Resamples without a hit of either method are tied, although their means are 0 up to rounding only.
+    hits = torch.zeros(12, 2, dtype=torch.float64)
+    hits[0, 0] = hits[1, 1] = 1
+    assert [r.p_best for r in compared(hits).ranks] == pytest.approx([0.5, 0.5], abs=0.02)
+    assert all((r.low, r.high) == (1, 2) for r in compared(hits).ranks)
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+def test_equal_differences_of_few_samples_have_the_p_value_of_the_sign_test(n):
+    columns = torch.tensor([[1.0, 0.0]], dtype=torch.float64).repeat(n, 1)
+    (difference,) = compared(columns, n_resamples=2000).differences.values()
+    assert difference.p == difference.p_adjusted == 2.0 ** (1 - n)
+
+
+def test_fair_coins_of_few_samples_have_few_false_stars():
+    for n in (2, 3, 4, 6):
+        generator = torch.Generator().manual_seed(n)
+        values = [Value(torch.randint(2, (n, 5), generator=generator).double()) for _ in range(200)]
+        found = [c.differences.values() for c in compare_values(values, n_resamples=300)]
+        assert sum(any(d.stands for d in pairs) for pairs in found) <= 0.06 * len(found)
