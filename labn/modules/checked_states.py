@@ -92,6 +92,10 @@ def _check_optimizer(optimizer: Optimizer, stored: Mapping[str, Any]) -> None:
         "state" in stored, "optimizer_states[0]", sorted(map(str, stored)), "a state with the values per parameter"
     )
     _check_like(optimizer.state_dict()["param_groups"], stored.get("param_groups"), "optimizer_states[0].param_groups")
+    for number, packed in enumerate(optimizer.state_dict()["param_groups"]):
+        # The numbers say to which parameter each state belongs.
+        listed = stored["param_groups"][number].get("params")
+        _require(listed == packed["params"], f"optimizer_states[0].param_groups[{number}].params", listed, "in order")
     for number, (own, group) in enumerate(zip(optimizer.param_groups, stored["param_groups"], strict=True)):
         where = f"optimizer_states[0].param_groups[{number}]"
         # PyTorch fills in flags that earlier versions did not have, and no numbers.

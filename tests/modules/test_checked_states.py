@@ -50,7 +50,8 @@ WRONG = [
     ((*OPTIMIZER, "state", 0), {"exp_avg": 0.5}, r"state\[0\]\.exp_avg is 0.5 and must be a tensor"),
     ((*OPTIMIZER, "state", 0), {"step": 0}, r"state\[0\]\.step is 0 and must be a number from 1"),
     ((*OPTIMIZER, "param_groups", 0), {"lr": -1.0}, r"AdamW refuses \(Invalid learning rate"),
-    ((*OPTIMIZER, "param_groups"), {1: {"params": list(range(33))}}, r"must be settings with .*eps"),
+    ((*OPTIMIZER, "param_groups"), {1: {"params": list(range(33))}}, r"params is \[0, .* and must be in order"),
+    ((*OPTIMIZER, "param_groups", 1, "params"), {0: 0}, r"param_groups\[1\]\.params is \[0, .* and must be in order"),
     (("lr_schedulers", 0), {"step": 1}, r"lr_schedulers\[0\] is 'step' and must be"),
     (("lr_schedulers", 0), {"optimizer": 1}, r"lr_schedulers\[0\] is 'optimizer' and must be"),
     (
