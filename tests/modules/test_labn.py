@@ -6,6 +6,7 @@ import torch
 
 from datamodules import SyntheticFundus
 from labn.errors import InputError
+from labn.inference.modes import to_channels_last
 from labn.modules import LABN, Classifier, GateSchedule, SaliencyGuidance
 from labn.modules.restore import restore
 
@@ -228,3 +229,10 @@ def test_a_network_with_3d_convolutions_is_laid_out_for_training():
 def test_network_options_that_the_module_has_itself_are_named():
     with pytest.raises(InputError, match="network_options has lab_block, split, given by the module's own arguments"):
         LABN("resnet18", split=6, network_options={"lab_block": "own", "split": 5})
+
+
+def test_weights_are_laid_out_as_torch_lays_them_out():
+    ours, torchs = (torch.nn.Sequential(torch.nn.Conv2d(4, 8, 1), torch.nn.Conv2d(1, 8, 3)) for _ in range(2))
+    to_channels_last(ours)
+    torchs.to(memory_format=torch.channels_last)
+    assert [p.stride() for p in ours.parameters()] == [p.stride() for p in torchs.parameters()]
