@@ -298,7 +298,9 @@ def fit(run_dir: Path, epochs: int, checkpoint: Path | None = None) -> None:
     from labn.launch.error_messages import restore_error
     from labn.modules import LABN
 
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    log = logging.getLogger("lightning.pytorch")
+    level = log.level
+    log.setLevel(logging.ERROR)
     branch = {"backbone_options": {"layers": [1, 1], "width": 4, "stem_width": 4, "r": 3}}
     trainer = pl.Trainer(
         max_epochs=epochs,
@@ -320,6 +322,8 @@ def fit(run_dir: Path, epochs: int, checkpoint: Path | None = None) -> None:
         raise
     except Exception as error:
         raise restore_error(error, checkpoint) or error from error
+    finally:
+        log.setLevel(level)
 
 
 def write_checkpoint(root: Path) -> None:

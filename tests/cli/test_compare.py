@@ -20,9 +20,9 @@ COMPARISONS = sorted({*CONFIGS.glob("**/*compare*.yaml"), *CONFIGS.glob("**/amg*
 # Methods of other networks, the second of two forms of one method, and what every table has anyway.
 OF_OTHERS = {"labn", "abn", "lambda", "rollout", "crp"}
 FORMS = {"rise_released"}
-BASELINES = {"random", "constant", "sobel"}
+BASELINES = {"random", "constant"}
 # Methods that came later; a configuration with recorded results keeps its list.
-LATER = {"layercam", "hirescam", "finercam", "guided_backprop", "deconvnet", "expected_gradients"}
+LATER = {"sobel", "layercam", "hirescam", "finercam", "guided_backprop", "deconvnet", "expected_gradients"}
 LATER |= {"integrated_gradients_blur", "integrated_gradients_bw"}
 
 
