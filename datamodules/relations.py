@@ -11,6 +11,7 @@ from datamodules.io.layered_scene import BlendedLayer, LayeredScene
 from datamodules.io.sources import Source
 from datamodules.io.splits import SPLITS, Split
 from datamodules.io.transforms import Augmentation
+from datamodules.synthetic import DrawnSource
 from labn.errors import InputError
 
 Array = np.ndarray[Any, Any]
@@ -178,16 +179,13 @@ class SyntheticRelations(ImageDataModule):
         return {split: RelationSource(self.painter, self.data_seed, split, n) for split, n in self.counts.items()}
 
 
-class RelationSource(Source):
+class RelationSource(DrawnSource):
     """A split of `SyntheticRelations`; `load` paints the image."""
 
-    has_masks = has_scenes = True
-
     def __init__(self, painter: RelationPainter, seed: int, split: Split, count: int) -> None:
-        self.painter, self.seed, self.stream = painter, seed, SPLITS.index(split)
-        self.names = [f"{split}_{i:05d}" for i in range(count)]
-        order = np.random.default_rng([seed, self.stream])
-        self.labels = order.permutation(np.arange(count, dtype=np.int64) % len(DIRECTIONS))
+        order = np.random.default_rng([seed, SPLITS.index(split)])
+        super().__init__(seed, split, order.permutation(np.arange(count, dtype=np.int64) % len(DIRECTIONS)))
+        self.painter = painter
         self.identity = ["synthetic relations", _VERSION, seed, painter.size]
 
     def load(self, index: int) -> tuple[Array, Array]:
@@ -198,5 +196,5 @@ class RelationSource(Source):
 
     def scene(self, index: int) -> LayeredScene:
         """See `Source.scene`."""
-        rng = np.random.default_rng([self.seed, self.stream, index])
-        return self.painter.scene(rng, tuple(DIRECTIONS.values())[int(self.labels[index])])
+        direction = tuple(DIRECTIONS.values())[int(self.labels[index])]
+        return self.painter.scene(self.generator(index), direction)

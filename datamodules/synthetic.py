@@ -270,24 +270,38 @@ class SyntheticFundus(ImageDataModule):
         return {split: PaintedSource(self.painter, self.data_seed, split, n) for split, n in self.counts.items()}
 
 
-class PaintedSource(Source):
-    """A split of `SyntheticFundus`; `load` paints the image."""
+class DrawnSource(Source):
+    """A split of drawn images; image `index` depends on (seed, split, index) alone. Subclasses draw it.
+
+    Args:
+        seed: seed of all splits.
+        split: name of the split.
+        labels: (N,) int64, the class of every image.
+    """
 
     has_masks = has_scenes = True
 
+    def __init__(self, seed: int, split: Split, labels: np.ndarray) -> None:
+        self.seed, self.stream, self.labels = seed, SPLITS.index(split), labels
+        self.names = [f"{split}_{i:05d}" for i in range(len(labels))]
+
+    def generator(self, index: int) -> np.random.Generator:
+        """The random numbers of an image."""
+        return np.random.default_rng([self.seed, self.stream, index])
+
+
+class PaintedSource(DrawnSource):
+    """A split of `SyntheticFundus`; `load` paints the image."""
+
     def __init__(self, painter: FundusPainter, seed: int, split: Split, count: int) -> None:
-        self.painter, self.seed, self.stream = painter, seed, SPLITS.index(split)
-        self.names = [f"{split}_{i:05d}" for i in range(count)]
-        self.labels = synthetic_labels(seed, self.stream, count)
+        super().__init__(seed, split, synthetic_labels(seed, SPLITS.index(split), count))
+        self.painter = painter
         self.identity = ["synthetic fundus", _VERSION, seed, painter.size]
 
     def load(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Source.load`."""
-        return self.painter.paint(self._rng(index), bool(self.labels[index]))
+        return self.painter.paint(self.generator(index), bool(self.labels[index]))
 
     def scene(self, index: int) -> LayeredScene:
         """See `Source.scene`."""
-        return self.painter.scene(self._rng(index), bool(self.labels[index]))
-
-    def _rng(self, index: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed, self.stream, index])
+        return self.painter.scene(self.generator(index), bool(self.labels[index]))

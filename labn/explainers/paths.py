@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from labn.explainers.gradient import (
     channel_values,
     gaussian_noise,
     input_gradient,
+    over_variants,
     path_integral,
 )
 from labn.io.preprocessing import IMAGENET_MEAN, IMAGENET_STD
@@ -161,15 +163,21 @@ class ExpectedGradients(GradientAttribution):
         numbers = torch.zeros(len(images), dtype=torch.long) if indices is None else indices.cpu()
         # Two numbers per draw: which reference, and where on the path. On the CPU, equal for every device.
         draws = sample_uniform(self.seed, numbers, 2 * self.n_samples, torch.float64).unflatten(1, (-1, 2))
-        total = torch.zeros_like(images)
-        for k in range(self.n_samples):
-            start = self._baselines(images, draws[:, k, 0], indices, k)
-            t = ((k + draws[:, k, 1]) / self.n_samples).to(images).view(-1, 1, 1, 1)
-            total += (images - start) * input_gradient(model, start + t * (images - start), targets)
+        drawn = partial(self._baseline, images, draws[..., 0], indices)
+
+        def points(some: range) -> Tensor:
+            steps = torch.tensor(some, dtype=torch.float64)[:, None] + draws[:, some.start : some.stop, 1].T
+            t = (steps / self.n_samples).to(images)[..., None, None, None]
+            starts = torch.stack([drawn(draw) for draw in some])
+            return starts + t * (images - starts)
+
+        run, total = partial(input_gradient, model), torch.zeros_like(images)
+        for draw, gradient in enumerate(over_variants(run, points, self.n_samples, images, targets)):
+            total += (images - drawn(draw)) * gradient
         return total / self.n_samples
 
-    def _baselines(self, images: Tensor, uniform: Tensor, indices: Tensor | None, draw: int) -> Tensor:
-        """One baseline per image (B, C, H, W)."""
+    def _baseline(self, images: Tensor, uniform: Tensor, indices: Tensor | None, draw: int) -> Tensor:
+        """One baseline per image (B, C, H, W), from uniform numbers (B, draws)."""
         if self.references is None:
             return gaussian_noise(images, indices, self.seed, range(draw, draw + 1))[0].expand_as(images)
         if self.references.ndim != 4 or self.references.shape[1:] != images.shape[1:] or not len(self.references):
@@ -177,4 +185,4 @@ class ExpectedGradients(GradientAttribution):
                 f"references must be (R, {', '.join(map(str, images.shape[1:]))}) like the images, R >= 1; got "
                 f"{tuple(self.references.shape)}."
             )
-        return self.references[(uniform * len(self.references)).long()].to(images)
+        return self.references[(uniform[:, draw] * len(self.references)).long()].to(images)

@@ -221,9 +221,6 @@ class Infidelity(RemovedSets):
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2, bias=False))
         >>> _ = nn.init.ones_(model[1].weight)
         >>> images, target, index = torch.ones(1, 1, 4, 4), torch.tensor([0]), torch.tensor([0])
-        >>> Infidelity(sizes=[0.5]).score(model, images, torch.zeros(1, 4, 4), target, index, cache=None)
-        Traceback (most recent call last):
-        labn.errors.InputError: patch_size must be from 1 to 4 for 4x4 maps, got 8.
         >>> Infidelity(sizes=[0.5], patch_size=1).score(model, images, torch.zeros(1, 4, 4), target, index)
         {'infidelity': tensor([64.], dtype=torch.float64)}
     """

@@ -14,7 +14,7 @@ from labn.metrics.filled import FilledMetric, scatter_to_batch
 from labn.metrics.scores import SampleScores
 from labn.perturbation.imputation import linear_imputation
 from labn.perturbation.patches import patch_ranks
-from labn.perturbation.stateless_random import sample_uniform
+from labn.perturbation.stateless_random import sample_normal
 
 ROAD_STREAM = 5  # of the random numbers; ties, fills, sets of patches and noise have others
 
@@ -117,7 +117,5 @@ class ROAD(FilledMetric):
         """Normal noise (S, C, H, W), the same for every fraction."""
         count = batch.images[0].numel()
         indices = batch.indices.to(batch.images.device)[scored]
-        uniform = sample_uniform(self.seed, indices, count, torch.float64, ROAD_STREAM)
-        # The middle of each of 2^24 steps, so that no number is infinite.
-        normal = torch.special.ndtri(uniform + 0.5 / (1 << 24))
+        normal = sample_normal(self.seed, indices, count, torch.float64, ROAD_STREAM)
         return (self.noise * normal).to(batch.images).view(len(scored), *batch.images.shape[1:])

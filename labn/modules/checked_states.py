@@ -87,59 +87,63 @@ def _require(right: bool, where: str, value: Any, wanted: str = "a state of this
 
 
 def _check_optimizer(optimizer: Optimizer, stored: Mapping[str, Any]) -> None:
-    _check_like({"state": {}}, stored, "optimizer_states[0]")
-    _require(
-        "state" in stored, "optimizer_states[0]", sorted(map(str, stored)), "a state with the values per parameter"
-    )
-    _check_like(optimizer.state_dict()["param_groups"], stored.get("param_groups"), "optimizer_states[0].param_groups")
-    for number, packed in enumerate(optimizer.state_dict()["param_groups"]):
-        # The numbers say to which parameter each state belongs.
-        listed = stored["param_groups"][number].get("params")
-        _require(listed == packed["params"], f"optimizer_states[0].param_groups[{number}].params", listed, "in order")
-    for number, (own, group) in enumerate(zip(optimizer.param_groups, stored["param_groups"], strict=True)):
-        where = f"optimizer_states[0].param_groups[{number}]"
-        # PyTorch fills in flags that earlier versions did not have, and no numbers.
-        numbers = [name for name, value in own.items() if isinstance(value, (float, tuple))]
-        _require(set(numbers) <= group.keys(), where, sorted(map(str, group)), f"settings with {', '.join(numbers)}")
-        _check_settings(optimizer, group, where)
+    where, own = "optimizer_states[0]", optimizer.state_dict()["param_groups"]
+    wanted = "a dictionary with param_groups and state"
+    complete = isinstance(stored.get("state"), dict) and "param_groups" in stored
+    _require(complete, where, sorted(map(str, stored)), wanted)
+    _check_like(own, stored["param_groups"], f"{where}.param_groups")
+    for number, (ours, group) in enumerate(zip(own, stored["param_groups"], strict=True)):
+        _check_group(optimizer, ours, group, f"{where}.param_groups[{number}]")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     fresh = _fresh_state(optimizer)
     for key, state in stored["state"].items():
-        where = f"optimizer_states[0].state[{str(key)[:20]}]"
-        _require(
-            isinstance(key, int) and 0 <= key < len(parameters), where, key, f"of a parameter below {len(parameters)}"
-        )
-        known = isinstance(state, dict) and fresh.keys() <= state.keys()
-        _require(known, where, state, f"a dictionary of {', '.join(fresh)}")
-        for name, value in state.items():
-            shape = parameters[key].shape
-            if name == "step":
-                _require(
-                    _is_number(value) and 1 <= float(value) <= LARGEST_COUNT, f"{where}.step", value, "a number from 1"
-                )
-            else:
-                fits = isinstance(value, Tensor) and value.shape == shape
-                fits |= value is None and fresh.get(name) is None
-                _require(fits, f"{where}.{name}", value, f"a tensor {tuple(shape)}")
+        of = f"{where}.state[{str(key)[:20]}]"
+        known = isinstance(key, int) and 0 <= key < len(parameters)
+        _require(known, of, key, f"the state of one of {len(parameters)} parameters")
+        _check_parameter_state(fresh, parameters[key].shape, state, of)
 
 
-def _check_settings(optimizer: Optimizer, stored: Mapping[str, Any], where: str) -> None:
-    """Let the optimiser's constructor check the settings of a group, which restoring them does not."""
-    known = inspect.signature(type(optimizer)).parameters.keys() & optimizer.defaults.keys()
+def _check_group(optimizer: Optimizer, own: Mapping[str, Any], stored: Mapping[str, Any], where: str) -> None:
+    """Compare one group: the numbers of its parameters, and its settings, which the constructor checks."""
+    # The numbers say to which parameter each state belongs.
+    _require(stored.get("params") == own["params"], f"{where}.params", stored.get("params"), "in order")
+    # PyTorch fills in flags that earlier versions did not have, and no numbers.
+    numbers = [name for name, value in own.items() if isinstance(value, (float, tuple))]
+    wanted = f"settings with {', '.join(numbers)}"
+    _require(set(numbers) <= stored.keys(), where, sorted(map(str, stored)), wanted)
     try:
-        type(optimizer)([torch.zeros(1, requires_grad=True)], **{name: stored[name] for name in known & stored.keys()})
+        _alike(optimizer, stored)
     except (ValueError, TypeError, RuntimeError) as error:
         raise _WrongError(f"{where} has settings that {type(optimizer).__name__} refuses ({error})") from error
 
 
+def _check_parameter_state(fresh: Mapping[str, Any], shape: torch.Size, stored: Any, where: str) -> None:
+    """Compare the state of one parameter with that of a first step."""
+    known = isinstance(stored, dict) and fresh.keys() <= stored.keys()
+    _require(known, where, stored, f"a dictionary of {', '.join(fresh)}")
+    for name, value in stored.items():
+        if name == "step":
+            counted = _is_number(value) and 1 <= float(value) <= LARGEST_COUNT
+            _require(counted, f"{where}.step", value, "a number from 1")
+        else:
+            fits = isinstance(value, Tensor) and value.shape == shape
+            fits |= value is None and fresh.get(name) is None
+            _require(fits, f"{where}.{name}", value, f"a tensor {tuple(shape)}")
+
+
 def _fresh_state(optimizer: Optimizer) -> dict[str, Any]:
     """What the optimiser keeps per parameter, from one step of another one of its kind on a single number."""
-    number = torch.zeros(1, requires_grad=True)
+    other = _alike(optimizer, optimizer.defaults)
+    (number,) = other.param_groups[0]["params"]
     number.grad = torch.zeros(1)
-    known = inspect.signature(type(optimizer)).parameters.keys() & optimizer.defaults.keys()
-    other = type(optimizer)([number], **{name: optimizer.defaults[name] for name in known})
     other.step()
     return dict(other.state[number])
+
+
+def _alike(optimizer: Optimizer, settings: Mapping[str, Any]) -> Optimizer:
+    """An optimiser of the same class with some settings, for a single number."""
+    known = inspect.signature(type(optimizer)).parameters.keys() & optimizer.defaults.keys() & settings.keys()
+    return type(optimizer)([torch.zeros(1, requires_grad=True)], **{name: settings[name] for name in known})
 
 
 def _is_number(value: Any) -> bool:

@@ -11,35 +11,18 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 
 import torch
-import torchvision
+from relevance_study import network, photographs
 from torch import Tensor, nn
-from torchvision.transforms.functional import center_crop, normalize, resize
 
-from datamodules.base import data_root
 from labn import evaluate, explain
 from labn.api import IMAGENET_MEAN, IMAGENET_STD
 from labn.explainers.base import top_k
-from labn.io.images import read_image
 from labn.metrics.functional.detection import map_similarity
 from labn.metrics.statistics import bootstrap_mean
-from labn.models import load_backbone
 
 METHODS = ("contrastive_lrp", "lrp", "gradcam")
-
-
-def network() -> nn.Module:
-    model = torchvision.models.resnet50()
-    load_backbone(model, data_root("imagenet") / "resnet50.safetensors")
-    return model.eval()
-
-
-def photograph(path: Path) -> Tensor:
-    """(3, 224, 224), the middle of the picture, normalised."""
-    pixels = torch.from_numpy(read_image(path).copy()).permute(2, 0, 1).float() / 255
-    return normalize(center_crop(resize(pixels, [256], antialias=True), [224]), IMAGENET_MEAN, IMAGENET_STD)
 
 
 def measure(model: nn.Module, image: Tensor, steps: int) -> dict[tuple[str, str], float]:
@@ -61,13 +44,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    paths = sorted(data_root(arguments.data).rglob("*.jpg")) or sorted(data_root(arguments.data).rglob("*.JPEG"))
-    chosen = [paths[round(k * (len(paths) - 1) / max(arguments.images - 1, 1))] for k in range(arguments.images)]
-    model, values = network(), {}
-    for number, path in enumerate(chosen, start=1):
-        for key, value in measure(model, photograph(path)[None], arguments.steps).items():
+    chosen = photographs(arguments.images, (IMAGENET_MEAN, IMAGENET_STD), arguments.data)
+    model, values = network("resnet50", None), {}
+    for number, (file, image) in enumerate(chosen.items(), start=1):
+        for key, value in measure(model, image, arguments.steps).items():
             values.setdefault(key, []).append(value)
-        print(f"{number} of {len(chosen)}: {path.name}", flush=True)
+        print(f"{number} of {len(chosen)}: {file}", flush=True)
         for (method, name), column in values.items() if number == len(chosen) else ():
             interval = bootstrap_mean(column)
             print(

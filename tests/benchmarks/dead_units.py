@@ -15,28 +15,16 @@ import os
 import warnings
 from pathlib import Path
 
-import timm
 import torch
-from torch import Tensor
-from torchvision.transforms.functional import center_crop, normalize, resize
+from relevance_study import HALF, network, photographs
 
-from datamodules.base import data_root
 from labn import evaluate
 from labn.explainers import GradCAM
 from labn.explainers.base import top_k
-from labn.io.images import read_image
 from labn.lrp import Config, relevance
 from labn.metrics.statistics import bootstrap_mean
-from labn.models import load_backbone
 
-HALF = (0.5, 0.5, 0.5)
 CHOICES = ("keep", "absolute", "uniform")
-
-
-def photograph(path: Path) -> Tensor:
-    """(1, 3, 224, 224), the middle of the picture, between -1 and 1."""
-    pixels = torch.from_numpy(read_image(path).copy()).permute(2, 0, 1).float() / 255
-    return normalize(center_crop(resize(pixels, [256], antialias=True), [224]), HALF, HALF)[None]
 
 
 def main() -> None:
@@ -47,15 +35,10 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    load_backbone(model, arguments.weights)
-    model.eval()
-    paths = sorted(data_root("imagenet").rglob("*.jpg")) or sorted(data_root("imagenet").rglob("*.JPEG"))
-    chosen = [paths[round(k * (len(paths) - 1) / max(arguments.images - 1, 1))] for k in range(arguments.images)]
+    model = network("lite0", arguments.weights)
     scores: dict[str, list[float]] = {name: [] for name in (*CHOICES, "gradcam")}
     shares: dict[str, list[float]] = {name: [] for name in CHOICES}
-    for path in chosen:
-        image = photograph(path)
+    for image in photographs(arguments.images, (HALF, HALF)).values():
         target = top_k(model, image, 1)[0]
         maps = {"gradcam": GradCAM()(model, image, target)}
         for name in CHOICES:

@@ -185,9 +185,9 @@ def network(name: str, weights: Path | None) -> nn.Module:
     return model.eval()
 
 
-def photographs(count: int, statistics: tuple[Any, Any]) -> dict[str, Tensor]:
-    """File name -> (1, 3, 224, 224), the middle of the picture, normalised."""
-    root = data_root("imagenet")
+def photographs(count: int, statistics: tuple[Any, Any], data: str = "imagenet") -> dict[str, Tensor]:
+    """File name -> (1, 3, 224, 224), the middle of the picture, normalised; evenly spaced files of a data set."""
+    root = data_root(data)
     paths = sorted(root.rglob("*.jpg")) or sorted(root.rglob("*.JPEG"))
     found = {}
     for path in (paths[round(k * (len(paths) - 1) / max(count - 1, 1))] for k in range(count)):
