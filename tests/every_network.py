@@ -33,8 +33,15 @@ METRICS += ["random_logit"]
 PROPAGATION = ("lrp", "c3lrp", "contrastive_lrp")
 NETWORKS: dict[str, tuple[str, ...]] = {
     "lambda": tuple(name for name in EXPLAINERS if name != "crp"),
-    "residual": PROPAGATION,
+    "residual": (*PROPAGATION, "gradcam", "rise", "random"),
     "detector": ("crp",),
+}
+# Every method is seen by metrics of its map, and every metric by some methods: all pairs would be ten times the work.
+SCORED: dict[str, list[str]] = {"lambda": ["id", "pid8@official", "mass", "rank", "scene"], "residual": METRICS}
+STEP = {"step": 128}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "lambda": STEP,
+    "residual": {**STEP, "percents": [10], "n_stages": 1, "mask_space": "pixel", "permutations": 4},
 }
 TABLES = {"lambda": "scores.csv", "residual": "scores.csv", "detector": "detection_scores.csv"}
 
@@ -152,15 +159,9 @@ def callbacks(network: str, chunk: int | None) -> list[dict[str, Any]]:
         {
             "class_path": "callbacks.EvaluationCallback",
             "init_args": {
-                "metrics": METRICS,
+                "metrics": SCORED[network],
                 "chunk_size": chunk,
-                "metric_options": {
-                    "step": 128,
-                    "percents": [10],
-                    "n_stages": 1,
-                    "mask_space": "pixel",
-                    "permutations": 4,
-                },
+                "metric_options": OPTIONS[network],
             },
         },
     ]
