@@ -45,6 +45,8 @@ class ErrorAnalysis(SampleMetric):
         area_level: the quantile, or the absolute level.
         step: pixels per step of ID; this and all further arguments are those of `PatchInsertionDeletion`.
         n_steps: number of steps in place of `step`.
+        steps: "all", or "auto" for as few steps as the tolerance allows.
+        tolerance: error of ID at which "auto" ends.
         fill: colour of removed pixels.
         mean: per-channel mean of the images' normalisation.
         std: per-channel standard deviation of the normalisation.
@@ -85,6 +87,8 @@ class ErrorAnalysis(SampleMetric):
         area_level: float = 0.5,
         step: int | None = None,
         n_steps: int | None = None,
+        steps: str = "all",
+        tolerance: float | None = None,
         fill: str = "black",
         mean: Channels | None = None,
         std: Channels | None = None,
@@ -109,6 +113,8 @@ class ErrorAnalysis(SampleMetric):
             1,
             step=step,
             n_steps=n_steps,
+            steps=steps,
+            tolerance=tolerance,
             fill=fill,
             mean=mean,
             std=std,

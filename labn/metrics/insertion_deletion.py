@@ -15,6 +15,7 @@ from labn.metrics.functional.insertion_deletion import (
     AREAS,
     PROTOCOLS,
     InsertionDeletionCurves,
+    chosen_tolerance,
     insertion_deletion_curves,
     patch_counts,
 )
@@ -22,7 +23,7 @@ from labn.metrics.scores import SampleScores
 from labn.perturbation.fills import FILLS, Channels
 from labn.perturbation.patches import POOLINGS, TIES, patch_grid, patch_pool, patch_ranks
 
-VALUES = ("insertion", "deletion", "pid", "fill_probability")
+VALUES = ("insertion", "deletion", "pid", "fill_probability", "error")
 
 
 class PatchInsertionDeletion(FilledMetric):
@@ -36,8 +37,9 @@ class PatchInsertionDeletion(FilledMetric):
     divides the number of patches (a shorter last step weighs the end of insertion less than the beginning of deletion).
     Under `"official"` the expectation lies above 0, and figures of different m do not compare.
 
-    `compute()` returns the means of `insertion`, `deletion`, `pid` and `fill_probability`. `score` returns values under
-    their names in files: `pid16`, `insertion16@official`, ... and `id` for m = 1. `curves` returns the whole curves.
+    `compute()` returns the means of `insertion`, `deletion`, `pid`, `fill_probability`, and `error` of adaptive curves.
+    `score` returns values under their names in files: `pid16`, `insertion16@official`, ... and `id` for m = 1. `curves`
+    returns the whole curves.
 
     Args:
         patch_size: m in pixels; patches at the right and lower edge are smaller where m does not divide the size.
@@ -56,6 +58,9 @@ class PatchInsertionDeletion(FilledMetric):
         score_class: "label" (the true class), "target" (the explained one) or "predicted".
         pooling: importance of a patch, the "max", "mean" or "sum" of its pixels.
         n_steps: number of steps in place of `step`: step = ceil(N / n_steps).
+        steps: "all", or "auto" for as few of these steps as the tolerance allows; the value `pid16@error` is then the
+            bound of the error of `pid16`, see `labn.metrics.functional.adaptive.adaptive_curves`.
+        tolerance: error of PID at which "auto" ends; None: 0.002.
         deletion_fill: fill of deletion (RISE: `fill="blur"`, `deletion_fill="mean"`); None: `fill`.
         probability: "softmax", "sigmoid" or "logit".
         area: "trapezoid", or "mean" of the points: see `labn.metrics.functional.mean_height`.
@@ -66,7 +71,8 @@ class PatchInsertionDeletion(FilledMetric):
         precision: "fp32" or "bf16".
 
     Raises:
-        InputError: an argument outside its range, `step` and `n_steps` together, or `ties` with `protocol="official"`.
+        InputError: an argument outside its range, `step` and `n_steps` together, `ties` with `protocol="official"`, or
+            `steps="auto"` with `area="mean"`.
 
     Example:
         >>> from torch import nn
@@ -95,6 +101,8 @@ class PatchInsertionDeletion(FilledMetric):
         score_class: str = "label",
         pooling: str = "max",
         n_steps: int | None = None,
+        steps: str = "all",
+        tolerance: float | None = None,
         deletion_fill: str | None = None,
         probability: str = "softmax",
         area: str = "trapezoid",
@@ -107,7 +115,8 @@ class PatchInsertionDeletion(FilledMetric):
         # Names are those of the registry, so that a value in a file can be asked for by its name again.
         suffix = f"@{protocol}" if protocol != "paper" else f"@{ties}" if ties != "fraction" else ""
         stems = (f"insertion{patch_size}", f"deletion{patch_size}", "id" if patch_size == 1 else f"pid{patch_size}")
-        names = [*(stem + suffix for stem in stems), "fill_probability"]
+        bounds = [f"{stems[2]}{suffix}@error"] if steps == "auto" else []
+        names = [*(stem + suffix for stem in stems), "fill_probability", *bounds]
         super().__init__(
             names, fill, mean, std, bias, positives_only, correct_only, score_class, probability, seed, chunk_size,
             fold, precision, **kwargs,
@@ -123,6 +132,7 @@ class PatchInsertionDeletion(FilledMetric):
         self.pooling = checked_option("pooling", pooling, POOLINGS)
         self.area = checked_option("area", area, AREAS)
         self.deletion_fill = checked_option("deletion_fill", deletion_fill or fill, FILLS)
+        self.tolerance = chosen_tolerance(steps, tolerance, self.area)
 
     def counts(self, size: tuple[int, int]) -> Tensor:
         """Numbers of moved patches (K,) int64 for images of this (height, width); see `patch_counts`."""
@@ -149,7 +159,8 @@ class PatchInsertionDeletion(FilledMetric):
         counts, scored = self.counts((images.shape[-2], images.shape[-1])), self.included(batch)
         if len(scored) == 0:
             empty = images.new_zeros(0, len(counts), dtype=torch.float64)
-            return InsertionDeletionCurves(scored, counts, empty, empty, empty, empty[:, 0], empty)
+            error = None if self.tolerance is None else empty[:, 0]
+            return InsertionDeletionCurves(scored, counts, empty, empty, empty, empty[:, 0], empty, error)
         # Both curves and the bare fill go through one engine, which computes their common end points once.
         engine = batch.engine(**self.engine_options)
         return insertion_deletion_curves(
@@ -164,6 +175,7 @@ class PatchInsertionDeletion(FilledMetric):
             protocol=self.protocol,
             ties=self.ties,
             probability=self.probability,
+            tolerance=self.tolerance,
         )
 
     def score_batch(self, batch: ScoredBatch) -> SampleScores:
@@ -193,7 +205,7 @@ class PatchInsertionDeletion(FilledMetric):
         return torch.searchsorted(counts, ranks, right=True).unflatten(1, patch_grid(size, self.patch_size))
 
     def compute(self) -> dict[str, Tensor]:
-        """Means of `insertion`, `deletion`, `pid` and `fill_probability` over the scored samples, float64."""
+        """Means of `insertion`, `deletion`, `pid`, `fill_probability` and `error` over the scored samples, float64."""
         return dict(zip(VALUES, super().compute().values()))
 
     def _ranks(self, maps: Tensor, indices: Tensor) -> Tensor:

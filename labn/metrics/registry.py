@@ -81,6 +81,10 @@ def _insertion_deletion(match: re.Match[str]) -> dict[str, Any]:
     return {"patch_size": int(match["m"]), **_SUFFIXES[match["suffix"] or ""]}
 
 
+def _error_bound(match: re.Match[str]) -> dict[str, Any]:
+    return {"patch_size": int(match["m"] or 1), "steps": "auto", **_SUFFIXES[match["suffix"] or ""]}
+
+
 def _pixel_wise(match: re.Match[str]) -> dict[str, Any]:
     return {"patch_size": 1, **_SUFFIXES[match["suffix"] or ""]}
 
@@ -106,6 +110,8 @@ _FAMILY_EXAMPLES = tuple(
     f"{stem}{m}{suffix}" for stem in ("pid", "insertion", "deletion") for m in _PATCH_SIZES for suffix in _SUFFIXES
 )
 
+_ERROR_BOUND = rf"(id|pid(?P<m>[1-9]\d*)){_SUFFIX}@error"
+
 _PERCENTAGE = rf"pctin(_(?P<form>{'|'.join(FORMS)}))?(?P<q>[1-9]\d?|100)"
 
 _PERCENTAGE_EXAMPLES = tuple(f"pctin{form}{q}" for form in ("", *(f"_{form}" for form in FORMS)) for q in PERCENTS)
@@ -115,6 +121,7 @@ LOCALISATION = (RelevanceMass, PointingGame, RelevanceRank, MapAUROC, MapIoU, To
 REGISTRY: list[MetricEntry] = [
     MetricEntry(r"id" + _SUFFIX, PatchInsertionDeletion, _pixel_wise, tuple(f"id{suffix}" for suffix in _SUFFIXES)),
     MetricEntry(_FAMILY + _SUFFIX, PatchInsertionDeletion, _insertion_deletion, _FAMILY_EXAMPLES),
+    MetricEntry(_ERROR_BOUND, PatchInsertionDeletion, _error_bound, ("id@error", "pid16@error")),
     MetricEntry(r"fill_probability", FillProbability, _no_arguments, ("fill_probability",)),
     MetricEntry(r"pctin", PercentageIn, _no_arguments, ("pctin",)),
     MetricEntry(_PERCENTAGE, PercentageIn, _percentage_in, _PERCENTAGE_EXAMPLES),
@@ -158,6 +165,7 @@ def metric_by_name(name: str, **shared: Any) -> SampleMetric:
 
             - `id`, `pid<m>`, `insertion<m>`, `deletion<m>`, each also with the suffix `@official`, `@stable`, `@random`
               (a seeded order of ties) or `@threshold` (the released code's handling of ties alone);
+            - `id@error`, `pid<m>@error`, also behind these suffixes: the bound of the error with `steps="auto"`;
             - `fill_probability`, `average_drop`, `percent_increase`, `adcc`;
             - `pctin_prob<q>`, `pctin_logit<q>`, `pctin_ratio<q>` for a percentage q, `pctin<q>` (the logit), and
               `pctin` (all three at 5, 10, 20, 25 and 50 % from one curve);

@@ -37,7 +37,7 @@ MOVED = {
 """Modules and classes that have moved -> the paths under which saved results know them."""
 
 
-ADDED = {
+ADDED: dict[str, dict[str, Any]] = {
     "labn.lrp.config.Config": {
         "norm": "identity",
         "softmax": "constant",
@@ -45,6 +45,9 @@ ADDED = {
         "dead": None,
         "composite": [],
     },
+    "labn.explainers.perturbation.rise.RISE": {"control": False},
+    "labn.explainers.perturbation.rise.ReleasedRISE": {"control": False},
+    "labn.metrics.insertion_deletion.PatchInsertionDeletion": {"tolerance": None},
 }
 """Class -> arguments that came after version 0.1, with their defaults. At its default such an argument leaves every
 value as it was, and is no part of the key, so that stored maps stay valid."""

@@ -66,12 +66,13 @@ def test_the_player_uses_any_available_insertion_deletion_metric(tmp_path, metri
     assert 'id="player"' in (tmp_path / "test" / "report.html").read_text()
 
 
-def test_curves_in_logits_are_labelled_as_logits(tmp_path):
-    score = EvaluationCallback(["pid16"], metric_options={"n_steps": 3, "probability": "logit"})
+def test_adaptive_curves_in_logits_are_labelled_as_logits_and_their_errors_are_stored(tmp_path):
+    score = EvaluationCallback(["pid16"], metric_options={"n_steps": 3, "probability": "logit", "steps": "auto"})
     callbacks = [ExplanationCallback({"gradcam": None}, test_images=2), score, ReportCallback()]
     trainer(tmp_path, *callbacks).test(network(), data(), verbose=False)
     assert page_data(tmp_path / "test")["player"]["quantity"] == "logit"
     assert "are logits of the class instead of probabilities" in (tmp_path / "test" / "report.html").read_text()
+    assert ",pid16@error," in (tmp_path / "test" / "scores.csv").read_text()
 
 
 @pytest.mark.parametrize("given", [".", "../run"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from labn.errors import InputError
 from labn.inference.model_traits import probabilities_sentence, traits_of
+from labn.metrics.functional.adaptive import TOLERANCE, adaptive_curves
 from labn.metrics.functional.class_probability import PROBABILITIES, class_probability
 from labn.perturbation.engine import PerturbationEngine
 from labn.perturbation.fills import FILLS, Channels, FillOptions, fill_with
@@ -199,6 +201,38 @@ def _check_options(chosen: dict[str, tuple[str, Iterable[str]]], numbers: dict[s
             raise InputError(f"{argument} must be at least 1, got {number}.")
 
 
+STEPS = ("all", "auto")
+
+
+def chosen_tolerance(steps: str, tolerance: float | None, area: str) -> float | None:
+    """The error of the area at which curves end to be refined; None where all steps are evaluated.
+
+    Args:
+        steps: "all" or "auto".
+        tolerance: the error; None: `labn.metrics.functional.adaptive.TOLERANCE`.
+        area: a name in `AREAS`.
+
+    Raises:
+        InputError: an unknown name, a tolerance that is not above 0 or would have no effect, or an area without bound.
+
+    Example:
+        >>> chosen_tolerance("auto", None, "trapezoid")
+        0.002
+    """
+    _check_options({"steps": (steps, STEPS)}, {})
+    if steps == "all":
+        if tolerance is not None:
+            raise InputError(f"tolerance={tolerance} would have no effect with steps='all'; set steps='auto'.")
+        return None
+    if area != "trapezoid":
+        raise InputError(
+            f"steps='auto' bounds the error of the trapezoid rule: leave area at 'trapezoid', got {area!r}."
+        )
+    if tolerance is not None and not 0 < tolerance < math.inf:
+        raise InputError(f"tolerance must be above 0 and finite, got {tolerance}.")
+    return TOLERANCE if tolerance is None else tolerance
+
+
 @dataclass(frozen=True)
 class InsertionDeletionCurves:
     """Curves of S samples at K points.
@@ -211,6 +245,9 @@ class InsertionDeletionCurves:
         deletion: (S, K) probabilities as the same patches disappear from the image.
         fill_probability: (S,) probability of the class on the bare fill.
         nominal: (S, K) float64, the x axis if there were no ties.
+        error: (S,) float64, bound of the error of `pid` where some points were not evaluated but lie on straight lines
+            between others; None: all points were evaluated.
+        evaluated: (S,) int64, number of points of both curves that were evaluated; None: all.
 
     Example:
         >>> x = torch.tensor([[0.0, 0.5, 1.0]]).double()
@@ -228,6 +265,8 @@ class InsertionDeletionCurves:
     deletion: Tensor
     fill_probability: Tensor
     nominal: Tensor
+    error: Tensor | None = None
+    evaluated: Tensor | None = None
 
     def areas(self, area: str = "trapezoid") -> dict[str, Tensor]:
         """Areas `insertion` and `deletion`, `pid` = insertion - deletion (JSAI 2022, eq. 7), and `fill_probability`.
@@ -236,7 +275,7 @@ class InsertionDeletionCurves:
             area: a name in `AREAS`: "trapezoid", or "mean" of the points.
 
         Returns:
-            Four tensors (S,) float64.
+            Four tensors (S,) float64, and `error` of adaptive curves.
 
         Raises:
             InputError: an unknown `area`.
@@ -245,7 +284,9 @@ class InsertionDeletionCurves:
         measure = AREAS[area]
         insertion, deletion = (measure(curve, self.x, self.nominal) for curve in (self.insertion, self.deletion))
         fill = self.fill_probability.double()
-        return {"insertion": insertion, "deletion": deletion, "pid": insertion - deletion, "fill_probability": fill}
+        error = {} if self.error is None else {"error": self.error}
+        pid = insertion - deletion
+        return {"insertion": insertion, "deletion": deletion, "pid": pid, "fill_probability": fill, **error}
 
 
 def patch_counts(size: tuple[int, int], patch_size: int, step: int | None = None, protocol: str = "paper") -> Tensor:
@@ -288,6 +329,7 @@ def insertion_deletion_curves(
     protocol: str = "paper",
     ties: str = "fraction",
     probability: str = "softmax",
+    tolerance: float | None = None,
 ) -> InsertionDeletionCurves:
     """Insertion and deletion curves of some samples of a batch (JSAI 2022, eq. 8-9).
 
@@ -306,6 +348,8 @@ def insertion_deletion_curves(
         protocol: a name in `PROTOCOLS`.
         ties: an option of `patch_ranks`; "threshold" draws the x axis as if there were no ties.
         probability: "softmax", "sigmoid" or "logit".
+        tolerance: None evaluates all points; else points are added until the bound of the error of `pid` is at most
+            this, see `labn.metrics.functional.adaptive.adaptive_curves`.
 
     Example:
         >>> model = nn.Sequential(nn.AvgPool2d(4), nn.Flatten(), nn.Linear(1, 2, bias=False))
@@ -321,15 +365,29 @@ def insertion_deletion_curves(
     """
     _check_options({"protocol": (protocol, PROTOCOLS), "ties": (ties, TIES)}, {"patch_size": patch_size})
     pixel_ranks = ranks_to_pixels(ranks, patch_size, (engine.images.shape[-2], engine.images.shape[-1]))
-    insertion, deletion = (
-        class_probability(engine.masked(pixel_ranks, counts, substrate, keep, samples), classes, probability)
-        for substrate, keep in ((fill, "first"), (deletion_fill, "rest"))
-    )
+
+    def heights(rows: Tensor, points: Tensor) -> Tensor:
+        """Heights (R, 2, P) of both curves of some samples at their points (R, 2, P)."""
+        rows = rows.to(ranks.device)
+        moved = counts.to(ranks.device)[points.to(ranks.device)]
+        both = (
+            engine.masked(pixel_ranks[rows], moved[:, curve], substrate, keep, samples[rows])
+            for curve, (substrate, keep) in enumerate(((fill, "first"), (deletion_fill, "rest")))
+        )
+        return torch.stack([class_probability(logits, classes[rows], probability) for logits in both], 1)
+
+    axes = PROTOCOLS[protocol]
+    nominal = axes.nominal(ranks, counts)
+    x = nominal if ties == "threshold" else axes.x(ranks, counts)
+    if tolerance is None:
+        every = torch.arange(len(counts)).expand(len(ranks), 2, -1)
+        curves, error, evaluated = heights(torch.arange(len(ranks)), every), None, None
+    else:
+        found = adaptive_curves(x, heights, tolerance)
+        curves, error, evaluated = found.heights, found.error, found.evaluated
     bare = class_probability(engine.filled(fill)[samples, None], classes, probability)[:, 0]
-    points = PROTOCOLS[protocol]
-    nominal = points.nominal(ranks, counts)
-    x = nominal if ties == "threshold" else points.x(ranks, counts)
-    return InsertionDeletionCurves(samples, counts, x, insertion, deletion, bare, nominal)
+    insertion, deletion = curves.to(bare.dtype).unbind(1)
+    return InsertionDeletionCurves(samples, counts, x, insertion, deletion, bare, nominal, error, evaluated)
 
 
 def _check_batch(images: Tensor, targets: Tensor) -> None:
@@ -376,6 +434,8 @@ def patch_insertion_deletion(
     *,
     patch_size: int = 16,
     step: int | None = None,
+    steps: str = "all",
+    tolerance: float | None = None,
     protocol: str = "paper",
     ties: str = "fraction",
     fill: str = "black",
@@ -401,6 +461,8 @@ def patch_insertion_deletion(
         targets: (B,) int64, the scored classes.
         patch_size: m in pixels; 1 gives pixel-wise insertion-deletion.
         step: patches per step; None: the released table where it has the size, else about N / 100.
+        steps: "all", or "auto" for as few of these steps as the tolerance allows.
+        tolerance: error of `pid` at which "auto" ends; None: 0.002.
         protocol: "paper" or "official".
         ties: "fraction", "stable", "random" or "threshold".
         fill: what removed pixels show, a name in `labn.perturbation.fills.FILLS`.
@@ -418,7 +480,7 @@ def patch_insertion_deletion(
         precision: "fp32" or "bf16".
 
     Returns:
-        `insertion`, `deletion`, `pid` and `fill_probability`, each (B,) float64.
+        `insertion`, `deletion`, `pid` and `fill_probability`, each (B,) float64, and `error` with `steps="auto"`.
 
     Raises:
         InputError: an option of another name, a step or patch size below 1, images or maps that are empty, hold NaN or
@@ -442,6 +504,7 @@ def patch_insertion_deletion(
         "area": (area, AREAS),
     }
     _check_options(chosen, {"step": step, "patch_size": patch_size})
+    tolerance = chosen_tolerance(steps, tolerance, area)
     _check_batch(images, targets)
     maps = _floating_maps(images, maps)
     _check_logits(model, images, probability)
@@ -466,5 +529,6 @@ def patch_insertion_deletion(
         protocol=protocol,
         ties=ties,
         probability=probability,
+        tolerance=tolerance,
     )
     return curves.areas(area)
