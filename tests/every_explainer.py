@@ -25,6 +25,8 @@ SHORT: dict[str, dict[str, Any]] = {  # fewer forwards than by default
     "integrated_gradients_bw": {"n_steps": 2},
     "expected_gradients": {"n_samples": 3},
     "occlusion": {"window": 12, "stride": 10},
+    "sobol": {"grid": 3, "n_masks": 4},
+    "kernelshap": {"grid": 3, "coalitions": 30},
 }
 METHODS = sorted(EXPLAINERS)
 
@@ -42,6 +44,7 @@ FITTING: dict[str, Callable[[], nn.Module]] = {
     "abn": branch_network,
     "lambda": lambda: magnetogram_net(num_classes=4, in_channels=3),
     "rollout": vision_transformer,
+    "legrad": vision_transformer,
     "crp": lambda: tiny(num_classes=4, dtype=torch.float32),
 }
 

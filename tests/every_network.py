@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import timm
 import yaml
 from every_explainer import SHORT
 from small_detectors import TinySSD
@@ -32,18 +33,21 @@ METRICS += ["iou", "topk_localisation", "completeness", "sensitivity_n", "infide
 METRICS += ["random_logit"]
 PROPAGATION = ("lrp", "c3lrp", "contrastive_lrp")
 NETWORKS: dict[str, tuple[str, ...]] = {
-    "lambda": tuple(name for name in EXPLAINERS if name != "crp"),
+    "lambda": tuple(name for name in EXPLAINERS if name not in ("crp", "legrad")),
     "residual": (*PROPAGATION, "gradcam", "rise", "random"),
+    "transformer": ("legrad",),
     "detector": ("crp",),
 }
 # Every method is seen by metrics of its map, and every metric by some methods: all pairs would be ten times the work.
-SCORED: dict[str, list[str]] = {"lambda": ["id", "pid8@official", "mass", "rank", "scene"], "residual": METRICS}
+OF_MAPS = ["id", "pid8@official", "mass", "rank", "scene"]
+SCORED: dict[str, list[str]] = {"lambda": OF_MAPS, "residual": METRICS, "transformer": OF_MAPS}
 STEP = {"step": 128}
 OPTIONS: dict[str, dict[str, Any]] = {
     "lambda": STEP,
     "residual": {**STEP, "percents": [10], "n_stages": 1, "mask_space": "pixel", "permutations": 4},
+    "transformer": STEP,
 }
-TABLES = {"lambda": "scores.csv", "residual": "scores.csv", "detector": "detection_scores.csv"}
+TABLES = dict.fromkeys(NETWORKS, "scores.csv") | {"detector": "detection_scores.csv"}
 
 
 class Residual(nn.Module):
@@ -79,6 +83,15 @@ class ResidualModule(ClassificationModule):
         return {"loss": self.criterion(logits, batch["label"])}, logits
 
 
+class TransformerModule(ResidualModule):
+    """A vision transformer that is only tested."""
+
+    def __init__(self, num_classes: int = 2) -> None:
+        super().__init__(num_classes)
+        sizes = {"embed_dim": 8, "depth": 2, "num_heads": 2, "num_classes": num_classes}
+        self.network = timm.models.VisionTransformer(img_size=48, patch_size=12, **sizes)
+
+
 class DetectorModule(CheckedModule):
     """A single-shot detector that is only tested."""
 
@@ -91,7 +104,7 @@ class DetectorModule(CheckedModule):
 
 
 def write_configs(folder: Path, images: int = 6) -> None:
-    """`lambda.yaml`, `residual.yaml` and `detector.yaml`, with `images` test images."""
+    """`lambda.yaml`, `residual.yaml`, `transformer.yaml` and `detector.yaml`, with `images` test images."""
     write_voc(folder / "voc")
     names = [f"image{k}" for k in range(images)]
     for seed, name in enumerate(names):
@@ -117,6 +130,7 @@ def config(network: str, folder: Path, images: int) -> dict[str, Any]:
             },
         },
         "residual": {"class_path": "every_network.ResidualModule"},
+        "transformer": {"class_path": "every_network.TransformerModule"},
         "detector": {"class_path": "every_network.DetectorModule"},
     }
     shared = {"batch_size": 3, "cache_dir": str(folder / "cache")}

@@ -1,5 +1,6 @@
 """Explainers: small objects called as `maps = explainer(model, images, targets)`."""
 
+from labn.explainers.attention.legrad import LeGrad
 from labn.explainers.attention.own_maps import BranchAttention, LambdaAttention
 from labn.explainers.attention.rollout import AttentionRollout
 from labn.explainers.base import Explainer
@@ -13,8 +14,10 @@ from labn.explainers.cam.smooth import SmoothGradCAMPlusPlus
 from labn.explainers.explanation import Explanation, Explanations, load_explanations
 from labn.explainers.gradient import Gradient, GradientTimesInput, IntegratedGradients, SmoothGrad
 from labn.explainers.paths import BlackWhiteIntegratedGradients, BlurredIntegratedGradients, ExpectedGradients
+from labn.explainers.perturbation.kernel_shap import KernelSHAP
 from labn.explainers.perturbation.occlusion import Occlusion
 from labn.explainers.perturbation.rise import RISE, ReleasedRISE, RiseMaps
+from labn.explainers.perturbation.sobol import SobolAttribution
 from labn.explainers.rectified import Deconvnet, GuidedBackpropagation
 from labn.explainers.registry import EXPLAINERS, explainer_by_name
 from labn.explainers.relevance.crp import CRP
@@ -49,8 +52,10 @@ __all__ = [
     "GuidedBackpropagation",
     "HiResCAM",
     "IntegratedGradients",
+    "KernelSHAP",
     "LambdaAttention",
     "LayerCAM",
+    "LeGrad",
     "Negated",
     "Occlusion",
     "RandomMap",
@@ -60,6 +65,7 @@ __all__ = [
     "SmoothGrad",
     "SmoothGradCAMPlusPlus",
     "SobelMap",
+    "SobolAttribution",
     "XGradCAM",
     "explainer_by_name",
     "load_explanations",

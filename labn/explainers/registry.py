@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from labn.errors import InputError, InputTypeError
+from labn.explainers.attention.legrad import LeGrad
 from labn.explainers.attention.own_maps import BranchAttention, LambdaAttention
 from labn.explainers.attention.rollout import AttentionRollout
 from labn.explainers.base import Explainer
@@ -21,8 +22,10 @@ from labn.explainers.cam.score import ScoreCAM
 from labn.explainers.cam.smooth import SmoothGradCAMPlusPlus
 from labn.explainers.gradient import Gradient, GradientTimesInput, IntegratedGradients, SmoothGrad
 from labn.explainers.paths import BlackWhiteIntegratedGradients, BlurredIntegratedGradients, ExpectedGradients
+from labn.explainers.perturbation.kernel_shap import KernelSHAP
 from labn.explainers.perturbation.occlusion import Occlusion
 from labn.explainers.perturbation.rise import RISE, ReleasedRISE
+from labn.explainers.perturbation.sobol import SobolAttribution
 from labn.explainers.rectified import Deconvnet, GuidedBackpropagation
 from labn.explainers.relevance.crp import CRP
 from labn.explainers.relevance.lrp import C3LRP, LRP, ContrastiveLRP
@@ -32,6 +35,7 @@ EXPLAINERS: dict[str, Callable[..., Explainer]] = {
     "abn": BranchAttention,
     "lambda": LambdaAttention,
     "rollout": AttentionRollout,
+    "legrad": LeGrad,
     "rise": RISE,
     "rise_released": ReleasedRISE,
     "cam": CAM,
@@ -55,6 +59,8 @@ EXPLAINERS: dict[str, Callable[..., Explainer]] = {
     "guided_backprop": GuidedBackpropagation,
     "deconvnet": Deconvnet,
     "occlusion": Occlusion,
+    "sobol": SobolAttribution,
+    "kernelshap": KernelSHAP,
     "lrp": LRP,
     "c3lrp": C3LRP,
     "contrastive_lrp": ContrastiveLRP,
@@ -83,6 +89,8 @@ USUAL_NAMES = {
     "guidedbackpropagation": "guided_backprop",
     "deconvolution": "deconvnet",
     "edges": "sobel",
+    "shap": "kernelshap",
+    "sobolattribution": "sobol",
 }
 """Names that other libraries and papers use, in small letters without signs -> names here."""
 

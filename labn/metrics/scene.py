@@ -11,7 +11,6 @@ from labn.errors import InputError
 from labn.metrics.base import ScoredBatch
 from labn.metrics.filled import FilledMetric, checked_option, scatter_to_batch
 from labn.metrics.functional.scene import (
-    DESIGNS,
     OPINIONS,
     check_scenes,
     class_importances,
@@ -21,6 +20,7 @@ from labn.metrics.functional.scene import (
     scene_logits,
 )
 from labn.metrics.scores import SampleScores
+from labn.perturbation.coalitions import DESIGNS
 from labn.perturbation.scene import Scene
 
 READINGS = {"": None, "_logit": "logit"}

@@ -18,12 +18,12 @@ CONFIGS = ROOT / "configs"
 COMPARISONS = sorted({*CONFIGS.glob("**/*compare*.yaml"), *CONFIGS.glob("**/amg*.yaml")})
 
 # Methods of other networks, the second of two forms of one method, and what every table has anyway.
-OF_OTHERS = {"labn", "abn", "lambda", "rollout", "crp"}
+OF_OTHERS = {"labn", "abn", "lambda", "rollout", "legrad", "crp"}
 FORMS = {"rise_released"}
 BASELINES = {"random", "constant"}
 # Methods that came later; a configuration with recorded results keeps its list.
 LATER = {"sobel", "layercam", "hirescam", "finercam", "guided_backprop", "deconvnet", "expected_gradients"}
-LATER |= {"integrated_gradients_blur", "integrated_gradients_bw"}
+LATER |= {"integrated_gradients_blur", "integrated_gradients_bw", "legrad", "sobol", "kernelshap"}
 
 
 def explainers_of(path):

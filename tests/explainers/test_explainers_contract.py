@@ -31,6 +31,8 @@ PARAMETERLESS = [
     "integrated_gradients_blur",
     "integrated_gradients_bw",
     "expected_gradients",
+    "sobol",
+    "kernelshap",
 ]
 
 
@@ -186,7 +188,7 @@ def test_a_compiled_model_runs_with_its_hooks(name: str) -> None:
     handle.remove()
     assert close(maps, expected)
     # These run on a copy, made without or with the hook, or on the graph that the first call recorded.
-    folds = name in ("rise", "rise_released", "occlusion", "crp")
+    folds = name in ("rise", "rise_released", "occlusion", "sobol", "kernelshap", "crp")
     assert fired or folds or name in NO_GRADIENT_OF_THE_MODEL
     torch._dynamo.reset()
 

@@ -17,8 +17,10 @@ from labn.explainers import (
     GradientTimesInput,
     GuidedBackpropagation,
     IntegratedGradients,
+    KernelSHAP,
     Occlusion,
 )
+from labn.explainers.perturbation.cells import cells_to_pixels
 from labn.inference.modes import explaining
 from labn.perturbation.fills import make_fill
 
@@ -99,3 +101,14 @@ def test_occlusion_equals_captums(window: int, stride: int, model: nn.Module, im
     )
     found = ours(Occlusion(window, stride, baseline=0.2), model, images)
     assert torch.allclose(found.float(), expected[:, 0], atol=1e-6)
+
+
+def test_kernelshap_equals_captums_shapley_values(model: nn.Module, images: Tensor) -> None:
+    """Captum's exact values over all orders of four cells, and near them what its KernelShap draws."""
+    cells = cells_to_pixels(torch.arange(4), 2, (20, 26))[None, None]
+    expected = attr.ShapleyValues(model).attribute(images, 0.1, TARGETS, feature_mask=cells)[:, 0]
+    found = ours(KernelSHAP(2, baseline=0.1), model, images).float() * 130  # pixels of a cell; captum's are float32
+    assert torch.allclose(found, expected, atol=1e-5)
+    torch.manual_seed(0)
+    drawn = attr.KernelShap(model).attribute(images[:1], 0.1, TARGETS[:1], feature_mask=cells, n_samples=400)[0, 0]
+    assert (found[0] - drawn).abs().max() < 0.1 * expected[0].abs().max()

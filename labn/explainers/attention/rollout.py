@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeGuard
 
 import torch
@@ -45,7 +46,7 @@ def rollout(attentions: Iterable[Tensor]) -> Tensor:
     return result
 
 
-class _Recorder(TorchFunctionMode):
+class AttentionRecorder(TorchFunctionMode):
     """Records every self-attention matrix of a forward pass, mean over heads, however the model computes it.
 
     A softmax is attention if its result, directly or through reshapes, dropout and the like, is multiplied with values
@@ -56,6 +57,8 @@ class _Recorder(TorchFunctionMode):
         batch: B, by which matrices (B * heads, N, N) are divided.
     """
 
+    method = "rollout"
+
     def __init__(self, batch: int) -> None:
         super().__init__()
         self.attentions: list[Tensor] = []
@@ -65,12 +68,12 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func in HANDLERS:
-            return HANDLERS[func](self, func, args, kwargs)
+            return self.handle(func, args, kwargs)
         first = args[0] if args else None
         if func in PRODUCTS and self._is_softmax(first):
-            self.record(first)
+            args = (self.record(first), *args[1:])
         if func is torch.einsum and len(args) == 3 and self._is_softmax(args[1]):
-            self._record_einsum(*args[:2])
+            args = (args[0], self._record_einsum(*args[:2]), args[2])
         result = func(*args, **kwargs)
         if func in SOFTMAXES or (_holds_as_many(result, first) and self._is_softmax(first)):
             self._softmaxes[result] = True
@@ -79,35 +82,45 @@ class _Recorder(TorchFunctionMode):
     def _is_softmax(self, value: Any) -> TypeGuard[Tensor]:
         return isinstance(value, Tensor) and value in self._softmaxes
 
-    def _record_einsum(self, equation: str, attention: Tensor) -> None:
-        """Keep the first operand of an einsum, whose keys are the index that is summed over."""
+    def _record_einsum(self, equation: str, attention: Tensor) -> Tensor:
+        """Record the first operand of an einsum, whose keys are the index that is summed over."""
         indices, result = equation.replace(" ", "").split(",")[0], equation.rpartition("->")[2]
         if indices[-1] not in result:
-            self.record(attention)
-        elif indices[-2] not in result:
-            self.record(attention.mT)
+            return self.record(attention)
+        return self.record(attention.mT).mT if indices[-2] not in result else attention
 
-    def record(self, attention: Tensor) -> None:
-        """Keep a matrix (B, heads, N, N), (B * heads, N, N) or (B, N, N) whose rows are distributions.
+    def record(self, attention: Tensor) -> Tensor:
+        """Keep the matrix that values are multiplied with, and return what takes its place in the product."""
+        if (matrices := self.by_head(attention)) is not None:
+            self.attentions.append(matrices.mean(dim=1))
+        return attention
 
-        A matrix that is not square in the tokens is attention between other things.
+    def handle(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Record the matrix of a function that computes attention as a whole, and return its result."""
+        return HANDLERS[func](self, func, args, kwargs)
+
+    def by_head(self, attention: Tensor) -> Tensor | None:
+        """(B, heads, N, N) of a matrix (B, heads, N, N), (B * heads, N, N) or (B, N, N) whose rows are distributions.
+
+        None for a matrix that is not square in the tokens, which is attention between other things.
         """
         if attention.ndim == 3 and len(attention) % self._batch == 0:
             attention = attention.unflatten(0, (self._batch, -1))
-        if attention.ndim == 4 and attention.shape[-1] == attention.shape[-2]:
-            if not torch.allclose(attention.sum(-1), attention.new_ones(()), atol=1e-3):
-                raise InputError(
-                    "rollout needs attention whose rows sum to one; a softmax of this model is over the queries, or "
-                    "its attention is changed after the softmax."
-                )
-            self.attentions.append(attention.mean(dim=1))
+        if attention.ndim != 4 or attention.shape[-1] != attention.shape[-2]:
+            return None
+        if not torch.allclose(attention.sum(-1), attention.new_ones(()), atol=1e-3):
+            raise InputError(
+                f"{self.method} needs attention whose rows sum to one; a softmax of this model is over the queries, or "
+                "its attention is changed after the softmax."
+            )
+        return attention
 
 
 def _holds_as_many(result: Any, first: Any) -> bool:
     return isinstance(result, Tensor) and isinstance(first, Tensor) and result.numel() == first.numel()
 
 
-def _fused(recorder: _Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def _fused(recorder: AttentionRecorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """`F.scaled_dot_product_attention` does not return its matrix, which is therefore computed once more."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     given = {**dict(zip(names, args)), **kwargs}
@@ -121,7 +134,7 @@ def _fused(recorder: _Recorder, func: Any, args: Any, kwargs: dict[str, Any]) ->
     return func(*args, **kwargs)
 
 
-def _multi_head(recorder: _Recorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+def _multi_head(recorder: AttentionRecorder, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """PyTorch's own multi-head attention, which returns its matrix on request."""
     options = {**kwargs, "need_weights": True, "average_attn_weights": False}
     output, attention = func(*args, **options)
@@ -134,13 +147,15 @@ SOFTMAXES = {F.softmax, torch.softmax, Tensor.softmax}
 # Products of matrices, of which the first operand mixes the rows of the second.
 PRODUCTS = {torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__}
 
-HANDLERS: dict[Any, Callable[[_Recorder, Any, Any, dict[str, Any]], Any]] = {
+HANDLERS: dict[Any, Callable[[AttentionRecorder, Any, Any, dict[str, Any]], Any]] = {
     F.scaled_dot_product_attention: _fused,
     F.multi_head_attention_forward: _multi_head,
 }
 
 
-def token_grid(tokens: int, size: torch.Size, embeddings: Sequence[tuple[int, int]] = ()) -> tuple[int, int, int]:
+def token_grid(
+    tokens: int, size: torch.Size, embeddings: Sequence[tuple[int, int]] = (), method: str = "rollout"
+) -> tuple[int, int, int]:
     """The grid of N tokens: rows, columns, and the number of prefix tokens in front of the patches.
 
     The grid is the output of one of the model's convolutions, the finest with at most N positions, or a grid in the
@@ -150,6 +165,7 @@ def token_grid(tokens: int, size: torch.Size, embeddings: Sequence[tuple[int, in
         tokens: N.
         size: (H, W) of the image.
         embeddings: rows and columns of the outputs of the model's convolutions.
+        method: name of the method for the message.
 
     Raises:
         InputError: no grid has N tokens, with at most MAX_PREFIX prefix tokens.
@@ -161,7 +177,24 @@ def token_grid(tokens: int, size: torch.Size, embeddings: Sequence[tuple[int, in
         rows = round(((tokens - prefix) * size[0] / size[1]) ** 0.5)
         if rows and (tokens - prefix) % rows == 0 and rows * size[1] == (tokens - prefix) // rows * size[0]:
             return rows, (tokens - prefix) // rows, prefix
-    raise InputError(f"rollout cannot place {tokens} tokens on an image of {size[0]} x {size[1]} pixels.")
+    raise InputError(f"{method} cannot place {tokens} tokens on an image of {size[0]} x {size[1]} pixels.")
+
+
+@contextmanager
+def convolution_grids(model: nn.Module) -> Iterator[list[tuple[int, int]]]:
+    """A list that fills with the rows and columns of the outputs of the model's convolutions within the block."""
+    grids: list[tuple[int, int]] = []
+    convolutions = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    with watching(convolutions, lambda _name, _args, output: grids.append(tuple(output.shape[-2:]))):
+        yield grids
+
+
+def check_attentions(attentions: Sequence[Tensor], batch: int, method: str) -> None:
+    """Raise InputError unless there are attention matrices (B, ...), all of one shape."""
+    shapes = {tuple(attention.shape) for attention in attentions}
+    if len(shapes) != 1 or next(iter(shapes))[0] != batch:
+        seen = f"attention matrices of shapes {sorted(shapes)}" if shapes else "no self-attention"
+        raise InputError(f"{method} needs global self-attention with one number of tokens; {seen} in this model.")
 
 
 class AttentionRollout(Explainer):
@@ -192,14 +225,10 @@ class AttentionRollout(Explainer):
             return self._transformer(model, images)
 
     def _transformer(self, model: nn.Module, images: Tensor) -> Tensor:
-        recorder, grids = _Recorder(len(images)), []
-        convolutions = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
-        with recorder, watching(convolutions, lambda _name, _args, output: grids.append(tuple(output.shape[-2:]))):
+        recorder = AttentionRecorder(len(images))
+        with recorder, convolution_grids(model) as grids:
             run_model(model, images)
-        shapes = {tuple(attention.shape) for attention in recorder.attentions}
-        if len(shapes) != 1 or next(iter(shapes))[0] != len(images):
-            seen = f"attention matrices of shapes {sorted(shapes)}" if shapes else "no self-attention"
-            raise InputError(f"rollout needs global self-attention with one number of tokens; {seen} in this model.")
+        check_attentions(recorder.attentions, len(images), "rollout")
         rolled = rollout(recorder.attentions)
         rows, columns, prefix = token_grid(rolled.shape[-1], images.shape[-2:], grids)
         # timm names its pooling; models without the attribute, such as torchvision's, read the class token.

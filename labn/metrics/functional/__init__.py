@@ -37,12 +37,11 @@ from labn.metrics.functional.scene import (
     object_importances,
     object_opinions,
     painted_importances,
-    removal_design,
     scene_agreement,
-    shapley_design,
 )
 from labn.metrics.functional.similarity import correlation, midranks, rank_correlation
 from labn.metrics.functional.stability import relative_changes
+from labn.perturbation.coalitions import removal_design, shapley_design
 
 __all__ = [
     "KINDS",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,12 +12,9 @@ from torch import Tensor, nn
 from labn.errors import InputError
 from labn.metrics.functional.class_probability import class_probability
 from labn.metrics.functional.similarity import rank_correlation
+from labn.perturbation.coalitions import DESIGNS, Design
 from labn.perturbation.engine import PerturbationEngine
 from labn.perturbation.scene import Scene
-from labn.perturbation.stateless_random import sample_integers
-
-MAX_EXACT = 8
-"""Largest number of objects whose Shapley values are computed from all subsets."""
 
 ROUNDING = 1e-6
 """Importances, and opinions relative to the largest one, that differ by less are tied: float32 has no more digits."""
@@ -27,91 +23,6 @@ OPINIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sum": lambda sums, sizes: sums,
     "mean": lambda sums, sizes: sums / sizes,
 }
-
-
-@dataclass(frozen=True)
-class Design:
-    """The scenes that are drawn for the importances of n objects; importances = weights @ outputs of the scenes.
-
-    Attributes:
-        kept: (K, n) bool, the objects of every scene.
-        weights: (n, K) float64.
-
-    Example:
-        >>> design = removal_design(2)
-        >>> design.kept.int().tolist(), design.weights.tolist()
-        ([[1, 1], [0, 1], [1, 0]], [[1.0, -1.0, 0.0], [1.0, 0.0, -1.0]])
-    """
-
-    kept: Tensor
-    weights: Tensor
-
-
-def removal_design(n: int, permutations: int = 0, seed: int = 0, index: int = 0) -> Design:
-    """Single removal, D_o = f(x) - f(x without o): n + 1 scenes.
-
-    Args:
-        n: number of objects.
-        permutations: not used; all functions of `DESIGNS` have the same arguments.
-        seed: not used.
-        index: not used.
-
-    Example:
-        >>> removal_design(3).kept.shape
-        torch.Size([4, 3])
-    """
-    kept = torch.cat([torch.ones(1, n, dtype=torch.bool), ~torch.eye(n, dtype=torch.bool)])
-    return Design(kept, torch.cat([torch.ones(n, 1), 0 - torch.eye(n)], 1).double())
-
-
-def shapley_design(n: int, permutations: int = 256, seed: int = 0, index: int = 0) -> Design:
-    """Shapley values (Shapley 1953): exact up to 8 objects, which takes 2^n scenes, else over random orders of removal.
-
-    Equal scenes of several orders are drawn once, so that K is at most permutations * (n - 1) + 2, and at most 2^n.
-
-    Args:
-        n: number of objects, at most 62.
-        permutations: number of random orders.
-        seed: seed of the orders.
-        index: position of the sample in its data set; the orders depend on (seed, index) alone.
-
-    Raises:
-        InputError: more than 62 objects, or no permutation.
-
-    Example:
-        >>> design = shapley_design(2)
-        >>> outputs = torch.tensor([0.0, 1.0, 2.0, 5.0], dtype=torch.float64)  # of nothing, first, second, both
-        >>> design.weights @ outputs
-        tensor([2., 3.], dtype=torch.float64)
-    """
-    if n > 62 or permutations < 1:
-        raise InputError(f"Shapley values need at most 62 objects and a permutation; got {n} and {permutations}.")
-    return _all_subsets(n) if n <= MAX_EXACT else _random_orders(n, permutations, seed, index)
-
-
-def _all_subsets(n: int) -> Design:
-    kept = (torch.arange(2**n)[:, None] >> torch.arange(n)) & 1 == 1
-    sizes = kept.sum(1)
-    # The share of the orders in which exactly the other members of a subset come before (after) an object.
-    before = torch.tensor([1 / (n * math.comb(n - 1, size)) for size in range(n)] or [1.0], dtype=torch.float64)
-    joins = before[(sizes - 1).clamp(min=0)]
-    leaves = -before[sizes.clamp(max=max(n - 1, 0))]
-    return Design(kept, torch.where(kept, joins[:, None], leaves[:, None]).T.contiguous())
-
-
-def _random_orders(n: int, permutations: int, seed: int, index: int) -> Design:
-    numbers = sample_integers(seed, torch.tensor([index]), permutations * n)
-    orders = numbers.view(permutations, n).argsort(1)
-    bits = torch.cat([torch.zeros(permutations, 1, dtype=torch.long), (1 << orders).cumsum(1)], 1)
-    subsets, place = bits.unique(return_inverse=True)
-    weights = torch.zeros(n, len(subsets), dtype=torch.float64)
-    for side, sign in ((place[:, 1:], 1.0), (place[:, :-1], -1.0)):
-        share = torch.full_like(side, sign, dtype=torch.float64) / permutations
-        weights.index_put_((orders.flatten(), side.flatten()), share.flatten(), accumulate=True)
-    return Design((subsets[:, None] >> torch.arange(n)) & 1 == 1, weights)
-
-
-DESIGNS: dict[str, Callable[[int, int, int, int], Design]] = {"removal": removal_design, "shapley": shapley_design}
 
 
 def scene_logits(
@@ -132,6 +43,7 @@ def scene_logits(
         InputError: a scene whose drawing is not the image of its sample.
 
     Example:
+        >>> from labn.perturbation.coalitions import removal_design
         >>> masks = torch.eye(2, dtype=torch.bool).view(2, 1, 2)
         >>> scene = Scene(("left", "right"), masks, lambda kept: (masks * kept.view(2, 1, 1)).sum(0)[None].float())
         >>> engine = PerturbationEngine(lambda x: x.flatten(1), torch.ones(1, 1, 1, 2))
@@ -174,6 +86,7 @@ def importances_of(outputs: Tensor, design: Design, scale: float | Tensor = 1.0)
         scale: size of the outputs, which the rounding is relative to where it is above 1.
 
     Example:
+        >>> from labn.perturbation.coalitions import removal_design
         >>> importances_of(torch.tensor([0.9, 0.4, 0.9000001]), removal_design(2))
         tensor([0.5000, 0.0000], dtype=torch.float64)
     """
