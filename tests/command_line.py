@@ -1,13 +1,19 @@
 """Start the real command line as a process, and kill it where a test wants."""
 
+import atexit
 import contextvars
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from functools import cache
 from pathlib import Path
+
+from forked import Server
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,20 +46,31 @@ def environment(threads=1):
     return {**os.environ, "OMP_NUM_THREADS": str(threads), "NO_ALBUMENTATIONS_UPDATE": "1", "WANDB_SILENT": "true"}
 
 
-def run(*arguments, check=True, timeout=300, **options):
-    """The finished process, with its output as text."""
-    done = subprocess.run(
-        command(*arguments, **options),
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    if check and done.returncode:
-        raise AssertionError(f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-6000:]}")
-    return done
+@cache
+def server():
+    """What forks the commands of this test process, so that they share one import of everything."""
+    folder = tempfile.mkdtemp(prefix="labn_commands_")
+    started = Server(folder).__enter__()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(started.__exit__)
+    return started
+
+
+def start(*arguments, ranks=1, **options):
+    """The running processes of a command, one per rank, with the environment of this one."""
+    words = command(*arguments, **options)[2:]
+    here = server().environment
+    changed = {name: value for name, value in environment().items() if here.get(name) != value}
+    return server().start(*words, ranks=ranks, environment=changed)
+
+
+def run(*arguments, timeout=300, **options):
+    """The finished process of rank zero, with its output; every rank has ended well."""
+    processes = start(*arguments, **options)
+    for process in processes:
+        if process.wait(timeout):
+            raise AssertionError(f"exit {process.poll()}\n{process.output[-9000:]}")
+    return processes[0]
 
 
 def one_step(folder):
@@ -64,19 +81,12 @@ def one_step(folder):
 
 def run_and_kill(*arguments, when, timeout=300, **options):
     """Start, wait until `when()` is true, then `kill -9` the whole process group."""
-    process = subprocess.Popen(
-        command(*arguments, **options),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    (process,) = start(*arguments, **options)
     end = time.monotonic() + timeout
     try:
         while not when():
             if process.poll() is not None:
-                raise AssertionError(f"the process ended by itself with {process.returncode} before it could be killed")
+                raise AssertionError(f"the process ended by itself with {process.poll()} before it could be killed")
             if time.monotonic() > end:
                 raise AssertionError("the moment to kill the process never came")
             time.sleep(0.005)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TWO = ["--config", "configs/shared/ddp_cpu.yaml"]
+SEVERAL = ["--config", "configs/shared/ddp_cpu.yaml"]
 
 
 def serve():
@@ -55,6 +55,8 @@ def work(main, words, environment, prefix):
     for number in (1, 2):
         os.dup2(output, number)
     os.environ.update(environment)
+    # What the interpreter does with this variable before anything else.
+    sys.path[:0] = [folder for folder in environment.get("PYTHONPATH", "").split(os.pathsep) if folder]
     # As in a terminal, also where the tests themselves run under nohup or in the background.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -137,13 +139,12 @@ class Server:
     def __init__(self, folder):
         self.folder, self.count = Path(folder), 0
         self.folder.mkdir(parents=True, exist_ok=True)
+        path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "faults")])
+        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "NO_ALBUMENTATIONS_UPDATE": "1"}
 
     def __enter__(self):
-        path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "faults")])
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "NO_ALBUMENTATIONS_UPDATE": "1"}
-        self.server = subprocess.Popen(
-            [sys.executable, __file__], cwd=ROOT, env=environment, stdin=subprocess.PIPE, text=True
-        )
+        words = [sys.executable, __file__]
+        self.server = subprocess.Popen(words, cwd=ROOT, env=self.environment, stdin=subprocess.PIPE, text=True)
         return self
 
     def __exit__(self, *_):
@@ -162,7 +163,7 @@ class Server:
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0", **world} if ranks > 1 else {}
             prefix = self.folder / f"{self.count:04d}-{words[0]}-r{rank}"
             order = {
-                "words": [*words, *(TWO if ranks > 1 else [])],
+                "words": [*words, *([*SEVERAL, f"--trainer.devices={ranks}"] if ranks > 1 else [])],
                 "environment": {**own, **(environment or {})},
                 "prefix": str(prefix),
             }

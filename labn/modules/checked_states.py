@@ -23,6 +23,8 @@ LARGEST_COUNT = 2**53
 """Counts of epochs, steps and batches above it are no counts."""
 STAGES = ("ready", "started", "processed", "completed")
 """Counts of a loop's progress, in the order in which an epoch, batch or step passes them."""
+IMPLEMENTATION = ("capturable", "differentiable", "foreign", "fused")
+"""Settings of an optimiser that say how a step is computed, not what: those of this run's device hold."""
 SCORES = ("score", "value")
 """Ends of the names of fields that are None until there is a number."""
 
@@ -33,6 +35,8 @@ class _WrongError(Exception):
 
 def check_states(path: Any, checkpoint: Mapping[str, Any], module: pl.LightningModule) -> None:
     """Compare the states in a checkpoint with those of a trainer that starts afresh.
+
+    The settings `IMPLEMENTATION` of the optimisers are replaced by this run's.
 
     Args:
         path: the file, for the message.
@@ -94,6 +98,7 @@ def _check_optimizer(optimizer: Optimizer, stored: Mapping[str, Any]) -> None:
     _check_like(own, stored["param_groups"], f"{where}.param_groups")
     for number, (ours, group) in enumerate(zip(own, stored["param_groups"], strict=True)):
         _check_group(optimizer, ours, group, f"{where}.param_groups[{number}]")
+        group.update({name: ours[name] for name in IMPLEMENTATION if name in ours})
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     fresh = _fresh_state(optimizer)
     for key, state in stored["state"].items():

@@ -5,8 +5,6 @@ import csv
 import pytest
 from command_line import run
 
-TWO = ["--config", "configs/shared/ddp_cpu.yaml"]
-THREE = [*TWO, "--trainer.devices=3"]
 pytestmark = pytest.mark.slow
 
 
@@ -14,7 +12,7 @@ pytestmark = pytest.mark.slow
 def trained(tmp_path_factory):
     """A run folder with a checkpoint, trained with every callback on; one of three processes has no validation data."""
     folder = tmp_path_factory.mktemp("trained")
-    run("fit", *THREE, "--data.init_args.n_val=2", run_dir=folder)
+    run("fit", "--data.init_args.n_val=2", run_dir=folder, ranks=3)
     return folder
 
 
@@ -46,12 +44,12 @@ def test_fit_on_several_processes_logs_the_validation_of_one(trained):
     assert {n: fitted[n] for n in shared} == pytest.approx({n: validated[n] for n in shared}, abs=1e-6)
 
 
-@pytest.mark.parametrize(("images", "processes"), [(13, TWO), (2, THREE)])
-def test_processes_write_the_rows_of_one(trained, tmp_path, images, processes):
+@pytest.mark.parametrize(("images", "ranks"), [(13, 2), (2, 3)])
+def test_processes_write_the_rows_of_one(trained, tmp_path, images, ranks):
     checkpoint = f"--ckpt_path={trained / 'checkpoints' / 'best.ckpt'}"
     size = f"--data.init_args.n_test={images}"
     run("test", checkpoint, size, run_dir=tmp_path / "one")
-    run("test", *processes, checkpoint, size, run_dir=tmp_path / "many")
+    run("test", checkpoint, size, run_dir=tmp_path / "many", ranks=ranks)
     one, many = (rows(tmp_path / name, "scores.csv") for name in ("one", "many"))
     seen = [rows(tmp_path / name, "predictions.csv") for name in ("one", "many")]
     assert [[int(row["index"]) for row in each] for each in seen] == [list(range(images))] * 2

@@ -20,15 +20,26 @@ def run(tmp_path_factory):
     return folder
 
 
-def resumed_with(run, tmp_path, change):
+def resumed_with(run, tmp_path, change, epochs=1):
     content = torch.load(run / "stranger.ckpt", weights_only=True)
     change(content)
     torch.save(content, tmp_path / "changed.ckpt")
-    fit(tmp_path / "run", 1, tmp_path / "changed.ckpt")
+    fit(tmp_path / "run", epochs, tmp_path / "changed.ckpt")
 
 
 def test_an_unchanged_checkpoint_is_restored(run, tmp_path):
     resumed_with(run, tmp_path, lambda content: None)
+
+
+@pytest.mark.parametrize("flag", ["capturable", "differentiable"])
+def test_how_a_step_is_computed_is_this_runs_own(run, tmp_path, flag):
+    """A checkpoint of a GPU, or of a stranger, may say `capturable`, which no CPU can do."""
+
+    def change(content):
+        for group in content["optimizer_states"][0]["param_groups"]:
+            group[flag] = True
+
+    resumed_with(run, tmp_path, change, epochs=3)
 
 
 def at(content, *keys):
