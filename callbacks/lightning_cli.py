@@ -255,8 +255,10 @@ class LabnCLI(LightningCLI):
         say_taken_over(path, self._configured_model(), built)
         arguments = built.get("init_args") or {}
         for name in WEIGHT_ARGUMENTS:
-            if arguments.get(name) and not Path(os.path.expandvars(arguments[name])).is_file():
-                arguments[name] = None  # the checkpoint has every weight
+            gone = arguments.get(name) and not Path(os.path.expandvars(arguments[name])).is_file()
+            # The checkpoint has every weight. A fit keeps the name, for the checkpoints that it will write.
+            if gone or (name in arguments and self.subcommand != "fit"):
+                arguments[name] = None
 
     def _is_fresh_fit(self) -> bool:
         """Whether this is a fit without a checkpoint that writes files, which `fast_dev_run` does not."""

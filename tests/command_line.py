@@ -79,6 +79,14 @@ def one_step(folder):
     return f"--ckpt_path={folder / 'checkpoints' / 'best.ckpt'}"
 
 
+def run_anew(*arguments, timeout=300, **options):
+    """The output of a command in an interpreter of its own, which has imported nothing yet."""
+    words = command(*arguments, **options)
+    done = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-9000:]
+    return done.stdout + done.stderr
+
+
 def run_and_kill(*arguments, when, timeout=300, **options):
     """Start, wait until `when()` is true, then `kill -9` the whole process group."""
     (process,) = start(*arguments, **options)

@@ -55,8 +55,6 @@ def work(main, words, environment, prefix):
     for number in (1, 2):
         os.dup2(output, number)
     os.environ.update(environment)
-    # What the interpreter does with this variable before anything else.
-    sys.path[:0] = [folder for folder in environment.get("PYTHONPATH", "").split(os.pathsep) if folder]
     # As in a terminal, also where the tests themselves run under nohup or in the background.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -24,8 +24,6 @@ from labn.results.fingerprints import describe, source_digest
 from labn.results.store import ScoreShard
 from labn.results.tables import BASELINES, Plan, reading, summary_table, write_results
 
-# Maps without information: a protocol under which they score well measures something other than the map.
-
 ENGINE = ("chunk_size", "fold", "precision")
 """Arguments of this callback that go to the perturbation engine, which all metrics share."""
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from labn.api import explain
+from labn.commands.picture_scores import PictureScores
 from labn.errors import InputError, MissingFileError, UserError, printable
 from labn.explainers import EXPLAINERS, explainer_by_name
 from labn.inference.modes import evaluating, run_model
@@ -33,8 +34,8 @@ METHODS = tuple(name for name in EXPLAINERS if name != "crp")
 """Methods for classifiers."""
 DETAILS = f"""\
 Prints the predicted class and confidence of every picture and writes to --out: overlays/<picture>.png (the picture
-and the map of every method, with colour bars), maps/<picture>.safetensors (raw maps by method, not normalised) and
-predictions.csv.
+and the map of every method, with colour bars), maps/<picture>.safetensors (raw maps by method, not normalised),
+predictions.csv and, with --metric, scores.csv.
 
 The network is a checkpoint of this command line (--ckpt), which contains its preprocessing and class names, or a
 torchvision or timm model, or a class of your own, with a file of weights (--model, --weights). Nothing is downloaded.
@@ -44,6 +45,7 @@ torchvision or timm model, or a class of your own, with a file of weights (--mod
 examples:
   python cli.py explain --image a.jpg --ckpt runs/quickstart/checkpoints/best.ckpt --method labn gradcam
   python cli.py explain --image my/pictures --model resnet50d --weights resnet50d.safetensors --method lrp c3lrp
+  python cli.py explain --image my/pictures --ckpt best.ckpt --method gradcam --metric pid16 average_drop
 """
 OVERLAYS = "overlays"
 PREDICTIONS = ("file", "class", "class_name", "confidence", "explained")
@@ -57,6 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_network_arguments(parser)
     parser.add_argument(
         "--method", nargs="+", action="extend", required=True, metavar="NAME", help="methods, listed below"
+    )
+    parser.add_argument(
+        "--metric",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="metrics that need no masks, such as pid16, which score the maps beside `random` and `constant`",
     )
     parser.add_argument("--target", help="name or number of the class to explain (default: the predicted one)")
     parser.add_argument("--out", type=Path, default=Path("explained"), help="folder to write to (default: explained)")
@@ -101,6 +111,7 @@ def run(options: argparse.Namespace) -> None:
         explainer_by_name(method)
         if method.lstrip("-") not in METHODS:
             raise InputError(f"{method} explains detectors; use `cli.py test` with callbacks.DetectionCallback.")
+    scores = PictureScores(options.method, options.metric)
     check_device(options.device)
     files = _files(options.image)
     # Running the command on the folder of its own overlays would replace the pictures that it reads.
@@ -112,14 +123,21 @@ def run(options: argparse.Namespace) -> None:
     rows = []
     failed: dict[str, str] = {}
     for number, (path, name, image) in enumerate(_readable(files, preprocessing)):
-        row = _explain(network, image.to(options.device), preprocessing, options, target, number, name, failed)
+        row, maps, chosen = _explain(
+            network, image.to(options.device), preprocessing, options, target, number, name, failed
+        )
         explained = f", explained {row[3]}" if row[3] != row[1] else ""
         print(printable(f"{path}: {row[1]} ({row[2]:.3f}){explained}"))
         rows.append((str(path), *row))
+        shown = str(path), row[3]
+        scores.add(network, image[None].to(options.device), maps, chosen, torch.tensor([number]), preprocessing, shown)
     if not rows:
         raise InputError("None of the pictures of --image is readable; the warnings above say why.")
     write_atomically(options.out / "predictions.csv", csv_bytes(PREDICTIONS, rows))
-    print(f"{options.out}: overlays/, maps/ and predictions.csv of {len(rows)} pictures")
+    if table := scores.write(options.out):
+        print(f"\n{len(rows)} pictures, mean [95 % interval]\n{table}")
+    also = ", predictions.csv and scores.csv" if table else " and predictions.csv"
+    print(f"{options.out}: overlays/, maps/{also} of {len(rows)} pictures")
     if failed:
         reasons = "; ".join(f"{method}: {reason}" for method, reason in failed.items())
         raise FailedMethodsError(f"{len(failed)} of {len(options.method)} methods gave no map. {reasons}")
@@ -202,11 +220,12 @@ def _explain(
     number: int,
     name: str,
     failed: dict[str, str],
-) -> tuple[int, str, float, str]:
+) -> tuple[tuple[int, str, float, str], dict[str, Tensor], int]:
     """Write overlay and maps of one picture (C, H, W); methods that do not suit the network go to `failed`.
 
     Returns:
-        Predicted class, its name, its probability, and the name of the explained class.
+        Predicted class, its name, its probability, and the name of the explained class; the maps, (H, W) by method;
+        and the number of the explained class.
     """
     with torch.no_grad(), evaluating(network, image.device.type):
         probabilities = run_model(network, image[None]).softmax(1)[0]
@@ -239,7 +258,7 @@ def _explain(
     )
     write_atomically(options.out / OVERLAYS / f"{name}.png", png_bytes(figure))
     write_atomically(options.out / "maps" / f"{name}.safetensors", safetensors.torch.save(maps))
-    return predicted, names[0], confidence, names[1]
+    return (predicted, names[0], confidence, names[1]), maps, chosen
 
 
 def _files(paths: Sequence[Path]) -> list[Path]:

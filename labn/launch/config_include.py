@@ -17,6 +17,7 @@ from labn.errors import InputError, MissingFileError
 from labn.io.readers import read_yaml
 
 CONFIG = "--config"
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def expand_includes(argv: Sequence[str]) -> list[str]:
@@ -76,7 +77,8 @@ def with_includes(path: Path, including: Sequence[Path] = ()) -> list[Path]:
     """All files that `path` includes, depth first and each of them once, and `path` itself as the last one.
 
     Args:
-        path: a configuration; included paths are relative to its folder.
+        path: a configuration; included paths are relative to its folder or, where nothing is there, to `configs/`, so
+            that a copy of one of our configurations may lie anywhere.
         including: the files that have led to `path`.
 
     Raises:
@@ -95,6 +97,7 @@ def with_includes(path: Path, including: Sequence[Path] = ()) -> list[Path]:
         raise InputError(f"{path}: include is {included!r}; it must be a list of files, such as [shared/trainer.yaml].")
     files: dict[Path, Path] = {}
     for name in included:
-        for file in with_includes(path.parent / name, [*including, path]):
+        beside, ours = path.parent / name, CONFIGS / name
+        for file in with_includes(beside if beside.exists() or not ours.exists() else ours, [*including, path]):
             files.setdefault(file.resolve(), file)
     return [*files.values(), path]

@@ -61,9 +61,9 @@ class LoadReport:
     renamed: tuple[tuple[str, str], ...] = ()
 
     def __str__(self) -> str:
-        lines = [f"{self.path}: {len(self.taken)} tensors taken, {len(self.fresh)} fresh, {len(self.unused)} unused"]
         # Counters of batches are left out: they do not change the output, and split modules into single tensors.
         taken, fresh = ([n for n in names if not n.endswith(COUNTER)] for names in (self.taken, self.fresh))
+        lines = [f"{self.path}: {len(taken)} tensors taken, {len(fresh)} fresh, {len(self.unused)} unused"]
         taken, fresh = _whole_modules(taken, fresh), _whole_modules(fresh, taken)
         for title, names in (("taken", taken), ("fresh", fresh), ("unused", self.unused)):
             lines += [f"  {title}: {_listed(names)}"] if names else []

@@ -42,7 +42,10 @@ def check_trained_on(checkpoint: dict[str, Any], data: Any, path: Any = "") -> N
     changed = [name for name in current if name in stored and name != "class_names" and stored[name] != current[name]]
     if changed:
         shown = ", ".join(f"{name} {stored[name]}, now {current[name]}" for name in changed)
-        rank_zero_warn(f"The checkpoint was trained on images that were prepared in another way: {shown}.")
+        rank_zero_warn(
+            f"The checkpoint was trained on images that were prepared in another way: {shown}; set these arguments of "
+            "the data to test it on images like those of its training."
+        )
     elif stored.get("class_names") == current["class_names"]:
         _check_images(checkpoint.get(TRAINED_ON), training_hash(data))
 

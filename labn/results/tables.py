@@ -179,9 +179,22 @@ def statistics_of(table: Table, plan: Plan, groups: Groups = None) -> Statistics
         plan: explainers and values.
         groups: sample index -> group, resampled as a whole; None resamples single samples.
     """
-    explainers, names = list(plan.explainers), plan.value_names
     drawn = None if groups is None else torch.tensor([groups.get(i, -1) for i in table.index.tolist()])
-    values = (Value(table.methods(name), describe_value(name).sign, drawn) for name in names)
+    return compare_methods(list(plan.explainers), plan.value_names, table.methods, drawn)
+
+
+def compare_methods(
+    explainers: Sequence[str], names: Sequence[str], columns: Callable[[str], Tensor], groups: Tensor | None = None
+) -> Statistics:
+    """The statistics of columns of scores.
+
+    Args:
+        explainers: the M methods.
+        names: names of the values.
+        columns: value -> (N, M) float64 scores, NaN where a sample has none.
+        groups: (N,) int64 groups of samples, resampled as a whole; None resamples single samples.
+    """
+    values = (Value(columns(name), describe_value(name).sign, groups) for name in names)
     compared = dict(zip(names, compare_values(values)))
     own = list(itertools.product(enumerate(explainers), names))
     pairs = list(itertools.product(itertools.combinations(enumerate(explainers), 2), names))

@@ -14,7 +14,7 @@ from command_line import call_main
 from safetensors.torch import load_file, save_file
 
 from datamodules import ImageFolder, SyntheticFundus
-from labn import explain
+from labn import evaluate, explain
 from labn.commands import COMMANDS
 from labn.io.preprocessing import KEY, Preprocessing
 from labn.models.pretrained import load_pretrained
@@ -67,6 +67,34 @@ def test_maps_and_class_are_those_of_the_library(pictures, checkpoint, tmp_path,
     with (tmp_path / "predictions.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
     assert (int(row["class"]), row["class_name"], row["explained"]) == (predicted, name, name)
+
+
+def test_metrics_score_the_maps_beside_maps_without_information(pictures, checkpoint, tmp_path, capsys):
+    files = [f"--image={pictures / name}" for name in ("b.png",)]
+    command = ["explain", *files, f"--ckpt={checkpoint}", f"--out={tmp_path}", "--method", "gradcam", "--device=cpu"]
+    call_main([*command, "--metric", "pid8", "average_drop"])
+    network, preprocessing = restore(checkpoint)
+    image = preprocessing.normalise(preprocessing.read(pictures / "b.png"))[None]
+    statistics = {"mean": preprocessing.mean, "std": preprocessing.std}
+    found = explain(network, image, "gradcam")
+    wanted = evaluate(network, image, found, metrics=["pid8", "average_drop"], **statistics)
+    with open(tmp_path / "scores.csv", newline="") as file:
+        rows = {(row["explainer"], row["metric"]): float(row["value"]) for row in csv.DictReader(file)}
+    assert {explainer for explainer, _ in rows} == {"gradcam", "random", "constant"}
+    assert {name: rows["gradcam", name] for name in wanted} == {name: float(v) for name, v in wanted.items()}
+    assert rows["constant", "pid8"] == pytest.approx(0, abs=1e-6)
+    said = capsys.readouterr().out
+    assert "pid8: a map without information gets 0 (random: " in said
+    assert "predictions.csv and scores.csv of 1 pictures" in said
+
+
+@pytest.mark.parametrize(("metric", "message"), [("pix", "pix"), ("mass", "mask")])
+def test_metrics_that_cannot_score_pictures_are_one_sentence(pictures, checkpoint, tmp_path, metric, message, capsys):
+    command = ["explain", f"--image={pictures / 'b.png'}", f"--ckpt={checkpoint}", f"--out={tmp_path}"]
+    with pytest.raises(SystemExit):
+        call_main([*command, "--method", "gradcam", "--metric", metric, "--device=cpu"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 def test_no_picture_overwrites_the_outputs_of_another(checkpoint, tmp_path):

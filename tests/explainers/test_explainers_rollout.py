@@ -7,7 +7,7 @@ import timm
 import torch
 from small_networks import pictures, seeded
 from torch import Tensor, nn
-from torchvision.models import VisionTransformer
+from torchvision.models import MaxVit, VisionTransformer
 
 from labn.explainers import AttentionRollout
 from labn.explainers.attention.rollout import implicit_attention, rollout, token_grid
@@ -120,6 +120,9 @@ def test_networks_without_global_attention_are_refused() -> None:
     swin = timm.create_model(
         "swin_tiny_patch4_window7_224", pretrained=False, img_size=64, window_size=2, depths=(1, 1)
     )
+    windows = MaxVit((32, 32), 8, 4, [8], [1], head_dim=4, stochastic_depth_prob=0.0, num_classes=2)
+    with pytest.raises(ValueError, match=r"attention matrices of shapes \[\(8, 16, 16\)\] in this model"):
+        AttentionRollout()(windows, pictures(2, 32, 32), torch.tensor([0, 1]))
     with pytest.raises(ValueError, match=r"attention matrices of shapes"):
         AttentionRollout()(swin, torch.zeros(1, 3, 64, 64), torch.tensor([0]))
 

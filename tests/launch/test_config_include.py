@@ -1,6 +1,7 @@
 from pathlib import Path
 
 import pytest
+from command_line import ROOT
 
 from labn.launch.config_include import configurations, expand_includes, with_includes
 
@@ -21,6 +22,15 @@ def test_included_files_come_first_depth_first_and_once(write):
     assert names == ["d", "b", "c", "a"]
     words = expand_includes(["fit", f"--config={folder / 'b.yaml'}", "--x"])
     assert words == ["fit", "--config", f"{folder / 'd.yaml'}", "--config", f"{folder / 'b.yaml'}", "--x"]
+
+
+def test_a_copy_of_a_configuration_finds_what_it_includes(tmp_path):
+    copy = tmp_path / "mine.yaml"
+    copy.write_text((ROOT / "configs" / "pictures.yaml").read_text())
+    assert with_includes(copy) == [ROOT / "configs" / "shared" / "trainer.yaml", copy]
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "trainer.yaml").write_text("{}")
+    assert with_includes(copy) == [tmp_path / "shared" / "trainer.yaml", copy]
 
 
 def test_a_file_that_two_experiments_include_is_read_once(write):

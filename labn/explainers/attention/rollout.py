@@ -102,8 +102,11 @@ class AttentionRecorder(TorchFunctionMode):
     def by_head(self, attention: Tensor) -> Tensor | None:
         """(B, heads, N, N) of a matrix (B, heads, N, N), (B * heads, N, N) or (B, N, N) whose rows are distributions.
 
-        None for a matrix that is not square in the tokens, which is attention between other things.
+        None for a matrix that is not square in the tokens, which is attention between other things. Of more axes, such
+        as (B, windows, heads, N, N), all but the last three become the first one.
         """
+        if attention.ndim > 4:
+            attention = attention.flatten(0, -4)
         if attention.ndim == 3 and len(attention) % self._batch == 0:
             attention = attention.unflatten(0, (self._batch, -1))
         if attention.ndim != 4 or attention.shape[-1] != attention.shape[-2]:
