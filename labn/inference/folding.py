@@ -21,6 +21,17 @@ from labn.inference.hooks import temporary_hooks
 Pair = tuple[_ConvNd, _BatchNorm]
 
 
+class SplitNorms(nn.Module):
+    """Base of modules in which BatchNorms read parts of the channels of one convolution's output.
+
+    A trace sees that these inputs are new tensors, and not which channels they are.
+    """
+
+    def norm_parts(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d, slice]]:
+        """Convolution, BatchNorm, and the channels of the convolution's output that the BatchNorm alone reads."""
+        raise NotImplementedError
+
+
 def hooked(module: nn.Module) -> bool:
     """Whether forward hooks are registered on the module, whose effect a folded or packed copy would lose."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
@@ -61,17 +72,34 @@ class _Trace:
 def _trace(model: nn.Module, probe: Tensor) -> list[Pair]:
     trace, modules = _Trace(), list(model.modules())
     convolutions: list[nn.Module] = [m for m in modules if isinstance(m, _ConvNd) and plain_convolution(m)]
-    norms: list[nn.Module] = [
-        m for m in modules if isinstance(m, _BatchNorm) and m.running_mean is not None and not hooked(m)
-    ]
+    norms: list[nn.Module] = [m for m in modules if isinstance(m, _BatchNorm) and _fixed(m)]
     before, after = dict.fromkeys(norms, trace.norm_hook), dict.fromkeys(convolutions, trace.conv_hook)
     with temporary_hooks(before, after):
         model(probe)
     return trace.once()
 
 
-def _merge(conv: _ConvNd, norm: _BatchNorm) -> None:
-    """Multiply the BatchNorm into the convolution's weights, in float64, and store them in their own dtype."""
+def _fixed(norm: _BatchNorm) -> bool:
+    """Whether the BatchNorm is a fixed affine map in eval mode that no hook reads."""
+    return norm.running_mean is not None and not hooked(norm)
+
+
+def _split_parts(model: nn.Module) -> list[tuple[nn.Conv2d, nn.BatchNorm2d, slice]]:
+    """The parts of all `SplitNorms` that can be folded."""
+    split = [module.norm_parts() for module in model.modules() if isinstance(module, SplitNorms)]
+    # A module that two of them share would be folded twice.
+    users: Counter[nn.Module] = Counter()
+    for parts in split:
+        users.update({module for conv, norm, _ in parts for module in (conv, norm)})
+    return [
+        (conv, norm, rows)
+        for conv, norm, rows in (part for parts in split for part in parts)
+        if plain_convolution(conv) and _fixed(norm) and users[conv] == users[norm] == 1
+    ]
+
+
+def _merge(conv: _ConvNd, norm: _BatchNorm, rows: slice = slice(None)) -> None:
+    """Multiply the BatchNorm into the weights of some output channels, in float64, and store them in their dtype."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     mean, var = norm.running_mean.double(), norm.running_var.double()
@@ -79,10 +107,11 @@ def _merge(conv: _ConvNd, norm: _BatchNorm) -> None:
     shift = torch.zeros_like(mean) if norm.bias is None else norm.bias.double()
     # y = (w x + c - mean) scale + b: the weights take the scale, the rest goes into the bias.
     scale = gain / torch.sqrt(var + norm.eps)
-    bias = torch.zeros_like(mean) if conv.bias is None else conv.bias.double()
-    weight = conv.weight.double() * scale.view(-1, *[1] * (conv.weight.ndim - 1))
-    conv.weight = nn.Parameter(weight.to(conv.weight.dtype))
-    conv.bias = nn.Parameter((shift + (bias - mean) * scale).to(conv.weight.dtype))
+    weight, dtype = conv.weight.double(), conv.weight.dtype
+    bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.double()
+    weight[rows] *= scale.view(-1, *[1] * (weight.ndim - 1))
+    bias[rows] = shift + (bias[rows] - mean) * scale
+    conv.weight, conv.bias = nn.Parameter(weight.to(dtype)), nn.Parameter(bias.to(dtype))
 
 
 def _replacement(norm: nn.Module) -> nn.Module:
@@ -107,12 +136,15 @@ def fold_batchnorm(model: nn.Module, probe: Tensor) -> nn.Module | None:
         probe: (1, C, H, W), the input whose forward is traced.
 
     Returns:
-        The copy, or None for a model without such a BatchNorm.
+        The copy, or None for a model without such a BatchNorm. Those of `SplitNorms` are folded too.
     """
     # Traced on the copy: the pairs are its own modules, and the model sees no hook.
     folded = deep_copy(model).eval()
-    pairs = _trace(folded, probe)
+    pairs, parts = _trace(folded, probe), _split_parts(folded)
     for conv, norm in pairs:
         _merge(conv, norm)
-    replace_modules(folded, {norm: _replacement(norm) for _, norm in pairs})
-    return folded if pairs else None
+    for conv, norm, rows in parts:
+        _merge(conv, norm, rows)
+    norms = [*(norm for _, norm in pairs), *(norm for _, norm, _ in parts)]
+    replace_modules(folded, {norm: _replacement(norm) for norm in norms})
+    return folded if norms else None

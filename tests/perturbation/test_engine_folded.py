@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from labn.explainers import Gradient
 from labn.inference.fast_copy import fast_copy
 from labn.inference.folding import fold_batchnorm
+from labn.models.lambda_networks.layer import LambdaLayer
 from labn.perturbation.engine import PerturbationEngine
 
 
@@ -86,6 +87,33 @@ def test_timm_batchnorm_with_activation_keeps_its_activation(probe):
         folded = fold_batchnorm(model, probe)
         assert norms(folded) == 0
         assert torch.allclose(folded(probe), model(probe), atol=1e-12)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_batchnorms_of_a_lambda_layer_are_folded_into_their_channels(probe, stride):
+    """Each reads a part of the output of one convolution, so that no BatchNorm has a convolution's output as input."""
+    torch.manual_seed(0)
+    layer = LambdaLayer(8, dim_k=4, dim_u=2, heads=2, r=5, stride=stride)
+    model = settle(nn.Sequential(nn.Conv2d(3, 8, 3), layer, nn.Flatten()).double())
+    with torch.no_grad():
+        folded = fold_batchnorm(model, probe)
+        assert (norms(model), norms(folded)) == (2, 0)
+        assert torch.allclose(folded(probe), model(probe), atol=1e-12)
+    assert model[1].to_qkv.bias is None
+
+
+def test_a_shared_lambda_layer_is_folded_once_and_a_hooked_one_is_not(probe):
+    layer = LambdaLayer(3, dim_k=4, heads=1, r=3)
+    model = settle(nn.Sequential(layer, layer, nn.Flatten()).double())
+    with torch.no_grad():
+        assert torch.allclose(fold_batchnorm(model, probe)(probe), model(probe), atol=1e-12)
+        other = settle(LambdaLayer(3, dim_k=4, heads=1, r=3).double())
+        other.to_qkv = layer.to_qkv
+        assert fold_batchnorm(nn.Sequential(layer, other), probe) is None
+        layer.norm_q.register_forward_hook(lambda *_: None)
+        assert norms(fold_batchnorm(model, probe)) == 1
+        layer.to_qkv.register_forward_hook(lambda *_: None)
+        assert fold_batchnorm(model, probe) is None
 
 
 @pytest.mark.parametrize("between", [torch.relu, torch.relu_, lambda c: c * 2])

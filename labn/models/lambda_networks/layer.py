@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from labn.errors import InputError
+from labn.inference.folding import SplitNorms
 from labn.lrp.weighted_product import weighted
 from labn.models.lambda_networks.linear_map import LambdaWeights, apply_lambdas, content_lambdas
 from labn.models.lambda_networks.position import FORMULATIONS
 
 
-class LambdaLayer(nn.Module):
+class LambdaLayer(SplitNorms):
     """A layer that replaces a k x k convolution: lambdas, linear maps computed from the context, act on each query.
 
     With positions n, m, heads h, key depth k, intra-depth u and values v (Bello 2021, eq. 1-3):
@@ -101,6 +102,11 @@ class LambdaLayer(nn.Module):
         # `unflatten` and not `view`: len(x) would fix the number of images in an exported network.
         key = key.flatten(2).softmax(dim=2).unflatten(1, (self.dim_u, self.dim_k)).unflatten(3, x.shape[-2:])
         return query, key.to(value.dtype), value
+
+    def norm_parts(self) -> list[tuple[nn.Conv2d, nn.BatchNorm2d, slice]]:
+        """The BatchNorms of queries and values, and their channels of `to_qkv`."""
+        queries, _, values = self._widths()
+        return [(self.to_qkv, self.norm_q, slice(queries)), (self.to_qkv, self.norm_v, slice(-values, None))]
 
     def extra_repr(self) -> str:
         """The sizes, for the text of the module."""
