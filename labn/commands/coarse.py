@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 
 from labn.errors import InputError, MissingFileError, printable
 from labn.io.atomic import write_atomically
+from labn.io.digits import decimals
 from labn.io.readers import read_table
 from labn.metrics.statistics import Interval, bootstrap_mean, paired_difference
 from labn.postprocess.overlay import png_bytes
@@ -100,7 +101,8 @@ def leads(scored: Scored, fine: str, coarse: Sequence[str], score: str) -> str:
         for size in scored.patch_sizes:
             lead = scored.lead(fine, name, score, size)
             mark = "**" if lead.low > 0 else ""
-            cells.append(f"{mark}{lead.mean:+.3f}{mark} [{lead.low:+.3f}, {lead.high:+.3f}]")
+            mean, low, high = (decimals(number, signed=True) for number in (lead.mean, lead.low, lead.high))
+            cells.append(f"{mark}{mean}{mark} [{low}, {high}]")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -15,6 +15,7 @@ import yaml
 
 from labn.compare import Run, check_comparable
 from labn.errors import InputError, printable
+from labn.io.digits import decimals
 from labn.io.readers import read_json, read_table
 from labn.metrics.statistics import Interval, bootstrap_mean
 from labn.results.reader import StageResults
@@ -197,15 +198,15 @@ def ours(runs: Runs, explainer: str, metric: str) -> str:
     values = runs.accuracies if metric == ACCURACY else runs.values(explainer, metric)
     if not values:
         return "–"
-    spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
+    spread = f" ± {decimals(stdev(values))}" if len(values) > 1 else ""
     if metric == ACCURACY:
-        return f"{mean(values):.3f}{spread}"
-    return f"{mean(values):.3f}{spread}{runs.interval(explainer, metric).bracketed}"
+        return f"{decimals(mean(values))}{spread}"
+    return f"{decimals(mean(values))}{spread}{runs.interval(explainer, metric).bracketed}"
 
 
 def printed(row: Row, column: int) -> str:
     """The published number of a row in a column, with its standard deviation if there is one."""
-    return f"{row.mean[column]:.3f}" + (f" ± {row.sd[column]:.3f}" if row.sd else "")
+    return decimals(row.mean[column]) + (f" ± {decimals(row.sd[column])}" if row.sd else "")
 
 
 def markdown(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from labn.compare.merge import Comparison, Row
+from labn.io.digits import decimals
 from labn.io.table_cells import csv_bytes
 
 TABLE = ("run", "explainer", "metric", "mean", "std", "seeds", "ci_low", "ci_high", "n")
@@ -81,8 +82,8 @@ def _cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 def _cell(row: Row | None) -> str:
     if row is None:
         return "-"
-    spread = "" if row.std is None else f" ± {row.std:.3f}"
-    return f"{row.interval.mean:.3f}{spread}{row.interval.bracketed}"
+    spread = "" if row.std is None else f" ± {decimals(row.std)}"
+    return f"{decimals(row.interval.mean)}{spread}{row.interval.bracketed}"
 
 
 def _tex(text: str) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from labn.io.digits import decimals
 from labn.metrics.resampling import resampled_sums
 
 FEW = 300
@@ -48,7 +49,7 @@ class Interval:
     @property
     def bracketed(self) -> str:
         """The bounds as ` [0.100, 0.200]`, to print behind the mean; an empty string where they are NaN."""
-        return "" if math.isnan(self.low) else f" [{self.low:.3f}, {self.high:.3f}]"
+        return "" if math.isnan(self.low) else f" [{decimals(self.low)}, {decimals(self.high)}]"
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from labn.io.digits import decimals
+
 
 @dataclass(frozen=True)
 class SampleScores:
@@ -80,4 +82,5 @@ def _mean(values: Tensor | None) -> str:
     known = values[~values.isnan()]
     if not len(known):
         return "-"
-    return f"{known.double().mean():.4f}" + (f" (n {len(known)})" if len(known) < len(values) else "")
+    mean = decimals(float(known.double().mean()), digits=4)
+    return mean + (f" (n {len(known)})" if len(known) < len(values) else "")

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from labn.io.digits import decimals
 from labn.report.curves import PROBABILITY
 from labn.results.reader import StageResults
+from labn.results.tables import INSERTION_DELETION, NEGLIGIBLE
 
 FEW = 9
 """Number of samples, or groups, below which intervals are noticeably too narrow (`tests/benchmarks/intervals.py`)."""
@@ -23,7 +25,8 @@ def caveats(results: StageResults, split_size: int | None = None) -> list[str]:
         results: content of the results folder.
         split_size: number of samples of the whole split, if known.
     """
-    return [*_subset(results, split_size), *_protocols(results), *_fill(results), *_settings(results.manifest)]
+    protocols = [*_protocols(results), *_flat(results)]
+    return [*_subset(results, split_size), *protocols, *_fill(results), *_settings(results.manifest)]
 
 
 def _subset(results: StageResults, split_size: int | None) -> Iterator[str]:
@@ -61,14 +64,30 @@ def _protocols(results: StageResults) -> Iterator[str]:
         )
 
 
+def _flat(results: StageResults) -> Iterator[str]:
+    """A sentence where all means of a PID column are next to nothing; those of logits have no fixed range."""
+    columns: dict[str, list[float]] = {}
+    for row in results.summary:
+        # A constant map has its own level under @official.
+        if INSERTION_DELETION.fullmatch(row["metric"]) and row["explainer"] != "constant":
+            columns.setdefault(row["metric"], []).append(abs(float(row["mean"])))
+    flat = [name for name, means in columns.items() if max(means) < NEGLIGIBLE]
+    if flat and results.quantity == PROBABILITY:
+        yield (
+            f"{', '.join(flat)}: every method lies within {NEGLIGIBLE} of 0, the value of a map without information. "
+            "The network's answer hardly depends on which pixels are taken away (flat curves), so that the marks, "
+            "stars and ranks of these values mean next to nothing."
+        )
+
+
 def _fill(results: StageResults) -> Iterator[str]:
     totals = [total for (_, metric), total in results.totals.items() if metric == "fill_probability"]
     mean = sum(total.sum for total in totals) / max(sum(total.count for total in totals), 1)
     # Logits have no fixed range, so that no limit would fit them.
     if results.quantity == PROBABILITY and mean > FILL_LIMIT:
         yield (
-            f"The bare fill alone has a mean probability of {mean:.3f}: insertion curves start there, which changes "
-            "every area."
+            f"The bare fill alone has a mean probability of {decimals(mean)}: insertion curves start there, which "
+            "changes every area."
         )
 
 

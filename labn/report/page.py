@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from typing import Any
 
@@ -17,6 +17,7 @@ import matplotlib
 import numpy as np
 from markupsafe import Markup
 
+from labn.io.digits import decimals
 from labn.metrics.registry import describe_value
 from labn.report import charts
 from labn.report.charts import Panel
@@ -205,15 +206,10 @@ def _environment() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,  # a misspelt field of the template raises instead of printing nothing
     )
-    digits = {"signed": lambda value: _unsigned_zero(f"{value:+.3f}"), "three": lambda v: _unsigned_zero(f"{v:.3f}")}
+    digits = {"signed": partial(decimals, signed=True), "three": decimals}
     environment.filters.update(digits, short=lambda value: f"{value:g}")
     environment.globals.update(digits)
     return environment
-
-
-def _unsigned_zero(number: str) -> str:
-    """The number without its sign where all its digits are zero: a sign would claim a direction."""
-    return number if number.strip("+-0.") else number.lstrip("+-")
 
 
 def _hash(text: str) -> str:

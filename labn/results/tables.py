@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from labn.io.atomic import write_atomically, written_atomically
+from labn.io.digits import decimals
 from labn.io.memmap import Stored, blocks, temporary_memmap, write_npz
 from labn.io.table_cells import write_csv
 from labn.metrics.comparisons import Difference, Rank, Value, compare_values
@@ -33,6 +34,10 @@ from labn.results.store import MANIFEST, ResultStore, ScoreShard
 
 BASELINES = ("random", "constant")
 """Methods that do not look at the image, in every table for comparison."""
+NEGLIGIBLE = 0.01
+"""PID, or a difference of PID, in probabilities, below which a ranking of methods means next to nothing."""
+INSERTION_DELETION = re.compile(r"(id|pid\d+)(@\w+)?")
+"""Names of the values that are the area between an insertion and a deletion curve."""
 SUMMARY = ("explainer", "metric", "mean", "ci_low", "ci_high", "n")
 
 PAIRED = ("explainer_a", "explainer_b", "metric", "difference", "ci_low", "ci_high", "n", "p", "p_adjusted")
@@ -371,16 +376,21 @@ def _summary_table(summary: Mapping[tuple[str, str], Interval], names: Sequence[
     cells = [["", *names]]
     for explainer in explainers:
         intervals = [summary.get((explainer, name)) for name in names]
-        cells.append([explainer, *(f"{i.mean:.3f}{i.bracketed if bracketed else ''}" if i else "-" for i in intervals)])
+        cells.append([explainer, *(_cell(interval, bracketed) for interval in intervals)])
     widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths)) for row in cells]
     return "\n".join(lines)
 
 
+def _cell(interval: Interval | None, bracketed: bool) -> str:
+    return "-" if interval is None else f"{decimals(interval.mean)}{interval.bracketed if bracketed else ''}"
+
+
 def reading(
     summary: Mapping[tuple[str, str], Interval], pairs: Mapping[tuple[str, str, str], Interval], name: str
 ) -> str:
-    """One sentence about a column of PID: what 0 is, what `random` got, and whether the best method beats it.
+    """What a column of PID says: what 0 is, what `random` got, and whether the best method beats it by more than
+    next to nothing (`NEGLIGIBLE`).
 
     Args:
         summary: (explainer, value) -> mean and interval.
@@ -388,7 +398,7 @@ def reading(
         name: name of the value, such as `pid16`.
 
     Returns:
-        The sentence; empty for other values than PID, and without `random` or any other method.
+        One or two sentences; empty for other values than PID, and without `random` or any other method.
 
     Example:
         >>> means = {("gradcam", "id"): Interval(0.4, 0.3, 0.5, 20), ("random", "id"): Interval(0.0, -0.1, 0.1, 20)}
@@ -399,14 +409,30 @@ def reading(
     """
     means = {explainer: interval for (explainer, value), interval in summary.items() if value == name}
     methods = {e: i.mean for e, i in means.items() if e not in BASELINES and not math.isnan(i.mean)}
-    if not re.fullmatch(r"id|pid\d+", name) or "random" not in means or not methods:
+    kind = INSERTION_DELETION.fullmatch(name)
+    if kind is None or kind[2] or "random" not in means or not methods:
         return ""
     random, best = means["random"], max(methods, key=methods.__getitem__)
-    start = f"{name}: a map without information gets 0 (random: {random.mean:.3f}{random.bracketed}); "
+    start = f"{name}: a map without information gets 0 (random: {decimals(random.mean)}{random.bracketed}); "
     difference = pairs.get((best, "random", name))
+    return f"{start}{_verdict(best, methods[best], difference)}{_negligible(methods[best], difference)}"
+
+
+def _verdict(best: str, mean: float, difference: Interval | None) -> str:
+    """Whether the best method beats `random`, given its mean and its difference to `random`."""
     if difference is None or math.isnan(difference.low):
-        return f"{start}{best} is best with {methods[best]:.3f}; too few samples say whether it beats random."
-    by = f"{difference.mean:.3f}{difference.bracketed}"
+        return f"{best} is best with {decimals(mean)}; too few samples say whether it beats random."
+    by = f"{decimals(difference.mean)}{difference.bracketed}"
     if difference.low > 0:
-        return f"{start}{best} is best with {methods[best]:.3f} and beats random by {by}."
-    return f"{start}no method beats random: {best}, the best, differs from it by {by}."
+        return f"{best} is best with {decimals(mean)} and beats random by {by}."
+    return f"no method beats random: {best}, the best, differs from it by {by}."
+
+
+def _negligible(mean: float, difference: Interval | None) -> str:
+    """A sentence for a best mean, or a difference to `random`, that is next to nothing; else an empty string."""
+    if min(abs(mean), math.inf if difference is None else abs(difference.mean)) >= NEGLIGIBLE:
+        return ""
+    return (
+        f" Less than {NEGLIGIBLE} is next to nothing (flat curves): the network's answer hardly depends on which "
+        "pixels are taken away."
+    )

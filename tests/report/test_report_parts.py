@@ -164,6 +164,23 @@ def test_a_high_fill_probability_has_a_caveat(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("means", "quantity", "said"),
+    [
+        ({"gradcam": 0.009, "random": -0.004, "constant": 0.3}, "softmax", True),
+        ({"gradcam": 0.009, "random": 0.02}, "softmax", False),
+        ({"gradcam": -0.01, "random": 0.0}, "softmax", False),
+        ({"gradcam": 0.009, "random": 0.0}, "logit", False),
+    ],
+)
+def test_a_caveat_says_that_curves_are_flat(tmp_path, means, quantity, said):
+    rows = [(e, metric, value) for e, mean in means.items() for metric, value in (("pid16@official", mean), ("id", 1))]
+    summary = [{"explainer": e, "metric": m, "mean": str(v), "n": "20"} for e, m, v in rows]
+    results = StageResults(tmp_path, summary=summary, manifest={"settings": {"probability": quantity}})
+    flat = [note for note in caveats(results) if "next to nothing" in note]
+    assert [note.partition(":")[0] for note in flat] == ["pid16@official"] * said
+
+
+@pytest.mark.parametrize(
     ("given", "classes", "names", "which"),
     [
         (True, [2, 3], ["O", "C", "M", "X"], "'M', 'X'"),

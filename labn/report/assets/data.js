@@ -10,7 +10,8 @@ const element = (tag, properties = {}, ...children) => {
 
 const bytesOf = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
 const className = (number) => report.classNames[number] ?? String(number);
-const short = (value) => (value === null || value === undefined ? "–" : value.toFixed(3));
+// A number that rounds to 0 has no sign, as in the tables.
+const short = (value) => (value === null || value === undefined ? "–" : value.toFixed(3).replace(/^-(?=0\.000$)/, ""));
 // With enough digits to distinguish the limits of a nearly flat map.
 const limitsOf = ({ low, high }) => {
   const ratio = high > low ? Math.max(Math.abs(low), Math.abs(high)) / (high - low) : 1;
