@@ -56,6 +56,11 @@ def _layers(model: nn.Module) -> list[str]:
     ][::-1]
 
 
+def count_layers(model: nn.Module) -> int:
+    """Number of layers that `randomised_copies` randomises one after the other."""
+    return len(_layers(model))
+
+
 def _build(model: nn.Module, seed: int, n_stages: int) -> list[nn.Module]:
     names = _layers(model)
     # One generator runs through all stages, so that the fully randomised copy does not depend on their number.

@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from labn.metrics.confidence import ADCC, AverageDrop, PercentIncrease
     from labn.metrics.descriptions import ValueDescription
     from labn.metrics.errors import ErrorAnalysis
-    from labn.metrics.faithfulness import Completeness, Infidelity, SensitivityN
+    from labn.metrics.faithfulness import Completeness, Infidelity, MuFidelity, SensitivityN
     from labn.metrics.filled import FillProbability
     from labn.metrics.forecast import ForecastSkill
     from labn.metrics.insertion_deletion import PatchInsertionDeletion
+    from labn.metrics.irof import IROF
     from labn.metrics.localisation import (
         MapAUROC,
         MapIoU,
@@ -26,7 +27,12 @@ if TYPE_CHECKING:
         TopKLocalisation,
     )
     from labn.metrics.percentage_in import PercentageIn
-    from labn.metrics.randomisation import Randomisation
+    from labn.metrics.randomisation import (
+        EfficientRandomisation,
+        LayerRandomisation,
+        Randomisation,
+        SmoothRandomisation,
+    )
     from labn.metrics.registry import (
         MetricEntry,
         check_settings,
@@ -47,13 +53,14 @@ _MODULES = {
     "confidence": ("ADCC", "AverageDrop", "PercentIncrease"),
     "descriptions": ("ValueDescription",),
     "errors": ("ErrorAnalysis",),
-    "faithfulness": ("Completeness", "Infidelity", "SensitivityN"),
+    "faithfulness": ("Completeness", "Infidelity", "MuFidelity", "SensitivityN"),
     "filled": ("FillProbability",),
     "forecast": ("ForecastSkill",),
     "insertion_deletion": ("PatchInsertionDeletion",),
+    "irof": ("IROF",),
     "localisation": ("MapAUROC", "MapIoU", "PointingGame", "RelevanceMass", "RelevanceRank", "TopKLocalisation"),
     "percentage_in": ("PercentageIn",),
-    "randomisation": ("Randomisation",),
+    "randomisation": ("EfficientRandomisation", "LayerRandomisation", "Randomisation", "SmoothRandomisation"),
     "registry": (
         "MetricEntry",
         "check_settings",
@@ -72,17 +79,21 @@ _MODULES = {
 
 __all__ = [
     "ADCC",
+    "IROF",
     "ROAD",
     "AverageDrop",
     "Completeness",
+    "EfficientRandomisation",
     "ErrorAnalysis",
     "FillProbability",
     "ForecastSkill",
     "Infidelity",
     "Interval",
+    "LayerRandomisation",
     "MapAUROC",
     "MapIoU",
     "MetricEntry",
+    "MuFidelity",
     "PatchInsertionDeletion",
     "PercentIncrease",
     "PercentageIn",
@@ -99,6 +110,7 @@ __all__ = [
     "ScoresByMethod",
     "Sensitivity",
     "SensitivityN",
+    "SmoothRandomisation",
     "Sparseness",
     "TopKLocalisation",
     "ValueDescription",

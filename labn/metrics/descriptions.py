@@ -129,6 +129,12 @@ DESCRIPTIONS: dict[str, ValueDescription | Maker] = {
         "[-1, 1]",
         "high",
     ),
+    r"mufidelity": ValueDescription(
+        "correlation, over random sets of a grid's cells, of the map's sum with what the class's logit loses without "
+        "them",
+        "[-1, 1]",
+        "high",
+    ),
     r"infidelity": ValueDescription(
         "mean squared gap, over random sets of patches, between the map's scaled sum and what the class's logit loses",
         "[0, inf)",
@@ -138,6 +144,12 @@ DESCRIPTIONS: dict[str, ValueDescription | Maker] = {
         f"{'largest' if match['which'] == 'max' else 'mean'} relative change of the map under small noise",
         "[0, inf)",
         "low",
+    ),
+    r"irof": ValueDescription(
+        "area over the curve of the class's probability, relative to the whole picture's, while superpixels are "
+        "removed, highest of the map first",
+        "(-inf, 1]",
+        "high",
     ),
     r"road": ValueDescription(
         "half the difference of the class's probability without the least and without the most relevant pixels, which "
@@ -164,6 +176,23 @@ DESCRIPTIONS: dict[str, ValueDescription | Maker] = {
     r"pctin(_(?P<form>prob|logit|ratio))?(?P<percent>\d+)": _percentage_in,
     r"randomisation": ValueDescription(
         "rank correlation of the map with that of a copy of the network with random weights", "[-1, 1]", "low"
+    ),
+    r"mprt_layers": ValueDescription(
+        "area under the curve of the map's rank correlation with those of copies of the network whose layers get "
+        "random weights from the last to the first",
+        "[-1, 1]",
+        "low",
+    ),
+    r"smprt": ValueDescription(
+        "rank correlation of the map with that of a copy of the network with random weights, both means over noisy "
+        "pictures",
+        "[-1, 1]",
+        "low",
+    ),
+    r"emprt": ValueDescription(
+        "relative rise of the entropy of the map's values on a copy of the network with random weights",
+        "[-1, inf)",
+        "high",
     ),
     r"sparseness": ValueDescription("Gini index of the map's absolute values; 0 for an even map", "[0, 1)"),
     r"scene(?P<logit>_logit)?(?P<top>_top)?(?P<shapley>@shapley)?": _scene,

@@ -1,4 +1,4 @@
-"""Completeness, sensitivity-n and infidelity: sums of the map against what the output loses."""
+"""Completeness, sensitivity-n, mu-fidelity and infidelity: sums of the map against what the output loses."""
 
 from __future__ import annotations
 
@@ -149,9 +149,13 @@ class RemovedSets(FilledMetric):
     def compare(self, sums: Tensor, drops: Tensor) -> Tensor:
         """Score (S,) from the map's sums and the drops of the output, both (S, K sizes, D draws) float64."""
 
+    def patch_side(self, size: tuple[int, int]) -> int:
+        """Side of a patch in pixels, of images of this (height, width)."""
+        return self.patch_size
+
     def check_size(self, size: tuple[int, int]) -> None:
         """Raise InputError where images of this (height, width) are smaller than a patch."""
-        patch_grid(size, self.patch_size)
+        patch_grid(size, self.patch_side(size))
 
     def score_batch(self, batch: ScoredBatch) -> SampleScores:
         """Score a batch."""
@@ -164,10 +168,11 @@ class RemovedSets(FilledMetric):
     def _sums_and_drops(self, batch: ScoredBatch, scored: Tensor) -> tuple[Tensor, Tensor]:
         engine = batch.engine(**self.engine_options)
         size = (batch.images.shape[-2], batch.images.shape[-1])
-        rows, columns = patch_grid(size, self.patch_size)
+        side = self.patch_side(size)
+        rows, columns = patch_grid(size, side)
         counts = torch.tensor([max(1, round(share * rows * columns)) for share in self.sizes])
         ranks = self._ranks(batch.indices[scored.cpu()], rows * columns).to(batch.images.device)
-        sums = patch_pool(batch.maps.to(batch.images.device)[scored].double(), self.patch_size, "sum").flatten(1)
+        sums = patch_pool(batch.maps.to(batch.images.device)[scored].double(), side, "sum").flatten(1)
         # (S, D, N) < (K, 1, 1, 1): which patches are removed, for every size.
         removed = ranks < counts.to(ranks).view(-1, 1, 1, 1)
         return (removed * sums[:, None]).sum(-1).permute(1, 0, 2), self._drops(batch, engine, scored, ranks, counts)
@@ -181,7 +186,8 @@ class RemovedSets(FilledMetric):
         self, batch: ScoredBatch, engine: PerturbationEngine, scored: Tensor, ranks: Tensor, counts: Tensor
     ) -> Tensor:
         """f(x) - f(x without the first n patches) (S, K, D)."""
-        pixels = ranks_to_pixels(ranks.flatten(0, 1), self.patch_size, (batch.images.shape[-2], batch.images.shape[-1]))
+        size = (batch.images.shape[-2], batch.images.shape[-1])
+        pixels = ranks_to_pixels(ranks.flatten(0, 1), self.patch_side(size), size)
         repeated = scored.repeat_interleave(self.draws)
         logits = engine.masked(pixels, counts, self.filling(batch), "rest", repeated).double()
         classes = self.classes(batch, engine)[scored]
@@ -231,3 +237,83 @@ class Infidelity(RemovedSets):
     def compare(self, sums: Tensor, drops: Tensor) -> Tensor:
         """`scaled_infidelity`."""
         return scaled_infidelity(sums, drops)
+
+
+class MuFidelity(RemovedSets):
+    """Correlation of the map's sums over random sets of cells of one size with what the output loses without them.
+
+    mu-fidelity (Bhatt et al., IJCAI 2020, definition 3) on a coarse grid: `sensitivity_n` at one size, over cells whose
+    number does not grow with the image. The cost is draws + 1 forwards per image, for all maps together.
+
+    Args:
+        draws: number of random sets.
+        share: share of the cells in a set, in (0, 1).
+        grid: cells along the shorter side of the image.
+        fill: colour of removed pixels, a name in `labn.perturbation.fills.FILLS`.
+        mean: per-channel mean of the images' normalisation; None: images in [0, 1].
+        std: per-channel standard deviation of the normalisation; None: images in [0, 1].
+        bias: (C, H, W) image in pixel space [0, 1], for `fill="bias"`.
+        positives_only: True leaves out samples with label 0; a list of classes scores only these.
+        correct_only: leave out samples whose label is not the predicted class.
+        score_class: "target" (the explained class), "label" or "predicted".
+        probability: output f: "logit", "softmax" or "sigmoid".
+        seed: seed of the sets and of the "uniform" fill.
+        chunk_size: inputs per forward, see `PerturbationEngine`. This and the next two arguments are for the engine
+            that is made where no `cache` is given.
+        fold: whether forwards may run on a BatchNorm-folded copy of the model.
+        precision: "fp32" or "bf16".
+
+    Raises:
+        InputError: fewer than 2 draws, a share that is not between 0 and 1, or a grid below 2; on `score`, images with
+            fewer pixels than cells along the shorter side.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(16, 2, bias=False))
+        >>> images, target, index = torch.ones(1, 1, 4, 4), torch.tensor([0]), torch.tensor([0])
+        >>> maps = model[1].weight[0].view(1, 4, 4)
+        >>> MuFidelity(draws=8, grid=4).score(model, images, maps, target, index)["mufidelity"].round(decimals=4)
+        tensor([1.], dtype=torch.float64)
+    """
+
+    name = "mufidelity"
+
+    def __init__(
+        self,
+        draws: int = 128,
+        share: float = 0.2,
+        grid: int = 9,
+        fill: str = "black",
+        mean: Channels | None = None,
+        std: Channels | None = None,
+        bias: Tensor | None = None,
+        positives_only: bool | Sequence[int] = False,
+        correct_only: bool = False,
+        score_class: str = "target",
+        probability: str = "logit",
+        seed: int = 0,
+        chunk_size: int | None = None,
+        fold: bool = True,
+        precision: str = "fp32",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            draws, (share,), 1, fill, mean, std, bias, positives_only, correct_only, score_class, probability, seed,
+            chunk_size, fold, precision, **kwargs,
+        )  # fmt: skip
+        if grid < 2:
+            raise InputError(f"grid must be at least 2, got {grid}.")
+        self.grid = grid
+
+    def patch_side(self, size: tuple[int, int]) -> int:
+        """The smallest side of which `grid` patches cover the shorter side of the image."""
+        return -(-min(size) // self.grid)
+
+    def check_size(self, size: tuple[int, int]) -> None:
+        """Raise InputError where images of this (height, width) have fewer pixels than cells."""
+        if self.grid > min(size):
+            raise InputError(f"grid must be at most {min(size)} for images of {size[0]}x{size[1]}, got {self.grid}.")
+
+    def compare(self, sums: Tensor, drops: Tensor) -> Tensor:
+        """`subset_correlation`."""
+        return subset_correlation(sums, drops)

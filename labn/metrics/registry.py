@@ -14,9 +14,10 @@ from labn.metrics.base import SampleMetric
 from labn.metrics.confidence import ADCC, AverageDrop, PercentIncrease
 from labn.metrics.descriptions import ValueDescription, own_description
 from labn.metrics.errors import ErrorAnalysis
-from labn.metrics.faithfulness import Completeness, Infidelity, SensitivityN
+from labn.metrics.faithfulness import Completeness, Infidelity, MuFidelity, SensitivityN
 from labn.metrics.filled import FillProbability
 from labn.metrics.insertion_deletion import PatchInsertionDeletion
+from labn.metrics.irof import IROF
 from labn.metrics.localisation import (
     MapAUROC,
     MapIoU,
@@ -26,7 +27,12 @@ from labn.metrics.localisation import (
     TopKLocalisation,
 )
 from labn.metrics.percentage_in import FORMS, PERCENTS, PercentageIn
-from labn.metrics.randomisation import Randomisation
+from labn.metrics.randomisation import (
+    EfficientRandomisation,
+    LayerRandomisation,
+    Randomisation,
+    SmoothRandomisation,
+)
 from labn.metrics.road import ROAD
 from labn.metrics.scene import SceneAgreement
 from labn.metrics.sparseness import Sparseness
@@ -126,14 +132,19 @@ REGISTRY: list[MetricEntry] = [
     MetricEntry(r"pctin", PercentageIn, _no_arguments, ("pctin",)),
     MetricEntry(_PERCENTAGE, PercentageIn, _percentage_in, _PERCENTAGE_EXAMPLES),
     MetricEntry(r"randomisation", Randomisation, _no_arguments, ("randomisation",)),
+    MetricEntry(r"mprt_layers", LayerRandomisation, _no_arguments, ("mprt_layers",)),
+    MetricEntry(r"smprt", SmoothRandomisation, _no_arguments, ("smprt",)),
+    MetricEntry(r"emprt", EfficientRandomisation, _no_arguments, ("emprt",)),
     MetricEntry(r"sparseness", Sparseness, _no_arguments, ("sparseness",)),
     MetricEntry(r"average_drop", AverageDrop, _no_arguments, ("average_drop",)),
     MetricEntry(r"percent_increase", PercentIncrease, _no_arguments, ("percent_increase",)),
     MetricEntry(r"adcc", ADCC, _no_arguments, ("adcc",)),
     MetricEntry(r"completeness", Completeness, _no_arguments, ("completeness",)),
     MetricEntry(r"sensitivity_n", SensitivityN, _no_arguments, ("sensitivity_n",)),
+    MetricEntry(r"mufidelity", MuFidelity, _no_arguments, ("mufidelity",)),
     MetricEntry(r"infidelity", Infidelity, _no_arguments, ("infidelity",)),
     MetricEntry(r"(max|avg)_sensitivity", Sensitivity, _no_arguments, ("max_sensitivity", "avg_sensitivity")),
+    MetricEntry(r"irof", IROF, _no_arguments, ("irof",)),
     MetricEntry(r"road", ROAD, _no_arguments, ("road",)),
     MetricEntry(r"random_logit", RandomLogit, _no_arguments, ("random_logit",)),
     MetricEntry(_SCENE, SceneAgreement, _scene, _SCENE_EXAMPLES),
@@ -169,9 +180,9 @@ def metric_by_name(name: str, **shared: Any) -> SampleMetric:
             - `fill_probability`, `average_drop`, `percent_increase`, `adcc`;
             - `pctin_prob<q>`, `pctin_logit<q>`, `pctin_ratio<q>` for a percentage q, `pctin<q>` (the logit), and
               `pctin` (all three at 5, 10, 20, 25 and 50 % from one curve);
-            - `mass`, `pointing`, `rank`, `auroc`, `iou`, `topk_localisation`, `errors`, `randomisation`, `sparseness`;
-            - `completeness`, `sensitivity_n`, `infidelity`, `road`, `max_sensitivity`, `avg_sensitivity`,
-              `random_logit`;
+            - `mass`, `pointing`, `rank`, `auroc`, `iou`, `topk_localisation`, `errors`, `sparseness`;
+            - `completeness`, `sensitivity_n`, `mufidelity`, `infidelity`, `irof`, `road`, `max_sensitivity`,
+              `avg_sensitivity`, `random_logit`, `randomisation`, `mprt_layers`, `smprt`, `emprt`;
             - `scene`, `scene_top`, `scene_logit`, `scene_logit_top`, each also with the suffix `@shapley`;
             - a name of a family that `register_metric` added.
         shared: settings for all metrics, such as `mean`, `std`, `fill`; each metric receives those it has.

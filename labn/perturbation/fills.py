@@ -42,6 +42,11 @@ def _normalise(pixels: Tensor, options: FillOptions, images: Tensor) -> Tensor:
     return (pixels - _channels(options.mean, 0.0, images)) / _channels(options.std, 1.0, images)
 
 
+def to_pixels(images: Tensor, options: FillOptions) -> Tensor:
+    """Pixel values in [0, 1] of normalised images (B, C, H, W); mean and std None: the images themselves."""
+    return images * _channels(options.std, 1.0, images) + _channels(options.mean, 0.0, images)
+
+
 def _black(images: Tensor, options: FillOptions) -> Tensor:
     return _normalise(images.new_zeros(1, images.shape[1], 1, 1), options, images)
 

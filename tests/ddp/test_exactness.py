@@ -33,6 +33,8 @@ SCALE = {
     "avg_sensitivity": 10,
     "completeness": 100,
     "sensitivity_n": 10,
+    "mufidelity": 10,
+    "emprt": 10,
     "average_drop": 100,
     "percent_increase": 100,
     "adcc": 10,
@@ -40,7 +42,8 @@ SCALE = {
     "adcc_complexity": 10,
 }
 ORDER = re.compile(
-    r"(errors_)?id|(insertion|deletion)1|pctin_\w+|randomisation|auroc|rank|iou|topk_localisation|random_logit"
+    r"(errors_)?id|(insertion|deletion)1|pctin_\w+|randomisation|auroc|rank|iou|topk_localisation|random_logit|irof"
+    r"|[se]mprt|mprt_layers"
 )
 
 

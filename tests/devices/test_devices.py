@@ -38,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 ROUNDING = 1e-4
 SWAP = 1e-2
 ORDER = re.compile(
-    r"(errors_)?id|insertion1|deletion1|pctin_\w+|randomisation|auroc|rank|iou|topk_localisation|random_logit|(insertion|deletion)8@random"
+    r"(errors_)?id|insertion1|deletion1|pctin_\w+|randomisation|auroc|rank|iou|topk_localisation|random_logit|irof|[se]mprt|mprt_layers|(insertion|deletion)8@random"
 )
 PERCENT = ("average_drop", "percent_increase", "completeness")
 

@@ -1,4 +1,4 @@
-"""Completeness, sensitivity-n, infidelity, ROAD: closed forms in float64."""
+"""Completeness, sensitivity-n, mu-fidelity, infidelity, ROAD: closed forms in float64."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from labn.errors import InputError
 from labn.explainers import IntegratedGradients
-from labn.metrics import ROAD, Completeness, Infidelity, SensitivityN, metric_by_name
+from labn.metrics import ROAD, Completeness, Infidelity, MuFidelity, SensitivityN, metric_by_name
 from labn.metrics.functional import completeness_gap, scaled_infidelity, subset_correlation
 from labn.perturbation.engine import PerturbationEngine
 from labn.perturbation.imputation import NEIGHBOURS, linear_imputation
@@ -57,6 +57,26 @@ def test_contributions_of_a_linear_model_are_faithful_in_every_sense():
     assert (score(SensitivityN(**options), -3 * maps) + 1).abs().max() < 1e-12
     assert score(Infidelity(**options), -3 * maps).abs().max() < 1e-12
     assert (score(Completeness(), 3 * maps) - 2).abs().max() < 1e-12
+
+
+def test_mu_fidelity_of_a_linear_model_is_one_and_that_of_no_information_zero():
+    maps = contributions(Linear(), pictures())
+    metric = MuFidelity(draws=16, grid=4)
+    assert (score(metric, maps) - 1).abs().max() < 1e-12
+    assert (score(metric, -3 * maps) + 1).abs().max() < 1e-12
+    assert score(metric, torch.ones(2, SIZE, SIZE)).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(("grid", "side"), [(4, 3), (5, 3), (12, 1)])
+def test_mu_fidelity_is_sensitivity_n_at_one_size_on_cells(grid, side):
+    """The same sets of the same patches, and so the same forwards, where the patches are the cells."""
+    maps = torch.rand(2, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    engine = PerturbationEngine(Linear(), pictures(), indices=INDICES)
+    found = score(MuFidelity(draws=16, share=0.3, grid=grid), maps, cache=engine)
+    ran = engine.forwards
+    assert ran == 2 * 17
+    assert torch.equal(found, score(SensitivityN(draws=16, sizes=[0.3], patch_size=side), maps, cache=engine))
+    assert engine.forwards == ran
 
 
 def test_completeness_of_integrated_gradients_and_other_fills():
@@ -217,6 +237,13 @@ def test_road_does_not_depend_on_batch_and_chunk_and_has_noise():
     [
         ("sensitivity_n", {"draws": 1}, "draws must be at least 2"),
         ("infidelity", {"sizes": [0.5, 1.0]}, "sizes between 0 and 1"),
+        ("mufidelity", {"share": 1.0}, "sizes between 0 and 1"),
+        ("mufidelity", {"grid": 1}, "grid must be at least 2"),
+        ("irof", {"n_segments": 0}, "n_segments must be at least 1"),
+        ("irof", {"probability": "logit"}, "must be softmax or sigmoid"),
+        ("mprt_layers", {"n_stages": 0}, "n_stages must be at least 1"),
+        ("smprt", {"draws": 0}, "draws must be at least 1"),
+        ("emprt", {"bins": 1}, "bins must be at least 2"),
         ("road", {"fractions": [0.0]}, "fractions must be between 0 and 1"),
         ("max_sensitivity", {"radius": 0.0}, "radius above 0"),
     ],
@@ -224,3 +251,8 @@ def test_road_does_not_depend_on_batch_and_chunk_and_has_noise():
 def test_settings_out_of_range_are_refused(name, settings, message):
     with pytest.raises(InputError, match=message):
         metric_by_name(name, **settings)
+
+
+def test_images_with_fewer_pixels_than_cells_are_refused():
+    with pytest.raises(InputError, match="grid must be at most 12"):
+        score(MuFidelity(grid=13), torch.ones(2, SIZE, SIZE))

@@ -1,7 +1,9 @@
 """Parameter randomisation, and the similarity that it is measured with."""
 
 import copy
+import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,8 +14,8 @@ from torch import nn
 from labn import evaluate
 from labn.explainers import ConstantMap, Gradient, RandomMap, explainer_by_name
 from labn.inference.randomised_copy import randomised_copies
-from labn.metrics import Randomisation
-from labn.metrics.functional import correlation, midranks, rank_correlation
+from labn.metrics import EfficientRandomisation, LayerRandomisation, Randomisation, SmoothRandomisation
+from labn.metrics.functional import correlation, histogram_entropy, midranks, rank_correlation, relative_rise
 
 TARGETS, INDICES = torch.tensor([0, 2]), torch.arange(2)
 
@@ -163,3 +165,81 @@ def test_randomisation_refuses_wrong_arguments():
     )
     assert torch.equal(by_name, ready)
     assert not Randomisation.higher_is_better
+
+
+def value_of(metric, explainer, model=None, pictures=None):
+    model, pictures = network() if model is None else model, images() if pictures is None else pictures
+    maps = explainer(model, pictures, TARGETS, INDICES)
+    return metric.score(model, pictures, maps, TARGETS, INDICES, explainer=explainer)[metric.names[0]]
+
+
+def test_mprt_layers_is_the_area_under_the_curve_of_the_cascade():
+    model, explainer = network(), Gradient()
+    maps = explainer(model, images(), TARGETS)
+    points = [torch.ones(2).double()]
+    points += [rank_correlation(maps, explainer(c, images(), TARGETS)) for c in randomised_copies(model, 5, 3)]
+    metric, arguments = LayerRandomisation(3, seed=5), (model, images(), maps, TARGETS, INDICES)
+    assert torch.equal(metric.curve(*arguments, explainer=explainer), torch.stack(points, 1))
+    area = sum((a + b) / 2 for a, b in itertools.pairwise(points)) / 3
+    assert torch.allclose(metric.score(*arguments, explainer=explainer)["mprt_layers"], area, atol=1e-12)
+
+
+def test_mprt_layers_takes_every_layer_of_a_small_network():
+    for n_stages in (None, 8):
+        arguments = (network(), images(), Gradient()(network(), images(), TARGETS), TARGETS, INDICES)
+        assert LayerRandomisation(n_stages).curve(*arguments, explainer=Gradient()).shape == (2, 5)
+
+
+def test_maps_that_do_not_depend_on_the_weights_have_the_worst_values():
+    for explainer in (ConstantMap(), RandomMap()):
+        assert value_of(LayerRandomisation(2), explainer).tolist() == [1, 1]
+        assert value_of(SmoothRandomisation(2), explainer).tolist() == pytest.approx([1, 1], abs=1e-12)
+        assert value_of(EfficientRandomisation(), explainer).tolist() == [0, 0]
+
+
+def test_smprt_without_noise_is_the_randomisation_of_the_map():
+    expected = similarity(Gradient(), seed=3)
+    assert torch.allclose(value_of(SmoothRandomisation(2, 0.0, seed=3), Gradient()), expected, atol=1e-12)
+    assert not torch.allclose(value_of(SmoothRandomisation(2, 0.3, seed=3), Gradient()), expected, atol=1e-3)
+
+
+def test_smprt_depends_neither_on_the_batch_nor_on_the_range_of_the_images():
+    """Noise is in units of each image's own range, and gradients of a ReLU network without biases have no scale."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 3, bias=False), nn.ReLU(), nn.Flatten(), nn.Linear(600, 4, bias=False))
+    model = model.double()
+    whole = value_of(SmoothRandomisation(3), Gradient(), model)
+    assert torch.allclose(value_of(SmoothRandomisation(3), Gradient(), model, 2 * images()), whole, atol=1e-12)
+    maps = Gradient()(model, images(), TARGETS, INDICES)
+    one = SmoothRandomisation(3).score(
+        model, images()[1:], maps[1:], TARGETS[1:], INDICES[1:], explainer=Gradient()
+    )  # fmt: skip
+    assert torch.allclose(one["smprt"], whole[1:], atol=1e-9)
+
+
+def test_emprt_is_the_relative_rise_of_the_entropy():
+    model, explainer = network(), Gradient()
+    (copied,) = randomised_copies(model, 2)
+    entropies = [histogram_entropy(explainer(m, images(), TARGETS), 20) for m in (model, copied)]
+    found = value_of(EfficientRandomisation(20, seed=2), explainer, model)
+    assert torch.equal(found, (entropies[1] - entropies[0]) / entropies[0])
+    assert (found.abs() > 1e-4).all()
+    assert relative_rise(torch.zeros(1), torch.ones(1)).isnan().item()
+
+
+def test_entropy_of_histograms_in_closed_form():
+    even = torch.arange(8.0).view(1, 2, 4)
+    assert histogram_entropy(even, 8).item() == pytest.approx(torch.tensor(8.0).log().item())
+    assert histogram_entropy(even, 2).item() == pytest.approx(torch.tensor(2.0).log().item())
+    assert histogram_entropy(3 * even - 5, 8).item() == pytest.approx(histogram_entropy(even, 8).item())
+    assert histogram_entropy(torch.full((1, 2, 4), 0.1), 8).item() == 0
+    spike = torch.zeros(1, 4, 4)
+    spike[0, 0, 0] = 1
+    assert histogram_entropy(spike).item() == pytest.approx(-(15 / 16) * np.log(15 / 16) - np.log(1 / 16) / 16)
+
+
+@pytest.mark.parametrize("metric", [LayerRandomisation(), SmoothRandomisation(), EfficientRandomisation()])
+def test_without_an_explainer_the_message_says_what_is_missing(metric):
+    maps = torch.zeros(2, 12, 12)
+    with pytest.raises(ValueError, match=f"metric '{metric.names[0]}' explains .*: it needs explainer="):
+        metric.score(network(), images(), maps, TARGETS, INDICES)

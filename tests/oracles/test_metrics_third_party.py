@@ -12,9 +12,10 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 
 from labn.explainers import Gradient
-from labn.metrics import PatchInsertionDeletion, RandomLogit
+from labn.metrics import IROF, MuFidelity, PatchInsertionDeletion, RandomLogit, ScoredBatch
 from labn.metrics.functional import (
     gini_index,
+    histogram_entropy,
     otsu_regions,
     pointing_game,
     relative_changes,
@@ -191,3 +192,66 @@ def test_otsu_regions_equal_opencvs_on_grey_values(maps: Tensor) -> None:
     for image, region in zip(grey, otsu_regions(grey.float())):
         _, expected = cv2.threshold(image.numpy(), 0, 1, cv2.THRESH_BINARY + cv2.THRESH_OTSU)
         assert np.array_equal(region.numpy(), expected.astype(bool))
+
+
+def test_mu_fidelity_equals_quantus_faithfulness_correlation(maps: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same sets of single pixels, in place of those that Quantus draws from a global generator."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 6, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(150, 5)).eval()
+    images = torch.randn(4, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
+    ours = MuFidelity(draws=10, share=0.25, grid=SIZE, fill="mean")
+    targets = torch.arange(4)
+    found = ours.score(model, images, maps, targets, targets)["mufidelity"]
+    size = SIZE * SIZE // 4
+    sets = ours._ranks(targets, SIZE * SIZE).argsort(-1)[..., :size]  # (samples, draws, size)
+    drawn = iter(sets.transpose(0, 1).flatten(0, 1).numpy())
+    monkeypatch.setattr(np.random, "choice", lambda *_args, **_kwargs: next(drawn))
+    metric = quantus.FaithfulnessCorrelation(
+        nr_runs=10, subset_size=size, perturb_baseline=0.0, abs=False, normalise=False, return_aggregate=False, **QUIET
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = metric(
+            model=model, x_batch=images.numpy(), y_batch=targets.numpy(), a_batch=maps[:, None].numpy().copy(),
+            softmax=False, device="cpu",
+        )  # fmt: skip
+    assert found.numpy() == pytest.approx(np.asarray(expected, dtype=float), abs=1e-4)
+
+
+def test_irof_is_that_of_quantus_with_the_whole_image(
+    model: nn.Module, images: Tensor, maps: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their curve lacks the image itself, and so the first interval: over L intervals it has the area of L - 1. The
+    segments are those of this project in both."""
+    ours, targets = IROF(n_segments=9), torch.arange(4)
+    segments = iter(ours.segments(images).numpy())
+    # Its own replacement wants a mask per channel, which its curve does not give it, and its area np.trapz.
+    if not hasattr(np, "trapz"):
+        monkeypatch.setattr(np, "trapz", np.trapezoid, raising=False)
+    monkeypatch.setattr(
+        "quantus.metrics.faithfulness.irof.utils.get_superpixel_segments", lambda **_kwargs: next(segments)
+    )
+    metric = quantus.IROF(
+        perturb_func=lambda arr, mask, **_: np.where(mask, 0, arr),
+        abs=False,
+        normalise=False,
+        return_aggregate=False,
+        **QUIET,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs_ = metric(
+            model=model, x_batch=images.numpy(), y_batch=targets.numpy(), a_batch=maps[:, None].numpy().copy(),
+            device="cpu",
+        )  # fmt: skip
+    batch = ScoredBatch(model, images, maps, targets, targets)
+    x, p = ours._curve(batch, targets)
+    count = 1 / x[:, 1]  # no two segments of a map without ties leave together
+    first = (1 + p[:, 1] / p[:, 0]) / 2
+    found = ours.score(model, images, maps, targets, targets)["irof"]
+    assert (found * count + first).numpy() == pytest.approx(np.asarray(theirs_, dtype=float), abs=1e-4)
+
+
+def test_the_entropy_of_emprt_equals_that_of_quantus(maps: Tensor) -> None:
+    expected = [quantus.complexity_func.discrete_entropy(a=m.double().numpy(), x=m.numpy(), n_bins=50) for m in maps]
+    assert histogram_entropy(maps, 50).numpy() == pytest.approx(np.array(expected), abs=1e-9)

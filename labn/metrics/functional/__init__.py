@@ -1,7 +1,7 @@
 """The metrics as functions of tensors, without state; the classes of `labn.metrics` call them."""
 
 from labn.metrics.functional.class_probability import class_probability
-from labn.metrics.functional.complexity import gini_index
+from labn.metrics.functional.complexity import gini_index, histogram_entropy, relative_rise
 from labn.metrics.functional.confidence import adcc, confidence_drop, confidence_increase, percent_counts
 from labn.metrics.functional.errors import (
     KINDS,
@@ -41,6 +41,7 @@ from labn.metrics.functional.scene import (
 )
 from labn.metrics.functional.similarity import correlation, midranks, rank_correlation
 from labn.metrics.functional.stability import relative_changes
+from labn.metrics.functional.superpixels import area_over_curve, segment_means, segment_ranks
 from labn.perturbation.coalitions import removal_design, shapley_design
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "ErrorThresholds",
     "InsertionDeletionCurves",
     "adcc",
+    "area_over_curve",
     "boxes_to_masks",
     "class_probability",
     "completeness_gap",
@@ -56,6 +58,7 @@ __all__ = [
     "correlation",
     "count_errors",
     "gini_index",
+    "histogram_entropy",
     "insertion_deletion_curves",
     "kept_fractions",
     "kinds_of_error",
@@ -77,11 +80,14 @@ __all__ = [
     "rank_correlation",
     "region_shares",
     "relative_changes",
+    "relative_rise",
     "relevance_mass",
     "relevance_rank",
     "removal_design",
     "scaled_infidelity",
     "scene_agreement",
+    "segment_means",
+    "segment_ranks",
     "shapley_design",
     "subset_correlation",
     "topk_localisation",
