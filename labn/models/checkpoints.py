@@ -25,6 +25,8 @@ COUNTER = "num_batches_tracked"
 """Last part of the name of BatchNorm's counter of batches, which does not change the output."""
 SHOWN = 3
 """Number of tensors loaded by their order that a report names."""
+CONTAINERS = ("state_dict", "model", "model_state_dict", "net", "network", "weights", "params", "module")
+"""Usual keys of a state dict inside a checkpoint, the first one first."""
 LARGEST_REPEATED = 2**26
 """Bytes that a tensor may occupy in memory without occupying them in its file, as an expanded buffer does."""
 # Names of the lambda layer's tensors in the released LABN code -> names in this project.
@@ -99,8 +101,9 @@ def load_backbone(model: nn.Module, path: str | Path) -> LoadReport:
 
     Names are compared after `canonical`, so that plain classifiers, attention branch networks with any split, and
     Lightning checkpoints of this project can be loaded into each other. Values are cast to the model's dtype. A
-    classifier layer of another size is not loaded. A pickle without any name of the model's is read in order, if it has
-    as many tensors and all shapes agree, one by one; `LoadReport.renamed` names them.
+    classifier layer of another size is not loaded. A name in front of all names of the file, such as `net.`, is taken
+    away if the model does not have it. A pickle without any name of the model's is read in order, if it has as many
+    tensors and all shapes but the classifier's agree, one by one; `LoadReport.renamed` names them.
 
     Args:
         model: a classifier or an `AttentionBranchNetwork`.
@@ -123,13 +126,16 @@ def load_backbone(model: nn.Module, path: str | Path) -> LoadReport:
         >>> report.taken, report.fresh
         (('0.weight', '0.bias'), ('1.weight', '1.bias'))
     """
-    own, tensors = model.state_dict(), read_tensors(path)
+    own = model.state_dict()
+    tensors = tensors_for(model, path)
     available = {canonical(name): (name, _without_depth(tensor)) for name, tensor in tensors.items()}
     # Files of safetensors are sorted by name.
-    if Path(path).suffix != ".safetensors" and (ordered := _in_order(own, tensors)):
+    if Path(path).suffix != ".safetensors" and (ordered := _in_order(own, tensors, _classifier(model))):
         model.load_state_dict({target: tensors[source] for source, target in ordered}, strict=False)
-        fresh = tuple(name for name in own if name.endswith(COUNTER))
-        return LoadReport(str(path), tuple(target for _, target in ordered), fresh, (), tuple(ordered))
+        sources, taken = ({pair[side] for pair in ordered} for side in (0, 1))
+        fresh = tuple(name for name in own if name not in taken)
+        unused = tuple(name for name in tensors if name not in sources and not name.endswith(COUNTER))
+        return LoadReport(str(path), tuple(target for _, target in ordered), fresh, unused, tuple(ordered))
     fits = {
         name: available[canonical(name)][1]
         for name, tensor in own.items()
@@ -153,11 +159,11 @@ def load_classifier(model: nn.Module, path: str | Path) -> LoadReport:
         InputError: a tensor is missing in the file or has another shape; the message names the first one.
     """
     own = model.state_dict()
-    available = {canonical(name): tuple(_without_depth(tensor).shape) for name, tensor in read_tensors(path).items()}
-    head = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)][-1:]
+    tensors = tensors_for(model, path)
+    available = {canonical(name): tuple(_without_depth(tensor).shape) for name, tensor in tensors.items()}
     for name, tensor in own.items():
         # Many files lack the counters.
-        if name.rpartition(".")[0] in head or name.endswith(COUNTER):
+        if name.rpartition(".")[0] == _classifier(model) or name.endswith(COUNTER):
             continue
         shape = available.get(canonical(name))
         if shape is None:
@@ -213,20 +219,47 @@ def _without_depth(tensor: Tensor) -> Tensor:
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Read the named tensors of a safetensors file, or of a pickle, where they may lie under `state_dict` or `model`.
+    """Read the named tensors of a safetensors file, or of a pickle, where they may lie under one of `CONTAINERS`.
 
     Raises:
         MissingFileError: the file does not exist.
-        InputError: the file cannot be read safely, or has no named tensors.
+        InputError: the file cannot be read safely, has no named tensors, or has several state dicts under other keys.
     """
     content = read_checkpoint(path)
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    tensors = {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, dict) else {}
+    tensors = _named_tensors(content)
+    while isinstance(content, dict) and (inner := _state_dicts(content, len(tensors))):
+        usual = [key for key in CONTAINERS if key in inner]
+        if not usual and len(inner) > 1:
+            raise InputError(f"{path} holds several state dicts, {', '.join(inner)}; save one of them alone.")
+        content = inner[(usual or list(inner))[0]]
+        tensors = _named_tensors(content)
     if not tensors:
         raise InputError(f"{path} holds no named tensors; a state dict or a Lightning checkpoint is needed.")
     return tensors
+
+
+def tensors_for(model: nn.Module, path: str | Path) -> dict[str, Tensor]:
+    """As `read_tensors`, without a first part that all names of the file share and no name of the model begins with."""
+    tensors, firsts = read_tensors(path), {canonical(name).partition(".")[0] for name in model.state_dict()}
+    while len(shared := {name.partition(".")[0] for name in tensors}) == 1 and not shared & firsts:
+        shorter = {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
+        if "" in shorter:
+            break
+        tensors = shorter
+    return tensors
+
+
+def _named_tensors(content: Any) -> dict[str, Tensor]:
+    """The tensors of a dict that have a text as their name."""
+    items = content.items() if isinstance(content, dict) else ()
+    return {name: value for name, value in items if isinstance(name, str) and isinstance(value, Tensor)}
+
+
+def _state_dicts(content: dict[Any, Any], more_than: int) -> dict[str, Any]:
+    """The dicts among the values that hold, directly or one level below, more named tensors than so many."""
+    inner = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, dict)}
+    deeper = {key: max(map(len, map(_named_tensors, [value, *value.values()]))) for key, value in inner.items()}
+    return {key: inner[key] for key, count in deeper.items() if count > more_than}
 
 
 def read_checkpoint(path: str | Path) -> Any:
@@ -301,7 +334,7 @@ def _unsafe_content(path: Path, error: Exception) -> str:
         sorted(set(_foreign_globals(path)) - {f"{c.__module__}.{c.__qualname__}" for c in own_dataclasses(path)})
     )
     if names:
-        return f"it names code to run ({names}), which is refused; ask for a file of plain tensors."
+        return f"it names code to run ({names}), which is refused; save plain tensors, as `model.state_dict()`."
     # The rest of torch's message advises reading the file without `weights_only`, which would run its code.
     reason = re.search(r"WeightsUnpickler error: (.*)", str(error))
     return "it is damaged, or not a checkpoint of PyTorch" + (f" ({reason[1].rstrip('. ')})." if reason else ".")
@@ -332,16 +365,28 @@ def own_dataclasses(path: Path) -> list[Any]:
     return classes
 
 
-def _in_order(own: dict[str, Tensor], tensors: dict[str, Tensor]) -> list[tuple[str, str]]:
+def _classifier(model: nn.Module) -> str | None:
+    """The name of the last linear layer."""
+    return next((name for name, m in reversed(list(model.named_modules())) if isinstance(m, nn.Linear)), None)
+
+
+def _in_order(
+    own: dict[str, Tensor], tensors: dict[str, Tensor], classifier: str | None = None
+) -> list[tuple[str, str]]:
     """Pairs (name in the file, name in the model) where no tensor fits by name, but all fit by order and shape.
 
-    BatchNorm's counters of batches are left out, because many files lack them.
+    BatchNorm's counters of batches are left out, because many files lack them, and so is a classifier for another
+    number of classes.
     """
     sources, targets = ([name for name in names if not name.endswith(COUNTER)] for names in (tensors, own))
     by_name = {canonical(name) for name in sources} & {canonical(name) for name in targets}
+    if len(sources) != len(targets) or by_name:
+        return []
     pairs = list(zip(sources, targets))
-    same = len(sources) == len(targets) and all(tensors[a].shape == own[b].shape for a, b in pairs)
-    return pairs if same and not by_name else []
+    fits = [(a, b) for a, b in pairs if tensors[a].shape == own[b].shape]
+    # A classifier for other classes has as many inputs.
+    others = [(tensors[a].shape[1:], own[b].shape[1:], b.rpartition(".")[0]) for a, b in pairs if (a, b) not in fits]
+    return fits if all(one == other and layer == classifier for one, other, layer in others) else []
 
 
 def _check_architecture(

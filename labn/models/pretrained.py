@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from labn.errors import InputError
 from labn.io.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from labn.models.backbones import OWN_NETWORKS, build_network, import_path_of, is_import_path
-from labn.models.checkpoints import canonical, load_backbone, read_tensors
+from labn.models.checkpoints import canonical, load_backbone, tensors_for
 
 IMAGENET = Preprocessing(224, IMAGENET_MEAN, IMAGENET_STD, shorter=256)
 
@@ -32,8 +32,8 @@ def load_pretrained(name: str, weights: str | Path) -> tuple[nn.Module, Preproce
     """
     full_name = backbone_name(name)
     network = build_network(full_name, num_classes=1000)
-    classes = _classes(network, read_tensors(weights))
-    if classes not in (None, 1000):
+    classes = _classes(network, tensors_for(network, weights))
+    if classes != 1000:
         network = build_network(full_name, num_classes=classes)
     fresh = [n for n in load_backbone(network, weights).fresh if not n.endswith("num_batches_tracked")]
     if fresh:
@@ -76,11 +76,18 @@ def preprocessing_of(network: nn.Module) -> Preprocessing:
     return Preprocessing(size, config["mean"], config["std"], shorter=round(size / config.get("crop_pct", 1.0)))
 
 
-def _classes(network: nn.Module, tensors: dict[str, Tensor]) -> int | None:
-    """Number of classes of the classifier among `tensors`; None where the network's last layer is missing there."""
-    layers = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+def _classes(network: nn.Module, tensors: dict[str, Tensor]) -> int:
+    """Number of classes of the classifier among `tensors`; 1000 where there is none.
+
+    A file of other names, which is read in order, has the classifier in its last matrix.
+    """
+    layers = [(name, module) for name, module in network.named_modules() if isinstance(module, nn.Linear)]
     if not layers:
-        return None
-    name = layers[-1]
-    weight = {canonical(key): tensor for key, tensor in tensors.items()}.get(f"{name}.weight")
-    return None if weight is None else len(weight)
+        return 1000
+    name, layer = layers[-1]
+    by_name = {canonical(key): tensor for key, tensor in tensors.items()}
+    if f"{name}.weight" in by_name:
+        return len(by_name[f"{name}.weight"])
+    known = by_name.keys() & {canonical(key) for key in network.state_dict()}
+    matrices = [tensor for tensor in tensors.values() if tensor.ndim == 2 and tensor.shape[1] == layer.in_features]
+    return len(matrices[-1]) if matrices and not known else 1000

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -164,11 +164,11 @@ class CheckedModule(pl.LightningModule):
         unknown = [key for key in loaded if key not in own and not key.startswith(AUXILIARY_PREFIXES)]
         shapes = [key for key in own if key in loaded and own[key].shape != loaded[key].shape]
         if missing or unknown or shapes:
-            first = (missing or unknown or shapes)[0]
             raise InputError(
                 f"The checkpoint {source or ''} is of another architecture than the configured {type(self).__name__}: "
                 f"{len(missing)} tensors missing, {len(unknown)} unknown, {len(shapes)} of another shape "
-                f"(first: {first}); use the configuration that it was trained with."
+                f"(first: {_first_difference(missing or unknown, shapes, own, loaded)}); use the configuration and "
+                "the data, with as many classes, that it was trained with."
             )
         data = getattr(self._trainer, "datamodule", None) if self._trainer else None
         if data is not None:
@@ -196,6 +196,16 @@ class CheckedModule(pl.LightningModule):
             f"The {stage} loss is {float(loss)} in epoch {self.current_epoch}, step {self.global_step}, "
             f"samples {shown}: {advice}."
         )
+
+
+def _first_difference(
+    names: Sequence[str], shapes: Sequence[str], own: Mapping[str, Tensor], loaded: Mapping[str, Tensor]
+) -> str:
+    """The first of the names that only one side has, or else the first tensor of another shape with both shapes."""
+    if names:
+        return names[0]
+    stored, wanted = (tuple(tensors[shapes[0]].shape) for tensors in (loaded, own))
+    return f"{shapes[0]} is {stored} and must be {wanted}"
 
 
 def _check_tensors(path: Any, state_dict: Mapping[Any, Any]) -> None:

@@ -128,7 +128,7 @@ def test_weights_of_a_resnet_load_into_a_lambda_resnet(tmp_path):
 
 def renamed(source, path):
     tensors = source.state_dict().items()
-    torch.save({f"_renamed.{n}": t for n, (key, t) in enumerate(tensors) if "num_batches" not in key}, path)
+    torch.save({f"_renamed_{n}": t for n, (key, t) in enumerate(tensors) if "num_batches" not in key}, path)
 
 
 def test_a_file_with_other_names_is_read_in_order_where_all_shapes_agree(tmp_path):
@@ -136,21 +136,64 @@ def test_a_file_with_other_names_is_read_in_order_where_all_shapes_agree(tmp_pat
     renamed(source, path)
     report = load_backbone(target, path)
     assert same(source, target)
-    assert report.renamed[0] == ("_renamed.0", next(iter(target.state_dict())))
+    assert report.renamed[0] == ("_renamed_0", next(iter(target.state_dict())))
     assert len(report.renamed) == len(report.taken)
-    assert "by order, because the names differ but all shapes agree: _renamed.0 -> " in str(report)
+    assert "by order, because the names differ but all shapes agree: _renamed_0 -> " in str(report)
     assert str(report).endswith(", ...")
     torch.save({"matrix": torch.ones(2, 2)}, path)
     assert str(load_backbone(nn.Linear(2, 2, bias=False), path)).endswith(" agree: matrix -> weight")
 
 
 def test_a_file_with_other_names_is_refused_where_one_shape_differs_or_names_are_sorted(tmp_path):
-    renamed(tiny(num_classes=3), tmp_path / "weights.pt")
+    wide = {name: torch.cat([tensor, tensor]) for name, tensor in tiny().state_dict().items() if tensor.ndim}
+    torch.save({f"_renamed_{n}": tensor for n, tensor in enumerate(wide.values())}, tmp_path / "weights.pt")
     tensors = tiny().state_dict().values()
-    save_file({f"_renamed.{n}": t.clone() for n, t in enumerate(tensors)}, tmp_path / "a.safetensors")
+    save_file({f"_renamed_{n}": t.clone() for n, t in enumerate(tensors)}, tmp_path / "a.safetensors")
     for name in ("weights.pt", "a.safetensors"):
         with pytest.raises(ValueError, match="another architecture"):
             load_backbone(tiny(), tmp_path / name)
+
+
+def test_in_order_a_classifier_of_other_classes_stays_fresh(tmp_path):
+    source, target = tiny(num_classes=3, seed=1), tiny(num_classes=2, seed=2)
+    tensors = source.state_dict()
+    names = [name for name in tensors if "num_batches" not in name]
+    torch.save({f"_renamed_{n}": tensors[name] for n, name in enumerate(names)}, tmp_path / "weights.pt")
+    report = load_backbone(target, tmp_path / "weights.pt")
+    head = [name for name in names if name.startswith("fc.")]
+    assert [name for name in report.fresh if "num_batches" not in name] == head
+    assert report.unused == tuple(f"_renamed_{names.index(name)}" for name in head)
+    assert all(torch.equal(target.state_dict()[name], tensors[name]) for name in names if name not in head)
+
+
+CONTAINED = {
+    "trainer": lambda state: {"model_state_dict": state, "epoch": 3, "loss": torch.ones(())},
+    "net": lambda state: {"net": state, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}}},
+    "unusual key": lambda state: {"epoch": 1, "my_weights": state},
+    "two levels": lambda state: {"checkpoint": {"state_dict": state, "epoch": 1}},
+    "wrapper": lambda state: {f"net.{name}": tensor for name, tensor in state.items()},
+    "wrappers": lambda state: {"model": {f"wrapped.net.{name}": tensor for name, tensor in state.items()}},
+    "averages beside": lambda state: {
+        "model_ema": {name: tensor + 1 for name, tensor in state.items()},
+        "model": state,
+    },
+}
+
+
+@pytest.mark.parametrize("form", CONTAINED)
+def test_usual_forms_of_checkpoints_are_read(tmp_path, form):
+    source, target = tiny(seed=1), tiny(seed=2)
+    torch.save(CONTAINED[form](dict(source.state_dict())), tmp_path / "weights.pt")
+    report = load_backbone(target, tmp_path / "weights.pt")
+    assert same(source, target)
+    assert report.renamed == ()
+
+
+def test_several_state_dicts_without_a_usual_key_are_named(tmp_path):
+    state = dict(tiny().state_dict())
+    torch.save({"teacher": state, "student": state}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="several state dicts, teacher, student; save one of them alone"):
+        read_tensors(tmp_path / "weights.pt")
 
 
 def test_another_architecture_raises_and_changes_no_weight(tmp_path):
