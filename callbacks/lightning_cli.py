@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -122,7 +123,15 @@ class LabnCLI(LightningCLI):
         parser.link_arguments("data.num_classes", "model.init_args.num_classes", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse the arguments, and remember them for `_configured_model`."""
+        """Parse the arguments, and remember them for `_configured_model`.
+
+        Raises:
+            InputError: the number of classes is given; the data has it, and the value would be ignored.
+        """
+        if given := [word for word in self.words if re.match(r"--model\.(init_args\.)?num_classes\b", word)]:
+            raise InputError(
+                f"{given[0]} has no effect, because the data has that number; leave it out."
+            )
         self._arguments = args
         super().parse_arguments(parser, args)
 

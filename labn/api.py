@@ -95,6 +95,7 @@ def explain(
     """
     _check_model(model)
     _check_images(images)
+    _warn_of_pixels(images)
     if isinstance(method, (list, tuple)):
         if arguments:
             raise InputTypeError(
@@ -312,6 +313,16 @@ def _check_model(model: nn.Module) -> None:
     if callable(model):
         raise InputTypeError("model is a function; write it as the forward of an nn.Module, whose layers can be seen.")
     raise InputTypeError(f"model is a {type(model).__name__}; it must be an nn.Module.")
+
+
+def _warn_of_pixels(images: Tensor) -> None:
+    """Warn where images are pixels from 0 to 255, for which no usual network is made."""
+    low, high = float(images.min()), float(images.max())
+    if low >= 0.0 and high > 10.0:
+        warnings.warn(
+            f"images lie between {low:.3g} and {high:.3g}, as if they were pixels; labn.prepare normalises them.",
+            stacklevel=3,
+        )
 
 
 def _warn_unless_normalised(images: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None) -> None:

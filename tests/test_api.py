@@ -370,3 +370,6 @@ def test_images_that_cannot_have_been_normalised_are_warned_about(images, warned
     batch = {"unit": unit, "bytes": unit * 255, "normalised": (unit - 0.45) / 0.22}[images]
     evaluate(tiny_model(), batch, torch.rand(2, 32, 32), 0, ["fill_probability"])
     assert any("as if they were not normalised" in str(w.message) for w in recwarn) is warned
+    recwarn.clear()
+    explain(tiny_model(), batch, "gradxinput", 0)
+    assert any("as if they were pixels" in str(w.message) for w in recwarn) is (images == "bytes")

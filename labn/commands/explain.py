@@ -179,12 +179,16 @@ def load_network(options: argparse.Namespace) -> tuple[nn.Module, Preprocessing]
         preprocessing = stored
     else:
         network, preprocessing = load_pretrained(options.model, options.weights)
+        if own:
+            _say_assumed(options, preprocessing)
     if options.class_names is not None:
         preprocessing = replace(preprocessing, class_names=read_text(options.class_names).splitlines())
     for name in ("mean", "std"):
         if (values := getattr(options, name)) is not None:
             if len(values) != preprocessing.channels:
                 raise InputError(f"--{name} has {len(values)} values; give {preprocessing.channels}, one per channel.")
+            if not all(0 <= value <= 1 for value in values):
+                raise InputError(f"--{name} is {values}; pixels lie between 0 and 1 here: divide the values by 255.")
             preprocessing = replace(preprocessing, **{name: values})
     if options.image_size is not None:
         if options.image_size < 1:
@@ -194,6 +198,18 @@ def load_network(options: argparse.Namespace) -> tuple[nn.Module, Preprocessing]
         shorter = None if preprocessing.shorter is None else round(preprocessing.shorter * scale)
         preprocessing = replace(preprocessing, image_size=options.image_size, shorter=shorter)
     return network, preprocessing
+
+
+def _say_assumed(options: argparse.Namespace, preprocessing: Preprocessing) -> None:
+    """Print what is taken for the preprocessing of a network of the user's own where the arguments do not say it."""
+    facts = {
+        "image_size": f"{preprocessing.image_size} pixels",
+        "mean": f"mean {preprocessing.mean}",
+        "std": f"std {preprocessing.std}",
+    }
+    if assumed := {name: fact for name, fact in facts.items() if getattr(options, name) is None}:
+        arguments = ", ".join(f"--{name}" for name in assumed)
+        print(f"{options.model}: pictures are prepared with {', '.join(assumed.values())}; {arguments} change that.")
 
 
 def class_number(word: str, preprocessing: Preprocessing) -> int:
@@ -232,6 +248,11 @@ def _explain(
     predicted = int(probabilities.argmax())
     chosen = predicted if target is None else target
     # Checked here, because the number of classes is known only after a forward.
+    if options.class_names is not None and len(preprocessing.class_names) != len(probabilities):
+        raise InputError(
+            f"--class_names {options.class_names} has {len(preprocessing.class_names)} names, but the network has "
+            f"{len(probabilities)} classes; give one line per class."
+        )
     if chosen >= len(probabilities):
         raise InputError(f"--target is class {chosen}; the network has {len(probabilities)} classes, from 0.")
     # The position of the picture seeds random methods such as RISE.

@@ -86,7 +86,8 @@ def with_includes(path: Path, including: Sequence[Path] = ()) -> list[Path]:
         InputError: `include` is no list of files, or leads back to a file that included it.
     """
     if not path.is_file():
-        raise MissingFileError(f"--config {path} is not a file.")
+        named = f"{including[-1]} includes {path}, which" if including else f"--config {path}"
+        raise MissingFileError(f"{named} is not a file.")
     if any(path.samefile(other) for other in including):
         chain = " -> ".join(map(str, [*including, path]))
         raise InputError(f"{path} includes itself: {chain}; take one of these out.")

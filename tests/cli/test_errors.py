@@ -118,6 +118,12 @@ def test_default_root_dir_is_ignored_with_a_warning(tmp_path):
 
 
 @pytest.mark.usefixtures("root")
+def test_a_number_of_classes_that_would_be_ignored_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="num_classes=5 has no effect, because the data has"):
+        call_main(["fit", *QUICKSTART, f"--run_dir={tmp_path}", "--model.init_args.num_classes=5"])
+
+
+@pytest.mark.usefixtures("root")
 def test_wandb_mode_is_checked(tmp_path):
     with pytest.raises(ValueError, match="must be offline, online or disabled"):
         call_main(["fit", *QUICKSTART, f"--run_dir={tmp_path}", "--wandb=yes"])

@@ -88,6 +88,20 @@ def test_metrics_score_the_maps_beside_maps_without_information(pictures, checkp
     assert "predictions.csv and scores.csv of 1 pictures" in said
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--mean", "123", "117", "104"], "divide the values by 255"), (["--class_names=NAMES"], "has 3 names, but .* 2")],
+)
+def test_settings_that_cannot_be_right_are_one_sentence(pictures, checkpoint, tmp_path, words, message, capsys):
+    (tmp_path / "names").write_text("a\nb\nc\n")
+    words = [word.replace("NAMES", str(tmp_path / "names")) for word in words]
+    command = ["explain", f"--image={pictures / 'b.png'}", f"--ckpt={checkpoint}", f"--out={tmp_path}"]
+    with pytest.raises(SystemExit):
+        call_main([*command, "--method=gradcam", "--device=cpu", *words])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.search(message, line)
+
+
 @pytest.mark.parametrize(("metric", "message"), [("pix", "pix"), ("mass", "mask")])
 def test_metrics_that_cannot_score_pictures_are_one_sentence(pictures, checkpoint, tmp_path, metric, message, capsys):
     command = ["explain", f"--image={pictures / 'b.png'}", f"--ckpt={checkpoint}", f"--out={tmp_path}"]

@@ -33,6 +33,11 @@ def test_a_copy_of_a_configuration_finds_what_it_includes(tmp_path):
     assert with_includes(copy) == [tmp_path / "shared" / "trainer.yaml", copy]
 
 
+def test_a_missing_include_names_the_file_that_includes_it(write):
+    with pytest.raises(FileNotFoundError, match=r"a\.yaml includes .*nowhere\.yaml, which is not a file"):
+        with_includes(write(a="[nowhere.yaml]") / "a.yaml")
+
+
 def test_a_file_that_two_experiments_include_is_read_once(write):
     folder = write(a="[shared.yaml]", b="[shared.yaml]", shared="")
     words = expand_includes(["fit", "--config", str(folder / "a.yaml"), "--config", str(folder / "b.yaml")])
