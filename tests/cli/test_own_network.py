@@ -115,7 +115,7 @@ def test_weights_are_explained_with_the_name_of_their_class(tmp_path, capsys):
     words = ["explain", "--image", str(tmp_path / "a.png"), "--method", "gradcam", "--out", str(tmp_path / "out")]
     call_main([*words, "--model", NAME, "--weights", str(tmp_path / "weights.pt"), "--image_size", "32"])
     assert (tmp_path / "out" / "predictions.csv").read_text().splitlines()[1].startswith(str(tmp_path / "a.png"))
-    assert f"{NAME}: pictures are prepared with mean [0.485" in capsys.readouterr().out
+    assert f"{NAME}: pictures are prepared with mean (0.485" in capsys.readouterr().out
     for more, told in (
         (["--model", NAME], "Name the network"),
         (["--ckpt", "a.ckpt", "--model", "resnet18"], "may only name a class of your own"),
