@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,19 @@ class RowWriter(ExperimentWriter):
 
     Lightning's own writer truncates the file before it writes the rows again, and a process killed in between loses
     them.
+
+    Args:
+        log_dir: folder of the log; rows that an earlier command left there are replaced, with a warning.
     """
+
+    def __init__(self, log_dir: str) -> None:
+        path = Path(log_dir) / self.NAME_METRICS_FILE
+        if path.is_file():
+            warnings.warn(f"{path} is of an earlier command; this one replaces it.", stacklevel=2)
+        with warnings.catch_warnings():
+            # Lightning says so of any file in the folder, such as the settings that a killed command has left.
+            warnings.filterwarnings("ignore", message="Experiment logs directory")
+            super().__init__(log_dir=log_dir)
 
     def save(self) -> None:
         """Write the metrics logged since the last call.

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from rich.console import Console
 from rich.progress import Progress
 
-from callbacks.explanation.progress import MapProgress
+from callbacks.explanation.progress import MapProgress, TextProgress
 
 
 def trainer_with(is_terminal, first=True):
@@ -49,4 +49,19 @@ def test_a_log_file_has_text_of_rank_zero(first, capsys, monkeypatch):
     shown.update(5)
     shown.close()
     assert live.tasks == []
-    assert ("explaining" in capsys.readouterr().err) == first
+    lines = ["explaining: 5 of 10 maps (50 %) in 0:00", "explaining: 10 of 10 maps (100 %) in 0:00"]
+    # Neither a carriage return nor a line without an end, which would make one endless line of the log.
+    assert capsys.readouterr().err == "".join(f"{line}\n" for line in lines) * first
+
+
+SEEN = [(6, 50, "0:21"), (10, 83, "0:41"), (12, 100, "1:41")]
+
+
+def test_a_log_file_has_a_line_every_twenty_seconds(capsys, monkeypatch):
+    now = iter([0, 10, 19, 21, 40, 41, 101])
+    monkeypatch.setattr("callbacks.explanation.progress.time.monotonic", lambda: next(now))
+    shown = TextProgress(12)
+    for _ in range(6):
+        shown.update(2)
+    said = [f"explaining: {count} of 12 maps ({share} %) in {time}" for count, share, time in SEEN]
+    assert capsys.readouterr().err.splitlines() == said

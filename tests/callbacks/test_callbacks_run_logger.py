@@ -7,7 +7,7 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger
 
 from callbacks import RunLogger
-from callbacks.logging.csv_logger import named
+from callbacks.logging.csv_logger import RowWriter, named
 from labn.results.training_logs import read_training
 
 
@@ -40,6 +40,18 @@ def test_a_new_column_keeps_all_rows_of_the_file(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         logger.save()
     assert (tmp_path / "logs" / "fit" / "metrics.csv").read_bytes() == before
+
+
+def test_a_folder_of_a_failed_command_is_taken_in_silence_and_replaced_rows_are_named(tmp_path, recwarn):
+    """A command that fails before its first row leaves its settings alone."""
+    (tmp_path / "hparams.yaml").write_text("lr: 0.1")
+    RowWriter(log_dir=str(tmp_path))
+    assert not recwarn
+    path = tmp_path / "metrics.csv"
+    path.write_text("step\n0\n")
+    RowWriter(log_dir=str(tmp_path))
+    assert [str(warning.message) for warning in recwarn] == [f"{path} is of an earlier command; this one replaces it."]
+    assert not path.exists()
 
 
 def test_rows_that_are_removed_meanwhile_raise_an_error_that_names_the_file(tmp_path):
