@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from labn.explainers import RISE, ReleasedRISE
 from labn.explainers.perturbation.rise import GROUP, MaskBank
+from labn.results.fingerprints import describe
 
 TARGETS = torch.tensor([0, 2])
 UNBIASED = ["bernoulli", "stratified", "orthogonal"]
@@ -178,6 +179,76 @@ def test_the_map_of_a_constant_model_is_the_mean_mask() -> None:
     assert torch.allclose(plain[1], 0.75 * mean / 0.5, atol=1e-6)
     assert (plain[1] - 0.75).abs().max() > 0.01
     assert torch.allclose(found[1], torch.tensor(0.75), atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"p": 0.3}, {"sampler": "orthogonal"}, {"sampler": "released"}])
+def test_control_makes_the_map_of_a_constant_model_constant(options: dict[str, Any]) -> None:
+    """Exactly, with any number of masks: the plain map shows which pixels were kept more often."""
+    kept = 0.6914624612740131 if options.get("sampler") == "released" else options.get("p", 0.5)
+    for n_masks in (1, 200):
+        found = RISE(n_masks, control=True, **options)(Constant(), pictures().double(), torch.tensor([0, 1]))
+        for c, probability in enumerate((0.25, 0.75)):
+            expected = torch.tensor(probability * kept / options.get("p", 0.5))
+            assert torch.allclose(found[c].float(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(16, 20), (21, 9)])
+@pytest.mark.parametrize("p", [0.5, 0.3])
+def test_pooled_covariance_is_that_of_many_masks(size: tuple[int, int], p: float) -> None:
+    bank, like = MaskBank.draw(20_000, 3, p, 0, "bernoulli"), torch.zeros(1, 1, *size, dtype=torch.float64)
+    masks = bank.render(0, len(bank), like)
+    pooled = bank.pooled(masks) - p
+    sampled = (pooled.T @ masks.flatten(1) / len(bank)).view(-1, *size)
+    assert torch.allclose(sampled, p * (1 - p) * bank.pooled_covariance(like), atol=0.006)
+
+
+class OfPooledMask(nn.Module):
+    """Probability of class 1: 0.1 and a power of a weighted mean of the 9 parts of an image."""
+
+    weights = torch.linspace(0, 0.2, 9, dtype=torch.float64)
+
+    def __init__(self, power: int) -> None:
+        super().__init__()
+        self.power = power
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = 0.1 + (F.adaptive_avg_pool2d(x.double().mean(1), 3).flatten(1) @ self.weights) ** self.power
+        return torch.stack([1 - p, p], 1).log()
+
+
+def test_control_is_exact_where_the_model_is_linear_in_the_mask() -> None:
+    images, target = torch.ones(1, 1, 12, 12, dtype=torch.float64), torch.tensor([1])
+    covariance = MaskBank.draw(1, 3, 0.5, 0, "bernoulli").pooled_covariance(images).flatten(1)
+    expected = 0.1 + 0.5 * OfPooledMask.weights.sum() + 0.5 * OfPooledMask.weights @ covariance
+    plain, found = (RISE(500, grid=3, control=c)(OfPooledMask(1), images, target).flatten() for c in (False, True))
+    assert (found - expected).abs().max() < 2e-3  # what the ridge of 9 / 500 leaves
+    assert (plain - expected).abs().max() > 0.02
+
+
+def test_control_does_not_change_the_expectation() -> None:
+    images, target = torch.ones(1, 1, 12, 12, dtype=torch.float64), torch.tensor([1])
+    many = RISE(40_000, grid=3, chunk_size=4096)(OfPooledMask(2), images, target)
+    maps = torch.cat([RISE(500, 3, seed=s, control=True)(OfPooledMask(2), images, target) for s in range(10)])
+    plain = torch.cat([RISE(500, 3, seed=s)(OfPooledMask(2), images, target) for s in range(10)])
+    assert (maps.mean(0) - many).abs().max() < 0.02
+    assert maps.std(0).mean() < 0.3 * plain.std(0).mean()
+
+
+def test_controlled_maps_of_classes_equal_single_maps_and_have_errors() -> None:
+    model, images, rise = seeded(DeepTail), pictures(), RISE(300, control=True)
+    classes = torch.arange(4).expand(2, 4)
+    found = rise.explain_classes(model, images, classes, standard_error=True)
+    plain = RISE(300).explain_classes(model, images, classes, standard_error=True)
+    assert (found.standard_error.mean((2, 3)) < plain.standard_error.mean((2, 3))).all()
+    assert torch.allclose(found.maps[:, 2], rise(model, images, torch.full((2,), 2)).to(found.maps), atol=1e-6)
+    # Probabilities sum to 1, and the controlled map of the constant 1 is 1.
+    assert torch.allclose(found.maps.sum(1), torch.tensor(1.0).to(found.maps), atol=1e-5)
+
+
+def test_control_is_no_part_of_the_key_by_default() -> None:
+    assert "control" not in describe(RISE())
+    assert "control" not in describe(ReleasedRISE())
+    assert describe(RISE(control=True))["control"] is True
 
 
 def test_standard_error_predicts_the_spread_over_seeds() -> None:
