@@ -129,9 +129,7 @@ class LabnCLI(LightningCLI):
             InputError: the number of classes is given; the data has it, and the value would be ignored.
         """
         if given := [word for word in self.words if re.match(r"--model\.(init_args\.)?num_classes\b", word)]:
-            raise InputError(
-                f"{given[0]} has no effect, because the data has that number; leave it out."
-            )
+            raise InputError(f"{given[0]} has no effect, because the data has that number; leave it out.")
         self._arguments = args
         super().parse_arguments(parser, args)
 

@@ -14,6 +14,8 @@ FEW = 9
 """Number of samples, or groups, below which intervals are noticeably too narrow (`tests/benchmarks/intervals.py`)."""
 LISTED = 10
 """Maximum number of classes that a sentence lists by name."""
+SCORED = {"label": "the true class", "target": "the same class", "predicted": "the predicted class"}
+"""Setting `score_class` -> the class in words, after a sentence about the explained class."""
 FILL_LIMIT = 0.2
 """Mean probability of the bare fill above which a caveat says so."""
 
@@ -109,10 +111,30 @@ def _settings(manifest: dict[str, Any]) -> Iterator[str]:
     for name in ("n_steps", "step"):
         if settings.get(name):
             yield f"Curves were sampled with {name} = {settings[name]} instead of the protocol's own."
-    if manifest.get("target") == "prediction":
-        yield "Maps explain the predicted class, which may be wrong; metrics score the class that score_class names."
-    elif manifest.get("target", "label") != "label":
-        yield f"Maps explain the class target = {manifest['target']}; metrics score the class that score_class names."
+    if (target := str(manifest.get("target", "label"))) != "label":
+        yield f"Maps explain {_explained(target, manifest.get('class_names', []))}. {_scored(settings)}"
+
+
+def _explained(target: str, names: list[str]) -> str:
+    """The explained class in words, for `prediction`, `top<k>` or the number of a class."""
+    if target == "prediction":
+        return "the class that the network predicts, which may be wrong"
+    if target.startswith("top"):
+        return f"the class in place {target[3:]} of the network's prediction, which may be wrong"
+    number = int(target)
+    return (
+        f"the class '{names[number]}' in every picture" if number < len(names) else f"class {number} in every picture"
+    )
+
+
+def _scored(settings: dict[str, Any]) -> str:
+    """Which class's output the metrics measure, as a sentence."""
+    output = "measure the network's output for"
+    if settings.get("score_class") in SCORED:
+        return f"The metrics {output} {SCORED[settings['score_class']]}."
+    return (
+        f"Insertion and deletion {output} the true class; average drop, ROAD and scene metrics, for the explained one."
+    )
 
 
 def _positives(manifest: dict[str, Any]) -> Iterator[str]:

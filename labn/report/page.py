@@ -207,9 +207,19 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,  # a misspelt field of the template raises instead of printing nothing
     )
     digits = {"signed": partial(decimals, signed=True), "three": decimals}
-    environment.filters.update(digits, short=lambda value: f"{value:g}")
+    environment.filters.update(digits, short=lambda value: f"{value:g}", breakable=breakable)
     environment.globals.update(digits)
     return environment
+
+
+def breakable(name: str) -> Markup:
+    """A name as HTML that may be broken behind its underscores, not inside a word.
+
+    Example:
+        >>> breakable("a_<b>")
+        Markup('a_<wbr>&lt;b&gt;')
+    """
+    return Markup("_<wbr>").join(name.split("_"))
 
 
 def _hash(text: str) -> str:

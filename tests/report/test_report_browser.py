@@ -1,6 +1,7 @@
 """The page in a real browser: no error, no request, filter, sort and player work, numbers are those of the tables."""
 
 import csv
+import json
 from itertools import pairwise
 from pathlib import Path
 
@@ -153,6 +154,9 @@ def test_shown_numbers_are_those_of_the_tables(page, folder):
         (0, 1, ["0", "1"]),
         (-0.123, 0.123, ["-0.12", "0.12"]),
         (0, 0, ["0", "0"]),
+        (3.9e-10, 0.000016, ["0", "1.6e-5"]),
+        (-4.2e-7, 4.2e-7, ["-4.2e-7", "4.2e-7"]),
+        (1.5, 1.5, ["1.5", "1.5"]),
     ],
 )
 def test_the_limits_of_a_map_are_told_apart(page, low, high, texts):
@@ -162,6 +166,26 @@ def test_the_limits_of_a_map_are_told_apart(page, low, high, texts):
     shown = page.eval_on_selector_all("#cards .limits", "bars => bars.map(bar => bar.innerText.split(/\\s+/))")
     assert len(shown) > 20
     assert all(len(set(found)) == len(found) for found in shown)
+
+
+def test_many_maps_stay_inside_their_card_and_names_break_at_underscores(browser, folder, tmp_path):
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    columns = f'"columns":{json.dumps(EXPLAINERS, separators=(",", ":"))}'
+    assert columns in text
+    names = [*EXPLAINERS, "integrated_gradients"]
+    many = json.dumps([*names, *EXPLAINERS * 4], separators=(",", ":"))
+    path = tmp_path / "report.html"
+    path.write_text(text.replace(columns, f'"columns":{many}'), encoding="utf-8")
+    page = browser.new_page(viewport={"width": 1400, "height": 900})
+    page.set_default_timeout(TIMEOUT)
+    page.goto(path.as_uri())
+    page.wait_for_selector("html[data-ready]")
+    edge = page.eval_on_selector("#cards .card", "card => card.getBoundingClientRect().right")
+    rights = "all => all.map(e => e.getBoundingClientRect().right)"
+    assert max(page.eval_on_selector_all("#cards .card:first-child figure", rights)) <= edge
+    name = page.locator("#cards .card:first-child figcaption b", has_text="integrated").first
+    assert name.inner_html() == "integrated_<wbr>gradients"
+    page.close()
 
 
 def test_everything_has_a_name_for_screen_readers(page):

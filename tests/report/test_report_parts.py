@@ -197,6 +197,22 @@ def test_a_caveat_names_the_positive_classes(tmp_path, given, classes, names, wh
     assert caveats(StageResults(tmp_path, manifest=manifest)) == said
 
 
+@pytest.mark.parametrize(
+    ("target", "settings", "said"),
+    [
+        ("prediction", {"score_class": "target"}, ["the class that the network predicts", "for the same class."]),
+        ("top2", {"score_class": "predicted"}, ["in place 2 of the network's prediction", "for the predicted class."]),
+        ("1", {"score_class": "label"}, ["the class 'dog' in every picture", "for the true class."]),
+        ("1", {}, ["Insertion and deletion measure the network's output for the true class;"]),
+    ],
+)
+def test_a_caveat_says_in_plain_words_which_class_is_explained_and_scored(tmp_path, target, settings, said):
+    manifest = {"target": target, "settings": settings, "class_names": ["cat", "dog"]}
+    (note,) = caveats(StageResults(tmp_path, manifest=manifest))
+    assert all(words in note for words in said)
+    assert "score_class" not in note
+
+
 def test_a_caveat_counts_the_samples_that_were_left_out(tmp_path):
     """With `limit_test_batches` they are the first ones."""
     notes = caveats(StageResults(tmp_path, manifest={"samples": 2}), split_size=4)

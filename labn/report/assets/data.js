@@ -12,11 +12,18 @@ const bytesOf = (text) => Uint8Array.from(atob(text), (letter) => letter.charCod
 const className = (number) => report.classNames[number] ?? String(number);
 // A number that rounds to 0 has no sign, as in the tables.
 const short = (value) => (value === null || value === undefined ? "–" : value.toFixed(3).replace(/^-(?=0\.000$)/, ""));
-// With enough digits to distinguish the limits of a nearly flat map.
+// A name that may be broken behind its underscores, not inside a word.
+const breakable = (name) => name.split(/(?<=_)/).flatMap((piece, n) => (n ? [element("wbr"), piece] : [piece]));
+// With enough digits to distinguish the limits of a nearly flat map; a limit far below the other one is 0.
 const limitsOf = ({ low, high }) => {
-  const ratio = high > low ? Math.max(Math.abs(low), Math.abs(high)) / (high - low) : 1;
-  const digits = Math.min(Math.max(1 + Math.ceil(Math.log10(ratio)), 2), 9);
-  return [low, high].map((value) => Number(value.toPrecision(digits)).toString());
+  const span = high > low ? high - low : Math.abs(low);
+  return [low, high].map((value) => {
+    const digits = Math.ceil(Math.log10(Math.abs(value) / span) + 1);
+    if (!value || digits < -1) return "0";
+    const rounded = Number(value.toPrecision(Math.min(Math.max(digits, 2), 9)));
+    const isShort = Math.abs(rounded) >= 1e-3 && Math.abs(rounded) < 1e5;
+    return isShort ? rounded.toString() : rounded.toExponential();
+  });
 };
 
 const scoreOf = (card, method, metric) => {

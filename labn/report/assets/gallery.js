@@ -48,7 +48,7 @@ const mapFigure = (card, method) => {
   const entry = card.maps[method];
   const sortedBy = byId("sort-metric").value;
   const metric = report.metrics.includes(sortedBy) ? sortedBy : report.metrics[0];
-  const caption = element("figcaption", {}, element("b", { textContent: method }));
+  const caption = element("figcaption", {}, element("b", {}, ...breakable(method)));
   if (metric) {
     const value = short(scoreOf(card, method, metric));
     caption.append(element("br"), `${metric} `, element("span", { className: "score", textContent: value }));
@@ -80,7 +80,7 @@ const scoreTable = (card) => {
   report.metrics.forEach((name) => head.append(element("th", { textContent: name, scope: "col" })));
   const body = element("tbody");
   for (const method of report.columns) {
-    const row = element("tr", {}, element("th", { textContent: method, scope: "row" }));
+    const row = element("tr", {}, element("th", { scope: "row" }, ...breakable(method)));
     report.metrics.forEach((name) => row.append(element("td", { textContent: short(scoreOf(card, method, name)) })));
     body.append(row);
   }
@@ -132,10 +132,9 @@ const cardElement = (card) => {
   canvas.setAttribute("role", "img");
   canvas.setAttribute("aria-label", `${card.name}${card.mask || card.boxes.length ? ", ground truth outlined" : ""}`);
   drawCard(canvas, card, null, 0);
-  const row = element("div", { className: "row", tabIndex: 0 });
+  const row = element("div", { className: "row", tabIndex: -1 });
   row.setAttribute("role", "group");
   row.setAttribute("aria-label", `Maps of ${card.name}`);
-  row.style.setProperty("--columns", methods.length + 1);
   row.append(element("figure", {}, canvas, element("figcaption", { textContent: "picture" })));
   methods.forEach((method) => row.append(mapFigure(card, method)));
   article.append(row);
@@ -166,7 +165,7 @@ const startGallery = () => {
   for (const name of report.columns) {
     const box = element("input", { type: "checkbox", checked: true, value: name });
     box.addEventListener("input", () => gallery.methods[box.checked ? "add" : "delete"](name));
-    byId("filter-methods").append(element("label", {}, box, name));
+    byId("filter-methods").append(element("label", {}, box, ...breakable(name)));
   }
   const again = (event) => {
     if (event.target.id === "strength") return;
