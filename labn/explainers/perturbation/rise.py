@@ -196,13 +196,13 @@ class RISE(Explainer):
         chunk_size: masked images per forward; None: chosen by the engine. The map does not depend on it.
         sampler: "bernoulli": independent masks; "stratified": every cell is kept equally often in each group of 128
             masks, which share a shift; "orthogonal" (p = 0.5 only): any three cells are balanced in each group, which
-            needs the fewest masks by far; "released": the normal numbers of the released LABN code. The first three
-            have the same expectation.
+            removes the noise of what is additive in the cells; "released": the normal numbers of the released LABN
+            code. The first three have the same expectation.
         fold: whether the forwards may run on a copy with BatchNorm folded, which is equal up to rounding.
         precision: precision of the forwards, "fp32" (the images' own dtype) or "bf16" (autocast).
         control: subtract the part of the probabilities that is linear in the masks before the mean is taken, and add
             its exact expectation (control variates). The expectation of the map stays the same up to the order of
-            1 / N, and fewer masks are needed, whatever the sampler.
+            1 / N; the noise of few masks is lower where the model is partly linear in them.
 
     Raises:
         InputError: `n_masks` or `grid` below 1, p outside of (0, 1], or an unknown sampler; "orthogonal" needs p = 0.5.
