@@ -299,6 +299,10 @@ class Study:
         spent = time.process_time() - begin
         self.log(f"{self.network.name}: batch {number}, {len(missing)} groups, {spent:.0f} CPU s")
 
+    def explainers(self) -> dict[str, Explainer]:
+        """The methods by name."""
+        return explainers(self.network, self.data)
+
     def batch(self, indices: list[int]) -> dict[str, Any]:
         """Images, labels, masks, scenes, and an engine that all metrics share."""
         samples = [self.data.dataset("test")[index] for index in indices]
@@ -317,9 +321,9 @@ class Study:
         """The maps of every method, from disk where they are there."""
         path = self.out / "maps" / f"{self.network.name}-{number}.safetensors"
         maps = load_file(path) if path.is_file() else {}
-        missing = [n for n in explainers(self.network, self.data) if n not in maps]
+        missing = [n for n in self.explainers() if n not in maps]
         for name in missing:
-            explainer = explainers(self.network, self.data)[name]
+            explainer = self.explainers()[name]
             maps[name] = explainer(self.model, batch["images"], batch["labels"], batch["indices"]).contiguous()
         if missing:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -344,7 +348,7 @@ class Study:
         """Input of the metrics."""
         return ScoredBatch(
             self.model, batch["images"], heat, batch["labels"], batch["indices"], masks=batch["masks"],
-            explainer=explainers(self.network, self.data)[method], cache=engine, scenes=batch["scenes"],
+            explainer=self.explainers()[method], cache=engine, scenes=batch.get("scenes"),
         )  # fmt: skip
 
     def costs(
@@ -401,8 +405,8 @@ class Scored:
         return self.values[self.columns.index((name, ""))]
 
 
-def read_scores(out: Path, network: Trained) -> Scored | None:
-    """All saved scores of a network; images without a truth are left out."""
+def read_scores(out: Path, network: Trained, truth: str = TRUTH) -> Scored | None:
+    """All saved scores of a network; images without a value of `truth` are left out."""
     files = sorted((out / "scores").glob(f"{network.name}-*.json"), key=lambda p: int(p.stem.rpartition("-")[2]))
     found: dict[tuple[str, str], list[dict[str, list[float]]]] = {}
     costs: dict[tuple[str, str], list[float]] = {}
@@ -425,7 +429,7 @@ def read_scores(out: Path, network: Trained) -> Scored | None:
     signs = {"high": 1, "low": -1, "": 1}
     values *= np.array([signs[describe_value(name.split(" ")[0]).better] for name, _ in columns])[:, None, None]
     scored = Scored(network, columns, methods, values, costs)
-    scored.values = values[:, :, ~np.isnan(scored.of(TRUTH)).any(0)]
+    scored.values = values[:, :, ~np.isnan(scored.of(truth)).any(0)]
     return scored
 
 
@@ -460,24 +464,30 @@ def sample_taus(scored: Scored, truth: str) -> np.ndarray:
         return np.nanmean(kendall(values, scored.of(truth).T[None]), 1)
 
 
-def table(found: list[Scored], draws: int) -> list[dict[str, Any]]:
+OTHERS = ("scene (mean)", "scene_logit", "scene@shapley")
+"""Other readings of the truth."""
+
+
+def table(
+    found: list[Scored], draws: int, truth: str = TRUTH, others: tuple[str, ...] = OTHERS
+) -> list[dict[str, Any]]:
     """Rows of `trust.csv`, sorted by tau."""
     rng = np.random.default_rng(0)
     columns = [c for c in found[0].columns if all(c in other.columns for other in found)]
     plain, resampled, bare, single = [], [], [], []
-    other: dict[str, list[np.ndarray]] = {"scene (mean)": [], "scene_logit": [], "scene@shapley": []}
+    other: dict[str, list[np.ndarray]] = {name: [] for name in others}
     for scored in found:
         order = [scored.columns.index(c) for c in columns]
         images = scored.values.shape[2]
         once, every = np.ones((1, images)), np.ones(len(scored.methods), dtype=bool)
         counts = rng.multinomial(images, np.full(images, 1 / images), draws).astype(float)
         informed = np.array([m not in BASELINES for m in scored.methods])
-        plain.append(taus(scored, TRUTH, once, every)[0, order])
-        resampled.append(taus(scored, TRUTH, counts, every)[:, order])
-        bare.append(taus(scored, TRUTH, once, informed)[0, order])
-        single.append(sample_taus(scored, TRUTH)[order])
-        for truth, values in other.items():
-            values.append(taus(scored, truth, once, every)[0, order])
+        plain.append(taus(scored, truth, once, every)[0, order])
+        resampled.append(taus(scored, truth, counts, every)[:, order])
+        bare.append(taus(scored, truth, once, informed)[0, order])
+        single.append(sample_taus(scored, truth)[order])
+        for name, values in other.items():
+            values.append(taus(scored, name, once, every)[0, order])
     picks = rng.integers(len(found), size=(draws, len(found)))
     # Another resample of the images for every pick, also where one network is drawn several times.
     turned = (np.arange(draws)[:, None] + 37 * np.arange(len(found))) % draws
@@ -492,7 +502,7 @@ def table(found: list[Scored], draws: int) -> list[dict[str, Any]]:
         cost = next((s.costs[name, fill] for s in found if (name, fill) in s.costs), [np.nan, np.nan])
         row = {"metric": name, "fill": fill, "tau": np.nanmean(plain, 0)[k], "low": low[k], "high": high[k]}
         row |= {"without_baselines": np.nanmean(bare, 0)[k], "single_images": np.nanmean(single, 0)[k]}
-        row |= {f"to_{truth}": np.nanmean(values, 0)[k] for truth, values in other.items()}
+        row |= {f"to_{name}": np.nanmean(values, 0)[k] for name, values in other.items()}
         row |= {kind: values[k] for kind, values in by_kind.items()}
         rows.append({**row, "forwards": cost[0], "explanations": cost[1]})
     return sorted(rows, key=lambda row: -np.nan_to_num(row["tau"], nan=-2))
