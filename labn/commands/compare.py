@@ -5,7 +5,16 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from labn.compare import compare_runs, latex_table, markdown_table, open_runs, paired_csv, ranks_csv, table_csv
+from labn.compare import (
+    compare_runs,
+    latex_table,
+    markdown_table,
+    open_runs,
+    paired_csv,
+    ranks_csv,
+    seeds_csv,
+    table_csv,
+)
 from labn.errors import printable
 from labn.io.atomic import write_atomically
 from labn.report.comparison import comparison_report
@@ -17,9 +26,9 @@ configurations differ only in the seed form one row with mean and standard devia
 is a row of its own. LABEL=RUN sets the name of the row: runs of one label form one row. Samples are matched by name.
 Runs with different data or different settings of the metrics are rejected with the reason.
 
-Written to --out: table.csv (one line per run, method and value), table.md, table.tex (booktabs), paired.csv
-(differences on the same samples, and which of them stand when all are taken together), ranks.csv (rank of every row,
-its interval, and the probability of being the best) and report.html.
+Written to --out: table.csv (one line per run, method and value), table.md, table.tex (booktabs), seeds.csv (the
+mean of every seed), paired.csv (differences on the same samples, and which of them stand when all are taken
+together), ranks.csv (rank of every row, its interval, and the probability of being the best) and report.html.
 
 example:
   python cli.py compare runs/seed1 runs/seed2 ours=runs/mine --out compared
@@ -46,6 +55,7 @@ def run(options: argparse.Namespace) -> None:
         "table.csv": table_csv(comparison),
         "table.md": markdown.encode(),
         "table.tex": latex_table(comparison).encode(),
+        "seeds.csv": seeds_csv(comparison),
         "paired.csv": paired_csv(comparison),
         "ranks.csv": ranks_csv(comparison),
         "report.html": render(comparison_report(comparison)).encode(),

@@ -2,7 +2,7 @@
 
 from labn.compare.merge import Comparison, check_comparable, compare_runs
 from labn.compare.runs import Run, open_runs
-from labn.compare.tables import latex_table, markdown_table, paired_csv, ranks_csv, table_csv
+from labn.compare.tables import latex_table, markdown_table, paired_csv, ranks_csv, seeds_csv, table_csv
 
 __all__ = [
     "Comparison",
@@ -14,5 +14,6 @@ __all__ = [
     "open_runs",
     "paired_csv",
     "ranks_csv",
+    "seeds_csv",
     "table_csv",
 ]

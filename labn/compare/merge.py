@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,16 +33,24 @@ class Row:
         metric: name of the value.
         interval: mean over samples of the means over seeds, with its 95 % bootstrap interval over samples (or whole
             groups of samples); the bounds are NaN for one sample or one group.
-        std: sample standard deviation (n - 1) of the seeds' means; None for one seed.
-        seeds: number of trained networks.
+        networks: hash of a network's weights -> its mean over the samples, one per seed.
     """
 
     label: str
     explainer: str
     metric: str
     interval: Interval
-    std: float | None
-    seeds: int
+    networks: dict[str, float]
+
+    @property
+    def seeds(self) -> int:
+        """Number of trained networks."""
+        return len(self.networks)
+
+    @property
+    def std(self) -> float | None:
+        """Sample standard deviation (n - 1) of the networks' means; None for one network."""
+        return statistics.stdev(self.networks.values()) if len(self.networks) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -116,7 +124,11 @@ def _add_statistics(comparison: Comparison, seeds: dict[tuple[str, str, str], di
         for (label, explainer), interval in zip(own, compared.intervals):
             assert interval is not None  # every column has a sample, see _common_names
             key = label, explainer, metric
-            found[key] = Row(*key, interval, *_over_seeds(seeds[key].values(), comparison.columns[key]))
+            common = comparison.columns[key]
+            means = {
+                network: statistics.fmean(column[name] for name in common) for network, column in seeds[key].items()
+            }
+            found[key] = Row(*key, interval, means)
         if metric in comparison.asked:
             names = [comparison.row_name(*row) for row in own]
             comparison.paired.extend((names[a], names[b], metric, d) for (a, b), d in compared.differences.items())
@@ -133,12 +145,6 @@ def _values(comparison: Comparison, rows: dict[str, list[tuple[str, str]]]) -> I
         values = torch.tensor([[column[name] for column in columns] for name in names], dtype=torch.float64)
         drawn = None if groups is None else torch.tensor(groups)
         yield Value(values.view(len(names), len(columns)), describe_value(metric).sign, drawn)
-
-
-def _over_seeds(columns: Collection[Column], common: Iterable[str]) -> tuple[float | None, int]:
-    """Standard deviation of the means over the common samples, None for one seed, and the number of seeds."""
-    means = [statistics.fmean(column[name] for name in common) for column in columns]
-    return (statistics.stdev(means) if len(means) > 1 else None), len(means)
 
 
 def _by_seed(runs: Sequence[Run]) -> dict[tuple[str, str, str], dict[str, Column]]:

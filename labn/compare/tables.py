@@ -8,6 +8,7 @@ from labn.io.table_cells import csv_bytes
 
 TABLE = ("run", "explainer", "metric", "mean", "std", "seeds", "ci_low", "ci_high", "n")
 PAIRED = ("row_a", "row_b", "metric", "difference", "ci_low", "ci_high", "n", "p", "p_adjusted")
+SEEDS = ("run", "folder", "seed", "explainer", "metric", "mean", "n")
 RANKS = ("row", "metric", "rank", "rank_low", "rank_high", "p_best", "n")
 # Special characters of LaTeX -> commands; replaced character by character, so that no command is replaced again.
 _TEX = {
@@ -34,6 +35,20 @@ def table_csv(comparison: Comparison) -> bytes:
     return csv_bytes(TABLE, rows)
 
 
+def seeds_csv(comparison: Comparison) -> bytes:
+    """`seeds.csv`: the mean of every trained network, of which a line of `table.csv` is the mean.
+
+    `seed` is empty where the training is unknown; `folder` is the first results folder of the network.
+    """
+    trained = {(run.label, run.checkpoint): run for run in reversed(comparison.runs)}
+    rows = (
+        (r.label, run.results.folder, "" if run.seed is None else run.seed, r.explainer, r.metric, mean, r.interval.n)
+        for r in comparison.rows
+        for run, mean in ((trained[r.label, network], mean) for network, mean in r.networks.items())
+    )
+    return csv_bytes(SEEDS, rows)
+
+
 def paired_csv(comparison: Comparison) -> bytes:
     """`paired.csv`: differences between all pairs of rows on the same samples; bounds as in `table_csv`.
 
@@ -56,7 +71,8 @@ def ranks_csv(comparison: Comparison) -> bytes:
 def markdown_table(comparison: Comparison) -> str:
     """A Markdown table with one line per row and one column per requested value.
 
-    A cell is the mean ± the standard deviation over seeds, with the 95 % interval over samples.
+    `seeds` is the number of trained networks. A cell is the mean ± the standard deviation over
+    seeds, with the 95 % interval over samples.
     """
     header, rows = _cells(comparison)
     lines = [header, ["---"] * len(header), *rows]
@@ -67,16 +83,20 @@ def latex_table(comparison: Comparison) -> str:
     """The table of `markdown_table` as a LaTeX `tabular` for the package booktabs."""
     header, rows = _cells(comparison)
     body = [" & ".join(_tex(cell) for cell in row) + r" \\" for row in rows]
-    columns = "ll" + "r" * (len(header) - 2)
+    columns = "llr" + "r" * (len(header) - 3)
     top = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", " & ".join(map(_tex, header)) + r" \\", r"\midrule"]
     return "\n".join([*top, *body, r"\bottomrule", r"\end{tabular}"]) + "\n"
 
 
 def _cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     table = {(row.label, row.explainer, row.metric): row for row in comparison.rows}
-    pairs = list(dict.fromkeys((row.label, row.explainer) for row in comparison.rows))
-    rows = [[*pair, *(_cell(table.get((*pair, metric))) for metric in comparison.asked)] for pair in pairs]
-    return ["run", "method", *comparison.asked], rows
+    # All values of a row are of the same networks, see `compare_runs`.
+    pairs = {(row.label, row.explainer): str(row.seeds) for row in comparison.rows}
+    rows = [
+        [*pair, seeds, *(_cell(table.get((*pair, metric))) for metric in comparison.asked)]
+        for pair, seeds in pairs.items()
+    ]
+    return ["run", "method", "seeds", *comparison.asked], rows
 
 
 def _cell(row: Row | None) -> str:

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 MANIFEST = "explanation.json"
 MAPS = "maps.safetensors"
+PER_SHEET = 8
+"""Number of images in one figure."""
 
 
 class Shown(ABC):
@@ -40,28 +42,35 @@ class Shown(ABC):
         """The explanations of the same images by name of their method."""
 
     def plot(
-        self, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD, max_images: int = 8
+        self,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        max_images: int = PER_SHEET,
+        first: int = 0,
     ) -> Figure:
         """A matplotlib figure with one row per image: the picture, and the map of every method with a colour bar.
 
         Args:
             mean: per-channel mean of the images' normalisation.
             std: per-channel standard deviation of the normalisation.
-            max_images: number of images to show, from the first.
+            max_images: maximum number of images to show.
+            first: position of the first image to show.
 
         Raises:
-            InputError: there is no explanation.
+            InputError: there is no explanation, or no image at `first`.
         """
-        explanations = self._by_method()
-        if not explanations:
-            raise InputError("There is no explanation to show.")
-        first = next(iter(explanations.values()))
-        count = min(len(first), max_images)
-        pictures = first._pictures(count, 0, mean, std)
+        explanations, leading = self._by_method(), self._leading()
+        if not 0 <= first < len(leading):
+            raise InputError(f"first is {first}; there are {len(leading)} images.")
+        shown = range(first, min(len(leading), first + max_images))
+        pictures = leading._pictures(len(shown), first, mean, std)
         maps = {name: explanation.numpy() for name, explanation in explanations.items()}
-        titles = [f"image {row}, class {int(first.targets[row])}" for row in range(count)]
+        titles = [f"image {row}, class {int(leading.targets[row])}" for row in shown]
         return sheet_figure(
-            [(titles[row], pictures[row], {name: m[row] for name, m in maps.items()}, None) for row in range(count)]
+            [
+                (title, picture, {name: m[row] for name, m in maps.items()}, None)
+                for title, picture, row in zip(titles, pictures, shown)
+            ]
         )
 
     def save(
@@ -72,8 +81,9 @@ class Shown(ABC):
     ) -> Path:
         """Save to a new folder, which exists under its name only when it is complete.
 
-        Written are `maps.safetensors` (raw maps (B, H, W) by method), `overlays/<method>/<position>.png`,
-        `sheet.png` (the figure of `plot`), and `explanation.json` with methods, classes, shapes and ranges.
+        Written are `maps.safetensors` (raw maps (B, H, W) by method), `overlays/<method>/<position>.png`, sheets of
+        8 images each (the figure of `plot`: `sheet.png`, `sheet-2.png`, ...), and `explanation.json` with methods,
+        classes, shapes and ranges, and the positions of the images on every sheet.
 
         Args:
             folder: the folder; it must not exist, or be empty.
@@ -104,6 +114,12 @@ class Shown(ABC):
             shutil.rmtree(temporary, ignore_errors=True)
         return folder
 
+    def _leading(self) -> Explanation:
+        """The explanation of the first method; raises InputError if there is none."""
+        for explanation in self._by_method().values():
+            return explanation
+        raise InputError("There is no explanation to show.")
+
     def _repr_png_(self) -> bytes:
         """The figure as a notebook shows it."""
         return png_bytes(self.plot())
@@ -113,7 +129,9 @@ class Shown(ABC):
         maps = {
             name: explanation.maps.detach().float().cpu().contiguous() for name, explanation in explanations.items()
         }
-        write_atomically(folder / "sheet.png", png_bytes(self.plot(mean, std)))
+        sheets = _sheets(len(self._leading()))
+        for name, positions in sheets.items():
+            write_atomically(folder / name, png_bytes(self.plot(mean, std, first=positions[0])))
         write_atomically(folder / MAPS, safetensors.torch.save(maps))
         for name, explanation in explanations.items():
             pictures = explanation._pictures(len(explanation), 0, mean, std)
@@ -123,6 +141,7 @@ class Shown(ABC):
         described = {
             "labn": version("labn"),
             "methods": {name: _description(explanation) for name, explanation in explanations.items()},
+            "sheets": sheets,
         }
         write_atomically(folder / MANIFEST, json.dumps(described, indent=1).encode())
 
@@ -258,6 +277,12 @@ def _targets(path: Path, name: str, described: Any, count: int) -> Tensor:
     if not isinstance(classes, list) or len(classes) != count or not all(type(each) is int for each in classes):
         raise InputError(f"{path}: the targets of {name} are not {count} classes, one per map; save them again.")
     return torch.tensor(classes, dtype=torch.int64)
+
+
+def _sheets(count: int) -> dict[str, list[int]]:
+    """File of every sheet -> positions of its images, of `count` images."""
+    pages = [list(range(first, min(first + PER_SHEET, count))) for first in range(0, count, PER_SHEET)]
+    return {f"sheet{f'-{number}' if number > 1 else ''}.png": page for number, page in enumerate(pages, 1)}
 
 
 def _description(explanation: Explanation) -> dict[str, Any]:

@@ -106,7 +106,10 @@ def _notes(comparison: Comparison) -> list[str]:
     ]
     if any(row.seeds > 1 for row in comparison.rows):
         over = "samples" if comparison.groups is None else "whole groups of samples"
-        notes.append(f"± is the standard deviation over seeds; intervals of the mean over seeds are over {over}.")
+        counts = ", ".join(f"{label}: {n}" for label, n in {row.label: row.seeds for row in comparison.rows}.items())
+        notes.append(
+            f"± is the standard deviation over seeds ({counts}); intervals of the mean over seeds are over {over}."
+        )
         notes.append(
             "Gallery: maps and prediction of every row are those of the first seed that has the picture; scores are "
             "means over seeds."

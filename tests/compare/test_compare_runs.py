@@ -11,7 +11,7 @@ import pytest
 from small_stage import HOSTILE, make_stage, value
 
 from labn.commands import compare
-from labn.compare import compare_runs, latex_table, markdown_table, open_runs, paired_csv, table_csv
+from labn.compare import compare_runs, latex_table, markdown_table, open_runs, paired_csv, seeds_csv, table_csv
 from labn.io.table_cells import unescaped_cell
 from labn.report.comparison import comparison_report, merged_curves
 from labn.report.curves import curve_panels
@@ -43,6 +43,16 @@ def test_seeds_become_one_row_with_mean_and_deviation(seeds):
     assert float(row["mean"]) == pytest.approx(np.mean(own) + 0.4 / 3, abs=1e-12)
     assert float(row["std"]) == pytest.approx(statistics.stdev([0.0, 0.1, 0.3]), abs=1e-12)
     assert float(row["ci_low"]) < float(row["mean"]) < float(row["ci_high"])
+
+
+def test_the_values_of_every_seed_are_written(seeds):
+    found = compare_runs(open_runs(seeds))
+    lines = [r for r in rows(seeds_csv(found)) if (r["explainer"], r["metric"]) == ("-lrp", "pid16")]
+    own = np.mean([value("-lrp", "pid16", index) for index in range(8)])
+    assert [(line["run"], line["seed"], line["n"]) for line in lines] == [("seed1", str(n), "8") for n in (1, 2, 3)]
+    assert [line["folder"] for line in lines] == [f"{folder}/test" for folder in seeds]
+    assert [float(line["mean"]) - own for line in lines] == pytest.approx([0, 0.1, 0.3])
+    assert any("over seeds (seed1: 3); intervals" in note for note in comparison_report(found).caveats)
 
 
 def test_labels_keep_runs_apart(seeds):
@@ -182,12 +192,12 @@ def test_a_run_without_scores_is_named(tmp_path):
 def test_the_tables_are_markdown_and_latex(seeds):
     found = compare_runs(open_runs([f"a_b & c={seeds[0]}", f"d|e={seeds[1]}"]))
     markdown = markdown_table(found).splitlines()
-    assert markdown[0] == "| run | method | pid16 | mass |"
+    assert markdown[0] == "| run | method | seeds | pid16 | mass |"
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in markdown}) == 1
     latex = latex_table(found)
     assert r"a\_b \& c" in latex
     assert latex.count(r"\\") == 5
-    assert latex.startswith(r"\begin{tabular}{llrr}")
+    assert latex.startswith(r"\begin{tabular}{llrrr}")
 
 
 def test_the_caveats_of_equally_named_folders_are_all_there(tmp_path):
@@ -212,6 +222,7 @@ def test_the_command_writes_everything(seeds, tmp_path, capsys):
         "paired.csv",
         "ranks.csv",
         "report.html",
+        "seeds.csv",
         "table.csv",
         "table.md",
         "table.tex",
@@ -220,4 +231,4 @@ def test_the_command_writes_everything(seeds, tmp_path, capsys):
     assert "± 0.153" in page
     assert HOSTILE not in page
     assert "pid16: insertion" in page
-    assert "| seed1 | gradcam |" in capsys.readouterr().out
+    assert "| seed1 | gradcam | 3 |" in capsys.readouterr().out

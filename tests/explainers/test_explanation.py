@@ -46,6 +46,19 @@ def test_several_methods_are_saved_and_read_again(model, images, tmp_path):
     assert all(torch.equal(again[n].maps, explained[n].maps) and again[n].targets.tolist() == [0, 2] for n in METHODS)
 
 
+def test_every_image_is_on_a_sheet(tmp_path):
+    explained = Explanation(torch.eye(4).repeat(9, 1, 1), torch.arange(9), "gradcam")
+    folder = explained.save(tmp_path / "saved")
+    sheets = json.loads((folder / "explanation.json").read_text())["sheets"]
+    assert sheets == {"sheet.png": [*range(8)], "sheet-2.png": [8]}
+    assert sorted(path.name for path in folder.glob("sheet*")) == sorted(sheets)
+    assert [text.get_text() for text in explained.plot(first=8).texts] == ["image 8, class 8"]
+    with pytest.raises(InputError, match="first is 9; there are 9 images"):
+        explained.plot(first=9)
+    with pytest.raises(InputError, match="no explanation"):
+        Explanations().save(tmp_path / "none")
+
+
 def test_damaged_files_are_named(model, images, tmp_path):
     folder = explain(model, images, "gradcam").save(tmp_path / "saved")
     described = (folder / "explanation.json").read_text()
