@@ -10,9 +10,11 @@ import difflib
 import importlib
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from labn.commands import COMMANDS
@@ -122,6 +124,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise InputError(f"there is no command {first!r}; {hint}The commands are {', '.join(names)}.")
 
 
+def missing_package(error: BaseException) -> str | None:
+    """What to install, if a file of this project has imported a package that is not there; else None.
+
+    An import of the user's own code says nothing about this project's environment, and keeps its traceback.
+    """
+    if not isinstance(error, ModuleNotFoundError) or error.name is None:
+        return None
+    frames = [
+        frame.filename for frame in traceback.extract_tb(error.__traceback__) if "importlib" not in frame.filename
+    ]
+    here = Path(__file__).resolve().parent
+    importer = Path(frames[-1]).resolve() if frames else here
+    if not any(importer.is_relative_to(here / room) for room in ("labn", "callbacks", "datamodules", "cli.py")):
+        return None
+    return (
+        f"the package {error.name.partition('.')[0]} is not installed for {sys.executable}; run `python3 -m venv .venv "
+        f"&& .venv/bin/pip install -e .` in {here}, then `.venv/bin/python cli.py`."
+    )
+
+
 def console() -> None:
     """Entry point of the terminal: an error that is meant for the user prints its sentence and exits with status 1.
 
@@ -131,7 +153,7 @@ def console() -> None:
         with plain_warnings():
             main()
     except Exception as error:
-        sentence = sentence_of(error)
+        sentence = sentence_of(error) or missing_package(error)
         if sentence is None or os.environ.get("LABN_TRACEBACK", "0") != "0":
             raise
         print(f"cli.py: {sentence}", file=sys.stderr)

@@ -55,6 +55,21 @@ def _subfolders(folder: Path) -> list[str]:
     return names
 
 
+def _has_images_below(folder: Path) -> bool:
+    """Whether a subfolder, or a subfolder of it as in `train/<class>`, holds an image."""
+    below = [folder / name for name in _subfolders(folder)]
+    return any(image_files(inner) for path in below for inner in (path, *(path / name for name in _subfolders(path))))
+
+
+def _other_root(folder: Path, names: list[str]) -> str:
+    """The end of a sentence about a folder with fewer than two class folders: the root that was probably meant."""
+    if not names and image_files(folder):
+        return f"; its images lie directly in it: where they are one class of several, give root {folder.parent}"
+    if names and not image_files(folder / names[0]) and _has_images_below(folder / names[0]):
+        return f"; did you mean root {folder / names[0]}"
+    return ""
+
+
 class ImageFolder(ImageDataModule):
     """Images in `root/<class>/*` or in `root/{train,val,test}/<class>/*`; labels follow the sorted class names.
 
@@ -145,7 +160,10 @@ class ImageFolder(ImageDataModule):
         if folder == self.root and {name.lower() for name in names} <= _SPLIT_NAMES and names:
             raise InputError(f"{folder} holds {', '.join(names)}; rename them to train, val and test.")
         if len(names) < 2:
-            raise InputError(f"{folder} holds {len(names)} class folders; one folder per class is needed, at least 2.")
+            hint = _other_root(folder, names)
+            raise InputError(
+                f"{folder} holds {len(names)} class folders; one folder per class is needed, at least 2{hint}."
+            )
         return names
 
     @property
@@ -262,6 +280,11 @@ class ImageFolder(ImageDataModule):
     def _class_records(self, folder: Path, subfolder: str, label: int) -> list[Record]:
         files = image_files(folder)
         if not files:
+            if _has_images_below(folder):
+                raise InputError(
+                    f"Class folder {folder} has no image, but its subfolders have; if it is the data set itself, give "
+                    f"root {folder}, else move the images up into it."
+                )
             raise InputError(f"Class folder {folder} has no image; remove it or put images there.")
         masks = self._masks(subfolder, folder.name)
         stems = {file.stem for file in files}

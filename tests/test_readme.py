@@ -48,7 +48,7 @@ HERE = {
     "python cli.py explain --image my/picture.jpg --ckpt runs/quickstart/checkpoints/best.ckpt "
     "--method labn gradcam": [],
     "python cli.py explain --image my/pictures/cat --model timm/resnet18 --weights resnet18.safetensors "
-    "--method lrp c3lrp gradcam": ["--image_size=64"],
+    "--method lrp c3lrp gradcam --metric pid16": ["--image_size=64"],
     "python cli.py fit --config configs/pictures.yaml --data.init_args.root my/pictures "
     "--model.init_args.backbone timm/resnet18 --model.init_args.backbone_ckpt resnet18.safetensors": PICTURES,
     "python cli.py test --config configs/pictures.yaml --data.init_args.root my/pictures --ckpt_path best": PICTURES,

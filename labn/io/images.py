@@ -138,6 +138,8 @@ def _content(path: Path) -> bytes:
         regular_file_size(path)
         return path.read_bytes()
     except OSError as error:
+        if path.is_dir():
+            raise BadImageError(f"{path} is a folder; give the image files in it.") from error
         raise BadImageError(f"Image {path} cannot be read ({error.strerror}); put it back or replace it.") from error
 
 

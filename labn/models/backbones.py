@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import inspect
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -294,22 +295,31 @@ def _check_ready(network: nn.Module, num_classes: int, options: dict[str, Any]) 
     return network
 
 
+def _near(name: str, known: Sequence[str]) -> str:
+    """The known names that are nearly `name`, as the end of a sentence; empty where there is none."""
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.7)
+    return f"; did you mean {', '.join(near)}" if near else ""
+
+
 def _from_timm(name: str, num_classes: int, in_channels: int, options: dict[str, Any]) -> nn.Module:
     import timm  # three seconds, which `import labn` need not cost
 
-    if name not in timm.list_models():
-        raise InputError(f"backbone is 'timm/{name}', which this timm ({timm.__version__}) does not know.")
+    if name not in (known := timm.list_models()):
+        raise InputError(
+            f"backbone is 'timm/{name}', which this timm ({timm.__version__}) does not know{_near(name, known)}."
+        )
     return timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels, **options)
 
 
 def _from_torchvision(name: str, num_classes: int, in_channels: int, options: dict[str, Any]) -> nn.Module:
     import torchvision  # a second, which `import labn` need not cost
 
-    if name not in torchvision.models.list_models(module=torchvision.models):
+    if name not in (known := torchvision.models.list_models(module=torchvision.models)):
         own = ", ".join(OWN_NETWORKS)
         raise InputError(
-            f"backbone is {name!r}; known are {own}, torchvision's classifiers, timm's after 'timm/', any of them "
-            "with a CBAM block after 'cbam/', and import paths of your own, such as my_net.SmallNet."
+            f"backbone is {name!r}{_near(name, [*OWN_NETWORKS, *known])}; known are {own}, torchvision's classifiers, "
+            "timm's after 'timm/', any of them with a CBAM block after 'cbam/', and import paths of your "
+            "own, such as my_net.SmallNet."
         )
     network = torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
     _drop_auxiliary_heads(network)

@@ -98,6 +98,25 @@ def test_an_unknown_command_is_answered_with_all_of_them():
         call_main(["compaer", "a", "b"])
 
 
+def test_a_missing_package_is_answered_with_the_command_that_installs_it(monkeypatch, capsys, tmp_path):
+    """As with the python of the system; a package that the user's own file imports keeps its traceback."""
+    own, ours = (
+        compile("import no_package.of_this_name", str(folder / "my_net.py"), "exec")
+        for folder in (tmp_path, Path(cli.__file__).parent / "labn" / "models")
+    )
+    monkeypatch.setattr(cli, "main", lambda: exec(ours))
+    with pytest.raises(SystemExit):
+        cli.console()
+    said = capsys.readouterr().err
+    assert said.startswith(
+        f"cli.py: the package no_package is not installed for {sys.executable}; run `python3 -m venv"
+    )
+    assert said.count("\n") == 1
+    monkeypatch.setattr(cli, "main", lambda: exec(own))
+    with pytest.raises(ModuleNotFoundError):
+        cli.console()
+
+
 def test_the_terminal_shows_one_line_and_the_traceback_on_request(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["cli.py", "fit", "--config", "nowhere.yaml"])
     with pytest.raises(SystemExit) as left:

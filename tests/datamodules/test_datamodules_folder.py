@@ -117,12 +117,22 @@ def test_positive_classes_are_given_by_name(pictures: Path) -> None:
         _ = folder(pictures, positive_classes=["cow"]).positive_classes
 
 
+@pytest.mark.parametrize(("others", "layer"), [(0, ""), (0, "train"), (1, ""), (1, "test")])
+def test_a_root_one_level_too_high_names_the_right_one(tmp_path: Path, others: int, layer: str) -> None:
+    for name in ("birds", *["notes"] * others):
+        for label in ("cat", "dog"):
+            (tmp_path / "all" / name / layer / label).mkdir(parents=True)
+            write_image(tmp_path / "all" / name / layer / label / "0.png", 0)
+    with pytest.raises(ValueError, match=rf"root {tmp_path / 'all' / 'birds'}(,|\.)"):
+        folder(tmp_path / "all").setup("fit")
+
+
 def test_errors_name_the_problem_of_a_folder(pictures: Path) -> None:
     with pytest.raises(FileNotFoundError, match="absent does not exist"):
         folder(pictures.parent / "absent").setup("fit")
     with pytest.raises(FileNotFoundError, match=r"mask_root .*nowhere does not exist"):
         folder(pictures, mask_root=pictures / "nowhere").setup("fit")
-    with pytest.raises(ValueError, match="cat holds 0 class folders"):
+    with pytest.raises(ValueError, match=r"cat holds 0 class folders.*; its images lie .* give root .*/pictures"):
         folder(pictures / "cat").setup("fit")
     (pictures / "emu").mkdir()
     with pytest.raises(ValueError, match=r"emu has no image; remove it"):

@@ -99,6 +99,11 @@ def test_a_pipe_raises_instead_of_blocking(tmp_path):
         read_image(tmp_path / "a.png")
 
 
+def test_a_folder_given_as_a_picture_is_answered_with_what_to_give(tmp_path):
+    with pytest.raises(BadImageError, match="is a folder; give the image files in it"):
+        read_image(tmp_path)
+
+
 def test_a_picture_with_the_suffix_of_another_format_is_read(tmp_path):
     picture(tmp_path / "a.png")
     (tmp_path / "a.png").rename(tmp_path / "a.JPEG")

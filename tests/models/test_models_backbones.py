@@ -127,10 +127,10 @@ def test_checkpoints_with_auxiliary_classifiers_can_be_loaded():
 
 
 def test_unknown_network_names_raise():
-    with pytest.raises(ValueError, match="'resnet51'; known are lambda_resnet26"):
+    with pytest.raises(ValueError, match=r"'resnet51'; did you mean resnet50, .*; known are lambda_resnet26"):
         build_network("resnet51")
-    with pytest.raises(ValueError, match="'timm/resnet51'"):
-        build_network("timm/resnet51")
+    with pytest.raises(ValueError, match=r"'timm/resnet10x', .*; did you mean resnet10t,"):
+        build_network("timm/resnet10x")
 
 
 def test_a_network_object_with_other_classes_raises():
