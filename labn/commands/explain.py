@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from labn.api import explain
-from labn.commands.picture_scores import PictureScores
 from labn.errors import InputError, MissingFileError, UserError, printable
 from labn.explainers import EXPLAINERS, explainer_by_name
 from labn.inference.modes import evaluating, run_model
@@ -111,7 +110,10 @@ def run(options: argparse.Namespace) -> None:
         explainer_by_name(method)
         if method.lstrip("-") not in METHODS:
             raise InputError(f"{method} explains detectors; use `cli.py test` with callbacks.DetectionCallback.")
-    scores = PictureScores(options.method, options.metric)
+    scores = None
+    if options.metric:
+        # torchmetrics and scipy, whose import takes a second, are needed for scores alone.
+        scores = importlib.import_module("labn.commands.picture_scores").PictureScores(options.method, options.metric)
     check_device(options.device)
     files = _files(options.image)
     # Running the command on the folder of its own overlays would replace the pictures that it reads.
@@ -129,14 +131,15 @@ def run(options: argparse.Namespace) -> None:
         explained = f", explained {row[3]}" if row[3] != row[1] else ""
         print(printable(f"{path}: {row[1]} ({row[2]:.3f}){explained}"))
         rows.append((str(path), *row))
-        shown = str(path), row[3]
-        scores.add(network, image[None].to(options.device), maps, chosen, torch.tensor([number]), preprocessing, shown)
+        if scores is not None:
+            index, shown = torch.tensor([number]), (str(path), row[3])
+            scores.add(network, image[None].to(options.device), maps, chosen, index, preprocessing, shown)
     if not rows:
         raise InputError("None of the pictures of --image is readable; the warnings above say why.")
     write_atomically(options.out / "predictions.csv", csv_bytes(PREDICTIONS, rows))
-    if table := scores.write(options.out):
-        print(f"\n{len(rows)} pictures, mean [95 % interval]\n{table}")
-    also = ", predictions.csv and scores.csv" if table else " and predictions.csv"
+    if scores is not None:
+        print(f"\n{len(rows)} pictures, mean [95 % interval]\n{scores.write(options.out)}")
+    also = " and predictions.csv" if scores is None else ", predictions.csv and scores.csv"
     print(f"{options.out}: overlays/, maps/{also} of {len(rows)} pictures")
     if failed:
         reasons = "; ".join(f"{method}: {reason}" for method, reason in failed.items())

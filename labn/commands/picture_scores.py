@@ -34,7 +34,7 @@ class PictureScores:
         for metric in metrics:
             metric_by_name(metric)
         self.metrics = list(metrics)
-        self.methods = list(dict.fromkeys([*methods, *BASELINES])) if metrics else []
+        self.methods = list(dict.fromkeys([*methods, *BASELINES]))
         self._scores: list[dict[str, Scores]] = []
         self._pictures: list[tuple[str, str]] = []
 
@@ -62,8 +62,6 @@ class PictureScores:
         Raises:
             InputError: a metric needs masks, or does not fit the size of the image.
         """
-        if not self.metrics:
-            return
         statistics, targets = (preprocessing.mean, preprocessing.std), torch.tensor([target], device=image.device)
         found = {}
         for method in self.methods:
@@ -82,10 +80,8 @@ class PictureScores:
         """Write `scores.csv`, one row per picture, method and value.
 
         Returns:
-            The table of means with 95 % intervals, and what PID says about the best method; empty without metrics.
+            The table of means with 95 % intervals, and what PID says about the best method.
         """
-        if not self._scores:
-            return ""
         names = list(dict.fromkeys(name for found in self._scores for scores in found.values() for name in scores))
         rows = (
             (*picture, method, name, float(values))
