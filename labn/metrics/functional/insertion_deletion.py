@@ -417,12 +417,15 @@ def _check_logits(model: nn.Module, images: Tensor, probability: str) -> None:
         raise InputError(f"{probabilities_sentence(model)} Or read them as given with probability='identity'.")
 
 
-def _floating_maps(images: Tensor, maps: Tensor) -> Tensor:
-    """The checked maps, in float64 where they are of bool or integers, because pooling needs floating values."""
+def _checked_maps(model: nn.Module, images: Tensor, maps: Tensor, targets: Tensor, probability: str) -> Tensor:
+    """The maps, in float64 where they are of bool or integers, once everything fits together."""
+    _check_batch(images, targets)
     if not isinstance(maps, Tensor):
         raise InputError(f"maps must be a tensor (B, H, W), got {type(maps).__name__}.")
+    # Pooling needs floating values.
     maps = maps if maps.is_floating_point() else maps.double()
     _check_maps(images, maps)
+    _check_logits(model, images, probability)
     return maps
 
 
@@ -505,22 +508,18 @@ def patch_insertion_deletion(
     }
     _check_options(chosen, {"step": step, "patch_size": patch_size})
     tolerance = chosen_tolerance(steps, tolerance, area)
-    _check_batch(images, targets)
-    maps = _floating_maps(images, maps)
-    _check_logits(model, images, probability)
-    counts = patch_counts((images.shape[-2], images.shape[-1]), patch_size, step, protocol)
+    maps = _checked_maps(model, images, maps, targets, probability)
     indices = torch.arange(len(images)) if indices is None else indices
     engine = PerturbationEngine.for_model(
         model, images, indices=indices, chunk_size=chunk_size, fold=fold, precision=precision
     )
     options = FillOptions(mean, std, bias, seed=seed, indices=indices)
     values = patch_pool(maps.to(images.device), patch_size, pooling)
-    # Random ties are drawn by the sample's index, so that they do not depend on the batch.
-    ranks = patch_ranks(values, ties, seed=seed, indices=indices.to(images.device))
     curves = insertion_deletion_curves(
         engine,
-        ranks,
-        counts,
+        # Random ties are drawn by the sample's index, so that they do not depend on the batch.
+        patch_ranks(values, ties, seed=seed, indices=indices.to(images.device)),
+        patch_counts((images.shape[-2], images.shape[-1]), patch_size, step, protocol),
         targets.to(images.device),
         fill_with(fill, images, options),
         fill_with(deletion_fill or fill, images, options),
