@@ -30,7 +30,7 @@ METRICS = ["id", "pid8@official", "insertion8@random", "deletion16@stable", "fil
 METRICS += ["randomisation", "sparseness", "average_drop", "percent_increase", "adcc", "errors"]
 METRICS += ["mass", "pointing", "rank", "auroc", "scene", "scene_top@shapley"]
 METRICS += ["iou", "topk_localisation", "completeness", "sensitivity_n", "infidelity", "avg_sensitivity", "road"]
-METRICS += ["random_logit", "mufidelity", "irof", "mprt_layers", "smprt", "emprt"]
+METRICS += ["random_logit", "pid16@error", "mufidelity", "irof", "mprt_layers", "smprt", "emprt"]
 PROPAGATION = ("lrp", "c3lrp", "contrastive_lrp")
 NETWORKS: dict[str, tuple[str, ...]] = {
     "lambda": tuple(name for name in EXPLAINERS if name not in ("crp", "legrad")),

@@ -104,7 +104,7 @@ DESCRIPTIONS: dict[str, ValueDescription | Maker] = {
     r"(?P<kind>pid|insertion|deletion)(?P<side>\d+)" + _SUFFIX: _insertion_deletion,
     r"(?P<kind>id)(?P<side>)" + _SUFFIX: _insertion_deletion,
     rf"(?P<value>(pid\d+|id){_SUFFIX})@error": lambda match: ValueDescription(
-        f"bound of the error of {match['value']} from steps that were not evaluated", "[0, inf)"
+        f"estimated bound of the error of {match['value']} from steps that were not evaluated", "[0, inf)"
     ),
     r"fill_probability": ValueDescription("{quantity} of the class on the bare fill, where insertion starts", "[0, 1]"),
     r"mass": ValueDescription("share of the map's positive values inside the mask or box", "[0, 1]", "high"),

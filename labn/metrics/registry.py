@@ -244,7 +244,7 @@ def values_named(name: str, metric: SampleMetric) -> dict[str, str]:
     """Values of a metric that a name refers to.
 
     A name of one value, such as `pid16`, refers to that value (`pid1` to `id`). A name of a group, such as `pctin`,
-    refers to all values of the metric.
+    refers to all values of the metric. With `steps="auto"`, `pid16` also refers to `pid16@error`.
 
     Args:
         name: the name that built the metric.
@@ -259,7 +259,11 @@ def values_named(name: str, metric: SampleMetric) -> dict[str, str]:
     """
     # A patch of one pixel is the pixel-wise metric, whose name is ID in the papers.
     canonical = re.sub(r"^pid1(?=@|$)", "id", name)
-    return {name: canonical} if canonical in metric.names else {value: value for value in metric.names}
+    if canonical not in metric.names:
+        return {value: value for value in metric.names}
+    # The bound stands beside an area that was not evaluated at every step.
+    bounds = {f"{name}@error": bound} if (bound := f"{canonical}@error") in metric.names else {}
+    return {name: canonical, **bounds}
 
 
 def describe_value(name: str, quantity: str = "probability") -> ValueDescription:

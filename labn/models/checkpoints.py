@@ -27,6 +27,8 @@ SHOWN = 3
 """Number of tensors loaded by their order that a report names."""
 CONTAINERS = ("state_dict", "model", "model_state_dict", "net", "network", "weights", "params", "module")
 """Usual keys of a state dict inside a checkpoint, the first one first."""
+MOST_LEVELS = 4
+"""Dicts inside each other, the innermost of which is the state dict."""
 LARGEST_REPEATED = 2**26
 """Bytes that a tensor may occupy in memory without occupying them in its file, as an expanded buffer does."""
 # Names of the lambda layer's tensors in the released LABN code -> names in this project.
@@ -227,7 +229,10 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
     """
     content = read_checkpoint(path)
     tensors = _named_tensors(content)
-    while isinstance(content, dict) and (inner := _state_dicts(content, len(tensors))):
+    for _ in range(MOST_LEVELS):
+        inner = _state_dicts(content, len(tensors)) if isinstance(content, dict) else {}
+        if not inner:
+            break
         usual = [key for key in CONTAINERS if key in inner]
         if not usual and len(inner) > 1:
             raise InputError(f"{path} holds several state dicts, {', '.join(inner)}; save one of them alone.")
@@ -256,10 +261,14 @@ def _named_tensors(content: Any) -> dict[str, Tensor]:
 
 
 def _state_dicts(content: dict[Any, Any], more_than: int) -> dict[str, Any]:
-    """The dicts among the values that hold, directly or one level below, more named tensors than so many."""
+    """The dicts among the values that hold, directly or one level below, more named tensors than so many.
+
+    Dicts with less than half of the tensors of the largest one are left out: metrics, or averages of an optimiser.
+    """
     inner = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, dict)}
-    deeper = {key: max(map(len, map(_named_tensors, [value, *value.values()]))) for key, value in inner.items()}
-    return {key: inner[key] for key, count in deeper.items() if count > more_than}
+    counts = {key: max(map(len, map(_named_tensors, [value, *value.values()]))) for key, value in inner.items()}
+    least = max([more_than + 1, *(count / 2 for count in counts.values())])
+    return {key: inner[key] for key, count in counts.items() if count >= least}
 
 
 def read_checkpoint(path: str | Path) -> Any:
@@ -313,9 +322,13 @@ def _check_uncompressed(path: Path) -> None:
 
 def _check_sizes(path: Path, content: Any) -> None:
     """Raise InputError for a tensor that repeats a small storage into a large tensor; a copy would fill the memory."""
-    pending = [content]
+    pending, seen = [content], set()
     while pending:
         item = pending.pop()
+        # A pickle may hold a dict that contains itself.
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
         if isinstance(item, dict):
             pending += item.values()
         elif isinstance(item, (list, tuple)):

@@ -17,7 +17,7 @@ def slic(images: Tensor, n_segments: int = 64, compactness: float = 10.0, iterat
 
     A pixel belongs to the nearest of the nine centres that start around it. Colours are CIELAB for three channels, else
     100 times the values. Regions keep pieces that lie apart: the paper's last step, which joins small ones to their
-    neighbours, is left out. All arithmetic is in float64 on the CPU, image by image.
+    neighbours, is left out. Distances are computed in float64 on the CPU, colours in float32, image by image.
 
     Args:
         images: (B, C, H, W), pixel values in [0, 1].

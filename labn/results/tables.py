@@ -36,7 +36,7 @@ BASELINES = ("random", "constant")
 """Methods that do not look at the image, in every table for comparison."""
 NEGLIGIBLE = 0.01
 """PID, or a difference of PID, in probabilities, below which a ranking of methods means next to nothing."""
-INSERTION_DELETION = re.compile(r"(id|pid\d+)(@\w+)?")
+INSERTION_DELETION = re.compile(r"(id|pid\d+)(@(?:official|stable|random|threshold))?")
 """Names of the values that are the area between an insertion and a deletion curve."""
 SUMMARY = ("explainer", "metric", "mean", "ci_low", "ci_high", "n")
 
@@ -415,7 +415,9 @@ def reading(
     random, best = means["random"], max(methods, key=methods.__getitem__)
     start = f"{name}: a map without information gets 0 (random: {decimals(random.mean)}{random.bracketed}); "
     difference = pairs.get((best, "random", name))
-    return f"{start}{_verdict(best, methods[best], difference)}{_negligible(methods[best], difference)}"
+    return (
+        f"{start}{_verdict(best, methods[best], difference)}{_negligible([*methods.values(), random.mean], difference)}"
+    )
 
 
 def _verdict(best: str, mean: float, difference: Interval | None) -> str:
@@ -428,11 +430,12 @@ def _verdict(best: str, mean: float, difference: Interval | None) -> str:
     return f"no method beats random: {best}, the best, differs from it by {by}."
 
 
-def _negligible(mean: float, difference: Interval | None) -> str:
-    """A sentence for a best mean, or a difference to `random`, that is next to nothing; else an empty string."""
-    if min(abs(mean), math.inf if difference is None else abs(difference.mean)) >= NEGLIGIBLE:
-        return ""
-    return (
-        f" Less than {NEGLIGIBLE} is next to nothing (flat curves): the network's answer hardly depends on which "
-        "pixels are taken away."
-    )
+def _negligible(means: Sequence[float], difference: Interval | None) -> str:
+    """A sentence for means that are all next to nothing, or a lead over `random` that is; else an empty string."""
+    if max(map(abs, means)) < NEGLIGIBLE:
+        return (
+            f" Less than {NEGLIGIBLE} is next to nothing (flat curves): the network's answer hardly depends on which "
+            "pixels are taken away."
+        )
+    small = difference is not None and abs(difference.mean) < NEGLIGIBLE
+    return f" A difference below {NEGLIGIBLE} is next to nothing." if small else ""

@@ -177,13 +177,14 @@ def test_a_table_says_what_zero_is_and_whether_the_best_method_beats_random(boun
 
 @pytest.mark.parametrize(
     ("best", "difference", "is_small"),
-    [(0.001, 0.0005, True), (0.3, 0.009, True), (0.005, 0.2, True), (-0.004, math.nan, True), (0.01, 0.01, False)],
+    [(0.001, 0.0005, True), (0.3, 0.009, True), (0.3, 0.2, False), (-0.004, math.nan, True), (0.01, 0.01, False)],
 )
 def test_the_sentence_about_a_table_says_where_a_lead_is_next_to_nothing(best, difference, is_small):
     """The interval may exclude 0 all the same: many samples of a network at chance."""
     summary = {("gradcam", "id"): Interval(best, -1, 1, 99), ("random", "id"): Interval(-0.0002, -0.0004, 0.1, 99)}
     said = reading(summary, {("gradcam", "random", "id"): Interval(difference, 0.0001, 0.9, 99)}, "id")
     assert ("next to nothing" in said) == is_small
+    assert ("flat curves" in said) == (best < 0.01)
     assert "-0.000" not in said + summary_table(summary, ["id"])
 
 

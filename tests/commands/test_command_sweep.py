@@ -130,7 +130,7 @@ def test_a_missing_file_is_named_before_anything_is_run(with_includes, tmp_path,
     (tmp_path / "tested.yaml").unlink()
     with pytest.raises(SystemExit):
         started(with_includes, monkeypatch)
-    assert f"{tmp_path / 'tested.yaml'} is not a file" in capsys.readouterr().err
+    assert f"{tmp_path / 'tested.yaml'}, which is not a file" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 

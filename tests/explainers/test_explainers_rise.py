@@ -234,6 +234,20 @@ def test_control_does_not_change_the_expectation() -> None:
     assert maps.std(0).mean() < 0.3 * plain.std(0).mean()
 
 
+def test_the_error_of_controlled_maps_is_their_spread_over_seeds() -> None:
+    images, classes = torch.ones(1, 1, 12, 12, dtype=torch.float64), torch.tensor([[1]])
+    rises = [RISE(400, grid=3, seed=seed, control=True) for seed in range(40)]
+    found = [rise.explain_classes(OfPooledMask(3), images, classes, standard_error=True) for rise in rises]
+    spread = torch.stack([one.maps for one in found]).std(0).mean()
+    told = torch.stack([one.standard_error for one in found]).mean()
+    assert 0.75 < float(told / spread) < 1.3
+
+
+def test_control_works_where_no_mask_removes_anything() -> None:
+    found = RISE(4, p=1.0, control=True)(seeded(DeepTail), pictures(), torch.tensor([0, 1]))
+    assert torch.allclose(found, RISE(4, p=1.0)(seeded(DeepTail), pictures(), torch.tensor([0, 1])), atol=1e-6)
+
+
 def test_controlled_maps_of_classes_equal_single_maps_and_have_errors() -> None:
     model, images, rise = seeded(DeepTail), pictures(), RISE(300, control=True)
     classes = torch.arange(4).expand(2, 4)

@@ -173,6 +173,12 @@ CONTAINED = {
     "two levels": lambda state: {"checkpoint": {"state_dict": state, "epoch": 1}},
     "wrapper": lambda state: {f"net.{name}": tensor for name, tensor in state.items()},
     "wrappers": lambda state: {"model": {f"wrapped.net.{name}": tensor for name, tensor in state.items()}},
+    "metrics beside": lambda state: {
+        "my_net": state,
+        "metrics": {"acc": torch.ones(())},
+        "opt": {"avg": torch.ones(2)},
+    },
+    "parameters beside": lambda state: {"params": {"lr": torch.ones(())}, "my_net": state},
     "averages beside": lambda state: {
         "model_ema": {name: tensor + 1 for name, tensor in state.items()},
         "model": state,
@@ -187,6 +193,13 @@ def test_usual_forms_of_checkpoints_are_read(tmp_path, form):
     report = load_backbone(target, tmp_path / "weights.pt")
     assert same(source, target)
     assert report.renamed == ()
+
+
+def test_a_checkpoint_that_contains_itself_ends(tmp_path):
+    outer, inner = {f"w{n}": torch.ones(2) for n in range(2)}, {}
+    outer["model"], inner["model"], inner["weights"] = inner, outer, {"a": torch.ones(1)}
+    torch.save(outer, tmp_path / "weights.pt")
+    assert set(read_tensors(tmp_path / "weights.pt")) == {"w0", "w1"}
 
 
 def test_several_state_dicts_without_a_usual_key_are_named(tmp_path):

@@ -186,7 +186,8 @@ class RISE(Explainer):
     """RISE (Petsiuk et al., BMVC 2018, eq. 6): S_c = 1 / (N p) sum_i p(c | x * M_i) M_i.
 
     One bank of masks serves all images. Masks are rendered when they are needed, so that memory depends neither on
-    their number nor on the number of classes. A masked pixel is 0, the mean colour after normalisation.
+    their number nor on the number of classes (`control` keeps some values of every mask). A masked pixel is 0, the mean
+    colour after normalisation.
 
     Args:
         n_masks: N.
@@ -288,7 +289,8 @@ class RISE(Explainer):
         line = _Line.fit(torch.cat(pooled), torch.cat(found).double().flatten(1), variance)
         rest = line.residuals.view(-1, *classes.shape).split(GROUP)
         for masks, residuals in zip(_groups(bank, images), rest):
-            moments.add(residuals, masks.double() - kept)
+            # The residuals sum to zero, so that the masks need not be centred; the error is that of residual and mean.
+            moments.add(residuals, masks.double())
         found_maps = moments.maps(self.p, torch.float64)
         maps, error = found_maps.maps, found_maps.standard_error
         exact = (line.mean[:, None] * kept + line.slopes @ covariance.flatten(1)) / self.p
@@ -325,9 +327,9 @@ class _Line(NamedTuple):
         """Ridge regression on pooled values x (N, J) of expectation 0; the weight is J / N of their variance."""
         centred = pooled - pooled.mean(0)
         count, size = pooled.shape
-        gram = centred.T @ centred / count + size / count * variance * torch.eye(
-            size, dtype=pooled.dtype, device=pooled.device
-        )
+        # Masks that keep every cell (p = 1) have no variance, and get slopes of zero.
+        ridge = (size / count * variance).clamp(min=torch.finfo(pooled.dtype).tiny)
+        gram = centred.T @ centred / count + ridge * torch.eye(size, dtype=pooled.dtype, device=pooled.device)
         slopes = torch.linalg.solve(gram, centred.T @ probabilities / count).T
         rest = probabilities - pooled @ slopes.T
         return cls(rest.mean(0), slopes, rest - rest.mean(0))

@@ -114,8 +114,8 @@ def interval_variances(grid_x: Tensor, places: Tensor, heights: Tensor) -> Tenso
 
 def _halves(grid: _Grid, points: Tensor, variances: Tensor) -> Tensor:
     """New points (S, C, Q), the middles of each sample's intervals with the largest variances (S, C, P - 1)."""
-    # In eighths of octaves, the first of equal ones first: the last digits, which differ from chunk to chunk, do not
-    # decide.
+    # In eighths of octaves, the first of equal ones first: the last digits, which differ from chunk to chunk,
+    # rarely decide.
     order = (8 * variances.flatten(1).log2()).round().sort(dim=1, descending=True, stable=True)
     chosen, found = order.indices[:, :HALVED_AT_ONCE], order.values[:, :HALVED_AT_ONCE].isfinite()
     x = _at(grid.x, points)

@@ -37,7 +37,7 @@ def histogram_entropy(maps: Tensor, bins: int = 100) -> Tensor:
         bins: number of bins.
 
     Returns:
-        (B,) float64 in [0, log(bins)]: 0 for a map of one value.
+        (B,) float64 in [0, log(bins)]: 0 for a map of one value, NaN for a map with NaN.
 
     Example:
         >>> histogram_entropy(torch.tensor([[[0.0, 1.0], [2.0, 3.0]], [[5.0, 5.0], [5.0, 5.0]]]), bins=4)
@@ -46,9 +46,9 @@ def histogram_entropy(maps: Tensor, bins: int = 100) -> Tensor:
     values = maps.double().flatten(1)
     low, high = values.amin(1, keepdim=True), values.amax(1, keepdim=True)
     span = torch.where(high > low, high - low, 1)
-    places = ((values - low) / span * bins).long().clamp(max=bins - 1)
+    places = ((values - low) / span * bins).nan_to_num().long().clamp(0, bins - 1)
     counts = values.new_zeros(len(values), bins).scatter_add(1, places, torch.ones_like(values))
-    return torch.special.entr(counts / values.shape[1]).sum(1)
+    return torch.special.entr(counts / values.shape[1]).sum(1).masked_fill(values.isnan().any(1), torch.nan)
 
 
 def relative_rise(before: Tensor, after: Tensor) -> Tensor:
