@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
@@ -230,6 +231,12 @@ class LabnCLI(LightningCLI):
                 raise
             raise better from error
 
+    def before_validate(self) -> None:
+        """Let SIGTERM end the command without waiting for the batch."""
+        end_at_once()
+
+    before_test = before_validate
+
     def after_validate(self) -> None:
         """Check that the run folder is still there, and print the metrics of the model."""
         self._check_run_folder()
@@ -326,6 +333,22 @@ def end_at_hangup() -> None:
     is_main = threading.current_thread() is threading.main_thread()
     if is_main and hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
         signal.signal(signal.SIGHUP, lambda number, frame: signal.raise_signal(signal.SIGTERM))
+
+
+def end_at_once() -> None:
+    """Let SIGTERM end an evaluation within the batch.
+
+    Lightning waits for the end of the batch, which may take minutes where many maps are scored. Every finished unit of
+    an evaluation is stored as a whole, so that an end at any moment loses only the unit at work.
+    """
+    owner = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> None:
+        # A process that inherits the handler by fork has nothing to resume.
+        raise SIGTERMException if os.getpid() == owner else SystemExit(128 + number)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, end)
 
 
 def _say(what: str) -> None:

@@ -24,6 +24,7 @@ from labn.metrics.insertion_deletion import PatchInsertionDeletion
 from labn.postprocess.overlay import displayable
 from labn.report import Picture, RunInfo, make_card, read_stage, render, run_report
 from labn.report.cards import fill_uri, steps_text
+from labn.report.caveats import chance_caveat
 from labn.results.reader import CARDS, Card
 
 FINE_GRID = 1024
@@ -148,13 +149,15 @@ class ReportCallback(ExplainingCallback):
         # With fast_dev_run the results lie in a temporary folder outside the run folder.
         stage = folder.relative_to(run_dir) if folder.is_relative_to(run_dir) else ""
         played = player_metric(self.session.metrics)
+        figures, labels = stage_figures(trainer, split), data.labels(split).tolist()
+        chance = chance_caveat(figures.get(f"{split}/accuracy"), labels)
         info = RunInfo(
             title=f"{run_dir.resolve().name}: {stage or split}",
             run_dir=run_dir,
             class_names=list(data.class_names),
-            split_size=len(data.labels(split)),
-            figures=stage_figures(trainer, split),
-            notes=data.notes,
+            split_size=len(labels),
+            figures=figures,
+            notes=(*((chance,) if chance else ()), *data.notes),
             player=None if played is None else player_facts(*played, data.image_size),
             max_bytes=int(self.max_megabytes * 1e6),
             epoch=trainer.current_epoch if trainer.state.fn == "fit" else None,

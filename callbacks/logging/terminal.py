@@ -22,6 +22,7 @@ from callbacks.explanation.detections import DetectionCallback
 from callbacks.logging.trackers import trackers_of
 from labn.errors import printable
 from labn.launch.error_messages import config_sentence
+from labn.report.caveats import chance_caveat
 
 
 class SentenceParser(LightningArgumentParser):
@@ -84,6 +85,11 @@ def say_figures(trainer: pl.Trainer, stage: str) -> None:
     if not trainer.is_global_zero:
         return
     print(f"\n{stage}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+    data = getattr(trainer, "datamodule", None)
+    if "accuracy" in figures and data is not None and hasattr(data, "labels"):
+        caveat = chance_caveat(figures["accuracy"], data.labels(stage).tolist())
+        if caveat:
+            print(caveat)
     writers = [c for c in callbacks_of(trainer) if isinstance(c, (ExplainingCallback, DetectionCallback))]
     say_trackers(trainer)
     for folder in dict.fromkeys(callback.folder for callback in writers):

@@ -91,7 +91,9 @@ def _packaged(package: str, file: str) -> Path:
     spec = importlib.util.find_spec(package)
     path = Path((spec.submodule_search_locations or [""])[0]) / file if spec else None
     if path is None or not path.exists():
-        raise MissingFileError(f'The demo needs the package {package}, an optional one: pip install "labn[demo]".')
+        raise MissingFileError(
+            f'The demo needs the package {package}, an optional one; in the project folder: pip install -e ".[demo]".'
+        )
     return path
 
 

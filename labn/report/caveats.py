@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from labn.io.digits import decimals
@@ -16,6 +18,8 @@ LISTED = 10
 """Maximum number of classes that a sentence lists by name."""
 SCORED = {"label": "the true class", "target": "the same class", "predicted": "the predicted class"}
 """Setting `score_class` -> the class in words, after a sentence about the explained class."""
+CLEARLY = 1.645
+"""95 % quantile of the standard normal distribution, one-sided."""
 FILL_LIMIT = 0.2
 """Mean probability of the bare fill above which a caveat says so."""
 
@@ -29,6 +33,34 @@ def caveats(results: StageResults, split_size: int | None = None) -> list[str]:
     """
     protocols = [*_protocols(results), *_flat(results)]
     return [*_subset(results, split_size), *protocols, *_fill(results), *_settings(results.manifest)]
+
+
+def chance_caveat(accuracy: float | None, labels: Sequence[int]) -> str | None:
+    """A sentence for an accuracy that is not clearly above the share m of the most frequent class, or None.
+
+    Clearly is above the 95 % quantile of the accuracy of always answering that class, m + 1.645 sqrt(m (1 - m) / n).
+
+    Args:
+        accuracy: of the network on the samples; None where it is not known.
+        labels: class of each of the n samples.
+
+    Example:
+        >>> chance_caveat(0.7, [0, 1, 1])[:61]
+        'The accuracy of 0.700 is not clearly above 0.667, the share o'
+        >>> chance_caveat(0.9, [0, 1, 1] * 30) is None
+        True
+    """
+    if accuracy is None or not labels:
+        return None
+    share = max(Counter(labels).values()) / len(labels)
+    limit = share + CLEARLY * math.sqrt(share * (1 - share) / len(labels))
+    # With a single class every answer is right or wrong alike, and there is nothing to compare with.
+    if share == 1 or accuracy > limit:
+        return None
+    return (
+        f"The accuracy of {accuracy:.3f} is not clearly above {share:.3f}, the share of the most frequent class among "
+        f"the {len(labels)} samples: maps of a network that knows nothing explain nothing."
+    )
 
 
 def _subset(results: StageResults, split_size: int | None) -> Iterator[str]:

@@ -67,6 +67,19 @@ def test_figures_are_those_of_the_model_and_of_the_stage(tmp_path, capsys):
     assert capsys.readouterr().out.split("\n") == ["", "test: accuracy 0.75, ap/RBC 0.5", ""]
 
 
+@pytest.mark.parametrize(("counts", "said"), [((30, 10), True), ((10, 10), False), ((40, 0), False)])
+def test_an_accuracy_at_chance_is_called_so(tmp_path, capsys, counts, said):
+    """.75 is the share of the larger class of 30 and 10 samples, and far above that of 10 and 10."""
+    trainer = trainer_of(tmp_path, True)
+    labels = torch.tensor([0] * counts[0] + [1] * counts[1])
+    trainer.datamodule = SimpleNamespace(labels=lambda split: {"test": labels}[split])
+    say_figures(trainer, "test")
+    sentence = (
+        "The accuracy of 0.750 is not clearly above 0.750, the share of the most frequent class among the 40 samples"
+    )
+    assert (sentence in capsys.readouterr().out) == said
+
+
 def test_scores_of_a_method_with_a_slash_and_the_confusion_matrix_are_no_figures(tmp_path, capsys):
     trainer = trainer_of(tmp_path, True, ExplanationCallback(explainers={"lrp/c3": explainer_by_name("c3lrp")}))
     others = {"test/lrp/c3/pid16": torch.tensor(0.5), "test/confusion/0_1": torch.tensor(7.0)}

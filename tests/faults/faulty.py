@@ -27,6 +27,7 @@ class Hungry(Explainer):
         remove_run()
         for name in os.environ.get("LABN_TEST_EXPLAIN", "").split():
             os.kill(os.getpid(), signal.Signals[name])
+            print("the explanation goes on after the signal")
         if os.environ.get("LABN_TEST_HUNGRY") == os.environ.get("RANK", "0"):
             torch.empty(2**55)
         return images[:, 0] * (1 + indices[:, None, None])

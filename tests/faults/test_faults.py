@@ -104,16 +104,18 @@ def test_a_run_folder_that_is_removed_meanwhile_ends_the_command_with_a_sentence
     bench.equals_undisturbed(run_dir)
 
 
-def test_a_closed_terminal_and_ctrl_c_end_with_a_sentence_and_the_run_goes_on(bench, tmp_path):
+def test_a_closed_terminal_ctrl_c_and_sigterm_end_with_a_sentence_and_the_run_goes_on(bench, tmp_path):
     run_dir = tmp_path / "run"
     signals = {"LABN_TEST_AT": "6", "LABN_TEST_SIGNALS": "SIGHUP"}
     (process,) = bench.fit(run_dir, environment=signals, check=False)
     assert process.poll() == 128 + signal.SIGTERM
     assert "Terminated; the same command (fit: with --ckpt_path last) resumes from here." in process.output
     bench.fit(run_dir, "--ckpt_path=last")
-    (process,) = bench.test(run_dir, environment={"LABN_TEST_EXPLAIN": "SIGINT"}, check=False)
-    assert process.poll() == 128 + signal.SIGINT
-    assert "Interrupted; the same command" in process.output
+    for name, said in (("SIGINT", "Interrupted"), ("SIGTERM", "Terminated")):
+        (process,) = bench.test(run_dir, environment={"LABN_TEST_EXPLAIN": name}, check=False)
+        assert process.poll() == 128 + signal.Signals[name]
+        assert f"{said}; the same command" in process.output
+        assert "goes on after the signal" not in process.output
     assert not list(run_dir.glob(".*"))
     bench.test(run_dir)
     bench.equals_undisturbed(run_dir)
