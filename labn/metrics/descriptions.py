@@ -209,6 +209,7 @@ DESCRIPTIONS: dict[str, ValueDescription | Maker] = {
     r"main_loss": ValueDescription("classification loss of the perception branch", "[0, inf)", "low"),
     r"branch_loss": ValueDescription("classification loss of the attention branch", "[0, inf)", "low"),
     r"kl": ValueDescription("divergence of the prediction for the most salient pixels alone", "[0, inf)", "low"),
+    r"map_distance": ValueDescription("1 - correlation of the attention map and its teacher's", "[0, 2]", "low"),
     r"map_mean": ValueDescription("mean of the attention map", "[0, 1]"),
     r"classification": ValueDescription("loss of the boxes' classes", "[0, inf)", "low"),
     r"localisation": ValueDescription("loss of the boxes' coordinates", "[0, inf)", "low"),

@@ -3,7 +3,8 @@
 from labn.modules.classifier import Classifier
 from labn.modules.guidance import SaliencyGuidance
 from labn.modules.labn import LABN, GateSchedule
+from labn.modules.map_teacher import MapTeacher
 from labn.modules.resnet_lrp import ResNetLRP
 from labn.modules.ssd import SSD
 
-__all__ = ["LABN", "SSD", "Classifier", "GateSchedule", "ResNetLRP", "SaliencyGuidance"]
+__all__ = ["LABN", "SSD", "Classifier", "GateSchedule", "MapTeacher", "ResNetLRP", "SaliencyGuidance"]

@@ -19,6 +19,7 @@ from labn.models.checkpoints import load_backbone
 from labn.modules.base import ClassificationModule
 from labn.modules.guidance import SaliencyGuidance, attention_maps, frozen_batchnorm, input_gradient, masked_images
 from labn.modules.losses import make_loss
+from labn.modules.map_teacher import MapTeacher
 from labn.modules.optim import on_cosine, on_plateau, parameter_groups
 from labn.modules.weighted_mean import WeightedMean
 from labn.perturbation.fills import make_fill
@@ -69,9 +70,10 @@ class GateSchedule:
 class LABN(ClassificationModule):
     """Trains an attention branch network with the loss
 
-        L = CE(y_LPB, y) + branch_weight * CE(y_LAB, y) [+ kl_weight * D_KL(p(.|x) || p(.|x~))]
+        L = CE(y_LPB, y) + branch_weight * CE(y_LAB, y) [+ kl_weight * D_KL(p(.|x) || p(.|x~))] [+ weight * L_map]
 
-    (JSAI 2022, eq. 6; the KL term is the saliency-guided training of ACCV 2022, see `labn.modules.guidance`).
+    (JSAI 2022, eq. 6; the KL term is the saliency-guided training of ACCV 2022, see `labn.modules.guidance`; L_map is
+    of this project, see `labn.modules.map_teacher`).
 
     Args:
         backbone: name of the network that gets the branch: of this project, torchvision or timm.
@@ -93,6 +95,7 @@ class LABN(ClassificationModule):
         class_weights: one weight per class, negative class first.
         branch_weight: weight of the branch's loss.
         guidance: options of saliency-guided training; None trains without it.
+        map_teacher: options of training the map by the maps of an explainer; None trains without it.
         backbone_ckpt: file of weights to start from (`$VARIABLES` are expanded); tensors that fit are loaded, and a
             report is printed.
         train_lfe: train the feature extractor too, as in the paper; False freezes it, as in the released code.
@@ -139,6 +142,7 @@ class LABN(ClassificationModule):
         class_weights: list[float] | None = None,
         branch_weight: float = 3.0,
         guidance: SaliencyGuidance | None = None,
+        map_teacher: MapTeacher | None = None,
         backbone_ckpt: str | None = None,
         train_lfe: bool = True,
         train_bn: bool = True,
@@ -170,7 +174,7 @@ class LABN(ClassificationModule):
             parameter.requires_grad_(train_lfe)
         self.criterion = make_loss(loss, class_weights, num_classes)
         self.branch_weight = branch_weight
-        self.guidance, self.gate_schedule = guidance, gate_schedule
+        self.guidance, self.gate_schedule, self.map_teacher = guidance, gate_schedule, map_teacher
         self.bias_image: Tensor | None = None
         self.gate = nn.ModuleDict({f"{s}_{v}": WeightedMean() for s in ("train", "val") for v in GATE})
         self.train()  # the trainer does not call it, and keeps the modes that it finds
@@ -219,6 +223,11 @@ class LABN(ClassificationModule):
         if guided:
             terms["loss"] = terms["loss"] + self.guidance.kl_weight * terms["kl"]  # type: ignore[union-attr]
             terms["loss"] = terms["loss"] + self.guidance.map_weight * terms["map_mean"]  # type: ignore[union-attr]
+        if self.map_teacher is not None and stage == "train":
+            terms["map_distance"] = self.map_teacher.loss(
+                self.network, output.attention, images, labels, batch["index"]
+            )
+            terms["loss"] = terms["loss"] + self.map_teacher.weight * terms["map_distance"]
         self._update_gate(output.attention, stage)
         return terms, output.logits
 

@@ -20,7 +20,7 @@ from labn.modules.ssd import SSD
 
 WEIGHT_ARGUMENTS = ("backbone_ckpt", "ckpt")
 """Arguments that name the file of weights that training starts from."""
-TRAINING_ARGUMENTS = ("guidance", *WEIGHT_ARGUMENTS)
+TRAINING_ARGUMENTS = ("guidance", "map_teacher", *WEIGHT_ARGUMENTS)
 """Arguments that do not change a trained network; the file of starting weights may no longer exist."""
 
 
