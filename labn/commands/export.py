@@ -20,7 +20,7 @@ an attention branch, `attention` (batch, 1, h, w), the map before its threshold.
 (`labn.preprocessing`) and the class names (`labn.class_names`) as JSON; the input is (pixels / 255 - mean) / std.
 onnxruntime runs the file before it is written; its outputs must be the network's to 1e-4.
 
-Needs the optional packages of pip install "labn[export]" (in a clone: pip install -e ".[export]").
+Needs the optional packages of `pip install -e ".[export]"` in the project folder.
 
 examples:
   python cli.py export --ckpt runs/quickstart/checkpoints/best.ckpt --out model.onnx

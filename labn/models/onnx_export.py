@@ -51,7 +51,8 @@ def check_packages() -> None:
     for package in PACKAGES:
         if importlib.util.find_spec(package) is None:
             raise MissingFileError(
-                f'The export needs the package {package}, an optional one: pip install "labn[export]".'
+                f"The export needs the package {package}, an optional one; in the project folder: "
+                'pip install -e ".[export]".'
             )
 
 

@@ -103,7 +103,7 @@ def map_distance(maps: Tensor, evidence: Tensor, contrast: float) -> Tensor:
         >>> round(map_distance(0.1 * evidence, evidence, 10 * evidence.std(correction=0).item()).item(), 3)  # flat maps
         0.99
     """
-    target = F.adaptive_avg_pool2d(evidence.detach().float(), maps.shape[-2:])
+    target = F.adaptive_avg_pool2d(evidence.detach().float(), (maps.shape[-2], maps.shape[-1]))
     a, e = (values.flatten(1) - values.flatten(1).mean(dim=1, keepdim=True) for values in (maps.float(), target))
     # Clamped before the root, whose gradient is infinite at 0.
     spread, reference = a.square().mean(1).clamp_min(contrast**2).sqrt(), e.square().mean(1).sqrt()

@@ -192,6 +192,7 @@ def test_positives_only_uses_the_positive_classes_of_the_data(tmp_path):
     assert {r["label"] for r in rows(tmp_path / "test")} == {"0"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [None, SaliencyGuidance(fill="black")])
 def test_explaining_at_validation_end_changes_no_weight(tmp_path, guidance):
     weights = []
@@ -231,6 +232,7 @@ def test_new_metrics_reuse_the_maps_and_old_scores(tmp_path):
     assert len(list(ResultStore(tmp_path / "test").score_shards())) == 6
 
 
+@pytest.mark.slow
 def test_an_interrupted_batch_gets_the_same_scores_again(tmp_path, monkeypatch):
     """The last explainer's scores are written first, so that those that are missing are never behind those on disk."""
     explainers = {"labn": None, "gradcam": None}

@@ -88,6 +88,7 @@ def test_a_test_writes_maps_pictures_and_scores(tmp_path):
     assert float(paired["crp", "-crp", "shift_w"]["difference"]) == pytest.approx(means[0] - means[1])
 
 
+@pytest.mark.slow
 def test_a_second_test_replaces_all_files_of_the_first(tmp_path):
     """One image less and no scores: tables, pictures and tensors are those of the second run alone."""
     root = write_voc(tmp_path / "voc")

@@ -94,6 +94,7 @@ def test_rows_equal_the_scores_of_evaluate(scored):
             assert math.isnan(value) or found[index, name] == pytest.approx(value, rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("random_weights_allowed")
 def test_settings_come_from_yaml(tmp_path, monkeypatch, request):
     monkeypatch.chdir(request.config.rootpath)

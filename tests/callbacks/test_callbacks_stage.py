@@ -38,6 +38,7 @@ def kept(stage):
     return {p: p.stat().st_mtime_ns for kind in ("maps/*.safetensors", "scores/*") for p in stage.glob(kind)}
 
 
+@pytest.mark.slow
 def test_a_second_test_replaces_tables_and_pictures_and_keeps_maps_and_scores(tmp_path):
     stage = tmp_path / "test"
     run(tmp_path, *everything())
@@ -112,6 +113,7 @@ def test_missing_scored_samples_cause_a_warning(tmp_path, monkeypatch):
     assert {row["index"] for row in rows(tmp_path / "test")} == {"0", "1", "2"}
 
 
+@pytest.mark.slow
 def test_samples_outside_the_subset_cause_no_warning(tmp_path):
     def score(**options):
         return EvaluationCallback(["pid16", "mass"], explainers={"random": None}, baselines=False, **options)

@@ -54,6 +54,7 @@ def test_limits_of_0_or_less_raise():
         ReportCallback(max_images=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metrics", [["insertion16", "deletion16"], ["pid1"], ["pid16@official", "pid16"]], ids=str)
 def test_the_player_uses_any_available_insertion_deletion_metric(tmp_path, metrics):
     """Curves are kept under the name that was asked for, which need not be that of the difference."""

@@ -53,6 +53,7 @@ def trained(tmp_path, monkeypatch, request):
     return words
 
 
+@pytest.mark.slow
 def test_defaults_and_linked_values_are_not_reported_as_replaced(trained, tmp_path, caplog):
     path = tmp_path / "checkpoints" / "best.ckpt"
     content = torch.load(path, weights_only=False)
@@ -63,6 +64,7 @@ def test_defaults_and_linked_values_are_not_reported_as_replaced(trained, tmp_pa
     assert "was trained with: lr 0.5 (not 0.001)." in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("named", ["best", "last", "{}/checkpoints/best.ckpt"])
 def test_a_named_checkpoint_is_the_network_of_its_file(named, trained, tmp_path, caplog):
     command = ["test", *trained, f"--ckpt_path={named.format(tmp_path)}"]
@@ -75,6 +77,7 @@ def test_a_named_checkpoint_is_the_network_of_its_file(named, trained, tmp_path,
     assert yaml.safe_load((tmp_path / "test.yaml").read_text())["model"]["init_args"]["theta"] == 0.5
 
 
+@pytest.mark.slow
 def test_the_weights_that_training_began_with_may_be_gone(tmp_path, monkeypatch, request):
     monkeypatch.chdir(request.config.rootpath)
     start, words = tmp_path / "start.pt", ["--config", "configs/quickstart.yaml", *TINY, f"--run_dir={tmp_path}"]
@@ -88,6 +91,7 @@ def test_the_weights_that_training_began_with_may_be_gone(tmp_path, monkeypatch,
     assert yaml.safe_load((tmp_path / "test.yaml").read_text())["model"]["init_args"]["backbone_ckpt"] is None
 
 
+@pytest.mark.slow
 def test_a_fit_goes_on_with_the_settings_that_it_began_with(trained, tmp_path, caplog):
     with caplog.at_level("INFO"):
         call_main(["fit", *trained, "--ckpt_path=last", "--trainer.max_epochs=2"])
@@ -98,6 +102,7 @@ def test_a_fit_goes_on_with_the_settings_that_it_began_with(trained, tmp_path, c
     assert (resolved["model"]["init_args"]["theta"], resolved["ckpt_path"]) == (0.5, None)
 
 
+@pytest.mark.slow
 def test_the_command_line_prints_replaced_settings(tmp_path, monkeypatch, request, caplog):
     monkeypatch.chdir(request.config.rootpath)
     run = ["--config", "configs/quickstart.yaml", *TINY, "--trainer.max_epochs=1", "--trainer.callbacks=[]"]

@@ -45,6 +45,7 @@ def printed(path, monkeypatch, capsys, *arguments):
     return yaml.safe_load(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
 def test_every_experiment_parses_and_prints_itself(path, tmp_path, monkeypatch, capsys):
     config = resolved(path, monkeypatch, capsys)

@@ -70,6 +70,7 @@ def test_a_missing_configuration_is_named():
         call_main(["fit", "--config", "nowhere.yaml"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("root")
 def test_a_checkpoint_of_another_architecture_is_refused(tmp_path):
     run = [*QUICKSTART, f"--run_dir={tmp_path}", "--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]

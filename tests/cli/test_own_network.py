@@ -72,6 +72,7 @@ def test_a_path_that_leads_to_no_network_is_refused(name, options, said):
         build_network(name, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("module")
 def test_a_network_is_trained_tested_and_explained_by_its_path(tmp_path, monkeypatch, request, capsys):
     monkeypatch.chdir(request.config.rootpath)

@@ -28,6 +28,7 @@ def epoch(path):
     return torch.load(path, weights_only=False)["epoch"]
 
 
+@pytest.mark.slow
 def test_a_fresh_fit_keeps_the_earlier_one_apart_and_a_resumed_one_goes_on(tmp_path, monkeypatch, request, caplog):
     monkeypatch.chdir(request.config.rootpath)
     old, saved = tmp_path / "fit.old-1", tmp_path / "checkpoints"

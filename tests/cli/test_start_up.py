@@ -22,6 +22,7 @@ def test_help_needs_no_torch():
     assert not imported(code) & {*SLOW, "torch", "numpy"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["gradcam", "lrp", "rise"])
 def test_a_picture_is_explained_without_the_packages_of_training_and_scoring(method):
     arguments = ", n_masks=4" if method == "rise" else ""
@@ -30,6 +31,7 @@ def test_a_picture_is_explained_without_the_packages_of_training_and_scoring(met
     assert not imported(code) & (SLOW - {"triton"})
 
 
+@pytest.mark.slow
 def test_a_network_with_given_weights_is_explained_without_lightning():
     assert not imported("import labn.commands.explain") & (SLOW - {"triton", "matplotlib"})
 

@@ -13,6 +13,7 @@ def root(monkeypatch, request):
     monkeypatch.chdir(request.config.rootpath)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("root")
 @pytest.mark.parametrize(("precision", "epochs"), [("bf16-true", 1), ("16-true", 0), ("64-true", 1)])
 def test_a_network_of_another_type_is_profiled_and_trained(tmp_path, caplog, precision, epochs):
@@ -24,6 +25,7 @@ def test_a_network_of_another_type_is_profiled_and_trained(tmp_path, caplog, pre
     assert (tmp_path / "checkpoints" / "last.ckpt").is_file() == (epochs == 1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("root")
 def test_overfitting_a_batch_works(tmp_path):
     call_main([*FIT, f"--run_dir={tmp_path / 'a'}", "--trainer.overfit_batches=1"])

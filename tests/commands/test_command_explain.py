@@ -138,6 +138,7 @@ def test_no_picture_is_replaced_by_its_overlay(checkpoint, tmp_path, capsys):
     assert picture.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_folder_with_a_timm_model_and_its_weights(pictures, tmp_path, capsys):
     torch.manual_seed(0)
     save_file(timm.create_model("resnet18", num_classes=5).state_dict(), tmp_path / "w.safetensors")

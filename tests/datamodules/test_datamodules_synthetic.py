@@ -84,6 +84,7 @@ def histograms(images: np.ndarray, bins: int = 8) -> np.ndarray:
     return np.stack([np.bincount(c.ravel(), minlength=bins**3) for c in code])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", [1e-3, 1e-1])
 def test_colour_statistics_do_not_separate_the_classes(painted: ArraySource, strength: float) -> None:
     test = ArraySource.preloaded(PaintedSource(FundusPainter(64), 0, "test", 400))

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import lightning.pytorch as pl, torch
 from torch.utils.data import DataLoader
@@ -29,6 +31,7 @@ print(max(((plain[name] - distributed[name]).norm() / (plain[name].norm() + 1e-3
 """
 
 
+@pytest.mark.slow
 def test_the_first_gradients_are_those_without_ddp():
     run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

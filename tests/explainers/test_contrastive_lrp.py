@@ -86,6 +86,7 @@ def test_bad_others_are_refused(others):
         ContrastiveLRP(others=others)
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_maps_of_two_classes_differ_on_a_trained_network(data_root):
     model = torchvision.models.resnet50()

@@ -50,6 +50,7 @@ def test_class_and_coordinate_heads_may_have_different_kernels(classify, locate)
     torch.testing.assert_close(crp.ask(trace, QUESTIONS[::-1]).maps, singles.flip(0), rtol=1e-7, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_maps_with_batchnorm_equal_maps_of_the_folded_network():
     """A network with BatchNorm gets the maps of the same network with BatchNorm folded into its convolutions."""
     normed, plain = slim(batchnorm=True), slim()
@@ -215,6 +216,7 @@ def test_heads_that_do_not_fit_the_predictions_are_refused():
         CRP().trace(detector, image)
 
 
+@pytest.mark.slow
 def test_the_account_of_ssdlite_closes():
     torch.manual_seed(0)
     model = ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=3).eval()

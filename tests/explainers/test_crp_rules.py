@@ -111,6 +111,7 @@ def scene(request):
     return crp, crp.trace(detector, picture(detector)), PRIORS[request.param]
 
 
+@pytest.mark.slow
 def test_relevance_sums_to_zero_at_the_head_and_at_the_pixels(scene):
     crp, trace, priors = scene
     answers = crp.ask(trace, [Question(p, task, 1) for p in priors for task in ("class", *COORDINATES)])
@@ -236,6 +237,7 @@ def test_the_score_scales_the_map():
     torch.testing.assert_close(class_map(detector, initial="score"), p * class_map(detector))
 
 
+@pytest.mark.slow
 def test_contrast_distinguishes_classes_that_plain_propagation_does_not():
     detector = slim()
     priors = PRIORS["slim"]

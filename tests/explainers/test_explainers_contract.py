@@ -173,6 +173,7 @@ def test_maps_do_not_depend_on_the_callers_gradient_mode(name: str, mode: Callab
     assert close(maps, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_a_compiled_model_runs_with_its_hooks(name: str) -> None:
     """Hooks added after the first compiled call do not fire in compiled code, so explanations must run eagerly."""

@@ -42,6 +42,7 @@ TIMM = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "layer"), TORCHVISION.items())
 def test_the_last_feature_layer_of_torchvision_models(name: str, layer: str) -> None:
     options = {"init_weights": False} if name == "googlenet" else {}
@@ -49,6 +50,7 @@ def test_the_last_feature_layer_of_torchvision_models(name: str, layer: str) -> 
     assert search_target_layer(model, torch.zeros(1, 3, 96, 96)) == layer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "layer"), TIMM.items())
 def test_the_last_feature_layer_of_timm_models(name: str, layer: str) -> None:
     assert search_target_layer(timm.create_model(name, pretrained=False), torch.zeros(1, 3, 96, 96)) == layer

@@ -66,6 +66,7 @@ def test_functions_of_this_package_are_not_called_by_a_pickle(tmp_path, monkeypa
     assert called == [("harm",)], "the payload is none"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "fit last"])
 def test_no_command_runs_code_of_a_checkpoint(tmp_path, monkeypatch, request, command):
     monkeypatch.chdir(request.config.rootpath)
@@ -90,6 +91,7 @@ def test_hyper_parameters_cannot_instantiate_a_foreign_class(tmp_path, monkeypat
     assert not (tmp_path / "marker").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [

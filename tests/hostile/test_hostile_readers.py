@@ -43,6 +43,7 @@ def opened():
     return Opened()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(TARGETS))
 def test_damaged_files_raise_a_documented_error(tmp_path, opened, name):
     outcomes = Fuzzer(name, tmp_path, opened).run(f"short.{n}" for n in range(ROUNDS))

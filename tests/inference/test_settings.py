@@ -55,6 +55,7 @@ def test_results_of_a_forward_are_no_settings_and_defaults_that_it_fills_in_are(
     assert len({before, changed, settings_digest(model)}) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["lambda", "hook", "default"])
 def test_a_model_that_a_function_of_its_own_holds_is_not_kept_alive(way):
     class Held(nn.Module):

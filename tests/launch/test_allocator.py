@@ -20,6 +20,7 @@ print(min(touch() for _ in range(5)))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has these settings")
 def test_pages_of_freed_tensors_are_reused():
     runs = {

@@ -44,6 +44,7 @@ def test_a_rank_whose_launcher_dies_while_it_imports_ends(tmp_path, options):
     assert "rank 1 ends, because the process that started it has ended" in launcher.stderr.read()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "own"), [(["nohup"], RANK), ([], {})])
 def test_a_rank_under_nohup_and_a_single_process_outlive_their_shell(tmp_path, options, own):
     rank, _ = launch_and_kill(tmp_path, *options, **own)

@@ -40,6 +40,7 @@ def test_gate_counts_as_a_constant_with_its_value_on_the_image(residual):
     assert torch.allclose(got, expected, rtol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", ["mul", "residual"])
 @pytest.mark.parametrize("config", [Config(), Config(residual="block")])
 def test_attention_branch_network_sends_no_relevance_to_the_branch(gate, config):

@@ -198,6 +198,7 @@ def test_conservation_report_of_a_lambda_network_adds_up(rule, residual, batchno
     assert any("LambdaLayer, weighted" in entry.name for entry in result.entries) or residual == "block"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [lambda_resnet26, lambda_resnet50])
 @pytest.mark.parametrize("config", [Config(), Config(residual="block", block_weights="zplus")])
 def test_lambda_resnets_conserve_relevance(make, config):

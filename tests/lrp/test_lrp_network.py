@@ -40,6 +40,7 @@ def test_conservation_report_adds_up_for_every_first_layer_rule(first):
         assert torch.allclose(result.relevance.sum((1, 2, 3)), result.relevance.abs().sum((1, 2, 3)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", [65, 97, 129])
 @pytest.mark.parametrize("residual", ["ratio", "block"])
 def test_resnet18_conserves_at_odd_sizes(side, residual):
@@ -52,6 +53,7 @@ def test_resnet18_conserves_at_odd_sizes(side, residual):
         assert float(result.arrived / result.initial) > 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "wide_resnet50_2", "resnext50_32x4d"])
 @pytest.mark.parametrize("config", [Config(), Config(residual="block", block_weights="zplus")])
 def test_torchvision_resnets_conserve(name, config):
@@ -87,6 +89,7 @@ def timm_network(name):
     return VGG(cfg=[8, "M", 8, "M"], num_classes=5, norm_layer=nn.BatchNorm2d)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("residual", ["ratio", "block"])
 def test_timm_networks_conserve(name, residual):

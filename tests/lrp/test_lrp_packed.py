@@ -63,6 +63,7 @@ def test_packed_convolution_and_its_transpose_equal_the_plain_ones(geometry, tra
         assert torch.allclose(got.double(), wanted, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [{}, {"residual": "block"}, {"rule": "epsilon", "batchnorm": "fold"}], ids=str)
 @pytest.mark.parametrize("network", ["resnet18", "resnext50_32x4d"])
 def test_maps_with_packed_convolutions_are_close_to_float64(network, config):

@@ -34,6 +34,7 @@ def photographs(data_root):
     return torch.stack([TRANSFORM(Image.open(file).convert("RGB")) for file in files])
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_defaults_deliver_nearly_all_relevance_to_the_pixels(trained, photographs):
     targets = trained(photographs).argmax(1)
@@ -48,6 +49,7 @@ def test_defaults_deliver_nearly_all_relevance_to_the_pixels(trained, photograph
     assert (result.relevance >= 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_block_rule_does_not_conserve_but_its_report_adds_up(trained, photographs):
     x = photographs[:1].double()

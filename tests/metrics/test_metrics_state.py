@@ -81,6 +81,7 @@ def _rank(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_of_which_one_has_no_sample_agree(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]))
     mp.spawn(_rank, (str(tmp_path),), nprocs=2)

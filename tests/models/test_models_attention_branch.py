@@ -166,6 +166,7 @@ def test_output_is_frozen_and_survives_pickling():
     assert torch.equal(copy.attention, output.attention)
 
 
+@pytest.mark.slow
 def test_output_passes_through_torch_compile():
     network = tiny(split=1, backbone_options={**TINY, "layers": (1,)}).eval()
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True)

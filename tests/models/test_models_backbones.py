@@ -57,6 +57,7 @@ def test_bottlenecks_have_the_expected_shapes(stride, size):
     assert block(torch.randn(2, 6, 5, 8)).shape == (2, 16, *size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["resnet18", "resnet50", "timm/resnet18", "timm/resnet26d", "timm/seresnet50", "lambda_resnet26"]
 )

@@ -209,6 +209,7 @@ def test_several_state_dicts_without_a_usual_key_are_named(tmp_path):
         read_tensors(tmp_path / "weights.pt")
 
 
+@pytest.mark.slow
 def test_another_architecture_raises_and_changes_no_weight(tmp_path):
     path = tmp_path / "resnet18.pt"
     torch.save(build_network("resnet18", 2).state_dict(), path)

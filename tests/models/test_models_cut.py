@@ -58,6 +58,7 @@ def test_nothing_of_the_image_passes_a_closed_gate(name):
     assert not torch.allclose(*labn(name, theta=0.0)(images()).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_every_half_and_the_branch_learn(name):
     network = labn(name, theta=0.0)
@@ -168,6 +169,7 @@ def test_blocks_are_counted_in_the_order_in_which_they_run():
     assert order == names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
@@ -191,6 +193,7 @@ def test_a_branch_can_have_blocks_of_the_backbones_kind(name, branch):
     assert network(images()).attention.shape[0] == 2
 
 
+@pytest.mark.slow
 def test_own_blocks_behind_a_change_of_channels_are_those_of_the_next_block():
     network = build_network("timm/lambda_resnet26t")
     (block,) = own_blocks(network, find_cut(network, "stages.2.0"), 1)

@@ -112,6 +112,7 @@ def test_positive_offsets_move_right_down_and_make_wider_taller():
     torch.testing.assert_close(decoded, expected)
 
 
+@pytest.mark.slow
 def test_width_one_is_the_network_of_torchvision():
     torch.manual_seed(0)
     theirs = ssd300_vgg16(weights=None, weights_backbone=None, num_classes=4).eval()

@@ -77,6 +77,7 @@ WRONG = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("place", "values", "message"), WRONG)
 def test_a_state_of_another_form_is_named(run, tmp_path, place, values, message):
     def change(content):

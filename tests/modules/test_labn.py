@@ -177,6 +177,7 @@ def fit(folder, epochs, ckpt=None, **options):
     return built, runner
 
 
+@pytest.mark.slow
 def test_a_resumed_schedule_goes_on_and_the_checkpoint_carries_its_share(tmp_path):
     first, _ = fit(tmp_path, 2, bn_epochs=1)
     assert float(first.network.open_share) == pytest.approx(0.75)

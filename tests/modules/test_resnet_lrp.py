@@ -61,6 +61,7 @@ def test_weights_of_another_depth_raise(weights, backbone, message):
         ResNetLRP(backbone, backbone_ckpt=str(weights[0]))
 
 
+@pytest.mark.slow
 def test_weights_of_another_width_raise_an_error_with_both_shapes(tmp_path):
     path = tmp_path / "wide.pt"
     torch.save(torchvision.models.wide_resnet50_2(num_classes=2).state_dict(), path)

@@ -51,6 +51,7 @@ def shown(page):
     return page.eval_on_selector_all("#cards .card", "cards => cards.map(card => Number(card.dataset.index))")
 
 
+@pytest.mark.slow
 def test_filter_by_class_prediction_and_name(page):
     assert shown(page) == list(range(20))
     page.click("#more")
@@ -147,6 +148,7 @@ def test_shown_numbers_are_those_of_the_tables(page, folder):
     assert page.locator("#cards h3").nth(2).inner_text() == sample_name(2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("low", "high", "texts"),
     [

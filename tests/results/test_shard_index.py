@@ -161,6 +161,7 @@ def test_score_shards_with_inconsistent_columns_are_computed_again(tmp_path, fie
         assert ResultStore(tmp_path).scored("a", "k", {"m": "d"}, [0, 1]) == {"m": set()}
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     name=st.text(max_size=80) | st.text("眼底写真/", min_size=60, max_size=90) | st.binary(max_size=9).map(os.fsdecode)
