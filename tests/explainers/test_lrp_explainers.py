@@ -2,11 +2,13 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
 from torch import nn
 
+from labn.explainers.relevance.losses import has_grown
 from labn.explainers.relevance.lrp import C3LRP, LRP, ContrastiveLRP
 from labn.lrp import Config, forward, relevance
 from labn.postprocess import apply, c3, quantise
@@ -120,3 +122,23 @@ def test_an_absolute_stabiliser_of_zero_is_refused():
     with pytest.raises(ValueError, match="eps must be above 0 with eps_mode='absolute'"):
         LRP(eps=0.0, eps_mode="absolute")
     LRP(eps=0.0)
+
+
+def test_relevance_that_grows_without_bound_is_called_so():
+    """Every layer gives (1, 1) from (1, 1) as a difference of two millions, so that relevance grows as fast."""
+    size = 2.0**20
+    layers = [nn.Conv2d(2, 2, 1, bias=False) for _ in range(8)]
+    for layer in layers:
+        layer.weight.data = torch.tensor([[size, 1 - size], [1 - size, size]])[:, :, None, None]
+    model, images = nn.Sequential(*layers, nn.Flatten(), nn.Linear(2, 2, bias=False)).eval(), torch.ones(1, 2, 1, 1)
+    model[-1].weight.data = torch.tensor([[1.0, 0.0], [1.0, 0.0]])  # equal relevance of both channels would cancel
+    with pytest.warns(
+        UserWarning, match="is not finite arrives at the pixels of Sequential.*rule='epsilon' divides by"
+    ):
+        LRP(rule="epsilon", eps=1e-12)(model, images, torch.tensor([0]))
+    assert has_grown(1001.0)
+    assert has_grown(-1001.0)
+    assert not has_grown(15.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        LRP(rule="zplus")(model[-2:], torch.ones(1, 2, 1, 1), torch.tensor([0]))

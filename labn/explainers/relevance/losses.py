@@ -13,9 +13,34 @@ LEAST, MOST = 0.95, 1.05
 """Arrived shares of the initial relevance between which there is no warning."""
 
 
+GROWN = 1000.0
+"""Absolute share of the initial relevance from which it has not been lost but has grown."""
+
+
 def is_loss(share: float) -> bool:
     """Whether the share of the initial relevance that arrives at the pixels calls for a warning."""
     return math.isfinite(share) and not LEAST <= share <= MOST
+
+
+def has_grown(share: float) -> bool:
+    """Whether the relevance that arrives is many times the initial one, or not finite."""
+    return not abs(share) <= GROWN
+
+
+def growth_sentence(model: nn.Module, share: float, rule: str) -> str:
+    """The warning about relevance that has grown on its way.
+
+    Args:
+        model: the network.
+        share: the share of the initial relevance that arrives.
+        rule: what divided it, such as `rule='gamma'`.
+    """
+    amount = f"{share:.1e} times the initial relevance" if math.isfinite(share) else "Relevance that is not finite"
+    return (
+        f"{amount} arrives at the pixels of {type(model).__name__}, so that the map means nothing: {rule} divides by "
+        "sums in which contributions of both signs cancel. Take rule='zplus', whose shares are never negative, or a "
+        "larger eps."
+    )
 
 
 def loss_sentence(model: nn.Module, share: str, entries: Sequence[Entry], helps: str) -> str:

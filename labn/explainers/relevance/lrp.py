@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from labn.errors import InputError
 from labn.explainers.base import Explainer
-from labn.explainers.relevance.losses import is_loss, keeps_by, loss_sentence
+from labn.explainers.relevance.losses import growth_sentence, has_grown, is_loss, keeps_by, loss_sentence
 from labn.inference.chunk_size import check_chunk_size
 from labn.inference.fingerprint import ModelCache, structure_key
 from labn.inference.model_traits import probabilities_sentence
@@ -133,8 +133,14 @@ class LRP(Explainer):
         """Warn once per network and configuration where less than 95 % or more than 105 % of the relevance arrives."""
         initial, arrived = result.initial.abs().sum(), (result.arrived * result.initial.sign()).sum()
         share = float(arrived / initial) if float(initial) > 0 else 1.0
-        if is_loss(share):
+        if has_grown(share):
+            _told.get(model, self.config, lambda: self._tell_growth(model, share))
+        elif is_loss(share):
             _told.get(model, self.config, lambda: self._tell_loss(model, images, targets, share))
+
+    def _tell_growth(self, model: nn.Module, share: float) -> None:
+        rule = "the composite" if self.config.composite else f"rule={self.config.rule!r}"
+        warnings.warn(growth_sentence(model, share, rule), stacklevel=7)
 
     def _tell_loss(self, model: nn.Module, images: Tensor, targets: Tensor, share: float) -> None:
         """Warn with the layers that keep most relevance of the first image."""
