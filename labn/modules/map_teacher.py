@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,7 +53,6 @@ class MapTeacher:
     weight: float = 1.0
     contrast: float = 0.1
     absence_class: int | None = None
-    _method: Explainer = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 0 <= self.weight < math.inf:
@@ -62,9 +61,13 @@ class MapTeacher:
             raise InputError(f"map_teacher.contrast is {self.contrast}; it must be finite and above 0.")
         if self.absence_class is not None and self.absence_class < 0:
             raise InputError(f"map_teacher.absence_class is {self.absence_class}; it must be at least 0.")
+        self.method()
+
+    def method(self) -> Explainer:
+        """The explainer; it is no field, so that checkpoints hold settings and no objects."""
         build = EXPLAINERS.get(self.explainer)
         signed = {"relu": False} if build is not None and "relu" in inspect.signature(build).parameters else {}
-        self._method = explainer_by_name(self.explainer, **(signed if self.options is None else self.options))
+        return explainer_by_name(self.explainer, **(signed if self.options is None else self.options))
 
     def loss(self, network: nn.Module, attention: Tensor, images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
         """L_map of the images that teach, with the network as it is now, in eval mode; 0 where there is none.
@@ -81,7 +84,7 @@ class MapTeacher:
             chosen = chosen[labels != self.absence_class]
         if not len(chosen):
             return attention.sum() * 0
-        evidence = self._method(network, images[chosen], labels[chosen], indices[chosen.to(indices.device)])
+        evidence = self.method()(network, images[chosen], labels[chosen], indices[chosen.to(indices.device)])
         return map_distance(attention.squeeze(1)[chosen], evidence, self.contrast)
 
 

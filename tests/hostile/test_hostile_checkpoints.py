@@ -11,6 +11,7 @@ from command_line import TINY, call_main
 import labn.inference.fingerprint
 from labn.models.checkpoints import own_dataclasses, read_checkpoint
 from labn.modules.guidance import SaliencyGuidance
+from labn.modules.map_teacher import MapTeacher
 from labn.modules.plain_checkpoints import PlainCheckpointIO, check_own_classes
 from labn.modules.restore import restore
 
@@ -145,6 +146,7 @@ def test_names_of_networks_files_and_options_are_texts():
         "loss": "ce",
         "network_options": {"weights": __file__, "branch_options": {"mode": "a-b", "sizes": [1, "2x2"]}},
         "guidance": SaliencyGuidance(fill="black"),
+        "map_teacher": MapTeacher("gradcam", {"relu": False}),
     }
     check_own_classes("a.ckpt", {"hyper_parameters": arguments}, ())
 

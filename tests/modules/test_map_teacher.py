@@ -9,6 +9,7 @@ from labn.errors import UserError
 from labn.explainers import FinerCAM
 from labn.modules import MapTeacher
 from labn.modules.map_teacher import map_distance
+from labn.modules.restore import restore
 
 
 def drawn(seed, *shape):
@@ -101,6 +102,18 @@ def test_the_map_learns_what_its_teacher_shows():
         distances.append(terms["map_distance"].item())
     assert distances[0] == pytest.approx(1, abs=1e-5), "the map starts constant"
     assert distances[-1] < 0.6
+
+
+def test_a_checkpoint_holds_the_settings_and_is_restored(tmp_path):
+    built = module(map_teacher=MapTeacher("lrp", weight=2.0))
+    arguments = {**built.hparams, "_class_path": "labn.modules.LABN"}
+    torch.save({"state_dict": built.state_dict(), "hyper_parameters": arguments}, tmp_path / "a.ckpt")
+    network, _ = restore(tmp_path / "a.ckpt")
+    for name, parameter in built.network.named_parameters():
+        assert torch.equal(network.get_parameter(name), parameter)
+    with torch.serialization.safe_globals([MapTeacher]):
+        saved = torch.load(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"]["map_teacher"]
+    assert saved == MapTeacher("lrp", weight=2.0)
 
 
 def test_any_method_can_teach():
