@@ -1,12 +1,13 @@
 """Maps of networks trained on IDRiD: accuracy, PID, and agreement with the lesion masks, over seeds.
 
     python tests/benchmarks/fundus_maps.py runs/idrid_labn_quantile_gate/seed=* --out runs/fundus_maps [--images 32]
-        [--sizes 4 8 16] [--maps labn -labn gated gradcam random] [--checkpoint last]
+        [--sizes 4 8 16] [--maps labn -labn gated gradcam random] [--ties random] [--checkpoint last]
 
 Every run folder gives one file in `<out>`, which a second call does not make again. PID (10 steps, black fill, forwards
 of perturbed images in bfloat16) is of evenly spaced positive test images. The lesion figures are of the validation and
 test images with masks, which no training has seen. `gated` is LABN's map with what the gate stops set to 0. A method
-that the network does not suit is left out. `mass` is relative to that of a uniform map.
+that the network does not suit is left out. `mass` is relative to that of a uniform map. Another
+`--ties` needs another `--out`.
 
 The last table has differences of methods over all runs: the mean, and the 95 % interval over resampled runs and images,
 drawn independently of each other.
@@ -73,9 +74,10 @@ def pid(network: nn.Module, data: IDRiD, test: dict[str, Tensor], options: argpa
             except InputError:
                 continue
             for size in options.sizes:
-                metric = metric_by_name(f"pid{size}", mean=data.mean, std=data.std, bias=None, fill="black", n_steps=10)
+                value = f"pid{size}@{options.ties}" if options.ties else f"pid{size}"
+                metric = metric_by_name(value, mean=data.mean, std=data.std, bias=None, fill="black", n_steps=10)
                 scores = metric.score(network, images, maps, labels, indices, labels=labels, cache=engine)
-                found[name][f"pid{size}"] += scores[f"pid{size}"].tolist()
+                found[name][f"pid{size}"] += scores[value].tolist()
     return found
 
 
@@ -176,6 +178,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=32)
     parser.add_argument("--sizes", type=int, nargs="+", default=[4, 8, 16])
     parser.add_argument("--maps", nargs="+", default=["labn", "-labn", "gated", "gradcam", "random"])
+    parser.add_argument("--ties", help="stable, random or threshold; tied patches enter together by default")
     parser.add_argument("--checkpoint", default="last")
     options = parser.parse_args()
     torch.set_num_threads(1)
