@@ -19,7 +19,7 @@ from labn.inference.chunk_size import check_chunk_size
 from labn.inference.fingerprint import digest
 from labn.metrics.base import SampleMetric, ScoredBatch
 from labn.metrics.registry import check_settings, metric_by_name, values_named
-from labn.perturbation.engine import check_precision
+from labn.perturbation.engine import REDUCED_REVISION, check_precision
 from labn.results.fingerprints import describe, source_digest
 from labn.results.store import ScoreShard
 from labn.results.tables import BASELINES, Plan, reading, summary_table, write_results
@@ -126,6 +126,8 @@ class EvaluationCallback(ExplainingCallback):
         self._bias = describe(bias)
         # The chunk size changes the speed alone, so that scores of any chunk size are reused.
         common = {**shared, "bias": self._bias, **self.engine_options, "chunk_size": None}
+        if self.precision != "fp32":
+            common["revision"] = REDUCED_REVISION
         self._sources = {n: s for n, m in self.metrics.items() if (s := source_digest(type(m))) is not None}
         # A metric of this project is identified by name, settings and revision, so that its scores stay valid when
         # its source is edited without changing a number; a metric of the user also by a hash of its source.

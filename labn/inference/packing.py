@@ -84,14 +84,23 @@ def pack_convolutions(model: nn.Module, probe: Tensor, batch: int, dtype: torch.
         model: a copy that may be changed.
         probe: (1, C, H, W), run once to record the input size of every convolution.
         batch: batch size for which the layouts are chosen.
-        dtype: see `PackedConv2d`.
+        dtype: see `PackedConv2d`. A layer that the model runs outside of autocast, to keep its precision, is packed in
+            the dtype of its input.
     """
     sizes: dict[nn.Conv2d, tuple[int, ...]] = {}
+    exact: set[nn.Conv2d] = set()
+    device, reduced = probe.device.type, dtype != probe.dtype
 
-    def record_size(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def record(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(module, nn.Conv2d)
         sizes[module] = (batch, *inputs[0].shape[1:])
+        if reduced and not torch.is_autocast_enabled(device):
+            exact.add(module)
 
-    with temporary_hooks(before={m: record_size for m in list(model.modules()) if _is_packable(m)}):
+    packable = [module for module in model.modules() if _is_packable(module)]
+    with temporary_hooks(before=dict.fromkeys(packable, record)), torch.autocast(device, dtype, enabled=reduced):
         model(probe)
-    replace_modules(model, {conv: PackedConv2d(conv, size, dtype) for conv, size in sizes.items()})
+    replace_modules(
+        model,
+        {conv: PackedConv2d(conv, size, probe.dtype if conv in exact else dtype) for conv, size in sizes.items()},
+    )

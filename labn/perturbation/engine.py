@@ -23,6 +23,9 @@ GPU_CHUNKS = (32, 256)  # inputs per forward: the first size and the one up to w
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
 
+REDUCED_REVISION = 1
+"""Version of the logits in reduced precision; version 0 also reduced layers that a model keeps outside of autocast."""
+
 KEEP = {"first": torch.lt, "rest": torch.ge}  # comparison of a pixel's rank with the count
 
 

@@ -12,7 +12,7 @@ from labn.errors import InputError
 from labn.explainers.base import check_targets
 from labn.explainers.cam.features import layer_features, wide
 from labn.explainers.cam.gradcam import ActivationMap
-from labn.perturbation.engine import PerturbationEngine, check_precision
+from labn.perturbation.engine import REDUCED_REVISION, PerturbationEngine, check_precision
 from labn.postprocess import unit_range
 
 
@@ -88,6 +88,11 @@ class ScoreCAM(ActivationMap):
         check_precision(precision)
         self.score, self.weighting, self.channels = score, weighting, channels
         self.chunk_size, self.fold, self.precision = chunk_size, fold, precision
+
+    @property
+    def revision(self) -> int:
+        """Earlier versions also reduced layers that a model keeps outside of autocast."""
+        return super().revision + (REDUCED_REVISION if self.precision != "fp32" else 0)
 
     def weights(self, activations: Tensor, gradients: Tensor) -> Tensor:
         """w (B, K, 1, 1) from A and the scores (B, K + 1), passed as `gradients`; the last column is the baseline's."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from labn.errors import InputError
 from labn.explainers.base import Explainer, check_targets
-from labn.perturbation.engine import PerturbationEngine
+from labn.perturbation.engine import REDUCED_REVISION, PerturbationEngine
 
 GROUP = 128  # masks that are drawn, and run, together
 
@@ -240,6 +240,11 @@ class RISE(Explainer):
         self.n_masks, self.grid, self.p, self.seed = n_masks, grid, p, seed
         self.chunk_size, self.sampler, self.fold, self.precision = chunk_size, sampler, fold, precision
         self.control = control
+
+    @property
+    def revision(self) -> int:
+        """Earlier versions also reduced layers that a model keeps outside of autocast."""
+        return super().revision + (REDUCED_REVISION if self.precision != "fp32" else 0)
 
     def attribute(self, model: nn.Module, images: Tensor, targets: Tensor, indices: Tensor | None) -> Tensor:
         """Maps (B, H, W)."""
