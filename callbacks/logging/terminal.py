@@ -85,16 +85,21 @@ def say_figures(trainer: pl.Trainer, stage: str) -> None:
     if not trainer.is_global_zero:
         return
     print(f"\n{stage}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-    data = getattr(trainer, "datamodule", None)
-    if "accuracy" in figures and data is not None and hasattr(data, "labels"):
-        caveat = chance_caveat(figures["accuracy"], data.labels(stage).tolist())
-        if caveat:
-            print(caveat)
+    say_chance(trainer, stage, figures.get("accuracy"))
     writers = [c for c in callbacks_of(trainer) if isinstance(c, (ExplainingCallback, DetectionCallback))]
     say_trackers(trainer)
     for folder in dict.fromkeys(callback.folder for callback in writers):
         if folder is not None and (folder / "report.html").is_file():
             print(printable(f"Report: {folder / 'report.html'}"))
+
+
+def say_chance(trainer: pl.Trainer, stage: str, accuracy: float | None) -> None:
+    """Print that the stage's accuracy is not clearly above the share of the most frequent class, if so."""
+    data = getattr(trainer, "datamodule", None)
+    if accuracy is not None and data is not None and hasattr(data, "labels"):
+        caveat = chance_caveat(accuracy, data.labels(stage).tolist())
+        if caveat:
+            print(caveat)
 
 
 def say_taken_over(path: str, asked: Mapping[str, Any], built: Mapping[str, Any]) -> None:
@@ -143,12 +148,15 @@ def say_fitted(trainer: pl.Trainer, words: Sequence[str]) -> None:
     saved = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.best_model_path]
     # Without a monitor, Lightning calls the last checkpoint the best one.
     best = next((c for c in saved if c.monitor is not None), None)
+    # Before the check of the rank: reading callback_metrics may synchronise the ranks.
+    accuracy = trainer.callback_metrics.get("val/accuracy")
     if not trainer.is_global_zero or best is None:
         return
     score = "" if best.best_model_score is None else f" ({best.monitor} {float(best.best_model_score):.4g})"
     print()
     path, here = Path(best.best_model_path), Path.cwd()
     print(printable(f"Best checkpoint: {path.relative_to(here) if path.is_relative_to(here) else path}{score}"))
+    say_chance(trainer, "val", None if accuracy is None else float(accuracy))
     say_trackers(trainer)
     print(printable(f"Next: python cli.py {shlex.join(tested(words))}"))
 

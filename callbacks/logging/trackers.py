@@ -73,7 +73,7 @@ class WandbTracker(Tracker[WandbLogger]):
         if getattr(self.logger, "lost", False) or not self.logger._offline:
             return ""
         folder = getattr(getattr(self.logger.experiment, "settings", None), "sync_dir", None)
-        return "offline run" + ("" if folder is None else f", uploaded by wandb sync {folder}")
+        return "offline run" + ("" if folder is None else f"; to upload it: wandb sync {folder}")
 
 
 class TensorBoardTracker(Tracker[TensorBoardLogger]):

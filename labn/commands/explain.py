@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
+import math
 import textwrap
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
+import yaml
 from torch import Tensor, nn
 
 from labn.api import explain
@@ -45,6 +49,7 @@ examples:
   python cli.py explain --image a.jpg --ckpt runs/quickstart/checkpoints/best.ckpt --method labn gradcam
   python cli.py explain --image my/pictures --model resnet50d --weights resnet50d.safetensors --method lrp c3lrp
   python cli.py explain --image my/pictures --ckpt best.ckpt --method gradcam --metric pid16 average_drop
+  python cli.py explain --image my/pictures --ckpt best.ckpt --method rise --option rise.n_masks=1000
 """
 OVERLAYS = "overlays"
 PREDICTIONS = ("file", "class", "class_name", "confidence", "explained")
@@ -66,6 +71,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME",
         help="metrics that need no masks, such as pid16, which score the maps beside `random` and `constant`",
+    )
+    parser.add_argument(
+        "--option",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="METHOD.NAME=VALUE",
+        help="arguments of the methods, such as rise.n_masks=500 or lrp.dead=uniform",
     )
     parser.add_argument("--target", help="name or number of the class to explain (default: the predicted one)")
     parser.add_argument("--out", type=Path, default=Path("explained"), help="folder to write to (default: explained)")
@@ -106,8 +119,9 @@ def run(options: argparse.Namespace) -> None:
         InputError: a method, class, model or device is unknown, no picture is readable, or an output would replace a
             picture of `--image`.
     """
+    arguments = method_arguments(options.option, options.method)
     for method in options.method:
-        explainer_by_name(method)
+        explainer_by_name(method, **arguments.get(method, {}))
         if method.lstrip("-") not in METHODS:
             raise InputError(f"{method} explains detectors; use `cli.py test` with callbacks.DetectionCallback.")
     scores = None
@@ -124,12 +138,15 @@ def run(options: argparse.Namespace) -> None:
     target = None if options.target is None else class_number(options.target, preprocessing)
     rows = []
     failed: dict[str, str] = {}
+    taken: dict[str, float] = {}
     for number, (path, name, image) in enumerate(_readable(files, preprocessing)):
         row, maps, chosen = _explain(
-            network, image.to(options.device), preprocessing, options, target, number, name, failed
+            network, image.to(options.device), preprocessing, options, target, number, name, failed, taken
         )
         explained = f", explained {row[3]}" if row[3] != row[1] else ""
-        print(printable(f"{path}: {row[1]} ({row[2]:.3f}){explained}"))
+        print(printable(f"{path}: {row[1]} ({row[2]:.3f}){explained}"), flush=True)
+        if number == 0:
+            say_time(taken, len(files) - 1)
         rows.append((str(path), *row))
         if scores is not None:
             index, shown = torch.tensor([number]), (str(path), row[3])
@@ -144,6 +161,51 @@ def run(options: argparse.Namespace) -> None:
     if failed:
         reasons = "; ".join(f"{method}: {reason}" for method, reason in failed.items())
         raise FailedMethodsError(f"{len(failed)} of {len(options.method)} methods gave no map. {reasons}")
+
+
+def method_arguments(words: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Arguments by method, from words METHOD.NAME=VALUE whose values are read as YAML.
+
+    Raises:
+        InputError: a word has another form, or names no method of `--method`.
+
+    Example:
+        >>> method_arguments(["rise.n_masks=500", "lrp.dead=uniform"], ["lrp", "rise"])
+        {'rise': {'n_masks': 500}, 'lrp': {'dead': 'uniform'}}
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        method, _, name = key.rpartition(".")
+        if not equals or method not in methods or not name.isidentifier():
+            raise InputError(
+                f"--option is {word[:100]!r}; it must be METHOD.NAME=VALUE with a method of --method "
+                f"({', '.join(methods)}), such as {methods[0]}.NAME=VALUE."
+            )
+        try:
+            found.setdefault(method, {})[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise InputError(f"--option {word[:100]!r}: the value cannot be read as YAML; quote it.") from error
+    return found
+
+
+def say_time(taken: dict[str, float], left: int) -> None:
+    """Print how long the pictures that are left take, unless that is less than a minute.
+
+    Args:
+        taken: seconds of the first picture by method.
+        left: number of pictures after it.
+    """
+    rest = sum(taken.values()) * left
+    if rest < 60:
+        return
+    slowest = max(taken, key=taken.__getitem__)
+    share = taken[slowest] / sum(taken.values())
+    print(
+        f"{left} pictures are left, about {math.ceil(rest / 60)} minutes, of which {slowest} takes {share:.0%}; "
+        f"--option {slowest}.NAME=VALUE sets its arguments.",
+        flush=True,
+    )
 
 
 def check_device(name: str) -> None:
@@ -239,8 +301,11 @@ def _explain(
     number: int,
     name: str,
     failed: dict[str, str],
+    taken: dict[str, float],
 ) -> tuple[tuple[int, str, float, str], dict[str, Tensor], int]:
-    """Write overlay and maps of one picture (C, H, W); methods that do not suit the network go to `failed`.
+    """Write overlay and maps of one picture (C, H, W).
+
+    Methods that do not suit the network go to `failed`, and seconds by method to `taken`.
 
     Returns:
         Predicted class, its name, its probability, and the name of the explained class; the maps, (H, W) by method;
@@ -261,15 +326,19 @@ def _explain(
     # The position of the picture seeds random methods such as RISE.
     index = torch.tensor([number])
     maps = {}
+    arguments = method_arguments(options.option, options.method)
     for method in options.method:
+        start = time.perf_counter()
         try:
-            explainer = explainer_by_name(method).for_normalised(preprocessing.mean, preprocessing.std)
+            explainer = explainer_by_name(method, **arguments.get(method, {}))
+            explainer = explainer.for_normalised(preprocessing.mean, preprocessing.std)
             maps[method] = explain(network, image[None], explainer, chosen, indices=index).maps[0].cpu()
         except UserError as error:
             failed[method] = str(error)
         # Any error: a method may not suit a network in many ways, and must not take the others' maps with it.
         except Exception as error:
             failed[method] = f"{type(error).__name__}: {error}"
+        taken[method] = time.perf_counter() - start
     if not maps and number == 0:
         # Without any map of the first picture the first reason is the answer.
         raise InputError(next(iter(failed.values())))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +36,15 @@ def load_pretrained(name: str, weights: str | Path) -> tuple[nn.Module, Preproce
     classes = _classes(network, tensors_for(network, weights))
     if classes != 1000:
         network = build_network(full_name, num_classes=classes)
-    fresh = [n for n in load_backbone(network, weights).fresh if not n.endswith("num_batches_tracked")]
+    report = load_backbone(network, weights)
+    fresh = [n for n in report.fresh if not n.endswith("num_batches_tracked")]
+    if report.renamed and not fresh:
+        warnings.warn(
+            f"The {len(report.taken)} tensors of {weights} have other names than those of {name} and were read in "
+            "order, because all shapes agree. They also fit any twin of the same shapes, such as timm's tf_ variants: "
+            "if the probabilities look low, check the name of the model.",
+            stacklevel=2,
+        )
     if fresh:
         raise InputError(
             f"{weights} does not fill {name}: {len(fresh)} of its tensors are missing (first: {fresh[0]}); "

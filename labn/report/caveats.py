@@ -10,10 +10,8 @@ from typing import Any
 from labn.io.digits import decimals
 from labn.report.curves import PROBABILITY
 from labn.results.reader import StageResults
-from labn.results.tables import INSERTION_DELETION, NEGLIGIBLE
+from labn.results.tables import FEW, INSERTION_DELETION, NEGLIGIBLE
 
-FEW = 9
-"""Number of samples, or groups, below which intervals are noticeably too narrow (`tests/benchmarks/intervals.py`)."""
 LISTED = 10
 """Maximum number of classes that a sentence lists by name."""
 SCORED = {"label": "the true class", "target": "the same class", "predicted": "the predicted class"}

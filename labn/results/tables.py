@@ -34,6 +34,8 @@ from labn.results.store import MANIFEST, ResultStore, ScoreShard
 
 BASELINES = ("random", "constant")
 """Methods that do not look at the image, in every table for comparison."""
+FEW = 9
+"""Number of samples, or groups, below which intervals are noticeably too narrow (`tests/benchmarks/intervals.py`)."""
 NEGLIGIBLE = 0.01
 """PID, or a difference of PID, in probabilities, below which a ranking of methods means next to nothing."""
 INSERTION_DELETION = re.compile(r"(id|pid\d+)(@(?:official|stable|random|threshold))?")
@@ -425,6 +427,9 @@ def _verdict(best: str, mean: float, difference: Interval | None) -> str:
     if difference is None or math.isnan(difference.low):
         return f"{best} is best with {decimals(mean)}; too few samples say whether it beats random."
     by = f"{decimals(difference.mean)}{difference.bracketed}"
+    if difference.low > 0 and difference.n < FEW:
+        few = f"{difference.n} samples are too few to be sure."
+        return f"{best} is best with {decimals(mean)}, ahead of random by {by}; {few}"
     if difference.low > 0:
         return f"{best} is best with {decimals(mean)} and beats random by {by}."
     return f"no method beats random: {best}, the best, differs from it by {by}."

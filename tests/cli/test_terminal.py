@@ -152,7 +152,10 @@ def test_fit_ends_with_the_best_checkpoint_and_the_command_that_tests_it(tmp_pat
     best.best_model_path, best.best_model_score = str(tmp_path / "best.ckpt"), torch.tensor(0.25)
     last = LastCheckpoint()
     last.best_model_path = str(tmp_path / "last.ckpt")  # Lightning's name for the last one
-    trainer = SimpleNamespace(checkpoint_callbacks=[last, best], is_global_zero=True, loggers=[])
+    metrics = {"val/accuracy": torch.tensor(0.5)}
+    trainer = SimpleNamespace(
+        checkpoint_callbacks=[last, best], is_global_zero=True, loggers=[], callback_metrics=metrics
+    )
     say_fitted(trainer, ["fit", "--config", "a b.yaml", "--ckpt_path", "last", "--run_dir", "fit"])
     said = capsys.readouterr().out.splitlines()
     assert said == [
@@ -160,6 +163,9 @@ def test_fit_ends_with_the_best_checkpoint_and_the_command_that_tests_it(tmp_pat
         f"Best checkpoint: {tmp_path / 'best.ckpt'} ({best.monitor} 0.25)",
         "Next: python cli.py test --config 'a b.yaml' --run_dir fit --ckpt_path best",
     ]
+    trainer.datamodule = SimpleNamespace(labels=lambda split: {"val": torch.tensor([0, 1, 1])}[split])
+    say_fitted(trainer, ["fit"])
+    assert "The accuracy of 0.500 is not clearly above 0.667, the share" in capsys.readouterr().out
     trainer.is_global_zero = False
     say_fitted(trainer, ["fit"])
     assert capsys.readouterr().out == ""
@@ -186,6 +192,12 @@ def test_a_table_says_what_zero_is_and_whether_the_best_method_beats_random(boun
     assert said.startswith("pid16: a map without information gets 0 (random: 0.010 [-0.100, 0.100]); ")
     assert told in said
     assert reading(summary, {}, "mass") == ""
+
+
+def test_a_lead_on_few_samples_is_not_called_a_victory():
+    summary = {key: Interval(*values, 8) for key, values in INTERVALS.items()}
+    said = reading(summary, {("labn", "random", "pid16"): Interval(0.49, 0.4, 0.6, 8)}, "pid16")
+    assert said.endswith("ahead of random by 0.490 [0.400, 0.600]; 8 samples are too few to be sure.")
 
 
 @pytest.mark.parametrize(

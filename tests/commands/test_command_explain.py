@@ -4,6 +4,7 @@ import csv
 import importlib
 import os
 import re
+import warnings
 
 import cv2
 import numpy as np
@@ -16,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from datamodules import ImageFolder, SyntheticFundus
 from labn import evaluate, explain
 from labn.commands import COMMANDS
+from labn.commands.explain import say_time
+from labn.explainers import explainer_by_name
 from labn.io.preprocessing import KEY, Preprocessing
 from labn.models.pretrained import load_pretrained
 from labn.modules import LABN, SSD
@@ -100,6 +103,59 @@ def test_settings_that_cannot_be_right_are_one_sentence(pictures, checkpoint, tm
         call_main([*command, "--method=gradcam", "--device=cpu", *words])
     (line,) = capsys.readouterr().err.splitlines()
     assert re.search(message, line)
+
+
+def test_options_are_arguments_of_their_method(pictures, checkpoint, tmp_path):
+    command = ["explain", f"--image={pictures / 'a.jpg'}", f"--ckpt={checkpoint}", f"--out={tmp_path}", "--device=cpu"]
+    words = ["occlusion.window=16", "occlusion.stride=16", "lrp.rule=epsilon"]
+    call_main([*command, "--method", "occlusion", "lrp", "--option", *words])
+    network, preprocessing = restore(checkpoint)
+    image = preprocessing.normalise(preprocessing.read(pictures / "a.jpg"))[None]
+    target = int(network(image).logits.argmax())
+    maps = load_file(tmp_path / "maps" / "a.safetensors")
+    for method, options in (("occlusion", {"window": 16, "stride": 16}), ("lrp", {"rule": "epsilon"})):
+        expected = explainer_by_name(method, **options)(network, image, torch.tensor([target]))[0]
+        assert torch.allclose(maps[method], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("n_masks=5", "must be METHOD.NAME=VALUE with a method of --method (gradcam)"),
+        ("rise.n_masks=5", "must be METHOD.NAME=VALUE"),
+        ("gradcam.relu", "must be METHOD.NAME=VALUE"),
+        ("gradcam.rely=false", "method 'gradcam' has no argument 'rely'"),
+        ("gradcam.relu=[", "cannot be read as YAML"),
+    ],
+)
+def test_a_wrong_option_is_one_sentence(pictures, checkpoint, tmp_path, word, message, capsys):
+    command = ["explain", f"--image={pictures / 'b.png'}", f"--ckpt={checkpoint}", f"--out={tmp_path}"]
+    with pytest.raises(SystemExit):
+        call_main([*command, "--method=gradcam", "--device=cpu", "--option", word])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_long_runs_say_how_long_they_take_and_why(capsys):
+    say_time({"lrp": 1.0, "rise": 9.0}, left=30)
+    assert capsys.readouterr().out == (
+        "30 pictures are left, about 5 minutes, of which rise takes 90%; --option rise.NAME=VALUE sets its arguments.\n"
+    )
+    say_time({"lrp": 1.0}, left=30)
+    assert capsys.readouterr().out == ""
+
+
+def test_weights_that_are_read_in_order_are_said_to_be(tmp_path):
+    state = timm.create_model("resnet18", num_classes=5).state_dict()
+    save_file(state, tmp_path / "named.safetensors")
+    numbered = {f"_{n}": tensor for n, (name, tensor) in enumerate(state.items()) if "num_batches" not in name}
+    torch.save(numbered, tmp_path / "numbered.pt")
+    with pytest.warns(UserWarning, match=r"have other names than those of resnet18 and were read in order"):
+        network, _ = load_pretrained("resnet18", tmp_path / "numbered.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        same, _ = load_pretrained("resnet18", tmp_path / "named.safetensors")
+    assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in same.state_dict().items())
 
 
 @pytest.mark.parametrize(("metric", "message"), [("pix", "pix"), ("mass", "mask")])
