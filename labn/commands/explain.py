@@ -9,7 +9,7 @@ import math
 import textwrap
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from labn.api import explain
 from labn.errors import InputError, MissingFileError, UserError, printable
-from labn.explainers import EXPLAINERS, explainer_by_name
+from labn.explainers import EXPLAINERS, Explainer, explainer_by_name
 from labn.inference.modes import evaluating, run_model
 from labn.io.atomic import write_atomically
 from labn.io.images import image_files
@@ -120,14 +120,14 @@ def run(options: argparse.Namespace) -> None:
             picture of `--image`.
     """
     arguments = method_arguments(options.option, options.method)
-    for method in options.method:
-        explainer_by_name(method, **arguments.get(method, {}))
+    explainers = {method: explainer_by_name(method, **arguments.get(method, {})) for method in options.method}
+    for method in explainers:
         if method.lstrip("-") not in METHODS:
             raise InputError(f"{method} explains detectors; use `cli.py test` with callbacks.DetectionCallback.")
     scores = None
     if options.metric:
         # torchmetrics and scipy, whose import takes a second, are needed for scores alone.
-        scores = importlib.import_module("labn.commands.picture_scores").PictureScores(options.method, options.metric)
+        scores = importlib.import_module("labn.commands.picture_scores").PictureScores(explainers, options.metric)
     check_device(options.device)
     files = _files(options.image)
     # Running the command on the folder of its own overlays would replace the pictures that it reads.
@@ -141,7 +141,7 @@ def run(options: argparse.Namespace) -> None:
     taken: dict[str, float] = {}
     for number, (path, name, image) in enumerate(_readable(files, preprocessing)):
         row, maps, chosen = _explain(
-            network, image.to(options.device), preprocessing, options, target, number, name, failed, taken
+            network, image.to(options.device), preprocessing, options, explainers, target, number, name, failed, taken
         )
         explained = f", explained {row[3]}" if row[3] != row[1] else ""
         print(printable(f"{path}: {row[1]} ({row[2]:.3f}){explained}"), flush=True)
@@ -297,6 +297,7 @@ def _explain(
     image: Tensor,
     preprocessing: Preprocessing,
     options: argparse.Namespace,
+    explainers: Mapping[str, Explainer],
     target: int | None,
     number: int,
     name: str,
@@ -326,12 +327,10 @@ def _explain(
     # The position of the picture seeds random methods such as RISE.
     index = torch.tensor([number])
     maps = {}
-    arguments = method_arguments(options.option, options.method)
-    for method in options.method:
+    for method, given in explainers.items():
         start = time.perf_counter()
         try:
-            explainer = explainer_by_name(method, **arguments.get(method, {}))
-            explainer = explainer.for_normalised(preprocessing.mean, preprocessing.std)
+            explainer = given.for_normalised(preprocessing.mean, preprocessing.std)
             maps[method] = explain(network, image[None], explainer, chosen, indices=index).maps[0].cpu()
         except UserError as error:
             failed[method] = str(error)

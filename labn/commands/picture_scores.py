@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from labn.api import evaluate
-from labn.explainers import explainer_by_name
+from labn.explainers import Explainer, explainer_by_name
 from labn.io.preprocessing import Preprocessing
 from labn.io.table_cells import write_csv
 from labn.metrics.registry import metric_by_name
@@ -23,18 +23,19 @@ class PictureScores:
     """Scores of the methods, and of `random` and `constant`, picture by picture, and the table of their means.
 
     Args:
-        methods: names of the methods.
+        explainers: method -> explainer, which metrics that explain again run.
         metrics: names of the metrics; they must need no masks.
 
     Raises:
         InputError: a metric is unknown.
     """
 
-    def __init__(self, methods: Sequence[str], metrics: Sequence[str]) -> None:
+    def __init__(self, explainers: Mapping[str, Explainer], metrics: Sequence[str]) -> None:
         for metric in metrics:
             metric_by_name(metric)
         self.metrics = list(metrics)
-        self.methods = list(dict.fromkeys([*methods, *BASELINES]))
+        baselines = {name: explainer_by_name(name) for name in BASELINES if name not in explainers}
+        self.explainers = {**explainers, **baselines}
         self._scores: list[dict[str, Scores]] = []
         self._pictures: list[tuple[str, str]] = []
 
@@ -64,8 +65,8 @@ class PictureScores:
         """
         statistics, targets = (preprocessing.mean, preprocessing.std), torch.tensor([target], device=image.device)
         found = {}
-        for method in self.methods:
-            explainer = explainer_by_name(method).for_normalised(*statistics)
+        for method, given in self.explainers.items():
+            explainer = given.for_normalised(*statistics)
             # `random` and `constant` are made here unless they were asked for.
             own = maps[method][None] if method in maps else None
             if own is None and method not in BASELINES:
@@ -90,8 +91,8 @@ class PictureScores:
             for name, values in scores.items()
         )
         write_csv(folder / "scores.csv", COLUMNS, rows)
-        columns = {name: torch.stack([self._column(method, name) for method in self.methods], 1) for name in names}
-        statistics = compare_methods(self.methods, names, columns.__getitem__)
+        columns = {name: torch.stack([self._column(method, name) for method in self.explainers], 1) for name in names}
+        statistics = compare_methods(list(self.explainers), names, columns.__getitem__)
         sentences = [reading(statistics.means, statistics.differences, name) for name in names]
         return "\n".join([summary_table(statistics.means, names), *filter(None, sentences)])
 

@@ -118,6 +118,26 @@ def test_options_are_arguments_of_their_method(pictures, checkpoint, tmp_path):
         assert torch.allclose(maps[method], expected, atol=1e-6)
 
 
+def test_metrics_that_explain_again_do_so_with_the_options(pictures, checkpoint, tmp_path):
+    options = {"window": 16, "stride": 16}
+    command = ["explain", f"--image={pictures / 'a.jpg'}", f"--ckpt={checkpoint}", f"--out={tmp_path}", "--device=cpu"]
+    words = [f"occlusion.{name}={value}" for name, value in options.items()]
+    call_main([*command, "--method=occlusion", "--metric=max_sensitivity", "--option", *words])
+    with (tmp_path / "scores.csv").open() as file:
+        rows = {(row["explainer"], row["metric"]): float(row["value"]) for row in csv.DictReader(file)}
+    network, preprocessing = restore(checkpoint)
+    image = preprocessing.normalise(preprocessing.read(pictures / "a.jpg"))[None]
+    target, explainer = network(image).logits.argmax(1), explainer_by_name("occlusion", **options)
+    maps = explainer(network, image, target)
+    settings = {"mean": preprocessing.mean, "std": preprocessing.std, "indices": torch.tensor([0])}
+    expected = evaluate(network, image, maps, target, ["max_sensitivity"], explainer=explainer, **settings)
+    other = evaluate(
+        network, image, maps, target, ["max_sensitivity"], explainer=explainer_by_name("occlusion"), **settings
+    )
+    assert rows["occlusion", "max_sensitivity"] == pytest.approx(float(expected["max_sensitivity"]), rel=1e-4)
+    assert rows["occlusion", "max_sensitivity"] != pytest.approx(float(other["max_sensitivity"]), rel=1e-2)
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [
